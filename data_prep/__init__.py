@@ -1,0 +1,31 @@
+"""Data preparation: images in any published layout become uniform, verified shards (`python -m data_prep --help`)."""
+
+import sys
+
+import click
+
+DOMAINS = ("object", "face_hq", "face_lq", "body")  # these names, in this order, in every option, folder and legend
+
+
+class InputError(click.ClickException):
+    """Bad input. The message is one line: what is wrong, where, what to do."""
+
+    exit_code = 2
+
+
+def run_command(command: click.Command) -> None:
+    """Run a click command as a script: bad input ends in one line on stderr and exit code 2 (`--debug`: a traceback).
+
+    A command's return value, where it is an int, becomes the exit code.
+    """
+    try:
+        code = command.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        if "--debug" in sys.argv:
+            raise
+        print("error: " + " ".join(error.format_message().split()), file=sys.stderr)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
