@@ -1,0 +1,146 @@
+"""The reading side of the shards: which image is seen when, and interleaved micro-batches of decoded images.
+
+Everything here is a closed-form function of the seed and of running numbers, so neither the number of loader workers
+nor an interruption changes what a run sees.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from data_prep import DOMAINS, InputError
+from data_prep.degrade import degrade
+from data_prep.shards import BadImage, Split
+
+
+class Order:
+    """The data order of one domain: sample number n of a run -> (epoch, row), a function of (seed, domain, n).
+
+    An epoch visits every row once: the shards are shuffled, then the rows inside windows of several shards, so that
+    reading stays mostly sequential on network disks.
+    """
+
+    def __init__(self, shard_sizes: list[int], seed: int, domain: int, window: int) -> None:
+        self.size, self.key, self.window = sum(shard_sizes), (seed, domain), window
+        self.bounds = np.concatenate([[0], np.cumsum(shard_sizes)])
+        self.shards = functools.lru_cache(maxsize=2)(self._shards)
+        self.rows = functools.lru_cache(maxsize=4)(self._rows)
+
+    def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order = np.random.default_rng((*self.key, epoch)).permutation(len(self.bounds) - 1)
+        starts = np.concatenate([[0], np.cumsum(np.diff(self.bounds)[order])])[:-1]
+        return order, starts[:: self.window]  # the first place of each window
+
+    def _rows(self, epoch: int, w: int) -> np.ndarray:
+        shards = self.shards(epoch)[0][w * self.window : (w + 1) * self.window]
+        rows = np.concatenate([np.arange(self.bounds[s], self.bounds[s + 1]) for s in shards])
+        return np.random.default_rng((*self.key, epoch, w)).permutation(rows)
+
+    def __call__(self, n: int) -> tuple[int, int]:
+        epoch, place = divmod(int(n), self.size)
+        starts = self.shards(epoch)[1]
+        w = int(np.searchsorted(starts, place, side="right")) - 1
+        return epoch, int(self.rows(epoch, w)[place - starts[w]])
+
+
+def interleave(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Spread the domains evenly over a batch of counts[d] images each.
+
+    Returns:
+        For every place: its domain and its running number inside that domain, int64 [B] each.
+    """
+    domain = np.repeat(np.arange(len(counts)), counts)
+    number = np.concatenate([np.arange(n) for n in counts])
+    order = np.argsort((number + 0.5) / counts[domain], kind="stable")
+    return domain[order], number[order]
+
+
+def random_box(rng: np.random.Generator, height: int, width: int, scale: float) -> tuple[float, float, float, float]:
+    """A crop (x0, y0, x1, y1) in pixels: area scale..1 of the image, aspect 3/4..4/3 where it fits (Inception)."""
+    if scale >= 1.0:
+        return 0.0, 0.0, float(width), float(height)
+    area, aspect = rng.uniform(scale, 1.0), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    w, h = min(math.sqrt(area * aspect), 1.0) * width, min(math.sqrt(area / aspect), 1.0) * height
+    x, y = rng.random() * (width - w), rng.random() * (height - h)
+    return x, y, x + w, y + h
+
+
+@dataclass
+class Chunk:
+    """A micro-batch, decoded: one bank of images per domain and, for every place, where its image lies."""
+
+    banks: list[torch.Tensor]  # K x uint8 [M_d, H_d, W_d, 3]
+    domain: torch.Tensor  # int64 [B], which bank
+    row: torch.Tensor  # int64 [B], which image of the bank
+    label: torch.Tensor  # int64 [B], counted from the domain's first class
+    boxes: torch.Tensor  # float32 [B, 4], pixels of the bank's images
+    flip: torch.Tensor  # bool [B]
+    bad: list[str]  # what had to be replaced: "domain/split key: reason"
+
+    def pin_memory(self) -> "Chunk":
+        """Called by the DataLoader where CUDA copies without waiting."""
+        tensors = {name: getattr(self, name).pin_memory() for name in ("domain", "row", "label", "boxes", "flip")}
+        return Chunk([bank.pin_memory() for bank in self.banks], **tensors, bad=self.bad)
+
+
+class Stream(torch.utils.data.Dataset):
+    """The micro-batches of a run: number c is a pure function of (seed, c).
+
+    Args:
+        splits: the training split of each of the K domains.
+        plan: int64 [batches, K], images of each domain in each batch; every batch has the same sum.
+        seed: of the order and of every per-sample draw (keyed by seed, domain, epoch, sample).
+        window: shards among which rows are shuffled.
+        micro_batch: at most so many images per chunk (None: the batch).
+        crop: least area of the random crop, 0..1, per domain.
+        severity: largest severity 0..1 of the degradation of face_lq in each batch [batches]; None: no degradation.
+    """
+
+    def __init__(self, splits: list[Split], plan: np.ndarray, *, seed: int, window: int = 8,
+                 micro_batch: int | None = None, crop: list[float], severity: np.ndarray | None = None) -> None:
+        self.splits, self.plan, self.seed, self.crop, self.severity = splits, plan, seed, crop, severity
+        batch = int(plan[0].sum())
+        self.micro = min(micro_batch or batch, batch)
+        self.per_batch = math.ceil(batch / self.micro)  # chunks
+        self.starts = np.cumsum(plan, axis=0) - plan
+        sizes = [[shard["samples"] for shard in split.index["shards"]] for split in splits]
+        self.orders = [Order(n, seed, DOMAINS.index(s.domain), window) for n, s in zip(sizes, splits, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.plan) * self.per_batch
+
+    def __getitem__(self, c: int) -> Chunk:
+        batch, part = divmod(c, self.per_batch)
+        domain, number = interleave(self.plan[batch])
+        places = slice(part * self.micro, (part + 1) * self.micro)
+        domain, number = domain[places], number[places] + self.starts[batch][domain[places]]
+        images: list[list[torch.Tensor]] = [[] for _ in self.splits]
+        row, label, boxes, flip, bad = [], [], [], [], []
+        for d, n in zip(domain.tolist(), number.tolist(), strict=True):
+            split = self.splits[d]
+            epoch, sample = self.orders[d](n)
+            image, used = self.read(split, sample, bad)
+            rng = np.random.default_rng((self.seed, DOMAINS.index(split.domain), epoch, sample))
+            boxes.append(random_box(rng, *image.shape[1:], self.crop[d]))
+            flip.append(rng.random() < 0.5)
+            if self.severity is not None and split.domain == "face_lq":
+                image, _ = degrade(image, float(self.severity[batch]) * rng.random(), rng)
+            row.append(len(images[d]))
+            label.append(int(split.labels[used]))
+            images[d].append(image)
+        empty = torch.empty(0, 1, 1, 3, dtype=torch.uint8)
+        banks = [torch.stack(bank).permute(0, 2, 3, 1).contiguous() if bank else empty for bank in images]
+        return Chunk(banks, torch.from_numpy(domain), torch.tensor(row), torch.tensor(label),
+                     torch.tensor(boxes, dtype=torch.float32), torch.tensor(flip), bad)
+
+    def read(self, split: Split, sample: int, bad: list[str]) -> tuple[torch.Tensor, int]:
+        """An image uint8 [3, H, W] and its row: the next readable one of the split where a file is damaged."""
+        for row in range(sample, sample + len(split)):
+            try:
+                return split.image(row % len(split)), row % len(split)
+            except BadImage as error:
+                bad.append(f"{split.domain}/{split.name} {error}")
+        raise InputError(f"{split.folder}: no readable image; run `python -m data_prep verify {split.folder}`")

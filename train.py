@@ -1,0 +1,1076 @@
+"""Fine-tune one backbone on objects, faces (high and low quality) and bodies at once, in one embedding space.
+
+    python train.py --backbone clip --schedule B                                  # one GPU, data/ prepared before
+    python train.py --backbone eva02 --schedule A --batch 256 --micro-batch 64    # bounded memory
+    python train.py --backbone clip --schedule B --domains face_hq                # a domain expert
+    python train.py --backbone clip --size tiny --weights none --data demo/data --image-size 64 --batch 64 --images 6400
+    python train.py --config runs/NAME/config.json --seed 1                       # replay a run with another seed
+    python train.py ... --out runs/NAME --resume                                  # continue; start if nothing is there
+
+A schedule is three numbers (domains per batch, images per batch, batches per optimiser step); every step minimises
+L = sum_i w_d(i) l_i / (K n_d(i)), whatever the schedule. What is written into runs/NAME: see README, "A run folder".
+"""
+
+import difflib
+import functools
+import json
+import math
+import os
+import platform
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from data_prep.shards import BadImage, Split, open_root
+from kernels.gather import gather_interleaved
+from kernels.margin_loss import margin_loss
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from data_prep import DOMAINS, InputError, run_command
+from data_prep.stream import Chunk, Stream
+
+STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
+
+# ---------------------------------------------------------------- backbones
+
+# Family -> size -> (library, name, pretrained tag or None), and the input size where --image-size is not given.
+BACKBONES = {
+    "clip": {
+        "tiny": ("open_clip", "tiny", None),
+        "small": ("open_clip", "ViT-B-32-quickgelu", "openai"),
+        "base": ("open_clip", "ViT-B-16-quickgelu", "openai"),
+        "large": ("open_clip", "ViT-L-14-quickgelu", "openai"),
+    },
+    "eva02": {
+        "tiny": ("timm", "eva02_tiny_patch14_336.mim_in22k_ft_in1k", ""),
+        "small": ("timm", "eva02_small_patch14_336.mim_in22k_ft_in1k", ""),
+        "base": ("timm", "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", ""),
+        "large": ("timm", "eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", ""),
+    },
+    "dinov3": {
+        "tiny": ("timm", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", ""),
+        "small": ("timm", "vit_small_patch16_dinov3.lvd1689m", ""),
+        "base": ("timm", "vit_base_patch16_dinov3.lvd1689m", ""),
+        "large": ("timm", "vit_large_patch16_dinov3.lvd1689m", ""),
+    },
+}
+IMAGE_SIZE = {"clip": 224, "eva02": 224, "dinov3": 256}
+# CLIP in miniature, for the demo and the tests: no weights of it exist.
+TINY_CLIP = {
+    "embed_dim": 128,
+    "vision_cfg": {"layers": 4, "width": 128, "head_width": 32, "patch_size": 8, "image_size": 64},
+    "text_cfg": {"layers": 2, "width": 64, "heads": 2, "context_length": 77, "vocab_size": 49408},
+    "quick_gelu": True,
+}
+
+
+class Backbone(nn.Module):
+    """An image tower of timm or open_clip with what it needs to know about its input.
+
+    Attributes: dim (width D of the embedding), image_size (pixels), mean and std (per RGB channel, images scaled to
+    0..1), interpolation ("bilinear" or "bicubic"), net (the library's own module, with its own key names).
+    """
+
+    def __init__(self, net: nn.Module, library: str, embed_dim: int, image_size: int) -> None:
+        super().__init__()
+        self.net, self.library, self.image_size = net, library, image_size
+        if library == "open_clip":
+            import open_clip
+
+            settings = open_clip.get_model_preprocess_cfg(net)
+            width = net.visual.output_dim
+            net.requires_grad_(False)
+            net.visual.requires_grad_(True)  # the text tower stays as it is: it keeps zero-shot alive
+        else:
+            import timm
+
+            settings = timm.data.resolve_model_data_config(net)
+            width = net.num_features
+        self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
+        self.interpolation = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
+        self.dim = embed_dim or width
+        self.project = nn.Linear(width, embed_dim, bias=False) if embed_dim else None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Embed normalised images [B, 3, S, S] to [B, D], not L2-normalised."""
+        x = self.net.encode_image(images) if self.library == "open_clip" else self.net(images)
+        return x if self.project is None else self.project(x)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """As nn.Module.train, but BatchNorm keeps its statistics: no layer may mix the samples of a batch."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def layers(self) -> dict[str, int]:
+        """Parameter name -> depth, 0 at the input; for layer-wise learning rates."""
+        from timm.models._manipulate import group_with_matcher
+
+        if self.library == "open_clip":
+            matcher = {
+                "stem": r"^visual\.(conv1|class_embedding|positional_embedding|ln_pre)",
+                "blocks": [(r"^visual\.transformer\.resblocks\.(\d+)", None), (r".", (99999,))],
+            }
+        else:
+            matcher = self.net.group_matcher(coarse=False)
+        named = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
+        depth = group_with_matcher(iter(named), matcher, reverse=True)
+        deepest = max(depth.values(), default=0)
+        return {f"net.{name}": d for name, d in depth.items()} | {"project.weight": deepest}
+
+
+def resolve_backbone(config: dict) -> tuple[str, str, str | None]:
+    """(library, model name, pretrained tag: None where no weights exist) of --backbone and --size, or of --model."""
+    import open_clip
+    import timm
+
+    if not config["model"]:
+        return BACKBONES[config["backbone"]][config["size"]]
+    name, _, tag = config["model"].partition("/")
+    if timm.is_model(name):
+        return "timm", name, ""
+    if name in open_clip.list_models():
+        return "open_clip", name, tag or None
+    close = difflib.get_close_matches(name, [*timm.list_models(), *open_clip.list_models()], n=3)
+    hint = f"; near it: {', '.join(close)}" if close else "; any timm or open_clip name will do"
+    raise InputError(f"--model: neither timm nor open_clip knows {name!r}{hint}")
+
+
+def build_network(library: str, name: str, image_size: int | None, **pretrained) -> nn.Module:
+    """The library's own module without a classifier, at an input size (None: the model's own)."""
+    if library == "open_clip":
+        import open_clip
+
+        if name == "tiny":
+            vision = TINY_CLIP["vision_cfg"] | ({"image_size": image_size} if image_size else {})
+            return open_clip.CLIP(**TINY_CLIP | {"vision_cfg": open_clip.CLIPVisionCfg(**vision),
+                                                 "text_cfg": open_clip.CLIPTextCfg(**TINY_CLIP["text_cfg"])})
+        return open_clip.create_model(name, force_image_size=image_size, **pretrained)
+    import timm
+
+    options = pretrained | {"num_classes": 0} | ({"global_pool": "token"} if "dinov3" in name else {})
+    try:
+        return timm.create_model(name, **options, **({"img_size": image_size} if image_size else {}))
+    except TypeError:  # convolutional networks take any size and no such argument
+        return timm.create_model(name, **options)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from a safetensors file or from a .pt/.bin file that holds tensors only."""
+    if not path.is_file():
+        raise InputError(f"--weights: no file {path}; give 'pretrained', 'none' or a safetensors/pt file")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"--weights {path}: cannot be read safely ({str(error).splitlines()[0]})") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"--weights {path}: holds no dictionary of tensors")
+    return {key.removeprefix("module."): value.float() for key, value in state.items()}
+
+
+def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Load a state dict strictly, with position embeddings resampled and classifiers of other sizes left out."""
+    try:
+        if library == "open_clip":
+            from open_clip.model import resize_pos_embed
+
+            resize_pos_embed(state, net)
+        else:
+            classifiers = net.default_cfg.get("classifier") or ()
+            for classifier in [classifiers] if isinstance(classifiers, str) else classifiers:
+                state = {key: value for key, value in state.items() if not key.startswith(f"{classifier}.")}
+            convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+            state = convert(state, net) if convert else state
+        expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+        given = {key: tuple(value.shape) for key, value in state.items()}
+        wrong = [f"{key} is missing" for key in expected if key not in given]
+        wrong += [f"{key} is not part of the model" for key in given if key not in expected]
+        wrong += [f"{k} is {given[k]}, not {expected[k]}" for k in expected if k in given and expected[k] != given[k]]
+    except (KeyError, RuntimeError, AttributeError, IndexError, ValueError) as error:
+        wrong = [f"{type(error).__name__}: {error}"]
+    if wrong:
+        raise InputError(
+            f"--weights {path}: not the weights of this architecture: {'; '.join(wrong[:4])}"
+            + (f"; and {len(wrong) - 4} more keys" if len(wrong) > 4 else "")
+        )
+    net.load_state_dict(state)
+
+
+def load_backbone(config: dict) -> Backbone:
+    """Build the untouched backbone of a configuration.
+
+    Args:
+        config: the keys backbone, size, model, weights ("pretrained", "none" or a file), image_size (None: the
+            family's default), embed_dim (0: none) and seed (a random start is a function of it).
+
+    Raises:
+        InputError: unknown model, weights that cannot be had, or weights of another architecture.
+    """
+    library, name, tag = resolve_backbone(config)
+    size = config["image_size"] or (None if config["model"] else IMAGE_SIZE[config["backbone"]])
+    torch.manual_seed(config["seed"])
+    if config["weights"] != "pretrained":
+        try:
+            net = build_network(library, name, size)
+        except (AssertionError, ValueError, RuntimeError) as error:
+            raise InputError(f"--image-size {size} does not fit {name}: {str(error).splitlines()[0]}") from error
+        if config["weights"] != "none":
+            fill_weights(net, library, read_weights(Path(config["weights"])), Path(config["weights"]))
+    else:
+        if tag is None:
+            raise InputError(f"no pretrained weights of {name} exist: give --weights none or --weights FILE")
+        try:
+            fail_fast_offline()
+            net = build_network(library, name, size, pretrained=tag or True)
+        except Exception as error:  # the hub clients raise a dozen kinds
+            raise InputError(
+                f"the weights of {name} cannot be downloaded ({str(error).splitlines()[0][:120]}): fetch them on a "
+                "machine with network and give --weights FILE, or start at random with --weights none"
+            ) from error
+    if size is None:
+        import timm
+
+        is_clip = library == "open_clip"
+        size = net.visual.image_size if is_clip else timm.data.resolve_model_data_config(net)["input_size"][-1]
+        size = size[0] if isinstance(size, tuple) else size
+    return Backbone(net, library, config["embed_dim"], size)
+
+
+def fail_fast_offline() -> None:
+    """Without a route to the hub use its cache at once, instead of a minute of retries and a page of warnings."""
+    import huggingface_hub.constants as hub
+
+    try:
+        socket.getaddrinfo(hub.ENDPOINT.split("//")[-1].split("/")[0], 443)
+    except OSError:
+        hub.HF_HUB_OFFLINE = True
+
+
+# ---------------------------------------------------------------- schedule
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Three numbers make a schedule; `plan` says which domains' images the batches hold."""
+
+    domains_per_batch: int
+    images_per_batch: int
+    batches_per_step: int
+
+
+def make_schedule(name: str, num_domains: int, batch: int) -> Schedule:
+    """A (accumulate), B (blend), alternate or sequential at `batch` images per optimiser step."""
+    if name == "A":
+        if batch % num_domains:
+            raise InputError(f"--batch {batch} cannot be dealt to {num_domains} domains by schedule A: "
+                             f"take {max(batch // num_domains, 1) * num_domains}")
+        return Schedule(1, batch // num_domains, num_domains)
+    return Schedule(num_domains if name == "B" else 1, batch, 1)
+
+
+def shares_at(progress: float, shares: np.ndarray, ramp: tuple[int, float, float, float] | None) -> np.ndarray:
+    """Shares [K] of the blended pool when a fraction `progress` of training is over, with the --mix-ramp applied.
+
+    The ramp is (domain, first share, last share, fraction of training); the other shares are rescaled to sum to 1.
+    """
+    if ramp is None:
+        return shares
+    k, first, last, fraction = ramp
+    own = first + (last - first) * min(progress / fraction, 1.0)
+    rest = np.where(np.arange(len(shares)) == k, 0.0, shares)
+    mixed = rest / rest.sum() * (1.0 - own)
+    mixed[k] = own
+    return mixed
+
+
+def blend_counts(shares: Iterable[np.ndarray], batch: int) -> np.ndarray:
+    """Images per batch and domain [batches, K], replayed from batch 0 so that the long-run shares are exact.
+
+    Every domain carries its remainder from batch to batch; the places of a batch go to the largest credits.
+    """
+    counts, credit = [], 0.0
+    for share in shares:
+        credit = credit + batch * share
+        places = np.floor(np.maximum(credit, 0.0)).astype(np.int64)
+        while (left := batch - places.sum()) != 0:
+            # while a ramp moves a share through less than one image, a floor can hand out one place too many
+            k = np.argmax(credit - places) if left > 0 else np.argmin(np.where(places > 0, credit - places, np.inf))
+            places[k] += np.sign(left)
+        credit = credit - places
+        counts.append(places)
+    return np.array(counts)
+
+
+def plan_batches(config: dict, schedule: Schedule, steps: int, shares: np.ndarray, ramp=None) -> np.ndarray:
+    """Images of each domain in each batch of the run: int64 [steps * batches_per_step, K]."""
+    K, batch = len(shares), schedule.images_per_batch
+    if config["schedule"] == "B":
+        return blend_counts((shares_at(s / max(steps, 1), shares, ramp) for s in range(steps)), batch)
+    if config["schedule"] == "sequential":
+        order = [config["domains"].index(name) for name in config["order"]]
+        which = [order[s * K // steps] for s in range(steps)]
+    else:
+        which = np.arange(steps * schedule.batches_per_step) % K
+    return batch * np.eye(K, dtype=np.int64)[which]
+
+
+def quiet_worker(_: int) -> None:
+    """Loader workers leave Ctrl-C to the main process, which ends the run after the current step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def load_chunks(stream: Stream, first: int, workers: int, pin: bool) -> Iterator[Chunk]:
+    """Micro-batches from number `first` on, decoded ahead by worker processes."""
+    return iter(torch.utils.data.DataLoader(
+        stream, batch_size=None, sampler=range(first, len(stream)), num_workers=workers, pin_memory=pin,
+        worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None,
+    ))
+
+
+def to_images(chunk: Chunk, model: Backbone, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The interleaved, augmented, normalised batch [B, 3, S, S] of a chunk."""
+    move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
+    return gather_interleaved([move(bank) for bank in chunk.banks], move(chunk.domain), move(chunk.row),
+                              size=model.image_size, mean=model.mean, std=model.std, boxes=move(chunk.boxes),
+                              flip=move(chunk.flip), dtype=dtype)
+
+
+# ---------------------------------------------------------------- loss and optimiser
+
+
+def ramp(progress: float, fraction: float) -> float:
+    """0 -> 1, linear over the first `fraction` of training (0: no ramp)."""
+    return min(progress / fraction, 1.0) if fraction > 0 else 1.0
+
+
+def per_domain(config: dict, key: str) -> list[float]:
+    """An option given as one number or as `object=0,face_hq=0.35,...`, as one value per domain of the run."""
+    option, text = f"--{key.replace('_', '-')}", str(config[key])
+    if "=" not in text:
+        text = ",".join(f"{name}={text}" for name in DOMAINS)
+    try:
+        values = {name.strip(): float(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise InputError(f"{option} {config[key]!r}: want a number or NAME=NUMBER,...") from error
+    if unknown := set(values) - set(DOMAINS):
+        raise InputError(f"{option}: no domain {sorted(unknown)[0]!r}; the domains are {', '.join(DOMAINS)}")
+    if missing := [name for name in config["domains"] if name not in values]:
+        raise InputError(f"{option} {config[key]!r}: no value for {missing[0]}")
+    return [values[name] for name in config["domains"]]
+
+
+def loss_options(config: dict, class_counts: list[int], device: torch.device) -> dict:
+    """What margin_loss is told about the domains of a run: its keyword arguments that no step changes."""
+    ends = np.cumsum(class_counts)
+    ranges = [(int(end - n), int(end)) for end, n in zip(ends, class_counts, strict=True)]
+    values = {name: torch.tensor(per_domain(config, name), device=device)
+              for name in ("scale", "margin_angular", "margin_additive", "domain_weight", "label_smoothing")}
+    return values | {"class_ranges": ranges, "num_domains": len(class_counts), "reduction": config["coupling"]}
+
+
+def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], counts: torch.Tensor, options: dict, *,
+               margin: float = 1.0, negatives: str = "own", tune_backbone: bool = True) -> dict[str, torch.Tensor]:
+    """Add the gradients of one optimiser step, batch by batch, to `.grad` of the backbone and of the class weights.
+
+    Args:
+        model: images [B, 3, S, S] -> embeddings [B, D].
+        head: class weights [C, D], requires grad.
+        batches: (images, labels [B], domains [B]) of the step: any split of it gives the same gradients to rounding.
+        counts: [K] samples per domain in the whole step, the denominators n_d.
+        options: from `loss_options`.
+        margin: factor on both margins, 0..1.
+        negatives: "own" (softmax over the domain's classes) or "all" (over every row of the head).
+        tune_backbone: False trains the class weights alone.
+
+    Returns:
+        Detached sums over the step: loss; cos, correct, count [K]; direction [D], the sum of unit embeddings.
+    """
+    K, device = len(counts), head.device
+    options = options | {name: options[name] * margin for name in ("margin_angular", "margin_additive")}
+    first = torch.tensor([start for start, _ in options["class_ranges"]], device=device)
+    if negatives == "all":
+        options["class_ranges"] = [(0, len(head))] * K
+    total = {"loss": torch.zeros((), device=device), "direction": torch.zeros(head.shape[1], device=device)}
+    total |= {name: torch.zeros(K, device=device) for name in ("loss_by_domain", "cos", "correct", "count")}
+    for images, labels, domains in batches:
+        with torch.set_grad_enabled(tune_backbone):
+            x = model(images)
+        labels = labels + first[domains] if negatives == "all" else labels
+        result = margin_loss(x, head, labels, domains, domain_count=counts, **options)
+        result.loss.backward()
+        total["loss"] += result.loss.detach()
+        total["loss_by_domain"] += result.per_domain.nan_to_num(0.0)
+        total["cos"].index_add_(0, domains, result.target_cos.float())
+        total["correct"].index_add_(0, domains, result.correct.float())
+        total["count"].index_add_(0, domains, torch.ones_like(domains, dtype=torch.float32))
+        total["direction"] += F.normalize(x.detach().float(), dim=1).sum(0)
+    return total
+
+
+def mean_pairwise_cosine(direction: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    """Mean cosine over all pairs of n > 1 embeddings, from the sum of their unit vectors [D]."""
+    return (direction.square().sum() - n) / (n * (n - 1)).clamp(min=1)
+
+
+def make_optimizer(model: Backbone, head: nn.Parameter, config: dict) -> torch.optim.AdamW:
+    """AdamW with layer-wise learning rates lr * decay^(distance from the top) and no weight decay on vectors.
+
+    Every group's `scale` times the rate of the step is its learning rate; the class weights have their own.
+    """
+    layers = model.layers()
+    deepest, groups = max(layers.values()), {}
+    skip = {f"net.{name}" for name in getattr(model.net, "no_weight_decay", set)()}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = 0.0 if parameter.ndim < 2 or name in skip else config["weight_decay"]
+            scale = config["lr"] * config["layer_decay"] ** (deepest - layers[name])
+            groups.setdefault((scale, decay), []).append(parameter)
+    parameters = [{"params": p, "weight_decay": decay, "scale": scale} for (scale, decay), p in groups.items()]
+    # cosines do not see the length of a class weight: decaying it would only raise its effective learning rate
+    parameters.append({"params": [head], "weight_decay": 0.0, "scale": config["head_lr"]})
+    return torch.optim.AdamW(parameters, lr=config["lr"], betas=(0.9, 0.999))
+
+
+def rate(step: int, steps: int, warmup: float, floor: float) -> float:
+    """Factor on every learning rate at a step: linear warm-up over a fraction of the steps, then cosine to `floor`."""
+    rising = (step + 1) / max(warmup * steps, 1.0)
+    falling = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
+    return min(rising, 1.0) * falling
+
+
+@torch.no_grad()
+def embed_rows(model: Backbone, split: Split, rows: np.ndarray, device: torch.device, batch: int) -> Iterator[tuple]:
+    """Yield (rows [b], embeddings [b, D] float32) of some images of a split, whole and unflipped; bad ones left out."""
+    from torchvision.transforms.v2.functional import resize
+
+    model.eval()
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (model.mean, model.std))
+    for start in range(0, len(rows), batch):
+        good, images = [], []
+        for row in rows[start : start + batch]:
+            try:
+                images.append(split.image(int(row)))
+                good.append(row)
+            except BadImage:
+                continue
+        if images:
+            x = torch.stack(images).to(device).float()
+            x = resize(x, [model.image_size] * 2, interpolation=resize_mode(model), antialias=True)
+            yield np.array(good), model((x.clamp(0, 255) / 255 - mean) / std).float()
+
+
+def resize_mode(model: Backbone):
+    """The interpolation that the backbone's authors resized with."""
+    from torchvision.transforms import InterpolationMode
+
+    return InterpolationMode(model.interpolation)
+
+
+def init_head(model: Backbone, splits: list[Split], config: dict, device: torch.device) -> torch.Tensor:
+    """Class weights [C, D] to start from: unit class means of the untouched backbone, prompts, or random."""
+    if config["head_init"] == "random":
+        generator = torch.Generator().manual_seed(config["seed"])
+        rows = sum(len(split.classes) for split in splits)
+        return F.normalize(torch.randn(rows, model.dim, generator=generator), dim=1).to(device)
+    blocks = []
+    for split in splits:
+        if config["head_init"] == "text" and split.domain == "object":
+            blocks.append(text_weights(model, config, split.classes, device))
+            continue
+        order = np.argsort(split.labels, kind="stable")  # the first images of each class
+        place = np.arange(len(order)) - np.searchsorted(split.labels[order], split.labels[order])
+        rows = np.sort(order[place < config["head_init_images"]])
+        total = torch.zeros(len(split.classes), model.dim, device=device)
+        parts = embed_rows(model, split, rows, device, config["micro_batch"] or 64)
+        with tqdm(total=len(rows), desc=f"class means {split.domain}", unit="img", disable=None) as bar:
+            for used, x in parts:
+                total.index_add_(0, torch.from_numpy(split.labels[used]).to(device), F.normalize(x, dim=1))
+                bar.update(len(used))
+        blocks.append(F.normalize(total, dim=1))
+    return torch.cat(blocks)
+
+
+@torch.no_grad()
+def text_weights(model: Backbone, config: dict, names: list[str], device: torch.device) -> torch.Tensor:
+    """Unit CLIP embeddings [C, D] of one prompt per class name."""
+    import open_clip
+
+    name = resolve_backbone(config)[1]
+    tokenizer = open_clip.get_tokenizer("ViT-B-32" if name == "tiny" else name)
+    prompts = tokenizer([f"a photo of a {name.replace('_', ' ')}." for name in names]).to(device)
+    return F.normalize(torch.cat([model.net.encode_text(part) for part in prompts.split(256)]).float(), dim=1)
+
+
+# ---------------------------------------------------------------- run folder
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under a temporary name, sync it, rename it: the old one stays whole until the new one is."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except Exception as error:  # torch and safetensors report a full disk in ways of their own
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); what was saved before is intact") from error
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write JSON for people: indented, atomic."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def save_weights(folder: Path, model: Backbone, head: torch.Tensor, splits: list[Split]) -> None:
+    """Write model.safetensors (the library's own keys) and head.safetensors (class names in its metadata)."""
+    net = {key: value.contiguous() for key, value in model.net.state_dict().items()}
+    write_atomically(folder / "model.safetensors", lambda path: save_file(net, path))
+    tensors = {"weight": head.detach().contiguous()}
+    if model.project is not None:
+        tensors["project"] = model.project.weight.detach().contiguous()
+    classes = {"classes": json.dumps({split.domain: split.classes for split in splits})}
+    write_atomically(folder / "head.safetensors", lambda path: save_file(tensors, path, metadata=classes))
+
+
+@dataclass
+class Run:
+    """A finished run, as later stages read it."""
+
+    folder: Path
+    config: dict
+    head: torch.Tensor  # float32 [C, D]
+    classes: dict[str, list[str]]  # per trained domain
+    class_ranges: dict[str, tuple[int, int]]  # rows of the head
+
+
+def load_run(folder: Path, allow_partial: bool = False) -> Run:
+    """Read a run folder.
+
+    Raises:
+        InputError: no run there, or (unless allow_partial) one that has not finished.
+    """
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} is no run: it has no config.json; train one with `python train.py --out {folder}`")
+    if not (folder / "done.json").is_file() and not allow_partial:
+        raise InputError(f"{folder} has not finished (no done.json): continue it with --resume or pass --allow-partial")
+    config = json.loads((folder / "config.json").read_text())
+    if not (folder / "head.safetensors").is_file():
+        raise InputError(f"{folder} holds no weights yet (no head.safetensors): continue it with `train.py --resume`")
+    with safe_open(folder / "head.safetensors", "pt") as file:
+        head, classes = file.get_tensor("weight"), json.loads(file.metadata()["classes"])
+    ends = np.cumsum([len(names) for names in classes.values()])
+    ranges = {d: (int(end) - len(classes[d]), int(end)) for d, end in zip(classes, ends, strict=True)}
+    return Run(folder, config, head, classes, ranges)
+
+
+def load_tuned(run: Run) -> Backbone:
+    """The fine-tuned backbone of a run, in eval mode."""
+    model, path = load_backbone(run.config | {"weights": "none"}), run.folder / "model.safetensors"
+    fill_weights(model.net, model.library, load_file(path), path)
+    if model.project is not None:
+        model.project.weight.data.copy_(load_file(run.folder / "head.safetensors")["project"])
+    return model.eval()
+
+
+def load_foundation(run: Run) -> Backbone:
+    """The untouched backbone that a run started from (without the run's own linear layer), in eval mode."""
+    return load_backbone(run.config | {"embed_dim": 0}).eval()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of --device: `auto` takes CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    return torch.device(name)
+
+
+def draw_samples(path: Path, stream: Stream, model: Backbone, columns: int = 8) -> None:
+    """The first images as the network sees them, one row a domain: catches colour, crop and label bugs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.mean, model.std))
+    K = len(stream.splits)
+    figure, axes = plt.subplots(K, columns, figsize=(1.4 * columns, 1.7 * K), squeeze=False)
+    for ax in axes.flat:
+        ax.axis("off")
+    for d, split in enumerate(stream.splits):
+        chunk = stream[int((stream.plan[:, d] > 0).argmax()) * stream.per_batch]
+        images = to_images(chunk, model, torch.device("cpu"))
+        for ax, b in zip(axes[d], (chunk.domain == d).nonzero().flatten().tolist(), strict=False):
+            ax.imshow((images[b] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
+            ax.set_title(split.classes[int(chunk.label[b])][:14], fontsize=7)
+        axes[d][0].text(-0.15, 0.5, split.domain, transform=axes[d][0].transAxes, rotation=90, va="center", ha="right")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(folder: Path, step: int, model: Backbone, head, optimizer, splits, tally: dict) -> None:
+    """Write last/state.pt (everything that step `step` starts from), then the weights."""
+    (folder / "last").mkdir(exist_ok=True)
+    state = {"step": step, "model": model.state_dict(), "head": head.detach(), "optimizer": optimizer.state_dict(),
+             "rng": torch.get_rng_state(), "tally": tally}
+    write_atomically(folder / "last" / "state.pt", lambda path: torch.save(state, path))
+    save_weights(folder, model, head, splits)
+
+
+def load_checkpoint(folder: Path, model: Backbone, head, optimizer, tally: dict) -> int:
+    """Restore what save_checkpoint wrote; returns the next step. log.jsonl is cut back to that step."""
+    state = torch.load(folder / "last" / "state.pt", "cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    head.data.copy_(state["head"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    tally.update(state["tally"])
+    log = folder / "log.jsonl"
+    if log.exists():
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
+        write_atomically(log, lambda path: path.write_text("".join(f"{line}\n" for line in kept)))
+    return state["step"]
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGINT or a file RUN/STOP: the run ends after the current step. A second signal exits at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file, self.reason = folder / "STOP", ""
+        self.file.unlink(missing_ok=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, _frame) -> None:
+        if self.reason:
+            os._exit(128 + number)
+        self.reason = signal.Signals(number).name
+
+    def __bool__(self) -> bool:
+        if not self.reason and self.file.exists():
+            self.reason = "file STOP"
+        return bool(self.reason)
+
+
+# ---------------------------------------------------------------- the job
+
+
+def check_options(config: dict) -> None:
+    """Refuse contradictions before any work; fills what follows from other options (domains, order, out)."""
+    config["domains"] = sort_domains(config["domains"], "--domains") if config["domains"] else list(DOMAINS)
+    order = config["order"].split(",") if isinstance(config["order"], str) and config["order"] else config["order"]
+    config["order"] = [name for name in order if name] if order else config["domains"]
+    if sorted(config["order"]) != sorted(config["domains"]):
+        raise InputError(f"--order {','.join(config['order'])} must name each of {','.join(config['domains'])} once")
+    if config["images"] and config["epochs"]:
+        raise InputError("--images and --epochs both say how long to train: give one of them")
+    if not config["model"] and not config["backbone"]:
+        raise InputError("which backbone? give --backbone clip|eva02|dinov3 or --model NAME (of timm or open_clip)")
+    library = resolve_backbone(config)[0]
+    if config["head_init"] == "text" and library != "open_clip":
+        raise InputError("--head-init text needs a text tower: it goes with CLIP models only")
+    if config["freeze_text_head"] and (config["head_init"] != "text" or "object" not in config["domains"]):
+        raise InputError("--freeze-text-head freezes the object classes of --head-init text: give both, with object")
+    if (config["mix"] and config["schedule"] != "B") or (config["mix_ramp"] and config["schedule"] != "B"):
+        raise InputError("--mix and --mix-ramp set the shares of schedule B; the other schedules deal equally")
+    if config["degrade"] and "face_lq" not in config["domains"]:
+        raise InputError("--degrade acts on face_lq, which is not among --domains")
+    for name in ("scale", "margin_angular", "margin_additive", "domain_weight", "label_smoothing", "crop_scale"):
+        per_domain(config, name)
+    if not config["out"]:
+        name = config["model"].replace("/", "_") if config["model"] else f"{config['backbone']}-{config['size']}"
+        domains = "all" if len(config["domains"]) == len(DOMAINS) else "+".join(config["domains"])
+        config["out"] = f"runs/{name}-{config['schedule']}-{domains}-s{config['seed']}"
+
+
+def sort_domains(text: str | list[str], option: str) -> list[str]:
+    """The named domains in the house order."""
+    names = text.split(",") if isinstance(text, str) else text
+    for name in names:
+        if name not in DOMAINS:
+            raise InputError(f"{option}: no domain {name!r}; the domains are {', '.join(DOMAINS)}")
+    return [name for name in DOMAINS if name in names]
+
+
+def open_splits(config: dict) -> list[Split]:
+    """The training split of every domain of the run."""
+    try:
+        root = open_root(Path(config["data"]))
+    except InputError as error:
+        _, name, tag = resolve_backbone(config)
+        raise InputError(
+            f"{error.message}; the weights of {name} are "
+            + ("downloaded at the first start (without network: --weights FILE, or --weights none for a random start)"
+               if tag is not None else "not published: give --weights none")
+        ) from error
+    splits = []
+    for domain in config["domains"]:
+        if "train" not in root.get(domain, {}):
+            folder = f"{config['data']}/{domain}/train"
+            raise InputError(f"{folder}: no shards; make them with `python -m data_prep SOURCE --src PATH --out {folder}`, "
+                             f"or leave {domain} out with --domains")
+        split = root[domain]["train"]
+        if not len(split) or (split.labels < 0).any():
+            raise InputError(f"{split.folder}: a training split needs images with labels; prepare it with --part train")
+        splits.append(split)
+    return splits
+
+
+def parse_shares(config: dict, splits: list[Split]) -> tuple[np.ndarray, tuple | None]:
+    """Shares [K] of the images that each domain gets, and the --mix-ramp (domain, first, last, fraction) if any."""
+    K = len(splits)
+    if config["schedule"] != "B":
+        return np.full(K, 1.0 / K), None
+    sizes = np.array([len(split) for split in splits], dtype=float)
+    shares = np.array(per_domain(config, "mix")) if config["mix"] else sizes ** config["mix_temperature"]
+    if (shares < 0).any() or shares.sum() <= 0:
+        raise InputError(f"--mix {config['mix']}: shares must not be negative and not all 0")
+    shares, mix_ramp = shares / shares.sum(), None
+    if config["mix_ramp"]:
+        match = re.fullmatch(r"(\w+):([\d.]+)->([\d.]+)(?:@([\d.]+))?", config["mix_ramp"])
+        if not match or match[1] not in config["domains"] or not all(0 <= float(match[i]) <= 1 for i in (2, 3)):
+            raise InputError(f"--mix-ramp {config['mix_ramp']!r}: want DOMAIN:FIRST->LAST[@FRACTION], shares in 0..1")
+        if K == 1:
+            raise InputError("--mix-ramp needs at least two domains")
+        mix_ramp = (config["domains"].index(match[1]), float(match[2]), float(match[3]), float(match[4] or 0.3))
+    for progress in (0.0, 1.0):
+        for name, share in zip(config["domains"], shares_at(progress, shares, mix_ramp), strict=True):
+            if share and config["batch"] * share < 1:
+                raise InputError(f"--batch {config['batch']} gives {name} {config['batch'] * share:.2f} images each: "
+                                 f"raise --batch to {math.ceil(1 / share)} or set its share with --mix")
+    return shares, mix_ramp
+
+
+def describe_plan(config: dict, splits: list[Split], plan: np.ndarray, steps: int) -> dict[str, int]:
+    """Print what will be seen, before anything is; returns the images per domain."""
+    counts = dict(zip(config["domains"], plan.sum(0).tolist(), strict=True))
+    print(f"{config['out']}: schedule {config['schedule']}, {steps} steps of {config['batch']} images")
+    for split in splits:
+        seen = counts[split.domain]
+        passes = seen / len(split)
+        warning = "  WARNING: above 50 passes, expect memorisation" if passes > 50 else ""
+        print(f"  {split.domain:8s} {len(split):9,d} images of {len(split.classes):7,d} classes: {seen:10,d} drawn, "
+              f"{passes:.1f} passes{warning}")
+    return counts
+
+
+def provenance() -> dict:
+    """Versions and commit of the code, for config.json."""
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    packages = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
+    return {"git_commit": commit or None, "argv": sys.argv[1:],
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages}}
+
+
+FREE_ON_RESUME = {"workers", "device", "log_every", "save_every", "resume", "data", "max_skipped", "max_bad", "config"}
+
+
+def open_run(config: dict, derived: dict) -> bool:
+    """Create the run folder, or check that the one there may be continued. True: continue from last/state.pt."""
+    folder = Path(config["out"])
+    if (folder / "config.json").exists():
+        if not config["resume"]:
+            raise InputError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
+        old = json.loads((folder / "config.json").read_text())
+        differing = [key for key, value in config.items() if key not in FREE_ON_RESUME and old.get(key) != value]
+        if differing:
+            key = differing[0]
+            raise InputError(f"--resume {folder}: --{key.replace('_', '-')} was {old.get(key)!r} and is now "
+                             f"{config[key]!r}; give what the run was started with (see its config.json)")
+        return (folder / "last" / "state.pt").exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", config | derived)
+    return False
+
+
+def train(config: dict) -> int:
+    """The whole job of one run; returns the exit code."""
+    check_options(config)
+    splits = open_splits(config)
+    schedule = make_schedule(config["schedule"], len(splits), config["batch"])
+    shares, mix_ramp = parse_shares(config, splits)
+    sizes = np.array([len(split) for split in splits])
+    largest = int(sizes.argmax())
+    images = config["images"] or (config["epochs"] or 10.0) * sizes[largest] / shares[largest]
+    steps = max(round(images / config["batch"]), 1)
+    plan = plan_batches(config, schedule, steps, shares, mix_ramp)
+    device = pick_device(config["device"])
+    folder = Path(config["out"])
+    if (folder / "done.json").exists() and config["resume"]:
+        print(f"{folder} is complete")
+        return 0
+
+    torch.set_float32_matmul_precision("high")
+    counts = describe_plan(config, splits, plan, steps)
+    model = load_backbone(config)
+    for split in splits:
+        if model.image_size > split.size:
+            print(f"  {split.domain}/{split.name}: images of {split.size} px are enlarged to {model.image_size} px")
+    role = "expert" if len(splits) == 1 else "sequential" if config["schedule"] == "sequential" else "unified"
+    derived = {"role": role, "steps": steps, "counts": counts, **provenance()}
+    resuming = open_run(config, derived)
+    stop = StopRequest(folder)
+    model = model.to(device, memory_format=torch.channels_last)
+    head = nn.Parameter(torch.zeros(sum(len(split.classes) for split in splits), model.dim, device=device))
+    optimizer = make_optimizer(model, head, config)
+    tally = {"skipped": 0, "bad": 0, "collapsed_at": None, "seconds": 0.0}
+    first = load_checkpoint(folder, model, head, optimizer, tally) if resuming else 0
+    if not first:
+        head.data.copy_(init_head(model, splits, config, device))
+    severity = None
+    if config["degrade"]:
+        progress = np.arange(len(plan)) / len(plan)
+        severity = config["degrade_severity"] * np.array([ramp(p, config["degrade_ramp"]) for p in progress])
+    stream = Stream(splits, plan, seed=config["seed"], window=config["shuffle_window"], severity=severity,
+                    micro_batch=config["micro_batch"], crop=per_domain(config, "crop_scale"))
+    chunks_per_step = stream.per_batch * schedule.batches_per_step
+    chunks = load_chunks(stream, first * chunks_per_step, config["workers"], device.type == "cuda")
+    if not first:
+        draw_samples(folder / "samples.png", stream, model)
+
+    from torch.utils.tensorboard import SummaryWriter
+
+    board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+    options = loss_options(config, [len(split.classes) for split in splits], device)
+    bf16 = config["precision"] == "bf16" or (
+        config["precision"] == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
+    )
+    frozen = options["class_ranges"][0] if config["freeze_text_head"] else (0, 0)  # object comes first
+    head_only = round(config["head_warmup"] * steps)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def embed(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return model(images)
+
+    def receive() -> Iterator[tuple]:
+        """The micro-batches of one optimiser step, on the device."""
+        for _ in range(chunks_per_step):
+            chunk = next(chunks)
+            for line in chunk.bad:
+                tqdm.write(f"damaged image replaced: {line}", file=sys.stderr)
+            tally["bad"] += len(chunk.bad)
+            yield to_images(chunk, model, device), chunk.label.to(device), chunk.domain.to(device)
+
+    model.train()
+    skipped_in_a_row, window, started, since = 0, [], time.time() - tally["seconds"], time.time()
+    bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", desc="train", disable=None)
+    for step in bar:
+        counts = torch.from_numpy(plan.reshape(steps, -1, len(splits))[step].sum(0)).to(device)
+        tune_backbone = step >= head_only
+        factor = rate(step, steps, config["warmup"], config["min_lr"])
+        for group in optimizer.param_groups:
+            group["lr"] = factor * group["scale"]
+        total = accumulate(embed, head, receive(), counts, options, negatives=config["negatives"],
+                           margin=ramp(step / steps, config["margin_ramp"]), tune_backbone=tune_backbone)
+        head.grad[slice(*frozen)] = 0
+        total["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config["clip"] or math.inf)
+        finite = bool(torch.isfinite(total["loss"]) & torch.isfinite(total["grad_norm"]))
+        if finite:
+            optimizer.step()
+            window.append(total)
+        else:
+            tally["skipped"] += 1
+            tqdm.write(f"step {step + 1}: loss or gradient is not finite; step skipped", file=sys.stderr)
+        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+        optimizer.zero_grad(set_to_none=True)
+        tally["seconds"] = time.time() - started
+        done = step + 1
+        if skipped_in_a_row > config["max_skipped"]:
+            raise InputError(f"{folder}: {skipped_in_a_row} steps in a row were not finite; the last good checkpoint "
+                             f"is in {folder}/last: lower --lr or raise --warmup")
+        if tally["bad"] > config["max_bad"] * max(done * config["batch"], 1000):
+            raise InputError(f"{tally['bad']} damaged images among {done * config['batch']} exceed --max-bad: check "
+                             f"the shards with `python -m data_prep verify DIR`")
+        if window and (done % config["log_every"] == 0 or done == steps):
+            record = summarise(window, config["domains"]) | {
+                "step": done, "images": done * config["batch"], "lr": factor * config["lr"],
+                "margin": ramp(step / steps, config["margin_ramp"]), "backbone": tune_backbone,
+                "images_per_second": len(window) * config["batch"] / (time.time() - since), **tally,
+            }
+            if record["mean_cosine"] > 0.99 and tally["collapsed_at"] is None:
+                tally["collapsed_at"] = record["collapsed_at"] = done
+                tqdm.write(f"WARNING: step {done}: the embeddings have COLLAPSED (mean pairwise cosine "
+                           f"{record['mean_cosine']:.4f}): lower --lr or take --head-init means", file=sys.stderr)
+            with open(folder / "log.jsonl", "a") as log:
+                log.write(json.dumps(record) + "\n")
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    board.add_scalar(name, value, done)
+            bar.set_postfix(loss=f"{record['loss']:.3f}", img_s=f"{record['images_per_second']:.0f}")
+            window, since = [], time.time()
+        if stop and done < steps:
+            save_checkpoint(folder, done, model, head, optimizer, splits, tally)
+            board.close()
+            print(f"stopped by {stop.reason} after step {done} of {steps}; continue with --resume")
+            return STOPPED
+        if done % config["save_every"] == 0 or done == steps:
+            save_checkpoint(folder, done, model, head, optimizer, splits, tally)
+    board.close()
+    write_json(folder / "done.json", {"steps": steps, "images": steps * config["batch"], **tally})
+    print(f"done: {folder} in {tally['seconds']:.0f} s; next: python evaluate.py --run {folder}")
+    return 0
+
+
+def summarise(window: list[dict], domains: list[str]) -> dict:
+    """Means over the steps since the last log line; a domain that was not drawn is absent."""
+    total = {name: torch.stack([t[name].float() for t in window]) for name in window[0]}
+    count = total["count"].sum(0)
+    cosine = torch.stack([mean_pairwise_cosine(t["direction"], t["count"].sum()) for t in window]).mean()
+    record = {"loss": float(total["loss"].mean()), "grad_norm": float(total["grad_norm"].mean()),
+              "mean_cosine": float(cosine)}
+    for k, name in enumerate(domains):
+        if count[k] > 0:
+            drawn = (total["count"][:, k] > 0).sum()
+            record[f"loss/{name}"] = float(total["loss_by_domain"][:, k].sum() / drawn)
+            record[f"top1/{name}"] = float(total["correct"][:, k].sum() / count[k])
+            record[f"target_cosine/{name}"] = float(total["cos"][:, k].sum() / count[k])
+    return record
+
+
+# ---------------------------------------------------------------- options
+
+
+def read_config(context: click.Context, _parameter, path: str | None) -> str | None:
+    """--config FILE: its options become the defaults, so that the command line still wins."""
+    if path is None:
+        return None
+    try:
+        values = json.loads(Path(path).read_text())
+        assert isinstance(values, dict)
+    except (OSError, ValueError, AssertionError) as error:
+        raise InputError(f"--config {path}: not a readable JSON file of options; take a run's config.json") from error
+    known = {parameter.name for parameter in context.command.params}
+    if unknown := set(values) - known - {"role", "steps", "counts", "git_commit", "argv", "versions"}:
+        raise InputError(f"--config {path}: no option {sorted(unknown)[0]!r}")
+    joined = {key: ",".join(value) if isinstance(value, list) else value for key, value in values.items()}
+    context.default_map = {key: joined[key] for key in known & set(joined) - {"out", "resume", "config"}}
+    return path
+
+
+PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 120}, help=__doc__.split("\n\n")[0])
+@click.option("--config", is_eager=True, callback=read_config, metavar="FILE",
+              help="Replay a run's config.json; options given here win over it.")
+@click.option("--backbone", type=click.Choice(list(BACKBONES)), help="Foundation model family.")
+@click.option("--size", type=click.Choice(["tiny", "small", "base", "large"]), default="large",
+              help="Size within the family.")
+@click.option("--model", metavar="NAME",
+              help="Any timm or open_clip model instead of --backbone; open_clip: NAME or NAME/TAG.")
+@click.option("--weights", default="pretrained", metavar="WHICH",
+              help="'pretrained' (downloads), 'none' (random start) or a safetensors/pt FILE.")
+@click.option("--image-size", type=click.IntRange(16),
+              help="Input side in pixels (default: 224, DINOv3 256, --model: its own).")
+@click.option("--embed-dim", type=click.IntRange(0), default=0,
+              help="Width of one linear layer after the backbone; 0: none.")
+@click.option("--data", default="data", metavar="DIR", help="Data root: DIR/<domain>/train holds the shards.")
+@click.option("--out", metavar="DIR", help="Run folder (default: runs/{backbone}-{size}-{schedule}-{domains}-s{seed}).")
+@click.option("--resume", is_flag=True,
+              help="Continue the run in --out; starts afresh where there is nothing to continue.")
+@click.option("--schedule", type=click.Choice(["A", "B", "alternate", "sequential"]), default="B",
+              help="A: one domain a batch, a step after each round. B: every batch blended.")
+@click.option("--domains", metavar="NAMES",
+              help="Comma-separated subset of object,face_hq,face_lq,body (default: all).")
+@click.option("--order", metavar="NAMES",
+              help="Order of the blocks of --schedule sequential (default: the order above).")
+@click.option("--batch", type=click.IntRange(1), default=256, help="Images per optimiser step.")
+@click.option("--micro-batch", type=click.IntRange(1),
+              help="At most so many images per forward pass (default: the batch).")
+@click.option("--images", type=click.IntRange(1), help="Length of the run in images, all domains together.")
+@click.option("--epochs", type=click.FloatRange(0, min_open=True),
+              help="Length as passes over the largest domain (default: 10).")
+@click.option("--mix", metavar="SHARES", help="Shares of schedule B, e.g. object=1,face_hq=2,face_lq=1,body=1.")
+@click.option("--mix-temperature", type=click.FloatRange(0, 1), default=0.5,
+              help="Shares of schedule B ∝ (images)^T; 0: equal, 1: proportional.")
+@click.option("--mix-ramp", metavar="RAMP",
+              help="Let a share move, e.g. 'object:1.0->0.25@0.3' over the first 0.3 of training.")
+@click.option("--coupling", type=click.Choice(["domain", "sample"]), default="domain",
+              help="What a step averages over first: each domain, or all samples.")
+@click.option("--domain-weight", default="1", metavar="NUMBERS",
+              help="Weight of a domain in the loss: one number or NAME=NUMBER,...")
+@click.option("--negatives", type=click.Choice(["own", "all"]), default="own",
+              help="Softmax over the domain's own classes or over every class.")
+@click.option("--scale", default="object=30,face_hq=64,face_lq=64,body=64", metavar="NUMBERS",
+              help="Scale s of the logits, per domain.")
+@click.option("--margin-additive", default=PEOPLE(0.35), metavar="NUMBERS",
+              help="CosFace margin m on the cosine, per domain.")
+@click.option("--margin-angular", default="0", metavar="NUMBERS", help="ArcFace margin in radians, per domain.")
+@click.option("--label-smoothing", default="0", metavar="NUMBERS", help="Label smoothing 0..1, per domain.")
+@click.option("--margin-ramp", type=click.FloatRange(0, 1), default=0.1,
+              help="Margins grow from 0 over this fraction of training; 0: off.")
+@click.option("--degrade", is_flag=True,
+              help="Degrade face_lq/train online: for sets of sharp crops, not for natively low-quality ones.")
+@click.option("--degrade-severity", type=click.FloatRange(0, 1), default=1.0, help="Largest severity of --degrade.")
+@click.option("--degrade-ramp", type=click.FloatRange(0, 1), default=0.3,
+              help="Severity grows from 0 over this fraction of training; 0: off.")
+@click.option("--crop-scale", default="object=0.35,face_hq=0.8,face_lq=0.8,body=0.8", metavar="NUMBERS",
+              help="Least area of the random crop, per domain; 1: none.")
+@click.option("--head-init", type=click.Choice(["means", "text", "random"]), default="means",
+              help="Class weights start at class means, prompt embeddings (objects) or at random.")
+@click.option("--head-init-images", type=click.IntRange(1), default=20,
+              help="At most so many images per class for the means.")
+@click.option("--freeze-text-head", is_flag=True, help="Keep the object rows of --head-init text as they are.")
+@click.option("--head-warmup", type=click.FloatRange(0, 1), default=0.02,
+              help="Fraction of the steps that train the class weights alone, first.")
+@click.option("--lr", type=click.FloatRange(0), default=2e-5,
+              help="Peak learning rate of the top layer of the backbone.")
+@click.option("--head-lr", type=click.FloatRange(0), default=1e-3, help="Peak learning rate of the class weights.")
+@click.option("--layer-decay", type=click.FloatRange(0, 1), default=0.8,
+              help="Factor on the learning rate per layer downwards; 1: none.")
+@click.option("--weight-decay", type=click.FloatRange(0), default=0.05,
+              help="AdamW weight decay of the backbone's matrices.")
+@click.option("--warmup", type=click.FloatRange(0, 1), default=0.05,
+              help="Fraction of the steps over which the learning rate rises.")
+@click.option("--min-lr", type=click.FloatRange(0, 1), default=0.01,
+              help="Last learning rate as a fraction of the peak.")
+@click.option("--clip", type=click.FloatRange(0), default=1.0,
+              help="Gradient norm above which a step is scaled down; 0: never.")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto",
+              help="bf16 autocast of the backbone; auto: where CUDA has it.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the start, the data order and every draw.")
+@click.option("--shuffle-window", type=click.IntRange(1), default=8,
+              help="Shards among which the order of an epoch is shuffled.")
+@click.option("--workers", type=click.IntRange(0), default=min(8, max((os.cpu_count() or 2) - 1, 1)),
+              help="Loader processes.")
+@click.option("--device", default="auto", help="auto, cpu or cuda.")
+@click.option("--log-every", type=click.IntRange(1), default=10, help="Steps between lines of log.jsonl.")
+@click.option("--save-every", type=click.IntRange(1), default=500, help="Steps between checkpoints.")
+@click.option("--max-skipped", type=click.IntRange(0), default=10, help="Non-finite steps in a row that stop the run.")
+@click.option("--max-bad", type=click.FloatRange(0, 1), default=0.001,
+              help="Share of damaged images above which the run stops.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
+def main(**config) -> int:
+    return train(config)
+
+
+if __name__ == "__main__":
+    run_command(main)
