@@ -14,6 +14,7 @@ L = sum_i w_d(i) l_i / (K n_d(i)), whatever the schedule. What is written into r
 import difflib
 import functools
 import json
+import logging
 import math
 import os
 import platform
@@ -91,7 +92,8 @@ class Backbone(nn.Module):
         if library == "open_clip":
             import open_clip
 
-            settings = open_clip.get_model_preprocess_cfg(net)
+            settings = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
+                        "interpolation": "bicubic"} | open_clip.get_model_preprocess_cfg(net)
             width = net.visual.output_dim
             net.requires_grad_(False)
             net.visual.requires_grad_(True)  # the text tower stays as it is: it keeps zero-shot alive
@@ -124,7 +126,7 @@ class Backbone(nn.Module):
 
         if self.library == "open_clip":
             matcher = {
-                "stem": r"^visual\.(conv1|class_embedding|positional_embedding|ln_pre)",
+                "stem": r"^visual\.(?:conv1|class_embedding|positional_embedding|ln_pre)",
                 "blocks": [(r"^visual\.transformer\.resblocks\.(\d+)", None), (r".", (99999,))],
             }
         else:
@@ -178,7 +180,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"--weights {path}: cannot be read safely ({str(error).splitlines()[0]})") from error
+        raise InputError(f"--weights {path}: not a file of plain tensors ({type(error).__name__}); want safetensors "
+                         "or a .pt that torch.load(weights_only=True) reads") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -200,6 +203,8 @@ def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], p
                 state = {key: value for key, value in state.items() if not key.startswith(f"{classifier}.")}
             convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
             state = convert(state, net) if convert else state
+        # BatchNorm's step counters carry nothing while its statistics stay frozen, and some exports drop them
+        state = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")} | state
         expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
         given = {key: tuple(value.shape) for key, value in state.items()}
         wrong = [f"{key} is missing" for key in expected if key not in given]
@@ -228,6 +233,7 @@ def load_backbone(config: dict) -> Backbone:
     library, name, tag = resolve_backbone(config)
     size = config["image_size"] or (None if config["model"] else IMAGE_SIZE[config["backbone"]])
     torch.manual_seed(config["seed"])
+    logging.disable(logging.ERROR)  # the hub clients' own pages about what ends here in one line
     if config["weights"] != "pretrained":
         try:
             net = build_network(library, name, size)
@@ -237,7 +243,8 @@ def load_backbone(config: dict) -> Backbone:
             fill_weights(net, library, read_weights(Path(config["weights"])), Path(config["weights"]))
     else:
         if tag is None:
-            raise InputError(f"no pretrained weights of {name} exist: give --weights none or --weights FILE")
+            which = config["model"] or f"{config['backbone']} {config['size']}"
+            raise InputError(f"{which} has no weights to download: give --weights none or --weights FILE")
         try:
             fail_fast_offline()
             net = build_network(library, name, size, pretrained=tag or True)
@@ -246,6 +253,7 @@ def load_backbone(config: dict) -> Backbone:
                 f"the weights of {name} cannot be downloaded ({str(error).splitlines()[0][:120]}): fetch them on a "
                 "machine with network and give --weights FILE, or start at random with --weights none"
             ) from error
+    logging.disable(logging.NOTSET)
     if size is None:
         import timm
 
@@ -733,7 +741,7 @@ def open_splits(config: dict) -> list[Split]:
     for domain in config["domains"]:
         if "train" not in root.get(domain, {}):
             folder = f"{config['data']}/{domain}/train"
-            raise InputError(f"{folder}: no shards; make them with `python -m data_prep SOURCE --src PATH --out {folder}`, "
+            raise InputError(f"{folder}: no shards; make them with `python -m data_prep SOURCE --src PATH --out {folder}` "
                              f"or leave {domain} out with --domains")
         split = root[domain]["train"]
         if not len(split) or (split.labels < 0).any():
