@@ -741,7 +741,7 @@ def open_splits(config: dict) -> list[Split]:
     for domain in config["domains"]:
         if "train" not in root.get(domain, {}):
             folder = f"{config['data']}/{domain}/train"
-            raise InputError(f"{folder}: no shards; make them with `python -m data_prep SOURCE --src PATH --out {folder}` "
+            raise InputError(f"{folder}: no shards; make them: `python -m data_prep SOURCE --src PATH --out {folder}`, "
                              f"or leave {domain} out with --domains")
         split = root[domain]["train"]
         if not len(split) or (split.labels < 0).any():

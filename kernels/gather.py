@@ -1,0 +1,120 @@
+"""The interleaved gather: one normalised batch out of several banks of uint8 images, cropped, resized and flipped.
+
+`gather_interleaved_reference` is the definition, the fallback on every device and the oracle of the tests.
+"""
+
+import torch
+from torch import Tensor
+
+# ---------------------------------------------------------------- reference
+
+
+def resample_weights(low: Tensor, high: Tensor, length: int, size: int) -> Tensor:
+    """Triangle-filter weights [b, size, length] that resample the interval low..high [b] of `length` pixels.
+
+    Pixel i covers i..i+1 and has its centre at i + 0.5. The filter is widened by the reduction factor where the
+    interval is larger than the output (antialiasing), and sees only the pixels that the interval touches: for a
+    whole-pixel box that equals cropping first.
+    """
+    step = ((high - low) / size)[:, None, None]
+    centre = low[:, None, None] + (torch.arange(size, device=low.device)[:, None] + 0.5) * step
+    pixel = torch.arange(length, device=low.device)
+    weights = (1 - (pixel + 0.5 - centre).abs() / step.clamp(min=1)).clamp(min=0)
+    weights = weights * ((pixel >= low.floor()[:, None, None]) & (pixel < high.ceil()[:, None, None]))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def gather_interleaved_reference(
+    banks: list[Tensor], domain: Tensor, row: Tensor, *, size: int, mean, std, boxes: Tensor | None = None,
+    flip: Tensor | None = None, dtype: torch.dtype = torch.bfloat16, channels_last: bool = True,
+) -> Tensor:
+    """The definition of `gather_interleaved`, computed bank by bank in float32 (float64 for float64 output)."""
+    work = torch.promote_types(dtype, torch.float32)
+    device = banks[0].device
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(len(domain), 3, size, size, dtype=dtype, device=device, memory_format=layout)
+    mean, std = (torch.as_tensor(v, dtype=work, device=device).view(1, 3, 1, 1) for v in (mean, std))
+    for k, bank in enumerate(banks):
+        places = (domain == k).nonzero().flatten()
+        if not len(places):
+            continue
+        H, W = bank.shape[1:3]
+        x = bank[row[places]].permute(0, 3, 1, 2).to(work)
+        if boxes is not None or (size, size) != (H, W):
+            whole = torch.tensor([0, 0, W, H], dtype=work, device=device).expand(len(places), 4)
+            x0, y0, x1, y1 = (whole if boxes is None else boxes[places].to(work)).unbind(1)
+            x = torch.einsum("bsw,bchw->bchs", resample_weights(x0, x1, W, size), x)
+            x = torch.einsum("bth,bchs->bcts", resample_weights(y0, y1, H, size), x)
+        if flip is not None:
+            x = torch.where(flip[places].view(-1, 1, 1, 1), x.flip(3), x)
+        out[places] = ((x / 255 - mean) / std).to(dtype)
+    return out
+
+
+# ---------------------------------------------------------------- public
+
+
+def check_arguments(banks, domain, row, boxes, flip, size, dtype) -> None:
+    """Raise ValueError for what cannot be meant and IndexError for places outside the banks."""
+    if not banks or any(bank.dtype != torch.uint8 or bank.ndim != 4 or bank.shape[3] != 3 for bank in banks):
+        raise ValueError("banks: want a list of uint8 tensors [M, H, W, 3]")
+    B = len(domain)
+    for name, value, shape in (("row", row, (B,)), ("boxes", boxes, (B, 4)), ("flip", flip, (B,))):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} is {tuple(value.shape)}: want {shape}, one for each of {B} output images")
+    if size < 1 or dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise ValueError(f"size={size}, dtype={dtype}: want a size of at least 1 and a floating dtype")
+    if not B:
+        return
+    sizes = torch.tensor([len(bank) for bank in banks], device=row.device)
+    known = (domain >= 0) & (domain < len(banks))
+    wrong = ~known | (row < 0) | (row >= sizes[domain.clamp(0, len(banks) - 1)])
+    if bool(wrong.any()):
+        b = int(wrong.nonzero()[0])
+        raise IndexError(f"output {b}: row {int(row[b])} of domain {int(domain[b])} is not in the banks, which hold "
+                         f"{sizes.tolist()} images")
+    if boxes is not None:
+        sides = torch.tensor([[bank.shape[2], bank.shape[1]] for bank in banks], device=boxes.device)[domain]
+        inside = (boxes[:, :2] >= 0) & (boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= sides)
+        if not bool(inside.all()):
+            b = int((~inside.all(1)).nonzero()[0])
+            raise ValueError(f"output {b}: box {boxes[b].tolist()} is empty or not within its image of "
+                             f"{sides[b].tolist()} pixels (x, y)")
+
+
+def gather_interleaved(
+    banks: list[Tensor], domain: Tensor, row: Tensor, *, size: int, mean, std, boxes: Tensor | None = None,
+    flip: Tensor | None = None, dtype: torch.dtype = torch.bfloat16, channels_last: bool = True, impl: str = "auto",
+) -> Tensor:
+    """Write an interleaved, normalised batch from K banks of images: gather, crop, resize, flip, normalise.
+
+    Args:
+        banks: K tensors uint8 [M_d, H_d, W_d, 3], RGB; sizes may differ.
+        domain: int64 [B], the bank of every output image.
+        row: int64 [B], its row in that bank.
+        size: output side S in pixels.
+        mean: 3 numbers, per channel, of images scaled to 0..1.
+        std: 3 numbers, likewise.
+        boxes: float32 [B, 4] as x0, y0, x1, y1 in pixels, pixel i covering i..i+1; bilinear, antialiased where the box
+            is larger than the output. Default: the whole image (a pure copy where H = W = size).
+        flip: bool [B], mirror left-right after resampling.
+        dtype: of the output: bfloat16, float16, float32 or float64.
+        channels_last: memory layout of the output.
+        impl: "torch", "triton" or "auto": the best that is there.
+
+    Returns:
+        [B, 3, S, S], (image / 255 - mean) / std.
+
+    Raises:
+        IndexError: a row or a domain outside the banks.
+        ValueError: shapes, boxes or dtypes that cannot be meant.
+        NotImplementedError: impl="triton" where there is no Triton kernel.
+    """
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"impl={impl!r}: want one of auto, triton, torch")
+    check_arguments(banks, domain, row, boxes, flip, size, dtype)
+    if impl == "triton":
+        raise NotImplementedError("gather_interleaved: impl='triton' was asked for, but this version has no Triton "
+                                  "kernel; use impl='auto' or impl='torch'")
+    return gather_interleaved_reference(banks, domain, row, size=size, mean=mean, std=std, boxes=boxes, flip=flip,
+                                        dtype=dtype, channels_last=channels_last)

@@ -1,0 +1,242 @@
+"""The margin loss against a literal transcription of its formulas in numpy, sample by sample, in float64."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.margin_loss import margin_loss, margin_loss_reference, margin_target
+
+SIZES = [(1, 2, 3), (2, 5, 1), (17, 7, 8), (101, 13, 31)]
+
+
+def case(n, classes, dim, K=3, seed=0, dtype=torch.float64):
+    """Random problem with an empty domain (no samples), a domain of one class and one of many."""
+    g = torch.Generator().manual_seed(seed)
+    counts = [classes, 1, 2 * classes, 3][: K + 1]
+    ends = np.cumsum(counts)
+    ranges = [(int(e - c), int(e)) for e, c in zip(ends, counts, strict=True)]
+    domains = torch.randint(0, K, (n,), generator=g)  # the last domain stays without samples
+    labels = torch.tensor([int(torch.randint(0, counts[d], (1,), generator=g)) for d in domains])
+    x = torch.randn(n, dim, generator=g, dtype=torch.float64).to(dtype)
+    w = torch.randn(int(ends[-1]), dim, generator=g, dtype=torch.float64).to(dtype)
+    return x, w, labels, domains, ranges
+
+
+def literal(x, w, labels, domains, ranges, s, m_ang, m_add, extension="linear"):
+    """ℓ_i, t_i and top-1 of every sample by the textbook, with explicit loops and no care for precision but float64."""
+    losses, cosines, hits = [], [], []
+    for i in range(len(x)):
+        start, end = ranges[domains[i]]
+        cos = [np.dot(x[i], w[j]) / (np.linalg.norm(x[i]) * np.linalg.norm(w[j])) for j in range(start, end)]
+        t = min(max(cos[labels[i]], -1), 1)
+        theta = math.acos(t) + m_ang[i]
+        if extension == "clamp":
+            phi = math.cos(min(max(theta, 1e-3), math.pi - 1e-3))
+        elif theta > math.pi:
+            phi = t - m_ang[i] * math.sin(m_ang[i])
+        elif theta < 0:
+            phi = t + 1 - math.cos(m_ang[i])
+        else:
+            phi = math.cos(theta)
+        logits = [s[i] * c for c in cos]
+        logits[labels[i]] = s[i] * (phi - m_add[i])
+        top = max(logits)
+        losses.append(top + math.log(sum(math.exp(z - top) for z in logits)) - logits[labels[i]])
+        cosines.append(t)
+        hits.append(max(range(len(cos)), key=cos.__getitem__) == labels[i])
+    return np.array(losses), np.array(cosines), np.array(hits)
+
+
+@pytest.mark.parametrize("extension", ["linear", "clamp"])
+@pytest.mark.parametrize("n, classes, dim", SIZES)
+def test_equals_the_formulas(n, classes, dim, extension):
+    x, w, labels, domains, ranges = case(n, classes, dim)
+    rng = np.random.default_rng(1)
+    s, m_ang, m_add = rng.uniform(1, 64, n), rng.uniform(-1.5, 1.5, n), rng.uniform(0, 0.4, n)
+    weight = torch.tensor([1.0, 2.0, 0.5, 3.0])
+    out = margin_loss(x, w, labels, domains, ranges, scale=torch.tensor(s), margin_angular=torch.tensor(m_ang),
+                      margin_additive=torch.tensor(m_add), domain_weight=weight, extension=extension)
+    losses, cosines, hits = literal(x.numpy(), w.numpy(), labels, domains, ranges, s, m_ang, m_add, extension)
+    of = [(domains == k).numpy() for k in range(4)]
+    seen = [k for k in range(4) if of[k].any()]
+    expected = sum(float(weight[k]) * losses[of[k]].mean() for k in seen) / len(seen)
+    assert float(out.loss) == pytest.approx(expected, rel=1e-10)
+    for k in range(4):
+        value = float(out.per_domain[k])
+        assert value == pytest.approx(losses[of[k]].mean(), rel=1e-10) if k in seen else math.isnan(value)
+    np.testing.assert_allclose(out.target_cos, cosines, rtol=1e-10)
+    assert out.correct.tolist() == hits.tolist()
+    sample = margin_loss(x, w, labels, domains, ranges, scale=torch.tensor(s), margin_angular=torch.tensor(m_ang),
+                         margin_additive=torch.tensor(m_add), reduction="sample", extension=extension)
+    assert float(sample.loss) == pytest.approx(losses.mean(), rel=1e-10)
+
+
+def test_label_smoothing_is_cross_entropy_against_soft_targets():
+    x, w, labels, domains, ranges = case(40, 6, 9)
+    s, eps = 12.0, torch.tensor([0.1, 0.2, 0.3, 0.0], dtype=torch.float64)
+    out = margin_loss(x, w, labels, domains, ranges, scale=s, margin_additive=0.2, label_smoothing=eps)
+    expected = []
+    for k in range(3):
+        rows = (domains == k).nonzero().flatten()
+        a, b = ranges[k]
+        cos = torch.nn.functional.normalize(x[rows]) @ torch.nn.functional.normalize(w[a:b]).T
+        onehot = torch.nn.functional.one_hot(labels[rows], b - a).double()
+        logits = s * (cos - 0.2 * onehot)
+        target = (1 - eps[k]) * onehot + eps[k] / (b - a)
+        expected.append(torch.nn.functional.cross_entropy(logits, target))
+    assert float(out.loss) == pytest.approx(float(sum(expected) / 3), rel=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradcheck(chunk, smoothing):
+    x, w, labels, domains, ranges = case(12, 5, 4, seed=3)
+    labels[2] = -1
+    m_ang = torch.linspace(-0.3, 0.5, 12, dtype=torch.float64)
+
+    def loss(x, w):
+        return margin_loss_reference(x, w, labels, domains, ranges, scale=8.0, margin_angular=m_ang,
+                                     margin_additive=0.1, domain_weight=torch.tensor([1.0, 2.0, 3.0, 1.0]),
+                                     label_smoothing=smoothing, class_chunk=chunk).loss
+
+    assert torch.autograd.gradcheck(loss, (x.requires_grad_(), w.requires_grad_()))
+
+
+@pytest.mark.parametrize("angle, m", [(3.0, 0.5), (0.1, -0.4), (1.0, 0.5)])
+def test_gradcheck_of_every_branch(angle, m):
+    cos = torch.tensor([math.cos(angle)], dtype=torch.float64, requires_grad=True)
+    for extension in ("linear", "clamp"):
+        assert torch.autograd.gradcheck(lambda c, e=extension: margin_target(
+            c, torch.tensor([m], dtype=torch.float64), torch.tensor([0.1], dtype=torch.float64), e, "exact"), cos)
+
+
+def test_straight_through_changes_the_gradient_alone():
+    cos = torch.tensor([-0.99, 0.2, 0.9999], requires_grad=True)
+    m, zero = torch.full((3,), 0.5), torch.zeros(3)
+    exact, through = (margin_target(cos, m, zero, "linear", g) for g in ("exact", "straight_through"))
+    assert torch.equal(exact, through)
+    assert torch.autograd.grad(through.sum(), cos)[0].tolist() == [1, 1, 1]
+    assert torch.autograd.grad(exact.sum(), cos)[0][2] > 20  # unbounded as θ -> 0
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
+def test_chunks_of_classes_change_nothing(chunk):
+    x, w, labels, domains, ranges = case(30, 9, 6)
+    grads = []
+    for size in (None, chunk):
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        out = margin_loss_reference(a, b, labels, domains, ranges, scale=30.0, margin_additive=0.3, class_chunk=size)
+        out.loss.backward()
+        grads.append((out.loss.detach(), out.correct, a.grad, b.grad))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("p", [0.9, 0.99, 0.999, 1 - 1e-7])
+def test_confident_logits_keep_their_gradient_in_fp32(p):
+    """The difference lse - sφ cancels to 0 in fp32 where the truth is 1e-8: the target stays out of the lse."""
+    s, C = 64.0, 50
+    t = 0.5
+    other = (s * t + math.log((1 - p) / p / (C - 1))) / s  # every non-target cosine, so that p_y = p
+    x = torch.zeros(1, C + 1, dtype=torch.float64)
+    x[0, 0] = 1
+    w = torch.eye(C, C + 1, dtype=torch.float64).roll(1, 1)
+    w[:, 0] = other
+    w[0, 0] = t
+    w[:, 1:] *= torch.sqrt(1 - w[:, :1].square())
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        a, b = (v.to(dtype).clone().requires_grad_() for v in (x, w))
+        out = margin_loss(a, b, torch.tensor([0]), torch.tensor([0]), [(0, C)], scale=s)
+        out.loss.backward()
+        results.append((out.loss.double().detach(), a.grad.double(), b.grad.double()))
+    assert float(results[0][0]) == pytest.approx(-math.log(p), rel=1e-6)
+    for exact, single in zip(*results, strict=True):
+        torch.testing.assert_close(single, exact, rtol=3e-5, atol=1e-9 * float(exact.abs().max()))
+
+
+def test_zero_vectors_and_perfect_targets_have_finite_gradients():
+    w = torch.eye(4)[:3].clone()
+    w[2] = 0
+    x = torch.stack([torch.zeros(4), torch.eye(4)[0] * 5, -torch.eye(4)[1]]).requires_grad_()
+    w.requires_grad_()
+    labels, domains = torch.tensor([0, 0, 1]), torch.zeros(3, dtype=torch.long)
+    out = margin_loss(x, w, labels, domains, [(0, 3)], scale=64.0, margin_angular=0.5)
+    out.loss.backward()
+    assert torch.isfinite(out.loss) and torch.isfinite(x.grad).all() and torch.isfinite(w.grad).all()
+    assert (x.grad[0] == 0).all() and (w.grad[2] == 0).all()
+    assert out.target_cos.tolist() == [0, 1, -1] and out.correct.tolist() == [False, True, False]
+
+
+def test_ignored_samples_and_nothing_valid():
+    x, w, labels, domains, ranges = case(20, 5, 6)
+    keep = torch.arange(20) % 3 > 0
+    some = margin_loss(x[keep], w, labels[keep], domains[keep], ranges, scale=10.0)
+    masked = margin_loss(x, w, torch.where(keep, labels, -1), domains, ranges, scale=10.0)
+    assert float(some.loss) == pytest.approx(float(masked.loss), rel=1e-12)
+    assert masked.target_cos.isnan().tolist() == (~keep).tolist() and not masked.correct[~keep].any()
+    x.requires_grad_(), w.requires_grad_()
+    nothing = margin_loss(x, w, torch.full((20,), -1), domains, ranges, scale=10.0)
+    nothing.loss.backward()
+    assert nothing.loss.item() == 0 and nothing.per_domain.isnan().all()
+    assert (x.grad == 0).all() and (w.grad == 0).all()
+
+
+def test_micro_batches_add_up_with_the_counts_of_the_step():
+    x, w, labels, domains, ranges = case(31, 5, 6)
+    count = torch.bincount(domains, minlength=4)
+    for reduction in ("domain", "sample"):
+        options = {"scale": 10.0, "reduction": reduction, "num_domains": 3}
+        whole = margin_loss(x, w, labels, domains, ranges, **options)
+        parts = [margin_loss(x[p], w, labels[p], domains[p], ranges, domain_count=count, **options)
+                 for p in torch.arange(31).split(7)]
+        assert float(sum(p.loss for p in parts)) == pytest.approx(float(whole.loss), rel=1e-12)
+        total = sum(p.per_domain.nan_to_num(0) for p in parts)
+        torch.testing.assert_close(total[:3], whole.per_domain[:3])
+
+
+def test_overlapping_ranges_share_rows():
+    x, w, labels, _, _ = case(20, 5, 6)
+    half = torch.arange(20) % 2
+    labels = labels % 4
+    shared = margin_loss(x, w, labels, half, [(0, 6), (2, 8)], scale=10.0)
+    apart = margin_loss(x, torch.cat([w[0:6], w[2:8]]), labels, half, [(0, 6), (6, 12)], scale=10.0)
+    assert float(shared.loss) == pytest.approx(float(apart.loss), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_gradients_come_back_in_the_dtype_of_their_inputs(dtype):
+    x, w, labels, domains, ranges = case(20, 5, 8, dtype=dtype)
+    x.requires_grad_(), w.requires_grad_()
+    out = margin_loss(x, w, labels, domains, ranges, scale=30.0, margin_additive=0.3)
+    (3 * out.loss).backward()
+    truth_x, truth_w = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    (3 * margin_loss(truth_x, truth_w, labels, domains, ranges, scale=30.0, margin_additive=0.3).loss).backward()
+    assert x.grad.dtype == w.grad.dtype == dtype and out.loss.dtype == torch.float32
+    eps = torch.finfo(dtype).eps
+    for grad, truth in ((x.grad, truth_x.grad), (w.grad, truth_w.grad)):
+        torch.testing.assert_close(grad.double(), truth, rtol=4 * eps, atol=40 * eps * float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("change, error, words", [
+    ({"impl": "triton"}, NotImplementedError, "no Triton kernel"),
+    ({"impl": "cuda"}, ValueError, "auto, triton, torch"),
+    ({"reduction": "mean"}, ValueError, "reduction='mean'"),
+    ({"extension": "cubic"}, ValueError, "extension='cubic'"),
+    ({"gradient": "none"}, ValueError, "gradient='none'"),
+    ({"drop_mass": 1.5}, ValueError, "drop_mass"),
+    ({"labels": torch.tensor([0, 9])}, ValueError, "sample 1: label 9 is not one of the 2 classes"),
+    ({"labels": torch.tensor([-2, 0])}, ValueError, "sample 0: label -2"),
+    ({"labels": torch.tensor([0])}, ValueError, "want one of each for 2 samples"),
+    ({"domains": torch.tensor([0, 2])}, ValueError, "want 0..1"),
+    ({"class_ranges": [(0, 3), (3, 9)]}, ValueError, r"class range 1 is \(3, 9\)"),
+    ({"weight": torch.randn(5, 7)}, ValueError, r"want \[C, 4\]"),
+])  # fmt: skip
+def test_bad_arguments(change, error, words):
+    call = {"embeddings": torch.randn(2, 4), "weight": torch.randn(5, 4), "labels": torch.tensor([0, 1]),
+            "domains": torch.tensor([0, 1]), "class_ranges": [(0, 3), (3, 5)], "scale": 10.0}
+    assert torch.isfinite(margin_loss(**call).loss)
+    with pytest.raises(error, match=words):
+        margin_loss(**call | change)

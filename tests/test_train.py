@@ -1,0 +1,410 @@
+"""train.py as its users run it: on small shards, interrupted, resumed, misused."""
+
+import io
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from data_prep import InputError
+from data_prep.shards import open_root
+from data_prep.stream import Stream
+from tests.conftest import ROOT, TINY, script
+
+
+def run_here(*arguments) -> int:
+    """One run in this process: quicker than a new one, where signals do not matter."""
+    return train.main.main([str(a) for a in arguments], standalone_mode=False)
+
+
+def log_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "model.safetensors") | load_file(run / "head.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    x, y = weights_of(a), weights_of(b)
+    assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+
+
+# ---------------------------------------------------------------- a run
+
+
+@pytest.mark.parametrize("schedule", ["A", "B", "alternate", "sequential"])
+def test_every_schedule_learns(schedule, demo_root, tmp_path):
+    code = run_here(*TINY, "--schedule", schedule, "--data", demo_root, "--out", tmp_path / "run", "--images", 1600,
+                    "--domains", "object,body", "--log-every", 1, "--margin-ramp", 0, "--head-warmup", 0)
+    log = log_of(tmp_path / "run")
+    assert code == 0 and len(log) == 100
+    for domain in ("object", "body"):
+        losses = [record[f"loss/{domain}"] for record in log if f"loss/{domain}" in record]
+        assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3, losses
+    shown = [f"loss/{d}" in log[0] for d in ("object", "body")]
+    assert shown == ([True, True] if schedule in "AB" else [True, False])
+
+
+def test_a_run_folder_holds_what_the_design_lists(tiny_run, demo_root):
+    names = {path.name for path in tiny_run.iterdir()}
+    assert names >= {"config.json", "log.jsonl", "tensorboard", "model.safetensors", "head.safetensors", "last",
+                     "done.json", "samples.png"}
+    assert list((tiny_run / "tensorboard").glob("events*"))
+    config = json.loads((tiny_run / "config.json").read_text())
+    assert config["role"] == "unified" and config["steps"] == 4 and sum(config["counts"].values()) == 64
+    assert set(config["versions"]) >= {"torch", "timm"} and config["domains"] == list(train.DOMAINS)
+    run = train.load_run(tiny_run)
+    classes = {d: splits["train"].classes for d, splits in open_root(demo_root).items()}
+    assert run.classes == classes and len(run.head) == sum(len(names) for names in classes.values())
+    assert run.class_ranges["object"] == (0, len(classes["object"]))
+
+
+def test_weights_load_strictly_into_the_libraries(tiny_run, demo_root, tmp_path):
+    import open_clip
+    import timm
+
+    clip = train.build_network("open_clip", "tiny", 32)
+    assert isinstance(clip, open_clip.CLIP)
+    clip.load_state_dict(load_file(tiny_run / "model.safetensors"), strict=True)
+    model = train.load_tuned(train.load_run(tiny_run))
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(images), clip.eval().encode_image(images))
+
+    options = ["--model", "test_vit", "--weights", "none", "--image-size", 32, "--batch", 8, "--images", 8, "--workers", 0]
+    run_here(*options, "--data", demo_root, "--domains", "object,body", "--embed-dim", 24, "--out", tmp_path / "vit")
+    vit = timm.create_model("test_vit", num_classes=0, img_size=32)
+    vit.load_state_dict(load_file(tmp_path / "vit" / "model.safetensors"), strict=True)
+    tuned = train.load_tuned(train.load_run(tmp_path / "vit"))
+    project = load_file(tmp_path / "vit" / "head.safetensors")["project"]
+    torch.testing.assert_close(tuned(images), vit.eval()(images) @ project.T)
+    assert tuned.dim == 24
+
+
+def test_the_foundation_is_the_same_start(tiny_run):
+    run = train.load_run(tiny_run)
+    first, again = train.load_foundation(run), train.load_foundation(run)
+    tuned = train.load_tuned(run)
+    pairs = zip(first.net.state_dict().values(), again.net.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    moved = [k for k, v in first.net.state_dict().items() if not torch.equal(v, tuned.net.state_dict()[k])]
+    assert moved and all(key.startswith("visual.") for key in moved)  # the text tower stays as it was
+
+
+def test_config_replays_a_run(tiny_run, tmp_path):
+    script("train.py", "--config", tiny_run / "config.json", "--out", tmp_path / "again", "--workers", "2")
+    assert_same_weights(tiny_run, tmp_path / "again")  # with two workers as without
+    script("train.py", "--config", tiny_run / "config.json", "--out", tmp_path / "other", "--seed", "1")
+    assert json.loads((tmp_path / "other/config.json").read_text())["seed"] == 1
+    assert not torch.equal(weights_of(tmp_path / "other")["weight"], weights_of(tiny_run)["weight"])
+
+
+def test_head_warmup_trains_the_head_alone(demo_root, tmp_path):
+    run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--head-warmup", 1)
+    run = train.load_run(tmp_path / "run")
+    before, after = train.load_foundation(run).net.state_dict(), train.load_tuned(run).net.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    splits = [open_root(demo_root)[domain]["train"] for domain in train.DOMAINS]
+    start = train.init_head(train.load_foundation(run), splits, run.config, torch.device("cpu"))
+    assert not torch.allclose(run.head, start, atol=1e-4)
+
+
+def test_head_starts_at_class_means_and_prompts(demo_root):
+    config = json.loads(json.dumps({"backbone": "clip", "size": "tiny", "model": None, "weights": "none", "image_size": 32,
+                                    "embed_dim": 0, "seed": 0, "head_init": "means", "head_init_images": 2,
+                                    "micro_batch": None}))
+    model = train.load_backbone(config).eval()
+    split = open_root(demo_root)["object"]["train"]
+    head = train.init_head(model, [split], config, torch.device("cpu"))
+    rows = np.flatnonzero(split.labels == 1)[:2]
+    x = torch.cat([x for _, x in train.embed_rows(model, split, rows, torch.device("cpu"), 8)])
+    mean = torch.nn.functional.normalize(torch.nn.functional.normalize(x, dim=1).sum(0), dim=0)
+    torch.testing.assert_close(head[1], mean, rtol=1e-4, atol=1e-5)
+
+    import open_clip
+
+    head = train.init_head(model, [split], config | {"head_init": "text"}, torch.device("cpu"))
+    text = model.net.encode_text(open_clip.get_tokenizer("ViT-B-32")([f"a photo of a {split.classes[1]}."]))
+    torch.testing.assert_close(head[1], torch.nn.functional.normalize(text, dim=1)[0].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_text_head_stays(demo_root, tmp_path):
+    options = ["--head-init", "text", "--freeze-text-head", "--head-lr", "0.1"]
+    run_here(*TINY, *options, "--data", demo_root, "--out", tmp_path / "run")
+    run = train.load_run(tmp_path / "run")
+    names = run.classes["object"]
+    start = train.text_weights(train.load_foundation(run), run.config, names, torch.device("cpu"))
+    torch.testing.assert_close(run.head[: len(names)], start)
+    assert run.head[len(names) :].norm(dim=1).sub(1).abs().max() > 1e-3
+
+
+def test_collapse_is_named(demo_root, tmp_path, capsys):
+    # from a random start a rate of 1 drives every embedding to the same direction
+    run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--lr", "1", "--images", "320", "--log-every", "1",
+             "--head-init", "random", "--max-skipped", "100")
+    assert "COLLAPSED" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run/done.json").read_text())["collapsed_at"]
+
+
+def test_every_step_not_finite_stops_the_run(demo_root, tmp_path):
+    with pytest.raises(InputError, match="steps in a row were not finite"):
+        run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--scale", "nan", "--max-skipped", "1")
+
+
+def test_degradation_grows_with_its_ramp(demo_root):
+    split = open_root(demo_root)["face_lq"]["train"]
+    plan = np.full((20, 1), 16)
+
+    def difference(batch, **severity):
+        options = {"seed": 0, "crop": [1.0]}
+        sharp, soft = Stream([split], plan, **options)[batch], Stream([split], plan, **options, **severity)[batch]
+        assert torch.equal(sharp.flip, soft.flip) and torch.equal(sharp.label, soft.label)
+        return (sharp.banks[0].float() - soft.banks[0].float()).abs().mean()
+
+    growing = np.linspace(0, 1, 20)
+    assert difference(0, severity=growing) == 0 < difference(5, severity=growing) < difference(19, severity=growing)
+
+
+# ---------------------------------------------------------------- interruption
+
+LONG = [*TINY, "--images", "960", "--save-every", "5", "--log-every", "5", "--schedule", "B", "--domains", "object,body"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(demo_root, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    script("train.py", *LONG, "--data", demo_root, "--out", run)
+    return run
+
+
+def start(*arguments) -> subprocess.Popen:
+    command = [sys.executable, "train.py", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None:
+        if (run / "log.jsonl").exists() and any(r["step"] >= step for r in log_of_partial(run)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} never came: {process.communicate()}")
+
+
+def log_of_partial(run: Path) -> list[dict]:
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def test_kill_9_and_resume_gives_the_same_weights_bit_for_bit(uninterrupted, demo_root, tmp_path):
+    run, dice = tmp_path / "run", random.Random(0)
+    for step in (5, 20, 40):
+        process = start(*LONG, "--data", demo_root, "--out", run, "--resume")
+        wait_for_step(run, step, process)
+        time.sleep(dice.random() * 0.3)
+        process.kill()
+        process.communicate()
+        assert not (run / "done.json").exists()
+    script("train.py", *LONG, "--data", demo_root, "--out", run, "--resume", "--workers", "1")
+    assert_same_weights(uninterrupted, run)
+    assert [r["step"] for r in log_of(run)] == [r["step"] for r in log_of(uninterrupted)]
+    again = script("train.py", *LONG, "--data", demo_root, "--out", run, "--resume")
+    assert "complete" in again.stdout
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "STOP"])
+def test_asked_to_stop_it_saves_exits_75_and_resumes_exactly(how, uninterrupted, demo_root, tmp_path):
+    run = tmp_path / "run"
+    process = start(*LONG, "--data", demo_root, "--out", run)
+    wait_for_step(run, 10, process)
+    if how == "STOP":
+        (run / "STOP").touch()
+    else:
+        process.send_signal(getattr(signal, how))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == train.STOPPED and "--resume" in out, err
+    assert not (run / "done.json").exists()
+    with pytest.raises(InputError, match="has not finished"):
+        train.load_run(run)
+    assert train.load_run(run, allow_partial=True).head.shape[1] == 128
+    script("train.py", *LONG, "--data", demo_root, "--out", run, "--resume")
+    assert_same_weights(uninterrupted, run)
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "state"
+    path.write_text("old")
+
+    def full_disk(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match=r"cannot be written .*No space left.* what was saved before is intact"):
+        train.write_atomically(path, full_disk)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_no_data_and_no_network_is_one_line(tmp_path):
+    result = script("train.py", "--backbone", "clip", "--schedule", "B", "--data", tmp_path / "none", check=2)
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and "python -m data_prep demo" in lines[0] and "--weights FILE" in lines[0]
+
+
+BAD = [
+    (["--backbone", "resnet"], "'resnet' is not one of 'clip', 'eva02', 'dinov3'"),
+    (["--model", "vit_smal_patch16_224"], "near it: vit_small_patch"),
+    ([], "which backbone"),
+    (["--backbone", "clip", "--schedule", "C"], "'C' is not one of 'A', 'B'"),
+    (["--backbone", "clip", "--domains", "object,cars"], "no domain 'cars'"),
+    (["--backbone", "clip", "--size", "tiny"], "clip tiny has no weights to download"),
+    (["--backbone", "clip", "--size", "tiny", "--weights", "no/such.pt"], "no file no/such.pt"),
+    ([*TINY, "--batch", "30", "--schedule", "A"], "--batch 30 cannot be dealt to 4 domains"),
+    ([*TINY, "--batch", "10", "--mix", "object=97,face_hq=1,face_lq=1,body=1"], "face_hq 0.10 images each: raise --batch to 100"),
+    ([*TINY, "--mix-ramp", "object=1"], "want DOMAIN:FIRST->LAST"),
+    ([*TINY, "--schedule", "A", "--mix", "1"], "set the shares of schedule B"),
+    ([*TINY, "--epochs", "2"], "--images and --epochs both"),
+    ([*TINY, "--order", "object,body"], "--order object,body must name each"),
+    ([*TINY, "--domains", "object", "--degrade"], "--degrade acts on face_lq"),
+    ([*TINY, "--scale", "object=x"], "--scale 'object=x': want a number"),
+    (["--model", "test_vit", "--head-init", "text"], "needs a text tower"),
+    ([*TINY, "--freeze-text-head"], "--freeze-text-head freezes"),
+    ([*TINY, "--device", "cuda"], "no CUDA device"),
+    ([*TINY, "--config", "no.json"], "--config no.json"),
+    ([*TINY, "--no-such-option"], "No such option"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", BAD, ids=[words[:30] for _, words in BAD])
+def test_bad_input_is_refused_in_one_line(arguments, words, demo_root, tmp_path):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    with pytest.raises(click.ClickException) as error:
+        run_here(*arguments, "--data", demo_root, "--out", tmp_path / "run")
+    assert words in error.value.format_message() and "\n" not in error.value.format_message()
+    assert not (tmp_path / "run").exists()  # refused before any work
+
+
+def test_weights_of_another_architecture_name_the_keys(demo_root, tmp_path):
+    clip = train.build_network("open_clip", "tiny", 32).state_dict()
+    save_file({"stem.weight": torch.zeros(3)}, tmp_path / "wrong.safetensors")
+    save_file({**clip, "visual.proj": torch.zeros(3, 3)}, tmp_path / "shape.safetensors")
+    config = {"backbone": "clip", "size": "tiny", "model": None, "image_size": 32, "embed_dim": 0, "seed": 0}
+    with pytest.raises(InputError, match=r"not the weights .* is missing; .* more keys"):
+        train.load_backbone(config | {"weights": str(tmp_path / "wrong.safetensors")})
+    with pytest.raises(InputError, match=r"visual.proj is \(3, 3\), not \(128, 128\)"):
+        train.load_backbone(config | {"weights": str(tmp_path / "shape.safetensors")})
+    torch.save({"weight": print}, tmp_path / "pickle.pt")
+    with pytest.raises(InputError, match="not a file of plain tensors"):
+        train.load_backbone(config | {"weights": str(tmp_path / "pickle.pt")})
+
+
+def test_position_embeddings_resample(tmp_path):
+    config = {"backbone": None, "size": "large", "model": "vit_tiny_patch16_224", "embed_dim": 0, "seed": 0}
+    small = train.load_backbone(config | {"weights": "none", "image_size": 32})
+    save_file(small.net.state_dict(), tmp_path / "vit.safetensors")
+    large = train.load_backbone(config | {"weights": str(tmp_path / "vit.safetensors"), "image_size": 64})
+    assert large.net.pos_embed.shape[1] == 17 and torch.equal(large.net.blocks[0].mlp.fc1.weight,
+                                                              small.net.blocks[0].mlp.fc1.weight)
+
+
+def test_an_existing_run_is_not_overwritten(tiny_run, demo_root):
+    with pytest.raises(InputError, match="already holds a run: continue it with --resume"):
+        run_here(*TINY, "--data", demo_root, "--out", tiny_run)
+    with pytest.raises(InputError, match=r"--lr was 0.001 and is now 0.5"):
+        run_here(*TINY, "--data", demo_root, "--out", tiny_run, "--resume", "--lr", "0.5")
+
+
+@pytest.fixture
+def damaged_root(demo_root, tmp_path) -> Path:
+    root = tmp_path / "data"
+    for domain in ("object", "body"):
+        shutil.copytree(demo_root / domain / "train", root / domain / "train")
+    return root
+
+
+def spoil_jpeg(split: Path, row: int) -> None:
+    """Overwrite the entropy-coded data of one JPEG in place: the tar stays well-formed."""
+    offset, length = (int(np.load(split / "index" / f"{name}.npy")[row]) for name in ("offset", "length"))
+    with open(split / "shard-000000.tar", "r+b") as tar:
+        tar.seek(offset)
+        tar.write(b"\0" * length)
+
+
+def test_a_corrupt_jpeg_is_replaced_counted_and_named(damaged_root, tmp_path, capsys):
+    spoil_jpeg(damaged_root / "object" / "train", 3)
+    options = [*TINY, "--data", damaged_root, "--domains", "object", "--epochs", "1", "--head-init", "random"]
+    options = [o for i, o in enumerate(options) if o != "--images" and options[i - 1] != "--images"]
+    run_here(*options, "--out", tmp_path / "run", "--max-bad", "0.05")
+    assert json.loads((tmp_path / "run/done.json").read_text())["bad"] == 1
+    assert "damaged image replaced: object/train" in capsys.readouterr().err
+    for row in range(12):
+        spoil_jpeg(damaged_root / "object" / "train", row)
+    with pytest.raises(InputError, match=r"damaged images among .* exceed --max-bad"):
+        run_here(*options, "--out", tmp_path / "run2", "--max-bad", "0.001")
+
+
+@pytest.mark.parametrize("damage, words", [
+    ("empty root", "python -m data_prep"), ("no body", "body/train: no shards"), ("truncated", "shard-000000.tar"),
+    ("missing column", "label"), ("other index", "index.json"),
+])  # fmt: skip
+def test_damaged_shards_are_refused_in_one_line(damage, words, damaged_root, tmp_path):
+    folder = damaged_root / "body" / "train"
+    if damage == "empty root":
+        shutil.rmtree(damaged_root)
+        damaged_root.mkdir()
+    elif damage == "no body":
+        shutil.rmtree(folder.parent)
+    elif damage == "truncated":
+        with open(folder / "shard-000000.tar", "r+b") as tar:
+            tar.truncate(5000)
+    elif damage == "missing column":
+        (folder / "index" / "label.npy").unlink()
+    else:
+        (folder / "index.json").write_text(json.dumps({"format": "something else"}))
+    with pytest.raises(InputError) as error:
+        run_here(*TINY, "--data", damaged_root, "--domains", "object,body", "--out", tmp_path / "run")
+    assert words in error.value.message and "\n" not in error.value.message
+
+
+# ---------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize("name", ["train.py", "evaluate.py", "analyze.py", "data_prep/__main__.py"])
+def test_every_option_has_help_and_is_read(name):
+    """An option that is parsed and ignored is a defect: each must be used outside its own declaration."""
+    source = (ROOT / name).read_text()
+    body = re.sub(r"(?ms)^@click\.(option|argument)\(.*?\)$(?=\n[@d])", "", source)
+    for option in re.findall(r"(?ms)^@click\.option\((.*?)\)$(?=\n[@d])", source):
+        assert "help=" in option, option
+        flags = re.findall(r'"(--[a-z-]+|[a-z_]+)"', option.split("help=")[0])
+        long = next(flag for flag in flags if flag.startswith("--"))
+        own = [flag for flag in flags if not flag.startswith("--")][:1]
+        variable = own[0] if own and own[0].isidentifier() and '"' + own[0] + '"' in option.split(",")[1] else None
+        variable = variable or long.removeprefix("--").replace("-", "_")
+        if long not in ("--debug", "--config"):
+            assert len(re.findall(rf"\b{variable}\b", body)) >= 1, f"{name}: {long} is never read"
+
+
+def test_the_shards_travel_without_their_tar_paths(damaged_root):
+    """A name inside a tar is never used as a path: a run reads bytes at offsets."""
+    folder = damaged_root / "object" / "train"
+    with tarfile.open(fileobj=io.BytesIO((folder / "shard-000000.tar").read_bytes())) as tar:
+        names = tar.getnames()
+    assert all(re.fullmatch(r"\d+\.(jpg|json)", name) for name in names)
