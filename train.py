@@ -33,16 +33,16 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data_prep.shards import BadImage, Split, open_root
-from kernels.gather import gather_interleaved
-from kernels.margin_loss import margin_loss
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
 from data_prep import DOMAINS, InputError, run_command
+from data_prep.shards import BadImage, Split, open_root
 from data_prep.stream import Chunk, Stream
+from kernels.gather import gather_interleaved
+from kernels.margin_loss import margin_loss
 
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
 
