@@ -39,11 +39,14 @@ from torch import nn
 from tqdm import tqdm
 
 from data_prep import DOMAINS, InputError, run_command
-from data_prep.shards import BadImage, Split, open_root
-from data_prep.stream import Chunk, Stream
+from data_prep.shards import Split, open_root
+from data_prep.stream import Batches, Chunk, Stream
 from kernels.gather import gather_interleaved
 from kernels.margin_loss import margin_loss
 
+ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py claims`
+SIZES = ("tiny", "small", "base", "large")
+LOADERS = min(8, max((os.cpu_count() or 2) - 1, 1))  # default number of loader processes
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
 
 # ---------------------------------------------------------------- backbones
@@ -70,12 +73,12 @@ BACKBONES = {
     },
 }
 IMAGE_SIZE = {"clip": 224, "eva02": 224, "dinov3": 256}
-# CLIP in miniature, for the demo and the tests: no weights of it exist.
+# CLIP in miniature, for the demo and the tests: no weights of it exist. Its image tower is a ConvNeXt, as in OpenCLIP's
+# convnext models, because a transformer learns next to nothing from scratch in the minutes of a demo.
 TINY_CLIP = {
     "embed_dim": 128,
-    "vision_cfg": {"layers": 4, "width": 128, "head_width": 32, "patch_size": 8, "image_size": 64},
+    "vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64},
     "text_cfg": {"layers": 2, "width": 64, "heads": 2, "context_length": 77, "vocab_size": 49408},
-    "quick_gelu": True,
 }
 
 
@@ -94,7 +97,8 @@ class Backbone(nn.Module):
 
             settings = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
                         "interpolation": "bicubic"} | open_clip.get_model_preprocess_cfg(net)
-            width = net.visual.output_dim
+            with torch.no_grad():  # towers of different origin name their width differently: look at what comes out
+                width = net.eval().encode_image(torch.zeros(1, 3, image_size, image_size)).shape[1]
             net.requires_grad_(False)
             net.visual.requires_grad_(True)  # the text tower stays as it is: it keeps zero-shot alive
         else:
@@ -121,20 +125,23 @@ class Backbone(nn.Module):
         return self
 
     def layers(self) -> dict[str, int]:
-        """Parameter name -> depth, 0 at the input; for layer-wise learning rates."""
+        """Trainable parameter -> depth, 0 at the input; projections count as the top. For layer-wise learning rates."""
         from timm.models._manipulate import group_with_matcher
 
-        if self.library == "open_clip":
+        tower, prefix = self.net, "net."
+        if self.library == "open_clip" and hasattr(self.net.visual, "trunk"):  # a network of timm's inside CLIP
+            tower, prefix = self.net.visual.trunk, "net.visual.trunk."
+        if tower is self.net and self.library == "open_clip":
             matcher = {
                 "stem": r"^visual\.(?:conv1|class_embedding|positional_embedding|ln_pre)",
                 "blocks": [(r"^visual\.transformer\.resblocks\.(\d+)", None), (r".", (99999,))],
             }
         else:
-            matcher = self.net.group_matcher(coarse=False)
-        named = [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
-        depth = group_with_matcher(iter(named), matcher, reverse=True)
+            matcher = tower.group_matcher(coarse=False)
+        named = [(name, p) for name, p in tower.named_parameters() if p.requires_grad]
+        depth = {prefix + n: d for n, d in group_with_matcher(iter(named), matcher, reverse=True).items()}
         deepest = max(depth.values(), default=0)
-        return {f"net.{name}": d for name, d in depth.items()} | {"project.weight": deepest}
+        return {name: depth.get(name, deepest) for name, p in self.named_parameters() if p.requires_grad}
 
 
 def resolve_backbone(config: dict) -> tuple[str, str, str | None]:
@@ -346,10 +353,10 @@ def quiet_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def load_chunks(stream: Stream, first: int, workers: int, pin: bool) -> Iterator[Chunk]:
-    """Micro-batches from number `first` on, decoded ahead by worker processes."""
+def load(dataset: Stream | Batches, first: int, workers: int, pin: bool) -> Iterator:
+    """The items of a data set from number `first` on, decoded ahead by worker processes."""
     return iter(torch.utils.data.DataLoader(
-        stream, batch_size=None, sampler=range(first, len(stream)), num_workers=workers, pin_memory=pin,
+        dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers, pin_memory=pin,
         worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None,
     ))
 
@@ -423,7 +430,9 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
         with torch.set_grad_enabled(tune_backbone):
             x = model(images)
         labels = labels + first[domains] if negatives == "all" else labels
-        result = margin_loss(x, head, labels, domains, domain_count=counts, **options)
+        # one value a sample: with as many samples as domains a vector [K] would be taken for one
+        own = {name: options[name][domains] for name in ("scale", "margin_angular", "margin_additive")}
+        result = margin_loss(x, head, labels, domains, domain_count=counts, **options | own)
         result.loss.backward()
         total["loss"] += result.loss.detach()
         total["loss_by_domain"] += result.per_domain.nan_to_num(0.0)
@@ -466,31 +475,23 @@ def rate(step: int, steps: int, warmup: float, floor: float) -> float:
 
 
 @torch.no_grad()
-def embed_rows(model: Backbone, split: Split, rows: np.ndarray, device: torch.device, batch: int) -> Iterator[tuple]:
-    """Yield (rows [b], embeddings [b, D] float32) of some images of a split, whole and unflipped; bad ones left out."""
+def embed_rows(model: Backbone, split: Split, rows: np.ndarray, device: torch.device, batch: int, workers: int = 0,
+               flip: bool = False) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Yield (rows [b], embeddings [b, D] float32) of whole images of a split; unreadable ones are left out.
+
+    `flip`: the embedding of the mirrored image is added.
+    """
+    from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2.functional import resize
 
     model.eval()
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (model.mean, model.std))
-    for start in range(0, len(rows), batch):
-        good, images = [], []
-        for row in rows[start : start + batch]:
-            try:
-                images.append(split.image(int(row)))
-                good.append(row)
-            except BadImage:
-                continue
-        if images:
-            x = torch.stack(images).to(device).float()
-            x = resize(x, [model.image_size] * 2, interpolation=resize_mode(model), antialias=True)
-            yield np.array(good), model((x.clamp(0, 255) / 255 - mean) / std).float()
-
-
-def resize_mode(model: Backbone):
-    """The interpolation that the backbone's authors resized with."""
-    from torchvision.transforms import InterpolationMode
-
-    return InterpolationMode(model.interpolation)
+    size, mode = [model.image_size] * 2, InterpolationMode(model.interpolation)
+    for good, images in load(Batches(split, rows, batch), 0, workers, device.type == "cuda"):
+        if len(good):
+            x = resize(images.to(device, non_blocking=True).float(), size, interpolation=mode, antialias=True)
+            x = (x.clamp(0, 255) / 255 - mean) / std
+            yield good, (model(x) + model(x.flip(3)) if flip else model(x)).float()
 
 
 def init_head(model: Backbone, splits: list[Split], config: dict, device: torch.device) -> torch.Tensor:
@@ -502,7 +503,7 @@ def init_head(model: Backbone, splits: list[Split], config: dict, device: torch.
     blocks = []
     for split in splits:
         if config["head_init"] == "text" and split.domain == "object":
-            blocks.append(text_weights(model, config, split.classes, device))
+            blocks.append(text_weights(model, config, split.names, device))
             continue
         order = np.argsort(split.labels, kind="stable")  # the first images of each class
         place = np.arange(len(order)) - np.searchsorted(split.labels[order], split.labels[order])
@@ -696,6 +697,8 @@ def check_options(config: dict) -> None:
     config["order"] = [name for name in order if name] if order else config["domains"]
     if sorted(config["order"]) != sorted(config["domains"]):
         raise InputError(f"--order {','.join(config['order'])} must name each of {','.join(config['domains'])} once")
+    if config["weights"] not in ("pretrained", "none"):
+        config["weights"] = str(Path(config["weights"]).resolve())  # a run is read from other folders too
     if config["images"] and config["epochs"]:
         raise InputError("--images and --epochs both say how long to train: give one of them")
     if not config["model"] and not config["backbone"]:
@@ -841,7 +844,7 @@ def train(config: dict) -> int:
     for split in splits:
         if model.image_size > split.size:
             print(f"  {split.domain}/{split.name}: images of {split.size} px are enlarged to {model.image_size} px")
-    role = "expert" if len(splits) == 1 else "sequential" if config["schedule"] == "sequential" else "unified"
+    role = ROLES[1 if len(splits) == 1 else 2 if config["schedule"] == "sequential" else 0]
     derived = {"role": role, "steps": steps, "counts": counts, **provenance()}
     resuming = open_run(config, derived)
     stop = StopRequest(folder)
@@ -859,7 +862,7 @@ def train(config: dict) -> int:
     stream = Stream(splits, plan, seed=config["seed"], window=config["shuffle_window"], severity=severity,
                     micro_batch=config["micro_batch"], crop=per_domain(config, "crop_scale"))
     chunks_per_step = stream.per_batch * schedule.batches_per_step
-    chunks = load_chunks(stream, first * chunks_per_step, config["workers"], device.type == "cuda")
+    chunks = load(stream, first * chunks_per_step, config["workers"], device.type == "cuda")
     if not first:
         draw_samples(folder / "samples.png", stream, model)
 
@@ -990,7 +993,7 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
 @click.option("--config", is_eager=True, callback=read_config, metavar="FILE",
               help="Replay a run's config.json; options given here win over it.")
 @click.option("--backbone", type=click.Choice(list(BACKBONES)), help="Foundation model family.")
-@click.option("--size", type=click.Choice(["tiny", "small", "base", "large"]), default="large",
+@click.option("--size", type=click.Choice(SIZES), default="large",
               help="Size within the family.")
 @click.option("--model", metavar="NAME",
               help="Any timm or open_clip model instead of --backbone; open_clip: NAME or NAME/TAG.")
@@ -1067,8 +1070,7 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the start, the data order and every draw.")
 @click.option("--shuffle-window", type=click.IntRange(1), default=8,
               help="Shards among which the order of an epoch is shuffled.")
-@click.option("--workers", type=click.IntRange(0), default=min(8, max((os.cpu_count() or 2) - 1, 1)),
-              help="Loader processes.")
+@click.option("--workers", type=click.IntRange(0), default=LOADERS, help="Loader processes.")
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 @click.option("--log-every", type=click.IntRange(1), default=10, help="Steps between lines of log.jsonl.")
 @click.option("--save-every", type=click.IntRange(1), default=500, help="Steps between checkpoints.")

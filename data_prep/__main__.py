@@ -72,7 +72,7 @@ def report(folder: Path, index: dict, found: int) -> None:
             continue  # object classes are meant to be the same, and equal names of two sources prove nothing
         shared = set(index["classes"]) & set(other.classes)
         if name != index["split"] and shared and (other.protocol is None) != (index["protocol"] is None):
-            print(f"  WARNING: train and test overlap: {len(shared):,} identities are in {name} too, e.g. {min(shared)}")
+            print(f"  WARNING: train and test overlap, {len(shared):,} identities are in {name} too: {min(shared)}")
 
 
 def prepare(read, src: Path, out: Path, part: str | None, size: int | None, fit: str | None, **options) -> None:
@@ -96,6 +96,7 @@ def prepare(read, src: Path, out: Path, part: str | None, size: int | None, fit:
 @click.option("--names", type=click.Path(path_type=Path), help="File of folder<TAB>name lines: names for prompts.")
 @click.option("--reference", default="train",
               help="Split of the same domain whose images classify this one (class means, neighbours).")
+@click.option("--ood", is_flag=True, help="Mark the split as out of distribution: its retention is reported.")
 def folder(**options) -> None:
     prepare(folders.folder, **options)
 

@@ -167,26 +167,31 @@ def draw_body(seed: int, person: int, shot: int, camera: int) -> bytes:
     p, r = np.random.default_rng((seed, 4, person)), np.random.default_rng((seed, 5, person, shot))
     v = np.random.default_rng((seed, 6, camera))
     head, neck = p.uniform(0.12, 0.24), p.uniform(0.0, 0.12)
-    shoulder, waist, hip = p.uniform(0.2, 0.5), p.uniform(0.16, 0.42), p.uniform(0.18, 0.46)
-    trunk, legs, arms = p.uniform(0.5, 0.85), p.uniform(0.7, 1.2), p.uniform(0.55, 1.0)
-    leg_w, arm_w, skin = p.uniform(0.07, 0.17), p.uniform(0.045, 0.11), p.uniform(0.35, 0.95)
-    skin = skin * np.array([1, 0.8, 0.66])
+    shoulder, waist, hip = p.uniform(0.2, 0.55), p.uniform(0.14, 0.5), p.uniform(0.18, 0.5)
+    trunk, legs, arms = p.uniform(0.5, 0.9), p.uniform(0.6, 1.2), p.uniform(0.5, 1.1)
+    leg_w, arm_w, skin = p.uniform(0.06, 0.19), p.uniform(0.04, 0.13), p.uniform(0.3, 0.95)
+    skin = skin * np.array([1, p.uniform(0.65, 0.9), p.uniform(0.4, 0.85)])
+    hair = p.uniform(0.05, 0.9) * np.array([1, p.uniform(0.5, 1), p.uniform(0.2, 1)])
+    long_hair = p.uniform(0, 2.2) if p.random() < 0.5 else 0.0
     tall = head * 2 + neck + trunk + legs
 
-    H, W = SIZE, SIZE // 2
-    cloud = smooth_noise(r, H, W, 3) * 0.4 + smooth_noise(v, H, W, 3) * 0.6
+    H, W = SIZE, 3 * SIZE // 5
+    cloud = 40 + smooth_noise(r, H, W, 3) * 0.15 + smooth_noise(v, H, W, 3) * 0.1
     c = Canvas(H, W, cloud)
     turn = r.uniform(0.8, 1.0)  # seen from the side a body is narrower
-    zoom = 3.4 / 2.6 * v.uniform(0.8, 1.0) * r.uniform(0.92, 1.05)
+    zoom = 1.15 * v.uniform(0.92, 1.0) * r.uniform(0.94, 1.04)
     c.place(r.normal(0, 0.04), zoom, (r.uniform(-0.12, 0.12), r.uniform(-0.15, 0.15) + 0.1))
-    shirt, trousers, shoes, hair = (r.uniform(0.05, 0.95, 3) for _ in range(4))
+    shirt, trousers, shoes = (r.uniform(0.2, 0.8) + r.uniform(-0.12, 0.12, 3) for _ in range(3))
     y = -tall / 2
     y_neck = y + 2 * head
     y_shoulder, y_hip = y_neck + neck, y_neck + neck + trunk
-    stride, swing, bent = r.uniform(0, 0.35), r.uniform(-0.45, 0.45), r.uniform(-0.1, 0.25)
+    stride, swing, bent, shorts = r.uniform(0, 0.3), r.uniform(-0.4, 0.4), r.uniform(-0.1, 0.2), r.random() < 0.5
+    c.ellipse(0, y + head * (0.8 + long_hair / 2), head * 1.05 * turn, head * (0.9 + long_hair / 2), hair)
     for side in (-1, 1):  # legs behind, then trunk, arms and head
         foot = (side * (hip * 0.5 + stride * 0.5) * turn, y_hip + legs)
-        c.limb((side * hip * 0.55 * turn, y_hip), foot, leg_w, trousers)
+        top = np.array([side * hip * 0.55 * turn, y_hip])
+        c.limb(top, foot, leg_w, skin if shorts else trousers)
+        c.limb(top, top + 0.45 * (foot - top), leg_w * 1.1, trousers)
         c.limb(foot, (foot[0] + 0.09 * side, foot[1]), leg_w * 0.8, shoes)
     ys = (y_shoulder, y_shoulder + trunk * 0.6, y_hip + 0.05)
     half = np.array([shoulder, waist, hip]) * turn
@@ -198,7 +203,7 @@ def draw_body(seed: int, person: int, shot: int, camera: int) -> bytes:
         band = [np.interp(level + d, [0, 0.6, 1], half) for d in (0, 0.2)]
         y0, y1 = (y_shoulder + (level + d) * trunk for d in (0, 0.2))
         c.polygon(np.array([[-band[0], y0], [band[0], y0], [band[1], y1], [-band[1], y1]]), r.uniform(0, 1, 3))
-    sleeve = r.random() < 0.5
+    sleeve = r.random() < 0.3
     for side in (-1, 1):
         a = (side * shoulder * turn, y_shoulder + arm_w)
         angle = side * (0.12 + abs(swing) * 0.5) + swing * 0.4
@@ -209,27 +214,29 @@ def draw_body(seed: int, person: int, shot: int, camera: int) -> bytes:
     c.limb((0, y_neck - 0.05), (0, y_shoulder), head * 0.45, skin * 0.9)
     c.ellipse(0, y + head, head * 0.85 * turn, head * 1.05, skin)
     c.ellipse(0, y + head * 0.55, head * 0.9 * turn, head * 0.7, hair)
-    picture = c.pixels_out() * v.uniform(0.75, 1.15, 3)
-    return photograph(picture, r, cast=0.1, noise=5, light=0.3)
+    picture = c.pixels_out() * v.uniform(0.92, 1.08, 3)
+    return photograph(picture, r, cast=0.06, noise=4, light=0.2)
 
 
 # ---------------------------------------------------------------- objects
 
 
-def texture(rng: np.random.Generator, kind: int) -> np.ndarray:
-    """A two-coloured pattern [SIZE, SIZE, 3] in 0..255: stripes, checks, dots or clouds."""
+def texture(rng: np.random.Generator, kind: int, f: float) -> np.ndarray:
+    """A pattern [SIZE, SIZE, 1] in 0..1 with f waves across: stripes, checks, dots or clouds."""
     y, x = np.mgrid[0:SIZE, 0:SIZE] / SIZE
-    angle, f = rng.uniform(0, np.pi), rng.uniform(4, 11)
+    angle = rng.uniform(0, np.pi)
     u, w = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     a, b = np.sin(2 * np.pi * f * u + rng.uniform(0, 6)), np.sin(2 * np.pi * f * w + rng.uniform(0, 6))
-    clouds = smooth_noise(rng, SIZE, SIZE, 8)[..., 0] / 127 - 1
-    wave = [a, np.sign(a * b), a * b - 0.3, clouds][kind]
-    one, two = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3)
-    return one + (two - one) * (0.5 + 0.5 * wave[..., None])
+    clouds = smooth_noise(rng, SIZE, SIZE, 2 * round(f))[..., 0] / 127 - 1
+    wave = [a, np.sign(a * b), np.sign(a * b - 0.5), clouds][kind]
+    return 0.5 + 0.5 * wave[..., None]
 
 
 def draw_object(seed: int, kind: int, shot: int, shifted: bool = False) -> bytes:
-    """A textured silhouette: its outline belongs to the class. `shifted`: line drawings on plain paper instead."""
+    """A textured silhouette: outline, texture and palette belong to the class, light and background to the shot.
+
+    `shifted`: a collage instead, the same outlines and palettes cut from other patterns and glued on ruled paper.
+    """
     p, r = np.random.default_rng((seed, 7, kind)), np.random.default_rng((seed, 8 + shifted, kind, shot))
     t = np.linspace(0, 2 * np.pi, 120, endpoint=False)
     orders = np.arange(1, 7)
@@ -240,26 +247,25 @@ def draw_object(seed: int, kind: int, shot: int, shifted: bool = False) -> bytes
     radius = np.maximum(radius, 0.12)
     shape = np.stack([np.cos(t), np.sin(t) * p.uniform(0.5, 1.0)], 1) * radius[:, None]
     shape /= np.abs(shape).max()
-    hole, own = p.random() < 0.4, int(p.integers(4))
+    hole, own, waves, palette = p.random() < 0.4, int(p.integers(4)), p.uniform(3, 12), p.uniform(0, 255, (2, 3))
     where = p.uniform(-0.25, 0.25, 2)
 
     c = Canvas(SIZE, SIZE, np.zeros((2, 2, 3)))
-    c.place(r.normal(0, 0.35), r.uniform(0.5, 0.85), (r.uniform(-0.22, 0.22), r.uniform(-0.22, 0.22)))
-    if shifted:
-        paper, ink = (1.0, 0.1) if r.random() < 0.7 else (0.1, 0.95)
-        c.draw.rectangle([0, 0, *c.shape[::-1]], fill=rgb([paper] * 3))
-        outline = np.vstack([shape, shape[:1]])
-        c.draw.line(c.pixels(outline), fill=rgb([ink] * 3), width=int(r.integers(4, 10)), joint="curve")
-        if hole:
-            c.draw.line(c.pixels(np.vstack([CIRCLE, CIRCLE[:1]]) * 0.2 + where), fill=rgb([ink] * 3), width=6)
-        return photograph(c.pixels_out(), r, cast=0.05, noise=4, light=0.1)
+    c.place(r.normal(0, 0.25), r.uniform(0.6, 0.95), (r.uniform(-0.18, 0.18), r.uniform(-0.18, 0.18)))
     c.polygon(shape, (1, 1, 1))
     if hole:
         c.ellipse(*where, 0.2, 0.2, (0, 0, 0))
     mask = c.pixels_out() / 255
-    # half of the pieces wear their class's texture: a hint that does not carry over to line drawings
-    front = texture(r, own if r.random() < 0.5 else int(r.integers(4)))
-    behind = smooth_noise(r, SIZE, SIZE, int(r.integers(2, 7)))
+    if r.random() < 0.2:  # some pieces wear another texture and other colours, so that the outline counts
+        own, waves, palette = int(r.integers(4)), r.uniform(3, 12), r.uniform(0, 255, (2, 3))
+    if shifted:
+        own, waves = (own + int(r.integers(1, 4))) % 4, r.uniform(3, 12)
+    one, two = palette + r.normal(0, 25, (2, 3))
+    front = one + (two - one) * texture(r, own, waves)
+    if shifted:
+        behind = r.uniform(170, 235) - 60 * (texture(r, 0, r.uniform(12, 20)) > 0.8)
+    else:
+        behind = 70 + 0.4 * smooth_noise(r, SIZE, SIZE, int(r.integers(2, 7)))
     return photograph(mask * front + (1 - mask) * behind, r, cast=0.2, noise=5, light=0.4)
 
 
@@ -309,7 +315,7 @@ def demo_splits(seed: int, scale: float) -> dict[str, tuple[Source, bool]]:
     return {
         "object/train": (Source(objects(range(100), False)), True),
         "object/val": (Source(objects(range(100, 130), False), classification), False),
-        "object/drawings": (Source(objects(range(30), True), classification), False),
+        "object/collage": (Source(objects(range(30), True), classification | {"ood": True}), False),
         "face_hq/train": (Source(faces(learn, range(10), 0.0)), True),
         "face_hq/test": (Source(faces(test, range(8), 0.0), verification, pairs), False),
         "face_lq/train": (Source(faces(learn, range(10, 20), 0.7)), True),

@@ -49,12 +49,13 @@ def read_names(path: Path | None) -> dict[str, str]:
     return names
 
 
-def folder(src: Path, domain: str, train: bool, names: Path | None = None, reference: str = "train") -> Source:
+def folder(src: Path, domain: str, train: bool, names: Path | None = None, reference: str = "train",
+           ood: bool = False) -> Source:
     """Class folders of any image set.
 
     A test split is scored as classification (objects; class means and neighbours come from the split `reference` of
-    the same domain) or as closed-set identification (faces and bodies: the first image of a person is the gallery,
-    the others are probes; people with a single image are distractors).
+    the same domain; `ood` marks a split as out of distribution) or as closed-set identification (faces and bodies: the
+    first image of a person is the gallery, the others are probes; people with a single image are distractors).
     """
     images, skipped = scan(src)
     count, seen = Counter(name for name, _ in images), Counter()
@@ -68,5 +69,5 @@ def folder(src: Path, domain: str, train: bool, names: Path | None = None, refer
     protocol = None
     if not train:
         protocol = {"name": "identification"} if domain != "object" else {"name": "classification",
-                                                                          "reference": reference}
+                                                                          "reference": reference, "ood": ood}
     return Source(records, protocol, skipped=skipped, names=read_names(names))

@@ -144,3 +144,27 @@ class Stream(torch.utils.data.Dataset):
             except BadImage as error:
                 bad.append(f"{split.domain}/{split.name} {error}")
         raise InputError(f"{split.folder}: no readable image; run `python -m data_prep verify {split.folder}`")
+
+
+class Batches(torch.utils.data.Dataset):
+    """Whole images of a split in the order of `rows`, `batch` at a time, for embedding.
+
+    Item b is (rows int64 [n], images uint8 [n, 3, H, W]); unreadable images are left out.
+    """
+
+    def __init__(self, split: Split, rows: np.ndarray, batch: int) -> None:
+        self.split, self.rows, self.batch = split, rows, batch
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.batch)
+
+    def __getitem__(self, b: int) -> tuple[np.ndarray, torch.Tensor]:
+        good, images = [], []
+        for row in self.rows[b * self.batch : (b + 1) * self.batch]:
+            try:
+                images.append(self.split.image(int(row)))
+                good.append(row)
+            except BadImage:
+                continue
+        shape = (0, 3, self.split.size, self.split.size)
+        return np.array(good, dtype=np.int64), torch.stack(images) if images else torch.empty(shape, dtype=torch.uint8)

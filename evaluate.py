@@ -1,0 +1,751 @@
+"""Score a run on every test split of its data, before and after fine-tuning.
+
+    python evaluate.py --run runs/NAME                                        # all test splits of the run's data root
+    python evaluate.py --run runs/NAME --splits face_hq/test,object/val      # some of them
+    python evaluate.py --run runs/NAME --data other/data --device cuda
+    python evaluate.py --model tf_efficientnet_lite0 --weights FILE           # an untouched backbone, without a run
+
+The protocol in a split's index.json decides the metrics. RUN/eval/ then holds results.json and results.csv (one row a
+figure), report.md, the figures bars.png, roc.png and cmc.png, and the embeddings, which are computed once.
+"""
+
+import csv
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import train
+from data_prep import InputError, run_command
+from data_prep.shards import ROLES, Split, open_root
+from train import Backbone, Run
+
+FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+# the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
+HEADLINE = {"verification": "auc", "reid": "rank-1", "identification": "rank-1", "classification": "nearest-mean top-1"}
+COLOURS = {"foundation": "#999999", "tuned": "#0072B2"}  # Okabe-Ito
+
+# ---------------------------------------------------------------- embeddings
+
+
+def hash_weights(model: Backbone) -> str:
+    """A fingerprint of all weights of a backbone."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """np.save to exactly this path (given a name, np.save would add .npy)."""
+    with open(path, "wb") as file:
+        np.save(file, array)
+
+
+class Embedder:
+    """Embeddings of one backbone, computed once per split and kept in `folder` with a fingerprint.
+
+    Args:
+        model: the backbone, in eval mode.
+        name: "tuned" or "foundation", for file names and rows.
+        folder: where the .npy files go.
+        device, batch, workers: of the computation.
+        flip: add the embedding of the mirrored image (before normalisation, as the face protocols do).
+    """
+
+    def __init__(self, model: Backbone, name: str, folder: Path, device: torch.device, batch: int, workers: int,
+                 flip: bool) -> None:
+        self.model, self.name, self.folder, self.device = model.to(device), name, folder, device
+        self.batch, self.workers, self.flip = batch, workers, flip
+        self.weights = hash_weights(model)
+
+    def __call__(self, split: Split) -> np.ndarray:
+        """Unit embeddings float32 [M, D] of a split; NaN in the rows of unreadable images."""
+        path = self.folder / f"{self.name}-{split.domain}-{split.name}.npy"
+        index = hashlib.sha256((split.folder / "index.json").read_bytes()).hexdigest()
+        fingerprint = {"weights": self.weights, "split": index, "image_size": self.model.image_size, "flip": self.flip}
+        note = path.with_suffix(".json")
+        if path.exists() and note.exists() and json.loads(note.read_text()) == fingerprint:
+            x = np.load(path, allow_pickle=False)
+        else:
+            x = np.full((len(split), self.model.dim), np.nan, dtype=np.float32)
+            parts = train.embed_rows(self.model, split, np.arange(len(split)), self.device, self.batch, self.workers,
+                                     self.flip)
+            title = f"{self.name} {split.domain}/{split.name}"
+            with tqdm(total=len(split), desc=title, unit="img", disable=None) as bar:
+                for rows, part in parts:
+                    x[rows] = part.cpu().numpy()
+                    bar.update(len(rows))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            note.unlink(missing_ok=True)
+            train.write_atomically(path, lambda temporary: save_array(temporary, x))
+            train.write_json(note, fingerprint)
+        length = np.linalg.norm(x, axis=1, keepdims=True)
+        return x / np.maximum(length, 1e-12)
+
+
+# ---------------------------------------------------------------- uncertainty
+
+
+def bootstrap_counts(identities: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each sample's identity is drawn, [n], for each of `draws` resamplings of the identities."""
+    names, index = np.unique(identities, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    for _ in range(draws):
+        yield rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[index]
+
+
+@dataclass
+class Figure:
+    """A value with its 95 % percentile interval and the resampled values behind it."""
+
+    value: float
+    draws: np.ndarray
+
+    @property
+    def low(self) -> float:
+        return self.quantile(0.025)
+
+    @property
+    def high(self) -> float:
+        return self.quantile(0.975)
+
+    def quantile(self, q: float) -> float:
+        finite = self.draws[np.isfinite(self.draws)]
+        return float(np.quantile(finite, q)) if len(finite) > 1 else self.value
+
+
+def intervals(statistic: Callable[[np.ndarray | None], dict[str, float]],
+              weights: Iterator[np.ndarray]) -> dict[str, Figure]:
+    """Each figure of a statistic of sample weights (None: all 1), with its bootstrap."""
+    draws = [statistic(w) for w in weights]
+    return {name: Figure(float(value), np.array([draw[name] for draw in draws], dtype=float))
+            for name, value in statistic(None).items()}
+
+
+def retention(before: Figure, after: Figure, chance: float) -> Figure | None:
+    """(after - chance) / (before - chance), paired draw by draw; None where `before` is not above chance."""
+    if not before.low > chance:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Figure((after.value - chance) / (before.value - chance),
+                      (after.draws - chance) / (before.draws - chance))
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray | None) -> float:
+    """Mean of [n] values; NaN where all weights are 0."""
+    if weights is None:
+        return float(values.mean())
+    return float((values * weights).sum() / weights.sum()) if weights.sum() else math.nan
+
+
+# ---------------------------------------------------------------- verification
+
+
+def roc(scores: np.ndarray, same: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """FAR and TAR, from (0, 0) to (1, 1), at every distinct score as a threshold (accepted: score >= threshold).
+
+    Args:
+        scores: [P] similarities.
+        same: bool [P], genuine pairs.
+        weights: [P], default 1.
+    """
+    order = np.argsort(-scores, kind="stable")
+    w = np.ones(len(scores)) if weights is None else weights[order].astype(float)
+    genuine, impostor = np.cumsum(w * same[order]), np.cumsum(w * ~same[order])
+    last = np.append(np.diff(scores[order]) != 0, True)  # ties are accepted together
+    with np.errstate(invalid="ignore"):
+        tar, far = genuine[last] / genuine[-1], impostor[last] / impostor[-1]
+    return np.concatenate([[0.0], far]), np.concatenate([[0.0], tar])
+
+
+def tar_at_far(far: np.ndarray, tar: np.ndarray, target: float) -> float:
+    """The largest TAR whose FAR does not exceed the target (strict rule, no interpolation)."""
+    return float(tar[np.searchsorted(far, target * (1 + 1e-9), side="right") - 1])
+
+
+def equal_error_rate(far: np.ndarray, tar: np.ndarray) -> float:
+    """Where FAR = 1 - TAR, linear between the neighbouring points of the ROC."""
+    gap = far - (1 - tar)
+    i = int(np.argmax(gap >= 0))
+    if i == 0:
+        return float(far[0])
+    t = -gap[i - 1] / (gap[i] - gap[i - 1])
+    return float(far[i - 1] + t * (far[i] - far[i - 1]))
+
+
+def d_prime(scores: np.ndarray, same: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """(mean genuine - mean impostor) / √((var genuine + var impostor) / 2)."""
+    moments = []
+    for mask in (same, ~same):
+        w = None if weights is None else weights[mask]
+        mean = weighted_mean(scores[mask], w)
+        moments.append((mean, weighted_mean((scores[mask] - mean) ** 2, w)))
+    (a, va), (b, vb) = moments
+    return (a - b) / math.sqrt((va + vb) / 2) if va + vb > 0 else math.nan
+
+
+def fold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Mean over folds of the accuracy at the threshold that is best on the other folds (LFW's protocol, exact form).
+
+    Candidate thresholds lie half-way between neighbouring scores; of equally good ones the highest is taken.
+    Source: LFW, unrestricted with labelled outside data; insightface's `verification.py` searches a grid instead.
+    """
+    w = np.ones(len(scores)) if weights is None else weights.astype(float)
+    order = np.argsort(-scores, kind="stable")
+    scores, same, folds, w = scores[order], same[order], folds[order], w[order]
+    accuracies = []
+    for fold in np.unique(folds):
+        rest, here = folds != fold, folds == fold
+        if not w[here].sum() or not w[rest].sum():
+            continue
+        # accepting the first i of the sorted pairs gets right: genuine ones among them, impostors after them
+        gain = np.concatenate([[0.0], np.cumsum(np.where(same[rest], w[rest], -w[rest]))])
+        s = scores[rest]
+        cut = np.append(True, np.append(s[:-1] != s[1:], True))  # equal scores are not separated
+        i = int(np.argmax(np.where(cut, gain, -np.inf)))
+        threshold = np.inf if i == 0 else -np.inf if i == len(s) else (s[i - 1] + s[i]) / 2
+        accuracies.append(weighted_mean((scores[here] >= threshold) == same[here], w[here]))
+    return float(np.mean(accuracies)) if accuracies else math.nan
+
+
+def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, int, dict]:
+    """10-fold accuracy, AUC, EER, TAR@FAR (where there are 1 / FAR impostors) and d' of a split's pairs.
+
+    Returns:
+        The figures, the number of pairs, and the ROC to draw.
+    """
+    pairs = split.column("pairs")
+    pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
+    left, right, same, folds = pairs[:, 0], pairs[:, 1], pairs[:, 2] == 1, np.array(pairs[:, 3])
+    if same.all() or not same.any():
+        raise InputError(f"{split.folder}: its pairs are all genuine or all impostors: nothing to verify")
+    if len(np.unique(folds)) == 1:
+        folds = np.arange(len(pairs)) % 10
+    scores = (x[left] * x[right]).sum(1)
+    a, b = split.labels[left], split.labels[right]
+
+    def statistic(weights: np.ndarray | None) -> dict[str, float]:
+        far, tar = roc(scores, same, weights)
+        values = {"accuracy": fold_accuracy(scores, same, folds, weights), "auc": float(np.trapezoid(tar, far)),
+                  "eer": equal_error_rate(far, tar), "d-prime": d_prime(scores, same, weights)}
+        supported = [target for target in FARS if target * (~same).sum() >= 1]
+        return values | {f"tar@far={target:g}": tar_at_far(far, tar, target) for target in supported}
+
+    def pair_weights() -> Iterator[np.ndarray]:
+        for counts in bootstrap_counts(split.labels, draws, seed):
+            yield np.where(a == b, counts[left], counts[left] * counts[right])
+
+    far, tar = roc(scores, same)
+    return intervals(statistic, pair_weights()), len(pairs), {"far": far, "tar": tar}
+
+
+# ---------------------------------------------------------------- identification, re-identification
+
+
+def ranks_of_positives(probes: np.ndarray, gallery: np.ndarray, relevant: Callable, ignored: Callable,
+                       block: int = 256) -> list[np.ndarray]:
+    """For every probe the ranks (1 = nearest, ascending) of its relevant gallery items; ties count against them.
+
+    Args:
+        probes: unit vectors [n, D].
+        gallery: unit vectors [m, D].
+        relevant: rows of probes [b] -> bool [b, m], same identity.
+        ignored: rows of probes [b] -> bool [b, m], neither right nor wrong: taken out of the gallery.
+        block: probes whose scores are held at once.
+    """
+    ranks = []
+    for start in range(0, len(probes), block):
+        rows = np.arange(start, min(start + block, len(probes)))
+        scores, out = probes[rows] @ gallery.T, ignored(rows)
+        hit = relevant(rows) & ~out
+        for s, positive, junk in zip(scores, hit, out, strict=True):
+            wrong = np.sort(s[~positive & ~junk])
+            own = -np.sort(-s[positive])
+            ranks.append(np.arange(1, len(own) + 1) + len(wrong) - np.searchsorted(wrong, own, side="left"))
+    return ranks
+
+
+def average_precision(ranks: np.ndarray) -> float:
+    """(1/R) Σ i / r_i, r_i the rank of the i-th of R relevant items (rectangle rule, as torchreid and fast-reid)."""
+    return float((np.arange(1, len(ranks) + 1) / ranks).mean())
+
+
+def inverse_negative_penalty(ranks: np.ndarray) -> float:
+    """R / r_R, how early the last relevant item is found (INP; its mean over probes is mINP; Ye et al. 2021)."""
+    return len(ranks) / float(ranks[-1])
+
+
+def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, int, dict]:
+    """CMC (and mAP, mINP for re-identification) of a split's probes against its gallery and distractors.
+
+    Re-identification ignores gallery items of the same identity and camera (Market-1501). Probes without a relevant
+    item left are not counted.
+    """
+    roles, cameras, good = split.optional("role"), split.optional("camera"), np.isfinite(x[:, 0])
+    q, g = np.flatnonzero((roles == ROLES.index("probe")) & good), np.flatnonzero((roles > 0) & good)
+    reid = split.protocol["name"] == "reid"
+
+    def relevant(rows: np.ndarray) -> np.ndarray:
+        return split.labels[q[rows]][:, None] == np.where(split.labels[g] < 0, -2, split.labels[g])
+
+    def ignored(rows: np.ndarray) -> np.ndarray:
+        return relevant(rows) & (cameras[q[rows]][:, None] == cameras[g]) & reid
+
+    ranks = ranks_of_positives(x[q], x[g], relevant, ignored)
+    counted = np.array([len(r) > 0 for r in ranks], dtype=bool)
+    if not counted.any():
+        raise InputError(f"{split.folder}: no probe has a mate in the gallery: nothing to score")
+    q, ranks = q[counted], [r for r in ranks if len(r)]
+    first = np.array([r[0] for r in ranks])
+    per_probe = {f"rank-{k}": (first <= k).astype(float) for k in ((1, 5, 10) if reid else (1, 5, 20))}
+    if reid:
+        per_probe |= {"mAP": np.array([average_precision(r) for r in ranks]),
+                      "mINP": np.array([inverse_negative_penalty(r) for r in ranks])}
+
+    def statistic(weights: np.ndarray | None) -> dict[str, float]:
+        return {name: weighted_mean(values, weights) for name, values in per_probe.items()}
+
+    weights = bootstrap_counts(split.labels[q], draws, seed)
+    cmc = np.array([(first <= k).mean() for k in range(1, 51)])
+    return intervals(statistic, weights), len(q), {"cmc": cmc}
+
+
+# ---------------------------------------------------------------- classification
+
+
+def class_means(x: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Sums of the unit embeddings of each class, [classes, D] (their directions are the class means)."""
+    sums = np.zeros((classes, x.shape[1]), dtype=np.float64)
+    np.add.at(sums, labels, x)
+    return sums
+
+
+def nearest_mean(x: np.ndarray, means: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
+    """Class with the nearest mean direction, int [n]. `own` [n]: x is among the sums of its class; leave it out."""
+    directions = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    scores = x @ directions.T
+    if own is not None:
+        without = means[own] - x
+        without /= np.maximum(np.linalg.norm(without, axis=1, keepdims=True), 1e-12)
+        scores[np.arange(len(x)), own] = (x * without).sum(1)
+    return scores.argmax(1)
+
+
+def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray, classes: int, same: bool,
+                       k: int = 20, temperature: float = 0.07, block: int = 512) -> np.ndarray:
+    """Class by a vote of the k nearest of `reference`, weighted exp(cos / T), int [n] (DINO's eval_knn).
+
+    `same`: x is the reference itself; a sample does not vote for itself.
+    """
+    k = min(k, len(reference) - same)
+    found = []
+    for start in range(0, len(x), block):
+        scores = x[start : start + block] @ reference.T
+        rows = np.arange(len(scores))
+        if same:
+            scores[rows, start + rows] = -np.inf
+        top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+        votes = np.zeros((len(scores), classes))
+        weight = np.exp((np.take_along_axis(scores, top, 1) - 1) / temperature)
+        np.add.at(votes, (rows[:, None], labels[top]), weight)
+        found.append(votes.argmax(1))
+    return np.concatenate(found)
+
+
+def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarray, Split], head: np.ndarray | None,
+                         head_classes: list[str], draws: int, seed: int) -> tuple[dict, int, dict]:
+    """Top-1 of the nearest class mean and of 20 neighbours; top-1 and top-5 of the trained class weights.
+
+    Args:
+        x: unit embeddings of the split.
+        split: the test split.
+        reference: unit embeddings and split that class means and neighbours come from.
+        head: class weights [C, D] of the domain, or None.
+        head_classes: their names; used where they cover the split's classes (the argmax runs over the split's own).
+    """
+    y, other = reference
+    number = {name: i for i, name in enumerate(other.classes)}
+    if unknown := [name for name in split.classes if name not in number]:
+        raise InputError(f"{split.folder}: class {unknown[0]!r} is not in its reference {other.folder}: prepare the "
+                         "split with --reference SPLIT, a split of the same classes")
+    to_reference = np.array([number[name] for name in split.classes])
+    rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (split.labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
+    itself = split.folder.resolve() == other.folder.resolve()
+    x, labels, truth = x[rows], split.labels[rows], to_reference[split.labels[rows]]
+    y, y_labels = y[good], other.labels[good]
+    means = class_means(y, y_labels, len(other.classes))
+    kept = np.zeros(len(other.classes), dtype=bool)
+    kept[to_reference] = True
+    means[~kept] = 0  # a set of some of the classes is scored among those
+    vote = kept[y_labels]
+    hits = {"nearest-mean top-1": nearest_mean(x, means, truth if itself else None) == truth,
+            "knn top-1": nearest_neighbours(x, y[vote], y_labels[vote], len(other.classes), itself) == truth}
+    place = {name: i for i, name in enumerate(head_classes)}
+    if head is not None and all(name in place for name in split.classes):
+        w = head[[place[name] for name in split.classes]]
+        scores = x @ (w / np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-12)).T
+        better = (scores > scores[np.arange(len(x)), labels][:, None]).sum(1)
+        hits |= {"head top-1": better < 1, "head top-5": better < 5}
+
+    def statistic(weights: np.ndarray | None) -> dict[str, float]:
+        return {name: weighted_mean(hit.astype(float), weights) for name, hit in hits.items()}
+
+    return intervals(statistic, bootstrap_counts(labels, draws, seed)), len(x), {}
+
+
+# ---------------------------------------------------------------- one yardstick for all
+
+
+def matched_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` pairs of one identity and as many of two, [2 count, 2] rows, drawn at random (labels -1 left out)."""
+    rng = np.random.default_rng(seed)
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    ids, start, size = np.unique(labels[order], return_index=True, return_counts=True)
+    several = np.flatnonzero(size > 1)
+    if len(ids) < 2 or not len(several):
+        return np.empty((0, 2), dtype=np.int64)
+    i = rng.choice(several, count, p=size[several] / size[several].sum())
+    a = (rng.random(count) * size[i]).astype(int)
+    b = (a + 1 + (rng.random(count) * (size[i] - 1)).astype(int)) % size[i]
+    same = np.stack([order[start[i] + a], order[start[i] + b]], 1)
+    left, right = rng.integers(len(order), size=(2, 4 * count))
+    apart = labels[order[left]] != labels[order[right]]
+    different = np.stack([order[left], order[right]], 1)[apart][:count]
+    return np.concatenate([same[: len(different)], different])
+
+
+def score_pairs(x: np.ndarray, split: Split, draws: int, seed: int, count: int = 5000) -> dict[str, Figure]:
+    """Same/different AUC and d' on matched numbers of random pairs: one yardstick for every kind of split."""
+    labels = np.where(np.isfinite(x[:, 0]), split.labels, -1)
+    pairs = matched_pairs(labels, count, seed)
+    if not len(pairs):
+        return {}
+    same, scores = np.arange(len(pairs)) < len(pairs) // 2, (x[pairs[:, 0]] * x[pairs[:, 1]]).sum(1)
+
+    def statistic(weights: np.ndarray | None) -> dict[str, float]:
+        far, tar = roc(scores, same, weights)
+        return {"pair auc": float(np.trapezoid(tar, far)), "pair d-prime": d_prime(scores, same, weights)}
+
+    def pair_weights() -> Iterator[np.ndarray]:
+        for counts in bootstrap_counts(labels, draws, seed):
+            yield np.where(same, counts[pairs[:, 0]], counts[pairs[:, 0]] * counts[pairs[:, 1]])
+
+    return intervals(statistic, pair_weights())
+
+
+# ---------------------------------------------------------------- results
+
+
+@dataclass
+class Row:
+    """One figure. Values are fractions 0..1 but for d-prime; low and high: 95 % bootstrap over identities."""
+
+    run: str
+    weights: str  # "tuned" or "foundation"
+    domain: str
+    split: str
+    protocol: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    count: int  # pairs, probes or images
+
+    @property
+    def headline(self) -> bool:
+        """Whether this is the figure that stands for its protocol."""
+        return HEADLINE[self.protocol.split(",")[0]] == self.metric
+
+    @property
+    def out_of_distribution(self) -> bool:
+        return self.protocol.endswith(", out of distribution")
+
+
+def chance(split: Split, metric: str) -> float | None:
+    """The expected value of a headline metric for random embeddings."""
+    if metric.endswith("auc"):
+        return 0.5
+    if split.protocol["name"] == "classification":
+        return 1 / len(split.classes)
+    roles = split.optional("role")
+    mates = np.bincount(split.labels[(roles > 0) & (split.labels >= 0)], minlength=len(split.classes))
+    probes = split.labels[roles == 0]
+    return float((mates[probes] / max((roles > 0).sum(), 1)).mean()) if len(probes) else None
+
+
+def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int,
+          seed: int) -> tuple[dict[str, dict[str, Figure]], dict[str, int], dict[str, dict]]:
+    """Score one backbone on test splits.
+
+    Returns:
+        By "domain/split": figures {metric: Figure}, how many pairs, probes or images they rest on, and curves to draw.
+    """
+    figures, counts, curves = {}, {}, {}
+    for split in splits:
+        x, protocol = embed(split), split.protocol["name"]
+        if protocol == "verification":
+            found, count, curve = score_verification(x, split, draws, seed)
+        elif protocol in ("reid", "identification"):
+            found, count, curve = score_gallery(x, split, draws, seed)
+        elif protocol == "classification":
+            reference = root[split.domain].get(split.protocol["reference"])
+            if reference is None:
+                raise InputError(f"{split.folder}: its reference split {split.protocol['reference']!r} is missing: "
+                                 "prepare that, or this one with another --reference")
+            head, classes = None, []
+            if run is not None and split.domain in run.classes:
+                start, end = run.class_ranges[split.domain]
+                head, classes = run.head[start:end].numpy(), run.classes[split.domain]
+            found, count, curve = score_classification(x, split, (embed(reference), reference), head, classes, draws,
+                                                       seed)
+        else:
+            raise InputError(f"{split.folder}: protocol {protocol!r} is not known to this version")
+        key = f"{split.domain}/{split.name}"
+        figures[key] = found | score_pairs(x, split, draws, seed)
+        counts[key], curves[key] = count, curve
+        if bad := int((~np.isfinite(x[:, 0])).sum()):
+            print(f"  {key}: {bad} unreadable images left out")
+    return figures, counts, curves
+
+
+def make_rows(run: str, splits: list[Split], figures: dict[str, dict], counts: dict[str, dict]) -> list[Row]:
+    """All rows, split by split: the figures of each set of weights, then what classification retains."""
+    rows = []
+    for split in splits:
+        key, protocol = f"{split.domain}/{split.name}", split.protocol["name"]
+        by_weights = {weights: dict(found[key]) for weights, found in figures.items()}
+        if protocol == "classification" and len(by_weights) == 2:
+            for metric in ("nearest-mean top-1", "knn top-1"):
+                both = (by_weights[w][metric] for w in ("foundation", "tuned"))
+                if kept := retention(*both, chance(split, metric)):
+                    by_weights["tuned"][f"retention of {metric}"] = kept
+        if split.protocol.get("ood"):
+            protocol += ", out of distribution"
+        rows += [Row(run, weights, split.domain, split.name, protocol, metric, f.value, f.low, f.high,
+                     counts[weights][key])
+                 for weights, found in by_weights.items() for metric, f in found.items() if math.isfinite(f.value)]
+    return rows
+
+
+def headlines(rows: list[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    """{(domain, split): {weights: its headline row}} in the order of the rows."""
+    found: dict = {}
+    for row in rows:
+        if row.headline:
+            found.setdefault((row.domain, row.split), {})[row.weights] = row
+    return found
+
+
+def show_value(row: Row) -> str:
+    """A figure with its interval: percent, or as it is for d-prime."""
+    factor = 1 if "d-prime" in row.metric else 100
+    return f"{factor * row.value:.1f} [{factor * row.low:.1f}, {factor * row.high:.1f}]"
+
+
+def write_report(folder: Path, rows: list[Row], splits: list[Split], flip: bool) -> None:
+    """report.md: the headline of every split before and after, then every figure."""
+    by_name = {(split.domain, split.name): split for split in splits}
+    lines = [f"# {rows[0].run}", "",
+             "Percent (d-prime: as it is) with 95 % bootstrap intervals, resampled by identity. Cosine similarity; "
+             f"embeddings of the image{' plus its mirror image' if flip else ''}. Foundation: the untouched backbone.", "",
+             "| split | metric | chance | foundation | tuned | change |", "| --- | --- | --- | --- | --- | --- |"]
+    for key, pair in headlines(rows).items():
+        split, row = by_name[key], next(iter(pair.values()))
+        both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
+        change = f"{100 * (pair['tuned'].value - pair['foundation'].value):+.1f}" if len(pair) == 2 else ""
+        label = "/".join(key) + (" (out of distribution)" if row.out_of_distribution else "")
+        level = f"{100 * chance(split, row.metric):.1f}"
+        lines.append(f"| {label} | {row.metric} | {level} | {both[0]} | {both[1]} | {change} |")
+    lines += ["", "## All figures", "", "| split | metric | foundation | tuned | count |",
+              "| --- | --- | --- | --- | --- |"]
+    table: dict = {}
+    for row in rows:
+        table.setdefault((row.domain, row.split, row.metric), {})[row.weights] = row
+    for (domain, name, metric), pair in table.items():
+        both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
+        lines.append(f"| {domain}/{name} | {metric} | {both[0]} | {both[1]} | {next(iter(pair.values())).count:,} |")
+    train.write_atomically(folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+
+
+def write_rows(folder: Path, rows: list[Row]) -> None:
+    """results.json and results.csv: the same rows."""
+    table = [asdict(row) for row in rows]
+    train.write_atomically(folder / "results.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
+
+    write_csv(folder / "results.csv", table)
+
+
+def write_csv(path: Path, table: list[dict]) -> None:
+    """A list of like dictionaries as CSV with a header, atomically."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+
+    train.write_atomically(path, write)
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of RUN/eval/results.json; InputError where there are none."""
+    path = folder / "results.json"
+    try:
+        return [Row(**row) for row in json.loads(path.read_text())]
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; run `python evaluate.py --run {folder.parent}` first") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); run evaluate.py again") from error
+
+
+# ---------------------------------------------------------------- figures
+
+
+def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits: list[Split]) -> None:
+    """bars.png (headlines before and after), roc.png (log FAR) and cmc.png, where there is something to draw."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found, by_name = headlines(rows), {(split.domain, split.name): split for split in splits}
+    names = [w for w in ("foundation", "tuned") if any(w in pair for pair in found.values())]
+    figure, ax = plt.subplots(figsize=(1.8 + 1.3 * len(found), 4))
+    for i, (key, pair) in enumerate(found.items()):
+        for j, weights in enumerate(names):
+            if weights in pair:
+                row = pair[weights]
+                error = [[100 * (row.value - row.low)], [100 * (row.high - row.value)]]
+                ax.bar(i + (j - (len(names) - 1) / 2) * 0.38, 100 * row.value, 0.36, yerr=np.maximum(error, 0),
+                       capsize=3, color=COLOURS[weights], label=weights if i == 0 else None)
+        level = 100 * chance(by_name[key], next(iter(pair.values())).metric)
+        ax.plot([i - 0.45, i + 0.45], [level, level], "k:", lw=1, label="chance" if i == 0 else None)
+    ax.set_xticks(range(len(found)), [f"{d}\n{s}\n{next(iter(p.values())).metric}".replace(" top", "\ntop")
+                                      for (d, s), p in found.items()], fontsize=8)
+    ax.set_ylim(0, 100)
+    ax.set_ylabel("percent, 95 % interval")
+    ax.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
+    figure.savefig(folder / "bars.png", dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+    for kind, name, x_label, y_label in (("far", "roc", "FAR", "TAR"), ("cmc", "cmc", "rank", "identification rate")):
+        panels = [key for key, curve in next(iter(curves.values())).items() if kind in curve]
+        if not panels:
+            continue
+        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
+        for ax, key in zip(axes[0], panels, strict=True):
+            for weights, by_split in curves.items():
+                curve = by_split[key]
+                if kind == "far":
+                    far = np.maximum(curve["far"], 1e-7)
+                    ax.step(far, curve["tar"], where="post", color=COLOURS[weights], label=weights)
+                    least = min(f for f in curve["far"] if f > 0)
+                    ax.set(xscale="log", xlim=(max(least, 1e-6), 1))
+                else:
+                    ax.plot(np.arange(1, len(curve["cmc"]) + 1), curve["cmc"], color=COLOURS[weights], label=weights)
+            ax.set(title=key, xlabel=x_label, ylabel=y_label, ylim=(0, 1.01))
+            ax.grid(alpha=0.3)
+            ax.legend(loc="lower right", fontsize=8)
+        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+        plt.close(figure)
+
+
+# ---------------------------------------------------------------- the job
+
+
+def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: str) -> list[Split]:
+    """The test splits to score: all that have a protocol, or those named as domain/split."""
+    everything = {f"{domain}/{name}": split for domain in root for name, split in root[domain].items()}
+    scored = {key: split for key, split in everything.items() if split.protocol}
+    if names:
+        for name in names.split(","):
+            if name not in everything:
+                raise InputError(f"--splits: {where} has no split {name!r}; it has {', '.join(everything)}")
+            if name not in scored:
+                raise InputError(f"--splits: {name} is a training split without a protocol; prepare it with --part test")
+        scored = {name: scored[name] for name in names.split(",")}
+    if not scored:
+        raise InputError(f"{where}: no test split to score: prepare one, `python -m data_prep SOURCE ... --part test`")
+    return list(scored.values())
+
+
+def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str]:
+    """Name, output folder, run (if any), {"foundation" and/or "tuned": loader} and the data root of the options."""
+    if options["run"]:
+        run = train.load_run(Path(options["run"]), options["allow_partial"])
+        models = {"foundation": lambda: train.load_foundation(run), "tuned": lambda: train.load_tuned(run)}
+        if not options["foundation"]:
+            del models["foundation"]
+        return run.folder.name, run.folder, run, models, options["data"] or run.config["data"]
+    if not options["model"] and not options["backbone"]:
+        raise InputError("what is to be scored? give --run RUN, or --model NAME for an untouched backbone")
+    config = {key: options[key] for key in ("backbone", "size", "model", "weights", "image_size")}
+    config |= {"embed_dim": 0, "seed": options["seed"]}
+    name = (options["model"] or f"{options['backbone']}-{options['size']}").replace("/", "_") + "-foundation"
+    folder = Path(options["out"] or f"runs/{name}")
+    return name, folder, None, {"foundation": lambda: train.load_backbone(config).eval()}, options["data"] or "data"
+
+
+def model_options(command):
+    """The options that evaluate.py and analyze.py share."""
+    for option in reversed([
+        click.option("--run", metavar="RUN", help="Folder of a finished run."),
+        click.option("--data", metavar="DIR", help="Data root (default: the run's own)."),
+        click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished."),
+        click.option("--flip/--no-flip", default=True, help="Add the embedding of the mirrored image."),
+        click.option("--batch", type=click.IntRange(1), default=64, help="Images per forward pass."),
+        click.option("--workers", type=click.IntRange(0), default=train.LOADERS, help="Loader processes."),
+        click.option("--device", default="auto", help="auto, cpu or cuda."),
+        click.option("--seed", type=click.IntRange(0), default=0, help="Of every random draw."),
+        click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error."),
+    ]):
+        command = option(command)
+    return command
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 120}, help=__doc__.split("\n\n")[0])
+@model_options
+@click.option("--splits", metavar="NAMES", help="Comma-separated domain/split to score (default: all with a protocol).")
+@click.option("--foundation/--no-foundation", default=True, help="Score the untouched backbone too.")
+@click.option("--backbone", type=click.Choice(list(train.BACKBONES)), help="Without --run: an untouched backbone.")
+@click.option("--size", type=click.Choice(train.SIZES), default="large", help="Its size.")
+@click.option("--model", metavar="NAME", help="Any timm or open_clip model instead of --backbone.")
+@click.option("--weights", default="pretrained", metavar="WHICH", help="'pretrained', 'none' or a FILE.")
+@click.option("--image-size", type=click.IntRange(16), help="Input side in pixels.")
+@click.option("--out", metavar="DIR", help="Without --run: folder for the results (default: runs/NAME-foundation).")
+@click.option("--bootstrap", type=click.IntRange(0), default=500, help="Resamplings for the intervals.")
+def main(**options) -> int:
+    name, folder, run, models, data = open_models(options)
+    root = open_root(Path(data))
+    splits = choose_splits(root, options["splits"], data)
+    device, out = train.pick_device(options["device"]), folder / "eval"
+    out.mkdir(parents=True, exist_ok=True)
+    figures, counts, curves = {}, {}, {}
+    for weights, load in models.items():
+        embed = Embedder(load(), weights, out / "embeddings", device, options["batch"], options["workers"],
+                         options["flip"])
+        found = score(embed, splits, root, run if weights == "tuned" else None, options["bootstrap"], options["seed"])
+        figures[weights], counts[weights], curves[weights] = found
+    rows = make_rows(name, splits, figures, counts)
+    write_rows(out, rows)
+    write_report(out, rows, splits, options["flip"])
+    draw_figures(out, rows, curves, splits)
+    for (domain, split), pair in headlines(rows).items():
+        print(f"{domain + '/' + split:22s} {next(iter(pair.values())).metric:20s} "
+              + "   ".join(f"{weights} {show_value(row)}" for weights, row in pair.items()))
+    print(f"written: {out}/report.md, results.json, results.csv and figures; next: python analyze.py --run {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
