@@ -22,7 +22,7 @@ import train
 from data_prep import DOMAINS, InputError, run_command
 from data_prep.shards import ROLES, BadImage, Split, open_root
 
-GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 100, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 99, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 LEVELS = (0.99, 0.95)  # k* is the number of components that keeps so much of what is above chance
 RANDOM_SEEDS = 10
 COLOURS = {"tuned": "#0072B2", "foundation": "#999999", "random": "#D55E00", "pixels": "#009E73"}  # Okabe-Ito
@@ -564,7 +564,8 @@ def claim_components(unified: list[Measured], least: float) -> Claim:
                         f"for {worst['test']} (random {100 * worst['random']:.1f} %)"
                         + (", rank-limited" if found["rank_limited"] else ""))
             better = all(p["low"] > p["random"] for p in pairs)
-            verdicts.append("fails" if worst["kept"] < least else "holds" if better else
+            verdicts.append("not measured (a space of no more than k dimensions)" if worst["k"] >= found["dim"] else
+                            "fails" if worst["kept"] < least else "holds" if better else
                             "holds, but no better than random subspaces")
     return Claim("Fewer than 100 principal components of any task serve all the others", "; ".join(said) or "-",
                  f"at least {100 * least:g} % of (score - chance) kept",
@@ -614,7 +615,7 @@ def analyse(options: dict) -> int:
 @click.group(invoke_without_command=True, context_settings={"show_default": True, "max_content_width": 120},
              help=__doc__.split("\n\n")[0])
 @evaluate.model_options
-@click.option("--components", type=click.IntRange(1), default=100, help="The k whose figures the claim is about.")
+@click.option("--components", type=click.IntRange(1), default=99, help="The k of the claim: fewer than 100.")
 @click.option("--limit", type=click.IntRange(10), default=2000, help="At most so many probes per task.")
 @click.option("--bootstrap", type=click.IntRange(0), default=500, help="Resamplings for the intervals.")
 @click.pass_context

@@ -557,7 +557,8 @@ def write_report(folder: Path, rows: list[Row], splits: list[Split], flip: bool)
     by_name = {(split.domain, split.name): split for split in splits}
     lines = [f"# {rows[0].run}", "",
              "Percent (d-prime: as it is) with 95 % bootstrap intervals, resampled by identity. Cosine similarity; "
-             f"embeddings of the image{' plus its mirror image' if flip else ''}. Foundation: the untouched backbone.", "",
+             f"embeddings of the image{' plus its mirror image' if flip else ''}. Foundation: the untouched backbone.",
+             "",
              "| split | metric | chance | foundation | tuned | change |", "| --- | --- | --- | --- | --- | --- |"]
     for key, pair in headlines(rows).items():
         split, row = by_name[key], next(iter(pair.values()))
@@ -672,7 +673,7 @@ def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: s
             if name not in everything:
                 raise InputError(f"--splits: {where} has no split {name!r}; it has {', '.join(everything)}")
             if name not in scored:
-                raise InputError(f"--splits: {name} is a training split without a protocol; prepare it with --part test")
+                raise InputError(f"--splits: {name} is a training split: it has no protocol to be scored by")
         scored = {name: scored[name] for name in names.split(",")}
     if not scored:
         raise InputError(f"{where}: no test split to score: prepare one, `python -m data_prep SOURCE ... --part test`")
@@ -691,6 +692,7 @@ def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callabl
         raise InputError("what is to be scored? give --run RUN, or --model NAME for an untouched backbone")
     config = {key: options[key] for key in ("backbone", "size", "model", "weights", "image_size")}
     config |= {"embed_dim": 0, "seed": options["seed"]}
+    train.resolve_backbone(config)  # refuses an unknown name before anything is read
     name = (options["model"] or f"{options['backbone']}-{options['size']}").replace("/", "_") + "-foundation"
     folder = Path(options["out"] or f"runs/{name}")
     return name, folder, None, {"foundation": lambda: train.load_backbone(config).eval()}, options["data"] or "data"

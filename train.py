@@ -76,7 +76,7 @@ IMAGE_SIZE = {"clip": 224, "eva02": 224, "dinov3": 256}
 # CLIP in miniature, for the demo and the tests: no weights of it exist. Its image tower is a ConvNeXt, as in OpenCLIP's
 # convnext models, because a transformer learns next to nothing from scratch in the minutes of a demo.
 TINY_CLIP = {
-    "embed_dim": 128,
+    "embed_dim": 64,
     "vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64},
     "text_cfg": {"layers": 2, "width": 64, "heads": 2, "context_length": 77, "vocab_size": 49408},
 }

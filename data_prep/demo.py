@@ -151,7 +151,7 @@ def draw_face(seed: int, person: int, shot: int, severity: float = 0.0) -> bytes
             x = side * gap + yaw
             ring = np.vstack([CIRCLE, CIRCLE[:1]]) * [0.17, 0.15] + [x, eye_y]
             c.draw.line(c.pixels(ring), fill=(20, 20, 20), width=5)
-    picture = photograph(c.pixels_out(), r, cast=0.2, noise=4, light=0.5)
+    picture = photograph(c.pixels_out(), r, cast=0.3, noise=4, light=0.6)
     if not severity:
         return picture
     sharp = torch.from_numpy(np.array(Image.open(io.BytesIO(picture)))).permute(2, 0, 1)

@@ -7,7 +7,12 @@ out=${1:-demo}
 run=$out/runs/clip-tiny-B
 set -x
 python -m data_prep demo --out "$out/data"
+python -m data_prep verify "$out/data/face_hq/test"
+python -m data_prep show "$out/data/face_hq/train"
+# a small network from a random start: higher rates, smaller scale and margins than the defaults for large backbones
 python train.py --backbone clip --size tiny --weights none --schedule B --data "$out/data" --out "$run" --resume \
-    --batch 64 --images 25600 --lr 1e-3 --layer-decay 1 --image-size 64
+    --image-size 64 --batch 64 --images 102400 --lr 3e-3 --head-lr 1e-2 --layer-decay 1 \
+    --scale 24 --margin-additive object=0,face_hq=0.1,face_lq=0.1,body=0.1
 python evaluate.py --run "$run"
-python analyze.py --run "$run"
+python analyze.py --run "$run" --components 24
+python analyze.py claims "$out/runs"

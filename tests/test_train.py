@@ -84,8 +84,9 @@ def test_weights_load_strictly_into_the_libraries(tiny_run, demo_root, tmp_path)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model(images), clip.eval().encode_image(images))
 
-    options = ["--model", "test_vit", "--weights", "none", "--image-size", 32, "--batch", 8, "--images", 8, "--workers", 0]
-    run_here(*options, "--data", demo_root, "--domains", "object,body", "--embed-dim", 24, "--out", tmp_path / "vit")
+    options = ["--model", "test_vit", "--weights", "none", "--image-size", 32, "--embed-dim", 24, "--workers", 0]
+    run_here(*options, "--data", demo_root, "--domains", "object,body", "--batch", 8, "--images", 8,
+             "--out", tmp_path / "vit")
     vit = timm.create_model("test_vit", num_classes=0, img_size=32)
     vit.load_state_dict(load_file(tmp_path / "vit" / "model.safetensors"), strict=True)
     tuned = train.load_tuned(train.load_run(tmp_path / "vit"))
@@ -123,9 +124,8 @@ def test_head_warmup_trains_the_head_alone(demo_root, tmp_path):
 
 
 def test_head_starts_at_class_means_and_prompts(demo_root):
-    config = json.loads(json.dumps({"backbone": "clip", "size": "tiny", "model": None, "weights": "none", "image_size": 32,
-                                    "embed_dim": 0, "seed": 0, "head_init": "means", "head_init_images": 2,
-                                    "micro_batch": None}))
+    config = {"backbone": "clip", "size": "tiny", "model": None, "weights": "none", "image_size": 32, "embed_dim": 0,
+              "seed": 0, "head_init": "means", "head_init_images": 2, "micro_batch": None, "workers": 0}
     model = train.load_backbone(config).eval()
     split = open_root(demo_root)["object"]["train"]
     head = train.init_head(model, [split], config, torch.device("cpu"))
@@ -180,7 +180,7 @@ def test_degradation_grows_with_its_ramp(demo_root):
 
 # ---------------------------------------------------------------- interruption
 
-LONG = [*TINY, "--images", "960", "--save-every", "5", "--log-every", "5", "--schedule", "B", "--domains", "object,body"]
+LONG = [*TINY, "--images", "960", "--save-every", "5", "--log-every", "5", "--domains", "object,body"]
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_asked_to_stop_it_saves_exits_75_and_resumes_exactly(how, uninterrupted,
     assert not (run / "done.json").exists()
     with pytest.raises(InputError, match="has not finished"):
         train.load_run(run)
-    assert train.load_run(run, allow_partial=True).head.shape[1] == 128
+    assert train.load_run(run, allow_partial=True).head.shape[1] == 64
     script("train.py", *LONG, "--data", demo_root, "--out", run, "--resume")
     assert_same_weights(uninterrupted, run)
 
@@ -276,7 +276,8 @@ BAD = [
     (["--backbone", "clip", "--size", "tiny"], "clip tiny has no weights to download"),
     (["--backbone", "clip", "--size", "tiny", "--weights", "no/such.pt"], "no file no/such.pt"),
     ([*TINY, "--batch", "30", "--schedule", "A"], "--batch 30 cannot be dealt to 4 domains"),
-    ([*TINY, "--batch", "10", "--mix", "object=97,face_hq=1,face_lq=1,body=1"], "face_hq 0.10 images each: raise --batch to 100"),
+    ([*TINY, "--batch", "10", "--mix", "object=97,face_hq=1,face_lq=1,body=1"],
+     "face_hq 0.10 images each: raise --batch to 100"),
     ([*TINY, "--mix-ramp", "object=1"], "want DOMAIN:FIRST->LAST"),
     ([*TINY, "--schedule", "A", "--mix", "1"], "set the shares of schedule B"),
     ([*TINY, "--epochs", "2"], "--images and --epochs both"),
@@ -304,11 +305,11 @@ def test_bad_input_is_refused_in_one_line(arguments, words, demo_root, tmp_path)
 def test_weights_of_another_architecture_name_the_keys(demo_root, tmp_path):
     clip = train.build_network("open_clip", "tiny", 32).state_dict()
     save_file({"stem.weight": torch.zeros(3)}, tmp_path / "wrong.safetensors")
-    save_file({**clip, "visual.proj": torch.zeros(3, 3)}, tmp_path / "shape.safetensors")
+    save_file({**clip, "visual.head.proj.weight": torch.zeros(3, 3)}, tmp_path / "shape.safetensors")
     config = {"backbone": "clip", "size": "tiny", "model": None, "image_size": 32, "embed_dim": 0, "seed": 0}
     with pytest.raises(InputError, match=r"not the weights .* is missing; .* more keys"):
         train.load_backbone(config | {"weights": str(tmp_path / "wrong.safetensors")})
-    with pytest.raises(InputError, match=r"visual.proj is \(3, 3\), not \(128, 128\)"):
+    with pytest.raises(InputError, match=r"visual.head.proj.weight is \(3, 3\), not \(64, 64\)"):
         train.load_backbone(config | {"weights": str(tmp_path / "shape.safetensors")})
     torch.save({"weight": print}, tmp_path / "pickle.pt")
     with pytest.raises(InputError, match="not a file of plain tensors"):
