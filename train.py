@@ -13,6 +13,7 @@ L = sum_i w_d(i) l_i / (K n_d(i)), whatever the schedule. What is written into r
 
 import difflib
 import functools
+import itertools
 import json
 import logging
 import math
@@ -791,38 +792,63 @@ def describe_plan(config: dict, splits: list[Split], plan: np.ndarray, steps: in
     return counts
 
 
-def provenance() -> dict:
-    """Versions and commit of the code, for config.json."""
+def provenance(splits: list[Split]) -> dict:
+    """Versions and commit of the code, and which shards: for config.json."""
     here = Path(__file__).resolve().parent
     commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
     return {"git_commit": commit or None, "argv": sys.argv[1:],
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages}}
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+            "shards": {split.domain: split.index["provenance"]["plan"] for split in splits}}
 
 
 FREE_ON_RESUME = {"workers", "device", "log_every", "save_every", "resume", "data", "max_skipped", "max_bad", "config"}
 
 
-def open_run(config: dict, derived: dict) -> bool:
-    """Create the run folder, or check that the one there may be continued. True: continue from last/state.pt."""
+def find_run(config: dict, splits: list[Split]) -> str:
+    """What the output folder holds: "nothing", "unfinished" or "complete"; InputError where it may not be continued."""
     folder = Path(config["out"])
-    if (folder / "config.json").exists():
-        if not config["resume"]:
-            raise InputError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
-        old = json.loads((folder / "config.json").read_text())
-        differing = [key for key, value in config.items() if key not in FREE_ON_RESUME and old.get(key) != value]
-        if differing:
-            key = differing[0]
-            raise InputError(f"--resume {folder}: --{key.replace('_', '-')} was {old.get(key)!r} and is now "
-                             f"{config[key]!r}; give what the run was started with (see its config.json)")
-        return (folder / "last" / "state.pt").exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", config | derived)
-    return False
+    if not (folder / "config.json").exists():
+        return "nothing"
+    if not config["resume"]:
+        raise InputError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
+    old = json.loads((folder / "config.json").read_text())
+    if differing := [key for key, value in config.items() if key not in FREE_ON_RESUME and old.get(key) != value]:
+        key = differing[0]
+        raise InputError(f"--resume {folder}: --{key.replace('_', '-')} was {old.get(key)!r} and is now "
+                         f"{config[key]!r}; give what the run was started with (see its config.json)")
+    for split in splits:
+        if old["shards"][split.domain] != split.index["provenance"]["plan"]:
+            raise InputError(f"--resume {folder}: {split.folder} is not the split that the run was started with")
+    return "complete" if (folder / "done.json").exists() else "unfinished"
 
 
-def train(config: dict) -> int:
-    """The whole job of one run; returns the exit code."""
+@dataclass
+class Job:
+    """A run that is ready to take its next step."""
+
+    config: dict
+    folder: Path
+    device: torch.device
+    splits: list[Split]
+    plan: np.ndarray  # int64 [steps, batches per step, K]: images of each domain
+    model: Backbone
+    head: nn.Parameter
+    optimizer: torch.optim.AdamW
+    tally: dict  # what accumulates over resumptions
+    first: int  # the next step
+
+    @property
+    def steps(self) -> int:
+        return len(self.plan)
+
+    def save(self, step: int) -> None:
+        """Checkpoint: the state that step `step` starts from."""
+        save_checkpoint(self.folder, step, self.model, self.head, self.optimizer, self.splits, self.tally)
+
+
+def set_up(config: dict) -> Job | None:
+    """From options to a run that is ready to go; None: it is complete. Refuses before it builds anything."""
     check_options(config)
     splits = open_splits(config)
     schedule = make_schedule(config["schedule"], len(splits), config["batch"])
@@ -832,122 +858,144 @@ def train(config: dict) -> int:
     images = config["images"] or (config["epochs"] or 10.0) * sizes[largest] / shares[largest]
     steps = max(round(images / config["batch"]), 1)
     plan = plan_batches(config, schedule, steps, shares, mix_ramp)
-    device = pick_device(config["device"])
-    folder = Path(config["out"])
-    if (folder / "done.json").exists() and config["resume"]:
+    device, folder, found = pick_device(config["device"]), Path(config["out"]), find_run(config, splits)
+    if found == "complete":
         print(f"{folder} is complete")
-        return 0
+        return None
 
     torch.set_float32_matmul_precision("high")
     counts = describe_plan(config, splits, plan, steps)
-    model = load_backbone(config)
+    model = load_backbone(config).to(device, memory_format=torch.channels_last)
     for split in splits:
         if model.image_size > split.size:
             print(f"  {split.domain}/{split.name}: images of {split.size} px are enlarged to {model.image_size} px")
-    role = ROLES[1 if len(splits) == 1 else 2 if config["schedule"] == "sequential" else 0]
-    derived = {"role": role, "steps": steps, "counts": counts, **provenance()}
-    resuming = open_run(config, derived)
-    stop = StopRequest(folder)
-    model = model.to(device, memory_format=torch.channels_last)
+    if found == "nothing":
+        role = ROLES[1 if len(splits) == 1 else 2 if config["schedule"] == "sequential" else 0]
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json",
+                   config | {"role": role, "steps": steps, "counts": counts, **provenance(splits)})
     head = nn.Parameter(torch.zeros(sum(len(split.classes) for split in splits), model.dim, device=device))
     optimizer = make_optimizer(model, head, config)
-    tally = {"skipped": 0, "bad": 0, "collapsed_at": None, "seconds": 0.0}
-    first = load_checkpoint(folder, model, head, optimizer, tally) if resuming else 0
-    if not first:
+    tally, first = {"skipped": 0, "bad": 0, "collapsed_at": None, "seconds": 0.0}, 0
+    if (folder / "last" / "state.pt").exists():
+        first = load_checkpoint(folder, model, head, optimizer, tally)
+    else:
+        (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         head.data.copy_(init_head(model, splits, config, device))
-    severity = None
-    if config["degrade"]:
-        progress = np.arange(len(plan)) / len(plan)
-        severity = config["degrade_severity"] * np.array([ramp(p, config["degrade_ramp"]) for p in progress])
-    stream = Stream(splits, plan, seed=config["seed"], window=config["shuffle_window"], severity=severity,
-                    micro_batch=config["micro_batch"], crop=per_domain(config, "crop_scale"))
-    chunks_per_step = stream.per_batch * schedule.batches_per_step
-    chunks = load(stream, first * chunks_per_step, config["workers"], device.type == "cuda")
-    if not first:
-        draw_samples(folder / "samples.png", stream, model)
+    return Job(config, folder, device, splits, plan.reshape(steps, schedule.batches_per_step, len(splits)), model, head,
+               optimizer, tally, first)
 
+
+def receive(job: Job, chunks: Iterator[Chunk], count: int) -> Iterator[tuple]:
+    """The next `count` micro-batches on the device: (images, labels, domains)."""
+    for chunk in itertools.islice(chunks, count):
+        for line in chunk.bad:
+            tqdm.write(f"damaged image replaced: {line}", file=sys.stderr)
+        job.tally["bad"] += len(chunk.bad)
+        yield to_images(chunk, job.model, job.device), chunk.label.to(job.device), chunk.domain.to(job.device)
+
+
+def run_steps(job: Job) -> int:
+    """The training loop; returns the exit code."""
     from torch.utils.tensorboard import SummaryWriter
 
-    board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
-    options = loss_options(config, [len(split.classes) for split in splits], device)
-    bf16 = config["precision"] == "bf16" or (
-        config["precision"] == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
-    frozen = options["class_ranges"][0] if config["freeze_text_head"] else (0, 0)  # object comes first
-    head_only = round(config["head_warmup"] * steps)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    config, steps, tally = job.config, job.steps, job.tally
+    progress = np.repeat(np.arange(steps) / steps, job.plan.shape[1])
+    severity = config["degrade_severity"] * np.array([ramp(p, config["degrade_ramp"]) for p in progress])
+    stream = Stream(job.splits, job.plan.reshape(-1, len(job.splits)), seed=config["seed"],
+                    window=config["shuffle_window"], micro_batch=config["micro_batch"],
+                    crop=per_domain(config, "crop_scale"), severity=severity if config["degrade"] else None)
+    per_step = stream.per_batch * job.plan.shape[1]
+    chunks = load(stream, job.first * per_step, config["workers"], job.device.type == "cuda")
+    if not job.first:
+        draw_samples(job.folder / "samples.png", stream, job.model)
+    board = SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
+    options = loss_options(config, [len(split.classes) for split in job.splits], job.device)
+    frozen = slice(*options["class_ranges"][0]) if config["freeze_text_head"] else slice(0)  # object comes first
+    parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
+    stop, skipped_in_a_row, window, started = StopRequest(job.folder), 0, [], time.time() - tally["seconds"]
+    embed = autocast(job.model, config["precision"], job.device)
 
-    def embed(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return model(images)
-
-    def receive() -> Iterator[tuple]:
-        """The micro-batches of one optimiser step, on the device."""
-        for _ in range(chunks_per_step):
-            chunk = next(chunks)
-            for line in chunk.bad:
-                tqdm.write(f"damaged image replaced: {line}", file=sys.stderr)
-            tally["bad"] += len(chunk.bad)
-            yield to_images(chunk, model, device), chunk.label.to(device), chunk.domain.to(device)
-
-    model.train()
-    skipped_in_a_row, window, started, since = 0, [], time.time() - tally["seconds"], time.time()
-    bar = tqdm(range(first, steps), initial=first, total=steps, unit="step", desc="train", disable=None)
+    job.model.train()
+    bar = tqdm(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train", disable=None)
     for step in bar:
-        counts = torch.from_numpy(plan.reshape(steps, -1, len(splits))[step].sum(0)).to(device)
-        tune_backbone = step >= head_only
         factor = rate(step, steps, config["warmup"], config["min_lr"])
-        for group in optimizer.param_groups:
+        for group in job.optimizer.param_groups:
             group["lr"] = factor * group["scale"]
-        total = accumulate(embed, head, receive(), counts, options, negatives=config["negatives"],
-                           margin=ramp(step / steps, config["margin_ramp"]), tune_backbone=tune_backbone)
-        head.grad[slice(*frozen)] = 0
+        margin, tune_backbone = ramp(step / steps, config["margin_ramp"]), step >= round(config["head_warmup"] * steps)
+        counts = torch.from_numpy(job.plan[step].sum(0)).to(job.device)
+        total = accumulate(embed, job.head, receive(job, chunks, per_step), counts, options, margin=margin,
+                           negatives=config["negatives"], tune_backbone=tune_backbone)
+        job.head.grad[frozen] = 0
         total["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config["clip"] or math.inf)
         finite = bool(torch.isfinite(total["loss"]) & torch.isfinite(total["grad_norm"]))
         if finite:
-            optimizer.step()
+            job.optimizer.step()
             window.append(total)
         else:
             tally["skipped"] += 1
             tqdm.write(f"step {step + 1}: loss or gradient is not finite; step skipped", file=sys.stderr)
         skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-        optimizer.zero_grad(set_to_none=True)
-        tally["seconds"] = time.time() - started
-        done = step + 1
-        if skipped_in_a_row > config["max_skipped"]:
-            raise InputError(f"{folder}: {skipped_in_a_row} steps in a row were not finite; the last good checkpoint "
-                             f"is in {folder}/last: lower --lr or raise --warmup")
-        if tally["bad"] > config["max_bad"] * max(done * config["batch"], 1000):
-            raise InputError(f"{tally['bad']} damaged images among {done * config['batch']} exceed --max-bad: check "
-                             f"the shards with `python -m data_prep verify DIR`")
+        job.optimizer.zero_grad(set_to_none=True)
+        tally["seconds"], done = time.time() - started, step + 1
+        check_health(job, done, skipped_in_a_row)
         if window and (done % config["log_every"] == 0 or done == steps):
-            record = summarise(window, config["domains"]) | {
-                "step": done, "images": done * config["batch"], "lr": factor * config["lr"],
-                "margin": ramp(step / steps, config["margin_ramp"]), "backbone": tune_backbone,
-                "images_per_second": len(window) * config["batch"] / (time.time() - since), **tally,
-            }
-            if record["mean_cosine"] > 0.99 and tally["collapsed_at"] is None:
-                tally["collapsed_at"] = record["collapsed_at"] = done
-                tqdm.write(f"WARNING: step {done}: the embeddings have COLLAPSED (mean pairwise cosine "
-                           f"{record['mean_cosine']:.4f}): lower --lr or take --head-init means", file=sys.stderr)
-            with open(folder / "log.jsonl", "a") as log:
-                log.write(json.dumps(record) + "\n")
-            for name, value in record.items():
-                if isinstance(value, int | float):
-                    board.add_scalar(name, value, done)
+            record = {"step": done, "images": done * config["batch"], "lr": factor * config["lr"], "margin": margin,
+                      "backbone": tune_backbone}
+            log_window(job, board, window, record)
             bar.set_postfix(loss=f"{record['loss']:.3f}", img_s=f"{record['images_per_second']:.0f}")
-            window, since = [], time.time()
+            window = []
         if stop and done < steps:
-            save_checkpoint(folder, done, model, head, optimizer, splits, tally)
+            job.save(done)
             board.close()
             print(f"stopped by {stop.reason} after step {done} of {steps}; continue with --resume")
             return STOPPED
         if done % config["save_every"] == 0 or done == steps:
-            save_checkpoint(folder, done, model, head, optimizer, splits, tally)
+            job.save(done)
     board.close()
-    write_json(folder / "done.json", {"steps": steps, "images": steps * config["batch"], **tally})
-    print(f"done: {folder} in {tally['seconds']:.0f} s; next: python evaluate.py --run {folder}")
+    write_json(job.folder / "done.json", {"steps": steps, "images": steps * config["batch"], **tally})
+    print(f"done: {job.folder} in {tally['seconds']:.0f} s; next: python evaluate.py --run {job.folder}")
     return 0
+
+
+def autocast(model: nn.Module, precision: str, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The model's forward pass in the precision of --precision."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return model(images)
+
+    return forward
+
+
+def check_health(job: Job, done: int, skipped_in_a_row: int) -> None:
+    """Stop a run whose steps or images are bad; its last checkpoint stays."""
+    config, seen = job.config, done * job.config["batch"]
+    if skipped_in_a_row > config["max_skipped"]:
+        raise InputError(f"{job.folder}: {skipped_in_a_row} steps in a row were not finite; the last good checkpoint "
+                         f"is in {job.folder}/last: lower --lr or raise --warmup")
+    if job.tally["bad"] > config["max_bad"] * max(seen, 1000):
+        raise InputError(f"{job.tally['bad']} damaged images among {seen} exceed --max-bad: check the shards with "
+                         "`python -m data_prep verify DIR`")
+
+
+def log_window(job: Job, board, window: list[dict], record: dict) -> None:
+    """Add the means over the steps since the last line to `record`; write it to log.jsonl and TensorBoard."""
+    before = job.tally.get("logged", 0.0)
+    job.tally["logged"] = job.tally["seconds"]
+    record |= summarise(window, job.config["domains"])
+    record["images_per_second"] = len(window) * job.config["batch"] / (job.tally["seconds"] - before)
+    if record["mean_cosine"] > 0.99 and job.tally["collapsed_at"] is None:
+        job.tally["collapsed_at"] = record["step"]
+        tqdm.write(f"WARNING: step {record['step']}: the embeddings have COLLAPSED (mean pairwise cosine "
+                   f"{record['mean_cosine']:.4f}): lower --lr or take --head-init means", file=sys.stderr)
+    record |= job.tally
+    with open(job.folder / "log.jsonl", "a") as log:
+        log.write(json.dumps(record) + "\n")
+    for name, value in record.items():
+        if isinstance(value, int | float):
+            board.add_scalar(name, value, record["step"])
 
 
 def summarise(window: list[dict], domains: list[str]) -> dict:
@@ -979,7 +1027,7 @@ def read_config(context: click.Context, _parameter, path: str | None) -> str | N
     except (OSError, ValueError, AssertionError) as error:
         raise InputError(f"--config {path}: not a readable JSON file of options; take a run's config.json") from error
     known = {parameter.name for parameter in context.command.params}
-    if unknown := set(values) - known - {"role", "steps", "counts", "git_commit", "argv", "versions"}:
+    if unknown := set(values) - known - {"role", "steps", "counts", "git_commit", "argv", "versions", "shards"}:
         raise InputError(f"--config {path}: no option {sorted(unknown)[0]!r}")
     joined = {key: ",".join(value) if isinstance(value, list) else value for key, value in values.items()}
     context.default_map = {key: joined[key] for key in known & set(joined) - {"out", "resume", "config"}}
@@ -1079,7 +1127,8 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
               help="Share of damaged images above which the run stops.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
 def main(**config) -> int:
-    return train(config)
+    job = set_up(config)
+    return run_steps(job) if job else 0
 
 
 if __name__ == "__main__":

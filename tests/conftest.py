@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+torch.set_num_threads(1)  # models of the tests are so small that a second thread costs more than it gives
 ROOT = Path(__file__).resolve().parent.parent
 # 4 steps of CLIP in miniature: enough for a whole run in seconds
 TINY = ["--backbone", "clip", "--size", "tiny", "--weights", "none", "--image-size", "32", "--workers", "0",

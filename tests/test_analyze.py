@@ -244,8 +244,8 @@ def test_claim_separable(tuned, pixels, verdict):
     (0.8, 0.2, 768, "fails"), (1.0, 1.0, 64, "not measured (a space of no more than k dimensions)"),
 ])  # fmt: skip
 def test_claim_components(kept, random, dim, verdict):
-    own = {"fit": "body", "test": "body", "k": 99, "kept": 0.0, "low": 0, "high": 0, "random": 0}  # not the claim
-    across = own | {"fit": "object", "k": min(99, dim), "kept": kept, "low": kept - 0.02, "high": kept, "random": random}
+    own = {"fit": "body", "test": "body", "k": 99, "kept": 0.0, "low": 0, "high": 1, "random": 0}  # not the claim
+    across = own | {"fit": "object", "k": min(99, dim), "kept": kept, "low": kept - 0.02, "random": random}
     pairs = [across, own]
     run = measured("a", analysis={"transfer": {"tuned": {"pairs": pairs, "dim": dim, "rank_limited": True}}})
     assert analyze.claim_components([run], 0.95).verdict == verdict

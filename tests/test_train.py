@@ -1,7 +1,9 @@
 """train.py as its users run it: on small shards, interrupted, resumed, misused."""
 
+import ast
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -18,6 +20,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import analyze
+import data_prep.__main__
+import evaluate
 import train
 from data_prep import InputError
 from data_prep.shards import open_root
@@ -193,7 +198,7 @@ def uninterrupted(demo_root, tmp_path_factory) -> Path:
 def start(*arguments) -> subprocess.Popen:
     command = [sys.executable, "train.py", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env={**__import__("os").environ, "OMP_NUM_THREADS": "1"})
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
@@ -274,7 +279,7 @@ BAD = [
     (["--backbone", "clip", "--schedule", "C"], "'C' is not one of 'A', 'B'"),
     (["--backbone", "clip", "--domains", "object,cars"], "no domain 'cars'"),
     (["--backbone", "clip", "--size", "tiny"], "clip tiny has no weights to download"),
-    (["--backbone", "clip", "--size", "tiny", "--weights", "no/such.pt"], "no file no/such.pt"),
+    (["--backbone", "clip", "--size", "tiny", "--weights", "no/such.pt"], "no/such.pt; give 'pretrained'"),
     ([*TINY, "--batch", "30", "--schedule", "A"], "--batch 30 cannot be dealt to 4 domains"),
     ([*TINY, "--batch", "10", "--mix", "object=97,face_hq=1,face_lq=1,body=1"],
      "face_hq 0.10 images each: raise --batch to 100"),
@@ -332,6 +337,17 @@ def test_an_existing_run_is_not_overwritten(tiny_run, demo_root):
         run_here(*TINY, "--data", demo_root, "--out", tiny_run, "--resume", "--lr", "0.5")
 
 
+def test_a_run_is_not_resumed_on_other_shards(tiny_run, demo_root, tmp_path):
+    for domain in train.DOMAINS:
+        shutil.copytree(demo_root / domain / "train", tmp_path / "data" / domain / "train")
+    path = tmp_path / "data/body/train/index.json"
+    index = json.loads(path.read_text())
+    index["provenance"]["plan"] = "another"
+    path.write_text(json.dumps(index))
+    with pytest.raises(InputError, match="body/train is not the split that the run was started with"):
+        run_here(*TINY, "--data", tmp_path / "data", "--out", tiny_run, "--resume")
+
+
 @pytest.fixture
 def damaged_root(demo_root, tmp_path) -> Path:
     root = tmp_path / "data"
@@ -387,20 +403,35 @@ def test_damaged_shards_are_refused_in_one_line(damage, words, damaged_root, tmp
 # ---------------------------------------------------------------- options
 
 
-@pytest.mark.parametrize("name", ["train.py", "evaluate.py", "analyze.py", "data_prep/__main__.py"])
-def test_every_option_has_help_and_is_read(name):
-    """An option that is parsed and ignored is a defect: each must be used outside its own declaration."""
-    source = (ROOT / name).read_text()
-    body = re.sub(r"(?ms)^@click\.(option|argument)\(.*?\)$(?=\n[@d])", "", source)
-    for option in re.findall(r"(?ms)^@click\.option\((.*?)\)$(?=\n[@d])", source):
-        assert "help=" in option, option
-        flags = re.findall(r'"(--[a-z-]+|[a-z_]+)"', option.split("help=")[0])
-        long = next(flag for flag in flags if flag.startswith("--"))
-        own = [flag for flag in flags if not flag.startswith("--")][:1]
-        variable = own[0] if own and own[0].isidentifier() and '"' + own[0] + '"' in option.split(",")[1] else None
-        variable = variable or long.removeprefix("--").replace("-", "_")
-        if long not in ("--debug", "--config"):
-            assert len(re.findall(rf"\b{variable}\b", body)) >= 1, f"{name}: {long} is never read"
+def commands() -> list[tuple[str, click.Command, str]]:
+    """(name, command, its stage's source without the declarations of options) of every command of the project."""
+
+    class WithoutOptions(ast.NodeTransformer):
+        def visit_Call(self, node):
+            self.generic_visit(node)
+            named = isinstance(node.func, ast.Attribute) and node.func.attr in ("option", "argument")
+            return ast.Constant(None) if named else node
+
+    def source(*names):
+        return "\n".join(ast.unparse(WithoutOptions().visit(ast.parse((ROOT / name).read_text()))) for name in names)
+
+    sources = {train.main: source("train.py"), evaluate.main: source("evaluate.py"),
+               analyze.main: source("analyze.py", "evaluate.py"),
+               data_prep.__main__.cli: source(*(p.relative_to(ROOT) for p in ROOT.glob("data_prep/*.py")))}
+    found = []
+    for top, text in sources.items():
+        found += [(name, command, text) for name, command in [(top.name, top), *getattr(top, "commands", {}).items()]]
+    return found
+
+
+@pytest.mark.parametrize("name, command, source", commands(), ids=[name for name, _, _ in commands()])
+def test_every_option_has_help_and_is_read(name, command, source):
+    """An option that is parsed and ignored is a defect: its name must stand somewhere beside its declaration."""
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.name not in ("help", "debug", "config"):
+            assert parameter.help, f"{name}: {parameter.opts[0]} has no help"
+        assert parameter.name in ("debug", "config") or re.search(rf"\b{parameter.name}\b", source), \
+            f"{name}: {parameter.name} is never read"
 
 
 def test_the_shards_travel_without_their_tar_paths(damaged_root):
