@@ -338,7 +338,8 @@ def draw_transfer(path: Path, analysis: dict, domains: list[str], headline: int)
                 ax.set_ylabel(f"PCs of {fit}\nkept, %", fontsize=9)
             if i == K - 1:
                 ax.set_xlabel("components k", fontsize=9)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="upper center", ncols=3, fontsize=9, frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 0.91), ncols=3,
+                  fontsize=9, frameon=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 

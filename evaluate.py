@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from data_prep import InputError, run_command
+from data_prep import DOMAINS, InputError, run_command
 from data_prep.shards import ROLES, Split, open_root
 from train import Backbone, Run
 
@@ -677,7 +677,7 @@ def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: s
         scored = {name: scored[name] for name in names.split(",")}
     if not scored:
         raise InputError(f"{where}: no test split to score: prepare one, `python -m data_prep SOURCE ... --part test`")
-    return list(scored.values())
+    return sorted(scored.values(), key=lambda s: (DOMAINS.index(s.domain), bool(s.protocol.get("ood")), s.name))
 
 
 def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str]:

@@ -633,7 +633,7 @@ def draw_samples(path: Path, stream: Stream, model: Backbone, columns: int = 8) 
         images = to_images(chunk, model, torch.device("cpu"))
         for ax, b in zip(axes[d], (chunk.domain == d).nonzero().flatten().tolist(), strict=False):
             ax.imshow((images[b] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
-            ax.set_title(split.classes[int(chunk.label[b])][:14], fontsize=7)
+            ax.set_title(split.names[int(chunk.label[b])][:16], fontsize=7)
         axes[d][0].text(-0.15, 0.5, split.domain, transform=axes[d][0].transAxes, rotation=90, va="center", ha="right")
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)

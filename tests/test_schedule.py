@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import train
@@ -15,11 +17,20 @@ LOSS = {"scale": "object=30,face_hq=64,face_lq=64,body=64",
         "margin_angular": "0.1", "domain_weight": "object=1,face_hq=2,face_lq=0.5,body=1", "label_smoothing": "0"}
 
 
-def test_blend_counts_are_exact_and_never_negative():
-    shares = np.array([0.613, 0.3, 0.07, 0.017])
-    counts = train.blend_counts([shares] * 2000, 64)
-    assert (counts >= 0).all() and (counts.sum(1) == 64).all()
-    assert np.abs(np.cumsum(counts, 0) - 64 * shares * np.arange(1, 2001)[:, None]).max() < 2  # carried, never drifting
+@given(st.lists(st.floats(0.001, 1.0), min_size=1, max_size=5), st.integers(1, 300))
+def test_blend_counts_are_exact_and_never_negative(weights, batch):
+    shares = np.array(weights) / sum(weights)
+    counts = train.blend_counts([shares] * 300, batch)
+    assert (counts >= 0).all() and (counts.sum(1) == batch).all()
+    error = np.cumsum(counts, 0) - batch * shares * np.arange(1, 301)[:, None]
+    assert np.abs(error).max() < len(shares)  # carried from batch to batch, never drifting
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(sum))
+def test_interleaving_loses_no_image(counts):
+    domain, number = interleave(np.array(counts))
+    for d, n in enumerate(counts):
+        assert number[domain == d].tolist() == list(range(n))
 
 
 def test_blend_counts_follow_a_ramp():
