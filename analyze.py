@@ -20,7 +20,7 @@ from tqdm import tqdm
 import evaluate
 import train
 from data_prep import DOMAINS, InputError, run_command
-from data_prep.shards import ROLES, BadImage, Split, open_root
+from data_prep.shards import ROLES, Split, open_root
 
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 99, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 LEVELS = (0.99, 0.95)  # k* is the number of components that keeps so much of what is above chance
@@ -55,29 +55,41 @@ class Task:
         return float((((self.target[:, None] == self.found) & allowed).sum(1) / allowed.sum(1)).mean())
 
 
-def make_task(domain: str, splits: dict[str, Split], limit: int, seed: int) -> Task | None:
-    """The task of a domain, or None where it has no training split or no test split.
+def find_splits(splits: dict[str, Split]) -> tuple[Split, Split] | None:
+    """Training split and first test split (in distribution) of a domain, or None where it lacks one."""
+    tests = [s for s in splits.values() if s.protocol and not s.protocol.get("ood")]
+    return (splits["train"], tests[0]) if "train" in splits and tests else None
+
+
+def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray], limit: int, seed: int) -> Task | None:
+    """The task of a domain, or None where too little is left to fit or to test.
 
     Classes that are in both splits (objects) are divided: every second one is fitted on, the others are tested.
+
+    Args:
+        base: the training split.
+        test: the test split.
+        readable: bool, rows of either split that may be used.
+        limit: at most so many probes.
+        seed: of their choice.
     """
-    tests = [s for s in splits.values() if s.protocol and not s.protocol.get("ood")]
-    if "train" not in splits or not tests:
-        return None
-    test, base, rng = tests[0], splits["train"], np.random.default_rng((seed, DOMAINS.index(domain)))
+    domain, rng = base.domain, np.random.default_rng((seed, DOMAINS.index(base.domain)))
     shared = sorted(set(test.classes) & set(base.classes))
     for_fit, for_test = set(shared[::2]), set(shared[1::2])
     tested = np.array([name not in for_fit for name in test.classes])
     fitted = np.array([name not in for_test for name in base.classes])
-    fit = np.flatnonzero(fitted[base.labels])
-    rows = np.flatnonzero(np.where(test.labels >= 0, tested[test.labels], True))
+    fit = np.flatnonzero(fitted[base.labels] & readable[0])
+    rows = np.flatnonzero(np.where(test.labels >= 0, tested[test.labels], True) & readable[1])
 
     if domain == "object":
         place = {name: i for i, name in enumerate(base.classes)}
         label = np.array([place.get(name, -1) for name in test.classes])[test.labels]
         probe = rng.permutation(rows[label[rows] >= 0])[:limit]
         found = np.unique(label[probe])
-        gallery = np.flatnonzero(np.isin(base.labels, found))
+        gallery = np.flatnonzero(np.isin(base.labels, found) & readable[0])
         group = np.searchsorted(found, base.labels[gallery])
+        if len(fit) < 2 or len(np.unique(group)) < 2 or len(np.unique(group)) < len(found):
+            return None
         return Task(domain, test, base, fit, probe, gallery, group, label[probe], found, None)
 
     roles, cameras = test.optional("role"), test.optional("camera")
@@ -91,6 +103,8 @@ def make_task(domain: str, splits: dict[str, Split], limit: int, seed: int) -> T
         ignored |= same & (cameras[probe][:, None] == cameras[gallery])
     mated = (same & ~ignored).any(1)
     probe, ignored = probe[mated], ignored[mated]
+    if len(fit) < 2 or not len(probe):
+        return None
     each = np.arange(len(gallery))
     return Task(domain, test, base, fit, probe, gallery, each, labels[probe], labels[gallery], ignored)
 
@@ -122,7 +136,7 @@ def hits_by_k(probe: np.ndarray, gallery: np.ndarray, task: Task, grid: list[int
     hits = []
     for k in grid:
         q, g = unit(probe[:, :k]), unit(gallery[:, :k])
-        if len(task.found) < len(g):
+        if task.ignored is None:
             means = np.zeros((len(task.found), k), dtype=g.dtype)
             np.add.at(means, task.group, g)
             g = unit(means)
@@ -137,6 +151,11 @@ def hits_by_k(probe: np.ndarray, gallery: np.ndarray, task: Task, grid: list[int
 def unit(x: np.ndarray) -> np.ndarray:
     """Rows divided by their lengths."""
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def finite(value: float) -> float | None:
+    """A number for JSON, which knows no NaN."""
+    return float(value) if math.isfinite(value) else None
 
 
 def kept(scores: np.ndarray, full: float, chance: float) -> np.ndarray:
@@ -190,16 +209,16 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
             scores = hits_by_k((probe - mean) @ turn, (gallery - mean) @ turn, task, grid).mean(1)
             control.append(kept(scores, scores[-1], chance))
             rows += [{"fit": f"random {len(control) - 1}", "test": task.domain, "k": k, "score": float(s),
-                      "kept": float(c)} for k, s, c in zip(grid, scores, control[-1], strict=True)]
+                      "kept": finite(c)} for k, s, c in zip(grid, scores, control[-1], strict=True)]
             bar.update()
         at_headline = grid.index(headline)
-        random_kept = float(np.mean([c[at_headline] for c in control]))
+        random_kept = finite(np.mean([c[at_headline] for c in control]))
         for other in tasks:
             mean, vectors, _ = fits[other.domain]
             hits = hits_by_k((probe - mean) @ vectors, (gallery - mean) @ vectors, task, grid)
             scores = hits.mean(1)
             share = kept(scores, scores[-1], chance)
-            rows += [{"fit": other.domain, "test": task.domain, "k": k, "score": float(s), "kept": float(c)}
+            rows += [{"fit": other.domain, "test": task.domain, "k": k, "score": float(s), "kept": finite(c)}
                      for k, s, c in zip(grid, scores, share, strict=True)]
 
             def statistic(weights: np.ndarray | None, part=hits[at_headline], full=hits[-1], chance=chance) -> dict:
@@ -208,8 +227,8 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
 
             found = evaluate.intervals(statistic, evaluate.bootstrap_counts(task.target, draws, seed))["kept"]
             pairs.append({"fit": other.domain, "test": task.domain, "chance": chance, "raw": raw,
-                          "full": float(scores[-1]), "k": headline, "kept": found.value, "low": found.low,
-                          "high": found.high, "random": random_kept,
+                          "full": float(scores[-1]), "k": headline, "kept": finite(found.value),
+                          "low": finite(found.low), "high": finite(found.high), "random": random_kept,
                           **{f"k{100 * level:g}": components_needed(share, grid, level) for level in LEVELS}})
             bar.update()
     bar.close()
@@ -226,16 +245,13 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
 
 
 def pixel_statistics(split: Split, rows: np.ndarray) -> np.ndarray:
-    """A dozen statistics of colour, contrast, gradients and border of each image, float64 [n, 12]; NaN if unreadable.
+    """A dozen statistics of colour, contrast, gradients and border of each image, float64 [n, 12].
 
     They know nothing of what an image shows: what they separate is how the sets were made.
     """
-    result = np.full((len(rows), 12), np.nan)
+    result = np.empty((len(rows), 12))
     for i, row in enumerate(rows):
-        try:
-            x = split.image(int(row)).double().numpy() / 255
-        except BadImage:
-            continue
+        x = split.image(int(row)).double().numpy() / 255
         grey = x.mean(0)
         dx, dy = np.abs(np.diff(grey, axis=1)).mean(), np.abs(np.diff(grey, axis=0)).mean()
         border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
@@ -295,16 +311,16 @@ def measure_separability(embedded: dict[str, dict], tasks: list[Task], draws: in
               for weights, splits in embedded.items()}
     spaces["pixels"] = tuple([pixel_statistics(split, part) for split, part in zip(splits, rows, strict=True)]
                              for splits, rows in (([t.train for t in tasks], fits), ([t.split for t in tasks], probes)))
-    result = {}
-    for name, (fit, probe) in spaces.items():
-        good = [np.isfinite(p[:, 0]) for p in probe]
-        result[name] = separability([f[np.isfinite(f[:, 0])] for f in fit],
-                                    [p[g] for p, g in zip(probe, good, strict=True)],
-                                    [i[g] for i, g in zip(ids, good, strict=True)], draws, seed)
+    result = {name: separability(fit, probe, ids, draws, seed) for name, (fit, probe) in spaces.items()}
     return {"images_per_task": n, "chance": 1 / len(tasks), "spaces": result}
 
 
 # ---------------------------------------------------------------- output
+
+
+def percent(value: float | None) -> float:
+    """100 times a fraction; NaN where it is not known."""
+    return math.nan if value is None else 100 * value
 
 
 def draw_transfer(path: Path, analysis: dict, domains: list[str], headline: int) -> None:
@@ -321,11 +337,11 @@ def draw_transfer(path: Path, analysis: dict, domains: list[str], headline: int)
             ax = axes[i][j]
             for weights, result in analysis["transfer"].items():
                 rows = [r for r in result["rows"] if r["test"] == test]
-                curve = [(r["k"], 100 * r["kept"]) for r in rows if r["fit"] == fit]
+                curve = [(r["k"], percent(r["kept"])) for r in rows if r["fit"] == fit]
                 ax.plot(*zip(*curve, strict=True), color=COLOURS[weights], label=f"{weights}: PCs", marker=".", ms=4)
                 if weights == "tuned" or len(analysis["transfer"]) == 1:
                     ks = sorted({r["k"] for r in rows})
-                    random = np.array([[100 * r["kept"] for r in rows if r["k"] == k and r["fit"].startswith("random")]
+                    random = np.array([[percent(r["kept"]) for r in rows if r["k"] == k and "random" in r["fit"]]
                                        for k in ks])
                     ax.plot(ks, random.mean(1), color=COLOURS["random"], ls="--", label=f"{weights}: random subspaces")
                     ax.fill_between(ks, random.min(1), random.max(1), color=COLOURS["random"], alpha=0.2, lw=0)
@@ -365,8 +381,9 @@ def draw_separability(path: Path, result: dict) -> None:
     plt.close(figure)
 
 
-def write_analysis(folder: Path, name: str, analysis: dict, domains: list[str], headline: int) -> str:
+def write_analysis(folder: Path, name: str, analysis: dict) -> str:
     """analysis.json, transfer.csv, report.md and the figures; returns the report."""
+    domains, headline = analysis["domains"], analysis["transfer"]["tuned"]["pairs"][0]["k"]
     folder.mkdir(parents=True, exist_ok=True)
     train.write_json(folder / "analysis.json", analysis)
 
@@ -376,7 +393,8 @@ def write_analysis(folder: Path, name: str, analysis: dict, domains: list[str], 
     lines = [f"# {name}", "", "## Transfer of principal components", "",
              f"Share of (score - chance) that the first {headline} components of one task keep for another, with its "
              "95 % interval; the score is rank-1 for people and the nearest class mean for objects, on identities that "
-             "the components were not fitted on. All: every component; raw: without centring. k99 and k95: components "
+             "the components were not fitted on (nan: even all components are not above chance). All: every component; "
+             "raw: without centring. k99 and k95: components "
              "from which on 99 % and 95 % are kept. Random: the same share for random subspaces.", ""]
     for weights, result in analysis["transfer"].items():
         note = f" **Rank-limited**: {result['images_per_task']} images a task are fewer than 5 x {result['dim']}." \
@@ -387,11 +405,14 @@ def write_analysis(folder: Path, name: str, analysis: dict, domains: list[str], 
                   "| --- | --- | --- | --- | --- | --- | --- | --- |"]
         for p in result["pairs"]:
             lines.append(f"| {p['fit']} | {p['test']} | {100 * p['raw']:.1f} | {100 * p['full']:.1f} | "
-                         f"{100 * p['kept']:.1f} [{100 * p['low']:.1f}, {100 * p['high']:.1f}] | {p['k99'] or '-'} | "
-                         f"{p['k95'] or '-'} | {100 * p['random']:.1f} |")
-        lines += ["", f"Overlap of the first {headline} components, chance {result['overlap_chance']:.2f}: "
-                  + "; ".join(f"{a} and {b} {result['overlap'][a][b]:.2f}" for i, a in enumerate(domains)
-                              for b in domains[i + 1 :]) + ".", ""]
+                         f"{percent(p['kept']):.1f} [{percent(p['low']):.1f}, {percent(p['high']):.1f}] | "
+                         f"{p['k99'] or '-'} | {p['k95'] or '-'} | {percent(p['random']):.1f} |")
+        overlap = [f"{a} and {b} {result['overlap'][a][b]:.2f}"
+                   for i, a in enumerate(domains) for b in domains[i + 1 :]]
+        if overlap:
+            lines += ["", f"Overlap of the first {headline} components, chance {result['overlap_chance']:.2f}: "
+                      + "; ".join(overlap) + "."]
+        lines.append("")
     if separable := analysis["separability"]:
         lines += ["## Linear separability of the tasks", "",
                   f"Balanced accuracy on unseen identities, {separable['images_per_task']} images a task, chance "
@@ -438,7 +459,7 @@ class Measured:
     @property
     def start(self) -> tuple:
         """What two runs must share to be compared: the untouched backbone and its input."""
-        return tuple(self.config[key] for key in ("backbone", "size", "model", "weights", "image_size"))
+        return tuple(self.config[key] for key in ("backbone", "size", "model", "weights", "image_size", "embed_dim"))
 
     def headline(self, weights: str) -> dict[tuple[str, str], evaluate.Row]:
         """(domain, split) -> headline row, of the trained domains, in distribution."""
@@ -476,11 +497,17 @@ def claim_backbones(unified: list[Measured]) -> Claim:
             before, after = run.headline("foundation"), run.headline("tuned")
             better = [after[key].low > before[key].high for key in after if key in before]
             said.append(f"{run.name}: {sum(better)} of {len(better)} tasks above the foundation")
-            verdicts.append("holds" if better and all(better) else "fails")
+            verdicts.append("not measured (no foundation scores)" if not better else
+                            "holds" if all(better) else "fails")
         if not runs:
             verdicts.append(f"not measured (no run of {family})")
     return Claim("Works on CLIP, EVA-02 and DINOv3", "; ".join(said) or "-", "all tasks, disjoint 95 % intervals",
                  join(verdicts))
+
+
+def matched(run: Measured, expert: Measured, domain: str) -> bool:
+    """Whether both saw about as many images of the domain (within a quarter)."""
+    return 0.75 <= expert.config["counts"][domain] / max(run.config["counts"][domain], 1) <= 1.25
 
 
 def claim_experts(unified: list[Measured], experts: list[Measured], delta: float) -> Claim:
@@ -489,7 +516,7 @@ def claim_experts(unified: list[Measured], experts: list[Measured], delta: float
     for run in unified:
         for key, row in run.headline("tuned").items():
             rivals = [e.headline("tuned")[key] for e in experts
-                      if e.start == run.start and key in e.headline("tuned")]
+                      if e.start == run.start and key in e.headline("tuned") and matched(run, e, key[0])]
             for rival in rivals:
                 difference = row.value - rival.value
                 error = math.hypot(row.value - row.low, rival.high - rival.value)
@@ -498,7 +525,7 @@ def claim_experts(unified: list[Measured], experts: list[Measured], delta: float
                                 "fails" if difference + error < -delta else
                                 "not measured (intervals too wide to decide)")
     if not verdicts:
-        verdicts = ["not measured (no expert run, --domains NAME, of the same backbone)"]
+        verdicts = ["not measured (no expert run, --domains NAME, of the same backbone and number of images)"]
     return Claim("On par with domain experts on all tasks at once", "; ".join(said) or "-",
                  f"difference above -{100 * delta:g} points at 95 %", join(verdicts))
 
@@ -524,7 +551,8 @@ def claim_forgetting(unified: list[Measured], sequential: list[Measured]) -> Cla
     for run in unified:
         for other in (s for s in sequential if s.start == run.start and s.config["domains"] == run.config["domains"]):
             mine, theirs = run.headline("tuned"), other.headline("tuned")
-            early = [key for key in mine if key in theirs and key[0] != other.config["order"][-1]]
+            last = (other.config["order"] or other.config["domains"])[-1]
+            early = [key for key in mine if key in theirs and key[0] != last]
             lost = [key for key in early if theirs[key].high < mine[key].low]
             said.append(f"{run.name} against {other.name}: " +
                         ", ".join(f"{d} {100 * (theirs[d, s].value - mine[d, s].value):+.1f}" for d, s in early))
@@ -558,7 +586,9 @@ def claim_components(unified: list[Measured], least: float) -> Claim:
             continue
         found = run.analysis["transfer"]["tuned"]
         pairs = [p for p in found["pairs"] if p["fit"] != p["test"]]
-        if pairs:
+        if any(p["kept"] is None for p in pairs):
+            verdicts.append("not measured (a task is not above chance in the full space)")
+        elif pairs:
             worst = min(pairs, key=lambda p: p["kept"])
             said.append(f"{run.name}: {100 * worst['kept']:.1f} % [{100 * worst['low']:.1f}, "
                         f"{100 * worst['high']:.1f}] at k = {worst['k']} of {found['dim']}, worst pair {worst['fit']} "
@@ -577,25 +607,31 @@ def claim_components(unified: list[Measured], least: float) -> Claim:
 
 
 def analyse(options: dict) -> int:
-    """Analyse one run (or an untouched backbone's run folder) and write RUN/analysis."""
+    """Analyse one run and write RUN/analysis."""
     run = train.load_run(Path(options["run"]), options["allow_partial"])
     data = options["data"] or run.config["data"]
     root, device = open_root(Path(data)), train.pick_device(options["device"])
-    made = {domain: make_task(domain, root.get(domain, {}), options["limit"], options["seed"])
-            for domain in run.config["domains"]}
-    tasks = [task for task in made.values() if task is not None]
-    if not tasks:
-        raise InputError(f"{data}: none of {', '.join(made)} has both a training and a test split: nothing to analyse")
+    pairs = {domain: find_splits(root.get(domain, {})) for domain in run.config["domains"]}
+    pairs = {domain: pair for domain, pair in pairs.items() if pair}
+    if not pairs:
+        raise InputError(f"{data}: none of {', '.join(run.config['domains'])} has both a training and a test split: "
+                         "nothing to analyse")
     embedded: dict[str, dict] = {}
     for weights, load in (("foundation", train.load_foundation), ("tuned", train.load_tuned)):
         embed = evaluate.Embedder(load(run), weights, run.folder / "eval" / "embeddings", device, options["batch"],
                                   options["workers"], options["flip"])
-        embedded[weights] = {task.domain: (embed(task.train), embed(task.split)) for task in tasks}
-    for task in tasks:  # unreadable images leave every space alike
-        base, test = (np.isfinite(x[:, 0]) for x in embedded["tuned"][task.domain])
-        if not base.all() or not test.all():
-            raise InputError(f"{data}/{task.domain}: {int((~base).sum() + (~test).sum())} unreadable images; find them "
-                             "with `python -m data_prep verify` and prepare the split again")
+        embedded[weights] = {domain: tuple(embed(split) for split in pair) for domain, pair in pairs.items()}
+    tasks = []
+    for domain, (base, test) in pairs.items():
+        readable = tuple(np.isfinite(x[:, 0]) for x in embedded["tuned"][domain])
+        if bad := sum(int((~good).sum()) for good in readable):
+            print(f"  {domain}: {bad} unreadable images left out")
+        if task := make_task(base, test, readable, options["limit"], options["seed"]):
+            tasks.append(task)
+        else:
+            print(f"  {domain}: too few identities to fit on some and test others; left out")
+    if not tasks:
+        raise InputError(f"{data}: no domain has enough identities to fit on some and test others: nothing to analyse")
     result: dict = {"run": run.folder.name, "domains": [task.domain for task in tasks], "transfer": {},
                     "separability": None}
     for weights, spaces in embedded.items():
@@ -607,7 +643,7 @@ def analyse(options: dict) -> int:
         result["separability"] = measure_separability(embedded, tasks, options["bootstrap"], options["seed"],
                                                       options["limit"])
     folder = run.folder / "analysis"
-    print(write_analysis(folder, run.folder.name, result, result["domains"], options["components"]))
+    print(write_analysis(folder, run.folder.name, result))
     print(f"written: {folder}/report.md, analysis.json, transfer.csv and figures; "
           f"next: python analyze.py claims {run.folder.parent}")
     return 0
@@ -618,7 +654,7 @@ def analyse(options: dict) -> int:
 @evaluate.model_options
 @click.option("--components", type=click.IntRange(1), default=99, help="The k of the claim: fewer than 100.")
 @click.option("--limit", type=click.IntRange(10), default=2000, help="At most so many probes per task.")
-@click.option("--bootstrap", type=click.IntRange(0), default=500, help="Resamplings for the intervals.")
+@click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
 @click.pass_context
 def main(context: click.Context, **options) -> int | None:
     if context.invoked_subcommand:
@@ -634,6 +670,7 @@ def main(context: click.Context, **options) -> int | None:
 @click.option("--retention", type=click.FloatRange(0), default=0.95, help="Least retention out of distribution.")
 @click.option("--separable", type=click.FloatRange(0, 1), default=0.95, help="Least balanced accuracy.")
 @click.option("--keep", type=click.FloatRange(0, 1), default=0.95, help="Least share that the components keep.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
 def claims(folder: Path, delta: float, retention: float, separable: float, keep: float) -> int:
     runs = read_runs(folder)
     by_role = {role: [run for run in runs if run.config["role"] == role] for role in train.ROLES}

@@ -175,6 +175,8 @@ def tar_at_far(far: np.ndarray, tar: np.ndarray, target: float) -> float:
 def equal_error_rate(far: np.ndarray, tar: np.ndarray) -> float:
     """Where FAR = 1 - TAR, linear between the neighbouring points of the ROC."""
     gap = far - (1 - tar)
+    if not np.isfinite(gap).all():
+        return math.nan  # a resampling without genuine pairs or without impostors
     i = int(np.argmax(gap >= 0))
     if i == 0:
         return float(far[0])
@@ -331,12 +333,14 @@ def class_means(x: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
 
 def nearest_mean(x: np.ndarray, means: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
     """Class with the nearest mean direction, int [n]. `own` [n]: x is among the sums of its class; leave it out."""
-    directions = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
-    scores = x @ directions.T
+    length = np.linalg.norm(means, axis=1)
+    scores = x @ (means / np.maximum(length, 1e-12)[:, None]).T
+    scores[:, length < 1e-9] = -np.inf  # a class without images must not win with its cosine of 0
     if own is not None:
         without = means[own] - x
-        without /= np.maximum(np.linalg.norm(without, axis=1, keepdims=True), 1e-12)
-        scores[np.arange(len(x)), own] = (x * without).sum(1)
+        length = np.linalg.norm(without, axis=1)
+        cosine = (x * without).sum(1) / np.maximum(length, 1e-12)
+        scores[np.arange(len(x)), own] = np.where(length < 1e-6, -np.inf, cosine)
     return scores.argmax(1)
 
 
@@ -471,16 +475,21 @@ class Row:
         return self.protocol.endswith(", out of distribution")
 
 
-def chance(split: Split, metric: str) -> float | None:
+def chance(split: Split, metric: str) -> float:
     """The expected value of a headline metric for random embeddings."""
     if metric.endswith("auc"):
         return 0.5
     if split.protocol["name"] == "classification":
         return 1 / len(split.classes)
-    roles = split.optional("role")
-    mates = np.bincount(split.labels[(roles > 0) & (split.labels >= 0)], minlength=len(split.classes))
-    probes = split.labels[roles == 0]
-    return float((mates[probes] / max((roles > 0).sum(), 1)).mean()) if len(probes) else None
+    roles, cameras = split.optional("role"), split.optional("camera")
+    probes, gallery = np.flatnonzero(roles == ROLES.index("probe")), np.flatnonzero(roles > 0)
+    hits = []
+    for probe in probes:
+        mates = split.labels[gallery] == split.labels[probe]
+        junk = mates & (cameras[gallery] == cameras[probe]) & (split.protocol["name"] == "reid")
+        if (mates & ~junk).any():
+            hits.append((mates & ~junk).sum() / (~junk).sum())
+    return float(np.mean(hits))
 
 
 def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int,
@@ -683,6 +692,9 @@ def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: s
 def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str]:
     """Name, output folder, run (if any), {"foundation" and/or "tuned": loader} and the data root of the options."""
     if options["run"]:
+        for key in ("backbone", "model", "image_size", "out"):
+            if options[key]:
+                raise InputError(f"--{key.replace('_', '-')} describes an untouched backbone: leave it out with --run")
         run = train.load_run(Path(options["run"]), options["allow_partial"])
         models = {"foundation": lambda: train.load_foundation(run), "tuned": lambda: train.load_tuned(run)}
         if not options["foundation"]:
@@ -717,7 +729,8 @@ def model_options(command):
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120}, help=__doc__.split("\n\n")[0])
 @model_options
-@click.option("--splits", metavar="NAMES", help="Comma-separated domain/split to score (default: all with a protocol).")
+@click.option("--splits", metavar="NAMES",
+              help="Comma-separated domain/split: the results then hold these alone (default: all).")
 @click.option("--foundation/--no-foundation", default=True, help="Score the untouched backbone too.")
 @click.option("--backbone", type=click.Choice(list(train.BACKBONES)), help="Without --run: an untouched backbone.")
 @click.option("--size", type=click.Choice(train.SIZES), default="large", help="Its size.")
@@ -725,7 +738,7 @@ def model_options(command):
 @click.option("--weights", default="pretrained", metavar="WHICH", help="'pretrained', 'none' or a FILE.")
 @click.option("--image-size", type=click.IntRange(16), help="Input side in pixels.")
 @click.option("--out", metavar="DIR", help="Without --run: folder for the results (default: runs/NAME-foundation).")
-@click.option("--bootstrap", type=click.IntRange(0), default=500, help="Resamplings for the intervals.")
+@click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
 def main(**options) -> int:
     name, folder, run, models, data = open_models(options)
     root = open_root(Path(data))
@@ -745,7 +758,8 @@ def main(**options) -> int:
     for (domain, split), pair in headlines(rows).items():
         print(f"{domain + '/' + split:22s} {next(iter(pair.values())).metric:20s} "
               + "   ".join(f"{weights} {show_value(row)}" for weights, row in pair.items()))
-    print(f"written: {out}/report.md, results.json, results.csv and figures; next: python analyze.py --run {folder}")
+    print(f"written: {out}/report.md, results.json, results.csv and figures"
+          + (f"; next: python analyze.py --run {folder}" if run else ""))
     return 0
 
 

@@ -98,15 +98,15 @@ class Backbone(nn.Module):
 
             settings = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
                         "interpolation": "bicubic"} | open_clip.get_model_preprocess_cfg(net)
-            with torch.no_grad():  # towers of different origin name their width differently: look at what comes out
-                width = net.eval().encode_image(torch.zeros(1, 3, image_size, image_size)).shape[1]
             net.requires_grad_(False)
             net.visual.requires_grad_(True)  # the text tower stays as it is: it keeps zero-shot alive
         else:
             import timm
 
             settings = timm.data.resolve_model_data_config(net)
-            width = net.num_features
+        with torch.no_grad():  # networks of different origin name their width differently: look at what comes out
+            probe = torch.zeros(1, 3, image_size, image_size)
+            width = (net.eval().encode_image(probe) if library == "open_clip" else net.eval()(probe)).shape[1]
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
         self.interpolation = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
         self.dim = embed_dim or width
@@ -174,7 +174,9 @@ def build_network(library: str, name: str, image_size: int | None, **pretrained)
         return open_clip.create_model(name, force_image_size=image_size, **pretrained)
     import timm
 
-    options = pretrained | {"num_classes": 0} | ({"global_pool": "token"} if "dinov3" in name else {})
+    # timm pools DINOv3's tokens by default; its authors use the class token
+    token = {"global_pool": "token"} if name.startswith("vit_") and "dinov3" in name else {}
+    options = pretrained | {"num_classes": 0} | token
     try:
         return timm.create_model(name, **options, **({"img_size": image_size} if image_size else {}))
     except TypeError:  # convolutional networks take any size and no such argument
@@ -218,8 +220,11 @@ def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], p
         wrong = [f"{key} is missing" for key in expected if key not in given]
         wrong += [f"{key} is not part of the model" for key in given if key not in expected]
         wrong += [f"{k} is {given[k]}, not {expected[k]}" for k in expected if k in given and expected[k] != given[k]]
-    except (KeyError, RuntimeError, AttributeError, IndexError, ValueError) as error:
-        wrong = [f"{type(error).__name__}: {error}"]
+    except (KeyError, RuntimeError, AttributeError, IndexError, ValueError):
+        # the library's own conversion met keys that it does not know: name those
+        expected = net.state_dict().keys()
+        wrong = [f"{key} is missing" for key in expected if key not in state]
+        wrong += [f"{key} is not part of the model" for key in state if key not in expected]
     if wrong:
         raise InputError(
             f"--weights {path}: not the weights of this architecture: {'; '.join(wrong[:4])}"
@@ -242,33 +247,41 @@ def load_backbone(config: dict) -> Backbone:
     size = config["image_size"] or (None if config["model"] else IMAGE_SIZE[config["backbone"]])
     torch.manual_seed(config["seed"])
     logging.disable(logging.ERROR)  # the hub clients' own pages about what ends here in one line
-    if config["weights"] != "pretrained":
-        try:
+    try:
+        if config["weights"] == "pretrained":
+            net = download_network(config, library, name, size, tag)
+        else:
             net = build_network(library, name, size)
-        except (AssertionError, ValueError, RuntimeError) as error:
-            raise InputError(f"--image-size {size} does not fit {name}: {str(error).splitlines()[0]}") from error
-        if config["weights"] != "none":
-            fill_weights(net, library, read_weights(Path(config["weights"])), Path(config["weights"]))
-    else:
-        if tag is None:
-            which = config["model"] or f"{config['backbone']} {config['size']}"
-            raise InputError(f"{which} has no weights to download: give --weights none or --weights FILE")
-        try:
-            fail_fast_offline()
-            net = build_network(library, name, size, pretrained=tag or True)
-        except Exception as error:  # the hub clients raise a dozen kinds
-            raise InputError(
-                f"the weights of {name} cannot be downloaded ({str(error).splitlines()[0][:120]}): fetch them on a "
-                "machine with network and give --weights FILE, or start at random with --weights none"
-            ) from error
-    logging.disable(logging.NOTSET)
-    if size is None:
-        import timm
+            if config["weights"] != "none":
+                fill_weights(net, library, read_weights(Path(config["weights"])), Path(config["weights"]))
+        if size is None:
+            import timm
 
-        is_clip = library == "open_clip"
-        size = net.visual.image_size if is_clip else timm.data.resolve_model_data_config(net)["input_size"][-1]
-        size = size[0] if isinstance(size, tuple) else size
-    return Backbone(net, library, config["embed_dim"], size)
+            is_clip = library == "open_clip"
+            size = net.visual.image_size if is_clip else timm.data.resolve_model_data_config(net)["input_size"][-1]
+            size = size[0] if isinstance(size, tuple) else size
+        return Backbone(net, library, config["embed_dim"], size)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        what = f"--image-size {config['image_size']}" if config["image_size"] else f"input size {size}"
+        raise InputError(f"{what} does not fit {name}: {str(error).splitlines()[0]}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def download_network(config: dict, library: str, name: str, size: int | None, tag: str | None) -> nn.Module:
+    """The network with its published weights, from the libraries' hubs or their cache."""
+    if tag is None:
+        which = config["model"] or f"{config['backbone']} {config['size']}"
+        more = " or, for OpenCLIP's, --model NAME/TAG" if library == "open_clip" and config["model"] else ""
+        raise InputError(f"{which} has no weights to download: give --weights none or --weights FILE{more}")
+    try:
+        fail_fast_offline()
+        return build_network(library, name, size, pretrained=tag or True)
+    except Exception as error:  # the hub clients raise a dozen kinds
+        raise InputError(
+            f"the weights of {name} cannot be downloaded ({str(error).splitlines()[0][:120]}): fetch them on a "
+            "machine with network and give --weights FILE, or start at random with --weights none"
+        ) from error
 
 
 def fail_fast_offline() -> None:
@@ -339,10 +352,10 @@ def blend_counts(shares: Iterable[np.ndarray], batch: int) -> np.ndarray:
 def plan_batches(config: dict, schedule: Schedule, steps: int, shares: np.ndarray, ramp=None) -> np.ndarray:
     """Images of each domain in each batch of the run: int64 [steps * batches_per_step, K]."""
     K, batch = len(shares), schedule.images_per_batch
-    if config["schedule"] == "B":
+    if schedule.domains_per_batch == K:
         return blend_counts((shares_at(s / max(steps, 1), shares, ramp) for s in range(steps)), batch)
     if config["schedule"] == "sequential":
-        order = [config["domains"].index(name) for name in config["order"]]
+        order = [config["domains"].index(name) for name in config["order"] or config["domains"]]
         which = [order[s * K // steps] for s in range(steps)]
     else:
         which = np.arange(steps * schedule.batches_per_step) % K
@@ -350,15 +363,21 @@ def plan_batches(config: dict, schedule: Schedule, steps: int, shares: np.ndarra
 
 
 def quiet_worker(_: int) -> None:
-    """Loader workers leave Ctrl-C to the main process, which ends the run after the current step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Loader workers leave signals to the main process, which ends the run after the current step."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # terminals and schedulers signal the whole group
+        signal.signal(number, signal.SIG_IGN)
+
+
+def as_it_is(item):
+    """No conversion: the loader's own would turn row numbers into tensors."""
+    return item
 
 
 def load(dataset: Stream | Batches, first: int, workers: int, pin: bool) -> Iterator:
     """The items of a data set from number `first` on, decoded ahead by worker processes."""
     return iter(torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers, pin_memory=pin,
-        worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None,
+        worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None, collate_fn=as_it_is,
     ))
 
 
@@ -378,6 +397,10 @@ def ramp(progress: float, fraction: float) -> float:
     return min(progress / fraction, 1.0) if fraction > 0 else 1.0
 
 
+LIMITS = {"scale": (1e-3, 1e6), "margin_additive": (0, 2), "margin_angular": (0, math.pi), "label_smoothing": (0, 1),
+          "domain_weight": (0, 1e6), "crop_scale": (0.01, 1), "mix": (0, 1e12)}  # of options with a value per domain
+
+
 def per_domain(config: dict, key: str) -> list[float]:
     """An option given as one number or as `object=0,face_hq=0.35,...`, as one value per domain of the run."""
     option, text = f"--{key.replace('_', '-')}", str(config[key])
@@ -391,6 +414,9 @@ def per_domain(config: dict, key: str) -> list[float]:
         raise InputError(f"{option}: no domain {sorted(unknown)[0]!r}; the domains are {', '.join(DOMAINS)}")
     if missing := [name for name in config["domains"] if name not in values]:
         raise InputError(f"{option} {config[key]!r}: no value for {missing[0]}")
+    low, high = LIMITS[key]
+    if wrong := [name for name in config["domains"] if not low <= values[name] <= high]:
+        raise InputError(f"{option}: {wrong[0]} is {values[wrong[0]]:g}; want {low:g} to {high:g}")
     return [values[name] for name in config["domains"]]
 
 
@@ -611,6 +637,8 @@ def pick_device(name: str) -> torch.device:
     """The device of --device: `auto` takes CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name}: want auto, cpu, cuda or cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
     return torch.device(name)
@@ -644,12 +672,15 @@ def draw_samples(path: Path, stream: Stream, model: Backbone, columns: int = 8) 
 
 
 def save_checkpoint(folder: Path, step: int, model: Backbone, head, optimizer, splits, tally: dict) -> None:
-    """Write last/state.pt (everything that step `step` starts from), then the weights."""
+    """Write the weights, then last/state.pt: everything that step `step` starts from.
+
+    In this order a run that is killed in between repeats the steps since the former state, and ends with both.
+    """
+    save_weights(folder, model, head, splits)
     (folder / "last").mkdir(exist_ok=True)
     state = {"step": step, "model": model.state_dict(), "head": head.detach(), "optimizer": optimizer.state_dict(),
              "rng": torch.get_rng_state(), "tally": tally}
     write_atomically(folder / "last" / "state.pt", lambda path: torch.save(state, path))
-    save_weights(folder, model, head, splits)
 
 
 def load_checkpoint(folder: Path, model: Backbone, head, optimizer, tally: dict) -> int:
@@ -694,27 +725,31 @@ class StopRequest:
 def check_options(config: dict) -> None:
     """Refuse contradictions before any work; fills what follows from other options (domains, order, out)."""
     config["domains"] = sort_domains(config["domains"], "--domains") if config["domains"] else list(DOMAINS)
-    order = config["order"].split(",") if isinstance(config["order"], str) and config["order"] else config["order"]
-    config["order"] = [name for name in order if name] if order else config["domains"]
-    if sorted(config["order"]) != sorted(config["domains"]):
-        raise InputError(f"--order {','.join(config['order'])} must name each of {','.join(config['domains'])} once")
+    if config["order"]:
+        order = config["order"].split(",") if isinstance(config["order"], str) else config["order"]
+        if sorted(order) != sorted(config["domains"]):
+            raise InputError(f"--order {','.join(order)} must name each of {','.join(config['domains'])} once")
+        config["order"] = order
     if config["weights"] not in ("pretrained", "none"):
         config["weights"] = str(Path(config["weights"]).resolve())  # a run is read from other folders too
     if config["images"] and config["epochs"]:
         raise InputError("--images and --epochs both say how long to train: give one of them")
+    if config["model"] and config["backbone"]:
+        raise InputError("--backbone and --model both name the network: give one of them")
     if not config["model"] and not config["backbone"]:
         raise InputError("which backbone? give --backbone clip|eva02|dinov3 or --model NAME (of timm or open_clip)")
     library = resolve_backbone(config)[0]
-    if config["head_init"] == "text" and library != "open_clip":
-        raise InputError("--head-init text needs a text tower: it goes with CLIP models only")
+    if config["head_init"] == "text" and (library != "open_clip" or config["embed_dim"]):
+        raise InputError("--head-init text needs CLIP's text tower and its own width: only CLIP models, no --embed-dim")
     if config["freeze_text_head"] and (config["head_init"] != "text" or "object" not in config["domains"]):
         raise InputError("--freeze-text-head freezes the object classes of --head-init text: give both, with object")
     if (config["mix"] and config["schedule"] != "B") or (config["mix_ramp"] and config["schedule"] != "B"):
         raise InputError("--mix and --mix-ramp set the shares of schedule B; the other schedules deal equally")
     if config["degrade"] and "face_lq" not in config["domains"]:
         raise InputError("--degrade acts on face_lq, which is not among --domains")
-    for name in ("scale", "margin_angular", "margin_additive", "domain_weight", "label_smoothing", "crop_scale"):
-        per_domain(config, name)
+    for name in LIMITS:
+        if config[name] is not None:
+            per_domain(config, name)
     if not config["out"]:
         name = config["model"].replace("/", "_") if config["model"] else f"{config['backbone']}-{config['size']}"
         domains = "all" if len(config["domains"]) == len(DOMAINS) else "+".join(config["domains"])
@@ -733,8 +768,10 @@ def sort_domains(text: str | list[str], option: str) -> list[str]:
 def open_splits(config: dict) -> list[Split]:
     """The training split of every domain of the run."""
     try:
-        root = open_root(Path(config["data"]))
+        root = open_root(Path(config["data"]), config["domains"], "train")
     except InputError as error:
+        if ": no shards there" not in error.message:
+            raise
         _, name, tag = resolve_backbone(config)
         raise InputError(
             f"{error.message}; the weights of {name} are "
@@ -761,16 +798,19 @@ def parse_shares(config: dict, splits: list[Split]) -> tuple[np.ndarray, tuple |
         return np.full(K, 1.0 / K), None
     sizes = np.array([len(split) for split in splits], dtype=float)
     shares = np.array(per_domain(config, "mix")) if config["mix"] else sizes ** config["mix_temperature"]
-    if (shares < 0).any() or shares.sum() <= 0:
-        raise InputError(f"--mix {config['mix']}: shares must not be negative and not all 0")
+    if shares.sum() <= 0:
+        raise InputError(f"--mix {config['mix']}: at least one share must be above 0")
     shares, mix_ramp = shares / shares.sum(), None
     if config["mix_ramp"]:
-        match = re.fullmatch(r"(\w+):([\d.]+)->([\d.]+)(?:@([\d.]+))?", config["mix_ramp"])
-        if not match or match[1] not in config["domains"] or not all(0 <= float(match[i]) <= 1 for i in (2, 3)):
-            raise InputError(f"--mix-ramp {config['mix_ramp']!r}: want DOMAIN:FIRST->LAST[@FRACTION], shares in 0..1")
-        if K == 1:
-            raise InputError("--mix-ramp needs at least two domains")
-        mix_ramp = (config["domains"].index(match[1]), float(match[2]), float(match[3]), float(match[4] or 0.3))
+        number = r"(\d+(?:\.\d*)?)"
+        match = re.fullmatch(rf"(\w+):{number}->{number}(?:@{number})?", config["mix_ramp"])
+        first, last, fraction = (float(x) for x in (*match.groups()[1:3], match[4] or 0.3)) if match else (2, 2, 2)
+        if not match or match[1] not in config["domains"] or max(first, last, fraction) > 1 or not fraction:
+            raise InputError(f"--mix-ramp {config['mix_ramp']!r}: want DOMAIN:FIRST->LAST[@FRACTION], shares in 0..1, "
+                             "FRACTION of training above 0 and up to 1")
+        mix_ramp = (config["domains"].index(match[1]), first, last, fraction)
+        if shares.sum() - shares[mix_ramp[0]] <= 0:
+            raise InputError("--mix-ramp needs another domain with a share above 0")
     for progress in (0.0, 1.0):
         for name, share in zip(config["domains"], shares_at(progress, shares, mix_ramp), strict=True):
             if share and config["batch"] * share < 1:
@@ -795,14 +835,18 @@ def describe_plan(config: dict, splits: list[Split], plan: np.ndarray, steps: in
 def provenance(splits: list[Split]) -> dict:
     """Versions and commit of the code, and which shards: for config.json."""
     here = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
     return {"git_commit": commit or None, "argv": sys.argv[1:],
             "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
             "shards": {split.domain: split.index["provenance"]["plan"] for split in splits}}
 
 
-FREE_ON_RESUME = {"workers", "device", "log_every", "save_every", "resume", "data", "max_skipped", "max_bad", "config"}
+FREE_ON_RESUME = {"workers", "device", "log_every", "save_every", "resume", "data", "out", "max_skipped", "max_bad",
+                  "config"}
 
 
 def find_run(config: dict, splits: list[Split]) -> str:
@@ -854,7 +898,7 @@ def set_up(config: dict) -> Job | None:
     schedule = make_schedule(config["schedule"], len(splits), config["batch"])
     shares, mix_ramp = parse_shares(config, splits)
     sizes = np.array([len(split) for split in splits])
-    largest = int(sizes.argmax())
+    largest = int(np.where(shares > 0, sizes, 0).argmax())
     images = config["images"] or (config["epochs"] or 10.0) * sizes[largest] / shares[largest]
     steps = max(round(images / config["batch"]), 1)
     plan = plan_batches(config, schedule, steps, shares, mix_ramp)
@@ -1126,7 +1170,13 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
 @click.option("--max-bad", type=click.FloatRange(0, 1), default=0.001,
               help="Share of damaged images above which the run stops.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
-def main(**config) -> int:
+@click.pass_context
+def main(context: click.Context, **config) -> int:
+    said = {name: context.get_parameter_source(name).name for name in config}
+    for name, rival in (("images", "epochs"), ("epochs", "images"), ("backbone", "model"), ("model", "backbone"),
+                        ("domains", "order")):
+        if said[name] == "COMMANDLINE" and said[rival] == "DEFAULT_MAP":  # what --config says in another way
+            config[rival] = None
     job = set_up(config)
     return run_steps(job) if job else 0
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from data_prep import DOMAINS, InputError, bodies, faces, folders, run_command
 from data_prep.demo import SIZE, demo_splits
-from data_prep.shards import FITS, BadImage, Source, Split, open_root, verify_split, write_split
+from data_prep.shards import FITS, BadImage, Source, Split, read_index, verify_split, write_split
 
 CPUS = os.cpu_count() or 1
 FIT = {"object": "crop", "face_hq": "squash", "face_lq": "squash", "body": "pad"}
@@ -67,12 +67,14 @@ def report(folder: Path, index: dict, found: int) -> None:
           f"{sum(skipped.values()):,} skipped" + "".join(f"\n  {n:,}: {reason}" for reason, n in skipped.items()))
     if lost := (index["protocol"] or {}).get("pairs_lost"):
         print(f"  {lost:,} pairs left out: one of their images was skipped")
-    for name, other in open_root(folder.parent.parent).get(index["domain"], {}).items():
-        if index["domain"] == "object" or other.index["provenance"]["source"] != index["provenance"]["source"]:
+    for path in folder.parent.glob("*/index.json"):
+        other = read_index(path.parent)
+        if index["domain"] == "object" or other["provenance"]["source"] != index["provenance"]["source"]:
             continue  # object classes are meant to be the same, and equal names of two sources prove nothing
-        shared = set(index["classes"]) & set(other.classes)
-        if name != index["split"] and shared and (other.protocol is None) != (index["protocol"] is None):
-            print(f"  WARNING: train and test overlap, {len(shared):,} identities are in {name} too: {min(shared)}")
+        shared = set(index["classes"]) & set(other["classes"])
+        if shared and (other["protocol"] is None) != (index["protocol"] is None):
+            print(f"  WARNING: train and test overlap, {len(shared):,} identities are in {path.parent.name} too: "
+                  f"{min(shared)}")
 
 
 def prepare(read, src: Path, out: Path, part: str | None, size: int | None, fit: str | None, **options) -> None:
@@ -94,9 +96,9 @@ def prepare(read, src: Path, out: Path, part: str | None, size: int | None, fit:
 @cli.command(help="Class folders: src/<class or person>/**/image. " + folders.folder.__doc__.split("\n\n")[1])
 @source_options
 @click.option("--names", type=click.Path(path_type=Path), help="File of folder<TAB>name lines: names for prompts.")
-@click.option("--reference", default="train",
-              help="Split of the same domain whose images classify this one (class means, neighbours).")
-@click.option("--ood", is_flag=True, help="Mark the split as out of distribution: its retention is reported.")
+@click.option("--reference", metavar="SPLIT",
+              help="Objects: split whose images classify this one, by class means and neighbours (default: train).")
+@click.option("--ood", is_flag=True, help="Objects: mark a test split as out of distribution, for its retention.")
 def folder(**options) -> None:
     prepare(folders.folder, **options)
 

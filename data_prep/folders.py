@@ -49,7 +49,7 @@ def read_names(path: Path | None) -> dict[str, str]:
     return names
 
 
-def folder(src: Path, domain: str, train: bool, names: Path | None = None, reference: str = "train",
+def folder(src: Path, domain: str, train: bool, names: Path | None = None, reference: str | None = None,
            ood: bool = False) -> Source:
     """Class folders of any image set.
 
@@ -57,6 +57,8 @@ def folder(src: Path, domain: str, train: bool, names: Path | None = None, refer
     the same domain; `ood` marks a split as out of distribution) or as closed-set identification (faces and bodies: the
     first image of a person is the gallery, the others are probes; people with a single image are distractors).
     """
+    if (ood or reference) and (train or domain != "object"):
+        raise InputError("--reference and --ood say how a test split of objects is scored: leave them out here")
     images, skipped = scan(src)
     count, seen = Counter(name for name, _ in images), Counter()
     records = []
@@ -68,6 +70,6 @@ def folder(src: Path, domain: str, train: bool, names: Path | None = None, refer
         records.append(Record(partial(Path.read_bytes, path), str(path.relative_to(src)), name, role=role))
     protocol = None
     if not train:
-        protocol = {"name": "identification"} if domain != "object" else {"name": "classification",
-                                                                          "reference": reference, "ood": ood}
+        classification = {"name": "classification", "reference": reference or "train", "ood": ood}
+        protocol = classification if domain == "object" else {"name": "identification"}
     return Source(records, protocol, skipped=skipped, names=read_names(names))

@@ -8,13 +8,15 @@
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
+import sys
 import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +33,9 @@ VERSION = "0.1"  # of data_prep, recorded with every split
 ROLES = ("probe", "gallery", "distractor")  # numbered in the column `role`; a re-identification query is a probe
 OPTIONAL = ("camera", "clothes", "role", "template")  # integer columns that only some sources have
 FITS = ("crop", "squash", "pad")
+OPEN_SHARDS = 64  # files that a split keeps open at once: far below the usual limit of 1024 a process
+# fork where it is safe and quick; named, because the default differs between systems and Python versions
+PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 class BadImage(Exception):
@@ -87,7 +92,10 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
     plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not image.info.get("progressive") and not turned
     if plain and image.size == (size, size):
         return data
-    image = (ImageOps.exif_transpose(image) if turned else image).convert("RGB")
+    image = ImageOps.exif_transpose(image) if turned else image
+    if image.mode.startswith("I"):  # 16 bits a channel: Pillow's own conversion would cut instead of scale
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+    image = image.convert("RGB")
     if fit == "crop":
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     elif fit == "squash":
@@ -274,7 +282,7 @@ def run_tasks(tasks: list[tuple], workers: int, title: str, total: int) -> list[
                 parts[task[1]] = write_shard(*task)
                 bar.update(len(task[3]))
             return parts
-        with ProcessPoolExecutor(min(workers, len(todo)), initializer=start_worker, initargs=(os.getpid(),)) as pool:
+        with ProcessPoolExecutor(min(workers, len(todo)), PROCESSES, start_worker, (os.getpid(),)) as pool:
             running = {pool.submit(write_shard, *task): task for task in todo}
             try:
                 for future in as_completed(running):
@@ -371,6 +379,8 @@ class Split:
         """Key and JPEG bytes of a sample."""
         shard, offset = int(self.shard[row]), int(self.offset[row])
         if shard not in self.files:
+            if len(self.files) >= OPEN_SHARDS:
+                os.close(self.files.pop(next(iter(self.files))))
             self.files[shard] = os.open(self.folder / f"shard-{shard:06d}.tar", os.O_RDONLY)
         block = os.pread(self.files[shard], tarfile.BLOCKSIZE + int(self.length[row]), offset - tarfile.BLOCKSIZE)
         return block[:100].split(b".")[0].decode("ascii", "replace"), block[tarfile.BLOCKSIZE :]
@@ -394,14 +404,24 @@ class Split:
         return image
 
 
-def open_root(root: Path) -> dict[str, dict[str, Split]]:
-    """All splits of a data root, by domain (in the house order) and name.
+def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> dict[str, dict[str, Split]]:
+    """The splits of a data root, by domain (in the house order) and name.
+
+    Args:
+        root: the data root.
+        domains: those wanted.
+        name: the split wanted, or * for all; what is not wanted is not opened.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or one is damaged or lies in another's place.
     """
-    found = {domain: {path.parent.name: Split(path.parent) for path in sorted(root.glob(f"{domain}/*/index.json"))}
-             for domain in DOMAINS}
+    paths = {domain: sorted(root.glob(f"{domain}/{name}/index.json")) for domain in domains}
+    found = {domain: {path.parent.name: Split(path.parent) for path in paths[domain]} for domain in domains}
+    for domain, splits in found.items():
+        for folder_name, split in splits.items():
+            if (split.domain, split.name) != (domain, folder_name):
+                raise InputError(f"{split.folder} holds the split {split.domain}/{split.name}: move it back to its "
+                                 "place, or prepare the images again with this --out")
     if not any(found.values()):
         raise InputError(f"{root}: no shards there; draw the demo corpus with `python -m data_prep demo --out {root}`, "
                          f"or prepare images: `python -m data_prep SOURCE --src PATH --out {root}/<domain>/<split>`")
@@ -477,8 +497,7 @@ def verify_split(folder: Path, workers: int = 1) -> list[str]:
     problems = verify_protocol(split)
     if sum(shard["samples"] for shard in split.index["shards"]) != len(split):
         problems.append(f"{folder}: the shard table does not add up to {len(split)} samples")
-    with ProcessPoolExecutor(max(min(workers, len(numbers)), 1), initializer=start_worker,
-                             initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(max(min(workers, len(numbers)), 1), PROCESSES, start_worker, (os.getpid(),)) as pool:
         results = pool.map(verify_shard, [folder] * len(numbers), numbers)
         for found in tqdm(results, desc=f"verify {folder}", total=len(numbers), unit="shard", disable=None):
             problems += found

@@ -24,10 +24,14 @@ class Order:
     """
 
     def __init__(self, shard_sizes: list[int], seed: int, domain: int, window: int) -> None:
+        self.arguments = shard_sizes, seed, domain, window
         self.size, self.key, self.window = sum(shard_sizes), (seed, domain), window
         self.bounds = np.concatenate([[0], np.cumsum(shard_sizes)])
         self.shards = functools.lru_cache(maxsize=2)(self._shards)
         self.rows = functools.lru_cache(maxsize=4)(self._rows)
+
+    def __reduce__(self):  # the caches do not travel to loader processes
+        return Order, self.arguments
 
     def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order = np.random.default_rng((*self.key, epoch)).permutation(len(self.bounds) - 1)

@@ -151,7 +151,8 @@ def test_fit_and_test_identities_are_disjoint(demo_root):
     from data_prep.shards import open_root
 
     for domain, splits in open_root(demo_root).items():
-        task = analyze.make_task(domain, splits, 2000, 0)
+        base, test = analyze.find_splits(splits)
+        task = analyze.make_task(base, test, (np.ones(len(base), bool), np.ones(len(test), bool)), 2000, 0)
         fitted = {task.train.classes[label] for label in task.train.labels[task.fit]}
         tested = {task.split.classes[label] for label in task.split.labels[task.probe]}
         assert fitted and tested and not fitted & tested
@@ -163,6 +164,28 @@ def test_fit_and_test_identities_are_disjoint(demo_root):
     for i, j in zip(*np.nonzero(ignored), strict=True):
         a, b = task.probe[i], task.gallery[j]
         assert body.labels[a] == body.labels[b] and camera[a] == camera[b]
+
+
+def test_unreadable_images_and_lone_identities_leave_a_task(demo_root):
+    from data_prep.shards import open_root
+
+    base, test = analyze.find_splits(open_root(demo_root)["object"])
+    good = np.ones(len(base), bool), np.arange(len(test)) % 3 > 0
+    task = analyze.make_task(base, test, good, 2000, 0)
+    assert good[1][task.probe].all() and len(task.probe)
+    assert analyze.make_task(base, test, (good[0], test.labels == test.labels[-1]), 2000, 0) is None  # one class
+    base, test = analyze.find_splits(open_root(demo_root)["face_hq"])
+    first = np.unique(test.labels, return_index=True)[1]
+    alone = np.isin(np.arange(len(test)), first)  # nobody has a second image
+    assert analyze.make_task(base, test, (np.ones(len(base), bool), alone), 2000, 0) is None
+
+
+def test_class_means_of_single_images_in_any_order():
+    """One training image a class, not in the order of the classes: each must still stand for its own class."""
+    x = np.eye(4)
+    task = Task("object", None, None, np.arange(4), np.arange(4), np.arange(4), np.array([2, 0, 3, 1]), np.arange(4),
+                np.arange(4), None)
+    assert analyze.hits_by_k(x, x[[2, 0, 3, 1]], task, [4]).all()
 
 
 def test_pixel_statistics_see_format_and_not_content(demo_root):
@@ -182,7 +205,8 @@ def measured(name, role="unified", backbone="clip", values=None, foundation=None
     rows = [evaluate.Row(name, weights, d, "test", "reid", "rank-1", v, v - 0.01, v + 0.01, 100)
             for weights, table in (("foundation", foundation or {}), ("tuned", values or {})) for d, v in table.items()]
     config = {"backbone": backbone, "size": "large", "model": None, "weights": "pretrained", "image_size": None,
-              "domains": list(domains), "order": list(domains), "role": role}
+              "embed_dim": 0, "domains": list(domains), "order": None, "role": role,
+              "counts": dict.fromkeys(domains, more.get("images", 1000))}
     return Measured(name, config, rows + more.get("rows", []), more.get("analysis"))
 
 
@@ -194,6 +218,8 @@ def test_claim_backbones_needs_all_three():
     assert one.verdict == "not measured (no run of eva02)" and "2 of 2" in one.measured
     runs = [measured(b, backbone=b, **GOOD) for b in ("clip", "eva02", "dinov3")]
     assert analyze.claim_backbones(runs).verdict == "holds"
+    runs[2] = measured("d", backbone="dinov3", values=GOOD["values"])
+    assert analyze.claim_backbones(runs).verdict == "not measured (no foundation scores)"
     runs[1] = measured("e", backbone="eva02", values={"object": 0.41, "body": 0.7}, foundation=GOOD["foundation"])
     assert analyze.claim_backbones(runs).verdict == "fails"
 
@@ -204,8 +230,10 @@ def test_claim_experts(expert, verdict):
     rival = measured("x", "expert", values={"body": expert}, domains=["body"])
     claim = analyze.claim_experts([measured("a", **GOOD)], [rival], 0.01)
     assert claim.verdict == verdict and f"{100 * (0.7 - expert):+.1f}" in claim.measured
-    other = measured("x", "expert", backbone="eva02", values={"body": expert}, domains=["body"])
-    assert analyze.claim_experts([measured("a", **GOOD)], [other], 0.01).verdict.startswith("not measured (no expert")
+    for change in ({"backbone": "eva02"}, {"images": 4000}):
+        other = measured("x", "expert", values={"body": expert}, domains=["body"], **change)
+        claim = analyze.claim_experts([measured("a", **GOOD)], [other], 0.01)
+        assert claim.verdict.startswith("not measured (no expert")
 
 
 def test_claim_generalisation_uses_retention_out_of_distribution():
@@ -249,6 +277,8 @@ def test_claim_components(kept, random, dim, verdict):
     pairs = [across, own]
     run = measured("a", analysis={"transfer": {"tuned": {"pairs": pairs, "dim": dim, "rank_limited": True}}})
     assert analyze.claim_components([run], 0.95).verdict == verdict
+    across["kept"] = None
+    assert analyze.claim_components([run], 0.95).verdict.startswith("not measured (a task is not above chance")
 
 
 def test_claims_table_of_a_folder(analysed, tiny_run):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import InputError
+from data_prep import InputError, shards
 from data_prep.__main__ import cli
 from data_prep.degrade import degrade
 from data_prep.demo import draw_body, draw_face, draw_object
@@ -85,6 +85,12 @@ def test_fits():
     assert (squash[15, :, 2] > 100).mean() == pytest.approx(1 / 3, abs=0.05)
     assert np.abs(pad[2, 15] - [133, 0, 67]).max() < 12  # bars of the mean colour above and below
     assert (pad[15, :, 2] > 100).mean() == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_sixteen_bit_images_are_scaled_and_not_cut():
+    deep = Image.fromarray(np.full((20, 20), 30000, dtype=np.uint16))
+    image = np.asarray(Image.open(io.BytesIO(fit_image(encode(deep, "PNG"), 20, "crop", 95))))
+    assert np.abs(image.astype(int) - 30000 / 257).max() <= 2
 
 
 @pytest.mark.parametrize("data", [b"", b"text", encode(picture(0))[:200], encode(picture(0), "PNG")[:-40]])
@@ -259,6 +265,20 @@ def test_verify_finds_what_opening_cannot_see(damage, words, small):
         run_here("verify", small, "--workers", 1)
 
 
+def test_a_split_in_anothers_place_is_refused(small):
+    shutil.copytree(small, small.parent / "val")
+    with pytest.raises(InputError, match=r"val holds the split object/train"):
+        open_root(small.parent.parent)
+    assert list(open_root(small.parent.parent, ["object"], "train")["object"]) == ["train"]  # others are not opened
+
+
+def test_few_shards_are_open_at_once(small, monkeypatch):
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    split = Split(small)
+    images = [split.image(row) for row in range(15)]
+    assert len(split.files) == 2 and all(torch.equal(split.image(row), images[row]) for row in (0, 14, 7))
+
+
 def test_show_draws_a_contact_sheet(small, capsys):
     run_here("show", small, "--rows", 2, "--columns", 3)
     sheet = Image.open(small / "contact-sheet.png")
@@ -384,6 +404,8 @@ def test_an_overlap_of_train_and_test_people_is_reported(tmp_path, capsys):
     (["lfw", "--src", "{src}", "--out", "{out}/face_hq/test"], "needs --pairs"),
     (["lfw", "--src", "{src}", "--out", "{out}/face_hq/train", "--pairs", "x"], "goes with a test split"),
     (["market", "--src", "{src}", "--out", "{out}/body/train"], "no folder bounding_box_train"),
+    (["folder", "--src", "{src}", "--out", "{out}/object/train", "--ood"], "how a test split of objects is scored"),
+    (["folder", "--src", "{src}", "--out", "{out}/body/test", "--reference", "x"], "how a test split of objects"),
     (["verify", "{empty}"], "no index.json"), (["show", "{empty}"], "no index.json"),
     (["folder", "--src", "{src}"], "--out"), (["tiff"], "No such command"),
 ])  # fmt: skip

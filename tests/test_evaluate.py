@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -119,6 +120,16 @@ def test_ten_fold_accuracy_by_hand():
 
 
 # ---------------------------------------------------------------- gallery
+
+
+def test_chance_knows_the_camera_rule():
+    # one probe; gallery: itself under its own camera (ignored), itself elsewhere, two others: 1 of 3
+    split = FakeSplit([0, 0, 0, 1, 1], {"name": "reid"}, role=np.array([0, 1, 1, 1, 1]),
+                      camera=np.array([0, 0, 1, 1, 1]))
+    assert evaluate.chance(split, "rank-1") == pytest.approx(1 / 3)
+    split.protocol = {"name": "identification"}
+    assert evaluate.chance(split, "rank-1") == pytest.approx(2 / 4)
+    assert np.isnan(evaluate.equal_error_rate(*evaluate.roc(np.arange(3.0), np.zeros(3, bool))))
 
 
 @pytest.mark.parametrize("hits, ap", [([1, 0, 1, 0, 0, 1], 0.722222), ([0, 1], 0.5), ([0, 0, 1, 1], 0.416667),
@@ -255,6 +266,14 @@ def test_a_subset_of_the_classes_is_scored_among_those(demo_root):
     assert count == len(split) and {k: f.value for k, f in found.items()} == {
         "nearest-mean top-1": 1, "knn top-1": 1, "head top-1": 1, "head top-5": 1}
     assert "head top-1" not in evaluate.score_classification(x, split, (y, reference), head, ["a"], 0, 0)[0]
+    # a split of two classes whose means both point away: the classes that it lacks must not win with a cosine of 0
+    rows = np.flatnonzero(split.labels < 2)
+    part = SimpleNamespace(labels=split.labels[rows], classes=split.classes[:2], folder=split.folder)
+    found, _, _ = evaluate.score_classification(-x[rows], part, (y, reference), None, [], 0, 0)
+    assert found["nearest-mean top-1"].value == 0  # each takes the other of the two, never a third
+    means = evaluate.class_means(y, reference.labels, len(reference.classes))
+    means[2:] = 0
+    assert set(evaluate.nearest_mean(-x[rows], means)) <= {0, 1}
 
 
 # ---------------------------------------------------------------- uncertainty, yardstick, retention
@@ -379,6 +398,7 @@ def test_unreadable_test_images_are_counted(demo_root, tiny_run, tmp_path, capsy
     (["--run", "{run}", "--data", "{none}"], "no shards there"),
     (["--model", "resnet500"], "neither timm nor open_clip knows"),
     (["--run", "{partial}"], "has not finished (no done.json)"),
+    (["--run", "{run}", "--out", "x"], "--out describes an untouched backbone"),
 ])  # fmt: skip
 def test_bad_input(arguments, words, tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "partial", ignore=shutil.ignore_patterns("eval"))

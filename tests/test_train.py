@@ -1,18 +1,17 @@
 """train.py as its users run it: on small shards, interrupted, resumed, misused."""
 
 import ast
-import io
 import json
 import os
+import pickle
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -118,6 +117,15 @@ def test_config_replays_a_run(tiny_run, tmp_path):
     assert not torch.equal(weights_of(tmp_path / "other")["weight"], weights_of(tiny_run)["weight"])
 
 
+def test_the_command_line_wins_over_a_config(tiny_run, demo_root, tmp_path):
+    options = ["--domains", "object,body", "--epochs", "0.1", "--model", "test_convnext", "--head-init-images", "1"]
+    run_here("--config", tiny_run / "config.json", *options, "--out", tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["images"] is None and config["backbone"] is None and config["domains"] == ["object", "body"]
+    assert config["batch"] == 16 and config["steps"] == round(0.1 * 400 / config["counts"]["object"] *
+                                                              sum(config["counts"].values()) / 16)
+
+
 def test_head_warmup_trains_the_head_alone(demo_root, tmp_path):
     run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--head-warmup", 1)
     run = train.load_run(tmp_path / "run")
@@ -166,7 +174,7 @@ def test_collapse_is_named(demo_root, tmp_path, capsys):
 
 def test_every_step_not_finite_stops_the_run(demo_root, tmp_path):
     with pytest.raises(InputError, match="steps in a row were not finite"):
-        run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--scale", "nan", "--max-skipped", "1")
+        run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--head-lr", "inf", "--max-skipped", "1")
 
 
 def test_degradation_grows_with_its_ramp(demo_root):
@@ -198,7 +206,7 @@ def uninterrupted(demo_root, tmp_path_factory) -> Path:
 def start(*arguments) -> subprocess.Popen:
     command = [sys.executable, "train.py", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
@@ -250,6 +258,35 @@ def test_asked_to_stop_it_saves_exits_75_and_resumes_exactly(how, uninterrupted,
     assert_same_weights(uninterrupted, run)
 
 
+def test_sigterm_to_the_whole_group_saves_too(uninterrupted, demo_root, tmp_path):
+    """Schedulers signal loader processes as well; they must not take the run down with them."""
+    run = tmp_path / "run"
+    process = start(*LONG, "--workers", "2", "--data", demo_root, "--out", run)
+    wait_for_step(run, 10, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == train.STOPPED and "Traceback" not in err, out + err
+    script("train.py", *LONG, "--data", demo_root, "--out", run, "--resume")
+    assert_same_weights(uninterrupted, run)
+
+
+def test_killed_between_the_last_checkpoint_and_done(tiny_run, demo_root, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval", "analysis"))
+    (tmp_path / "run/done.json").unlink()
+    run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--resume")  # and a moved run may be resumed
+    assert (tmp_path / "run/done.json").exists()
+    assert_same_weights(tiny_run, tmp_path / "run")
+
+
+def test_weights_are_never_older_than_the_state(demo_root, tmp_path, monkeypatch):
+    """Killed while a checkpoint is written: what resume continues from must not be ahead of the weights."""
+    order = []
+    monkeypatch.setattr(train, "write_atomically", lambda path, write: order.append(path.name))
+    job = SimpleNamespace(state_dict=dict, net=SimpleNamespace(state_dict=dict), project=None)
+    train.save_checkpoint(tmp_path, 3, job, torch.zeros(2, 2), job, [], {})
+    assert order == ["model.safetensors", "head.safetensors", "state.pt"]
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "state"
     path.write_text("old")
@@ -285,11 +322,25 @@ BAD = [
      "face_hq 0.10 images each: raise --batch to 100"),
     ([*TINY, "--mix-ramp", "object=1"], "want DOMAIN:FIRST->LAST"),
     ([*TINY, "--schedule", "A", "--mix", "1"], "set the shares of schedule B"),
+    ([*TINY, "--mix-ramp", "object:1->0.5@0"], "FRACTION of training above 0"),
+    ([*TINY, "--mix-ramp", "object:1.2.3->0.5"], "want DOMAIN:FIRST->LAST"),
+    ([*TINY, "--mix-ramp", "object:1->0.5", "--mix", "object=1,face_hq=0,face_lq=0,body=0"],
+     "another domain with a share"),
+    ([*TINY, "--mix", "0"], "at least one share"),
+    ([*TINY, "--mix", "nan"], "--mix: object is nan"),
+    ([*TINY, "--crop-scale", "-1"], "--crop-scale: object is -1; want 0.01 to 1"),
+    ([*TINY, "--scale", "-5"], "--scale: object is -5"),
+    ([*TINY, "--label-smoothing", "2"], "--label-smoothing: object is 2; want 0 to 1"),
+    ([*TINY, "--model", "test_vit"], "--backbone and --model both name the network"),
+    ([*TINY, "--head-init", "text", "--embed-dim", "24"], "no --embed-dim"),
+    ([*TINY, "--device", "mps"], "want auto, cpu, cuda"),
+    (["--model", "ViT-B-32"], "--model NAME/TAG"),
+    (["--backbone", "clip", "--size", "tiny", "--weights", "none", "--image-size", "16"], "16 does not fit tiny"),
     ([*TINY, "--epochs", "2"], "--images and --epochs both"),
     ([*TINY, "--order", "object,body"], "--order object,body must name each"),
     ([*TINY, "--domains", "object", "--degrade"], "--degrade acts on face_lq"),
     ([*TINY, "--scale", "object=x"], "--scale 'object=x': want a number"),
-    (["--model", "test_vit", "--head-init", "text"], "needs a text tower"),
+    (["--model", "test_vit", "--head-init", "text"], "needs CLIP's text tower"),
     ([*TINY, "--freeze-text-head"], "--freeze-text-head freezes"),
     ([*TINY, "--device", "cuda"], "no CUDA device"),
     ([*TINY, "--config", "no.json"], "--config no.json"),
@@ -305,6 +356,41 @@ def test_bad_input_is_refused_in_one_line(arguments, words, demo_root, tmp_path)
         run_here(*arguments, "--data", demo_root, "--out", tmp_path / "run")
     assert words in error.value.format_message() and "\n" not in error.value.format_message()
     assert not (tmp_path / "run").exists()  # refused before any work
+
+
+@pytest.mark.parametrize("family", ["eva02", "dinov3"])
+def test_the_other_families_take_a_step(family, demo_root, tmp_path):
+    side = {"eva02": 28, "dinov3": 32}[family]  # two by two patches
+    model = ["--backbone", family, "--size", "tiny", "--weights", "none", "--image-size", side]
+    run_here(*model, "--data", demo_root, "--domains", "face_hq,body", "--out", tmp_path / "run", "--batch", 4,
+             "--images", 4, "--workers", 0, "--head-init-images", 1, "--head-warmup", 0)
+    run = train.load_run(tmp_path / "run")
+    before, after = (load(run).net.state_dict() for load in (train.load_foundation, train.load_tuned))
+    assert run.head.shape[1] == 192 and sum(not torch.equal(before[key], after[key]) for key in before) > 50
+
+
+def test_the_width_is_what_comes_out():
+    config = {"backbone": None, "size": "large", "model": "mobilenetv3_small_050", "weights": "none", "image_size": 64,
+              "embed_dim": 0, "seed": 0}
+    model = train.load_backbone(config)
+    assert model.dim == model.eval()(torch.zeros(1, 3, 64, 64)).shape[1] != model.net.num_features
+
+
+def test_a_last_batch_of_one_image(demo_root):
+    config = {"backbone": "clip", "size": "tiny", "model": None, "weights": "none", "image_size": 32, "embed_dim": 0,
+              "seed": 0, "head_init": "means", "head_init_images": 3, "micro_batch": 11, "workers": 0}
+    split = open_root(demo_root)["object"]["train"]
+    assert 3 * len(split.classes) % 11 == 1
+    head = train.init_head(train.load_backbone(config), [split], config, torch.device("cpu"))
+    assert head.shape == (len(split.classes), 64)
+
+
+def test_loader_processes_can_be_spawned(demo_root):
+    """On macOS, Windows and Python 3.14 the stream travels to the workers as a pickle."""
+    split = open_root(demo_root)["body"]["train"]
+    stream = Stream([split], np.full((3, 1), 5), seed=0, crop=[0.5])
+    again, chunk = pickle.loads(pickle.dumps(stream))[2], stream[2]
+    assert torch.equal(again.banks[0], chunk.banks[0]) and torch.equal(again.boxes, chunk.boxes)
 
 
 def test_weights_of_another_architecture_name_the_keys(demo_root, tmp_path):
@@ -403,40 +489,67 @@ def test_damaged_shards_are_refused_in_one_line(damage, words, damaged_root, tmp
 # ---------------------------------------------------------------- options
 
 
-def commands() -> list[tuple[str, click.Command, str]]:
-    """(name, command, its stage's source without the declarations of options) of every command of the project."""
+def words_read(*names: str) -> set[str]:
+    """What the files read by name: keys of subscripts, strings handed to calls or looped over, variables of functions.
 
-    class WithoutOptions(ast.NodeTransformer):
+    The declarations of options (calls of click.option) do not count.
+    """
+
+    class Reader(ast.NodeVisitor):
+        def __init__(self):
+            self.found: set[str] = set()
+
         def visit_Call(self, node):
+            if isinstance(node.func, ast.Attribute) and node.func.attr in ("option", "argument"):
+                return
             self.generic_visit(node)
-            named = isinstance(node.func, ast.Attribute) and node.func.attr in ("option", "argument")
-            return ast.Constant(None) if named else node
 
-    def source(*names):
-        return "\n".join(ast.unparse(WithoutOptions().visit(ast.parse((ROOT / name).read_text()))) for name in names)
+        def visit_Subscript(self, node):
+            self.add(node.slice)
+            self.generic_visit(node)
 
-    sources = {train.main: source("train.py"), evaluate.main: source("evaluate.py"),
-               analyze.main: source("analyze.py", "evaluate.py"),
-               data_prep.__main__.cli: source(*(p.relative_to(ROOT) for p in ROOT.glob("data_prep/*.py")))}
-    found = []
-    for top, text in sources.items():
-        found += [(name, command, text) for name, command in [(top.name, top), *getattr(top, "commands", {}).items()]]
-    return found
+        def visit_Tuple(self, node):
+            for item in node.elts:
+                self.add(item)
+            self.generic_visit(node)
+
+        visit_List = visit_Tuple
+
+        def visit_Dict(self, node):
+            for key in node.keys:
+                self.add(key)
+            self.generic_visit(node)
+
+        def visit_FunctionDef(self, node):
+            own = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]}
+            self.found |= {n.id for part in node.body for n in ast.walk(part)
+                           if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and n.id in own}
+            self.generic_visit(node)
+
+        def add(self, node):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                self.found.add(node.value)
+
+    reader = Reader()
+    for name in names:
+        reader.visit(ast.parse((ROOT / name).read_text()))
+        calls = [n for n in ast.walk(ast.parse((ROOT / name).read_text())) if isinstance(n, ast.Call)]
+        reader.found |= {a.value for call in calls if getattr(call.func, "id", "") == "per_domain" for a in call.args
+                         if isinstance(a, ast.Constant)}
+    return reader.found
 
 
-@pytest.mark.parametrize("name, command, source", commands(), ids=[name for name, _, _ in commands()])
-def test_every_option_has_help_and_is_read(name, command, source):
-    """An option that is parsed and ignored is a defect: its name must stand somewhere beside its declaration."""
+STAGES = [(train.main, ["train.py"]), (evaluate.main, ["evaluate.py"]), (analyze.main, ["analyze.py", "evaluate.py"]),
+          (data_prep.__main__.cli, sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("data_prep/*.py")))]
+COMMANDS = [(f"{files[0]} {name}", command, files) for top, files in STAGES
+            for name, command in [("", top), *getattr(top, "commands", {}).items()]]
+
+
+@pytest.mark.parametrize("name, command, files", COMMANDS, ids=[name for name, _, _ in COMMANDS])
+def test_every_option_has_help_and_is_read(name, command, files):
+    """An option that is parsed and ignored is a defect."""
+    known = words_read(*files)
     for parameter in command.params:
-        if isinstance(parameter, click.Option) and parameter.name not in ("help", "debug", "config"):
+        if isinstance(parameter, click.Option):
             assert parameter.help, f"{name}: {parameter.opts[0]} has no help"
-        assert parameter.name in ("debug", "config") or re.search(rf"\b{parameter.name}\b", source), \
-            f"{name}: {parameter.name} is never read"
-
-
-def test_the_shards_travel_without_their_tar_paths(damaged_root):
-    """A name inside a tar is never used as a path: a run reads bytes at offsets."""
-    folder = damaged_root / "object" / "train"
-    with tarfile.open(fileobj=io.BytesIO((folder / "shard-000000.tar").read_bytes())) as tar:
-        names = tar.getnames()
-    assert all(re.fullmatch(r"\d+\.(jpg|json)", name) for name in names)
+        assert parameter.name == "debug" or parameter.name in known, f"{name}: {parameter.name} is never read"
