@@ -538,7 +538,8 @@ def claim_generalisation(unified: list[Measured], least: float) -> Claim:
             if row.out_of_distribution and row.metric == f"retention of {evaluate.HEADLINE['classification']}":
                 said.append(f"{run.name} {row.domain}/{row.split} {100 * row.value:.0f} % "
                             f"[{100 * row.low:.0f}, {100 * row.high:.0f}]")
-                verdicts.append("holds" if row.value >= least else "fails")
+                verdicts.append("holds" if row.low >= least else "fails" if row.high < least else
+                                "not measured (intervals too wide to decide)")
     if not verdicts:
         verdicts = ["not measured (no out-of-distribution split on which the foundation beats chance)"]
     return Claim("Generalisation outside the training distribution is not substantially harmed", "; ".join(said) or "-",

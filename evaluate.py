@@ -105,10 +105,11 @@ def bootstrap_counts(identities: np.ndarray, draws: int, seed: int) -> Iterator[
 
 @dataclass
 class Figure:
-    """A value with its 95 % percentile interval and the resampled values behind it."""
+    """A value with its 95 % percentile interval, the resampled values behind it and what it was computed from."""
 
     value: float
     draws: np.ndarray
+    count: int = 0  # pairs, probes or images
 
     @property
     def low(self) -> float:
@@ -123,11 +124,11 @@ class Figure:
         return float(np.quantile(finite, q)) if len(finite) > 1 else self.value
 
 
-def intervals(statistic: Callable[[np.ndarray | None], dict[str, float]],
-              weights: Iterator[np.ndarray]) -> dict[str, Figure]:
+def intervals(statistic: Callable[[np.ndarray | None], dict[str, float]], weights: Iterator[np.ndarray],
+              count: int = 0) -> dict[str, Figure]:
     """Each figure of a statistic of sample weights (None: all 1), with its bootstrap."""
     draws = [statistic(w) for w in weights]
-    return {name: Figure(float(value), np.array([draw[name] for draw in draws], dtype=float))
+    return {name: Figure(float(value), np.array([draw[name] for draw in draws], dtype=float), count)
             for name, value in statistic(None).items()}
 
 
@@ -137,7 +138,7 @@ def retention(before: Figure, after: Figure, chance: float) -> Figure | None:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
         return Figure((after.value - chance) / (before.value - chance),
-                      (after.draws - chance) / (before.draws - chance))
+                      (after.draws - chance) / (before.draws - chance), after.count)
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray | None) -> float:
@@ -219,11 +220,11 @@ def fold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray, weigh
     return float(np.mean(accuracies)) if accuracies else math.nan
 
 
-def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, int, dict]:
+def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
     """10-fold accuracy, AUC, EER, TAR@FAR (where there are 1 / FAR impostors) and d' of a split's pairs.
 
     Returns:
-        The figures, the number of pairs, and the ROC to draw.
+        The figures, and the ROC to draw.
     """
     pairs = split.column("pairs")
     pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
@@ -247,7 +248,7 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
             yield np.where(a == b, counts[left], counts[left] * counts[right])
 
     far, tar = roc(scores, same)
-    return intervals(statistic, pair_weights()), len(pairs), {"far": far, "tar": tar}
+    return intervals(statistic, pair_weights(), len(pairs)), {"far": far, "tar": tar}
 
 
 # ---------------------------------------------------------------- identification, re-identification
@@ -286,7 +287,7 @@ def inverse_negative_penalty(ranks: np.ndarray) -> float:
     return len(ranks) / float(ranks[-1])
 
 
-def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, int, dict]:
+def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
     """CMC (and mAP, mINP for re-identification) of a split's probes against its gallery and distractors.
 
     Re-identification ignores gallery items of the same identity and camera (Market-1501). Probes without a relevant
@@ -318,7 +319,7 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[d
 
     weights = bootstrap_counts(split.labels[q], draws, seed)
     cmc = np.array([(first <= k).mean() for k in range(1, 51)])
-    return intervals(statistic, weights), len(q), {"cmc": cmc}
+    return intervals(statistic, weights, len(q)), {"cmc": cmc}
 
 
 # ---------------------------------------------------------------- classification
@@ -366,7 +367,7 @@ def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray,
 
 
 def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarray, Split], head: np.ndarray | None,
-                         head_classes: list[str], draws: int, seed: int) -> tuple[dict, int, dict]:
+                         head_classes: list[str], draws: int, seed: int) -> dict[str, Figure]:
     """Top-1 of the nearest class mean and of 20 neighbours; top-1 and top-5 of the trained class weights.
 
     Args:
@@ -403,7 +404,7 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
         return {name: weighted_mean(hit.astype(float), weights) for name, hit in hits.items()}
 
-    return intervals(statistic, bootstrap_counts(labels, draws, seed)), len(x), {}
+    return intervals(statistic, bootstrap_counts(labels, draws, seed), len(x))
 
 
 # ---------------------------------------------------------------- one yardstick for all
@@ -444,7 +445,7 @@ def score_pairs(x: np.ndarray, split: Split, draws: int, seed: int, count: int =
         for counts in bootstrap_counts(labels, draws, seed):
             yield np.where(same, counts[pairs[:, 0]], counts[pairs[:, 0]] * counts[pairs[:, 1]])
 
-    return intervals(statistic, pair_weights())
+    return intervals(statistic, pair_weights(), len(pairs))
 
 
 # ---------------------------------------------------------------- results
@@ -493,19 +494,19 @@ def chance(split: Split, metric: str) -> float:
 
 
 def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int,
-          seed: int) -> tuple[dict[str, dict[str, Figure]], dict[str, int], dict[str, dict]]:
+          seed: int) -> tuple[dict[str, dict[str, Figure]], dict[str, dict]]:
     """Score one backbone on test splits.
 
     Returns:
-        By "domain/split": figures {metric: Figure}, how many pairs, probes or images they rest on, and curves to draw.
+        By "domain/split": figures {metric: Figure}, and curves to draw.
     """
-    figures, counts, curves = {}, {}, {}
+    figures, curves = {}, {}
     for split in splits:
-        x, protocol = embed(split), split.protocol["name"]
+        x, protocol, curve = embed(split), split.protocol["name"], {}
         if protocol == "verification":
-            found, count, curve = score_verification(x, split, draws, seed)
+            found, curve = score_verification(x, split, draws, seed)
         elif protocol in ("reid", "identification"):
-            found, count, curve = score_gallery(x, split, draws, seed)
+            found, curve = score_gallery(x, split, draws, seed)
         elif protocol == "classification":
             reference = root[split.domain].get(split.protocol["reference"])
             if reference is None:
@@ -515,19 +516,18 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             if run is not None and split.domain in run.classes:
                 start, end = run.class_ranges[split.domain]
                 head, classes = run.head[start:end].numpy(), run.classes[split.domain]
-            found, count, curve = score_classification(x, split, (embed(reference), reference), head, classes, draws,
-                                                       seed)
+            found = score_classification(x, split, (embed(reference), reference), head, classes, draws, seed)
         else:
             raise InputError(f"{split.folder}: protocol {protocol!r} is not known to this version")
         key = f"{split.domain}/{split.name}"
         figures[key] = found | score_pairs(x, split, draws, seed)
-        counts[key], curves[key] = count, curve
+        curves[key] = curve
         if bad := int((~np.isfinite(x[:, 0])).sum()):
             print(f"  {key}: {bad} unreadable images left out")
-    return figures, counts, curves
+    return figures, curves
 
 
-def make_rows(run: str, splits: list[Split], figures: dict[str, dict], counts: dict[str, dict]) -> list[Row]:
+def make_rows(run: str, splits: list[Split], figures: dict[str, dict]) -> list[Row]:
     """All rows, split by split: the figures of each set of weights, then what classification retains."""
     rows = []
     for split in splits:
@@ -540,8 +540,7 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], counts: d
                     by_weights["tuned"][f"retention of {metric}"] = kept
         if split.protocol.get("ood"):
             protocol += ", out of distribution"
-        rows += [Row(run, weights, split.domain, split.name, protocol, metric, f.value, f.low, f.high,
-                     counts[weights][key])
+        rows += [Row(run, weights, split.domain, split.name, protocol, metric, f.value, f.low, f.high, f.count)
                  for weights, found in by_weights.items() for metric, f in found.items() if math.isfinite(f.value)]
     return rows
 
@@ -745,13 +744,13 @@ def main(**options) -> int:
     splits = choose_splits(root, options["splits"], data)
     device, out = train.pick_device(options["device"]), folder / "eval"
     out.mkdir(parents=True, exist_ok=True)
-    figures, counts, curves = {}, {}, {}
+    figures, curves = {}, {}
     for weights, load in models.items():
         embed = Embedder(load(), weights, out / "embeddings", device, options["batch"], options["workers"],
                          options["flip"])
         found = score(embed, splits, root, run if weights == "tuned" else None, options["bootstrap"], options["seed"])
-        figures[weights], counts[weights], curves[weights] = found
-    rows = make_rows(name, splits, figures, counts)
+        figures[weights], curves[weights] = found
+    rows = make_rows(name, splits, figures)
     write_rows(out, rows)
     write_report(out, rows, splits, options["flip"])
     draw_figures(out, rows, curves, splits)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The main job on real images: faces sharp and degraded, bodies, objects, and objects out of distribution.
 #   scripts/real.sh DATA_ROOT WEIGHTS [MODEL] [IMAGE_SIZE] [IMAGES] [OUT]
-# DATA_ROOT   prepared splits: face_hq, face_lq, body and object, each with a train split (see README, "Real images")
+# DATA_ROOT   prepared splits: face_hq, face_lq, body and object, each with a train split (see scripts/prepare_real.sh)
 # WEIGHTS     safetensors file of MODEL (default tf_efficientnet_lite0, at 112 pixels)
 # IMAGES      length of each run, all domains together (default 28800: 450 steps of 64)
 set -euo pipefail

@@ -237,14 +237,15 @@ def test_claim_experts(expert, verdict):
 
 
 def test_claim_generalisation_uses_retention_out_of_distribution():
-    def rows(value):
+    def rows(value, spread=0.01):
         return [evaluate.Row("a", "tuned", "object", "ood", "classification, out of distribution",
-                             "retention of nearest-mean top-1", value, value - 0.1, value + 0.1, 50),
+                             "retention of nearest-mean top-1", value, value - spread, value + spread, 50),
                 evaluate.Row("a", "tuned", "object", "val", "classification", "retention of nearest-mean top-1", 0.1, 0,
                              1, 50)]
 
     assert analyze.claim_generalisation([measured("a", rows=rows(0.97))], 0.95).verdict == "holds"
     assert analyze.claim_generalisation([measured("a", rows=rows(0.80))], 0.95).verdict == "fails"
+    assert "too wide" in analyze.claim_generalisation([measured("a", rows=rows(0.97, 0.1))], 0.95).verdict
     assert analyze.claim_generalisation([measured("a")], 0.95).verdict.startswith("not measured")
 
 

@@ -183,9 +183,9 @@ def test_reidentification_equals_a_literal_transcription(seed):
     ids[roles == 2] = -1  # distractors: negatives of everybody, of each other too
     x = unit(rng.normal(size=(n, 6)) + 0.8 * rng.normal(size=(16, 6))[ids])
     split = FakeSplit(ids, {"name": "reid"}, role=roles, camera=cams)
-    found, count, _ = evaluate.score_gallery(x, split, 0, 0)
+    found, _ = evaluate.score_gallery(x, split, 0, 0)
     expected, counted = literal_reid(x, ids, cams, roles)
-    assert count == counted and {k: f.value for k, f in found.items()} == pytest.approx(expected)
+    assert found["mAP"].count == counted and {k: f.value for k, f in found.items()} == pytest.approx(expected)
 
 
 def test_reidentification_by_hand():
@@ -193,8 +193,8 @@ def test_reidentification_by_hand():
     x = unit(np.array([[1, 0], [1, 0.01], [1, 0.1], [1, 0.2], [0, 1.0]]))
     roles, cameras = np.array([0, 1, 2, 1, 1]), np.array([0, 0, 1, 1, 1])
     split = FakeSplit([0, 0, -1, 0, 1], {"name": "reid"}, role=roles, camera=cameras)
-    found, count, _ = evaluate.score_gallery(x, split, 0, 0)
-    assert count == 1 and found["rank-1"].value == 0 and found["rank-5"].value == 1
+    found, _ = evaluate.score_gallery(x, split, 0, 0)
+    assert found["mAP"].count == 1 and found["rank-1"].value == 0 and found["rank-5"].value == 1
     assert found["mAP"].value == 0.5 and found["mINP"].value == 0.5
     split.protocol = {"name": "identification"}  # no camera rule: the first one is a hit
     assert evaluate.score_gallery(x, split, 0, 0)[0]["rank-1"].value == 1
@@ -215,7 +215,8 @@ def test_unreadable_images_are_left_out():
     keep = np.isfinite(x[:, 0])
     whole = evaluate.score_gallery(x, FakeSplit(ids, {"name": "identification"}, role=roles), 0, 0)
     part = evaluate.score_gallery(x[keep], FakeSplit(ids[keep], {"name": "identification"}, role=roles[keep]), 0, 0)
-    assert whole[1] == part[1] == 9 and whole[0]["rank-1"].value == part[0]["rank-1"].value
+    one, other = whole[0]["rank-1"], part[0]["rank-1"]
+    assert one.count == other.count == 9 and one.value == other.value
 
 
 # ---------------------------------------------------------------- classification
@@ -262,14 +263,14 @@ def test_a_subset_of_the_classes_is_scored_among_those(demo_root):
     centres = rng.normal(size=(len(reference.classes), 8))
     y, x = unit(centres[reference.labels]), unit(centres[split.labels] + 0.01)
     head = centres[::-1].copy()
-    found, count, _ = evaluate.score_classification(x, split, (y, reference), head, split.classes[::-1], 20, 0)
-    assert count == len(split) and {k: f.value for k, f in found.items()} == {
+    found = evaluate.score_classification(x, split, (y, reference), head, split.classes[::-1], 20, 0)
+    assert found["knn top-1"].count == len(split) and {k: f.value for k, f in found.items()} == {
         "nearest-mean top-1": 1, "knn top-1": 1, "head top-1": 1, "head top-5": 1}
-    assert "head top-1" not in evaluate.score_classification(x, split, (y, reference), head, ["a"], 0, 0)[0]
+    assert "head top-1" not in evaluate.score_classification(x, split, (y, reference), head, ["a"], 0, 0)
     # a split of two classes whose means both point away: the classes that it lacks must not win with a cosine of 0
     rows = np.flatnonzero(split.labels < 2)
     part = SimpleNamespace(labels=split.labels[rows], classes=split.classes[:2], folder=split.folder)
-    found, _, _ = evaluate.score_classification(-x[rows], part, (y, reference), None, [], 0, 0)
+    found = evaluate.score_classification(-x[rows], part, (y, reference), None, [], 0, 0)
     assert found["nearest-mean top-1"].value == 0  # each takes the other of the two, never a third
     means = evaluate.class_means(y, reference.labels, len(reference.classes))
     means[2:] = 0
@@ -388,7 +389,8 @@ def test_unreadable_test_images_are_counted(demo_root, tiny_run, tmp_path, capsy
     pairs = np.array(Split(root / "face_hq/test").column("pairs"))
     touched = (pairs[:, :2] == 4).any(1).sum()
     assert "1 unreadable images left out" in capsys.readouterr().out and touched > 0
-    assert next(r["count"] for r in rows if r["metric"] == "auc") == len(pairs) - touched
+    counts = {r["metric"]: r["count"] for r in rows}
+    assert counts["auc"] == len(pairs) - touched and counts["pair auc"] == 10_000
 
 
 @pytest.mark.parametrize("arguments, words", [
