@@ -146,7 +146,7 @@ def test_every_split_of_the_demo_verifies(demo_root):
 
 def test_workers_and_interruption_give_the_same_bytes(small, tmp_path):
     """Kill -9 while shards are being written, then continue: byte for byte the uninterrupted result."""
-    src = class_folders(tmp_path / "many", classes=6, images=60, width=300, height=300)
+    src = class_folders(tmp_path / "many", classes=6, images=60, width=900, height=900)
     command = ["-m", "data_prep", "folder", "--src", src, "--size", "200", "--shard-size", "8", "--workers", "2"]
     script(*command, "--out", tmp_path / "a" / "object" / "train")
     out = tmp_path / "b" / "object" / "train"
@@ -426,7 +426,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
 
 
 def test_ctrl_c_leaves_what_is_done(tmp_path):
-    src = class_folders(tmp_path / "src", classes=6, images=60, width=300, height=300)
+    src = class_folders(tmp_path / "src", classes=6, images=60, width=900, height=900)
     out = tmp_path / "d/object/train"
     command = ["-m", "data_prep", "folder", "--src", str(src), "--out", str(out), "--size", "200", "--shard-size", "8",
                "--workers", "2"]
