@@ -374,9 +374,10 @@ def draw_separability(path: Path, result: dict) -> None:
             ax.bar(i + 0.38 * (j - 0.5), 100 * v["value"], 0.36, yerr=error, capsize=3, color=COLOURS[name],
                    hatch="//" if j else None, edgecolor="white", label=model if i == 0 else None)
     ax.axhline(100 * result["chance"], color="k", ls=":", lw=1, label="chance")
-    ax.set_xticks(range(len(result["spaces"])), [f"{n} statistics" if n == "pixels" else n for n in result["spaces"]])
+    names = ["pixel statistics" if name == "pixels" else name for name in result["spaces"]]
+    ax.set_xticks(range(len(names)), names)
     ax.set(ylim=(0, 105), ylabel="balanced accuracy, %")
-    ax.legend(fontsize=8, loc="lower right")
+    ax.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.14), frameon=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
