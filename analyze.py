@@ -475,9 +475,8 @@ def read_runs(folder: Path) -> list[Measured]:
         home = path.parent.parent
         if (home / "config.json").exists():
             analysis = home / "analysis" / "analysis.json"
-            runs.append(Measured(home.name, json.loads((home / "config.json").read_text()),
-                                 evaluate.read_rows(path.parent),
-                                 json.loads(analysis.read_text()) if analysis.exists() else None))
+            runs.append(Measured(home.name, train.read_json(home / "config.json"), evaluate.read_rows(path.parent),
+                                 train.read_json(analysis) if analysis.exists() else None))
     if not runs:
         raise InputError(f"{folder}: no evaluated run in it; train runs below it and call evaluate.py on each")
     return runs

@@ -87,7 +87,8 @@ class Embedder:
             self.folder.mkdir(parents=True, exist_ok=True)
             note.unlink(missing_ok=True)
             train.write_atomically(path, lambda temporary: save_array(temporary, x))
-            train.write_json(note, fingerprint)
+            if np.isfinite(x).all():  # a split with damaged images may be repaired: its embeddings are made anew
+                train.write_json(note, fingerprint)
         length = np.linalg.norm(x, axis=1, keepdims=True)
         return x / np.maximum(length, 1e-12)
 

@@ -299,7 +299,7 @@ def fail_fast_offline() -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Three numbers make a schedule; `plan` says which domains' images the batches hold."""
+    """Three numbers make a schedule; `plan_batches` says which domains' images the batches hold."""
 
     domains_per_batch: int
     images_per_batch: int
@@ -577,6 +577,26 @@ def write_json(path: Path, value: dict) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
 
 
+def read_json(path: Path) -> dict:
+    """An object that write_json wrote; InputError where the file is damaged."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error}): restore it, or run the stage that wrote it again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: damaged (no JSON object): restore it, or run the stage that wrote it again")
+    return value
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file of a run; InputError where it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # safetensors raises a kind of its own
+        raise InputError(f"{path}: damaged ({error}): restore it, or continue the run with --resume") from error
+
+
 def save_weights(folder: Path, model: Backbone, head: torch.Tensor, splits: list[Split]) -> None:
     """Write model.safetensors (the library's own keys) and head.safetensors (class names in its metadata)."""
     net = {key: value.contiguous() for key, value in model.net.state_dict().items()}
@@ -609,11 +629,11 @@ def load_run(folder: Path, allow_partial: bool = False) -> Run:
         raise InputError(f"{folder} is no run: it has no config.json; train one with `python train.py --out {folder}`")
     if not (folder / "done.json").is_file() and not allow_partial:
         raise InputError(f"{folder} has not finished (no done.json): continue it with --resume or pass --allow-partial")
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     if not (folder / "head.safetensors").is_file():
         raise InputError(f"{folder} holds no weights yet (no head.safetensors): continue it with `train.py --resume`")
-    with safe_open(folder / "head.safetensors", "pt") as file:
-        head, classes = file.get_tensor("weight"), json.loads(file.metadata()["classes"])
+    tensors, metadata = read_tensors(folder / "head.safetensors")
+    head, classes = tensors["weight"], json.loads(metadata["classes"])
     ends = np.cumsum([len(names) for names in classes.values()])
     ranges = {d: (int(end) - len(classes[d]), int(end)) for d, end in zip(classes, ends, strict=True)}
     return Run(folder, config, head, classes, ranges)
@@ -622,9 +642,9 @@ def load_run(folder: Path, allow_partial: bool = False) -> Run:
 def load_tuned(run: Run) -> Backbone:
     """The fine-tuned backbone of a run, in eval mode."""
     model, path = load_backbone(run.config | {"weights": "none"}), run.folder / "model.safetensors"
-    fill_weights(model.net, model.library, load_file(path), path)
+    fill_weights(model.net, model.library, read_tensors(path)[0], path)
     if model.project is not None:
-        model.project.weight.data.copy_(load_file(run.folder / "head.safetensors")["project"])
+        model.project.weight.data.copy_(read_tensors(run.folder / "head.safetensors")[0]["project"])
     return model.eval()
 
 
@@ -685,7 +705,12 @@ def save_checkpoint(folder: Path, step: int, model: Backbone, head, optimizer, s
 
 def load_checkpoint(folder: Path, model: Backbone, head, optimizer, tally: dict) -> int:
     """Restore what save_checkpoint wrote; returns the next step. log.jsonl is cut back to that step."""
-    state = torch.load(folder / "last" / "state.pt", "cpu", weights_only=True)
+    path = folder / "last" / "state.pt"
+    try:
+        state = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # a damaged zip, a foreign pickle
+        what = type(error).__name__
+        raise InputError(f"{path}: damaged ({what}): restore it, or start anew in another --out") from error
     model.load_state_dict(state["model"])
     head.data.copy_(state["head"])
     optimizer.load_state_dict(state["optimizer"])
@@ -770,7 +795,7 @@ def open_splits(config: dict) -> list[Split]:
     try:
         root = open_root(Path(config["data"]), config["domains"], "train")
     except InputError as error:
-        if ": no shards there" not in error.message:
+        if ": no shards there" not in error.message or config["weights"] != "pretrained":
             raise
         _, name, tag = resolve_backbone(config)
         raise InputError(
@@ -856,7 +881,7 @@ def find_run(config: dict, splits: list[Split]) -> str:
         return "nothing"
     if not config["resume"]:
         raise InputError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
-    old = json.loads((folder / "config.json").read_text())
+    old = read_json(folder / "config.json")
     if differing := [key for key, value in config.items() if key not in FREE_ON_RESUME and old.get(key) != value]:
         key = differing[0]
         raise InputError(f"--resume {folder}: --{key.replace('_', '-')} was {old.get(key)!r} and is now "

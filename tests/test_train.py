@@ -416,6 +416,18 @@ def test_position_embeddings_resample(tmp_path):
                                                               small.net.blocks[0].mlp.fc1.weight)
 
 
+@pytest.mark.parametrize("name", ["config.json", "head.safetensors", "model.safetensors", "last/state.pt"])
+def test_a_damaged_run_folder_is_named_in_one_line(name, tiny_run, demo_root, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval", "analysis"))
+    (tmp_path / "run" / name).write_text("x")
+    with pytest.raises(InputError) as error:
+        if name == "last/state.pt":
+            (tmp_path / "run/done.json").unlink()
+            run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--resume")
+        train.load_tuned(train.load_run(tmp_path / "run"))
+    assert name in error.value.message and "restore it" in error.value.message and "\n" not in error.value.message
+
+
 def test_an_existing_run_is_not_overwritten(tiny_run, demo_root):
     with pytest.raises(InputError, match="already holds a run: continue it with --resume"):
         run_here(*TINY, "--data", demo_root, "--out", tiny_run)
