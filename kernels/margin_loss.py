@@ -4,6 +4,9 @@
 """
 
 import math
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -13,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 TINY = 1e-12  # |x|² below which a vector counts as zero: no direction, no gradient
 CLASS_CHUNK = 16384  # classes whose logits are held at once by the fallback
+TRITON_EMBEDDINGS = (torch.bfloat16, torch.float16, torch.float32)
+TRITON_WEIGHTS = (torch.float32, torch.bfloat16)
 
 
 class MarginLoss(NamedTuple):
@@ -22,6 +27,39 @@ class MarginLoss(NamedTuple):
     per_domain: Tensor  # [K] sum of the domain's losses / n_d, unweighted; NaN without a valid sample in this call
     target_cos: Tensor  # [N] cosine to the own class, without margin; NaN where the label is -1
     correct: Tensor  # [N] bool: the own class is nearer than every other one (no margin); False where ignored
+
+
+class Shard(NamedTuple):
+    """The part of every domain's classes that this rank holds, and how to merge what the ranks find.
+
+    Every rank calls `margin_loss` with the samples of ALL ranks and with its own rows of the class weights; every rank
+    then has the same loss and `correct`, the gradient of its own rows, and its share of the embeddings' gradient: the
+    shares add up to the gradient.
+    """
+
+    start: tuple[int, ...]  # [K] number, among the domain's classes, of the first class that is here
+    total: tuple[int, ...]  # [K] classes of the domain on all ranks; labels count over these
+    merge: Callable | None = None  # see `merge_over`
+
+
+def merge_over(group=None) -> Callable:
+    """The `merge` of a Shard by all-reduce over a process group.
+
+    A merge takes and returns, per sample, [N] each: best other cosine (-inf: none here), Σ exp(s (c - best)) over the
+    other classes, Σ s c over them, cosine to the own class (-inf: not here); and takes the scale s.
+    """
+
+    def merge(best: Tensor, mass: Tensor, total: Tensor, target: Tensor, scale: Tensor):
+        top = best.clone()
+        torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, group=group)
+        here = torch.where(best == -math.inf, 0.0, mass * (scale * (best - top)).exp())
+        sums = torch.stack([here, total])
+        torch.distributed.all_reduce(sums, group=group)
+        target = target.clone()
+        torch.distributed.all_reduce(target, torch.distributed.ReduceOp.MAX, group=group)
+        return top, sums[0], sums[1], target
+
+    return merge
 
 
 # ---------------------------------------------------------------- reference
@@ -75,30 +113,64 @@ def negatives(x: Tensor, w: Tensor, label: Tensor, scale: Tensor) -> tuple[Tenso
     return logits.masked_fill(target, -math.inf).logsumexp(1), logits.masked_fill(target, 0.0).sum(1), best
 
 
-def sample_losses(x, w, label, scale, m_ang, m_add, smoothing, extension, gradient, class_chunk):
-    """ℓ, target cosine and top-1 hit of the samples x [n, D] of ONE domain with classes w [C_d, D]; all [n]."""
-    x, w = unit(x), unit(w)
-    cos = (x * w[label]).sum(1)
-    phi = margin_target(cos, m_ang, m_add, extension, gradient)
-    # the target is kept out of the log-sum-exp: lse - sφ would cancel to 0 in fp32 where the truth is 1e-8
-    lse, total, best = None, 0.0, None
+def reduce_classes(x, w, label, scale, class_chunk):
+    """`negatives` of x [n, D] over the classes w [C, D], chunk by chunk."""
+    lse, total, best = x.new_full((len(x),), -math.inf), x.new_zeros(len(x)), x.new_full((len(x),), -math.inf)
     for start in range(0, len(w), class_chunk):
         part = (x, w[start : start + class_chunk], label - start, scale)
         # one chunk needs no recomputation in the backward pass; of several only one is ever in memory
         chunk = negatives(*part) if class_chunk >= len(w) else checkpoint(negatives, *part, use_reentrant=False)
-        lse = chunk[0] if lse is None else torch.logaddexp(lse, chunk[0])
-        total, best = total + chunk[1], chunk[2] if best is None else torch.maximum(best, chunk[2])
-    target = scale * phi
-    loss = -F.logsigmoid(target - lse)  # softplus(lse⁻ - sφ), exact in both tails
-    # CE against (1 - ε) onehot + ε/C: the cross-entropy above plus ε (sφ - mean logit)
-    loss = loss + smoothing * (target - (target + total) / len(w))
-    return loss, cos.detach(), cos.detach() > best
+        # logaddexp(-inf, -inf) is right, its gradient is NaN
+        lse = chunk[0] if start == 0 else torch.logaddexp(lse, chunk[0])
+        total, best = total + chunk[1], torch.maximum(best, chunk[2])
+    return lse, total, best
+
+
+def merged(merge: Callable, rows: Tensor, N: int, scale: Tensor, best, lse, total, cos):
+    """The statistics [n] of `rows` over all ranks: their values are global, their gradients the local ones."""
+
+    def spread(values: Tensor, fill: float) -> Tensor:
+        return values.new_full((N,), fill).index_put((rows,), values.detach())
+
+    s = scale[rows]
+    mass = torch.where(best == -math.inf, 0.0, (lse.detach() - s * best).exp())
+    top, mass, sums, target = (v[rows] for v in merge(
+        spread(best, -math.inf), spread(mass, 0.0), spread(total, 0.0), spread(cos, -math.inf), scale=scale))
+    whole = torch.where(mass > 0, s * top + mass.log(), -math.inf)
+    share = torch.where(lse == -math.inf, 0.0, (lse.detach() - whole).exp())
+    zero = torch.where(lse == -math.inf, 0.0, lse)
+    own = torch.where(cos == -math.inf, 0.0, cos)
+    return (top, whole + share * (zero - zero.detach()), sums + (total - total.detach()),
+            target + (own - own.detach()))
+
+
+def per_sample(value, domains: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """A number, [K] or [N] as [N]; where K = N it is read as [N]."""
+    N = len(domains)
+    if isinstance(value, int | float):
+        return torch.full((N,), float(value), dtype=dtype, device=domains.device)
+    value = torch.as_tensor(value, dtype=dtype, device=domains.device).detach()
+    return value[domains.clamp(0, K - 1)] if value.shape == (K,) and K != N else value.expand(N)
+
+
+def per_domain(value, K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number or [K] as [K]; None is 1."""
+    if value is None or isinstance(value, int | float):
+        return torch.full((K,), 1.0 if value is None else float(value), dtype=dtype, device=device)
+    return torch.as_tensor(value, dtype=dtype, device=device).detach().expand(K)
+
+
+def class_slices(class_ranges, shard: Shard | None, device) -> tuple[tuple, Tensor]:
+    """First class that is here (numbers [K]) and classes in all ([K] int64) of every domain."""
+    sizes = tuple(end - start for start, end in class_ranges)
+    first, total = ((0,) * len(sizes), sizes) if shard is None else (shard.start, shard.total)
+    return first, torch.tensor(total, dtype=torch.int64, device=device)
 
 
 def margin_loss_reference(
     embeddings: Tensor, weight: Tensor, labels: Tensor, domains: Tensor, class_ranges: list[tuple[int, int]], *,
     scale, margin_angular=0.0, margin_additive=0.0, domain_weight=None, domain_count=None, num_domains=None,
-    reduction="domain", label_smoothing=0.0, gradient="exact", extension="linear", class_chunk=None,
+    reduction="domain", label_smoothing=0.0, gradient="exact", extension="linear", shard=None, class_chunk=None,
 ) -> MarginLoss:
     """The definition of `margin_loss`, unfused, in any dtype (half precision is computed in float32).
 
@@ -106,47 +178,55 @@ def margin_loss_reference(
     """
     N, K, device = len(embeddings), len(class_ranges), embeddings.device
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
-
-    def vector(value) -> Tensor:
-        """A number, [K] or [N] as [N]."""
-        value = torch.as_tensor(value, dtype=dtype, device=device).detach()
-        return value[domains] if value.shape == (K,) and K != N else value.expand(N)
-
-    def by_domain(value) -> Tensor:
-        return torch.as_tensor(value, dtype=dtype, device=device).detach().expand(K)
-
-    s, m_ang, m_add = vector(scale), vector(margin_angular), vector(margin_additive)
-    smoothing = by_domain(label_smoothing)
-    valid = labels >= 0
-    seen = torch.bincount(domains[valid], minlength=K)
+    s, m_ang, m_add = (per_sample(v, domains, K, dtype) for v in (scale, margin_angular, margin_additive))
+    w_d, smoothing = (per_domain(v, K, dtype, device) for v in (domain_weight, label_smoothing))
+    first, size = class_slices(class_ranges, shard, device)
+    known = (domains >= 0) & (domains < K)
+    size_of = torch.where(known, size[domains.clamp(0, max(K - 1, 0))], 0) if K else torch.zeros_like(domains)
+    valid = (labels >= 0) & (labels < size_of)
+    seen = torch.stack([((domains == k) & valid).sum() for k in range(K)]) if K else labels[:0]
     count = (seen if domain_count is None else torch.as_tensor(domain_count, device=device)).to(dtype)
-    w_d = by_domain(1.0 if domain_weight is None else domain_weight)
     active = (seen > 0).sum().clamp(min=1) if num_domains is None else num_domains
     denominator = active * count if reduction == "domain" else count.sum().expand(K)
 
     # the sum of nothing, still part of the graph: a call without a valid sample gives loss 0 and gradients 0
     loss = embeddings[:0].to(dtype).sum() + weight[:0].to(dtype).sum()
-    per_domain = torch.full((K,), math.nan, dtype=dtype, device=device)
-    target_cos = torch.full((N,), math.nan, dtype=dtype, device=device)
-    correct = torch.zeros(N, dtype=torch.bool, device=device)
+    rows_of, parts = [], []
     for k, (start, end) in enumerate(class_ranges):
         rows = ((domains == k) & valid).nonzero().flatten()
-        if not len(rows):
-            continue
-        losses, cos, hit = sample_losses(
-            embeddings[rows].to(dtype), weight[start:end].to(dtype), labels[rows], s[rows], m_ang[rows], m_add[rows],
-            smoothing[k], extension, gradient, class_chunk or max(end - start, 1),
-        )
-        loss = loss + w_d[k] * losses.sum() / denominator[k]
-        per_domain[k] = losses.detach().sum() / count[k]
-        target_cos[rows], correct[rows] = cos, hit
-    return MarginLoss(loss, per_domain, target_cos, correct)
+        rows_of.append(rows)
+        x, w = unit(embeddings[rows].to(dtype)), unit(weight[start:end].to(dtype))
+        label = labels[rows] - first[k]
+        here = (label >= 0) & (label < len(w))
+        cos = (x * (w[label.clamp(0, len(w) - 1)] if len(w) else torch.zeros_like(x))).sum(1)
+        lse, total, best = reduce_classes(x, w, label, s[rows], class_chunk or max(end - start, 1))
+        parts.append((best, lse, total, torch.where(here, cos, -math.inf)))
+    rows = torch.cat(rows_of) if rows_of else labels[:0]
+    best, lse, total, cos = map(torch.cat, zip(*parts, strict=True)) if parts else [loss.expand(0)] * 4
+    if shard is not None and shard.merge is not None:
+        best, lse, total, cos = merged(shard.merge, rows, N, s, best, lse, total, cos)
+
+    s, eps, own = s[rows], smoothing[domains[rows]], domains[rows]
+    target = s * margin_target(cos, m_ang[rows], m_add[rows], extension, gradient)
+    # the target is kept out of the log-sum-exp: lse - sφ would cancel to 0 in fp32 where the truth is 1e-8
+    losses = -F.logsigmoid(target - lse)  # softplus(lse⁻ - sφ), exact in both tails
+    # CE against (1 - ε) onehot + ε/C: the cross-entropy above plus ε (sφ - mean logit)
+    losses = losses + eps * (target - (target + total) / size_of[rows])
+    sums = torch.stack([losses[own == k].sum() for k in range(K)]) if K else losses
+    factor = torch.where(seen > 0, w_d / torch.where(seen > 0, denominator, 1), 0)
+    loss = loss + (factor * sums).sum()
+    # a label outside its range must not pass for a small loss; on CPU it was refused before
+    loss = torch.where(((labels != -1) & ~valid).any(), math.nan, loss)
+    target_cos = torch.full((N,), math.nan, dtype=dtype, device=device).index_put((rows,), cos.detach())
+    correct = torch.zeros(N, dtype=torch.bool, device=device).index_put((rows,), cos.detach() > best)
+    return MarginLoss(loss, torch.where(seen > 0, sums.detach() / count, math.nan), target_cos, correct)
 
 
 # ---------------------------------------------------------------- public
 
 
-def check_arguments(embeddings, weight, labels, domains, class_ranges, reduction, gradient, extension, impl) -> None:
+def check_arguments(embeddings, weight, labels, domains, class_ranges, reduction, gradient, extension, shard,
+                    impl) -> None:
     """Raise ValueError for shapes and names that cannot be meant; values are looked at on CPU only (no device sync)."""
     N, D = embeddings.shape
     if weight.ndim != 2 or weight.shape[1] != D:
@@ -157,6 +237,9 @@ def check_arguments(embeddings, weight, labels, domains, class_ranges, reduction
     for k, (start, end) in enumerate(class_ranges):
         if not 0 <= start <= end <= len(weight):
             raise ValueError(f"class range {k} is ({start}, {end}): not within the {len(weight)} rows of weight")
+    if shard is not None and not len(shard.start) == len(shard.total) == len(class_ranges):
+        raise ValueError(f"shard has {len(shard.start)} starts and {len(shard.total)} totals: want one for each of "
+                         f"{len(class_ranges)} domains")
     for name, value, known in (("reduction", reduction, ("domain", "sample")),
                                ("gradient", gradient, ("exact", "straight_through")),
                                ("extension", extension, ("linear", "clamp")),
@@ -167,17 +250,36 @@ def check_arguments(embeddings, weight, labels, domains, class_ranges, reduction
         if not 0 <= int(domains.min()) <= int(domains.max()) < len(class_ranges):
             raise ValueError(f"domains reach from {int(domains.min())} to {int(domains.max())}: "
                              f"want 0..{len(class_ranges) - 1}")
-        size = torch.tensor([end - start for start, end in class_ranges])[domains]
+        size = class_slices(class_ranges, shard, labels.device)[1][domains]
         if bool(((labels >= size) | (labels < -1)).any()):
             i = int(((labels >= size) | (labels < -1)).nonzero()[0])
             raise ValueError(f"sample {i}: label {int(labels[i])} is not one of the {int(size[i])} classes of its "
                              f"domain {int(domains[i])}, nor -1")
 
 
+def best_impl(impl: str, embeddings: Tensor, weight: Tensor) -> str:
+    """`impl` with "auto" decided: Triton for CUDA tensors in the dtypes that it multiplies, else plain PyTorch."""
+    dtypes = embeddings.dtype in TRITON_EMBEDDINGS and weight.dtype in TRITON_WEIGHTS
+    if impl == "auto":
+        return "triton" if embeddings.is_cuda and dtypes and find_spec("triton") else "torch"
+    if impl == "triton":
+        if not find_spec("triton"):
+            raise NotImplementedError("margin_loss: impl='triton' was asked for and Triton is not installed: "
+                                      "pip install triton, or use impl='auto'")
+        if not embeddings.is_cuda and not os.environ.get("TRITON_INTERPRET"):
+            raise NotImplementedError("margin_loss: impl='triton' needs tensors on a GPU (these are on "
+                                      f"{embeddings.device}), or TRITON_INTERPRET=1; use impl='auto'")
+        if not dtypes:
+            raise NotImplementedError("margin_loss: impl='triton' takes bf16, fp16 or fp32 embeddings and fp32 or bf16 "
+                                      f"weights, not {embeddings.dtype} and {weight.dtype}; use impl='auto'")
+    return impl
+
+
 def margin_loss(
     embeddings: Tensor, weight: Tensor, labels: Tensor, domains: Tensor, class_ranges: list[tuple[int, int]], *,
     scale, margin_angular=0.0, margin_additive=0.0, domain_weight=None, domain_count=None, num_domains=None,
-    reduction="domain", label_smoothing=0.0, gradient="exact", extension="linear", drop_mass=0.0, impl="auto",
+    reduction="domain", label_smoothing=0.0, gradient="exact", extension="linear", drop_mass=0.0, shard=None,
+    impl="auto",
 ) -> MarginLoss:
     """Softmax cross-entropy with angular and additive margins on cosines, each sample over its own domain's classes.
 
@@ -204,26 +306,44 @@ def margin_loss(
         label_smoothing: ε in 0..1, a number or [K]: the target becomes (1 - ε) onehot + ε / C_d.
         gradient: "exact", or "straight_through": dφ/dt = 1, as arcface_torch trains.
         extension: "linear", or "clamp" as AdaFace's own code has it.
-        drop_mass: upper bound on the softmax mass of non-targets that a sparse backward may leave out, as a
-            fraction of 1 - p_iy; plain PyTorch leaves out nothing.
-        impl: "torch" (chunked over classes, memory N x 16384 logits), "triton", or "auto": the best that is there.
+        drop_mass: upper bound, 0 <= drop_mass < 1, on the softmax mass of non-targets that a sparse backward may leave
+            out, as a fraction of 1 - p_iy. Both implementations compute every pair and so leave out nothing: a sparse
+            backward was measured and did not pay (RESULTS.md).
+        shard: the class rows are sharded over ranks, see `Shard`.
+        impl: "torch" (chunked over classes, memory N x 16384 logits), "triton" (no N x C tensor at all; sums in a fixed
+            order; products in bf16 for bf16 embeddings, in TF32 for fp16 ones, for fp32 ones as
+            `torch.set_float32_matmul_precision` says), or "auto": Triton for CUDA tensors, else torch.
 
     Returns:
         MarginLoss(loss, per_domain [K], target_cos [N], correct [N]).
 
     Raises:
-        ValueError: shapes, ranges or names that cannot be meant; on CPU also labels and domains out of range.
-        NotImplementedError: impl="triton" where there is no Triton kernel.
+        ValueError: shapes, ranges or names that cannot be meant; on CPU also labels and domains out of range (on a GPU
+            these give a NaN loss: looking at them would stop the GPU).
+        NotImplementedError: impl="triton" where Triton cannot run.
     """
-    check_arguments(embeddings, weight, labels, domains, class_ranges, reduction, gradient, extension, impl)
+    check_arguments(embeddings, weight, labels, domains, class_ranges, reduction, gradient, extension, shard, impl)
     if not 0 <= drop_mass < 1:
         raise ValueError(f"drop_mass={drop_mass}: want 0 <= drop_mass < 1")
-    if impl == "triton":
-        raise NotImplementedError("margin_loss: impl='triton' was asked for, but this version has no Triton kernel; "
-                                  "use impl='auto' or impl='torch'")
-    return margin_loss_reference(
-        embeddings, weight, labels, domains, class_ranges, scale=scale, margin_angular=margin_angular,
-        margin_additive=margin_additive, domain_weight=domain_weight, domain_count=domain_count,
-        num_domains=num_domains, reduction=reduction, label_smoothing=label_smoothing, gradient=gradient,
-        extension=extension, class_chunk=CLASS_CHUNK,
+    if best_impl(impl, embeddings, weight) == "torch" or not len(embeddings) or not len(weight):
+        return margin_loss_reference(
+            embeddings, weight, labels, domains, class_ranges, scale=scale, margin_angular=margin_angular,
+            margin_additive=margin_additive, domain_weight=domain_weight, domain_count=domain_count,
+            num_domains=num_domains, reduction=reduction, label_smoothing=label_smoothing, gradient=gradient,
+            extension=extension, shard=shard, class_chunk=CLASS_CHUNK,
+        )
+    from kernels import margin_triton  # not at the top: the file must import where Triton is absent
+
+    device, K = embeddings.device, len(class_ranges)
+    s = per_sample(scale, domains, K, torch.float32)
+    samples = [v.contiguous() for v in (s, *(per_sample(v, domains, K, torch.float32)
+                                             for v in (margin_angular, margin_additive)))]
+    by_domain = [None if v is None else per_domain(v, K, torch.float32, device).contiguous()
+                 for v in (1.0 if domain_weight is None else domain_weight, label_smoothing, domain_count)]
+    out = margin_triton.margin_loss(
+        embeddings, weight, labels, domains, class_ranges, shard, samples, by_domain,
+        num_domains=num_domains or 0, by_sample=reduction == "sample", clamp=extension == "clamp",
+        straight=gradient == "straight_through",
+        smooth=not isinstance(label_smoothing, int | float) or label_smoothing > 0,
     )
+    return MarginLoss(*out)

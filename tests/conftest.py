@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: without a GPU they run through the interpreter
 torch.set_num_threads(1)  # models of the tests are so small that a second thread costs more than it gives
 ROOT = Path(__file__).resolve().parent.parent
 # 4 steps of CLIP in miniature: enough for a whole run in seconds

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.margin_loss import margin_loss, margin_loss_reference, margin_target
+from kernels.margin_loss import Shard, margin_loss, margin_loss_reference, margin_target
 
 SIZES = [(1, 2, 3), (2, 5, 1), (17, 7, 8), (101, 13, 31)]
 
@@ -220,13 +220,28 @@ def test_gradients_come_back_in_the_dtype_of_their_inputs(dtype):
         torch.testing.assert_close(grad.double(), truth, rtol=4 * eps, atol=40 * eps * float(truth.abs().max()))
 
 
+def test_triton_says_what_it_needs(monkeypatch):
+    call = {"embeddings": torch.randn(2, 4), "weight": torch.randn(5, 4), "labels": torch.tensor([0, 1]),
+            "domains": torch.tensor([0, 1]), "class_ranges": [(0, 3), (3, 5)], "scale": 10.0, "impl": "triton"}
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(NotImplementedError, match="not torch.float64"):
+        margin_loss(**call | {"embeddings": torch.randn(2, 4).double()})
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(NotImplementedError, match="needs tensors on a GPU"):
+        margin_loss(**call)
+    monkeypatch.setattr("kernels.margin_loss.find_spec", lambda name: None)
+    with pytest.raises(NotImplementedError, match="Triton is not installed"):
+        margin_loss(**call)
+    assert torch.isfinite(margin_loss(**call | {"impl": "auto"}).loss)
+
+
 @pytest.mark.parametrize("change, error, words", [
-    ({"impl": "triton"}, NotImplementedError, "no Triton kernel"),
     ({"impl": "cuda"}, ValueError, "auto, triton, torch"),
     ({"reduction": "mean"}, ValueError, "reduction='mean'"),
     ({"extension": "cubic"}, ValueError, "extension='cubic'"),
     ({"gradient": "none"}, ValueError, "gradient='none'"),
     ({"drop_mass": 1.5}, ValueError, "drop_mass"),
+    ({"shard": Shard((0,), (5,))}, ValueError, "shard has 1 starts"),
     ({"labels": torch.tensor([0, 9])}, ValueError, "sample 1: label 9 is not one of the 2 classes"),
     ({"labels": torch.tensor([-2, 0])}, ValueError, "sample 0: label -2"),
     ({"labels": torch.tensor([0])}, ValueError, "want one of each for 2 samples"),

@@ -1,0 +1,343 @@
+"""The Triton margin loss against the float64 definition, on the GPU or through Triton's interpreter.
+
+Every term of the formulas is guarded: taken out of a kernel, it makes the test named beside it fail.
+
+    target kept out of the log-sum-exp            test_confident_logits_keep_their_gradient
+    rescaling of the running sum (best changes)   test_equals_the_definition, test_strips_and_chunks_change_nothing
+    1/|x|, 1/|w| in forward and in P              test_equals_the_definition
+    projection of dx and dw                       test_gradients_are_orthogonal_to_their_vectors
+    φ, φ' inside, beyond π, below 0, clamped      test_every_branch_of_the_margin
+    straight-through slope                        test_every_branch_of_the_margin
+    additive margin, scale, weight, denominators  test_equals_the_definition
+    ε (mean logit) in ℓ and in both slopes        test_label_smoothing
+    upstream gradient                             test_equals_the_definition (a factor of 3)
+    class ranges, other domains' classes          test_overlapping_ranges_add_up
+    label -1, empty domain, nothing valid         test_ignored_samples, test_nothing_valid
+    global statistics of sharded class rows       test_shards_add_up_to_the_whole
+"""
+
+import math
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from kernels import margin_triton  # noqa: E402
+from kernels.margin_loss import Shard, margin_loss, margin_loss_reference  # noqa: E402
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+# tl.dot of the interpreter gives garbage on bfloat16
+DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float32)]
+DTYPES += [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)] if GPU else []
+NAMES = ("loss", "per_domain", "target_cos", "dx", "dw")
+
+
+@pytest.fixture(autouse=True)
+def exact_products():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def problem(n, classes, dim, seed=0, ranges=None, dtypes=(torch.float32, torch.float32)):
+    """Vectors of any length; domain 0 of `classes`, 1 of one class, 2 of 3 x classes, 3 without samples."""
+    g = torch.Generator().manual_seed(seed)
+    ranges = ranges or [(0, classes), (classes, classes + 1), (classes + 1, 4 * classes + 1),
+                        (4 * classes + 1, 4 * classes + 4)]
+    known = max(len(ranges) - 1, 1)
+    domains = torch.randint(0, known, (n,), generator=g)
+    sizes = torch.tensor([end - start for start, end in ranges])
+    labels = (torch.rand(n, generator=g) * sizes[domains]).long()
+    x = torch.randn(n, dim, generator=g) * torch.rand(n, 1, generator=g).add(0.1)
+    w = torch.randn(max(end for _, end in ranges), dim, generator=g)
+    return [v.to(DEVICE) for v in (x.to(dtypes[0]), w.to(dtypes[1]), labels, domains)] + [ranges]
+
+
+def results(x, w, labels, domains, ranges, impl, dtype=None, upstream=3.0, **options) -> list[torch.Tensor]:
+    """loss, per_domain, target_cos, dx, dw in float64, and top-1."""
+    x, w = (v.detach().to(dtype or v.dtype).requires_grad_() for v in (x, w))
+    out = margin_loss(x, w, labels, domains, ranges, impl=impl, **options)
+    (upstream * out.loss).backward()
+    return [v.detach().double() for v in (out.loss, out.per_domain, out.target_cos, x.grad, w.grad)] + [out.correct]
+
+
+def autocast(x, w, labels, domains, ranges, scale, margin_angular=0.0, margin_additive=0.0, upstream=3.0):
+    """What eager code in the embeddings' precision would give (products rounded), as the allowance of the kernel."""
+    x, w = (v.detach().clone().requires_grad_() for v in (x, w))
+    total, seen = 0, [k for k in range(len(ranges)) if ((domains == k) & (labels >= 0)).any()]
+    for k in seen:
+        rows = ((domains == k) & (labels >= 0)).nonzero().flatten()
+        own = torch.arange(len(rows), device=x.device), labels[rows]
+        unit = torch.nn.functional.normalize
+        low = x.dtype
+        cos = (unit(x[rows].float()).to(low) @ unit(w[slice(*ranges[k])].float()).to(low).T).float()
+        t = cos[own].clamp(-1 + 1e-6, 1 - 1e-6)
+        phi = (t.arccos() + margin_angular).cos() - margin_additive
+        total = total + torch.nn.functional.cross_entropy(scale * cos.index_put(own, phi), labels[rows]) / len(seen)
+    (upstream * total).backward()
+    return x.grad.double(), w.grad.double()
+
+
+def agree(found, truth, tolerance=2e-5, names=NAMES):
+    for name, one, other in zip(names, found, truth, strict=False):
+        worst = (one - other).abs().nan_to_num(0).max() if one.numel() else 0
+        bound = tolerance * other.abs().nan_to_num(0).max().clamp(min=1e-3) if other.numel() else 0
+        assert torch.equal(one.isnan(), other.isnan()), name
+        assert worst <= bound, f"{name}: worst element is off by {float(worst):.3g}, allowed {float(bound):.3g}"
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("n, classes, dim", [(1, 2, 3), (2, 5, 2), (17, 7, 64), (101, 131, 33), (257, 67, 17)])
+def test_equals_the_definition(n, classes, dim, dtypes):
+    case = problem(n, classes, dim, dtypes=dtypes)
+    g = torch.Generator().manual_seed(1)
+    rows = {"scale": torch.rand(n, generator=g) * 40 + 1, "margin_angular": torch.rand(n, generator=g) * 2 - 1,
+            "margin_additive": torch.rand(n, generator=g) * 0.4}
+    options = {name: v.to(DEVICE) for name, v in rows.items()}
+    options["domain_weight"] = torch.tensor([1.0, 2.0, 0.5, 3.0], device=DEVICE)
+    for more in ({}, {"reduction": "sample", "domain_count": torch.tensor([90, 80, 70, 60]), "num_domains": 4}):
+        truth = results(*case, "torch", torch.float64, **options, **more)
+        found = results(*case, "triton", **options, **more)
+        half = dtypes != (torch.float32, torch.float32)
+        # dx comes back in fp16 or bf16; the products of bf16 inputs are compared with eager ones elsewhere
+        agree(found, truth, 0.03 if torch.bfloat16 in dtypes else 1e-3 if half else 2e-5)
+        assert found[-1].tolist() == truth[-1].tolist() or torch.bfloat16 in dtypes
+
+
+@pytest.mark.parametrize("dtypes", [d for d in DTYPES if d[0] != torch.float32], ids=str)
+def test_errors_stay_below_those_of_eager_code(dtypes):
+    case = problem(130, 80, 64, dtypes=dtypes)
+    options = {"scale": 32.0, "margin_angular": 0.2, "margin_additive": 0.1}
+    truth = results(*case, "torch", torch.float64, **options)[3:5]
+    found = results(*case, "triton", **options)[3:5]
+    for name, one, eager, exact in zip(("dx", "dw"), found, autocast(*case, **options), truth, strict=True):
+        worst, allowed = ((v - exact).abs().max() for v in (one, eager))
+        print(f"{name}: worst element off by {float(worst):.3g}, eager {float(allowed):.3g}")
+        assert worst <= allowed * 1.5 + torch.finfo(dtypes[0]).eps * exact.abs().max()
+
+
+def test_confident_logits_keep_their_gradient():
+    s, C = 64.0, 50
+    for p in (0.9, 0.99, 0.999, 1 - 1e-7):
+        other = (s * 0.5 + math.log((1 - p) / p / (C - 1))) / s
+        w = torch.eye(C, C + 1, dtype=torch.float64).roll(1, 1)
+        w[:, 0] = other
+        w[0, 0] = 0.5
+        w[:, 1:] *= torch.sqrt(1 - w[:, :1].square())
+        x = torch.zeros(1, C + 1, dtype=torch.float64)
+        x[0, 0] = 1
+        zero = torch.zeros(1, dtype=torch.long, device=DEVICE)
+        case = (x.float().to(DEVICE), w.float().to(DEVICE), zero, zero, [(0, C)])
+        truth = results(*case, "torch", torch.float64, scale=s)
+        assert float(truth[0]) == pytest.approx(-math.log(p), rel=2e-5)
+        for one, exact in zip(results(*case, "triton", scale=s)[:5], truth, strict=False):
+            torch.testing.assert_close(one, exact, rtol=1e-4, atol=1e-7 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("gradient", ["exact", "straight_through"])
+@pytest.mark.parametrize("extension", ["linear", "clamp"])
+def test_every_branch_of_the_margin(extension, gradient):
+    """Two classes in the plane, the sample turned to any angle: θ + m inside, beyond π, below 0, at its edges."""
+    angles = torch.tensor([0.0, 5e-4, 0.1, 0.5, 1.5, 2.5, 2.9, 3.1, math.pi - 5e-4, math.pi])
+    margins = torch.tensor([-1.2, -0.2, 0.0, 0.3, 1.0])
+    theta, m = (v.flatten() for v in torch.meshgrid(angles, margins, indexing="ij"))
+    x = torch.stack([theta.cos(), theta.sin(), torch.full_like(theta, 0.1)], 1).to(DEVICE)
+    w = torch.tensor([[1.0, 0, 0.1], [0, 1, 0.3]], device=DEVICE)
+    zero = torch.zeros(len(x), dtype=torch.long, device=DEVICE)
+    case = (x, w, zero, zero, [(0, 2)])
+    options = {"scale": 4.0, "margin_angular": m.to(DEVICE), "extension": extension, "gradient": gradient}
+    found, eager, truth = (results(*case, impl, dtype, **options) for impl, dtype in (
+        ("triton", None), ("torch", None), ("torch", torch.float64)))
+    for name, one, other, exact in zip(NAMES, found, eager, truth, strict=False):
+        # near θ = 0 the slope is 1000 and the third digit of fp32 is gone for everyone: compare with eager fp32
+        assert ((one - exact).abs() <= 2 * (other - exact).abs() + 1e-5 * exact.abs().max()).all(), name
+
+
+@pytest.mark.parametrize("eps", [0.1, [0.3, 0.0, 0.05, 0.0]])
+def test_label_smoothing(eps):
+    eps = eps if isinstance(eps, float) else torch.tensor(eps, device=DEVICE)
+    case = problem(40, 90, 24)
+    options = {"scale": 16.0, "margin_additive": 0.2, "label_smoothing": eps}
+    agree(results(*case, "triton", **options), results(*case, "torch", torch.float64, **options))
+
+
+def test_gradients_are_orthogonal_to_their_vectors():
+    x, w, *rest = problem(60, 30, 48)
+    *_, dx, dw, _ = results(x, w, *rest, "triton", scale=20.0, margin_additive=0.3)
+    for vector, grad in ((x, dx), (w, dw)):
+        along = (vector.double() * grad).sum(1).abs()
+        assert (along <= 1e-5 * vector.double().norm(dim=1) * grad.norm(dim=1) + 1e-9).all()
+
+
+@pytest.mark.parametrize("ranges", [
+    [(0, 150), (100, 210)], [(0, 200), (0, 200), (0, 200)], [(3, 5), (64, 64), (60, 141), (0, 141)],
+])  # fmt: skip
+def test_overlapping_ranges_add_up(ranges):
+    case = problem(50, 0, 20, ranges=[*ranges, (0, 1)])
+    case[2] = torch.where(case[3] == 1, -1, case[2]) if ranges[1][0] == ranges[1][1] else case[2]
+    agree(results(*case, "triton", scale=20.0), results(*case, "torch", torch.float64, scale=20.0))
+
+
+def test_rows_in_no_range_get_zero():
+    x, w, labels, domains, _ = problem(20, 200, 16)
+    ranges = [(10, 60), (150, 160), (300, 330)]
+    labels = labels % 10
+    *_, dw, _ = results(x, w, labels, domains, ranges, "triton", scale=10.0)
+    used = torch.zeros(len(w), dtype=torch.bool, device=DEVICE)
+    for start, end in ranges:
+        used[start:end] = True
+    assert (dw[~used] == 0).all() and (dw[used].abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("n", [45, 300])
+def test_strips_and_chunks_change_nothing(monkeypatch, n):
+    """Several strips of classes a sample, several chunks of class rows a backward pass, several splits."""
+    case = problem(n, 110, 40)
+    options = {"scale": 30.0, "margin_angular": 0.2, "label_smoothing": 0.1}
+    truth = results(*case, "torch", torch.float64, **options)
+    for strip, chunk, programs in ((64, 64, 2000), (128, 128, 1), (1024, 100_000, 64)):
+        monkeypatch.setattr(margin_triton, "STRIP", strip)
+        monkeypatch.setattr(margin_triton, "CHUNK", chunk)
+        monkeypatch.setattr(margin_triton, "CHUNK_BYTES", 0)
+        monkeypatch.setattr(margin_triton, "PROGRAMS", programs)
+        agree(results(*case, "triton", **options), truth)
+
+
+def test_ignored_samples():
+    x, w, labels, domains, ranges = problem(40, 20, 16)
+    keep = torch.arange(40, device=DEVICE) % 3 > 0
+    some = results(x[keep], w, labels[keep], domains[keep], ranges, "triton", scale=10.0)
+    masked = results(x, w, torch.where(keep, labels, -1), domains, ranges, "triton", scale=10.0)
+    assert masked[2].isnan().tolist() == (~keep).tolist() and not masked[5][~keep].any()
+    assert (masked[3][~keep] == 0).all()
+    agree([*masked[:2], masked[3][keep], masked[4]], [*some[:2], *some[3:5]], names=("loss", "per_domain", "dx", "dw"))
+
+
+def test_nothing_valid():
+    x, w, labels, domains, ranges = problem(10, 5, 8)
+    loss, per_domain, cos, dx, dw, correct = results(x, w, torch.full_like(labels, -1), domains, ranges, "triton",
+                                                     scale=10.0)
+    assert loss == 0 and per_domain.isnan().all() and cos.isnan().all() and not correct.any()
+    assert (dx == 0).all() and (dw == 0).all()
+
+
+def test_no_samples_and_no_classes():
+    x, w, labels, domains, ranges = problem(3, 5, 8)
+    out = margin_loss(x[:0], w, labels[:0], domains[:0], ranges, scale=10.0, impl="triton")
+    assert out.loss == 0 and out.target_cos.shape == (0,)
+    out = margin_loss(x, w[:0], torch.full_like(labels, -1), domains, [(0, 0)] * 4, scale=10.0, impl="triton")
+    assert out.loss == 0 and out.per_domain.isnan().all()
+
+
+def test_zero_vectors_and_perfect_targets_have_finite_gradients():
+    w = torch.eye(4)[:3].clone()
+    w[2] = 0
+    x = torch.stack([torch.zeros(4), torch.eye(4)[0] * 5, -torch.eye(4)[1]])
+    labels, domains = torch.tensor([0, 0, 1]), torch.zeros(3, dtype=torch.long)
+    case = [v.to(DEVICE) for v in (x, w, labels, domains)] + [[(0, 3)]]
+    found = results(*case, "triton", scale=64.0, margin_angular=0.5)
+    agree(found, results(*case, "torch", torch.float64, scale=64.0, margin_angular=0.5))
+    assert (found[3][0] == 0).all() and (found[4][2] == 0).all()
+    assert found[2].tolist() == pytest.approx([0, 1, -1]) and found[5].tolist() == [False, True, False]
+
+
+def test_one_dimension():
+    """All cosines are 1 or -1 and no direction is left to move in: the projections cancel everything."""
+    loss, _, cos, dx, dw, _ = results(*problem(9, 6, 1), "triton", scale=8.0)
+    assert torch.isfinite(loss) and torch.allclose(cos.abs(), torch.ones_like(cos))
+    assert dx.abs().max() < 1e-3 and dw.abs().max() < 1e-3
+
+
+def test_same_bits_every_time():
+    case = problem(70, 60, 32)
+    first, second = (results(*case, "triton", scale=30.0, margin_additive=0.3) for _ in range(2))
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(first, second, strict=True))
+
+
+def test_only_what_is_asked_for_gets_a_gradient():
+    x, w, labels, domains, ranges = problem(20, 10, 8)
+    both = results(x, w, labels, domains, ranges, "triton", upstream=1.0, scale=10.0)
+    for name, place in (("x", 3), ("w", 4)):
+        a, b = x.clone().requires_grad_(name == "x"), w.clone().requires_grad_(name == "w")
+        margin_loss(a, b, labels, domains, ranges, scale=10.0, impl="triton").loss.backward()
+        assert (a.grad is None) == (name == "w") and (b.grad is None) == (name == "x")
+        assert torch.equal((a if name == "x" else b).grad.double(), both[place])
+
+
+@pytest.mark.parametrize("labels", [[0, 9], [0, -2]])
+def test_a_label_out_of_range_cannot_pass(labels):
+    """On a GPU nobody looks at the labels beforehand: the loss is NaN, nothing outside W is read."""
+    x, w = torch.randn(2, 4, device=DEVICE), torch.randn(5, 4, device=DEVICE)
+    labels, domains = torch.tensor(labels, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+    if not GPU:
+        with pytest.raises(ValueError, match="sample 1"):
+            margin_loss(x, w, labels, domains, [(0, 3), (3, 5)], scale=10.0, impl="triton")
+    one = torch.ones(2, device=DEVICE)
+    out = margin_triton.margin_loss(x, w, labels, domains, [(0, 3), (3, 5)], None, [one] * 3, [one, 0 * one, None],
+                                    num_domains=0, by_sample=False, clamp=False, straight=False, smooth=False)
+    assert out[0].isnan()
+
+
+# ---------------------------------------------------------------- class rows sharded over ranks
+
+
+def shards_of(ranges, parts):
+    """Rows of the whole W, local ranges and Shard of every rank: a near-equal slice of every domain."""
+    found = []
+    for rank in range(parts):
+        rows, local, start, total = [], [], [], []
+        for first, last in ranges:
+            size = last - first
+            low, high = size * rank // parts, size * (rank + 1) // parts
+            local.append((len(rows), len(rows) + high - low))
+            rows += range(first + low, first + high)
+            start.append(low)
+            total.append(size)
+        found.append((rows, local, Shard(tuple(start), tuple(total))))
+    return found
+
+
+@pytest.mark.parametrize("impl, dtype, smoothing", [("torch", torch.float64, 0.1), ("triton", torch.float32, 0.0),
+                                                    ("triton", torch.float32, 0.1)])
+@pytest.mark.parametrize("parts", [2, 3])
+def test_shards_add_up_to_the_whole(parts, impl, dtype, smoothing):
+    """Ranks one after the other: each writes down its statistics first, then all are told the merged ones."""
+    x, w, labels, domains, ranges = problem(40, 20, 16)
+    labels[3] = -1
+    options = {"scale": 20.0, "margin_angular": 0.3, "label_smoothing": smoothing}
+    whole = results(x, w, labels, domains, ranges, "torch", torch.float64, **options)
+    found = shards_of(ranges, parts)
+    notes = []
+
+    def listen(*statistics, scale):
+        notes.append([v.clone() for v in statistics])
+        return statistics
+
+    def tell(*_, scale):
+        best, mass, total, target = (torch.stack(v) for v in zip(*notes, strict=True))
+        top = best.amax(0)
+        here = torch.where(best == -math.inf, 0.0, mass * (scale * (best - top)).exp())
+        return top, here.sum(0), total.sum(0), target.amax(0)
+
+    for rows, local, shard in found:
+        margin_loss(x.to(dtype), w[rows].to(dtype), labels, domains, local, impl=impl, shard=shard._replace(merge=listen),
+                    **options)
+    share_x, share_w = torch.zeros_like(x, dtype=torch.float64), torch.zeros_like(w, dtype=torch.float64)
+    for rows, local, shard in found:
+        out = results(x, w[rows], labels, domains, local, impl, dtype, shard=shard._replace(merge=tell), **options)
+        agree(out[:3], whole, names=NAMES[:3])
+        assert out[5].tolist() == whole[5].tolist()
+        share_x += out[3]
+        share_w[rows] += out[4]
+    agree([share_x, share_w], whole[3:5], names=("dx", "dw"))
+
+
+def test_reference_is_the_same_with_one_shard():
+    case = problem(30, 9, 8)
+    *inputs, ranges = [v.double() if torch.is_tensor(v) and v.is_floating_point() else v for v in case]
+    sizes = tuple(end - start for start, end in ranges)
+    plain = margin_loss_reference(*inputs, ranges, scale=9.0)
+    one = margin_loss_reference(*inputs, ranges, scale=9.0, shard=Shard((0,) * 4, sizes))
+    assert plain.loss == one.loss
