@@ -12,7 +12,6 @@ L = sum_i w_d(i) l_i / (K n_d(i)), whatever the schedule. What is written into r
 """
 
 import difflib
-import functools
 import itertools
 import json
 import logging
@@ -383,10 +382,9 @@ def load(dataset: Stream | Batches, first: int, workers: int, pin: bool) -> Iter
 
 def to_images(chunk: Chunk, model: Backbone, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The interleaved, augmented, normalised batch [B, 3, S, S] of a chunk."""
-    move = functools.partial(torch.Tensor.to, device=device, non_blocking=True)
-    return gather_interleaved([move(bank) for bank in chunk.banks], move(chunk.domain), move(chunk.row),
-                              size=model.image_size, mean=model.mean, std=model.std, boxes=move(chunk.boxes),
-                              flip=move(chunk.flip), dtype=dtype)
+    banks = [bank.to(device, non_blocking=True) for bank in chunk.banks]
+    return gather_interleaved(banks, chunk.domain, chunk.row, size=model.image_size, mean=model.mean, std=model.std,
+                              boxes=chunk.boxes, flip=chunk.flip, dtype=dtype)
 
 
 # ---------------------------------------------------------------- loss and optimiser

@@ -3,8 +3,13 @@
 `gather_interleaved_reference` is the definition, the fallback on every device and the oracle of the tests.
 """
 
+import os
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
+
+NONE = 2**31 - 1  # of a flag: no wrong place so far
 
 # ---------------------------------------------------------------- reference
 
@@ -54,8 +59,8 @@ def gather_interleaved_reference(
 # ---------------------------------------------------------------- public
 
 
-def check_arguments(banks, domain, row, boxes, flip, size, dtype) -> None:
-    """Raise ValueError for what cannot be meant and IndexError for places outside the banks."""
+def check_shapes(banks, domain, row, boxes, flip, size, dtype) -> None:
+    """Raise ValueError for what cannot be meant; values are not looked at."""
     if not banks or any(bank.dtype != torch.uint8 or bank.ndim != 4 or bank.shape[3] != 3 for bank in banks):
         raise ValueError("banks: want a list of uint8 tensors [M, H, W, 3]")
     B = len(domain)
@@ -64,7 +69,11 @@ def check_arguments(banks, domain, row, boxes, flip, size, dtype) -> None:
             raise ValueError(f"{name} is {tuple(value.shape)}: want {shape}, one for each of {B} output images")
     if size < 1 or dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ValueError(f"size={size}, dtype={dtype}: want a size of at least 1 and a floating dtype")
-    if not B:
+
+
+def check_places(banks, domain, row, boxes) -> None:
+    """Raise IndexError for rows and domains outside the banks, ValueError for boxes outside their images."""
+    if not len(domain):
         return
     sizes = torch.tensor([len(bank) for bank in banks], device=row.device)
     known = (domain >= 0) & (domain < len(banks))
@@ -74,12 +83,39 @@ def check_arguments(banks, domain, row, boxes, flip, size, dtype) -> None:
         raise IndexError(f"output {b}: row {int(row[b])} of domain {int(domain[b])} is not in the banks, which hold "
                          f"{sizes.tolist()} images")
     if boxes is not None:
-        sides = torch.tensor([[bank.shape[2], bank.shape[1]] for bank in banks], device=boxes.device)[domain]
+        sides = torch.tensor([[bank.shape[2], bank.shape[1]] for bank in banks], device=boxes.device)
+        sides = sides[domain.to(boxes.device)]
         inside = (boxes[:, :2] >= 0) & (boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= sides)
         if not bool(inside.all()):
             b = int((~inside.all(1)).nonzero()[0])
             raise ValueError(f"output {b}: box {boxes[b].tolist()} is empty or not within its image of "
                              f"{sides[b].tolist()} pixels (x, y)")
+
+
+FLAGS: dict[torch.device, Tensor] = {}  # per GPU: first place of a batch that the kernel could not fill
+
+
+def raise_pending() -> None:
+    """Raise IndexError if a gather met a place outside its banks on a GPU since the last call; waits for the GPU.
+
+    For loops that hand over indices on the GPU: looking at these in every call would stop the GPU every time. Call it
+    where the loop waits anyhow, e.g. where it reads its metrics.
+    """
+    for flag in FLAGS.values():
+        place = int(flag)
+        if place != NONE:
+            flag.fill_(NONE)
+            raise IndexError(f"output {place} of a batch: its row, domain or box is not within the banks; the image "
+                             "was filled with NaN")
+
+
+def can_run_triton(banks: list[Tensor], dtype: torch.dtype) -> str:
+    """Why the Triton kernel cannot run on these; empty if it can."""
+    if not find_spec("triton"):
+        return "Triton is not installed: pip install triton"
+    if not banks[0].is_cuda and not os.environ.get("TRITON_INTERPRET"):
+        return f"it needs banks on a GPU (these are on {banks[0].device}), or TRITON_INTERPRET=1"
+    return f"it writes bf16, fp16 or fp32, not {dtype}" if dtype == torch.float64 else ""
 
 
 def gather_interleaved(
@@ -89,8 +125,9 @@ def gather_interleaved(
     """Write an interleaved, normalised batch from K banks of images: gather, crop, resize, flip, normalise.
 
     Args:
-        banks: K tensors uint8 [M_d, H_d, W_d, 3], RGB; sizes may differ.
-        domain: int64 [B], the bank of every output image.
+        banks: K tensors uint8 [M_d, H_d, W_d, 3], RGB, on one device; sizes may differ.
+        domain: int64 [B], the bank of every output image; on the CPU (it is checked there and then sent to the banks'
+            device without waiting) or on the banks' device; so are row, boxes and flip.
         row: int64 [B], its row in that bank.
         size: output side S in pixels.
         mean: 3 numbers, per channel, of images scaled to 0..1.
@@ -98,23 +135,36 @@ def gather_interleaved(
         boxes: float32 [B, 4] as x0, y0, x1, y1 in pixels, pixel i covering i..i+1; bilinear, antialiased where the box
             is larger than the output. Default: the whole image (a pure copy where H = W = size).
         flip: bool [B], mirror left-right after resampling.
-        dtype: of the output: bfloat16, float16, float32 or float64.
+        dtype: of the output: bfloat16, float16, float32 or (plain PyTorch alone) float64.
         channels_last: memory layout of the output.
-        impl: "torch", "triton" or "auto": the best that is there.
+        impl: "torch", "triton" (one pass, nothing between the bytes and the batch) or "auto": Triton for banks on a
+            GPU, else torch.
 
     Returns:
         [B, 3, S, S], (image / 255 - mean) / std.
 
     Raises:
-        IndexError: a row or a domain outside the banks.
+        IndexError: a row or a domain outside the banks. With indices on a GPU and the Triton kernel the output image
+            is NaN and `raise_pending` raises.
         ValueError: shapes, boxes or dtypes that cannot be meant.
-        NotImplementedError: impl="triton" where there is no Triton kernel.
+        NotImplementedError: impl="triton" where Triton cannot run.
     """
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl={impl!r}: want one of auto, triton, torch")
-    check_arguments(banks, domain, row, boxes, flip, size, dtype)
-    if impl == "triton":
-        raise NotImplementedError("gather_interleaved: impl='triton' was asked for, but this version has no Triton "
-                                  "kernel; use impl='auto' or impl='torch'")
-    return gather_interleaved_reference(banks, domain, row, size=size, mean=mean, std=std, boxes=boxes, flip=flip,
-                                        dtype=dtype, channels_last=channels_last)
+    check_shapes(banks, domain, row, boxes, flip, size, dtype)
+    device, missing = banks[0].device, can_run_triton(banks, dtype)
+    if impl == "triton" and missing:
+        raise NotImplementedError(f"gather_interleaved: impl='triton' was asked for, but {missing}; use impl='auto'")
+    triton = impl == "triton" or (impl == "auto" and banks[0].is_cuda and not missing)
+    if domain.device.type == "cpu" or not triton:
+        check_places(banks, domain, row, boxes)
+    domain, row, boxes, flip = (v if v is None else v.to(device, non_blocking=True) for v in (domain, row, boxes, flip))
+    if not triton:
+        return gather_interleaved_reference(banks, domain, row, size=size, mean=mean, std=std, boxes=boxes, flip=flip,
+                                            dtype=dtype, channels_last=channels_last)
+    from kernels.gather_triton import gather  # not at the top: the file must import where Triton is absent
+
+    if device not in FLAGS:
+        FLAGS[device] = torch.full((1,), NONE, dtype=torch.int32, device=device)
+    return gather(banks, domain.contiguous(), row.contiguous(), size, mean, std, boxes, flip, dtype, channels_last,
+                  FLAGS[device])

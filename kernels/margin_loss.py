@@ -3,6 +3,7 @@
 `margin_loss_reference` is the definition, the fallback on every device and the oracle of the tests.
 """
 
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -220,6 +221,56 @@ def margin_loss_reference(
     target_cos = torch.full((N,), math.nan, dtype=dtype, device=device).index_put((rows,), cos.detach())
     correct = torch.zeros(N, dtype=torch.bool, device=device).index_put((rows,), cos.detach() > best)
     return MarginLoss(loss, torch.where(seen > 0, sums.detach() / count, math.nan), target_cos, correct)
+
+
+# ---------------------------------------------------------------- Partial FC
+
+
+def sample_classes(
+    labels: Tensor, domains: Tensor, class_ranges: list[tuple[int, int]], fraction: float, *, seed: int, step: int,
+    minimum: int = 10_000,
+) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+    """A step's class rows for Partial FC: of every large domain the classes of its samples and random others.
+
+    `margin_loss(x, weight[rows], labels, domains, ranges)` with what is returned; rows that are not drawn get no
+    gradient. The draw depends on (seed, step, domain) and the labels alone, and nothing waits for the GPU.
+
+    Args:
+        labels: int64 [N], counted from the start of the sample's range; -1: ignored.
+        domains: int64 [N] in 0..K-1.
+        class_ranges: K pairs of rows of the whole weight.
+        fraction: of a domain's classes to keep, in (0, 1]; at least N of them, so that every sample's class is there.
+        seed: of the run.
+        step: of the optimiser.
+        minimum: domains with fewer classes are kept whole.
+
+    Returns:
+        rows int64 [C'] of the whole weight, ascending in every domain; labels [N] and class_ranges that count in them.
+
+    Raises:
+        ValueError: a fraction outside (0, 1].
+
+    Source: Partial FC, arXiv 2203.15565, section 3.2.
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction}: want 0 < fraction <= 1")
+    device, rows, ranges, out, end = labels.device, [], [], labels.clone(), 0
+    for k, (first, last) in enumerate(class_ranges):
+        size = last - first
+        keep = min(max(math.ceil(fraction * size), len(labels)), size) if size >= minimum else size
+        if keep == size:
+            drawn = torch.arange(size, device=device)
+        else:
+            key = int.from_bytes(hashlib.sha256(f"{seed} {step} {k}".encode()).digest()[:7], "little")
+            score = torch.rand(size, generator=torch.Generator(device).manual_seed(key), device=device)
+            mine = (domains == k) & (labels >= 0)
+            score.scatter_reduce_(0, torch.where(mine, labels, 0), torch.where(mine, 2.0, -1.0), "amax")
+            drawn = score.topk(keep).indices.sort().values
+            out = torch.where(mine, torch.searchsorted(drawn, torch.where(mine, labels, 0)), out)
+        rows.append(drawn + first)
+        ranges.append((end, end + keep))
+        end += keep
+    return torch.cat(rows), out, ranges
 
 
 # ---------------------------------------------------------------- public

@@ -1,12 +1,20 @@
-"""The interleaved gather against torchvision's resampling and a literal loop."""
+"""The interleaved gather against torchvision's resampling and a literal loop, in PyTorch and in Triton.
+
+The Triton kernels run on a GPU where there is one, else through the interpreter.
+"""
+
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms.v2.functional import resize
 
+from kernels import gather
 from kernels.gather import gather_interleaved
 
+GPU = torch.cuda.is_available()
+IMPLS = ["torch", "triton"] if find_spec("triton") else ["torch"]
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
@@ -15,30 +23,46 @@ def banks(*sizes, seed=0):
     return [torch.randint(0, 256, (m, h, w, 3), generator=g, dtype=torch.uint8) for m, h, w in sizes]
 
 
+def run(impl, banks, domain, row, boxes=None, flip=None, **options):
+    """On the GPU for Triton where there is one; the result on the CPU."""
+    if impl == "triton" and GPU:
+        banks = [bank.cuda() for bank in banks]
+    return gather_interleaved(banks, domain, row, boxes=boxes, flip=flip, impl=impl, **options).cpu()
+
+
 def normalise(x):
     mean, std = (torch.tensor(v, dtype=x.dtype).view(3, 1, 1) for v in (MEAN, STD))
     return (x / 255 - mean) / std
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("flip", [None, [True, False, False, True]])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_whole_images_are_a_pure_copy(dtype, channels_last):
+def test_whole_images_are_a_pure_copy(dtype, channels_last, flip, impl):
     b = banks((3, 16, 16), (5, 16, 16))
     domain, row = torch.tensor([1, 0, 1, 1]), torch.tensor([4, 2, 0, 4])
-    out = gather_interleaved(b, domain, row, size=16, mean=MEAN, std=STD, dtype=dtype, channels_last=channels_last)
-    expected = torch.stack([normalise(b[d][r].permute(2, 0, 1).float()) for d, r in zip(domain, row, strict=True)])
-    assert torch.equal(out, expected.to(dtype))
+    mirrored = None if flip is None else torch.tensor(flip)
+    out = run(impl, b, domain, row, flip=mirrored, size=16, mean=MEAN, std=STD, dtype=dtype,
+              channels_last=channels_last)
+    expected = torch.stack([normalise(b[d][r].permute(2, 0, 1).double()) for d, r in zip(domain, row, strict=True)])
+    if flip is not None:
+        expected = torch.where(mirrored.view(-1, 1, 1, 1), expected.flip(3), expected)
+    # one rounding to the output's dtype (the interpreter cuts bf16 instead) and a few of fp32
+    ulps = 1.01 if impl == "triton" and not GPU else 0.51
+    torch.testing.assert_close(out.double(), expected, rtol=ulps * torch.finfo(dtype).eps, atol=2e-6)
     assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("size", [7, 16, 40])
 @pytest.mark.parametrize("box", [(0, 0, 33, 20), (3, 5, 30, 17), (10, 2, 12, 20), (0, 0, 1, 1)])
-def test_whole_pixel_boxes_equal_crop_and_resize(box, size):
+def test_whole_pixel_boxes_equal_crop_and_resize(box, size, impl):
     """Half-pixel centres and antialiasing as torchvision has them, up and down, each axis on its own."""
     b = banks((2, 20, 33))
     boxes = torch.tensor([box, box], dtype=torch.float32)
-    out = gather_interleaved(b, torch.zeros(2, dtype=torch.long), torch.tensor([1, 0]), size=size, mean=MEAN, std=STD,
-                             boxes=boxes, flip=torch.tensor([False, True]), dtype=torch.float32)
+    out = run(impl, b, torch.zeros(2, dtype=torch.long), torch.tensor([1, 0]), size=size, mean=MEAN, std=STD,
+              boxes=boxes, flip=torch.tensor([False, True]), dtype=torch.float32)
     x0, y0, x1, y1 = box
     for place, row in enumerate((1, 0)):
         crop = b[0][row].permute(2, 0, 1).float()[:, y0:y1, x0:x1]
@@ -46,11 +70,13 @@ def test_whole_pixel_boxes_equal_crop_and_resize(box, size):
         torch.testing.assert_close(out[place], expected.flip(2) if place else expected, rtol=1e-4, atol=1e-4)
 
 
-def test_fractional_boxes_equal_a_literal_loop():
+@pytest.mark.parametrize("impl", IMPLS)
+def test_fractional_boxes_equal_a_literal_loop(impl):
+    dtype, rtol = (torch.float64, 1e-9) if impl == "torch" else (torch.float32, 2e-5)
     b, size = banks((1, 12, 15), (1, 9, 9)), 5
     boxes = torch.tensor([[1.3, 0.2, 13.9, 11.5], [2.25, 3.5, 5.75, 4.0]])
-    out = gather_interleaved(b, torch.tensor([0, 1]), torch.tensor([0, 0]), size=size, mean=(0, 0, 0), std=(1, 1, 1),
-                             boxes=boxes, dtype=torch.float64)
+    out = run(impl, b, torch.tensor([0, 1]), torch.tensor([0, 0]), size=size, mean=(0, 0, 0), std=(1, 1, 1),
+              boxes=boxes, dtype=dtype)
     for place in range(2):
         image = b[place][0].double().numpy() / 255
         x0, y0, x1, y1 = boxes[place].double().tolist()
@@ -63,14 +89,58 @@ def test_fractional_boxes_equal_a_literal_loop():
                         a = max(0, 1 - abs(x + 0.5 - cx) / max((x1 - x0) / size, 1))
                         a *= max(0, 1 - abs(y + 0.5 - cy) / max((y1 - y0) / size, 1))
                         total, mass = total + a * image[y, x], mass + a
-                np.testing.assert_allclose(out[place, :, v, u].numpy(), total / mass, rtol=1e-9)
+                np.testing.assert_allclose(out[place, :, v, u].numpy(), total / mass, rtol=rtol)
 
 
-def test_empty_batch_and_unused_bank():
-    b = banks((2, 8, 8), (0, 1, 1))
-    assert gather_interleaved(b, torch.tensor([], dtype=torch.long), torch.tensor([], dtype=torch.long), size=4,
-                              mean=MEAN, std=STD).shape == (0, 3, 4, 4)
-    assert gather_interleaved(b, torch.tensor([0]), torch.tensor([1]), size=4, mean=MEAN, std=STD).shape == (1, 3, 4, 4)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_empty_batch_and_unused_bank(impl):
+    b, none = banks((2, 8, 8), (0, 1, 1)), torch.tensor([], dtype=torch.long)
+    assert run(impl, b, none, none, size=4, mean=MEAN, std=STD, dtype=torch.float32).shape == (0, 3, 4, 4)
+    one = run(impl, b, torch.tensor([0]), torch.tensor([1]), size=4, mean=MEAN, std=STD, dtype=torch.float32)
+    assert one.shape == (1, 3, 4, 4) and torch.isfinite(one).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_banks_of_different_sizes_and_odd_shapes(impl):
+    """Non-square images of three sizes in one batch, against the images one by one."""
+    b = banks((2, 17, 23), (3, 8, 31), (1, 40, 5))
+    domain, row = torch.tensor([2, 0, 1, 1, 0]), torch.tensor([0, 1, 2, 0, 0])
+    out = run(impl, b, domain, row, size=13, mean=MEAN, std=STD, dtype=torch.float32)
+    for place, (d, r) in enumerate(zip(domain.tolist(), row.tolist(), strict=True)):
+        expected = normalise(resize(b[d][r].permute(2, 0, 1).float(), [13, 13], antialias=True))
+        torch.testing.assert_close(out[place], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="Triton is not installed")
+@pytest.mark.parametrize("size", [8, 5])
+@pytest.mark.parametrize("place, change", [("row", 2), ("row", -1), ("domain", 7), ("domain", -1)])
+def test_wrong_places_on_a_gpu_are_reported_and_read_nothing(place, change, size):
+    """The kernel is given what the check on the CPU would have refused."""
+    from kernels import gather_triton
+
+    device = "cuda" if GPU else "cpu"
+    b = [bank.to(device) for bank in banks((2, 8, 8), (2, 8, 8))]
+    indices = {"domain": torch.tensor([0, 1, 0], device=device), "row": torch.tensor([1, 1, 0], device=device)}
+    indices[place][1] = change
+    flag = gather.FLAGS[b[0].device] = torch.full((1,), gather.NONE, dtype=torch.int32, device=device)
+    call = (size, MEAN, STD, None, None, torch.float32, True, flag)
+    out = gather_triton.gather(b, indices["domain"], indices["row"], *call)
+    assert out[1].isnan().all() and torch.isfinite(out[[0, 2]]).all()
+    with pytest.raises(IndexError, match="output 1 of a batch"):
+        gather.raise_pending()
+    gather.raise_pending()  # said once
+
+
+@pytest.mark.skipif("triton" not in IMPLS, reason="Triton is not installed")
+def test_wrong_boxes_on_a_gpu_end_as_well():
+    from kernels import gather_triton
+
+    device = "cuda" if GPU else "cpu"
+    b, zero = [bank.to(device) for bank in banks((2, 8, 8))], torch.zeros(4, dtype=torch.long, device=device)
+    boxes = torch.tensor([[0, 0, 8, 8], [4, 4, 4, 8], [0, 0, 1e9, 8], [0, 0, float("nan"), 8]], device=device)
+    flag = torch.full((1,), gather.NONE, dtype=torch.int32, device=device)
+    out = gather_triton.gather(b, zero, zero, 4, MEAN, STD, boxes, None, torch.float32, True, flag)
+    assert torch.isfinite(out[0]).all() and out[1:].isnan().all() and int(flag) == 1
 
 
 @pytest.mark.parametrize("change, error, words", [
@@ -82,7 +152,7 @@ def test_empty_batch_and_unused_bank():
     ({"boxes": torch.tensor([[0, 0, 9, 8], [0, 0, 8, 8.0]])}, ValueError, "output 0: box"),
     ({"banks": [torch.zeros(1, 8, 8, 3)] * 2}, ValueError, "uint8"),
     ({"dtype": torch.int32}, ValueError, "floating dtype"),
-    ({"impl": "triton"}, NotImplementedError, "no Triton kernel"),
+    ({"impl": "triton", "dtype": torch.float64}, NotImplementedError, "not installed|not torch.float64"),
     ({"impl": "fast"}, ValueError, "auto, triton, torch"),
 ])  # fmt: skip
 def test_bad_arguments(change, error, words):

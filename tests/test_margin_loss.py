@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.margin_loss import Shard, margin_loss, margin_loss_reference, margin_target
+from kernels.margin_loss import Shard, margin_loss, margin_loss_reference, margin_target, sample_classes
 
 SIZES = [(1, 2, 3), (2, 5, 1), (17, 7, 8), (101, 13, 31)]
 
@@ -220,11 +220,51 @@ def test_gradients_come_back_in_the_dtype_of_their_inputs(dtype):
         torch.testing.assert_close(grad.double(), truth, rtol=4 * eps, atol=40 * eps * float(truth.abs().max()))
 
 
+def test_sampled_classes_hold_every_label_and_little_else():
+    ranges = [(0, 50), (50, 1050), (1050, 1250)]
+    g = torch.Generator().manual_seed(0)
+    domains = torch.randint(0, 3, (30,), generator=g)
+    labels = (torch.rand(30, generator=g) * torch.tensor([50, 1000, 200])[domains]).long()
+    labels[4] = -1
+    draw = {"fraction": 0.1, "seed": 1, "minimum": 100}
+    rows, mapped, kept = sample_classes(labels, domains, ranges, step=7, **draw)
+    assert kept == [(0, 50), (50, 150), (150, 180)]  # whole: too small; a tenth; as many as there are samples
+    first, first_kept = (torch.tensor([start for start, _ in r])[domains] for r in (ranges, kept))
+    valid = labels >= 0
+    assert torch.equal(rows[(first_kept + mapped)[valid]], (first + labels)[valid]) and mapped[4] == -1
+    assert len(rows.unique()) == len(rows) == 180 and (rows[50:150].diff() > 0).all()
+    again, other = (sample_classes(labels, domains, ranges, step=step, **draw)[0] for step in (7, 8))
+    assert torch.equal(rows, again) and not torch.equal(rows, other)
+    whole = sample_classes(labels, domains, ranges, fraction=1.0, seed=1, step=0)
+    assert torch.equal(whole[0], torch.arange(1250)) and torch.equal(whole[1], labels)
+    with pytest.raises(ValueError, match="fraction=0"):
+        sample_classes(labels, domains, ranges, 0, seed=0, step=0)
+    # rows that are not drawn get no gradient, the others that of the loss over the drawn ones
+    x, w = torch.randn(30, 8, generator=g), torch.randn(1250, 8, generator=g).requires_grad_()
+    margin_loss(x, w[rows], mapped, domains, kept, scale=10.0).loss.backward()
+    drawn = torch.zeros(1250, dtype=torch.bool)
+    drawn[rows] = True
+    assert (w.grad[~drawn] == 0).all() and (w.grad[drawn].abs().sum(1) > 0).all()
+
+
+def test_random_classes_are_drawn_evenly():
+    """Every class without a sample is drawn with the same chance: 8 of 96 others, over 3,000 steps."""
+    labels, domains = torch.tensor([5, 17, 17, 80, 99]), torch.zeros(5, dtype=torch.long)
+    times = torch.zeros(100)
+    for step in range(3000):
+        times[sample_classes(labels, domains, [(0, 100)], 0.12, seed=0, step=step, minimum=0)[0]] += 1
+    others = torch.ones(100, dtype=torch.bool)
+    others[labels] = False
+    assert (times[labels] == 3000).all() and times.sum() == 36000
+    expected = 3000 * 8 / 96  # binomial: standard deviation 15.1
+    assert (times[others] - expected).abs().max() < 5 * 15.1
+
+
 def test_triton_says_what_it_needs(monkeypatch):
     call = {"embeddings": torch.randn(2, 4), "weight": torch.randn(5, 4), "labels": torch.tensor([0, 1]),
             "domains": torch.tensor([0, 1]), "class_ranges": [(0, 3), (3, 5)], "scale": 10.0, "impl": "triton"}
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(NotImplementedError, match="not torch.float64"):
+    with pytest.raises(NotImplementedError, match=r"not torch\.float64"):
         margin_loss(**call | {"embeddings": torch.randn(2, 4).double()})
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(NotImplementedError, match="needs tensors on a GPU"):

@@ -322,8 +322,8 @@ def test_shards_add_up_to_the_whole(parts, impl, dtype, smoothing):
         return top, here.sum(0), total.sum(0), target.amax(0)
 
     for rows, local, shard in found:
-        margin_loss(x.to(dtype), w[rows].to(dtype), labels, domains, local, impl=impl, shard=shard._replace(merge=listen),
-                    **options)
+        margin_loss(x.to(dtype), w[rows].to(dtype), labels, domains, local, impl=impl,
+                    shard=shard._replace(merge=listen), **options)
     share_x, share_w = torch.zeros_like(x, dtype=torch.float64), torch.zeros_like(w, dtype=torch.float64)
     for rows, local, shard in found:
         out = results(x, w[rows], labels, domains, local, impl, dtype, shard=shard._replace(merge=tell), **options)
