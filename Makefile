@@ -1,6 +1,8 @@
 # make demo   sets up, then prepare -> train -> evaluate -> analyze on a corpus drawn by the project itself (CPU, minutes)
 # make test   sets up, then runs the tests
 # make lint   ruff
+# make gpu-check  on a machine with a GPU: the kernels' tests, their benchmarks at the sizes of the goals, the verdict
+#                 (with a Python of your own that has torch, triton, click, pytest: make gpu-check PY=python3 READY=)
 # PIP_ARGS is handed to pip, e.g. for the smaller CPU build of torch on a laptop:
 #   make demo PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
 
@@ -10,7 +12,7 @@ DEMO ?= demo
 PY := .venv/bin/python
 READY := .venv/.ready
 
-.PHONY: setup demo test lint clean-demo
+.PHONY: setup demo test lint gpu-check clean-demo
 setup: $(READY)
 
 # Made again only when a requirements file changes.
@@ -30,6 +32,11 @@ test: $(READY)
 
 lint: $(READY)
 	$(PY) -m ruff check .
+
+gpu-check: $(READY)
+	$(PY) -m pytest tests/test_margin_triton.py tests/test_gather.py
+	$(PY) -m kernels.bench compile --csv kernels/compiled.csv
+	$(PY) -m kernels.bench check --csv kernels/gpu-check.csv
 
 clean-demo:
 	rm -rf $(DEMO)

@@ -276,7 +276,7 @@ def say(row: dict) -> None:
         return
     print(f"{row['impl']:20} {shape:42} {row.get('phase', ''):9}{row['median_ms']:9.3f} ms "
           f"[{row['p20_ms']:.3f}, {row['p80_ms']:.3f}]  floor {row['floor_ms']:8.3f} ms  "
-          + (f"{row['extra_MiB']:8.0f} MiB  {row['tflops']:6.1f} TFLOP/s" if "tflops" in row else
+          + (f"{row['extra_MiB']:8.0f} MiB  {row['tflops']:7.3g} TFLOP/s" if "tflops" in row else
              f"{row['gbs']:7.0f} GB/s"), flush=True)
 
 
@@ -529,7 +529,7 @@ def margin(path, device, seconds, with_compile, samples, classes, widths, layout
     device = pick(device)
     gpu = device.type == "cuda"
     source, ceiling, rows = provenance(device), ceilings(device), []
-    print(f"{source}\nceilings: {ceiling['ceiling_tflops']:.2f} TFLOP/s, {ceiling['ceiling_gbs']:.0f} GB/s")
+    print(f"{source}\nceilings: {ceiling['ceiling_tflops']:.3g} TFLOP/s, {ceiling['ceiling_gbs']:.0f} GB/s")
     table = implementations(device, gpu if with_compile is None else with_compile)
     for D in widths or ((384, 768, 1024) if gpu else (384,)):
         for C in classes or ((1000, 10_000, 100_000, 600_000, 2_200_000) if gpu else (1000, 10_000, 100_000)):
@@ -549,7 +549,7 @@ def gather(path, device, seconds, with_compile, batches, sizes) -> None:
     device = pick(device)
     gpu = device.type == "cuda"
     source, ceiling, rows = provenance(device), ceilings(device), []
-    print(f"{source}\nceilings: {ceiling['ceiling_tflops']:.2f} TFLOP/s, {ceiling['ceiling_gbs']:.0f} GB/s")
+    print(f"{source}\nceilings: {ceiling['ceiling_tflops']:.3g} TFLOP/s, {ceiling['ceiling_gbs']:.0f} GB/s")
     for S in sizes or ((112, 224, 448) if gpu else (112, 224)):
         for B in batches or ((64, 256, 1024) if gpu else (64,)):
             for row in gather_rows(device, B, S, seconds, ceiling, gpu if with_compile is None else with_compile):

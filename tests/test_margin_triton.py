@@ -280,6 +280,31 @@ def test_a_label_out_of_range_cannot_pass(labels):
     assert out[0].isnan()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU with 20 GB")
+def test_offsets_past_2_31():
+    C, D = 2_200_000, 1024
+    x, w = torch.randn(300, D, device=DEVICE), torch.randn(C, D, device=DEVICE)
+    labels, domains = torch.arange(300, device=DEVICE) * 3, torch.zeros(300, dtype=torch.long, device=DEVICE)
+    *_, dx, dw, _ = results(x, w, labels, domains, [(C - 1000, C)], "triton", scale=20.0, margin_additive=0.2)
+    truth = results(x, w[-1000:], labels, domains, [(0, 1000)], "torch", torch.float64, scale=20.0, margin_additive=0.2)
+    agree([dx, dw[-1000:]], truth[3:5], names=("dx", "dw"))
+    assert not dw[:-1000].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="the interpreter computes TF32 products in fp32")
+def test_tf32_where_torch_allows_it():
+    case = problem(130, 80, 64)
+    options = {"scale": 32.0, "margin_angular": 0.2, "margin_additive": 0.1}
+    truth = results(*case, "torch", torch.float64, **options)
+    exact = results(*case, "triton", **options)
+    torch.set_float32_matmul_precision("high")
+    found = results(*case, "triton", **options)
+    agree(found, truth, 5e-3)
+    assert (found[4] - truth[4]).abs().max() > 3 * (exact[4] - truth[4]).abs().max()
+
+
 # ---------------------------------------------------------------- class rows sharded over ranks
 
 
