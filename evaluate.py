@@ -745,6 +745,10 @@ def main(**options) -> int:
     splits = choose_splits(root, options["splits"], data)
     device, out = train.pick_device(options["device"]), folder / "eval"
     out.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        first, *others = split.protocol.get("variants", [""])
+        if others:
+            print(f"  {split.domain}/{split.name}: scored as {first}; not scored by this version: {', '.join(others)}")
     figures, curves = {}, {}
     for weights, load in models.items():
         embed = Embedder(load(), weights, out / "embeddings", device, options["batch"], options["workers"],

@@ -116,6 +116,40 @@ def market(**options) -> None:
     prepare(bodies.market, **options)
 
 
+@cli.command(help=bodies.msmt17.__doc__)
+@source_options
+@click.option("--with-val", is_flag=True, help="Add list_val.txt to the training images.")
+def msmt17(**options) -> None:
+    prepare(bodies.msmt17, **options)
+
+
+@cli.command(help=bodies.prcc.__doc__)
+@source_options
+@click.option("--variant", type=click.Choice(["cross-clothes", "same-clothes"]), default="cross-clothes",
+              help="Probes of a test split: camera C or camera B.")
+def prcc(**options) -> None:
+    prepare(bodies.prcc, **options)
+
+
+@cli.command(help=bodies.ltcc.__doc__)
+@source_options
+def ltcc(**options) -> None:
+    prepare(bodies.ltcc, **options)
+
+
+@cli.command(help=bodies.deepchange.__doc__)
+@source_options
+def deepchange(**options) -> None:
+    prepare(bodies.deepchange, **options)
+
+
+@cli.command(help=bodies.persons.__doc__)
+@source_options
+@click.option("--table", metavar="NAME", default="persons.csv", help="Of the CSV, inside the source.")
+def persons(**options) -> None:
+    prepare(bodies.persons, **options)
+
+
 @cli.command(help="Draw the demo corpus: faces, degraded faces, bodies and objects, all of our own making.")
 @click.option("--out", type=click.Path(path_type=Path), default="data", help="Data root to write.")
 @click.option("--scale", type=click.FloatRange(0, min_open=True), default=1.0,
