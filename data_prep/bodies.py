@@ -19,7 +19,7 @@ from pathlib import Path
 
 from data_prep import InputError
 from data_prep.folders import image_suffixes
-from data_prep.lists import below, find, read_lines, read_table
+from data_prep.lists import below, find, images_of, read_lines, read_table
 from data_prep.shards import ROLES, Record, Source
 
 MARKET_NAME = re.compile(r"(-1|\d+)_c(\d+)")
@@ -80,8 +80,8 @@ def msmt17(src: Path, domain: str, train: bool, with_val: bool = False) -> Sourc
     """
     part = "train" if train else "test"
     lists = {"train": None} | ({"val": None} if with_val else {}) if train else {"query": 0, "gallery": 1}
-    files = below(src, f"list_{next(iter(lists))}.txt",
-                  "MSMT17 has train, test (V2: mask_train_v2, mask_test_v2) and list_{train,val,query,gallery}.txt")
+    files = below(src, "MSMT17 has train, test (V2: mask_train_v2, mask_test_v2) and "
+                       "list_{train,val,query,gallery}.txt", f"list_{next(iter(lists))}.txt")
     folder = next((f for f in (f"mask_{part}_v2", part) if any(name.startswith(f"{f}/") for name in files)), part)
     records = []
     for list_name, role in lists.items():
@@ -94,21 +94,6 @@ def msmt17(src: Path, domain: str, train: bool, with_val: bool = False) -> Sourc
             records.append(Record(image.read, image.name, f"{part}-{int(person):04d}", camera=int(camera[1]) - 1,
                                   role=role))
     return reid(src, records, train)
-
-
-def images_of(files: dict, pattern: re.Pattern, folders: tuple[str, ...], kind: str) -> tuple[list, Counter]:
-    """(match, member) of every image in these folders whose name fits, and those left out by reason."""
-    found, skipped, endings = [], Counter(), image_suffixes()
-    for name, member in files.items():
-        if not name.startswith(tuple(f"{folder}/" for folder in folders)):
-            continue
-        if Path(name).suffix.lower() not in endings:
-            skipped["not an image by its name"] += 1
-        elif match := pattern.fullmatch(name):
-            found.append((match, member))
-        else:
-            skipped[f"name is not {kind}'s"] += 1
-    return found, skipped
 
 
 PRCC_TRAIN = re.compile(r"train/(?P<person>\d+)/(?P<camera>[ABC])_[^/]*")
@@ -124,9 +109,9 @@ def prcc(src: Path, domain: str, train: bool, variant: str = "cross-clothes") ->
     Source: the reader of Simple-CCReID.
     """
     part = "train" if train else "test"
-    files = below(src, f"rgb/{part}", "PRCC has rgb/train/<person>/A_*.jpg and rgb/test/{A,B,C}/<person>/*.jpg")
+    files = below(src, "PRCC has rgb/train/<person>/A_*.jpg and rgb/test/{A,B,C}/<person>/*.jpg", f"rgb/{part}")
     files = {name.removeprefix("rgb/"): member for name, member in files.items()}
-    found, skipped = images_of(files, PRCC_TRAIN if train else PRCC_TEST, (part,), "PRCC")
+    found, skipped = images_of(files, PRCC_TRAIN if train else PRCC_TEST, "PRCC", (f"{part}/",))
     clothes = number((m["person"], m["camera"] == "C") for m, _ in found)
     probe = {"cross-clothes": "C", "same-clothes": "B"}[variant]
     records = [Record(member.read, member.name, m["person"], camera="ABC".index(m["camera"]),
@@ -146,8 +131,8 @@ def ltcc(src: Path, domain: str, train: bool) -> Source:
     figures come from the same images. Source: the reader and the metric of Simple-CCReID.
     """
     parts = ("train",) if train else ("query", "test")
-    files = below(src, parts[0], "LTCC has train, query and test with <person>_<outfit>_c<camera>_*.png")
-    found, skipped = images_of(files, LTCC_NAME, parts, "LTCC")
+    files = below(src, "LTCC has train, query and test with <person>_<outfit>_c<camera>_*.png", parts[0])
+    found, skipped = images_of(files, LTCC_NAME, "LTCC", tuple(f"{part}/" for part in parts))
     clothes = number((m["person"], m["outfit"]) for m, _ in found)
     records = [Record(member.read, member.name, m["person"], camera=int(m["camera"]) - 1,
                       clothes=clothes((m["person"], m["outfit"])), role=None if train else parts.index(m["part"]))
@@ -167,8 +152,8 @@ def deepchange(src: Path, domain: str, train: bool) -> Source:
     62,956 gallery images. Source: the reader of Simple-CCReID.
     """
     folders = ("train-set",) if train else ("test-set-query", "test-set-gallery")
-    files = below(src, f"{folders[0]}-bbox.txt",
-                  "DeepChange has train-set, test-set-query, test-set-gallery, each with <folder>-bbox.txt")
+    files = below(src, "DeepChange has train-set, test-set-query, test-set-gallery, each with <folder>-bbox.txt",
+                  f"{folders[0]}-bbox.txt")
     records, outfits = [], []
     for role, folder in enumerate(folders):
         for where, line in read_lines(src, files, f"{folder}-bbox.txt"):
@@ -191,8 +176,8 @@ def persons(src: Path, domain: str, train: bool, table: str = "persons.csv") -> 
     `role` is train, probe, gallery or distractor (a distractor needs no person and is nobody's match); rows without a
     role are training images. Cameras and clothes may be any words. The test split is scored as Market-1501.
     """
-    files = below(src, table, "the list of persons is a CSV path,person,camera[,clothes][,role]; "
-                              "--table names another one in the source")
+    files = below(src, "the list of persons is a CSV path,person,camera[,clothes][,role]; --table names another one in "
+                       "the source", table)
     rows, lines = [], {}
     for where, row in read_table(src, files, table, ("path", "person", "camera")):
         path, role = row["path"].removeprefix("./"), row.get("role", "") or "train"

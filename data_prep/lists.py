@@ -1,4 +1,4 @@
-"""List files of a source (text, CSV, JSON), read through its members, and the place where a set begins below --src.
+"""What a source says of its images: where the set begins below --src, file names, and lists in text, CSV and JSON.
 
 A name in a list is looked up among the members of the source and is never made a path: what climbs out of the source or
 is absolute is simply not there.
@@ -6,28 +6,49 @@ is absolute is simply not there.
 
 import csv
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from data_prep import InputError
 from data_prep.archives import Member, members
+from data_prep.folders import image_suffixes
 
 
-def below(src: Path, landmark: str, layout: str) -> dict[str, Member]:
-    """The members of the folder that holds `landmark`, by their names from there.
+def below(src: Path, layout: str, *landmarks: str) -> dict[str, Member]:
+    """The members of the folder that holds a landmark, by their names from there.
 
-    Data sets are unpacked with and without the folders they were packed in, so the landmark (a file or a folder) may
-    lie at any depth; the highest one counts.
+    Data sets are unpacked with and without the folders they were packed in, so a landmark (a file or a folder) may lie
+    at any depth; the first landmark that there is counts, at its highest place.
 
     Raises:
-        InputError: it is nowhere below src; `layout` says what should be there.
+        InputError: there is none below src; `layout` says what should be.
     """
     files = members(src)
-    starts = ((f"/{file.name}/".find(f"/{landmark}/"), file.name) for file in files)
-    found = min((name[:start] for start, name in starts if start >= 0), key=lambda p: (p.count("/"), p), default=None)
-    if found is None:
-        raise InputError(f"--src {src}: no {landmark} in it; {layout}")
-    return {file.name[len(found):]: file for file in files if file.name.startswith(found)}
+    for landmark in landmarks:
+        places = ((file.name, f"/{file.name}/".find(f"/{landmark}/")) for file in files)
+        tops = {name[:start] for name, start in places if start >= 0}
+        if tops:
+            top = min(tops, key=lambda name: (name.count("/"), name))
+            return {file.name[len(top):]: file for file in files if file.name.startswith(top)}
+    raise InputError(f"--src {src}: no {landmarks[0]} in it; {layout}")
+
+
+def images_of(files: dict[str, Member], pattern: re.Pattern, kind: str, folders: tuple[str, ...] = ("",)
+              ) -> tuple[list[tuple[re.Match, Member]], Counter]:
+    """The images in these folders whose whole name fits the pattern, and how many files were left out, by reason."""
+    found, skipped, endings = [], Counter(), image_suffixes()
+    for name, member in files.items():
+        if not name.startswith(folders):
+            continue
+        if PurePosixPath(name).suffix.lower() not in endings:
+            skipped["not an image by its name"] += 1
+        elif match := pattern.fullmatch(name):
+            found.append((match, member))
+        else:
+            skipped[f"name is not {kind}'s"] += 1
+    return found, skipped
 
 
 def read_text(src: Path, files: dict[str, Member], name: str) -> str:
