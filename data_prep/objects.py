@@ -224,21 +224,20 @@ def one_line(error: Exception) -> str:
 
 
 @lru_cache(maxsize=1)
-def row_group(path: str, column: str, group: int) -> list[bytes | None]:
-    """The images of one row group of a parquet file: all that a worker holds of it."""
+def row_group(path: str, column: str, group: int):
+    """The images of one row group of a parquet file, an Arrow column: all that a worker holds of the file."""
     from pyarrow.parquet import ParquetFile
 
     # no threads of Arrow's own: its pools do not survive the fork into a worker
     with ParquetFile(path, pre_buffer=False) as file:
-        table = file.read_row_group(group, columns=[column], use_threads=False)
-    images = table.column(0).to_pylist()
-    return [image.get("bytes") if isinstance(image, dict) else image for image in images]
+        return file.read_row_group(group, columns=[column], use_threads=False).column(0)
 
 
 def parquet_image(path: str, column: str, group: int, row: int) -> bytes:
     """The encoded image of one row."""
     try:
-        data = row_group(path, column, group)[row]
+        image = row_group(path, column, group)[row].as_py()
+        data = image.get("bytes") if isinstance(image, dict) else image
     except Exception as error:  # Arrow raises its own errors and Python's alike
         raise BadImage("unreadable parquet rows") from error
     if not data:
@@ -345,6 +344,15 @@ def open_tar(url: str) -> BinaryIO:
         raise InputError(f"{url}: cannot be opened ({one_line(error)})") from error
 
 
+def read_at(file: BinaryIO, where: str, offset: int, size: int) -> bytes:
+    """A piece of an open file; fewer bytes where it ends."""
+    try:
+        file.seek(offset)
+        return file.read(size)
+    except Exception as error:  # as above
+        raise InputError(f"{where}: cannot be read ({one_line(error)})") from error
+
+
 def list_tars(src: str) -> list[str]:
     """The tars that --src means: those of a folder, or of a path or URL with braces, * and ?."""
     if "://" not in src and Path(src).is_dir():
@@ -372,8 +380,7 @@ def tar_files(file: BinaryIO, where: str) -> Iterator[tuple[str, int, int]]:
     """
     offset, end, long_name = 0, file.seek(0, io.SEEK_END), None
     while offset < end:
-        file.seek(offset)
-        block = file.read(tarfile.BLOCKSIZE)
+        block = read_at(file, where, offset, tarfile.BLOCKSIZE)
         if not block.strip(b"\0"):
             return  # the end mark
         try:
@@ -388,8 +395,7 @@ def tar_files(file: BinaryIO, where: str) -> Iterator[tuple[str, int, int]]:
         if info.size < 0 or start + info.size > end:
             raise InputError(f"{where}: {name[:80]!r} is cut off: download the tar again")
         if info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME) and info.size <= LARGEST_FIELD:
-            file.seek(start)
-            data = file.read(info.size)
+            data = read_at(file, where, start, info.size)
             path = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", data) if info.type == tarfile.XHDTYPE else None
             text = path[1] if path else data.rstrip(b"\0") if info.type == tarfile.GNUTYPE_LONGNAME else b""
             long_name = text.decode("utf-8", "replace") or long_name
@@ -437,7 +443,7 @@ def webdataset(src: str, domain: str, train: bool, label_key: str = "label", wni
                 if image is None:
                     skipped["sample without an image"] += 1
                     continue
-                label = field_label(file, fields, label_key)
+                label = field_label(file, url, fields, label_key)
                 if (identity := class_of(label, wnids, f"{url}: {key}")) is None:
                     skipped["no label"] += 1
                 elif fields[image][1] > LARGEST_IMAGE:
@@ -448,13 +454,12 @@ def webdataset(src: str, domain: str, train: bool, label_key: str = "label", wni
     return split_of(records, domain, train, skipped, names, reference, ood)
 
 
-def field_label(file: BinaryIO, fields: dict[str, tuple[int, int]], key: str) -> object:
+def field_label(file: BinaryIO, where: str, fields: dict[str, tuple[int, int]], key: str) -> object:
     """The label of a sample, from its .cls or its .json; None where it has none that can be read."""
     for field in ("cls", "json"):
         if field not in fields or fields[field][1] > LARGEST_FIELD:
             continue
-        file.seek(fields[field][0])
-        data = file.read(fields[field][1])
+        data = read_at(file, where, *fields[field])
         try:
             text = data.decode().strip()
             if field == "cls":

@@ -327,6 +327,16 @@ def test_a_source_that_goes_away_ends_in_one_line_and_the_same_command_goes_on(t
     assert verify_split(tmp_path / "d/object/val") == [] and len(Split(tmp_path / "d/object/val")) == 6
 
 
+def test_a_server_without_ranges_ends_in_one_line(tmp_path, monkeypatch):
+    class Broken(io.BytesIO):
+        def read(self, *_):
+            raise ValueError("no range requests")  # as fsspec's HTTP files do
+
+    monkeypatch.setattr(objects, "open_tar", lambda url: Broken(b"0" * 1024))
+    with pytest.raises(InputError, match=r"http://host/a.tar: cannot be read \(no range requests\)"):
+        run_here("webdataset", "--src", "http://host/a.tar", "--out", tmp_path / "d/object/val")
+
+
 # ---------------------------------------------------------------- bad input
 
 
