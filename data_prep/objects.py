@@ -217,6 +217,8 @@ def class_of(label: object, wnids: bool, where: str) -> str | None:
 
 # ---------------------------------------------------------------- Hugging Face parquet
 
+RUN = 128  # rows that stay together in a training split: read singly, each would cost the reading of its row group
+
 
 def one_line(error: Exception) -> str:
     """What a library says is wrong, short enough for a message."""
@@ -251,8 +253,8 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
     """Hugging Face parquet: files like `data/train-00000-of-00294.parquet` with images and labels as columns.
 
     An image is a struct with `bytes`, or bytes; a label is a number (below 0: none) or a word. The names of numbered
-    classes come from the schema's metadata, where the `datasets` library puts them. Row groups are read one at a time.
-    imagenet-1k: 1,281,167 and 50,000 images (--wnids).
+    classes come from the schema's metadata, where the `datasets` library puts them. Row groups are read one at a time,
+    and a training split is shuffled by runs of 128 rows. imagenet-1k: 1,281,167 and 50,000 images (--wnids).
     """
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
@@ -265,7 +267,7 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
     if not chosen:
         found = f"there are {', '.join(listed[:3])}{', ...' * (len(listed) > 3)}" if listed else "there are none at all"
         raise InputError(f"--src {src}: no parquet file like {' or '.join(patterns)}; {found}; --files PATTERN chooses")
-    records, names, skipped = [], {}, Counter()
+    records, names, skipped, blocks = [], {}, Counter(), []
     for name in chosen:
         path = src / name
         try:
@@ -287,6 +289,7 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
             raise InputError(f"{path}: column {image_column!r} is {str(kind)[:60]}; want bytes, or a struct with bytes")
         names |= class_names(schema.metadata, label_column)
         for group, values in enumerate(labels):
+            first = len(records)
             for row, label in enumerate(values):
                 where = f"{name}, row group {group}, row {row}"
                 identity = class_of(label, wnids, f"{src}/{where}")
@@ -294,7 +297,9 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
                     skipped["no label"] += 1
                 else:
                     records.append(Record(partial(parquet_image, str(path), inner, group, row), where, identity))
-    return split_of(records, domain, train, skipped, imagenet_classes() if wnids else names, reference, ood)
+            blocks += range(first, len(records), RUN)
+    source = split_of(records, domain, train, skipped, imagenet_classes() if wnids else names, reference, ood)
+    return replace(source, blocks=blocks)
 
 
 def class_names(metadata: dict[bytes, bytes] | None, column: str) -> dict[str, str]:

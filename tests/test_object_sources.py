@@ -16,8 +16,8 @@ from PIL import Image
 import evaluate
 from data_prep import InputError, objects
 from data_prep.objects import imagenet_classes
-from data_prep.shards import Split, verify_split
-from tests.conftest import script
+from data_prep.shards import Split, random_order, verify_split
+from tests.conftest import TINY, script
 from tests.test_body_sources import at_degrees, mutated, write_files
 from tests.test_data_prep import encode, files_of, picture, run_here
 
@@ -171,6 +171,24 @@ def test_groups_equal_a_literal_projection():
         assert scored(split, x, train, y, head, names)[metric] == pytest.approx(literal)
 
 
+def test_evaluation_of_the_whole_family(tmp_path):
+    """Through evaluate.py: every set is scored against the training split, ObjectNet's groups too."""
+    classes = (TENCH, GOLDFISH, HEN, ANALOG, DIGITAL, BANANA, BENCH)
+    imagenet = {f"{part}/{wnid}/{i}.JPEG": None for part in ("train", "val") for wnid in classes for i in range(2)}
+    root = tmp_path / "data" / "object"
+    for source, name, files in (("imagenet", "train", imagenet), ("imagenet", "val", imagenet),
+                                ("imagenet-a", "a", {f"{HEN}/1.jpg": None, f"{TENCH}/2.jpg": None}),
+                                ("objectnet", "objectnet", objectnet_files())):
+        prepared(source, write_files(tmp_path / f"src-{name}", files), root / name)
+    model = TINY[TINY.index("--backbone"):TINY.index("--workers")]
+    script("evaluate.py", *model, "--data", tmp_path / "data", "--out", tmp_path / "run", "--bootstrap", "2",
+           "--workers", "0", "--device", "cpu")
+    rows = json.loads((tmp_path / "run/eval/results.json").read_text())
+    counts = {row["split"]: (row["protocol"], row["count"]) for row in rows if row["metric"] == "nearest-mean top-1"}
+    assert counts == {"val": ("classification", 14), "a": ("classification, out of distribution", 2),
+                      "objectnet": ("classification, out of distribution", 5)}
+
+
 # ---------------------------------------------------------------- parquet
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -222,15 +240,30 @@ def test_parquet_of_plain_bytes_and_words_and_people(kind, tmp_path):
     assert split.column("role").tolist() == [1, 2, 0, 2]
 
 
-def test_parquet_reads_each_row_group_once_in_source_order(tmp_path, monkeypatch):
-    parquet_file(tmp_path / "src/val.parquet", list(range(9)), group=3)
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_parquet_reads_each_row_group_once(part, tmp_path, monkeypatch):
+    for k in range(3):
+        parquet_file(tmp_path / "src" / f"{part}-{k}.parquet", [10 * k, -1, *range(10 * k, 10 * k + 7)], 9 * k, group=3)
     opened = []
     objects.row_group.cache_clear()
     read = pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, group, columns, **options: (
-        opened.append((group, columns[0])), read(self, group, columns=columns, **options))[1])
-    prepared("parquet", tmp_path / "src", tmp_path / "d/object/val")
-    assert opened == [(g, "label") for g in range(3)] + [(g, "image.bytes") for g in range(3)]
+        opened.append(columns[0]), read(self, group, columns=columns, **options))[1])
+    split = prepared("parquet", tmp_path / "src", tmp_path / "d/object" / part)
+    assert opened == ["label"] * 9 + ["image.bytes"] * 9
+    labels = [int(name) for name in identities(split)]
+    whole = [label for k in range(3) for label in (10 * k, *range(10 * k, 10 * k + 7))]
+    assert sorted(labels) == sorted(whole) and (labels == whole) == (part == "val")
+    assert verify_split(split.folder) == []
+
+
+def test_blocks_move_as_a_whole():
+    order = random_order(10, [0, 4, 7], 1).tolist()
+    runs = [[0, 1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    runs.sort(key=lambda run: order.index(run[0]))
+    assert order == [place for run in runs for place in run]
+    assert len({tuple(random_order(10, [0, 4, 7], seed)) for seed in range(30)}) == 6  # every order of three runs
+    assert random_order(10, [], 3).tolist() == np.random.default_rng(3).permutation(10).tolist()
 
 
 def test_parquet_rows_without_an_image_are_counted(tmp_path):
