@@ -78,13 +78,15 @@ def msmt17(src: Path, domain: str, train: bool, with_val: bool = False) -> Sourc
     queries, 82,161 gallery images of 3,060 other people. Both parts count their people from 0, so the part belongs to
     the identity. Source: the torchreid and fast-reid readers of MSMT17.
     """
+    if with_val and not train:
+        raise InputError("--with-val adds to the training images: leave it out for a test split")
     part = "train" if train else "test"
-    lists = {"train": None} | ({"val": None} if with_val else {}) if train else {"query": 0, "gallery": 1}
+    lists = [("train", None), ("val", None)][: 1 + with_val] if train else [("query", 0), ("gallery", 1)]
     files = below(src, "MSMT17 has train, test (V2: mask_train_v2, mask_test_v2) and "
-                       "list_{train,val,query,gallery}.txt", f"list_{next(iter(lists))}.txt")
+                       "list_{train,val,query,gallery}.txt", f"list_{lists[0][0]}.txt")
     folder = next((f for f in (f"mask_{part}_v2", part) if any(name.startswith(f"{f}/") for name in files)), part)
     records = []
-    for list_name, role in lists.items():
+    for list_name, role in lists:
         for where, line in read_lines(src, files, f"list_{list_name}.txt"):
             path, _, person = line.rpartition(" ")
             camera = MSMT17_NAME.fullmatch(path)

@@ -36,6 +36,12 @@ def imagenet_classes() -> dict[str, str]:
     return dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES, strict=True))
 
 
+@cache
+def imagenet_wnids() -> list[str]:
+    """The wnids of the classes 0..999."""
+    return list(imagenet_classes())
+
+
 def split_of(records: list[Record], domain: str, train: bool, skipped: Counter, names: dict[str, str],
              reference: str | None = None, ood: bool = False, **protocol) -> Source:
     """Labelled images as a split: for training, or scored as classification (objects) or identification (people)."""
@@ -146,10 +152,11 @@ def imagenet_v2(src: Path, domain: str, train: bool, reference: str | None = Non
     """ImageNet-V2: `imagenetv2-matched-frequency-format-val/<0..999>/*.jpeg`, or another of its variants.
 
     10,000 images, 10 of each class; out of distribution. The folder's name is the number of the class (sorted as words,
-    as ImageFolder does, 100 would become class 2). Source: Recht et al., ICML 2019, and its issues 4, 6 and 10.
+    as ImageFolder does, 10 would become class 2 and 100 class 3). Source: Recht et al., ICML 2019, and issues 4, 6 and
+    10 of its repository.
     """
     need_objects(domain, train)
-    files, wnids = {file.name: file for file in members(src)}, list(imagenet_classes())
+    files, wnids = {file.name: file for file in members(src)}, imagenet_wnids()
     found, skipped = images_of(files, re.compile(r"(?:.*/)?(\d{1,3})/[^/]+"), "ImageNet-V2")
     records = [Record(member.read, member.name, wnids[int(m[1])]) for m, member in found]
     for wnid, n in Counter(record.identity for record in records).items():
@@ -185,7 +192,7 @@ def objectnet(src: Path, domain: str, train: bool, reference: str | None = None)
     label_names = read_json(src, files, "mappings/objectnet_to_imagenet_1k.json")
     number_line = read_json(src, files, "mappings/pytorch_to_imagenet_2012_id.json")
     lines = [line for _, line in read_lines(src, files, "mappings/imagenet_to_label_2012_v2")]
-    wnids = list(imagenet_classes())
+    wnids = imagenet_wnids()
     try:
         wnid_of = {lines[line]: wnids[int(number)] for number, line in number_line.items()}
         groups = {folder: sorted(wnid_of[name] for name in label_names[label].split("; "))
@@ -210,9 +217,9 @@ def class_of(label: object, wnids: bool, where: str) -> str | None:
         return None
     if not wnids:
         return f"{label:07d}"
-    if label >= len(imagenet_classes()):
+    if label >= len(imagenet_wnids()):
         raise InputError(f"{where}: label {label}, but --wnids wants 0..999, the numbers of ImageNet's classes")
-    return list(imagenet_classes())[label]
+    return imagenet_wnids()[label]
 
 
 # ---------------------------------------------------------------- Hugging Face parquet
@@ -240,7 +247,7 @@ def parquet_image(path: str, column: str, group: int, row: int) -> bytes:
     try:
         image = row_group(path, column, group)[row].as_py()
         data = image.get("bytes") if isinstance(image, dict) else image
-    except Exception as error:  # Arrow raises its own errors and Python's alike
+    except Exception as error:  # as in parquet_labels
         raise BadImage("unreadable parquet rows") from error
     if not data:
         raise BadImage("no image in its row")
@@ -256,38 +263,18 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
     classes come from the schema's metadata, where the `datasets` library puts them. Row groups are read one at a time,
     and a training split is shuffled by runs of 128 rows. imagenet-1k: 1,281,167 and 50,000 images (--wnids).
     """
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetFile
-
     if not src.is_dir():
         raise InputError(f"--src {src}: want the folder that holds the parquet files (they are not read in archives)")
     listed = [file.name for file in members(src) if file.name.endswith(".parquet")]
     patterns = [files] if files else ["*train*"] if train else ["*val*", "*test*"]
     chosen = next((fit for p in patterns if (fit := [n for n in listed if fnmatch(PurePosixPath(n).name, p)])), None)
     if not chosen:
-        found = f"there are {', '.join(listed[:3])}{', ...' * (len(listed) > 3)}" if listed else "there are none at all"
-        raise InputError(f"--src {src}: no parquet file like {' or '.join(patterns)}; {found}; --files PATTERN chooses")
+        there = f"there are {', '.join(listed[:3])}{', ...' * (len(listed) > 3)}" if listed else "there are none at all"
+        raise InputError(f"--src {src}: no parquet file like {' or '.join(patterns)}; {there}; --files PATTERN chooses")
     records, names, skipped, blocks = [], {}, Counter(), []
     for name in chosen:
-        path = src / name
-        try:
-            with ParquetFile(path, pre_buffer=False) as file:
-                schema = file.schema_arrow
-                types = {field.name: field.type for field in schema}
-                labels = [file.read_row_group(group, columns=[label_column], use_threads=False).column(0).to_pylist()
-                          for group in range(file.num_row_groups)] if label_column in types else []
-        except Exception as error:  # as above
-            raise InputError(f"{path}: not a readable parquet file ({one_line(error)})") from error
-        for option, column in (("image", image_column), ("label", label_column)):
-            if column not in types:
-                raise InputError(f"{path}: no column {column!r}; it has {', '.join(types)[:200]}; --{option}-column "
-                                 "names another")
-        kind = types[image_column]
-        inner = f"{image_column}.bytes" if pa.types.is_struct(kind) else image_column
-        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-                or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)):
-            raise InputError(f"{path}: column {image_column!r} is {str(kind)[:60]}; want bytes, or a struct with bytes")
-        names |= class_names(schema.metadata, label_column)
+        column, labels, found = parquet_labels(src / name, image_column, label_column)
+        names |= found
         for group, values in enumerate(labels):
             first = len(records)
             for row, label in enumerate(values):
@@ -296,10 +283,36 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
                 if identity is None:
                     skipped["no label"] += 1
                 else:
-                    records.append(Record(partial(parquet_image, str(path), inner, group, row), where, identity))
+                    read = partial(parquet_image, str(src / name), column, group, row)
+                    records.append(Record(read, where, identity))
             blocks += range(first, len(records), RUN)
     source = split_of(records, domain, train, skipped, imagenet_classes() if wnids else names, reference, ood)
     return replace(source, blocks=blocks)
+
+
+def parquet_labels(path: Path, image: str, label: str) -> tuple[str, list[list], dict[str, str]]:
+    """The column of the encoded images, the labels of every row group, and the names of numbered classes, if any."""
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path, pre_buffer=False) as file:
+            schema = file.schema_arrow
+            types = {field.name: field.type for field in schema}
+            labels = [file.read_row_group(group, columns=[label], use_threads=False).column(0).to_pylist()
+                      for group in range(file.num_row_groups)] if label in types else []
+    except Exception as error:  # Arrow raises its own errors and Python's alike
+        raise InputError(f"{path}: not a readable parquet file ({one_line(error)})") from error
+    for option, column in (("image", image), ("label", label)):
+        if column not in types:
+            raise InputError(f"{path}: no column {column!r}; it has {', '.join(types)[:200]}; --{option}-column names "
+                             "another")
+    kind = types[image]
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        image = f"{image}.bytes"
+    elif not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise InputError(f"{path}: column {image!r} is {str(kind)[:60]}; want bytes, or a struct with bytes")
+    return image, labels, class_names(schema.metadata, label)
 
 
 def class_names(metadata: dict[bytes, bytes] | None, column: str) -> dict[str, str]:

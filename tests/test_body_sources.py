@@ -246,6 +246,12 @@ def test_bad_input(source, files, words, tmp_path):
     assert words in error.value.message and not (tmp_path / "d").exists()
 
 
+def test_validation_images_are_not_test_images(tmp_path):
+    src = write_files(tmp_path / "src", msmt17_files(1))
+    with pytest.raises(InputError, match="--with-val adds to the training images"):
+        run_here("msmt17", "--src", src, "--out", tmp_path / "d/body/test", "--with-val")
+
+
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     src = write_files(tmp_path / "src", edited(persons_files(), "persons.csv", "camera", "cam"))
     result = script("-m", "data_prep", "persons", "--src", src, "--out", tmp_path / "d/body/test", check=2)
