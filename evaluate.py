@@ -368,7 +368,8 @@ def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray,
 
 
 def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarray, Split], head: np.ndarray | None,
-                         head_classes: list[str], draws: int, seed: int) -> dict[str, Figure]:
+                         head_classes: list[str], draws: int, seed: int,
+                         groups: dict[str, list[str]] | None = None) -> dict[str, Figure]:
     """Top-1 of the nearest class mean and of 20 neighbours; top-1 and top-5 of the trained class weights.
 
     Args:
@@ -377,28 +378,34 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
         reference: unit embeddings and split that class means and neighbours come from.
         head: class weights [C, D] of the domain, or None.
         head_classes: their names; used where they cover the split's classes (the argmax runs over the split's own).
+        groups: classes of the split that stand for several of the reference (ObjectNet), any of which is right.
     """
     y, other = reference
     number = {name: i for i, name in enumerate(other.classes)}
-    if unknown := [name for name in split.classes if name not in number]:
+    several = [(groups or {}).get(name, [name]) for name in split.classes]
+    if unknown := [name for group in several for name in group if name not in number]:
         raise InputError(f"{split.folder}: class {unknown[0]!r} is not in its reference {other.folder}: prepare the "
                          "split with --reference SPLIT, a split of the same classes")
     to_reference = np.array([number[name] for name in split.classes])
+    stands_for, kept = np.arange(len(other.classes)), np.zeros(len(other.classes), dtype=bool)
+    for own, group in zip(to_reference, several, strict=True):
+        members = [number[name] for name in group]
+        stands_for[members], kept[members] = own, True
     rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (split.labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
     itself = split.folder.resolve() == other.folder.resolve()
     x, labels, truth = x[rows], split.labels[rows], to_reference[split.labels[rows]]
     y, y_labels = y[good], other.labels[good]
     means = class_means(y, y_labels, len(other.classes))
-    kept = np.zeros(len(other.classes), dtype=bool)
-    kept[to_reference] = True
     means[~kept] = 0  # a set of some of the classes is scored among those
     vote = kept[y_labels]
-    hits = {"nearest-mean top-1": nearest_mean(x, means, truth if itself else None) == truth,
-            "knn top-1": nearest_neighbours(x, y[vote], y_labels[vote], len(other.classes), itself) == truth}
+    near = nearest_neighbours(x, y[vote], y_labels[vote], len(other.classes), itself)
+    hits = {"nearest-mean top-1": stands_for[nearest_mean(x, means, truth if itself else None)] == truth,
+            "knn top-1": stands_for[near] == truth}
     place = {name: i for i, name in enumerate(head_classes)}
-    if head is not None and all(name in place for name in split.classes):
-        w = head[[place[name] for name in split.classes]]
+    if head is not None and all(name in place for group in several for name in group):
+        w = head[[place[name] for group in several for name in group]]
         scores = x @ (w / np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-12)).T
+        scores = np.maximum.reduceat(scores, np.cumsum([0, *map(len, several[:-1])]), axis=1)  # the best of each group
         better = (scores > scores[np.arange(len(x)), labels][:, None]).sum(1)
         hits |= {"head top-1": better < 1, "head top-5": better < 5}
 
@@ -517,7 +524,8 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             if run is not None and split.domain in run.classes:
                 start, end = run.class_ranges[split.domain]
                 head, classes = run.head[start:end].numpy(), run.classes[split.domain]
-            found = score_classification(x, split, (embed(reference), reference), head, classes, draws, seed)
+            found = score_classification(x, split, (embed(reference), reference), head, classes, draws, seed,
+                                         split.protocol.get("groups"))
         else:
             raise InputError(f"{split.folder}: protocol {protocol!r} is not known to this version")
         key = f"{split.domain}/{split.name}"
@@ -745,6 +753,10 @@ def main(**options) -> int:
     splits = choose_splits(root, options["splits"], data)
     device, out = train.pick_device(options["device"]), folder / "eval"
     out.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        first, *others = split.protocol.get("variants", [""])
+        if others:
+            print(f"  {split.domain}/{split.name}: scored as {first}; not scored by this version: {', '.join(others)}")
     figures, curves = {}, {}
     for weights, load in models.items():
         embed = Embedder(load(), weights, out / "embeddings", device, options["batch"], options["workers"],

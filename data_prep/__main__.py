@@ -1,17 +1,19 @@
 """Command line: `python -m data_prep SOURCE --src PATH --out DATA/<domain>/<split>`, `demo`, `verify`, `show`."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import click
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_prep import DOMAINS, InputError, bodies, faces, folders, run_command
+from data_prep import DOMAINS, InputError, bodies, faces, folders, objects, run_command
 from data_prep.demo import SIZE, demo_splits
 from data_prep.shards import FITS, BadImage, Source, Split, read_index, verify_split, write_split
 
 CPUS = os.cpu_count() or 1
+FOLDER = click.Path(path_type=Path)
 FIT = {"object": "crop", "face_hq": "squash", "face_lq": "squash", "body": "pad"}
 
 
@@ -26,10 +28,10 @@ def debug_option(command):
     return option(command)
 
 
-def source_options(command):
-    """The options that every source shares."""
+def source_options(command, src: click.ParamType | type = FOLDER):
+    """The options that every source shares; `src`: the type of --src."""
     for option in reversed([
-        click.option("--src", type=click.Path(path_type=Path), required=True, help="Folder of the data set."),
+        click.option("--src", type=src, required=True, help="Folder of the data set."),
         click.option("--out", type=click.Path(path_type=Path), required=True,
                      help="Split folder to write, DATA/<domain>/<split>; the domain is taken from it."),
         click.option("--part", type=click.Choice(["train", "test"]),
@@ -77,7 +79,7 @@ def report(folder: Path, index: dict, found: int) -> None:
                   f"{min(shared)}")
 
 
-def prepare(read, src: Path, out: Path, part: str | None, size: int | None, fit: str | None, **options) -> None:
+def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None, fit: str | None, **options) -> None:
     """Run one source function and write its split."""
     if len(out.resolve().parts) < 3 or out.resolve().parts[-2] not in DOMAINS:
         raise InputError(f"--out {out}: want DATA/<domain>/<split> with one of {', '.join(DOMAINS)}, "
@@ -88,7 +90,8 @@ def prepare(read, src: Path, out: Path, part: str | None, size: int | None, fit:
     source = read(src, domain, train, **options)
     if size is None:
         size = own_size(source) if domain.startswith("face") and source.records else 256
-    index = write_split(out, source, source_name=read.__name__, size=size, fit=fit or FIT[domain], train=train,
+    name = read.__name__.replace("_", "-")  # as on the command line
+    index = write_split(out, source, source_name=name, size=size, fit=fit or FIT[domain], train=train,
                         options={key: str(value) for key, value in options.items() if value is not None}, **settings)
     report(out, index, len(source.records) + sum(source.skipped.values()))
 
@@ -114,6 +117,120 @@ def lfw(**options) -> None:
 @source_options
 def market(**options) -> None:
     prepare(bodies.market, **options)
+
+
+@cli.command(help=bodies.msmt17.__doc__)
+@source_options
+@click.option("--with-val", is_flag=True, help="Add list_val.txt to the training images.")
+def msmt17(**options) -> None:
+    prepare(bodies.msmt17, **options)
+
+
+@cli.command(help=bodies.prcc.__doc__)
+@source_options
+@click.option("--variant", type=click.Choice(["cross-clothes", "same-clothes"]), default="cross-clothes",
+              help="Probes of a test split: camera C or camera B.")
+def prcc(**options) -> None:
+    prepare(bodies.prcc, **options)
+
+
+@cli.command(help=bodies.ltcc.__doc__)
+@source_options
+def ltcc(**options) -> None:
+    prepare(bodies.ltcc, **options)
+
+
+@cli.command(help=bodies.deepchange.__doc__)
+@source_options
+def deepchange(**options) -> None:
+    prepare(bodies.deepchange, **options)
+
+
+@cli.command(help=bodies.persons.__doc__)
+@source_options
+@click.option("--table", metavar="NAME", default="persons.csv", help="Of the CSV, inside the source.")
+def persons(**options) -> None:
+    prepare(bodies.persons, **options)
+
+
+def reference_option(command):
+    """--reference of the test sets of objects."""
+    option = click.option("--reference", metavar="SPLIT",
+                          help="Split whose images classify a test split, by class means and neighbours "
+                               "(default: train).")
+    return option(command)
+
+
+@cli.command(help=objects.imagenet.__doc__)
+@source_options
+@reference_option
+def imagenet(**options) -> None:
+    prepare(objects.imagenet, **options)
+
+
+@cli.command(help=objects.imagenet_v2.__doc__)
+@source_options
+@reference_option
+def imagenet_v2(**options) -> None:
+    prepare(objects.imagenet_v2, **options)
+
+
+@cli.command(help=objects.imagenet_a.__doc__)
+@source_options
+@reference_option
+def imagenet_a(**options) -> None:
+    prepare(objects.imagenet_a, **options)
+
+
+@cli.command(help=objects.imagenet_r.__doc__)
+@source_options
+@reference_option
+def imagenet_r(**options) -> None:
+    prepare(objects.imagenet_r, **options)
+
+
+@cli.command(help=objects.imagenet_sketch.__doc__)
+@source_options
+@reference_option
+def imagenet_sketch(**options) -> None:
+    prepare(objects.imagenet_sketch, **options)
+
+
+@cli.command(help=objects.objectnet.__doc__)
+@source_options
+@reference_option
+def objectnet(**options) -> None:
+    prepare(objects.objectnet, **options)
+
+
+def label_options(command):
+    """The options of sources whose labels are fields."""
+    for option in reversed([
+        click.option("--wnids", is_flag=True, help="Labels are the numbers 0..999 of ImageNet's classes: write wnids."),
+        click.option("--ood", is_flag=True, help="Objects: mark a test split as out of distribution."),
+        reference_option,
+    ]):
+        command = option(command)
+    return command
+
+
+@cli.command(help=objects.parquet.__doc__)
+@source_options
+@click.option("--files", metavar="PATTERN", help="Of the files' names (default: *train*; for a test split *val*, else "
+                                                 "*test*).")
+@click.option("--image-column", metavar="NAME", default="image", help="Column of the images.")
+@click.option("--label-column", metavar="NAME", default="label", help="Column of the labels.")
+@label_options
+def parquet(**options) -> None:
+    prepare(objects.parquet, **options)
+
+
+@cli.command(help=objects.webdataset.__doc__)
+@partial(source_options, src=str)
+@click.option("--label-key", metavar="NAME", default="label", help="Of the label in .json, where there is no .cls.")
+@label_options
+def webdataset(**options) -> None:
+    prepare(objects.webdataset, **options)
 
 
 @cli.command(help="Draw the demo corpus: faces, degraded faces, bodies and objects, all of our own making.")

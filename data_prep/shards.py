@@ -65,6 +65,7 @@ class Source:
     pairs: list[tuple[int, int, int, int]] = field(default_factory=list)  # left, right (places in records), same, fold
     skipped: Counter = field(default_factory=Counter)  # files left out by reason, before reading
     names: dict[str, str] = field(default_factory=dict)  # identity -> a name for people and prompts
+    blocks: list[int] = field(default_factory=list)  # first places of runs of records that are cheap to read together
 
 
 # ---------------------------------------------------------------- one image
@@ -173,6 +174,17 @@ def start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def random_order(n: int, blocks: list[int], seed: int) -> np.ndarray:
+    """The places 0..n-1 in a seeded random order; blocks, where there are any, stay whole and move as such.
+
+    The reader shuffles within a window of several shards, so the order inside a block does not matter.
+    """
+    if not blocks:
+        return np.random.default_rng(seed).permutation(n)
+    runs = np.split(np.arange(n), blocks[1:])
+    return np.concatenate([runs[i] for i in np.random.default_rng(seed).permutation(len(runs))])
+
+
 def write_split(folder: Path, source: Source, *, source_name: str, size: int, fit: str, quality: int, train: bool,
                 seed: int = 0, shard_size: int = 2048, workers: int = 1, options: dict | None = None) -> dict:
     """Write a split folder; continues an unfinished one and leaves a complete one with the same plan as it is.
@@ -199,7 +211,7 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
     if not records:
         raise InputError(f"{folder}: the source holds no images"
                          + "".join(f"; {n} left out: {reason}" for reason, n in source.skipped.items()))
-    order = np.random.default_rng(seed).permutation(len(records)) if train else np.arange(len(records))
+    order = random_order(len(records), source.blocks, seed) if train else np.arange(len(records))
     classes = sorted({record.identity for record in records if record.identity is not None})
     number_of = {name: i for i, name in enumerate(classes)}
     labels = [number_of.get(record.identity, -1) for record in records]

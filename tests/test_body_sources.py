@@ -1,0 +1,306 @@
+"""Sources of bodies: a tiny instance of every layout, prepared, verified, read back and scored by a known answer."""
+
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+
+import evaluate
+from data_prep import InputError
+from data_prep.shards import Split, verify_split
+from tests.conftest import TINY, script
+from tests.test_data_prep import encode, files_of, picture, run_here
+
+# ---------------------------------------------------------------- fixtures
+
+
+def write_files(folder: Path, files: dict[str, str | bytes | None]) -> Path:
+    """Write files below folder; None: a drawn picture in the format that the name asks for."""
+    for i, (name, content) in enumerate(files.items()):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            content = encode(picture(i, 12, 24), "PNG" if name.endswith(".png") else "JPEG")
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def prepared(source: str, src: Path, out: Path, *options) -> Split:
+    """Prepare a split through the command line and verify it."""
+    run_here(source, "--src", src, "--out", out, "--size", 16, "--workers", 1, *options)
+    assert verify_split(out) == []
+    return Split(out)
+
+
+def columns(split: Split, *names: str) -> list[list[int]]:
+    return [split.column(name).tolist() for name in names]
+
+
+def at_degrees(*angles: float) -> np.ndarray:
+    """Unit embeddings on a circle: who is nearest can be read off the angles."""
+    radians = np.radians(angles)
+    return np.stack([np.cos(radians), np.sin(radians)], 1).astype(np.float32)
+
+
+def scored(split: Split, *angles: float) -> dict[str, float]:
+    figures, _ = evaluate.score_gallery(at_degrees(*angles), split, draws=2, seed=0)
+    return {name: figure.value for name, figure in figures.items()}
+
+
+MSMT17 = {
+    "list_train.txt": "0000/0000_000_01_0303morning_0015_0.jpg 0\n0001/0001_000_02_0303noon_0001_0.jpg 1\n",
+    "list_val.txt": "0000/0000_001_03_0303morning_0020_1.jpg 0\n",
+    "list_query.txt": "0000/0000_000_05_0113morning_0001_0.jpg 0\n0001/0001_000_15_0113noon_0002_0.jpg 1\n",
+    "list_gallery.txt": "0000/0000_001_06_0113morning_0003_0.jpg 0\n0000/0000_002_05_0113noon_0004_0.jpg 0\n"
+                        "0001/0001_001_07_0113noon_0005_0.jpg 1\n",
+}  # fmt: skip
+
+
+def msmt17_files(version: int) -> dict:
+    train, test = ("train", "test") if version == 1 else ("mask_train_v2", "mask_test_v2")
+    files = dict(MSMT17)
+    for name, text in MSMT17.items():
+        folder = train if name in ("list_train.txt", "list_val.txt") else test
+        files |= {f"{folder}/{line.split()[0]}": None for line in text.splitlines()}
+    return {f"MSMT17_V{version}/{name}": content for name, content in files.items()}
+
+
+PRCC = {f"prcc/rgb/{name}": None for name in [
+    "train/001/A_cropped_rgb001.jpg", "train/001/B_cropped_rgb002.jpg", "train/001/C_cropped_rgb003.jpg",
+    "train/002/A_cropped_rgb004.jpg", "val/001/A_cropped_rgb009.jpg",
+    "test/A/003/cropped_rgb001.jpg", "test/A/003/cropped_rgb002.jpg", "test/A/004/cropped_rgb003.jpg",
+    "test/A/004/cropped_rgb004.jpg", "test/B/003/cropped_rgb001.jpg", "test/C/003/cropped_rgb001.jpg",
+    "test/C/004/cropped_rgb001.jpg"]} | {"prcc/sketch/train/001/A_cropped_rgb001.jpg": None}  # fmt: skip
+
+LTCC = {f"LTCC_ReID/{name}": None for name in [
+    "train/000_1_c9_015833.png", "train/000_2_c7_015001.png", "train/001_1_c9_000001.png",
+    "query/010_1_c1_000001.png", "query/011_1_c2_000002.png",
+    "test/010_1_c2_000003.png", "test/010_2_c1_000004.png", "test/010_2_c3_000005.png", "test/011_2_c2_000006.png",
+    "test/011_1_c5_000007.png"]} | {"LTCC_ReID/info/cloth-change_id_test.txt": "10\n11\n"}  # fmt: skip
+
+DEEPCHANGE = {
+    "train-set": ["P1_C16_1_20190101.jpg,1,0,0", "P1_C16_2_20190102.jpg,2", "P2_C1_1_20190103.jpg,3"],
+    "test-set-query": ["P7_C4_1_20190104.jpg,10,5", "P8_C4_1_20190105.jpg,11"],
+    "test-set-gallery": ["P7_C4_1_20190106.jpg,10", "P7_C4_2_20190107.jpg,12", "P8_C5_1_20190108.jpg,13"],
+}  # fmt: skip
+
+
+def deepchange_files() -> dict:
+    files = {f"DeepChangeDataset/{folder}-bbox.txt": "\n".join(lines) + "\n" for folder, lines in DEEPCHANGE.items()}
+    return files | {f"DeepChangeDataset/{folder}/{line.split(',')[0]}": None
+                    for folder, lines in DEEPCHANGE.items() for line in lines}
+
+
+PERSONS = """path,person,camera,clothes,role
+img/a.jpg,ann,front,red,train
+img/b.jpg,ann,back,blue,train
+img/c.jpg,bob,front,red,
+img/q.jpg,cy,front,red,probe
+img/r.jpg,dee,side,,probe
+img/s.jpg,cy,front,red,gallery
+img/t.jpg,cy,back,blue,gallery
+img/u.jpg,dee,back,red,gallery
+img/v.jpg,,back,,distractor
+"""
+
+
+def persons_files() -> dict:
+    return {"persons.csv": PERSONS} | {line.split(",")[0]: None for line in PERSONS.splitlines()[1:]}
+
+
+# ---------------------------------------------------------------- every layout
+
+
+def test_market_reads_the_names_of_dukemtmc(tmp_path):
+    names = ["query/0005_c2_f0046985.jpg", "bounding_box_test/0005_c1_f0044158.jpg",
+             "bounding_box_test/0006_c8_f0044159.jpg", "bounding_box_train/0002_c1_f0044158.jpg"]
+    src = write_files(tmp_path / "src", dict.fromkeys(names))
+    split = prepared("market", src, tmp_path / "d/body/duke")
+    assert split.classes == ["0005", "0006"] and columns(split, "camera", "role") == [[1, 0, 7], [0, 1, 1]]
+    assert scored(split, 0, 50, 10) == {"rank-1": 0, "rank-5": 1, "rank-10": 1, "mAP": 0.5, "mINP": 0.5}
+    assert prepared("market", src, tmp_path / "d/body/train").classes == ["0002"]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_msmt17(version, tmp_path, capsys):
+    src = write_files(tmp_path / "src", msmt17_files(version))
+    train = prepared("msmt17", src, tmp_path / "d/body/train")
+    assert train.classes == ["train-0000", "train-0001"] and len(train) == 2 and train.protocol is None
+    more = prepared("msmt17", src / f"MSMT17_V{version}", tmp_path / "e/body/train", "--with-val")
+    assert sorted(more.column("camera").tolist()) == [0, 1, 2]
+    split = prepared("msmt17", src, tmp_path / "d/body/msmt17")
+    assert split.classes == ["test-0000", "test-0001"] and split.protocol == {"name": "reid"}
+    assert columns(split, "label", "camera", "role") == [[0, 1, 0, 0, 1], [4, 14, 5, 4, 6], [0, 0, 1, 1, 1]]
+    assert "WARNING" not in capsys.readouterr().out  # person 0 of train and person 0 of test are two people
+    # the probe's own camera (row 3, nearest) is ignored; then 1 for row 2 (0) and 1 for the other person
+    assert scored(split, 0, 90, 20, 0, 80)["mAP"] == 1
+
+
+def test_prcc(tmp_path):
+    src = write_files(tmp_path / "src", PRCC)
+    train = prepared("prcc", src, tmp_path / "d/body/train")
+    assert train.classes == ["001", "002"] and len(train) == 4
+    rows = sorted(zip(*columns(train, "label", "camera", "clothes"), strict=True))
+    assert rows == [(0, 0, 0), (0, 1, 0), (0, 2, 1), (1, 0, 2)]  # A and B share an outfit, C has another
+    cross = prepared("prcc", src, tmp_path / "d/body/prcc-cc")
+    assert cross.protocol == {"name": "reid", "variants": ["cross-clothes", "cross-clothes single-shot"], "draws": 10}
+    assert columns(cross, "label", "role", "camera") == [[0, 0, 1, 1, 0, 1], [1] * 4 + [0] * 2, [0] * 4 + [2] * 2]
+    assert columns(cross, "clothes") == [[0, 0, 2, 2, 1, 3]]
+    # probe of 003 at 0: order 003 (0), 004 (20), 003 (40), 004 (90): AP (1 + 2/3)/2, INP 2/3
+    # probe of 004 at 5: order 003 (0), 004 (20), 003 (40), 004 (90): AP (1/2 + 2/4)/2, INP 2/4
+    figures = scored(cross, 0, 40, 20, 90, 0, 5)
+    assert figures["rank-1"] == 0.5 and figures["mAP"] == pytest.approx((5 / 6 + 1 / 2) / 2)
+    assert figures["mINP"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    same = prepared("prcc", src / "prcc", tmp_path / "d/body/prcc-sc", "--variant", "same-clothes")
+    assert same.protocol["variants"][0] == "same-clothes"
+    assert columns(same, "label", "clothes", "role") == [[0, 0, 1, 1, 0], [0, 0, 2, 2, 0], [1] * 4 + [0]]
+
+
+def test_ltcc(tmp_path):
+    src = write_files(tmp_path / "src", LTCC)
+    train = prepared("ltcc", src, tmp_path / "d/body/train")
+    assert train.classes == ["000", "001"] and sorted(train.column("clothes").tolist()) == [0, 1, 2]
+    split = prepared("ltcc", src, tmp_path / "d/body/ltcc")
+    assert split.protocol == {"name": "reid", "variants": ["general", "cross-clothes", "same-clothes"]}
+    assert columns(split, "label", "role") == [[0, 1, 0, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1, 1]]
+    assert columns(split, "camera", "clothes") == [[0, 1, 1, 0, 2, 4, 1], [0, 2, 0, 1, 1, 2, 3]]
+    # general: of probe 010 in camera 1, row 3 (same camera) is ignored; rows 2 and 4 count whatever is worn
+    figures = scored(split, 0, 90, 10, 0, 60, 100, 30)
+    assert figures["mAP"] == pytest.approx(((1 + 2 / 3) / 2 + 1) / 2) and figures["rank-1"] == 1
+
+
+def test_deepchange_ignores_a_tracklet_and_not_a_camera(tmp_path):
+    src = write_files(tmp_path / "src", deepchange_files())
+    train = prepared("deepchange", src, tmp_path / "d/body/train")
+    assert train.classes == ["0001", "0002"] and sorted(train.column("clothes").tolist()) == [0, 1, 2]
+    split = prepared("deepchange", src, tmp_path / "d/body/deepchange")
+    assert columns(split, "label", "role", "camera") == [[0, 1, 0, 0, 1], [0, 0, 1, 1, 1], [10, 11, 10, 12, 13]]
+    # probe P7 at 0: row 2 is of its own tracklet; row 4 (other person, 10) comes before row 3 (same camera, 20): AP 1/2
+    figures = scored(split, 0, 90, 0, 20, 10)
+    assert figures["mAP"] == pytest.approx((1 / 2 + 1 / 2) / 2)
+
+
+def test_persons(tmp_path):
+    src = write_files(tmp_path / "src", persons_files())
+    train = prepared("persons", src, tmp_path / "d/body/train")
+    assert train.classes == ["ann", "bob"] and len(train) == 3 and sorted(train.column("camera").tolist()) == [0, 1, 1]
+    split = prepared("persons", src, tmp_path / "d/body/mine")
+    assert split.classes == ["cy", "dee"] and split.protocol == {"name": "reid"}
+    assert columns(split, "label", "role", "camera") == [[0, 1, 0, 0, 1, -1], [0, 0, 1, 1, 1, 2], [1, 2, 1, 0, 0, 0]]
+    worn = split.column("clothes")
+    assert worn[0] == worn[2] != worn[3] and worn[1] == worn[5] == -1
+    # cy: row 2 is of its camera; the distractor (10) comes before row 3 (20): 1/2. dee: 1
+    assert scored(split, 0, 90, 0, 20, 90, 10)["mAP"] == pytest.approx(0.75)
+
+
+def test_evaluation_names_the_variants_that_it_does_not_score(tmp_path):
+    src = write_files(tmp_path / "src", PRCC)
+    prepared("prcc", src, tmp_path / "d/body/prcc")
+    model = TINY[TINY.index("--backbone"):TINY.index("--workers")]
+    result = script("evaluate.py", *model, "--data", tmp_path / "d", "--out", tmp_path / "r", "--bootstrap", "2",
+                    "--workers", "0", "--device", "cpu")
+    assert "body/prcc: scored as cross-clothes; not scored by this version: cross-clothes single-shot" in result.stdout
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def edited(files: dict, name: str, *change: str) -> dict:
+    """The files with text replaced in those whose name ends so; without a replacement: without those files."""
+    if not change:
+        return {key: value for key, value in files.items() if not key.endswith(name)}
+    return {key: value.replace(*change) if key.endswith(name) and value else value for key, value in files.items()}
+
+
+@pytest.mark.parametrize("source, files, words", [
+    ("msmt17", {"a.jpg": None}, "no list_query.txt in it; MSMT17 has train, test"),
+    ("msmt17", edited(msmt17_files(1), "list_gallery.txt"), "no list_gallery.txt"),
+    ("msmt17", edited(msmt17_files(2), "0001_001_07_0113noon_0005_0.jpg"), "list_gallery.txt, line 3: names"),
+    ("msmt17", edited(msmt17_files(1), "list_query.txt", "jpg 1", "jpg"), "list_query.txt, line 2: want `0000/"),
+    ("msmt17", edited(msmt17_files(1), "list_query.txt", "0000/", "../../0000/"), "line 1: names '"),
+    ("prcc", LTCC, "no rgb/test in it; PRCC has"),
+    ("prcc", edited(edited(PRCC, "C/003/cropped_rgb001.jpg"), "C/004/cropped_rgb001.jpg"), "no probe images"),
+    ("ltcc", PRCC, "no query in it; LTCC has"),
+    ("ltcc", {name: c for name, c in LTCC.items() if "/test/" not in name}, "no gallery images"),
+    ("deepchange", PRCC, "no test-set-query-bbox.txt in it"),
+    ("deepchange", edited(deepchange_files(), "query-bbox.txt", ",11", ""), "line 2: want `P1_C1_1_000001.jpg,1`"),
+    ("deepchange", edited(deepchange_files(), "query-bbox.txt", ",11", "," + "9" * 30), "line 2: want `P1_C1_1"),
+    ("persons", PRCC, "no persons.csv in it"),
+    ("persons", edited(persons_files(), "persons.csv", "camera", "cam"), "line 1: no column 'camera'"),
+    ("persons", edited(persons_files(), "persons.csv", "cy,front,red,probe", "cy,front"), "line 5: want 5 values"),
+    ("persons", edited(persons_files(), "persons.csv", "img/r", "img/q"), "line 6: 'img/q.jpg' is listed twice"),
+    ("persons", edited(persons_files(), "persons.csv", "img/r", "/etc/r"), "line 6: names '/etc/r.jpg'"),
+    ("persons", edited(persons_files(), "persons.csv", "img/r", "img/../img/r"), "line 6: names 'img/../img/r.jpg'"),
+    ("persons", edited(persons_files(), "persons.csv", "probe", "query"), "line 5: role 'query', want train, probe"),
+    ("persons", edited(persons_files(), "persons.csv", "dee,side", ",side"), "line 6: no person"),
+    ("persons", edited(persons_files(), "persons.csv", "dee,side", "dee,"), "line 6: no camera"),
+    ("persons", edited(persons_files(), "persons.csv", "gallery", "train"), "no gallery images"),
+    ("persons", edited(persons_files(), "persons.csv", "img/q.jpg", '"img/q.jpg'), "not CSV"),
+    ("persons", persons_files() | {"persons.csv": b"path,person,camera\n\xff\xfe"}, "cannot be read as text"),
+])  # fmt: skip
+def test_bad_input(source, files, words, tmp_path):
+    src = write_files(tmp_path / "src", files)
+    with pytest.raises(InputError) as error:
+        run_here(source, "--src", src, "--out", tmp_path / "d/body/test", "--size", 16, "--workers", 1)
+    assert words in error.value.message and not (tmp_path / "d").exists()
+
+
+def test_validation_images_are_not_test_images(tmp_path):
+    src = write_files(tmp_path / "src", msmt17_files(1))
+    with pytest.raises(InputError, match="--with-val adds to the training images"):
+        run_here("msmt17", "--src", src, "--out", tmp_path / "d/body/test", "--with-val")
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    src = write_files(tmp_path / "src", edited(persons_files(), "persons.csv", "camera", "cam"))
+    result = script("-m", "data_prep", "persons", "--src", src, "--out", tmp_path / "d/body/test", check=2)
+    assert result.stderr.strip().splitlines() == [f"error: {src}/persons.csv, line 1: no column 'camera'; want "
+                                                  "path,person,camera, found 'path,person,cam,clothes,role'"]
+
+
+# ---------------------------------------------------------------- mutated lists
+
+SPLICES = [b"../../../evil.jpg", b"/etc/passwd", b"\0", b"\xff\xfe", b'"', b",", b"\n", b" ", b"9" * 400, b"-1", b"\r",
+           b"\xe2\x80\xa8", b"_" * 50, b"A" * 3000, b"\n" * 20]
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """The data after one to three accidents: a byte changed, a piece cut, doubled, swapped or spliced in."""
+    for _ in range(rng.integers(1, 4)):
+        i, j = sorted(rng.integers(0, len(data) + 1, 2).tolist())
+        kind = rng.integers(5)
+        if kind == 0 and i < len(data):
+            data = data[:i] + bytes([rng.integers(256)]) + data[i + 1 :]
+        elif kind == 1:
+            data = data[:i] + data[j:]
+        elif kind == 2:
+            data = data[:j] + data[i:j] + data[j:]
+        elif kind == 3:
+            data = data[:i] + SPLICES[rng.integers(len(SPLICES))] + data[i:]
+        else:
+            data = data[i:] + data[:i]
+    return data
+
+
+@pytest.mark.parametrize("source, name, files", [
+    ("msmt17", "MSMT17_V2/list_gallery.txt", msmt17_files(2)), ("persons", "persons.csv", persons_files()),
+    ("deepchange", "DeepChangeDataset/test-set-query-bbox.txt", deepchange_files()),
+])  # fmt: skip
+def test_mutated_lists_end_in_one_line_and_touch_nothing_else(source, name, files, tmp_path, monkeypatch):
+    src = write_files(tmp_path / "a" / "b" / "src", files)
+    whole, rng, refused = (src / name).read_bytes(), np.random.default_rng(0), 0
+    monkeypatch.chdir(src)
+    for case in range(120):
+        out = tmp_path / "a" / "out" / str(case) / "body" / "test"
+        (src / name).write_bytes(mutated(whole, rng))
+        before = files_of(tmp_path / "a" / "b")
+        try:
+            run_here(source, "--src", src, "--out", out, "--size", 8, "--workers", 1)
+        except click.ClickException as error:
+            assert isinstance(error, InputError) and error.message and len(error.message) < 600
+            refused += 1
+        assert files_of(tmp_path / "a" / "b") == before
+    assert 20 < refused < 120  # the loop meets both good and bad lists
+    assert sorted(p.name for p in tmp_path.iterdir()) + sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "a", "b", "out"]
