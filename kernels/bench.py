@@ -12,6 +12,7 @@ other).
 """
 
 import csv
+import ctypes
 import math
 import os
 import re
@@ -83,6 +84,7 @@ def peak_memory(run: Callable, device: torch.device) -> float:
     def status(field: str) -> float:
         return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would hide what this one needs (glibc)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here (Linux)
     before = status("VmRSS")
     run()
@@ -277,7 +279,7 @@ def say(row: dict) -> None:
     print(f"{row['impl']:20} {shape:42} {row.get('phase', ''):9}{row['median_ms']:9.3f} ms "
           f"[{row['p20_ms']:.3f}, {row['p80_ms']:.3f}]  floor {row['floor_ms']:8.3f} ms  "
           + (f"{row['extra_MiB']:8.0f} MiB  {row['tflops']:7.3g} TFLOP/s" if "tflops" in row else
-             f"{row['gbs']:7.0f} GB/s"), flush=True)
+             f"{row['gbs']:7.3g} GB/s"), flush=True)
 
 
 # ---------------------------------------------------------------- gather

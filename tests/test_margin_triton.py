@@ -2,7 +2,7 @@
 
 Every term of the formulas is guarded: taken out of a kernel, it makes the test named beside it fail.
 
-    target kept out of the log-sum-exp            test_confident_logits_keep_their_gradient
+    target kept out of the log-sum-exp, log1p     test_confident_logits_keep_their_gradient
     rescaling of the running sum (best changes)   test_equals_the_definition, test_strips_and_chunks_change_nothing
     1/|x|, 1/|w| in forward and in P              test_equals_the_definition
     projection of dx and dw                       test_gradients_are_orthogonal_to_their_vectors
@@ -11,7 +11,7 @@ Every term of the formulas is guarded: taken out of a kernel, it makes the test 
     additive margin, scale, weight, denominators  test_equals_the_definition
     ε (mean logit) in ℓ and in both slopes        test_label_smoothing
     upstream gradient                             test_equals_the_definition (a factor of 3)
-    class ranges, other domains' classes          test_overlapping_ranges_add_up
+    class ranges, other domains' classes          test_overlapping_ranges_add_up, test_rows_in_no_range_get_zero
     label -1, empty domain, nothing valid         test_ignored_samples, test_nothing_valid
     global statistics of sharded class rows       test_shards_add_up_to_the_whole
 """
@@ -120,7 +120,7 @@ def test_errors_stay_below_those_of_eager_code(dtypes):
 
 def test_confident_logits_keep_their_gradient():
     s, C = 64.0, 50
-    for p in (0.9, 0.99, 0.999, 1 - 1e-7):
+    for p in (0.9, 0.99, 0.999, 1 - 1e-7, 1 - 1e-9):
         other = (s * 0.5 + math.log((1 - p) / p / (C - 1))) / s
         w = torch.eye(C, C + 1, dtype=torch.float64).roll(1, 1)
         w[:, 0] = other
@@ -180,7 +180,11 @@ def test_overlapping_ranges_add_up(ranges):
     agree(results(*case, "triton", scale=20.0), results(*case, "torch", torch.float64, scale=20.0))
 
 
-def test_rows_in_no_range_get_zero():
+@pytest.mark.parametrize("chunk", [64, 100_000])
+def test_rows_in_no_range_get_zero(monkeypatch, chunk):
+    """Within a chunk that some range reaches, and in chunks that none does."""
+    monkeypatch.setattr(margin_triton, "CHUNK", chunk)
+    monkeypatch.setattr(margin_triton, "CHUNK_BYTES", 0)
     x, w, labels, domains, _ = problem(20, 200, 16)
     ranges = [(10, 60), (150, 160), (300, 330)]
     labels = labels % 10
