@@ -1,5 +1,6 @@
 """Command line: `python -m data_prep SOURCE --src PATH --out DATA/<domain>/<split>`, `demo`, `verify`, `show`."""
 
+import io
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from data_prep import DOMAINS, InputError, bodies, faces, folders, run_command
 from data_prep.demo import SIZE, demo_splits
-from data_prep.shards import FITS, BadImage, Source, Split, read_index, verify_split, write_split
+from data_prep.shards import FITS, READABLE, BadImage, Source, Split, read_index, verify_split, write_split
 
 CPUS = os.cpu_count() or 1
 FIT = {"object": "crop", "face_hq": "squash", "face_lq": "squash", "body": "pad"}
@@ -29,7 +30,8 @@ def debug_option(command):
 def source_options(command):
     """The options that every source shares."""
     for option in reversed([
-        click.option("--src", type=click.Path(path_type=Path), required=True, help="Folder of the data set."),
+        click.option("--src", type=click.Path(path_type=Path), required=True,
+                     help="Folder, zip or plain tar of the data set (SET.zip/inner: a folder inside)."),
         click.option("--out", type=click.Path(path_type=Path), required=True,
                      help="Split folder to write, DATA/<domain>/<split>; the domain is taken from it."),
         click.option("--part", type=click.Choice(["train", "test"]),
@@ -53,9 +55,9 @@ def own_size(source: Source) -> int:
     sides = set()
     for i in np.linspace(0, len(source.records) - 1, min(len(source.records), 16), dtype=int):
         try:
-            with Image.open(source.records[i].read.args[0]) as image:
+            with Image.open(io.BytesIO(source.records[i].read()), formats=READABLE) as image:
                 sides.update(image.size)
-        except OSError:
+        except (OSError, BadImage):
             continue
     return sides.pop() if len(sides) == 1 else 112
 

@@ -1,8 +1,7 @@
 """Sources of faces: person folders with a list of pairs, as Labeled Faces in the Wild has them."""
 
 import re
-from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from data_prep import InputError
 from data_prep.folders import scan
@@ -42,7 +41,7 @@ def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, 
 def lfw(src: Path, domain: str, train: bool, pairs: Path | None = None) -> Source:
     """Person folders `<Name>/<Name>_0001.jpg`; a test split is verified on the pairs of an LFW-type pairs.txt."""
     images, skipped = scan(src)
-    records = [Record(partial(Path.read_bytes, path), str(path.relative_to(src)), name) for name, path in images]
+    records = [Record(member.read, member.name, name) for name, member in images]
     if train:
         if pairs is not None:
             raise InputError("--pairs goes with a test split: add --part test or leave it out")
@@ -50,7 +49,7 @@ def lfw(src: Path, domain: str, train: bool, pairs: Path | None = None) -> Sourc
     if pairs is None:
         raise InputError("lfw: a test split needs --pairs pairs.txt; without one use the source `folder`, which is "
                          "scored as identification")
-    place = {path.stem: i for i, (_, path) in enumerate(images)}
+    place = {PurePosixPath(member.name).stem: i for i, (_, member) in enumerate(images)}
     listed = []
     for left, right, same, fold, line in read_pairs(pairs):
         stems = [f"{name}_{number:04d}" for name, number in (left, right)]

@@ -15,6 +15,7 @@ import sys
 import tarfile
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -33,6 +34,8 @@ VERSION = "0.1"  # of data_prep, recorded with every split
 ROLES = ("probe", "gallery", "distractor")  # numbered in the column `role`; a re-identification query is a probe
 OPTIONAL = ("camera", "clothes", "role", "template")  # integer columns that only some sources have
 FITS = ("crop", "squash", "pad")
+# raster formats alone: Pillow would hand PostScript to an interpreter, whatever a file is called
+READABLE = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 OPEN_SHARDS = 64  # files that a split keeps open at once: far below the usual limit of 1024 a process
 # fork where it is safe and quick; named, because the default differs between systems and Python versions
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -42,7 +45,7 @@ class BadImage(Exception):
     """One image cannot be used; the message says which and why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image of a source, before it is read."""
 
@@ -74,7 +77,7 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
     """An encoded image as a JPEG of size x size pixels; a baseline JPEG that already fits is returned as it is.
 
     Args:
-        data: an image in any format that Pillow reads.
+        data: an image in one of the formats READABLE.
         size: side in pixels.
         fit: "crop" (short side to `size`, centre crop), "squash" (ignore the aspect ratio) or "pad" (keep it, fill
             with the mean colour).
@@ -84,9 +87,13 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
         BadImage: not an image, or a damaged one.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=READABLE)
         image.load()  # a truncated file ends here, not in training
         turned = image.getexif().get(0x0112, 1) != 1
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS // 1_000_000} million pixels") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... by format
         raise BadImage("unreadable image") from error
     plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not image.info.get("progressive") and not turned
