@@ -8,7 +8,7 @@ import click
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_prep import DOMAINS, InputError, bodies, faces, folders, run_command
+from data_prep import DOMAINS, InputError, bodies, faces, folders, insightface, run_command
 from data_prep.demo import SIZE, demo_splits
 from data_prep.shards import FITS, READABLE, BadImage, Source, Split, read_index, verify_split, write_split
 
@@ -110,6 +110,23 @@ def folder(**options) -> None:
 @click.option("--pairs", type=click.Path(path_type=Path), help="pairs.txt in the format of LFW.")
 def lfw(**options) -> None:
     prepare(faces.lfw, **options)
+
+
+def summary(source) -> str:
+    """The help of a source: its docstring without the expected counts and the reference."""
+    return source.__doc__.split("Expected:")[0].split("Source:")[0]
+
+
+@cli.command(help=summary(insightface.recordio))
+@source_options
+def recordio(**options) -> None:
+    prepare(insightface.recordio, **options)
+
+
+@cli.command("bin", help=summary(insightface.bin))
+@source_options
+def bin_(**options) -> None:
+    prepare(insightface.bin, **options)
 
 
 @cli.command(help=bodies.market.__doc__.split("\n\n")[0])
