@@ -1,6 +1,5 @@
 """Command line: `python -m data_prep SOURCE --src PATH --out DATA/<domain>/<split>`, `demo`, `verify`, `show`."""
 
-import io
 import os
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from data_prep import DOMAINS, InputError, bodies, faces, folders, insightface, run_command
 from data_prep.demo import SIZE, demo_splits
-from data_prep.shards import FITS, READABLE, BadImage, Source, Split, read_index, verify_split, write_split
+from data_prep.shards import FITS, BadImage, Source, Split, open_image, read_index, verify_split, write_split
 
 CPUS = os.cpu_count() or 1
 FIT = {"object": "crop", "face_hq": "squash", "face_lq": "squash", "body": "pad"}
@@ -55,8 +54,7 @@ def own_size(source: Source) -> int:
     sides = set()
     for i in np.linspace(0, len(source.records) - 1, min(len(source.records), 16), dtype=int):
         try:
-            with Image.open(io.BytesIO(source.records[i].read()), formats=READABLE) as image:
-                sides.update(image.size)
+            sides.update(open_image(source.records[i].read())[0].size)
         except (OSError, BadImage):
             continue
     return sides.pop() if len(sides) == 1 else 112
@@ -115,6 +113,25 @@ def lfw(**options) -> None:
 def summary(source) -> str:
     """The help of a source: its docstring without the expected counts and the reference."""
     return source.__doc__.split("Expected:")[0].split("Source:")[0]
+
+
+@cli.command(help=summary(faces.pairs))
+@source_options
+@click.option("--pairs", type=click.Path(path_type=Path), required=True, metavar="FILE|FP|FF", help="List of pairs.")
+def pairs(**options) -> None:
+    prepare(faces.pairs, **options)
+
+
+@cli.command(help=summary(faces.ijb))
+@source_options
+def ijb(**options) -> None:
+    prepare(faces.ijb, **options)
+
+
+@cli.command(help=summary(faces.tinyface))
+@source_options
+def tinyface(**options) -> None:
+    prepare(faces.tinyface, **options)
 
 
 @cli.command(help=summary(insightface.recordio))

@@ -4,6 +4,7 @@ import codecs
 import io
 import os
 import pickle
+import re
 import stat
 import struct
 import tarfile
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from data_prep import InputError, insightface
+import evaluate
+from data_prep import InputError, faces, insightface
 from data_prep.archives import members
-from data_prep.shards import Split, verify_split
+from data_prep.shards import BadImage, Split, open_root, verify_split
 from tests.test_data_prep import PAIRS, class_folders, encode, files_of, lfw_folder, picture, run_here
 
 # ---------------------------------------------------------------- archives
@@ -380,3 +383,214 @@ def test_what_is_in_a_bin_without_being_an_image(tmp_path):
     run_here("bin", "--src", tmp_path / "lfw.bin", "--out", tmp_path / "d/face_hq/lfw", "--size", 32)
     split = Split(tmp_path / "d/face_hq/lfw")
     assert split.protocol["pairs_lost"] == 2 and split.index["skipped"] == {"unreadable image": 2}
+
+
+# ---------------------------------------------------------------- lists of pairs
+
+
+def write_images(folder: Path, names: list[str]) -> Path:
+    """One image a name; its picture is that of its place in the list."""
+    for i, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(crop(i))
+    return folder
+
+
+def listed(split: Split) -> list[tuple[bytes, bytes, int, int]]:
+    """The pairs of a split with the JPEGs in place of the rows."""
+    return [(split.jpeg(a)[1], split.jpeg(b)[1], same, fold) for a, b, same, fold in split.column("pairs").tolist()]
+
+
+FLAT = ["Ann_A_0001.jpg", "Ann_A_0002.jpg", "Bob_0001.jpg", "Bob_0002.jpg"]
+AGEDB = ["0_AnnA_35_f.jpg", "1_AnnA_61_f.jpg", "2_Bob_20_m.jpg", "3_Bob_55_m.jpg"]
+DEEP = ["Data/Images/001/frontal/01.jpg", "Data/Images/001/profile/01.jpg", "Data/Images/002/frontal/01.jpg",
+        "Data/Images/002/profile/01.jpg"]
+CODES = ["k.jpg", "l.jpg", "m.jpg", "n.jpg"]
+# style: (images, list, people); the pairs are always 0-1 same, 2-3 same, 0-2 different, 1-3 different
+PAIR_LISTS = {
+    "csv with header and folds": (DEEP, "left,right,same,fold\n{0},{1},1,1\n{2},{3},1,2\n{0},{2},0,1\n{1},{3},0,2\n",
+                                  ["Data/Images/001", "Data/Images/002"]),
+    "csv, quoted, no header": (FLAT, '"{0}","{1}",1\n{2},{3},1\n./{0},{2},0\n{1},{3},0\n', ["Ann_A", "Bob"]),
+    "words": (AGEDB, "{0}\t{1}\tTrue\n{2}\t{3}\ttrue\n{0}\t{2}\tFalse\n{1}\t{3}\tfalse\n", ["AnnA", "Bob"]),
+    "same left right": (AGEDB, "1 {0} {1}\n1 {2} {3}\n0 {0} {2}\n0 {1} {3}\n", ["AnnA", "Bob"]),
+    "two lines a pair": (FLAT, "{0} 1\n{1} 1\n{2} 10\n{3} 10\n{0} 0\n{2} 0\n{1} 0\n{3} 0\n", ["Ann_A", "Bob"]),
+    "names that tell nothing": (CODES, "{0} {1} 1\n{2} {3} 1\n{0} {2} 0\n{1} {3} 0\n", ["k.jpg", "m.jpg"]),
+    "byte order mark, CRLF": (CODES, "\ufeff{0},{1},1\r\n{2},{3},1\r\n\r\n{0},{2},0\r\n{1},{3},0\r\n",
+                              ["k.jpg", "m.jpg"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("style", PAIR_LISTS)
+def test_pair_lists(style, tmp_path):
+    names, text, people = PAIR_LISTS[style]
+    src = write_images(tmp_path / "src", [*names, "not/listed/1.jpg"])
+    (tmp_path / "list.csv").write_bytes(text.format(*names).encode())
+    archive = pack(src, tmp_path / "src.zip")
+    for where, out in ((src, "folder"), (archive, "zip")):
+        run_here("pairs", "--src", where, "--pairs", tmp_path / "list.csv", "--out", tmp_path / "d/face_hq" / out)
+    split = Split(tmp_path / "d/face_hq/folder")
+    folds = [0, 1, 0, 1] if "folds" in style else [0, 1, 2, 3]
+    places = [(0, 1, 1), (2, 3, 1), (0, 2, 0), (1, 3, 0)]
+    assert listed(split) == [(crop(a), crop(b), same, fold) for (a, b, same), fold in zip(places, folds, strict=True)]
+    assert split.protocol == {"name": "verification", "folds": max(folds) + 1, "pairs": 4, "pairs_lost": 0}
+    assert split.classes == people and len(split) == 4 and verify_split(split.folder) == []
+    assert listed(Split(tmp_path / "d/face_hq/zip")) == listed(split)
+
+
+def test_pairs_without_folds_are_dealt_so_that_each_fold_holds_both_kinds(tmp_path):
+    """Ten consecutive parts (InsightFace's order), but for lists with all genuine pairs first (CALFW's order)."""
+    src = write_images(tmp_path / "src", CODES)
+    for order, folds in (("10" * 20, [p // 4 for p in range(40)]), ("1" * 20 + "0" * 20, [p % 10 for p in range(40)])):
+        (tmp_path / "list.csv").write_text("".join(f"k.jpg,{'ml'[int(same)]}.jpg,{same}\n" for same in order))
+        source = faces.pairs(src, "face_hq", False, tmp_path / "list.csv")
+        assert [fold for *_, fold in source.pairs] == folds
+
+
+@pytest.mark.parametrize("kind, right", [("FP", "profile"), ("FF", "frontal")])
+def test_cfp_is_read_by_its_own_protocol(kind, right, tmp_path):
+    """Two folds; the lists count from 1 and name images relative to themselves."""
+    names = [f"Data/Images/{person:03d}/{pose}/{i:02d}.jpg"
+             for person in (1, 2) for pose in ("frontal", "profile") for i in (1, 2)]
+    src = write_images(tmp_path / "src", names)
+    for side, pose in (("F", "frontal"), ("P", "profile")):
+        lines = [f"{n} ../{name}\n" for n, name in enumerate((n for n in names if pose in n), 1)]
+        (src / "Protocol").mkdir(exist_ok=True)
+        (src / f"Protocol/Pair_list_{side}.txt").write_text("".join(lines))
+    for fold in (1, 2):
+        folder = src / f"Protocol/Split/{kind}/{fold:02d}"
+        folder.mkdir(parents=True)
+        (folder / "same.txt").write_text(f"{2 * fold - 1},{2 * fold}\n")
+        (folder / "diff.txt").write_text(f"{fold},{fold + 2}\n")
+    run_here("pairs", "--src", src, "--pairs", kind, "--out", tmp_path / "d/face_hq/cfp")
+    split = Split(tmp_path / "d/face_hq/cfp")
+    frontal, other = ([i for i, name in enumerate(names) if pose in name] for pose in ("frontal", right))
+    assert listed(split) == [(crop(frontal[0]), crop(other[2]), 0, 0), (crop(frontal[0]), crop(other[1]), 1, 0),
+                             (crop(frontal[1]), crop(other[3]), 0, 1), (crop(frontal[2]), crop(other[3]), 1, 1)]
+
+
+# ---------------------------------------------------------------- TinyFace
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_tinyface(packed, tmp_path):
+    """Distractors have underscores in their names too and are nobody; a probe may have two mates."""
+    src = write_images(tmp_path / "src", [f"tinyface/{name}" for name in (
+        "Training_Set/7/7_1.jpg", "Training_Set/7/7_2.jpg", "Training_Set/12/12_1.jpg", "Training_Set/12/Thumbs.db",
+        "Testing_Set/Probe/31_1.jpg", "Testing_Set/Probe/45_2.jpg", "Testing_Set/Probe/what.jpg",
+        "Testing_Set/Gallery_Match/31_7.jpg", "Testing_Set/Gallery_Match/31_8.jpg",
+        "Testing_Set/Gallery_Match/45_1.jpg", "Testing_Set/Gallery_Distractor/31_9.jpg",
+        "Testing_Set/Gallery_Distractor/x.jpg", "Testing_Set/probe_img_ID_pairs.mat")])
+    where = pack(src, tmp_path / "tinyface.zip") if packed else src / "tinyface"
+    for part in ("train", "test"):
+        run_here("tinyface", "--src", where, "--out", tmp_path / "d/face_lq" / part)
+    train, test = Split(tmp_path / "d/face_lq/train"), Split(tmp_path / "d/face_lq/test")
+    assert contents(train) == sorted([("12", crop(2)), ("7", crop(0)), ("7", crop(1))])
+    assert train.index["skipped"] == {"not an image by its name": 1}
+    # in the order of names: distractors, matches, probes
+    assert [test.jpeg(row)[1] for row in range(7)] == [crop(i) for i in (10, 11, 7, 8, 9, 4, 5)]
+    assert test.labels.tolist() == [-1, -1, 0, 0, 1, 0, 1] and test.classes == ["31", "45"]
+    assert test.column("role").tolist() == [2, 2, 1, 1, 1, 0, 0] and test.protocol == {"name": "identification"}
+    assert test.index["skipped"] == {"name is not TinyFace's": 1} and verify_split(test.folder) == []
+
+
+# ---------------------------------------------------------------- templates
+
+
+def write_ijb(folder: Path, crops: str = "loose_crop", search: bool = True) -> Path:
+    """Seven crops of 64 pixels in four templates of two people, 3-4 of them in one video; landmarks as below."""
+    (folder / crops).mkdir(parents=True)
+    (folder / "meta").mkdir()
+    for i in range(1, 8):
+        (folder / f"{crops}/{i}.jpg").write_bytes(encode(picture(i, 64, 64), quality=100, subsampling=0))
+    pairs = ((1, 11), (1, 12), (20, 13), (20, 13), (20, 14), (300, 15), (4000, 16))
+    files = {"face_tid_mid.txt": "".join(f"{i}.jpg {t} {m}\n" for i, (t, m) in enumerate(pairs, 1)),
+             "template_pair_label.txt": "1 20 1\n1 4000 0\n300 20 0\n300 4000 1\n1 5555 0\n",
+             "name_5pts_score.txt": "".join(f"{i}.jpg {FIVE} 0.{i}5\n" for i in range(1, 8))}
+    if search:
+        files |= {"1N_gallery_G1.csv": "TEMPLATE_ID,SUBJECT_ID,FILENAME\n1,77,img/1.jpg\n1,77,img/2.jpg\n",
+                  "1N_gallery_G2.csv": "TEMPLATE_ID,SUBJECT_ID\n300,8\n",
+                  "1N_probe_mixed.csv": "TEMPLATE_ID,SUBJECT_ID\n4000,8\n20,77\n20,77\n"}
+    for name, text in files.items():
+        (folder / f"meta/ijbc_{name}").write_text(text)
+    return folder
+
+
+# the aligned positions at half their size, plus (5, 3): alignment must enlarge twice and shift
+FIVE = " ".join(f"{x:.4f} {y:.4f}" for x, y in ((z.real / 2 + 5, z.imag / 2 + 3) for z in faces.LANDMARKS))
+
+
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_ijb(packed, search, tmp_path):
+    src = write_ijb(tmp_path / "src", search=search)
+    where = pack(src, tmp_path / "ijb.tar", "IJB_release/IJBC/") / "IJB_release/IJBC" if packed else src
+    run_here("ijb", "--src", where, "--out", tmp_path / "d/face_lq/ijbc")
+    split = Split(tmp_path / "d/face_lq/ijbc")
+    assert split.size == 112 and verify_split(split.folder) == []
+    assert split.protocol == {"name": "templates", "pairs": 5, "galleries": 2 if search else 0}
+    assert split.column("template").tolist() == [1, 1, 20, 20, 20, 300, 4000]
+    assert split.column("media").tolist() == [11, 12, 13, 13, 14, 15, 16]
+    assert split.column("quality").tolist() == [0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75]
+    assert split.column("template_pairs").tolist() == [[1, 20, 1], [1, 4000, 0], [300, 20, 0], [300, 4000, 1],
+                                                       [1, 5555, 0]]
+    if search:
+        assert split.classes == ["000008", "000077"] and split.labels.tolist() == [1] * 5 + [0] * 2
+        assert split.column("template_gallery").tolist() == [[1, 0], [300, 1]]
+        assert split.column("template_probes").tolist() == [[20], [4000]]
+    else:
+        assert split.classes == ["template-000001", "template-000300"] and split.labels.tolist() == [0] * 5 + [1] * 2
+    # the aligned face is the loose crop from (5, 3) on at twice the size: every second pixel is one of the crop's
+    image = split.image(0).permute(1, 2, 0).numpy().astype(int)
+    want = np.asarray(picture(1, 64, 64).crop((5, 3, 61, 59))).astype(int)
+    assert np.abs(image[::2, ::2] - want).mean() < 1.5
+
+
+def test_ijb_of_aligned_images(tmp_path):
+    """Images that are aligned already are taken as they are, with or without a list of landmarks."""
+    src = write_ijb(tmp_path / "src", "aligned_112")
+    (src / "meta/ijbc_name_5pts_score.txt").unlink()
+    run_here("ijb", "--src", src, "--out", tmp_path / "d/face_hq/ijbc")
+    split = Split(tmp_path / "d/face_hq/ijbc")
+    assert split.size == 64 and split.jpeg(2)[1] == (src / "aligned_112/3.jpg").read_bytes()
+    assert "quality" not in split.index["columns"] and verify_split(split.folder) == []
+
+
+def test_alignment_turns_and_refuses():
+    """A face that lies on its side comes upright; five equal points are no face."""
+    upright = picture(3, 112, 112)
+    turned = upright.transpose(Image.Transpose.ROTATE_90)  # x, y -> y, 111 - x
+    points = [c for z in faces.LANDMARKS for c in (z.imag, 111 - z.real)]
+    aligned = np.asarray(Image.open(io.BytesIO(faces.align(lambda: encode(turned, "PNG"), tuple(points))))).astype(int)
+    assert np.abs(aligned - np.asarray(upright).astype(int)).max() <= 2
+    with pytest.raises(BadImage, match="no face"):
+        faces.align(lambda: encode(upright, "PNG"), (5.0,) * 10)
+
+
+def test_verify_reads_the_lists_of_templates(tmp_path):
+    run_here("ijb", "--src", write_ijb(tmp_path / "src"), "--out", tmp_path / "d/face_lq/ijbc")
+    index = tmp_path / "d/face_lq/ijbc/index"
+    for name, array, words in (("template_pairs", np.array([[1, 4000, 1]]), "1 template pairs contradict the labels"),
+                               ("template_pairs", np.zeros((2, 2)), r"want \[rows, 3\]"),
+                               ("template_gallery", np.array([[5, 0]]), "names no template"),
+                               ("template", np.arange(7) // 3, "one template have several labels"),
+                               ("quality", np.full(7, 0.5), "quality is 0.15")):
+        before = (index / f"{name}.npy").read_bytes()
+        np.save(index / f"{name}.npy", array)
+        assert any(re.search(words, problem) for problem in verify_split(index.parent)), words
+        (index / f"{name}.npy").write_bytes(before)
+    assert verify_split(index.parent) == []
+
+
+def test_evaluate_leaves_templates_out_and_says_so(tmp_path, capsys):
+    run_here("ijb", "--src", write_ijb(tmp_path / "src"), "--out", tmp_path / "d/face_lq/ijbc")
+    with pytest.raises(InputError, match="no test split to score"):
+        evaluate.choose_splits(open_root(tmp_path / "d"), None, "d")
+    assert "face_lq/ijbc: protocol 'templates' is not scored yet" in capsys.readouterr().out
+    run_here("pairs", "--src", write_images(tmp_path / "flat", CODES), "--pairs", write_list(tmp_path), "--out",
+             tmp_path / "d/face_lq/pairs")
+    assert [s.name for s in evaluate.choose_splits(open_root(tmp_path / "d"), None, "d")] == ["pairs"]
+
+
+def write_list(folder: Path, text: str = "k.jpg,l.jpg,1\nk.jpg,m.jpg,0\n") -> Path:
+    (folder / "list.csv").write_text(text)
+    return folder / "list.csv"
