@@ -93,6 +93,11 @@ def prepare(read, src: Path, out: Path, part: str | None, size: int | None, fit:
     report(out, index, len(source.records) + sum(source.skipped.values()))
 
 
+def summary(source) -> str:
+    """The help of a source: its docstring without the expected counts and the reference."""
+    return source.__doc__.split("Expected:")[0].split("Source:")[0]
+
+
 @cli.command(help="Class folders: src/<class or person>/**/image. " + folders.folder.__doc__.split("\n\n")[1])
 @source_options
 @click.option("--names", type=click.Path(path_type=Path), help="File of folder<TAB>name lines: names for prompts.")
@@ -103,16 +108,11 @@ def folder(**options) -> None:
     prepare(folders.folder, **options)
 
 
-@cli.command(help=faces.lfw.__doc__)
+@cli.command(help=summary(faces.lfw))
 @source_options
 @click.option("--pairs", type=click.Path(path_type=Path), help="pairs.txt in the format of LFW.")
 def lfw(**options) -> None:
     prepare(faces.lfw, **options)
-
-
-def summary(source) -> str:
-    """The help of a source: its docstring without the expected counts and the reference."""
-    return source.__doc__.split("Expected:")[0].split("Source:")[0]
 
 
 @cli.command(help=summary(faces.pairs))
@@ -146,7 +146,7 @@ def bin_(**options) -> None:
     prepare(insightface.bin, **options)
 
 
-@cli.command(help=bodies.market.__doc__.split("\n\n")[0])
+@cli.command(help=summary(bodies.market))
 @source_options
 def market(**options) -> None:
     prepare(bodies.market, **options)

@@ -71,10 +71,10 @@ def read_text(member: Member) -> str:
 
 
 def safe_name(archive: Path, raw: str) -> str:
-    """A member's name with / between its parts; InputError where it points out of the archive."""
+    """A member's name with / between its parts; InputError where it points out of the archive or at nothing."""
     name = raw.replace("\\", "/")  # some Windows tools pack it so
     parts = name.split("/")
-    if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in parts:
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in parts or not name.strip("./"):
         raise InputError(f"--src {archive}: member {raw!r} points out of the archive: refused; get a clean copy")
     return "/".join(part for part in parts if part not in ("", "."))
 
@@ -161,7 +161,7 @@ def list_zip(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
         if why:
             raise InputError(f"--src {path}: member {info.filename!r} {why}: refused")
         end = info.header_offset + 30 + len(info.orig_filename) + info.compress_size  # at least: names are encoded
-        if not info.is_dir():
+        if not info.filename.endswith("/"):
             yield info.filename, partial(inflate, path, info.header_offset, info.compress_size, info.file_size,
                                          info.CRC, info.compress_type)
 

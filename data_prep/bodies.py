@@ -16,7 +16,8 @@ def market(src: Path, domain: str, train: bool) -> Source:
     """Market-1501: `bounding_box_train`, or `query` and `bounding_box_test`; files `0002_c1s1_000451_03.jpg`.
 
     Person -1 is junk and left out; person 0000 is a distractor: it stays in the gallery, as nobody's match. Cameras
-    count from 0. Source: the torchreid and fast-reid readers of Market-1501.
+    count from 0. Expected: 12,936 training images; 3,368 queries, 15,913 in the gallery, 3,819 junk.
+    Source: the torchreid and fast-reid readers of Market-1501.
     """
     skipped, records, endings, files = Counter(), [], image_suffixes(), members(src)
     for name, role in (("bounding_box_train", None),) if train else (("query", 0), ("bounding_box_test", 1)):

@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import re
+import signal
 import stat
 import struct
 import tarfile
@@ -16,9 +17,9 @@ import pytest
 from PIL import Image
 
 import evaluate
-from data_prep import InputError, faces, insightface
+from data_prep import InputError, faces, folders, insightface
 from data_prep.archives import members
-from data_prep.shards import BadImage, Split, open_root, verify_split
+from data_prep.shards import BadImage, Split, fit_image, open_root, verify_split
 from tests.test_data_prep import PAIRS, class_folders, encode, files_of, lfw_folder, picture, run_here
 
 # ---------------------------------------------------------------- archives
@@ -120,6 +121,7 @@ def cut(path: Path, damage: int) -> None:
 BAD_ARCHIVES = {
     "parent.zip": (lambda p: zip_of(p, "c0/../../evil.jpg"), "member 'c0/../../evil.jpg' points out of the archive"),
     "back.zip": (lambda p: zip_of(p, "..\\evil.jpg"), "points out of the archive"),
+    "nameless.zip": (lambda p: zip_of(p, "", data=b"x"), "member '' points out of the archive"),
     "root.zip": (lambda p: zip_of(p, "/etc/evil.jpg"), "member '/etc/evil.jpg' points out"),
     "drive.zip": (lambda p: zip_of(p, "C:\\evil.jpg"), "points out of the archive"),
     "link.zip": (lambda p: zip_of(p, mode=stat.S_IFLNK), "member 'c0/1.jpg' is a link"),
@@ -340,6 +342,11 @@ def test_bin_files_of_every_pickle_protocol(kind, tmp_path):
     assert split.column("pairs").tolist() == [[2 * p, 2 * p + 1, int(SAME[p]), max(p // 2, p - 2) if p < 4 else p - 2]
                                               for p in range(12)]
     assert verify_split(split.folder) == []
+    # genuine pairs at cosine 1 but for the last, alone in its fold, at -1; impostors at 0
+    embeddings = np.array([v for p, same in enumerate(SAME) for v in ((1, 0), (1, 0) if same else (0, 1))], dtype=float)
+    embeddings[21] = -1, 0
+    figures, _ = evaluate.score_verification(embeddings, split, 2, 0)
+    assert figures["auc"].value == pytest.approx(5 / 6) and figures["accuracy"].value == pytest.approx(9 / 10)
 
 
 class Bomb:
@@ -491,6 +498,10 @@ def test_tinyface(packed, tmp_path):
     assert test.labels.tolist() == [-1, -1, 0, 0, 1, 0, 1] and test.classes == ["31", "45"]
     assert test.column("role").tolist() == [2, 2, 1, 1, 1, 0, 0] and test.protocol == {"name": "identification"}
     assert test.index["skipped"] == {"name is not TinyFace's": 1} and verify_split(test.folder) == []
+    # probe 31 finds its mate in row 3 first; between probe 45 and its mate lies a distractor
+    embeddings = np.array([[0, 1, 0.1], [0, 0, 1], [0, 0, 1], [1, 0, 0], [0, 1, 0.2], [1, 0, 0], [0, 1, 0]])
+    figures, _ = evaluate.score_gallery(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True), test, 2, 0)
+    assert (figures["rank-1"].value, figures["rank-5"].value, figures["rank-1"].count) == (0.5, 1.0, 2)
 
 
 # ---------------------------------------------------------------- templates
@@ -594,3 +605,185 @@ def test_evaluate_leaves_templates_out_and_says_so(tmp_path, capsys):
 def write_list(folder: Path, text: str = "k.jpg,l.jpg,1\nk.jpg,m.jpg,0\n") -> Path:
     (folder / "list.csv").write_text(text)
     return folder / "list.csv"
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def rec_of(data: bytes, idx: str | None = None):
+    def write(folder: Path) -> list:
+        (folder / "train.rec").write_bytes(data)
+        if idx is not None:
+            (folder / "train.idx").write_text(idx)
+        return ["recordio", "--src", folder]
+    return write
+
+
+def bin_of(data: bytes):
+    def write(folder: Path) -> list:
+        (folder / "x.bin").write_bytes(data)
+        return ["bin", "--src", folder / "x.bin"]
+    return write
+
+
+def pairs_of(text: str, *images: str):
+    def write(folder: Path) -> list:
+        write_images(folder / "src", images or CODES)
+        return ["pairs", "--src", folder / "src", "--pairs", write_list(folder, text)]
+    return write
+
+
+def ijb_of(name: str, text: str | None):
+    def write(folder: Path) -> list:
+        src = write_ijb(folder / "src")
+        (src / f"meta/ijbc_{name}").write_text(text) if text is not None else (src / f"meta/ijbc_{name}").unlink()
+        return ["ijb", "--src", src]
+    return write
+
+
+IMAGE = pack_label(1.0, b"image")
+BAD = {
+    "no rec": (lambda folder: ["recordio", "--src", folder], "want a folder with train.rec"),
+    "no records": (rec_of(b"no records"), "no record at byte 0"),
+    "empty rec": (rec_of(b""), "the source holds no images"),
+    "idx beyond": (rec_of(record(IMAGE), "0\t9999\n"), "train.idx, line 1: want `key<TAB>offset`"),
+    "idx of words": (rec_of(record(IMAGE), "0\t0\nkey\tword\n"), "train.idx, line 2"),
+    "idx negative": (rec_of(record(IMAGE), "0\t-8\n"), "train.idx, line 1"),
+    "incomplete": (rec_of(record(pack_label([1001.0, 1005.0])) + record(IMAGE)), "announces 1,000 images, 1 are there"),
+    "all damaged": (rec_of(record(b"short")), "damaged record"),
+    "bin is a folder": (lambda folder: ["bin", "--src", folder], "want a verification file"),
+    "bin is text": (bin_of(b"images"), "not a verification set"), "empty bin": (bin_of(b""), "not a verification set"),
+    "cut bin": (bin_of(pickle.dumps((BIN_IMAGES, SAME))[:-500]), "not a verification set"),
+    "bin of a number": (bin_of(pickle.dumps(5)), "want 2 P images and P booleans"),
+    "odd bin": (bin_of(pickle.dumps((BIN_IMAGES[:3], SAME[:2]))), "want 2 P images and P booleans"),
+    "bin of a dictionary": (bin_of(pickle.dumps({"bins": 1})), "opcode 0x7d"),
+    "bin without pairs": (bin_of(pickle.dumps(([], []))), "the source holds no images"),
+    "empty list": (pairs_of(""), "no pairs there"), "header alone": (pairs_of("left,right,same\n"), "no pairs there"),
+    "not below": (pairs_of("k.jpg,z.jpg,1\n"), "list.csv, line 1: names 'z.jpg', which is not below"),
+    "climbing": (pairs_of("k.jpg,../../list.csv,1\n"), "names '../../list.csv', which is not below"),
+    "absolute": (pairs_of("k.jpg,/etc/passwd,1\n"), "names '/etc/passwd', which is not below"),
+    "four words": (pairs_of("k.jpg,l.jpg,1\na,b,c,d\n"), "line 2: want `left,right,same[,fold]`"),
+    "a word more": (pairs_of("k.jpg l.jpg 1\nk.jpg m.jpg 0 x\n"), "line 2: want"),
+    "three lines": (pairs_of("k.jpg 1\nl.jpg 1\nm.jpg 0\n"), "3 lines of `name same`"),
+    "contradiction": (pairs_of("k.jpg,l.jpg,1\nl.jpg,m.jpg,1\nk.jpg,m.jpg,0\n"), "one person by some lines and two"),
+    "binary list": (pairs_of("\0\0,\0,1\n"), "which is not below"),
+    "no list": (lambda folder: ["pairs", "--src", folder, "--pairs", folder / "none.csv"], "none.csv: cannot be read"),
+    "no TinyFace": (lambda folder: ["tinyface", "--src", write_images(folder, CODES)], "no images of TinyFace"),
+    "no IJB": (lambda folder: ["ijb", "--src", folder], "no meta/ijbc_face_tid_mid.txt"),
+    "IJB without pairs": (ijb_of("template_pair_label.txt", None), "no meta/ijbc_face_tid_mid.txt and"),
+    "IJB pairs of two": (ijb_of("template_pair_label.txt", "1 2\n"), "want `template template same` lines"),
+    "IJB pairs of words": (ijb_of("template_pair_label.txt", "1 x 1\n"), "want `template template same` lines"),
+    "IJB pairs of nothing": (ijb_of("template_pair_label.txt", ""), "want `template template same` lines"),
+    "IJB missing image": (ijb_of("face_tid_mid.txt", "9.jpg 1 1\n"), "names '9.jpg', which is not in loose_crop"),
+    "IJB climbing": (ijb_of("face_tid_mid.txt", "../meta/ijbc_face_tid_mid.txt 1 1\n"), "which is not in loose_crop"),
+    "IJB short line": (ijb_of("face_tid_mid.txt", "1.jpg 1\n"), "ijbc_face_tid_mid.txt, line 1: want str whole whole"),
+    "IJB large number": (ijb_of("face_tid_mid.txt", f"1.jpg 1 {1 << 70}\n"), "line 1: want str whole whole"),
+    "IJB not finite": (ijb_of("name_5pts_score.txt", "1.jpg" + " nan" * 11), "line 1: want str number"),
+    "IJB no landmarks": (ijb_of("name_5pts_score.txt", f"2.jpg {FIVE} 1\n"), "no landmarks for '1.jpg'"),
+    "IJB gallery": (ijb_of("1N_gallery_G1.csv", "a,b\nx,1\n"), "ijbc_1N_gallery_G1.csv, line 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_line(case, tmp_path):
+    write, words = BAD[case]
+    (tmp_path / "in").mkdir()
+    with pytest.raises(InputError) as error:
+        run_here(*write(tmp_path / "in"), "--out", tmp_path / "d/face_hq/test", "--workers", 1)
+    assert words in error.value.message and "\n" not in error.value.message
+    assert not (tmp_path / "d/face_hq/test/index.json").exists()
+
+
+@pytest.mark.parametrize("source", ["bin", "pairs", "ijb"])
+def test_test_sets_are_not_trained_on(source, tmp_path):
+    more = ["--pairs", "x"] if source == "pairs" else []
+    with pytest.raises(InputError, match=r"(is|makes) a test split"):
+        run_here(source, "--src", tmp_path, "--out", tmp_path / "d/face_hq/train", *more)
+
+
+# ---------------------------------------------------------------- fuzzing
+
+
+def mutate(data: bytes, rng: np.random.Generator) -> bytes:
+    """One to four random edits: bits, bytes, numbers at their limits, pieces cut, doubled, moved."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 5)):
+        i, n = int(rng.integers(len(data) + 1)), int(rng.integers(1, 17))
+        kind = rng.integers(7)
+        if kind == 0 and i < len(data):
+            data[i] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            data[i : i + n] = rng.bytes(n)
+        elif kind == 2:
+            data[i : i + 4] = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"9999", b"-1,,"][rng.integers(5)]
+        elif kind == 3:
+            del data[i : i + n]
+        elif kind == 4:
+            data[i:i] = data[i : i + n * 8]
+        elif kind == 5:
+            data[i:i] = b"\0" * n
+        elif rng.random() < 0.3:
+            del data[i:]
+    return bytes(data)
+
+
+def fuzz_cases(folder: Path) -> dict:
+    """name -> (files to mutate, the source's function and its arguments)."""
+    small = write_images(folder / "small", ["c0/1.jpg", "c0/2.jpg", "c1/1.jpg"])
+    rec = write_rec(folder / "rec", classic([crop(0, 16), with_magic(1), crop(2, 16), crop(3, 16), crop(4, 16), b"x"]))
+    cases = {"rec": ([rec / "train.rec"], insightface.recordio, rec),
+             "idx": ([rec / "train.idx", rec / "train.rec"], insightface.recordio, rec)}
+    tiny = [crop(i, 8) for i in range(4)]
+    for name, data in {"bytes": pickle.dumps((tiny, SAME[:2]), 2), "frames": pickle.dumps((tiny, SAME[:2]), 4),
+                       "python 2": python2(tiny, SAME[:2], 0), "arrays": pickle.dumps(
+                           ([np.frombuffer(image, np.uint8).copy() for image in tiny], np.array(SAME[:2])), 5)}.items():
+        (folder / f"{name}.bin").write_bytes(data)
+        cases[f"bin of {name}"] = [folder / f"{name}.bin"], insightface.bin, folder / f"{name}.bin"
+    cases["zip"] = [pack(small, folder / "a.zip", "top/")], folders.folder, folder / "a.zip"
+    for name, form in (("pax", tarfile.PAX_FORMAT), ("gnu", tarfile.GNU_FORMAT)):
+        with tarfile.open(folder / f"{name}.tar", "w", format=form) as tar:
+            for path in sorted(small.rglob("*.jpg")):
+                tar.add(path, f"c/{'long' * 40}/{path.name}")
+        cases[name] = [folder / f"{name}.tar"], folders.folder, folder / f"{name}.tar"
+    flat = write_images(folder / "flat", CODES)
+    for name, (_, text, _) in PAIR_LISTS.items():
+        path = folder / f"{name}.txt"
+        path.write_bytes(text.format(*CODES).encode())
+        cases[f"list: {name}"] = [path], faces.pairs, flat, path
+    ijb = write_ijb(folder / "ijb")
+    cases["ijb"] = sorted((ijb / "meta").iterdir()), faces.ijb, ijb
+    return cases
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # of the strings in damaged pickles of Python 2
+def test_mutated_files_end_in_one_line(tmp_path):
+    """300 mutations of each kind of file: an InputError or a damaged image, nothing else, nothing written."""
+    def too_long(*_):
+        raise TimeoutError("a mutated file is read without end")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    refused = read = 0
+    for name, (paths, source, *arguments) in fuzz_cases(tmp_path).items():
+        rng, originals = np.random.default_rng(list(name.encode())), [path.read_bytes() for path in paths]
+        files = set(files_of(tmp_path))
+        for case in range(300):
+            n = int(rng.integers(len(paths)))
+            paths[n].write_bytes(mutate(originals[n], rng))
+            signal.alarm(20)
+            try:
+                found = source(arguments[0], "face_hq", source is insightface.recordio, *arguments[1:])
+                for one in found.records:
+                    try:
+                        fit_image(one.read(), 8, "squash", 50)
+                        read += 1
+                    except (BadImage, OSError):
+                        continue
+            except InputError as error:
+                assert "\n" not in error.message, (name, case)
+                refused += 1
+            finally:
+                signal.alarm(0)
+            paths[n].write_bytes(originals[n])
+        assert set(files_of(tmp_path)) == files, name
+    signal.signal(signal.SIGALRM, before)
+    assert refused > 500 and read > 500
