@@ -26,11 +26,11 @@ def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, 
     `name1 i name2 j` (different people).
     """
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise InputError(f"--pairs {path}: cannot be read ({error.strerror})") from error
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--pairs {path}: cannot be read ({error})") from error
     head = lines[0].split() if lines else []
-    if len(head) not in (1, 2) or not all(re.fullmatch(r"[1-9]\d*", word) for word in head):
+    if len(head) not in (1, 2) or not all(re.fullmatch(r"[1-9]\d{0,8}", word) for word in head):
         raise InputError(f"--pairs {path}, line 1: want `folds<TAB>pairs per half`, found {''.join(lines[:1])[:60]!r}")
     folds, half = (1, int(head[0])) if len(head) == 1 else map(int, head)
     rows = [(number, line) for number, line in enumerate(lines[1:], 2) if line.strip()]
@@ -40,7 +40,7 @@ def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, 
     pairs = []
     for place, (number, line) in enumerate(rows):
         words = line.split("\t") if "\t" in line else line.split()
-        if not (len(words) in (3, 4) and words[1].isdigit() and words[-1].isdigit()):
+        if len(words) not in (3, 4) or not all(re.fullmatch(r"\d{1,9}", word) for word in (words[1], words[-1])):
             raise InputError(f"--pairs {path}, line {number}: want `name i j` or `name1 i name2 j`, "
                              f"found {line[:60]!r}")
         same = len(words) == 3

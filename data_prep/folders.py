@@ -43,9 +43,9 @@ def read_names(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise InputError(f"--names {path}: cannot be read ({error.strerror})") from error
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--names {path}: cannot be read ({error})") from error
     names = {}
     for number, line in enumerate(lines, 1):
         folder, tab, name = line.partition("\t")

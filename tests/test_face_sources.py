@@ -667,6 +667,8 @@ BAD = {
     "three lines": (pairs_of("k.jpg 1\nl.jpg 1\nm.jpg 0\n"), "3 lines of `name same`"),
     "contradiction": (pairs_of("k.jpg,l.jpg,1\nl.jpg,m.jpg,1\nk.jpg,m.jpg,0\n"), "one person by some lines and two"),
     "binary list": (pairs_of("\0\0,\0,1\n"), "which is not below"),
+    "not UTF-8": (lambda folder: ["lfw", "--src", write_images(folder, ["a/a_0001.jpg"]), "--pairs",
+                                  folder / "a/a_0001.jpg"], "a_0001.jpg: cannot be read"),
     "no list": (lambda folder: ["pairs", "--src", folder, "--pairs", folder / "none.csv"], "none.csv: cannot be read"),
     "no TinyFace": (lambda folder: ["tinyface", "--src", write_images(folder, CODES)], "no images of TinyFace"),
     "no IJB": (lambda folder: ["ijb", "--src", folder], "no meta/ijbc_face_tid_mid.txt"),
@@ -750,12 +752,14 @@ def fuzz_cases(folder: Path) -> dict:
         path = folder / f"{name}.txt"
         path.write_bytes(text.format(*CODES).encode())
         cases[f"list: {name}"] = [path], faces.pairs, flat, path
+    (folder / "pairs.txt").write_text(PAIRS)
+    cases["pairs.txt"] = [folder / "pairs.txt"], faces.lfw, lfw_folder(folder / "lfw"), folder / "pairs.txt"
     ijb = write_ijb(folder / "ijb")
     cases["ijb"] = sorted((ijb / "meta").iterdir()), faces.ijb, ijb
     return cases
 
 
-@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # of the strings in damaged pickles of Python 2
+@pytest.mark.filterwarnings("ignore:invalid .*escape sequence")  # of the strings in damaged pickles of Python 2
 def test_mutated_files_end_in_one_line(tmp_path):
     """300 mutations of each kind of file: an InputError or a damaged image, nothing else, nothing written."""
     def too_long(*_):
