@@ -692,6 +692,10 @@ def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: s
             if name not in scored:
                 raise InputError(f"--splits: {name} is a training split: it has no protocol to be scored by")
         scored = {name: scored[name] for name in names.split(",")}
+    for name, split in list(scored.items()):
+        if split.protocol["name"] not in HEADLINE:
+            print(f"  {name}: protocol {split.protocol['name']!r} is not scored yet: left out")
+            del scored[name]
     if not scored:
         raise InputError(f"{where}: no test split to score: prepare one, `python -m data_prep SOURCE ... --part test`")
     return sorted(scored.values(), key=lambda s: (DOMAINS.index(s.domain), bool(s.protocol.get("ood")), s.name))

@@ -8,9 +8,9 @@ import click
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_prep import DOMAINS, InputError, bodies, faces, folders, objects, run_command
+from data_prep import DOMAINS, InputError, bodies, faces, folders, insightface, objects, run_command
 from data_prep.demo import SIZE, demo_splits
-from data_prep.shards import FITS, BadImage, Source, Split, read_index, verify_split, write_split
+from data_prep.shards import FITS, BadImage, Source, Split, open_image, read_index, verify_split, write_split
 
 CPUS = os.cpu_count() or 1
 FOLDER = click.Path(path_type=Path)
@@ -31,7 +31,8 @@ def debug_option(command):
 def source_options(command, src: click.ParamType | type = FOLDER):
     """The options that every source shares; `src`: the type of --src."""
     for option in reversed([
-        click.option("--src", type=src, required=True, help="Folder of the data set."),
+        click.option("--src", type=src, required=True,
+                     help="Folder, zip or plain tar of the data set (SET.zip/inner: a folder inside)."),
         click.option("--out", type=click.Path(path_type=Path), required=True,
                      help="Split folder to write, DATA/<domain>/<split>; the domain is taken from it."),
         click.option("--part", type=click.Choice(["train", "test"]),
@@ -55,9 +56,8 @@ def own_size(source: Source) -> int:
     sides = set()
     for i in np.linspace(0, len(source.records) - 1, min(len(source.records), 16), dtype=int):
         try:
-            with Image.open(source.records[i].read.args[0]) as image:
-                sides.update(image.size)
-        except OSError:
+            sides.update(open_image(source.records[i].read())[0].size)
+        except (OSError, BadImage):
             continue
     return sides.pop() if len(sides) == 1 else 112
 
@@ -96,6 +96,11 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
     report(out, index, len(source.records) + sum(source.skipped.values()))
 
 
+def summary(source) -> str:
+    """The help of a source: its docstring without the expected counts and the reference."""
+    return source.__doc__.split("Expected:")[0].split("Source:")[0]
+
+
 @cli.command(help="Class folders: src/<class or person>/**/image. " + folders.folder.__doc__.split("\n\n")[1])
 @source_options
 @click.option("--names", type=click.Path(path_type=Path), help="File of folder<TAB>name lines: names for prompts.")
@@ -106,14 +111,45 @@ def folder(**options) -> None:
     prepare(folders.folder, **options)
 
 
-@cli.command(help=faces.lfw.__doc__)
+@cli.command(help=summary(faces.lfw))
 @source_options
 @click.option("--pairs", type=click.Path(path_type=Path), help="pairs.txt in the format of LFW.")
 def lfw(**options) -> None:
     prepare(faces.lfw, **options)
 
 
-@cli.command(help=bodies.market.__doc__.split("\n\n")[0])
+@cli.command(help=summary(faces.pairs))
+@source_options
+@click.option("--pairs", type=click.Path(path_type=Path), required=True, metavar="FILE|FP|FF", help="List of pairs.")
+def pairs(**options) -> None:
+    prepare(faces.pairs, **options)
+
+
+@cli.command(help=summary(faces.ijb))
+@source_options
+def ijb(**options) -> None:
+    prepare(faces.ijb, **options)
+
+
+@cli.command(help=summary(faces.tinyface))
+@source_options
+def tinyface(**options) -> None:
+    prepare(faces.tinyface, **options)
+
+
+@cli.command(help=summary(insightface.recordio))
+@source_options
+def recordio(**options) -> None:
+    prepare(insightface.recordio, **options)
+
+
+@cli.command("bin", help=summary(insightface.bin))
+@source_options
+def bin_(**options) -> None:
+    prepare(insightface.bin, **options)
+
+
+@cli.command(help=summary(bodies.market))
 @source_options
 def market(**options) -> None:
     prepare(bodies.market, **options)

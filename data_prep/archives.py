@@ -1,11 +1,26 @@
-"""What a source is made of: the files below a folder, by their relative names."""
+"""What a source is made of: its files by their relative names, in a folder or, read in place, in a zip or a plain tar.
 
-from collections.abc import Callable
+Nothing is ever extracted and no name from an archive becomes a path on disk: a member is a range of the archive's
+bytes. An archive hostile or damaged in structure is refused as a whole; one oversized or damaged file is skipped.
+"""
+
+import os
+import re
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from data_prep import InputError
+from data_prep.shards import BadImage
+
+MAX_BYTES = 1 << 29  # of one file: above every image and list of the field, far below a worker's memory
+MAX_RATIO, RATIO_FROM = 200, 1 << 24  # larger zip members that deflate better than this are bombs; images never do
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -13,12 +28,170 @@ class Member:
     """One file of a source."""
 
     name: str  # relative to the source, with /
-    read: Callable[[], bytes]  # its bytes; picklable: it runs in a worker process
+    read: Callable[[], bytes]  # its bytes; picklable: it runs in a worker process; BadImage where it cannot be used
 
 
 def members(src: Path) -> list[Member]:
-    """Every file below src, sorted by name."""
-    if not src.is_dir():
-        raise InputError(f"--src {src}: no such folder")
-    files = ((p.relative_to(src).as_posix(), p) for p in src.rglob("*") if p.is_file())
-    return [Member(name, partial(Path.read_bytes, path)) for name, path in sorted(files)]
+    """Every file below src, sorted by name.
+
+    Args:
+        src: a folder, a zip or a plain tar; SET.zip/inner/folder is a folder inside. Where an archive wraps everything
+            in one folder of folders, as most are packed, names count from below that folder.
+
+    Raises:
+        InputError: no such source, or an archive that must not or cannot be read.
+    """
+    if src.is_dir():
+        files = ((p.relative_to(src).as_posix(), p) for p in src.rglob("*") if p.is_file())
+        return [Member(name, partial(read_range, path)) for name, path in sorted(files)]
+    archive = next((path for path in (src, *src.parents) if path.is_file()), None)
+    if archive is None:
+        raise InputError(f"--src {src}: no such folder or archive")
+    found = {}
+    for raw, read in list_archive(archive):
+        name = safe_name(archive, raw)
+        if not name.startswith("__MACOSX/"):  # attributes that macOS packs beside the files, under their names
+            found[name] = read  # an archive that was appended to holds older versions first
+    inner = src.relative_to(archive).as_posix()
+    if inner == ".":
+        tops = {name.partition("/")[0] for name in found}
+        inner = tops.pop() if len(tops) == 1 and any(name.count("/") > 1 for name in found) else ""
+    elif not any(name.startswith(f"{inner}/") for name in found):
+        raise InputError(f"--src {src}: {archive} has no folder {inner!r} inside")
+    prefix = f"{inner}/" if inner else ""
+    return [Member(name[len(prefix):], found[name]) for name in sorted(found) if name.startswith(prefix)]
+
+
+def read_text(member: Member) -> str:
+    """The text of a list file of a source."""
+    try:
+        return member.read().decode("utf-8-sig")
+    except (BadImage, OSError, ValueError) as error:
+        raise InputError(f"{member.name}: not a readable text file ({error})") from error
+
+
+def safe_name(archive: Path, raw: str) -> str:
+    """A member's name with / between its parts; InputError where it points out of the archive or at nothing."""
+    name = raw.replace("\\", "/")  # some Windows tools pack it so
+    parts = name.split("/")
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in parts or not name.strip("./"):
+        raise InputError(f"--src {archive}: member {raw!r} points out of the archive: refused; get a clean copy")
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+# ---------------------------------------------------------------- reading, in worker processes
+
+
+def read_range(path: Path, offset: int = 0, length: int | None = None) -> bytes:
+    """`length` bytes of a file from `offset` on (None: to its end); closed again, so that workers hold none."""
+    with open(path, "rb") as file:
+        length = os.fstat(file.fileno()).st_size - offset if length is None else length
+        check_size(length)
+        file.seek(offset)
+        data = file.read(length)
+    if len(data) != length:
+        raise BadImage("cut off")
+    return data
+
+
+def inflate(path: Path, offset: int, packed: int, size: int, crc: int, method: int) -> bytes:
+    """A zip member by its local header; never produces more bytes than the directory of the zip announced."""
+    check_size(max(packed, size))
+    with open(path, "rb") as file:
+        file.seek(offset)
+        head = file.read(30)
+        if len(head) < 30 or not head.startswith(b"PK\3\4"):
+            raise BadImage("damaged in its archive")
+        file.seek(sum(struct.unpack("<HH", head[26:])), os.SEEK_CUR)  # over the name and the extra field
+        data = file.read(packed)
+    if method == zipfile.ZIP_DEFLATED:
+        try:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+        except zlib.error as error:
+            raise BadImage("damaged in its archive") from error
+    if len(data) != size or zlib.crc32(data) != crc:
+        raise BadImage("damaged in its archive")
+    return data
+
+
+def check_size(length: int) -> None:
+    """BadImage where a file is too large to be held in memory by every worker."""
+    if length > MAX_BYTES:
+        raise BadImage(f"larger than {MAX_BYTES >> 20} MiB")
+
+
+# ---------------------------------------------------------------- listing
+
+
+def list_archive(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """(name, read) of every regular file of a zip or a plain tar, told apart by content."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise InputError(f"--src {path}: cannot be read ({error.strerror})") from error
+    for magic, kind in COMPRESSED.items():
+        if head.startswith(magic):
+            raise InputError(f"--src {path}: compressed with {kind}, in which single images cannot be reached without "
+                             "decompressing all before them: decompress it to a plain .tar first")
+    return list_zip(path) if head[:4] in (b"PK\3\4", b"PK\5\6") else list_tar(path)
+
+
+def list_zip(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """The files of a zip, stored or deflated."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except Exception as error:  # zipfile raises BadZipFile, ValueError, struct.error, UnicodeError, ... by damage
+        raise InputError(f"--src {path}: damaged zip ({error}); get a clean copy") from error
+    end = 0
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        kind = info.external_attr >> 28  # the file type of a Unix mode; 0 where the packer noted none
+        why = None
+        if info.flag_bits & 1:
+            why = "is encrypted"
+        elif kind not in (0, 4, 8):
+            why = "is a link" if kind == 10 else "is a device"
+        elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            why = f"is packed with method {info.compress_type} (stored and deflated are read)"
+        elif info.file_size > max(RATIO_FROM, MAX_RATIO * info.compress_size):
+            why = f"is a decompression bomb ({info.compress_size} bytes become {info.file_size})"
+        elif info.header_offset < end:
+            why = "overlaps the one before it, as in a decompression bomb"
+        if why:
+            raise InputError(f"--src {path}: member {info.filename!r} {why}: refused")
+        end = info.header_offset + 30 + len(info.orig_filename) + info.compress_size  # at least: names are encoded
+        if not info.filename.endswith("/"):
+            yield info.filename, partial(inflate, path, info.header_offset, info.compress_size, info.file_size,
+                                         info.CRC, info.compress_type)
+
+
+def list_tar(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """The files of a plain tar, by offset."""
+    total, infos = path.stat().st_size, []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for info in archive:
+                if infos and info.offset <= infos[-1].offset:
+                    raise tarfile.ReadError("its members run in a circle")
+                infos.append(info)
+            # tarfile takes a damaged header for the end; the true one is a block of zeros
+            if read_range(path, archive.offset, tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
+    except Exception as error:  # tarfile raises TarError, ValueError, IndexError, RecursionError, ... by damage
+        raise InputError(f"--src {path}: neither a folder nor a readable zip or tar ({error}); "
+                         "is the download complete?") from error
+    for info in infos:
+        why = None
+        if info.issym() or info.islnk():
+            why = "is a link"
+        elif not (info.isdir() or info.isreg()):
+            why = "is a device"
+        elif info.issparse():
+            why = "is a sparse file"
+        elif not 0 <= info.size <= total - info.offset_data:
+            why = "reaches beyond the end"
+        if why:
+            raise InputError(f"--src {path}: member {info.name!r} {why}: refused")
+        if info.isreg():
+            yield info.name, partial(read_range, path, info.offset_data, info.size)

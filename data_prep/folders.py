@@ -1,34 +1,41 @@
 """Sources of class folders: one folder a class or person, images anywhere below it (ImageFolder layout)."""
 
 from collections import Counter
-from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
 from data_prep import InputError
-from data_prep.shards import Record, Source
+from data_prep.archives import Member, members
+from data_prep.shards import READABLE, Record, Source
 
 
 def image_suffixes() -> frozenset[str]:
-    """Lower-case file endings that Pillow can read, with their dot."""
-    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    """Lower-case file endings of the formats that are read, with their dot."""
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in READABLE)
 
 
-def scan(src: Path) -> tuple[list[tuple[str, Path]], Counter]:
-    """All images below src as (class folder, path), sorted, and the files left out by reason."""
-    if not src.is_dir():
-        raise InputError(f"--src {src}: no such folder")
+def scan(src: Path) -> tuple[list[tuple[str, Member]], Counter]:
+    """All images below src as (class folder, file), sorted, and the files left out by reason."""
     images, skipped, endings = [], Counter(), image_suffixes()
-    for path in sorted(p for p in src.rglob("*") if p.is_file()):
-        place = path.relative_to(src)
-        if path.suffix.lower() not in endings:
+    for member in members(src):
+        top, slash, _ = member.name.partition("/")
+        if PurePosixPath(member.name).suffix.lower() not in endings:
             skipped["not an image by its name"] += 1
-        elif len(place.parts) == 1:
+        elif not slash:
             skipped["not in a class folder"] += 1
         else:
-            images.append((place.parts[0], path))
+            images.append((top, member))
     return images, skipped
+
+
+def search_roles(identities: list[str]) -> list[int]:
+    """Roles of a closed-set search: a person's first image is the gallery, later ones probes, lone ones distractors."""
+    count, seen, roles = Counter(identities), Counter(), []
+    for identity in identities:
+        roles.append(0 if seen[identity] else 1 if count[identity] > 1 else 2)
+        seen[identity] += 1
+    return roles
 
 
 def read_names(path: Path | None) -> dict[str, str]:
@@ -36,9 +43,9 @@ def read_names(path: Path | None) -> dict[str, str]:
     if path is None:
         return {}
     try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise InputError(f"--names {path}: cannot be read ({error.strerror})") from error
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--names {path}: cannot be read ({error})") from error
     names = {}
     for number, line in enumerate(lines, 1):
         folder, tab, name = line.partition("\t")
@@ -60,14 +67,10 @@ def folder(src: Path, domain: str, train: bool, names: Path | None = None, refer
     if (ood or reference) and (train or domain != "object"):
         raise InputError("--reference and --ood say how a test split of objects is scored: leave them out here")
     images, skipped = scan(src)
-    count, seen = Counter(name for name, _ in images), Counter()
-    records = []
-    for name, path in images:
-        role = None
-        if not train and domain != "object":
-            role = 0 if seen[name] else 1 if count[name] > 1 else 2
-        seen[name] += 1
-        records.append(Record(partial(Path.read_bytes, path), str(path.relative_to(src)), name, role=role))
+    search = not train and domain != "object"
+    roles = search_roles([name for name, _ in images]) if search else [None] * len(images)
+    records = [Record(member.read, member.name, name, role=role)
+               for (name, member), role in zip(images, roles, strict=True)]
     protocol = None
     if not train:
         classification = {"name": "classification", "reference": reference or "train", "ood": ood}

@@ -2,7 +2,8 @@
 
     shard-000000.tar, ...   plain tar: <key>.jpg and <key>.json side by side, readable by any WebDataset reader
     index.json              what the split is: sizes, classes, shard table with hashes, protocol, provenance
-    index/*.npy             columns, one row a sample: where its JPEG lies, its label, camera, role, ...
+    index/*.npy             columns, one row a sample: where its JPEG lies, its label, camera, role, ...; and the lists
+                            of a protocol (TABLES), one row a pair or template
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import sys
 import tarfile
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,8 +33,17 @@ from data_prep import DOMAINS, InputError
 FORMAT = "imic-shards/1"
 VERSION = "0.1"  # of data_prep, recorded with every split
 ROLES = ("probe", "gallery", "distractor")  # numbered in the column `role`; a re-identification query is a probe
-OPTIONAL = ("camera", "clothes", "role", "template")  # integer columns that only some sources have
+# columns that only some sources have: integers, but for the quality that a detector gave to a face; -1: none
+OPTIONAL = ("camera", "clothes", "role", "template", "media", "quality")
+TABLES = {
+    "pairs": "left row, right row, same, fold",  # verification
+    "template_pairs": "template, template, same",  # templates, 1:1
+    "template_gallery": "template, gallery (from 0)",  # templates, 1:N: each gallery is searched for itself
+    "template_probes": "template",
+}
 FITS = ("crop", "squash", "pad")
+# raster formats alone: Pillow would hand PostScript to an interpreter, whatever a file is called
+READABLE = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 OPEN_SHARDS = 64  # files that a split keeps open at once: far below the usual limit of 1024 a process
 # fork where it is safe and quick; named, because the default differs between systems and Python versions
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -42,7 +53,7 @@ class BadImage(Exception):
     """One image cannot be used; the message says which and why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image of a source, before it is read."""
 
@@ -54,6 +65,8 @@ class Record:
     clothes: int | None = None
     role: int | None = None  # index into ROLES
     template: int | None = None
+    media: int | None = None  # the video or photograph that images of a template come from
+    quality: float | None = None  # >= 0
 
 
 @dataclass
@@ -66,16 +79,31 @@ class Source:
     skipped: Counter = field(default_factory=Counter)  # files left out by reason, before reading
     names: dict[str, str] = field(default_factory=dict)  # identity -> a name for people and prompts
     blocks: list[int] = field(default_factory=list)  # first places of runs of records that are cheap to read together
+    tables: dict[str, np.ndarray] = field(default_factory=dict)  # TABLES without rows: written as they are
 
 
 # ---------------------------------------------------------------- one image
+
+
+def open_image(data: bytes) -> tuple[Image.Image, bool]:
+    """A decoded image, and whether its EXIF data say that it is to be turned; BadImage where there is none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=READABLE)
+        image.load()  # a truncated file ends here, not in training
+        return image, image.getexif().get(0x0112, 1) != 1
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS // 1_000_000} million pixels") from error
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... by format
+        raise BadImage("unreadable image") from error
 
 
 def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
     """An encoded image as a JPEG of size x size pixels; a baseline JPEG that already fits is returned as it is.
 
     Args:
-        data: an image in any format that Pillow reads.
+        data: an image in one of the formats READABLE.
         size: side in pixels.
         fit: "crop" (short side to `size`, centre crop), "squash" (ignore the aspect ratio) or "pad" (keep it, fill
             with the mean colour).
@@ -84,12 +112,7 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
     Raises:
         BadImage: not an image, or a damaged one.
     """
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.load()  # a truncated file ends here, not in training
-        turned = image.getexif().get(0x0112, 1) != 1
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... by format
-        raise BadImage("unreadable image") from error
+    image, turned = open_image(data)
     plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not image.info.get("progressive") and not turned
     if plain and image.size == (size, size):
         return data
@@ -220,8 +243,10 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
     plan = hashlib.sha256(json.dumps([FORMAT, VERSION, settings, train, seed, shard_size, source.protocol, source.pairs,
                                       sorted(source.names.items())]).encode())
     for record in records:
-        plan.update(repr((record.name, record.identity, record.person, record.camera, record.clothes, record.role,
-                          record.template)).encode())
+        optional = (getattr(record, name) for name in OPTIONAL)
+        plan.update(repr((record.name, record.identity, record.person, *optional)).encode())
+    for name, table in source.tables.items():
+        plan.update(name.encode() + table.tobytes())
     plan = plan.hexdigest()
     if (folder / "index.json").exists():
         index = read_index(folder)
@@ -243,12 +268,15 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
         tasks.append((folder, number, first, [records[i] for i in places], [labels[i] for i in places], settings))
     written = run_tasks(tasks, workers, f"{domain}/{split}", len(records))
 
-    rows = np.array([row for part in written for row in part["rows"]], dtype=np.int64).reshape(-1, 4 + len(OPTIONAL))
+    found = np.array([row for part in written for row in part["rows"]], dtype=np.float64).reshape(-1, 4 + len(OPTIONAL))
+    rows = found.astype(np.int64)
     if not len(rows):
         raise InputError(f"{folder}: none of the {len(records)} images can be read")
     columns = {"shard": np.repeat(np.arange(len(written)), [part["samples"] for part in written])}
     columns |= {"offset": rows[:, 1], "length": rows[:, 2], "label": rows[:, 3]}
-    columns |= {name: rows[:, 4 + i] for i, name in enumerate(OPTIONAL) if (rows[:, 4 + i] >= 0).any()}
+    columns |= {name: (found if name == "quality" else rows)[:, 4 + i] for i, name in enumerate(OPTIONAL)
+                if (found[:, 4 + i] >= 0).any()}
+    columns |= source.tables
     protocol = source.protocol
     if source.pairs:
         row_of = np.full(len(records), -1)
@@ -368,13 +396,13 @@ class Split:
         return Split, (self.folder,)
 
     def column(self, name: str) -> np.ndarray:
-        """One row a sample (the column "pairs": one row a pair), memory-mapped."""
+        """One row a sample (those of TABLES: one row a pair or template), memory-mapped."""
         path = self.folder / "index" / f"{name}.npy"
         try:
             column = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: column {name!r} cannot be read ({error}); prepare the split again") from error
-        if name != "pairs" and column.shape != (len(self),):
+        if name not in TABLES and column.shape != (len(self),):
             raise InputError(f"{path}: {column.shape} rows for {len(self)} samples; prepare the split again")
         return column
 
@@ -470,7 +498,7 @@ def verify_shard(folder: Path, number: int) -> list[str]:
                 label = int(split.labels[row])
                 expected = {"key": key, "domain": split.domain, "label": label,
                             "identity": split.classes[label] if label >= 0 else None}
-                expected |= {name: int(column[row]) for name, column in columns.items() if column[row] >= 0}
+                expected |= {name: column[row].item() for name, column in columns.items() if column[row] >= 0}
                 problems += [f"{path}: {meta.name}: {name} is {fields.get(name)!r}, the index says {value!r}"
                              for name, value in expected.items() if fields.get(name) != value]
                 try:
@@ -495,10 +523,38 @@ def verify_protocol(split: Split) -> list[str]:
         a, b = split.labels[pairs[:, 0]], split.labels[pairs[:, 1]]
         wrong = int(((a == b) != (pairs[:, 2] == 1)).sum())
         problems += [f"{split.folder}: {wrong} pairs contradict the labels"] * (wrong > 0)
+    if name == "templates":
+        problems += verify_templates(split)
     if name in ("reid", "identification"):
         roles = split.optional("role")
         problems += [f"{split.folder}: {name} needs samples of role {role}" for i, role in enumerate(ROLES[:2])
                      if not (roles == i).any()]
+    return problems
+
+
+def verify_templates(split: Split) -> list[str]:
+    """What is wrong with the templates of a split and the lists that name them.
+
+    A listed template without images is no error: it failed to enrol, which an evaluation has to count against it.
+    """
+    templates, problems = split.optional("template"), []
+    ids, first = np.unique(templates, return_index=True)
+    if (split.labels != split.labels[first][np.searchsorted(ids, templates)]).any():
+        problems.append(f"{split.folder}: images of one template have several labels")
+    for name in ("template_pairs", "template_gallery", "template_probes"):
+        if name in split.index["columns"]:
+            table, width = split.column(name), TABLES[name].count(",") + 1
+            if table.ndim != 2 or table.shape[1] != width or not len(table):
+                problems.append(f"{split.folder}: {name} is {table.shape}, want [rows, {width}]: {TABLES[name]}")
+                continue
+            place = np.searchsorted(ids, table[:, :2]).clip(max=len(ids) - 1)
+            known = (ids[place] == table[:, :2]).all(1)
+            if name == "template_pairs":
+                a, b = split.labels[first[place[known]]].T
+                wrong = int(((a == b) != (table[known, 2] == 1)).sum())
+                problems += [f"{split.folder}: {wrong} template pairs contradict the labels"] * (wrong > 0)
+            elif not (ids[place[:, 0]] == table[:, 0]).any():
+                problems.append(f"{split.folder}: {name} names no template of the split")
     return problems
 
 

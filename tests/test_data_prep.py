@@ -420,7 +420,8 @@ def test_bad_input(arguments, words, tmp_path):
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     command = ["-m", "data_prep", "folder", "--src", tmp_path / "none", "--out", tmp_path / "object/train"]
     result = script(*command, check=2)
-    assert result.stderr.strip().splitlines() == [f"error: --src {tmp_path}/none: no such folder"] and not result.stdout
+    assert result.stderr.strip().splitlines() == [f"error: --src {tmp_path}/none: no such folder or archive"]
+    assert not result.stdout
     result = script("-m", "data_prep", "verify", tmp_path, "--debug", check=1)
     assert "Traceback" in result.stderr
 
