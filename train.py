@@ -4,6 +4,7 @@
     python train.py --backbone eva02 --schedule A --batch 256 --micro-batch 64    # bounded memory
     python train.py --backbone clip --schedule B --domains face_hq                # a domain expert
     python train.py --backbone clip --size tiny --weights none --data demo/data --image-size 64 --batch 64 --images 6400
+    torchrun --nproc-per-node 8 train.py --backbone clip --schedule B --shard-head   # eight GPUs
     python train.py --config runs/NAME/config.json --seed 1                       # replay a run with another seed
     python train.py ... --out runs/NAME --resume                                  # continue; start if nothing is there
 
@@ -11,6 +12,8 @@ A schedule is three numbers (domains per batch, images per batch, batches per op
 L = sum_i w_d(i) l_i / (K n_d(i)), whatever the schedule. What is written into runs/NAME: see README, "A run folder".
 """
 
+import contextlib
+import dataclasses
 import difflib
 import itertools
 import json
@@ -42,7 +45,7 @@ from data_prep import DOMAINS, InputError, run_command
 from data_prep.shards import Split, open_root
 from data_prep.stream import Batches, Chunk, Stream
 from kernels.gather import gather_interleaved
-from kernels.margin_loss import margin_loss
+from kernels.margin_loss import Shard, margin_loss, merge_over
 
 ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py claims`
 SIZES = ("tiny", "small", "base", "large")
@@ -387,6 +390,88 @@ def to_images(chunk: Chunk, model: Backbone, device: torch.device, dtype: torch.
                               boxes=chunk.boxes, flip=chunk.flip, dtype=dtype)
 
 
+# ---------------------------------------------------------------- ranks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started for the run; alone it is rank 0 of 1."""
+
+    rank: int = 0
+    world: int = 1
+    control: object = None  # gloo group, for what the CPUs tell each other while the GPUs work
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; every rank has to ask."""
+        if self.world == 1:
+            return flag
+        told = torch.tensor(int(flag))
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self.control)
+        return bool(told)
+
+    def wait(self) -> None:
+        """Go on when every rank is here."""
+        self.any(False)
+
+
+def join_ranks(config: dict) -> Ranks:
+    """The ranks of torchrun's environment; a process group where there are several."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return Ranks()
+    device = pick_device(config["device"])
+    if device.type == "cuda":
+        config["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(config["device"])
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    ranks = Ranks(torch.distributed.get_rank(), world, torch.distributed.new_group(backend="gloo"))
+    if ranks.rank:  # one voice
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return ranks
+
+
+def head_slices(class_counts: list[int], rank: int, world: int) -> tuple[torch.Tensor, list[tuple[int, int]], Shard]:
+    """A near-equal slice of EVERY domain's classes for one rank.
+
+    Returns:
+        rows of the whole head (int64), class ranges within them, and where the slices lie, for margin_loss.
+    """
+    rows, ranges, start, first, end = [], [], [], 0, 0
+    for count in class_counts:
+        low, high = count * rank // world, count * (rank + 1) // world
+        rows.append(torch.arange(first + low, first + high))
+        ranges.append((end, end + high - low))
+        start.append(low)
+        first, end = first + count, end + high - low
+    return torch.cat(rows), ranges, Shard(tuple(start), tuple(class_counts), merge_over())
+
+
+class GatherSamples(torch.autograd.Function):
+    """Embeddings [b, D] of every rank, one after the other [world b, D]; their gradients are summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        ctx.ranks, ctx.rows = ranks, slice(ranks.rank * len(x), (ranks.rank + 1) * len(x))
+        return gather_rows(x, ranks)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.ranks.sum(gradient.contiguous())[ctx.rows], None
+
+
+def gather_rows(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """Tensors [b, ...] of equal shape from every rank as one [world b, ...]."""
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks.world)]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
 # ---------------------------------------------------------------- loss and optimiser
 
 
@@ -418,54 +503,85 @@ def per_domain(config: dict, key: str) -> list[float]:
     return [values[name] for name in config["domains"]]
 
 
-def loss_options(config: dict, class_counts: list[int], device: torch.device) -> dict:
+def loss_options(config: dict, class_counts: list[int], device: torch.device, ranks: Ranks = Ranks()) -> dict:
     """What margin_loss is told about the domains of a run: its keyword arguments that no step changes."""
-    ends = np.cumsum(class_counts)
-    ranges = [(int(end - n), int(end)) for end, n in zip(ends, class_counts, strict=True)]
+    sharded = ranks.world > 1 and config["shard_head"]
+    _, ranges, shard = head_slices(class_counts, ranks.rank if sharded else 0, ranks.world if sharded else 1)
     values = {name: torch.tensor(per_domain(config, name), device=device)
               for name in ("scale", "margin_angular", "margin_additive", "domain_weight", "label_smoothing")}
-    return values | {"class_ranges": ranges, "num_domains": len(class_counts), "reduction": config["coupling"]}
+    return values | {"class_ranges": ranges, "num_domains": len(class_counts), "reduction": config["coupling"],
+                     "shard": shard if sharded else None}
 
 
 def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], counts: torch.Tensor, options: dict, *,
-               margin: float = 1.0, negatives: str = "own", tune_backbone: bool = True) -> dict[str, torch.Tensor]:
+               margin: float = 1.0, negatives: str = "own", tune_backbone: bool = True, ranks: Ranks = Ranks(),
+               passes: int = 1) -> dict[str, torch.Tensor]:
     """Add the gradients of one optimiser step, batch by batch, to `.grad` of the backbone and of the class weights.
 
+    With several ranks every one of them holds the gradients of the whole step afterwards (of a sharded head: of its own
+    rows): n_d counts the samples of all ranks, so what the ranks add up is exact.
+
     Args:
-        model: images [B, 3, S, S] -> embeddings [B, D].
+        model: images [B, 3, S, S] -> embeddings [B, D]; with several ranks a DistributedDataParallel.
         head: class weights [C, D], requires grad.
         batches: (images, labels [B], domains [B]) of the step: any split of it gives the same gradients to rounding.
+            Label -1 counts for nothing.
         counts: [K] samples per domain in the whole step, the denominators n_d.
         options: from `loss_options`.
         margin: factor on both margins, 0..1.
         negatives: "own" (softmax over the domain's classes) or "all" (over every row of the head).
         tune_backbone: False trains the class weights alone.
+        ranks: the processes of the run.
+        passes: number of `batches`; the ranks add up their gradients in the last one.
 
     Returns:
-        Detached sums over the step: loss; cos, correct, count [K]; direction [D], the sum of unit embeddings.
+        Detached sums over this rank's samples: loss; cos, correct, count [K]; direction [D], of unit embeddings.
     """
-    K, device = len(counts), head.device
+    K, device, shard = len(counts), head.device, options.get("shard")
     options = options | {name: options[name] * margin for name in ("margin_angular", "margin_additive")}
     first = torch.tensor([start for start, _ in options["class_ranges"]], device=device)
     if negatives == "all":
         options["class_ranges"] = [(0, len(head))] * K
     total = {"loss": torch.zeros((), device=device), "direction": torch.zeros(head.shape[1], device=device)}
     total |= {name: torch.zeros(K, device=device) for name in ("loss_by_domain", "cos", "correct", "count")}
-    for images, labels, domains in batches:
-        with torch.set_grad_enabled(tune_backbone):
-            x = model(images)
-        labels = labels + first[domains] if negatives == "all" else labels
-        # one value a sample: with as many samples as domains a vector [K] would be taken for one
-        own = {name: options[name][domains] for name in ("scale", "margin_angular", "margin_additive")}
-        result = margin_loss(x, head, labels, domains, domain_count=counts, **options | own)
-        result.loss.backward()
-        total["loss"] += result.loss.detach()
-        total["loss_by_domain"] += result.per_domain.nan_to_num(0.0)
-        total["cos"].index_add_(0, domains, result.target_cos.float())
-        total["correct"].index_add_(0, domains, result.correct.float())
-        total["count"].index_add_(0, domains, torch.ones_like(domains, dtype=torch.float32))
-        total["direction"] += F.normalize(x.detach().float(), dim=1).sum(0)
+    for number, (images, labels, domains) in enumerate(batches, 1):
+        last = number == passes or ranks.world == 1 or not tune_backbone
+        with contextlib.nullcontext() if last else model.no_sync():
+            with torch.set_grad_enabled(tune_backbone):
+                x = model(images)
+            mine, valid = slice(0, len(labels)), labels >= 0
+            target, of, own = labels, domains, x
+            if negatives == "all":
+                target = torch.where(valid, labels + first[domains], -1)
+            if shard is not None:
+                mine = slice(ranks.rank * len(labels), (ranks.rank + 1) * len(labels))
+                own = GatherSamples.apply(x, ranks)
+                target, of = gather_rows(labels, ranks), gather_rows(domains, ranks)
+            # one value a sample: with as many samples as domains a vector [K] would be taken for one
+            values = {name: options[name][of] for name in ("scale", "margin_angular", "margin_additive")}
+            result = margin_loss(own, head, target, of, domain_count=counts, **options | values)
+            (result.loss * ranks.world).backward()  # DistributedDataParallel averages over the ranks
+        share = 1.0 if shard is None else 1.0 / ranks.world  # a sharded head gives every rank the loss of all
+        total["loss"] += result.loss.detach() * share
+        total["loss_by_domain"] += result.per_domain.nan_to_num(0.0) * share
+        total["cos"].index_add_(0, domains, result.target_cos[mine].float().nan_to_num(0.0))
+        total["correct"].index_add_(0, domains, result.correct[mine].float())
+        total["count"].index_add_(0, domains, valid.float())
+        total["direction"] += (F.normalize(x.detach().float(), dim=1) * valid[:, None]).sum(0)
+    if ranks.world > 1:
+        head.grad /= ranks.world
+        if shard is None:
+            ranks.sum(head.grad)
     return total
+
+
+def gradient_norm(parameters: list[nn.Parameter], head: nn.Parameter, sharded: bool, ranks: Ranks) -> torch.Tensor:
+    """Length of the gradient of the backbone and of the whole head, the same on every rank."""
+    own = head.grad.square().sum()
+    if sharded:
+        ranks.sum(own)
+    gradients = [p.grad for p in parameters if p.grad is not None and p is not head]
+    return (nn.utils.get_total_norm(gradients).to(own) ** 2 + own).sqrt() if gradients else own.sqrt()
 
 
 def mean_pairwise_cosine(direction: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
@@ -489,7 +605,8 @@ def make_optimizer(model: Backbone, head: nn.Parameter, config: dict) -> torch.o
     parameters = [{"params": p, "weight_decay": decay, "scale": scale} for (scale, decay), p in groups.items()]
     # cosines do not see the length of a class weight: decaying it would only raise its effective learning rate
     parameters.append({"params": [head], "weight_decay": 0.0, "scale": config["head_lr"]})
-    return torch.optim.AdamW(parameters, lr=config["lr"], betas=(0.9, 0.999))
+    # fused: one launch, and a step that is not finite is left out on the device (`found_inf`), without asking the CPU
+    return torch.optim.AdamW(parameters, lr=config["lr"], betas=(0.9, 0.999), fused=True)
 
 
 def rate(step: int, steps: int, warmup: float, floor: float) -> float:
@@ -519,7 +636,8 @@ def embed_rows(model: Backbone, split: Split, rows: np.ndarray, device: torch.de
             yield good, (model(x) + model(x.flip(3)) if flip else model(x)).float()
 
 
-def init_head(model: Backbone, splits: list[Split], config: dict, device: torch.device) -> torch.Tensor:
+def init_head(model: Backbone, splits: list[Split], config: dict, device: torch.device,
+              ranks: Ranks = Ranks()) -> torch.Tensor:
     """Class weights [C, D] to start from: unit class means of the untouched backbone, prompts, or random."""
     if config["head_init"] == "random":
         generator = torch.Generator().manual_seed(config["seed"])
@@ -532,14 +650,15 @@ def init_head(model: Backbone, splits: list[Split], config: dict, device: torch.
             continue
         order = np.argsort(split.labels, kind="stable")  # the first images of each class
         place = np.arange(len(order)) - np.searchsorted(split.labels[order], split.labels[order])
-        rows = np.sort(order[place < config["head_init_images"]])
+        rows = np.sort(order[place < config["head_init_images"]])[ranks.rank :: ranks.world]
         total = torch.zeros(len(split.classes), model.dim, device=device)
         parts = embed_rows(model, split, rows, device, config["micro_batch"] or 64)
-        with tqdm(total=len(rows), desc=f"class means {split.domain}", unit="img", disable=None) as bar:
+        with tqdm(total=len(rows), desc=f"class means {split.domain}", unit="img",
+                  disable=True if ranks.rank else None) as bar:
             for used, x in parts:
                 total.index_add_(0, torch.from_numpy(split.labels[used]).to(device), F.normalize(x, dim=1))
                 bar.update(len(used))
-        blocks.append(F.normalize(total, dim=1))
+        blocks.append(F.normalize(ranks.sum(total), dim=1))
     return torch.cat(blocks)
 
 
@@ -662,7 +781,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def draw_samples(path: Path, stream: Stream, model: Backbone, columns: int = 8) -> None:
+def draw_samples(path: Path, stream: Stream, model: Backbone, cache: list[torch.Tensor] | None = None,
+                 columns: int = 8) -> None:
     """The first images as the network sees them, one row a domain: catches colour, crop and label bugs."""
     import matplotlib
 
@@ -676,6 +796,8 @@ def draw_samples(path: Path, stream: Stream, model: Backbone, columns: int = 8) 
         ax.axis("off")
     for d, split in enumerate(stream.splits):
         chunk = stream[int((stream.plan[:, d] > 0).argmax()) * stream.per_batch]
+        if cache is not None:
+            chunk = dataclasses.replace(chunk, banks=[bank.cpu() for bank in cache])
         images = to_images(chunk, model, torch.device("cpu"))
         for ax, b in zip(axes[d], (chunk.domain == d).nonzero().flatten().tolist(), strict=False):
             ax.imshow((images[b] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
@@ -689,33 +811,77 @@ def draw_samples(path: Path, stream: Stream, model: Backbone, columns: int = 8) 
 # ---------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(folder: Path, step: int, model: Backbone, head, optimizer, splits, tally: dict) -> None:
-    """Write the weights, then last/state.pt: everything that step `step` starts from.
+def whole_head(tensor: torch.Tensor, job: "Job") -> torch.Tensor:
+    """A tensor with one row per class of this rank's slice, with the rows of all ranks."""
+    if job.rows is None:
+        return tensor
+    whole = torch.zeros(sum(len(split.classes) for split in job.splits), *tensor.shape[1:], dtype=tensor.dtype,
+                        device=tensor.device)
+    whole[job.rows] = tensor
+    return job.ranks.sum(whole)
+
+
+@contextlib.contextmanager
+def averaged(job: "Job") -> Iterator[None]:
+    """Inside, the trainable parameters are their running averages, where --ema keeps any."""
+    swap = [] if job.ema is None else list(zip(job.parameters, job.ema, strict=True))
+    for parameter, average in swap:
+        parameter.data, average.data = average.data, parameter.data
+    yield
+    for parameter, average in swap:
+        parameter.data, average.data = average.data, parameter.data
+
+
+def save_checkpoint(job: "Job", step: int) -> None:
+    """Write the weights, then last/state.pt: everything that step `step` starts from, whatever the number of ranks.
 
     In this order a run that is killed in between repeats the steps since the former state, and ends with both.
     """
-    save_weights(folder, model, head, splits)
-    (folder / "last").mkdir(exist_ok=True)
-    state = {"step": step, "model": model.state_dict(), "head": head.detach(), "optimizer": optimizer.state_dict(),
-             "rng": torch.get_rng_state(), "tally": tally}
-    write_atomically(folder / "last" / "state.pt", lambda path: torch.save(state, path))
+    folder, ranks, state = job.folder, job.ranks, job.optimizer.state_dict()
+    last = max(state["state"], default=None)  # the class weights: last group, last number
+    if last is not None:
+        state["state"][last] = {key: whole_head(v, job) if v.ndim else v for key, v in state["state"][last].items()}
+    head, rng = whole_head(job.head.detach(), job), [torch.get_rng_state()]
+    average = None if job.ema is None else [*job.ema[:-1], whole_head(job.ema[-1], job)]
+    with averaged(job):
+        best = whole_head(job.head.detach(), job)
+        if ranks.rank == 0:
+            save_weights(folder, job.model, best, job.splits)
+    if ranks.world > 1:
+        rng = [None] * ranks.world
+        torch.distributed.all_gather_object(rng, torch.get_rng_state(), group=ranks.control)
+    if ranks.rank == 0:
+        (folder / "last").mkdir(exist_ok=True)
+        state = {"step": step, "model": job.model.state_dict(), "head": head, "optimizer": state, "rng": rng,
+                 "tally": job.tally, "health": job.health, "ema": average}
+        write_atomically(folder / "last" / "state.pt", lambda path: torch.save(state, path))
+    ranks.wait()
 
 
-def load_checkpoint(folder: Path, model: Backbone, head, optimizer, tally: dict) -> int:
+def load_checkpoint(job: "Job") -> int:
     """Restore what save_checkpoint wrote; returns the next step. log.jsonl is cut back to that step."""
-    path = folder / "last" / "state.pt"
+    folder, path = job.folder, job.folder / "last" / "state.pt"
+    rows = slice(None) if job.rows is None else job.rows.cpu()
     try:
         state = torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # a damaged zip, a foreign pickle
         what = type(error).__name__
         raise InputError(f"{path}: damaged ({what}): restore it, or start anew in another --out") from error
-    model.load_state_dict(state["model"])
-    head.data.copy_(state["head"])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["rng"])
-    tally.update(state["tally"])
+    job.model.load_state_dict(state["model"])
+    job.head.data.copy_(state["head"][rows])
+    if moments := state["optimizer"]["state"]:
+        last = max(moments)
+        moments[last] = {key: v[rows] if v.ndim else v for key, v in moments[last].items()}
+    job.optimizer.load_state_dict(state["optimizer"])
+    if job.ema is not None:
+        for average, saved in zip(job.ema, [*state["ema"][:-1], state["ema"][-1][rows]], strict=True):
+            average.copy_(saved)
+    job.health.copy_(state["health"])
+    if len(state["rng"]) == job.ranks.world:  # else the ranks keep the state that their number gave them
+        torch.set_rng_state(state["rng"][job.ranks.rank])
+    job.tally.update(state["tally"])
     log = folder / "log.jsonl"
-    if log.exists():
+    if log.exists() and job.ranks.rank == 0:
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
         write_atomically(log, lambda path: path.write_text("".join(f"{line}\n" for line in kept)))
@@ -725,9 +891,11 @@ def load_checkpoint(folder: Path, model: Backbone, head, optimizer, tally: dict)
 class StopRequest:
     """Set by SIGTERM, SIGINT or a file RUN/STOP: the run ends after the current step. A second signal exits at once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ranks: Ranks = Ranks()) -> None:
         self.file, self.reason = folder / "STOP", ""
-        self.file.unlink(missing_ok=True)
+        if ranks.rank == 0:
+            self.file.unlink(missing_ok=True)
+        ranks.wait()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
@@ -768,6 +936,12 @@ def check_options(config: dict) -> None:
         raise InputError("--freeze-text-head freezes the object classes of --head-init text: give both, with object")
     if (config["mix"] and config["schedule"] != "B") or (config["mix_ramp"] and config["schedule"] != "B"):
         raise InputError("--mix and --mix-ramp set the shares of schedule B; the other schedules deal equally")
+    if config["degrade"] and config["cache"] != "none":
+        raise InputError("--degrade makes another image each time, --cache keeps the decoded ones: give one of them")
+    if config["cache"] == "gpu" and pick_device(config["device"]).type != "cuda":
+        raise InputError("--cache gpu needs a CUDA device: take --cache ram")
+    if config["shard_head"] and config["negatives"] == "all":
+        raise InputError("--shard-head deals out every domain's classes by themselves: not with --negatives all")
     if config["degrade"] and "face_lq" not in config["domains"]:
         raise InputError("--degrade acts on face_lq, which is not among --domains")
     for name in LIMITS:
@@ -868,8 +1042,8 @@ def provenance(splits: list[Split]) -> dict:
             "shards": {split.domain: split.index["provenance"]["plan"] for split in splits}}
 
 
-FREE_ON_RESUME = {"workers", "device", "log_every", "save_every", "resume", "data", "out", "max_skipped", "max_bad",
-                  "config"}
+FREE_ON_RESUME = {"workers", "device", "cache", "compile", "grad_checkpointing", "shard_head", "log_every",
+                  "save_every", "resume", "data", "out", "max_skipped", "max_bad", "config"}
 
 
 def find_run(config: dict, splits: list[Split]) -> str:
@@ -897,21 +1071,31 @@ class Job:
     config: dict
     folder: Path
     device: torch.device
+    ranks: Ranks
     splits: list[Split]
     plan: np.ndarray  # int64 [steps, batches per step, K]: images of each domain
     model: Backbone
-    head: nn.Parameter
+    head: nn.Parameter  # [C, D]; with --shard-head this rank's rows
+    rows: torch.Tensor | None  # int64, which these are; None: all
     optimizer: torch.optim.AdamW
     tally: dict  # what accumulates over resumptions
-    first: int  # the next step
+    health: torch.Tensor  # int64 [2] on the device: steps that were not finite, of these the last ones in a row
+    ema: list[torch.Tensor] | None = None  # running averages of `parameters`
+    cache: list[torch.Tensor] | None = None  # per domain, every image of its split
+    first: int = 0  # the next step
 
     @property
     def steps(self) -> int:
         return len(self.plan)
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained; the class weights come last."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def save(self, step: int) -> None:
         """Checkpoint: the state that step `step` starts from."""
-        save_checkpoint(self.folder, step, self.model, self.head, self.optimizer, self.splits, self.tally)
+        save_checkpoint(self, step)
 
 
 def set_up(config: dict) -> Job | None:
@@ -925,32 +1109,95 @@ def set_up(config: dict) -> Job | None:
     images = config["images"] or (config["epochs"] or 10.0) * sizes[largest] / shares[largest]
     steps = max(round(images / config["batch"]), 1)
     plan = plan_batches(config, schedule, steps, shares, mix_ramp)
-    device, folder, found = pick_device(config["device"]), Path(config["out"]), find_run(config, splits)
+    folder, found = Path(config["out"]), find_run(config, splits)
     if found == "complete":
         print(f"{folder} is complete")
         return None
 
+    asked = config["device"]
+    ranks = join_ranks(config)
+    device, config["device"] = pick_device(config["device"]), asked
+    if schedule.images_per_batch < ranks.world:
+        raise InputError(f"batches of {schedule.images_per_batch} images cannot be dealt to {ranks.world} processes: "
+                         "raise --batch or start fewer")
     torch.set_float32_matmul_precision("high")
     counts = describe_plan(config, splits, plan, steps)
-    model = load_backbone(config).to(device, memory_format=torch.channels_last)
+    model = load_backbone(config)
+    if config["grad_checkpointing"]:
+        model.net.set_grad_checkpointing(True)
+    model = model.to(device, memory_format=torch.channels_last)
     for split in splits:
         if model.image_size > split.size:
             print(f"  {split.domain}/{split.name}: images of {split.size} px are enlarged to {model.image_size} px")
-    if found == "nothing":
+    if found == "nothing" and ranks.rank == 0:
         role = ROLES[1 if len(splits) == 1 else 2 if config["schedule"] == "sequential" else 0]
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json",
                    config | {"role": role, "steps": steps, "counts": counts, **provenance(splits)})
-    head = nn.Parameter(torch.zeros(sum(len(split.classes) for split in splits), model.dim, device=device))
+    classes = [len(split.classes) for split in splits]
+    sharded = config["shard_head"] and ranks.world > 1
+    rows = head_slices(classes, ranks.rank, ranks.world)[0].to(device) if sharded else None
+    head = nn.Parameter(torch.zeros(len(rows) if sharded else sum(classes), model.dim, device=device))
     optimizer = make_optimizer(model, head, config)
-    tally, first = {"skipped": 0, "bad": 0, "collapsed_at": None, "seconds": 0.0}, 0
+    tally = {"skipped": 0, "bad": 0, "collapsed_at": None, "seconds": 0.0}
+    job = Job(config, folder, device, ranks, splits, plan.reshape(steps, schedule.batches_per_step, len(splits)), model,
+              head, rows, optimizer, tally, torch.zeros(2, dtype=torch.int64, device=device))
+    if ranks.world > 1:
+        torch.manual_seed(config["seed"] * ranks.world + ranks.rank)  # dropped paths differ between the ranks
+    if config["ema"]:
+        job.ema = [p.detach().float().clone() for p in job.parameters]
     if (folder / "last" / "state.pt").exists():
-        first = load_checkpoint(folder, model, head, optimizer, tally)
+        job.first = load_checkpoint(job)
     else:
-        (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-        head.data.copy_(init_head(model, splits, config, device))
-    return Job(config, folder, device, splits, plan.reshape(steps, schedule.batches_per_step, len(splits)), model, head,
-               optimizer, tally, first)
+        if ranks.rank == 0:
+            (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        whole = init_head(model, splits, config, device, ranks)
+        head.data.copy_(whole if rows is None else whole[rows])
+        if job.ema is not None:
+            job.ema[-1].copy_(head.data)
+    return job
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is left on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def fill_cache(job: Job) -> list[np.ndarray]:
+    """Decode every image once and keep it (--cache); returns per domain which rows could be read."""
+    place = job.device if job.config["cache"] == "gpu" else torch.device("cpu")
+    need, have = sum(len(split) * 3 * split.size**2 for split in job.splits), free_bytes(place)
+    if need > 0.8 * have:
+        raise InputError(f"--cache {job.config['cache']}: the images take {need / 2**30:.1f} GiB decoded and "
+                         f"{have / 2**30:.1f} GiB are free: leave --cache out, or prepare smaller images (--size)")
+    job.cache, readable = [], []
+    for split in job.splits:
+        bank = torch.zeros(len(split), split.size, split.size, 3, dtype=torch.uint8, device=place)
+        good = np.zeros(len(split), dtype=bool)
+        parts = load(Batches(split, np.arange(len(split)), 256), 0, job.config["workers"], False)
+        with tqdm(total=len(split), desc=f"cache {split.domain}", unit="img",
+                  disable=True if job.ranks.rank else None) as bar:
+            for rows, images in parts:
+                bank[torch.from_numpy(rows).to(place)] = images.permute(0, 2, 3, 1).to(place)
+                good[rows] = True
+                bar.update(len(rows))
+        job.cache.append(bank)
+        readable.append(good)
+    return readable
+
+
+def from_cache(job: Job, chunk: Chunk) -> Chunk:
+    """The chunk with its banks: the cache itself where it lies on the device, else the rows that the chunk names."""
+    if job.cache[0].device == job.device:
+        return dataclasses.replace(chunk, banks=job.cache)
+    banks, row = [], torch.empty_like(chunk.row)
+    for d, bank in enumerate(job.cache):
+        places = (chunk.domain == d).nonzero().flatten()
+        banks.append(bank[chunk.row[places]].pin_memory())
+        row[places] = torch.arange(len(places))
+    return dataclasses.replace(chunk, banks=banks, row=row)
 
 
 def receive(job: Job, chunks: Iterator[Chunk], count: int) -> Iterator[tuple]:
@@ -959,105 +1206,171 @@ def receive(job: Job, chunks: Iterator[Chunk], count: int) -> Iterator[tuple]:
         for line in chunk.bad:
             tqdm.write(f"damaged image replaced: {line}", file=sys.stderr)
         job.tally["bad"] += len(chunk.bad)
-        yield to_images(chunk, job.model, job.device), chunk.label.to(job.device), chunk.domain.to(job.device)
+        if job.cache is not None:
+            chunk = from_cache(job, chunk)
+        images = to_images(chunk, job.model, job.device)
+        yield images, *(v.to(job.device, non_blocking=True) for v in (chunk.label, chunk.domain))
+
+
+def make_stream(job: Job) -> Stream:
+    """The micro-batches of the run, for this rank."""
+    config = job.config
+    progress = np.repeat(np.arange(job.steps) / job.steps, job.plan.shape[1])
+    severity = config["degrade_severity"] * np.array([ramp(p, config["degrade_ramp"]) for p in progress])
+    readable = fill_cache(job) if config["cache"] != "none" else None
+    return Stream(job.splits, job.plan.reshape(-1, len(job.splits)), seed=config["seed"],
+                  window=config["shuffle_window"], micro_batch=config["micro_batch"],
+                  crop=per_domain(config, "crop_scale"), severity=severity if config["degrade"] else None,
+                  rank=job.ranks.rank, world=job.ranks.world, readable=readable)
+
+
+def make_forward(job: Job) -> nn.Module:
+    """The backbone in the precision of the run, compiled and spread over the ranks where that is asked for."""
+    forward = Precise(job.model, job.config["precision"], job.device)
+    if job.config["compile"]:
+        forward.compile()
+    if job.ranks.world > 1:
+        # what never gets a gradient must not be waited for
+        images = torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)
+        forward(images).sum().backward()
+        for parameter in job.model.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+        job.optimizer.zero_grad(set_to_none=True)
+        forward = nn.parallel.DistributedDataParallel(
+            forward, device_ids=[job.device] if job.device.type == "cuda" else None, broadcast_buffers=False)
+    return forward
+
+
+@torch.no_grad()
+def update(job: Job, step: int, norm: torch.Tensor) -> torch.Tensor:
+    """Take the optimiser step unless the gradient is not finite; decided on the device, nobody waits for it.
+
+    Returns 1 for a step that was taken, else 0.
+    """
+    finite = torch.isfinite(norm)
+    job.optimizer.found_inf = (~finite).float()
+    job.optimizer.step()
+    job.health[0] += ~finite
+    job.health[1] = (job.health[1] + 1) * ~finite
+    if job.ema is not None:
+        t = step + 1 - job.health[0]  # steps taken; decay as Karras et al. warm it up
+        pull = (1 - ((1 + t) / (10 + t)).clamp(max=job.config["ema"])) * finite
+        away = torch._foreach_sub([p.detach() for p in job.parameters], job.ema)
+        torch._foreach_mul_(away, pull.to(away[0].dtype))
+        torch._foreach_add_(job.ema, away)
+    return finite.float()
 
 
 def run_steps(job: Job) -> int:
     """The training loop; returns the exit code."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    config, steps, tally = job.config, job.steps, job.tally
-    progress = np.repeat(np.arange(steps) / steps, job.plan.shape[1])
-    severity = config["degrade_severity"] * np.array([ramp(p, config["degrade_ramp"]) for p in progress])
-    stream = Stream(job.splits, job.plan.reshape(-1, len(job.splits)), seed=config["seed"],
-                    window=config["shuffle_window"], micro_batch=config["micro_batch"],
-                    crop=per_domain(config, "crop_scale"), severity=severity if config["degrade"] else None)
+    config, steps, tally, ranks = job.config, job.steps, job.tally, job.ranks
+    stream = make_stream(job)
     per_step = stream.per_batch * job.plan.shape[1]
     chunks = load(stream, job.first * per_step, config["workers"], job.device.type == "cuda")
-    if not job.first:
-        draw_samples(job.folder / "samples.png", stream, job.model)
-    board = SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
-    options = loss_options(config, [len(split.classes) for split in job.splits], job.device)
-    frozen = slice(*options["class_ranges"][0]) if config["freeze_text_head"] else slice(0)  # object comes first
-    parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
-    stop, skipped_in_a_row, window, started = StopRequest(job.folder), 0, [], time.time() - tally["seconds"]
-    embed = autocast(job.model, config["precision"], job.device)
+    board = None
+    if ranks.rank == 0:
+        from torch.utils.tensorboard import SummaryWriter
 
-    job.model.train()
-    bar = tqdm(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train", disable=None)
+        board = SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
+        if not job.first:
+            draw_samples(job.folder / "samples.png", stream, job.model, job.cache)
+    options = loss_options(config, [len(split.classes) for split in job.splits], job.device, ranks)
+    frozen = slice(*options["class_ranges"][0]) if config["freeze_text_head"] else slice(0)  # object comes first
+    stop, window, started = StopRequest(job.folder, ranks), [], time.time() - tally["seconds"]
+    embed, ending = make_forward(job), False
+
+    embed.train()
+    bar = tqdm(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train",
+               disable=True if ranks.rank else None)
     for step in bar:
         factor = rate(step, steps, config["warmup"], config["min_lr"])
         for group in job.optimizer.param_groups:
             group["lr"] = factor * group["scale"]
         margin, tune_backbone = ramp(step / steps, config["margin_ramp"]), step >= round(config["head_warmup"] * steps)
-        counts = torch.from_numpy(job.plan[step].sum(0)).to(job.device)
+        counts = torch.from_numpy(job.plan[step].sum(0)).to(job.device, non_blocking=True)
         total = accumulate(embed, job.head, receive(job, chunks, per_step), counts, options, margin=margin,
-                           negatives=config["negatives"], tune_backbone=tune_backbone)
+                           negatives=config["negatives"], tune_backbone=tune_backbone, ranks=ranks, passes=per_step)
         job.head.grad[frozen] = 0
-        total["grad_norm"] = nn.utils.clip_grad_norm_(parameters, config["clip"] or math.inf)
-        finite = bool(torch.isfinite(total["loss"]) & torch.isfinite(total["grad_norm"]))
-        if finite:
-            job.optimizer.step()
-            window.append(total)
-        else:
-            tally["skipped"] += 1
-            tqdm.write(f"step {step + 1}: loss or gradient is not finite; step skipped", file=sys.stderr)
-        skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+        total["grad_norm"] = gradient_norm(job.parameters, job.head, options["shard"] is not None, ranks)
+        nn.utils.clip_grads_with_norm_(job.parameters, config["clip"] or math.inf, total["grad_norm"])
+        total["finite"] = update(job, step, total["grad_norm"])
         job.optimizer.zero_grad(set_to_none=True)
+        window.append(total)
         tally["seconds"], done = time.time() - started, step + 1
-        check_health(job, done, skipped_in_a_row)
-        if window and (done % config["log_every"] == 0 or done == steps):
+        ending = ranks.any(bool(stop)) and done < steps
+        if done % config["log_every"] == 0 or done == steps or ending:
             record = {"step": done, "images": done * config["batch"], "lr": factor * config["lr"], "margin": margin,
                       "backbone": tune_backbone}
             log_window(job, board, window, record)
-            bar.set_postfix(loss=f"{record['loss']:.3f}", img_s=f"{record['images_per_second']:.0f}")
+            check_health(job, done)
+            if "loss" in record:
+                bar.set_postfix(loss=f"{record['loss']:.3f}", img_s=f"{record['images_per_second']:.0f}")
             window = []
-        if stop and done < steps:
+        if ending or done % config["save_every"] == 0 or done == steps:
             job.save(done)
-            board.close()
-            print(f"stopped by {stop.reason} after step {done} of {steps}; continue with --resume")
-            return STOPPED
-        if done % config["save_every"] == 0 or done == steps:
-            job.save(done)
-    board.close()
-    write_json(job.folder / "done.json", {"steps": steps, "images": steps * config["batch"], **tally})
+        if ending:
+            print(f"stopped by {stop.reason or 'another process'} after step {done} of {steps}; continue with --resume")
+            break
+    if board:
+        board.close()
+    if ending:
+        return STOPPED
+    if ranks.rank == 0:
+        write_json(job.folder / "done.json", {"steps": steps, "images": steps * config["batch"], **tally})
     print(f"done: {job.folder} in {tally['seconds']:.0f} s; next: python evaluate.py --run {job.folder}")
+    ranks.wait()
     return 0
 
 
-def autocast(model: nn.Module, precision: str, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+class Precise(nn.Module):
     """The model's forward pass in the precision of --precision."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
 
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return model(images)
+    def __init__(self, model: Backbone, precision: str, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.device = model, device.type
+        self.bf16 = precision == "bf16" or (precision == "auto" and self.device == "cuda"
+                                            and torch.cuda.is_bf16_supported())
 
-    return forward
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            return self.model(images)
 
 
-def check_health(job: Job, done: int, skipped_in_a_row: int) -> None:
+def check_health(job: Job, done: int) -> None:
     """Stop a run whose steps or images are bad; its last checkpoint stays."""
     config, seen = job.config, done * job.config["batch"]
-    if skipped_in_a_row > config["max_skipped"]:
-        raise InputError(f"{job.folder}: {skipped_in_a_row} steps in a row were not finite; the last good checkpoint "
-                         f"is in {job.folder}/last: lower --lr or raise --warmup")
+    job.tally["skipped"], in_a_row = job.health.tolist()
+    if in_a_row > config["max_skipped"]:
+        raise InputError(f"{job.folder}: {in_a_row} steps in a row were not finite; the last good checkpoint is in "
+                         f"{job.folder}/last: lower --lr or raise --warmup")
     if job.tally["bad"] > config["max_bad"] * max(seen, 1000):
         raise InputError(f"{job.tally['bad']} damaged images among {seen} exceed --max-bad: check the shards with "
                          "`python -m data_prep verify DIR`")
 
 
 def log_window(job: Job, board, window: list[dict], record: dict) -> None:
-    """Add the means over the steps since the last line to `record`; write it to log.jsonl and TensorBoard."""
+    """Add the means over the steps since the last line to `record`; write it to log.jsonl and TensorBoard.
+
+    This is where the CPU waits for the GPU and the ranks for each other; in between nobody does.
+    """
     before = job.tally.get("logged", 0.0)
-    job.tally["logged"] = job.tally["seconds"]
-    record |= summarise(window, job.config["domains"])
+    total = {name: torch.stack([t[name].float() for t in window]) for name in window[0]}
+    for name in ("loss", "loss_by_domain", "cos", "correct", "count", "direction"):
+        job.ranks.sum(total[name])
+    record |= summarise(total, job.config["domains"])
+    job.tally["skipped"] = int(job.health[0])
+    if skipped := int((total["finite"] == 0).sum()):
+        tqdm.write(f"until step {record['step']}: {skipped} of {len(window)} steps had no finite gradient and were "
+                   "skipped", file=sys.stderr)
     record["images_per_second"] = len(window) * job.config["batch"] / (job.tally["seconds"] - before)
-    if record["mean_cosine"] > 0.99 and job.tally["collapsed_at"] is None:
+    job.tally["logged"] = job.tally["seconds"]
+    if record.get("mean_cosine", 0) > 0.99 and job.tally["collapsed_at"] is None:
         job.tally["collapsed_at"] = record["step"]
         tqdm.write(f"WARNING: step {record['step']}: the embeddings have COLLAPSED (mean pairwise cosine "
                    f"{record['mean_cosine']:.4f}): lower --lr or take --head-init means", file=sys.stderr)
     record |= job.tally
+    if board is None:
+        return
     with open(job.folder / "log.jsonl", "a") as log:
         log.write(json.dumps(record) + "\n")
     for name, value in record.items():
@@ -1065,11 +1378,15 @@ def log_window(job: Job, board, window: list[dict], record: dict) -> None:
             board.add_scalar(name, value, record["step"])
 
 
-def summarise(window: list[dict], domains: list[str]) -> dict:
-    """Means over the steps since the last log line; a domain that was not drawn is absent."""
-    total = {name: torch.stack([t[name].float() for t in window]) for name in window[0]}
+def summarise(total: dict[str, torch.Tensor], domains: list[str]) -> dict:
+    """Means over the steps [n, ...] since the last log line, but for skipped ones; domains not drawn are absent."""
+    good = total["finite"] > 0
+    if not good.any():
+        return {}
+    total = {name: values[good] for name, values in total.items()}
     count = total["count"].sum(0)
-    cosine = torch.stack([mean_pairwise_cosine(t["direction"], t["count"].sum()) for t in window]).mean()
+    cosine = torch.stack([mean_pairwise_cosine(d, n.sum()) for d, n in zip(total["direction"], total["count"],
+                                                                            strict=True)]).mean()
     record = {"loss": float(total["loss"].mean()), "grad_norm": float(total["grad_norm"].mean()),
               "mean_cosine": float(cosine)}
     for k, name in enumerate(domains):
@@ -1186,7 +1503,15 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
 @click.option("--shuffle-window", type=click.IntRange(1), default=8,
               help="Shards among which the order of an epoch is shuffled.")
 @click.option("--workers", type=click.IntRange(0), default=LOADERS, help="Loader processes.")
-@click.option("--device", default="auto", help="auto, cpu or cuda.")
+@click.option("--device", default="auto", help="auto, cpu or cuda; under torchrun each process takes its own GPU.")
+@click.option("--cache", type=click.Choice(["none", "ram", "gpu"]), default="none",
+              help="Decode every image once, at the start, and keep it there.")
+@click.option("--compile", is_flag=True, help="torch.compile the backbone: minutes at the start, then faster steps.")
+@click.option("--grad-checkpointing", is_flag=True, help="Recompute activations in backward: less memory, slower.")
+@click.option("--shard-head", is_flag=True,
+              help="torchrun: every process holds a slice of each domain's class weights.")
+@click.option("--ema", type=click.FloatRange(0, 1, max_open=True), default=0.0, metavar="DECAY",
+              help="Export the running average of the weights, e.g. 0.9998; 0: off.")
 @click.option("--log-every", type=click.IntRange(1), default=10, help="Steps between lines of log.jsonl.")
 @click.option("--save-every", type=click.IntRange(1), default=500, help="Steps between checkpoints.")
 @click.option("--max-skipped", type=click.IntRange(0), default=10, help="Non-finite steps in a row that stop the run.")

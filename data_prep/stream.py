@@ -79,7 +79,7 @@ class Chunk:
     banks: list[torch.Tensor]  # K x uint8 [M_d, H_d, W_d, 3]
     domain: torch.Tensor  # int64 [B], which bank
     row: torch.Tensor  # int64 [B], which image of the bank
-    label: torch.Tensor  # int64 [B], counted from the domain's first class
+    label: torch.Tensor  # int64 [B], counted from the domain's first class; -1: fills up the batch of a rank
     boxes: torch.Tensor  # float32 [B, 4], pixels of the bank's images
     flip: torch.Tensor  # bool [B]
     bad: list[str]  # what had to be replaced: "domain/split key: reason"
@@ -101,14 +101,19 @@ class Stream(torch.utils.data.Dataset):
         micro_batch: at most so many images per chunk (None: the batch).
         crop: least area of the random crop, 0..1, per domain.
         severity: largest severity 0..1 of the degradation of face_lq in each batch [batches]; None: no degradation.
+        rank, world: this process takes the places rank, rank + world, ... of every batch.
+        readable: per domain [M_d] bool, which images somebody has decoded already: the chunks then come without banks
+            and name rows of the split. None: decode.
     """
 
     def __init__(self, splits: list[Split], plan: np.ndarray, *, seed: int, window: int = 8,
-                 micro_batch: int | None = None, crop: list[float], severity: np.ndarray | None = None) -> None:
+                 micro_batch: int | None = None, crop: list[float], severity: np.ndarray | None = None,
+                 rank: int = 0, world: int = 1, readable: list[np.ndarray] | None = None) -> None:
         self.splits, self.plan, self.seed, self.crop, self.severity = splits, plan, seed, crop, severity
-        batch = int(plan[0].sum())
-        self.micro = min(micro_batch or batch, batch)
-        self.per_batch = math.ceil(batch / self.micro)  # chunks
+        self.rank, self.world, self.readable = rank, world, readable
+        most = math.ceil(int(plan[0].sum()) / world)
+        self.micro = min(micro_batch or most, most)
+        self.per_batch = math.ceil(most / self.micro)  # chunks
         self.starts = np.cumsum(plan, axis=0) - plan
         sizes = [[shard["samples"] for shard in split.index["shards"]] for split in splits]
         self.orders = [Order(n, seed, DOMAINS.index(s.domain), window) for n, s in zip(sizes, splits, strict=True)]
@@ -119,30 +124,41 @@ class Stream(torch.utils.data.Dataset):
     def __getitem__(self, c: int) -> Chunk:
         batch, part = divmod(c, self.per_batch)
         domain, number = interleave(self.plan[batch])
-        places = slice(part * self.micro, (part + 1) * self.micro)
+        size = len(range(0, len(domain), self.world)[part * self.micro : (part + 1) * self.micro])
+        places = np.arange(self.rank, len(domain), self.world)[part * self.micro : (part + 1) * self.micro]
+        # every rank gets as many as rank 0, so that collectives fit together; what is too much counts for nothing
+        real, places = len(places), np.concatenate([places, np.zeros(size - len(places), dtype=np.int64)])
         domain, number = domain[places], number[places] + self.starts[batch][domain[places]]
         images: list[list[torch.Tensor]] = [[] for _ in self.splits]
         row, label, boxes, flip, bad = [], [], [], [], []
         for d, n in zip(domain.tolist(), number.tolist(), strict=True):
             split = self.splits[d]
             epoch, sample = self.orders[d](n)
-            image, used = self.read(split, sample, bad)
+            image, used = self.read(d, sample, bad)
             rng = np.random.default_rng((self.seed, DOMAINS.index(split.domain), epoch, sample))
-            boxes.append(random_box(rng, *image.shape[1:], self.crop[d]))
+            boxes.append(random_box(rng, split.size, split.size, self.crop[d]))
             flip.append(rng.random() < 0.5)
             if self.severity is not None and split.domain == "face_lq":
                 image, _ = degrade(image, float(self.severity[batch]) * rng.random(), rng)
-            row.append(len(images[d]))
+            row.append(used if self.readable else len(images[d]))
             label.append(int(split.labels[used]))
-            images[d].append(image)
+            if image is not None:
+                images[d].append(image)
         empty = torch.empty(0, 1, 1, 3, dtype=torch.uint8)
         banks = [torch.stack(bank).permute(0, 2, 3, 1).contiguous() if bank else empty for bank in images]
+        label[real:] = [-1] * (size - real)
         return Chunk(banks, torch.from_numpy(domain), torch.tensor(row), torch.tensor(label),
                      torch.tensor(boxes, dtype=torch.float32), torch.tensor(flip), bad)
 
-    def read(self, split: Split, sample: int, bad: list[str]) -> tuple[torch.Tensor, int]:
+    def read(self, d: int, sample: int, bad: list[str]) -> tuple[torch.Tensor | None, int]:
         """An image uint8 [3, H, W] and its row: the next readable one of the split where a file is damaged."""
+        split = self.splits[d]
         for row in range(sample, sample + len(split)):
+            if self.readable:
+                if self.readable[d][row % len(split)]:
+                    return None, row % len(split)
+                bad.append(f"{split.domain}/{split.name} row {row % len(split)}: unreadable")
+                continue
             try:
                 return split.image(row % len(split)), row % len(split)
             except BadImage as error:

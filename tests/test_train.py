@@ -282,8 +282,11 @@ def test_weights_are_never_older_than_the_state(demo_root, tmp_path, monkeypatch
     """Killed while a checkpoint is written: what resume continues from must not be ahead of the weights."""
     order = []
     monkeypatch.setattr(train, "write_atomically", lambda path, write: order.append(path.name))
-    job = SimpleNamespace(state_dict=dict, net=SimpleNamespace(state_dict=dict), project=None)
-    train.save_checkpoint(tmp_path, 3, job, torch.zeros(2, 2), job, [], {})
+    model = SimpleNamespace(state_dict=dict, net=SimpleNamespace(state_dict=dict), project=None)
+    optimizer = SimpleNamespace(state_dict=lambda: {"state": {}})
+    job = SimpleNamespace(folder=tmp_path, ranks=train.Ranks(), optimizer=optimizer, rows=None, ema=None, model=model,
+                          head=torch.zeros(2, 2), splits=[], tally={}, health=None)
+    train.save_checkpoint(job, 3)
     assert order == ["model.safetensors", "head.safetensors", "state.pt"]
 
 
