@@ -1130,11 +1130,14 @@ def build_in_library(model: Backbone, config: dict) -> tuple[str, nn.Module]:
         build, options = timm.create_model, {"num_classes": 0, "img_size": model.image_size}
         if isinstance(pool := getattr(model.net, "global_pool", None), str):
             options["global_pool"] = pool
+    logging.disable(logging.WARNING)  # open_clip's, that the weights are random: they are filled in later
     try:
         net = build(*names, **options)
     except TypeError:  # convolutional networks take any size and no such argument
         del options["img_size"]
         net = build(*names, **options)
+    finally:
+        logging.disable(logging.NOTSET)
     arguments = [repr(name) for name in names] + [f"{key}={value!r}" for key, value in options.items()]
     return f"{library}.{build.__name__}({', '.join(arguments)})", net
 
@@ -1150,7 +1153,7 @@ def to_safetensors(model: Backbone, config: dict, path: Path) -> tuple[str, Call
     forward = "encode_image" if model.library == "open_clip" else "forward"
     code = [f"import {model.library}, torch", "from safetensors.torch import load_file", "",
             f"net = {call}", f"net.load_state_dict(load_file({path.name!r}))",
-            f"mean, std = torch.tensor({model.mean}).view(3, 1, 1), torch.tensor({model.std}).view(3, 1, 1)",
+            f"mean = torch.tensor({model.mean}).view(3, 1, 1)", f"std = torch.tensor({model.std}).view(3, 1, 1)",
             f"embeddings = net.eval().{forward}((pixels - mean) / std)"]
     project = torch.eye(model.dim)
     if model.project is not None:  # not part of the library's architecture: a file of its own keeps loading strict
@@ -1270,9 +1273,10 @@ def write_card(run: Run, model: Backbone, files: list[Path], code: str, verdict:
               + ", ".join(f"{domain} `{plan[:12]}`" for domain, plan in config["shards"].items()) + ".", "",
               "## Training", "", f"Code: commit {config['git_commit'] or 'unknown'}, "
               + ", ".join(f"{package} {number}" for package, number in config["versions"].items())
-              + f". {config['steps']:,} optimiser steps. Options:", "", "| option | value |", "| --- | --- |"]
+              + f". Optimiser steps: {config['steps']:,}. Options:", "", "| option | value |", "| --- | --- |"]
+    left_out = FREE_ON_RESUME | NOT_OPTIONS | ({"size"} if config["model"] else set())
     for key, value in config.items():
-        if key not in FREE_ON_RESUME | NOT_OPTIONS and value is not None and value is not False:
+        if key not in left_out and value is not None and value is not False:
             shown = Path(value).name if key == "weights" else ",".join(value) if isinstance(value, list) else value
             lines.append(f"| {key} | {shown} |")
     lines += ["", "## Scores", ""]

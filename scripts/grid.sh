@@ -6,7 +6,7 @@
 #   scripts/grid.sh list        number and run folder of every cell
 #   scripts/grid.sh summary     the scores of what is there and the verdicts on the abstract's claims
 # CELL=N (or a SLURM array, see scripts/slurm.sbatch) picks one cell. Exit code 75: stopped with a checkpoint, run it
-# again. Everything else is said by environment variables, below with their defaults. A first try, about ten minutes on a CPU:
+# again. Everything else is said by environment variables, below with their defaults. A first try, ten minutes on a CPU:
 #   python -m data_prep demo --out demo/data
 #   export DATA=demo/data OUT=demo/grid BACKBONES=clip SIZE=tiny SEEDS=0 IMAGES=12800 ANALYZE="--components 24"
 #   export TRAIN="--weights none --image-size 64 --batch 64 --lr 3e-3 --head-lr 1e-2 --layer-decay 1 --scale 24"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import open_clip
 import pytest
 import timm
 import torch
@@ -35,12 +36,23 @@ NETWORKS = {
     "eva02": ["--backbone", "eva02", "--size", "tiny", "--image-size", "28"],
     "dinov3": ["--backbone", "dinov3", "--size", "tiny", "--image-size", "32"],
     "vit": ["--model", "test_vit", "--image-size", "32", "--embed-dim", "24"],
+    "openclip": ["--model", "tiny-test-clip", "--image-size", "32"],
     "convolutional": ["--model", "test_convnext", "--image-size", "32"],
 }
 
 
+@pytest.fixture(scope="module")
+def tiny_open_clip(tmp_path_factory) -> None:
+    """A model that open_clip knows by name, like its own, but small."""
+    path = tmp_path_factory.mktemp("configs") / "tiny-test-clip.json"
+    vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
+    path.write_text(json.dumps({"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(path)
+
+
 @pytest.fixture(scope="module", params=list(NETWORKS))
-def run_of_each(request, tiny_run, demo_root, tmp_path_factory) -> Path:
+def run_of_each(request, tiny_run, tiny_open_clip, demo_root, tmp_path_factory) -> Path:
     """A finished run of every family, and of timm models by name: one step of training each."""
     if request.param == "clip":
         return tiny_run
