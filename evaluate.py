@@ -4,6 +4,7 @@
     python evaluate.py --run runs/NAME --splits face_hq/test,object/val      # some of them
     python evaluate.py --run runs/NAME --data other/data --device cuda
     python evaluate.py --model tf_efficientnet_lite0 --weights FILE           # an untouched backbone, without a run
+    python evaluate.py embed photos/ --run runs/NAME --domain face_hq         # embeddings of your own pictures
 
 The protocol in a split's index.json decides the metrics. RUN/eval/ then holds results.json and results.csv (one row a
 figure), report.md, the figures bars.png, roc.png and cmc.png, and the embeddings, which are computed once.
@@ -13,6 +14,7 @@ import csv
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +26,8 @@ from tqdm import tqdm
 
 import train
 from data_prep import DOMAINS, InputError, run_command
-from data_prep.shards import ROLES, Split, open_root
+from data_prep.folders import image_suffixes
+from data_prep.shards import ROLES, BadImage, Split, fit_image, open_root
 from train import Backbone, Run
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -678,6 +681,67 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
         plt.close(figure)
 
 
+# ---------------------------------------------------------------- a user's own pictures
+
+
+@dataclass
+class Pictures:
+    """Image files that are read as a split is, so that `embed_rows` takes either: each becomes what its shard held."""
+
+    paths: list[Path]
+    size: int  # pixels
+    fit: str  # see `fit_image`, as is quality
+    quality: int
+
+    def image(self, row: int) -> torch.Tensor:
+        """uint8 [3, size, size], RGB; BadImage where the file is none or is damaged."""
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        try:
+            data = fit_image(self.paths[row].read_bytes(), self.size, self.fit, self.quality)
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        except (OSError, RuntimeError) as error:
+            raise BadImage(f"{self.paths[row]}: unreadable") from error
+
+
+def find_pictures(places: tuple[Path, ...]) -> list[Path]:
+    """The files named, and every image (by its name) below the folders named; each once."""
+    found, endings = [], image_suffixes()
+    for place in places:
+        if not place.exists():
+            raise InputError(f"{place}: no such file or folder; name pictures, or a folder that holds some")
+        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in endings and p.is_file())
+        if place.is_dir() and not inside:
+            raise InputError(f"{place}: holds no images (looked for names that end in .jpg, .png and the like)")
+        found += inside if place.is_dir() else [place]
+    return list(dict.fromkeys(found))
+
+
+def find_fitting(run: Run, domain: str | None) -> dict:
+    """Size, fit and JPEG quality of the shards that a domain of a run was trained on."""
+    domain = domain or run.config["domains"][0]
+    if domain not in run.config["domains"]:
+        raise InputError(f"--domain {domain}: the run was trained on {', '.join(run.config['domains'])}: take the one "
+                         "whose images are prepared like yours")
+    known = run.config.get("sources") or train.describe_sources(train.open_splits(run.config))
+    print(f"fitted as {domain}: {known[domain]['size']} px, {known[domain]['fit']}")
+    return {key: known[domain][key] for key in ("size", "fit", "quality")}
+
+
+def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
+    """`files` [M] and `embeddings` [M, D] as .npz, or a .csv with a line a file."""
+    if path.suffix == ".csv":
+        write_csv(path, [{"file": name} | {f"e{i}": f"{value:.9g}" for i, value in enumerate(row)}
+                         for name, row in zip(names, x, strict=True)])
+        return
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # given a name, savez would add .npz
+            np.savez(file, files=np.array(names), embeddings=x)
+
+    train.write_atomically(path, write)
+
+
 # ---------------------------------------------------------------- the job
 
 
@@ -739,7 +803,8 @@ def model_options(command):
     return command
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 120}, help=__doc__.split("\n\n")[0])
+@click.group(invoke_without_command=True, context_settings={"show_default": True, "max_content_width": 120},
+             help=__doc__.split("\n\n")[0])
 @model_options
 @click.option("--splits", metavar="NAMES",
               help="Comma-separated domain/split: the results then hold these alone (default: all).")
@@ -751,7 +816,11 @@ def model_options(command):
 @click.option("--image-size", type=click.IntRange(16), help="Input side in pixels.")
 @click.option("--out", metavar="DIR", help="Without --run: folder for the results (default: runs/NAME-foundation).")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
-def main(**options) -> int:
+@click.pass_context
+def main(context: click.Context, **options) -> int | None:
+    if context.invoked_subcommand:
+        train.refuse_options(context)
+        return None
     name, folder, run, models, data = open_models(options)
     root = open_root(Path(data))
     splits = choose_splits(root, options["splits"], data)
@@ -776,6 +845,46 @@ def main(**options) -> int:
               + "   ".join(f"{weights} {show_value(row)}" for weights, row in pair.items()))
     print(f"written: {out}/report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
+    return 0
+
+
+@main.command(help="Write unit embeddings of your own pictures, prepared and embedded as evaluation does it.")
+@click.argument("pictures", nargs=-1, required=True, metavar="IMAGE...|FOLDER", type=click.Path(path_type=Path))
+@click.option("--run", metavar="RUN", required=True, help="Folder of a finished run.")
+@click.option("--domain", type=click.Choice(DOMAINS),
+              help="Fit pictures as this domain's training images were (default: the run's first).")
+@click.option("--out", type=click.Path(path_type=Path), default="embeddings.npz", metavar="FILE",
+              help="A .npz (arrays files and embeddings) or .csv to write.")
+@click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished.")
+@click.option("--flip/--no-flip", default=True, help="Add the embedding of the mirrored image.")
+@click.option("--batch", type=click.IntRange(1), default=64, help="Images per forward pass.")
+@click.option("--workers", type=click.IntRange(0), default=train.LOADERS, help="Loader processes.")
+@click.option("--device", default="auto", help="auto, cpu or cuda.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
+def embed(pictures: tuple[Path, ...], run: str, domain: str | None, out: Path, allow_partial: bool, flip: bool,
+          batch: int, workers: int, device: str) -> int:
+    if out.suffix not in (".npz", ".csv"):
+        raise InputError(f"--out {out}: want a file that ends in .npz or .csv")
+    if out.exists():
+        raise InputError(f"{out} exists: remove it, or choose another --out")
+    if not out.parent.is_dir():
+        raise InputError(f"--out {out}: {out.parent}: no such folder; make it, or choose another --out")
+    paths, opened, where = find_pictures(pictures), train.load_run(Path(run), allow_partial), train.pick_device(device)
+    files = Pictures(paths, **find_fitting(opened, domain))
+    model = train.load_tuned(opened).to(where)
+    rows, parts = [], []
+    with tqdm(total=len(paths), desc="embed", unit="img", disable=None) as bar:
+        for good, x in train.embed_rows(model, files, np.arange(len(paths)), where, batch, workers, flip):
+            rows += good.tolist()
+            parts.append(torch.nn.functional.normalize(x, dim=1).cpu().numpy())
+            bar.update(len(good))
+    for row in sorted(set(range(len(paths))) - set(rows)):
+        print(f"skipped, not a readable image: {paths[row]}", file=sys.stderr)
+    if not rows:
+        raise InputError(f"none of the {len(paths)} files can be read as an image: nothing written")
+    write_embeddings(out, [str(paths[row]) for row in rows], np.concatenate(parts))
+    print(f"{out}: {len(rows)} embeddings of {model.dim} dimensions"
+          + (f"; {len(paths) - len(rows)} files skipped" if len(rows) < len(paths) else ""))
     return 0
 
 

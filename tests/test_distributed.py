@@ -130,8 +130,8 @@ SHORT = [*TINY, "--schedule", "B", "--batch", "18", "--images", "108", "--ema", 
 
 def torchrun(processes: int, *arguments, check: int = 0) -> subprocess.CompletedProcess:
     result = subprocess.run(
-        [*TORCHRUN, str(processes), "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"})
+        [*TORCHRUN, str(processes), "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+        timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == check, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
 

@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# The paper's grid: for every backbone and seed the four schedules, and for every domain two experts: one that sees as
+# many images as a unified run, all of its own domain ("images"), and one that sees its domain as often as a unified
+# run does ("exposure"). Each cell is trained, evaluated and (unified ones) analysed; what is complete is skipped.
+#   scripts/grid.sh             every cell, one after another, then the summary
+#   scripts/grid.sh list        number and run folder of every cell
+#   scripts/grid.sh summary     the scores of what is there and the verdicts on the abstract's claims
+# CELL=N (or a SLURM array, see scripts/slurm.sbatch) picks one cell. Exit code 75: stopped with a checkpoint, run it
+# again. Everything else is said by environment variables, below with their defaults. A first try, ten minutes on a CPU:
+#   python -m data_prep demo --out demo/data
+#   export DATA=demo/data OUT=demo/grid BACKBONES=clip SIZE=tiny SEEDS=0 IMAGES=12800 ANALYZE="--components 24"
+#   export TRAIN="--weights none --image-size 64 --batch 64 --lr 3e-3 --head-lr 1e-2 --layer-decay 1 --scale 24"
+#   scripts/grid.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+: "${DATA:=data}" "${OUT:=runs/grid}"
+: "${BACKBONES:=clip eva02 dinov3}" "${SIZE:=large}" "${SEEDS:=0 1 2}"
+: "${DOMAINS:=object face_hq face_lq body}" "${SCHEDULES:=A B sequential alternate}" "${MATCH:=images exposure}"
+: "${IMAGES:=2000000}"            # of a unified run, all domains together
+: "${EXPOSURE:=A}"                # whose exposure experts match: A (equal shares; also sequential and alternate), or B
+: "${LAUNCH:=python}"             # e.g. "torchrun --standalone --nproc-per-node=8"
+: "${TRAIN:=}" "${EVALUATE:=}" "${ANALYZE:=}"  # more options for train.py, evaluate.py, analyze.py
+: "${CELL:=${SLURM_ARRAY_TASK_ID:-}}"
+
+refuse() { echo "error: $1" >&2; exit 2; }
+
+cells() {  # backbone, seed and kind of every cell
+    for backbone in $BACKBONES; do for seed in $SEEDS; do
+        for schedule in $SCHEDULES; do echo "$backbone $seed $schedule"; done
+        for domain in $DOMAINS; do for match in $MATCH; do echo "$backbone $seed $domain-$match"; done; done
+    done; done
+}
+
+folder() { echo "$OUT/$1-$SIZE-$3-s$2"; }
+
+exposure() {  # images of domain $3 in the unified run of backbone $1, seed $2
+    [ "$EXPOSURE" = B ] || { set -- $DOMAINS; echo $((IMAGES / $#)); return; }
+    config=$(folder "$1" "$2" B)/config.json
+    [ -e "$config" ] || refuse "EXPOSURE=B needs $config: start that cell first"
+    python -c 'import json, sys; print(json.load(open(sys.argv[1]))["counts"][sys.argv[2]])' "$config" "$3"
+}
+
+run_cell() {  # called where `set -e` is off: every step says what follows its failure
+    local run options images=$IMAGES code=0
+    run=$(folder "$@")
+    case $3 in
+        *-exposure) images=$(exposure "$1" "$2" "${3%-*}") || return ;;
+    esac
+    case $3 in
+        *-*) options=(--domains "${3%-*}" --images "$images") ;;
+        *) options=(--schedule "$3" --domains "${DOMAINS// /,}" --images "$images") ;;
+    esac
+    if [ ! -e "$run/done.json" ]; then
+        rm -f "$run/STOP"
+        $LAUNCH train.py --backbone "$1" --size "$SIZE" --seed "$2" --data "$DATA" --out "$run" --resume \
+            "${options[@]}" $TRAIN || code=$?
+        # torchrun makes 1 of every exit code of its processes: a run that was asked to stop is known by its STOP file
+        [ $code = 0 ] || [ ! -e "$run/STOP" ] || code=75
+        [ $code = 0 ] || return $code
+    fi
+    [ "$run/eval/results.json" -nt "$run/done.json" ] || python evaluate.py --run "$run" $EVALUATE || return
+    case $3 in
+        *-*) ;;  # an expert's components serve nobody else
+        *) [ "$run/analysis/analysis.json" -nt "$run/eval/results.json" ] || python analyze.py --run "$run" $ANALYZE ;;
+    esac
+}
+
+summarise() {
+    python - "$OUT" <<'PYTHON' || return
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from evaluate import headlines, read_rows
+
+out, values = Path(sys.argv[1]), defaultdict(lambda: defaultdict(list))
+for path in sorted(out.glob("*/eval/results.json")):
+    name = path.parts[-3].rpartition("-s")[0]
+    for (domain, split), pair in headlines(read_rows(path.parent)).items():
+        for weights, row in pair.items():
+            cell = name if weights == "tuned" else "-".join(name.split("-")[:2]) + ", untouched"
+            values[cell][f"{domain}/{split} {row.metric}"].append(100 * row.value)
+if not values:
+    sys.exit(f"error: {out}: no evaluated run in it yet")
+columns = list(dict.fromkeys(column for found in values.values() for column in found))
+lines = ["Percent; over several seeds the mean (least, greatest).", "", f"| | {' | '.join(columns)} |",
+         "| --- |" + " --- |" * len(columns)]
+for cell, found in values.items():
+    shown = [f"{sum(v) / len(v):.1f}" + (f" ({min(v):.1f}, {max(v):.1f})" if min(v) < max(v) else "") if v else ""
+             for v in (found[column] for column in columns)]
+    lines.append(f"| {cell} | {' | '.join(shown)} |")
+(out / "summary.md").write_text("\n".join(lines) + "\n")
+print("\n".join(lines))
+PYTHON
+    python analyze.py claims "$OUT"
+}
+
+[[ $IMAGES =~ ^[1-9][0-9]*$ ]] || refuse "IMAGES=$IMAGES: want a whole number of images"
+[[ $EXPOSURE =~ ^[AB]$ ]] || refuse "EXPOSURE=$EXPOSURE: want A or B"
+grid=()
+while read -r cell; do grid+=("$cell"); done < <(cells)
+if [ -n "$CELL" ]; then
+    [[ $CELL =~ ^[0-9]+$ ]] && [ "$CELL" -lt ${#grid[@]} ] || refuse "CELL=$CELL: want 0 to $((${#grid[@]} - 1))"
+fi
+case ${1:-} in
+    list) for number in ${CELL:-${!grid[@]}}; do printf '%s\t%s\n' "$number" "$(folder ${grid[number]})"; done; exit ;;
+    summary) summarise; exit ;;
+    ?*) refuse "$1: no such command; want list, summary or nothing" ;;
+esac
+failed=()
+for number in ${CELL:-${!grid[@]}}; do
+    code=0
+    run_cell ${grid[number]} || code=$?
+    [ -z "$CELL" ] && [ $code != 75 ] || exit $code
+    [ $code = 0 ] || failed+=("$(folder ${grid[number]})")
+done
+summarise || failed+=("$OUT/summary.md")
+[ ${#failed[@]} = 0 ] || { echo "error: not complete: ${failed[*]}" >&2; exit 1; }
