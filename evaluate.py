@@ -28,7 +28,7 @@ import train
 from data_prep import DOMAINS, InputError, run_command
 from data_prep.folders import image_suffixes
 from data_prep.shards import ROLES, BadImage, Split, fit_image, open_root
-from train import Backbone, Run
+from train import Backbone, Run, matched_pairs
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
@@ -419,25 +419,6 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
 
 
 # ---------------------------------------------------------------- one yardstick for all
-
-
-def matched_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """`count` pairs of one identity and as many of two, [2 count, 2] rows, drawn at random (labels -1 left out)."""
-    rng = np.random.default_rng(seed)
-    order = np.argsort(labels, kind="stable")
-    order = order[labels[order] >= 0]
-    ids, start, size = np.unique(labels[order], return_index=True, return_counts=True)
-    several = np.flatnonzero(size > 1)
-    if len(ids) < 2 or not len(several):
-        return np.empty((0, 2), dtype=np.int64)
-    i = rng.choice(several, count, p=size[several] / size[several].sum())
-    a = (rng.random(count) * size[i]).astype(int)
-    b = (a + 1 + (rng.random(count) * (size[i] - 1)).astype(int)) % size[i]
-    same = np.stack([order[start[i] + a], order[start[i] + b]], 1)
-    left, right = rng.integers(len(order), size=(2, 4 * count))
-    apart = labels[order[left]] != labels[order[right]]
-    different = np.stack([order[left], order[right]], 1)[apart][:count]
-    return np.concatenate([same[: len(different)], different])
 
 
 def score_pairs(x: np.ndarray, split: Split, draws: int, seed: int, count: int = 5000) -> dict[str, Figure]:

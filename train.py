@@ -55,6 +55,8 @@ from kernels.margin_loss import Shard, margin_loss, merge_over
 ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py claims`
 SIZES = ("tiny", "small", "base", "large")
 LOADERS = min(8, max((os.cpu_count() or 2) - 1, 1))  # default number of loader processes
+LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # of a run, one record a line, each with its step
+COLOURS = {"object": "#0072B2", "face_hq": "#D55E00", "face_lq": "#E69F00", "body": "#009E73"}  # Okabe and Ito's
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
 
 # ---------------------------------------------------------------- backbones
@@ -514,13 +516,14 @@ def loss_options(config: dict, class_counts: list[int], device: torch.device, ra
     _, ranges, shard = head_slices(class_counts, ranks.rank if sharded else 0, ranks.world if sharded else 1)
     values = {name: torch.tensor(per_domain(config, name), device=device)
               for name in ("scale", "margin_angular", "margin_additive", "domain_weight", "label_smoothing")}
-    return values | {"class_ranges": ranges, "num_domains": len(class_counts), "reduction": config["coupling"],
+    reduction = "sample" if config["coupling"] == "sample" else "domain"
+    return values | {"class_ranges": ranges, "num_domains": len(class_counts), "reduction": reduction,
                      "shard": shard if sharded else None}
 
 
 def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], counts: torch.Tensor, options: dict, *,
                margin: float = 1.0, negatives: str = "own", tune_backbone: bool = True, ranks: Ranks = Ranks(),
-               passes: int = 1) -> dict[str, torch.Tensor]:
+               passes: int = 1, by_domain: list[list[torch.Tensor]] | None = None) -> dict[str, torch.Tensor]:
     """Add the gradients of one optimiser step, batch by batch, to `.grad` of the backbone and of the class weights.
 
     With several ranks every one of them holds the gradients of the whole step afterwards (of a sharded head: of its own
@@ -538,9 +541,11 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
         tune_backbone: False trains the class weights alone.
         ranks: the processes of the run.
         passes: number of `batches`; the ranks add up their gradients in the last one.
+        by_domain: K lists; they are filled with each domain's own gradient of the model's trainable parameters, by a
+            backward pass for each, and `.grad` of the backbone is left alone.
 
     Returns:
-        Detached sums over this rank's samples: loss; cos, correct, count [K]; direction [D], of unit embeddings.
+        Detached sums over this rank's samples: loss; cos, correct, count, norm [K]; direction [D], of unit embeddings.
     """
     K, device, shard = len(counts), head.device, options.get("shard")
     options = options | {name: options[name] * margin for name in ("margin_angular", "margin_additive")}
@@ -548,9 +553,9 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
     if negatives == "all":
         options["class_ranges"] = [(0, len(head))] * K
     total = {"loss": torch.zeros((), device=device), "direction": torch.zeros(head.shape[1], device=device)}
-    total |= {name: torch.zeros(K, device=device) for name in ("loss_by_domain", "cos", "correct", "count")}
+    total |= {name: torch.zeros(K, device=device) for name in ("loss_by_domain", "cos", "correct", "count", "norm")}
     for number, (images, labels, domains) in enumerate(batches, 1):
-        last = number == passes or ranks.world == 1 or not tune_backbone
+        last = (number == passes and by_domain is None) or ranks.world == 1 or not tune_backbone
         with contextlib.nullcontext() if last else model.no_sync():
             with torch.set_grad_enabled(tune_backbone):
                 x = model(images)
@@ -565,19 +570,35 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
             # one value a sample: with as many samples as domains a vector [K] would be taken for one
             values = {name: options[name][of] for name in ("scale", "margin_angular", "margin_additive")}
             result = margin_loss(own, head, target, of, domain_count=counts, **options | values)
-            (result.loss * ranks.world).backward()  # DistributedDataParallel averages over the ranks
+            if by_domain is None or not tune_backbone:
+                (result.loss * ranks.world).backward()  # DistributedDataParallel averages over the ranks
+            else:
+                for k, own_gradients in enumerate(by_domain):
+                    part = margin_loss(own, head, torch.where(of == k, target, -1), of, domain_count=counts,
+                                       **options | values).loss
+                    add_gradients(own_gradients, part * ranks.world, model, head, keep=k + 1 < K)
         share = 1.0 if shard is None else 1.0 / ranks.world  # a sharded head gives every rank the loss of all
         total["loss"] += result.loss.detach() * share
         total["loss_by_domain"] += result.per_domain.nan_to_num(0.0) * share
         total["cos"].index_add_(0, domains, result.target_cos[mine].float().nan_to_num(0.0))
         total["correct"].index_add_(0, domains, result.correct[mine].float())
         total["count"].index_add_(0, domains, valid.float())
+        total["norm"].index_add_(0, domains, x.detach().float().norm(dim=1) * valid)
         total["direction"] += (F.normalize(x.detach().float(), dim=1) * valid[:, None]).sum(0)
     if ranks.world > 1:
         head.grad /= ranks.world
         if shard is None:
             ranks.sum(head.grad)
     return total
+
+
+def add_gradients(gradients: list[torch.Tensor], loss: torch.Tensor, model: nn.Module, head: torch.Tensor,
+                  keep: bool) -> None:
+    """Add the gradient of a loss: of the trainable parameters to `gradients` (may be empty), of the head to `.grad`."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, [*parameters, head], retain_graph=keep, materialize_grads=True, allow_unused=True)
+    head.grad = found[-1] if head.grad is None else head.grad + found[-1]
+    gradients[:] = torch._foreach_add(gradients, found[:-1]) if gradients else found[:-1]
 
 
 def gradient_norm(parameters: list[nn.Parameter], head: nn.Parameter, sharded: bool, ranks: Ranks) -> torch.Tensor:
@@ -587,6 +608,50 @@ def gradient_norm(parameters: list[nn.Parameter], head: nn.Parameter, sharded: b
         ranks.sum(own)
     gradients = [p.grad for p in parameters if p.grad is not None and p is not head]
     return (nn.utils.get_total_norm(gradients).to(own) ** 2 + own).sqrt() if gradients else own.sqrt()
+
+
+def conflicts(by_domain: list[list[torch.Tensor]], depth: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """How the domains' gradients lie to each other, in the whole backbone and per depth.
+
+    Args:
+        by_domain: K lists of gradients, one tensor per parameter.
+        depth: layer 0..L-1 of each parameter.
+
+    Returns:
+        Norms [L + 1, K] and pairwise cosines [L + 1, K, K]; the last row is the whole backbone. Zero gradients: NaN.
+    """
+    K, L = len(by_domain), max(depth) + 1
+    inner = torch.zeros(L + 1, K, K, dtype=torch.float64, device=by_domain[0][0].device)
+    for layer, gradients in zip(depth, zip(*by_domain, strict=True), strict=True):
+        rows = torch.stack([g.flatten() for g in gradients]).double()
+        inner[layer] += rows @ rows.T
+    inner[L] = inner[:L].sum(0)
+    norms = inner.diagonal(dim1=1, dim2=2).sqrt()
+    return norms, inner / (norms[:, :, None] * norms[:, None, :])
+
+
+def project_conflicts(by_domain: list[list[torch.Tensor]], seed: int, step: int) -> list[torch.Tensor]:
+    """The sum of the domains' gradients, each first freed of what points against another one's (PCGrad).
+
+    Source: Yu et al., Gradient Surgery for Multi-Task Learning, arXiv 2001.06782, algorithm 1; the random order of the
+    other domains is a function of (seed, step).
+    """
+    K, rng = len(by_domain), np.random.default_rng((seed, step))
+
+    def dot(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+    length = [dot(g, g) for g in by_domain]
+    total = [torch.zeros_like(g) for g in by_domain[0]]
+    for i in range(K):
+        own = [g.clone() for g in by_domain[i]]
+        for j in rng.permutation(K):
+            if j != i:
+                # no branch on the value: the CPU need not know it
+                share = (dot(own, by_domain[j]).clamp(max=0) / length[j].clamp(min=1e-30)).to(own[0].dtype)
+                torch._foreach_sub_(own, torch._foreach_mul(by_domain[j], share))
+        torch._foreach_add_(total, own)
+    return total
 
 
 def mean_pairwise_cosine(direction: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
@@ -639,6 +704,56 @@ def embed_rows(model: Backbone, split: Split, rows: np.ndarray, device: torch.de
             x = resize(images.to(device, non_blocking=True).float(), size, interpolation=mode, antialias=True)
             x = (x.clamp(0, 255) / 255 - mean) / std
             yield good, (model(x) + model(x.flip(3)) if flip else model(x)).float()
+
+
+def matched_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` pairs of one identity and as many of two, [2 count, 2] rows, drawn at random (labels -1 left out)."""
+    rng = np.random.default_rng(seed)
+    order = np.argsort(labels, kind="stable")
+    order = order[labels[order] >= 0]
+    ids, start, size = np.unique(labels[order], return_index=True, return_counts=True)
+    several = np.flatnonzero(size > 1)
+    if len(ids) < 2 or not len(several):
+        return np.empty((0, 2), dtype=np.int64)
+    i = rng.choice(several, count, p=size[several] / size[several].sum())
+    a = (rng.random(count) * size[i]).astype(int)
+    b = (a + 1 + (rng.random(count) * (size[i] - 1)).astype(int)) % size[i]
+    same = np.stack([order[start[i] + a], order[start[i] + b]], 1)
+    left, right = rng.integers(len(order), size=(2, 4 * count))
+    apart = labels[order[left]] != labels[order[right]]
+    different = np.stack([order[left], order[right]], 1)[apart][:count]
+    return np.concatenate([same[: len(different)], different])
+
+
+def probe_splits(config: dict) -> list[Split]:
+    """What --eval-every looks at: a split per domain (the training one at need), and one out of distribution."""
+
+    def shifted(split: Split) -> bool:
+        return bool((split.index["protocol"] or {}).get("ood"))
+
+    root, found = open_root(Path(config["data"]), config["domains"]), []
+    for domain in config["domains"]:
+        others = [split for name, split in root[domain].items() if name != "train" and not shifted(split)]
+        found += [split for split in [*others, root[domain]["train"]] if (split.labels >= 0).sum() > 1][:1]
+    return found + [split for split in root.get("object", {}).values() if shifted(split)][:1]
+
+
+def probe(job: "Job", splits: list[Split], count: int = 2000) -> dict[str, float]:
+    """Same/different AUC of `count` fixed images of each split, on matched numbers of random pairs; chance is 0.5."""
+    from sklearn.metrics import roc_auc_score
+
+    scores = {}
+    for split in splits:
+        rows = np.flatnonzero(split.labels >= 0)
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:count])
+        parts = list(embed_rows(job.model, split, rows, job.device, job.config["micro_batch"] or 64,
+                                job.config["workers"]))
+        used, x = np.concatenate([r for r, _ in parts]), F.normalize(torch.cat([x for _, x in parts]), dim=1)
+        pairs = matched_pairs(split.labels[used], 5000, seed=0)
+        if len(pairs):
+            same, score = np.arange(len(pairs)) < len(pairs) // 2, (x[pairs[:, 0]] * x[pairs[:, 1]]).sum(1)
+            scores[f"{split.domain}/{split.name}"] = float(roc_auc_score(same, score.cpu().numpy()))
+    return scores
 
 
 def init_head(model: Backbone, splits: list[Split], config: dict, device: torch.device,
@@ -867,7 +982,7 @@ def save_checkpoint(job: "Job", step: int) -> None:
 
 
 def load_checkpoint(job: "Job") -> int:
-    """Restore what save_checkpoint wrote; returns the next step. log.jsonl is cut back to that step."""
+    """Restore what save_checkpoint wrote; returns the next step. The logs are cut back to that step."""
     folder, path = job.folder, job.folder / "last" / "state.pt"
     rows = slice(None) if job.rows is None else job.rows.cpu()
     try:
@@ -888,11 +1003,10 @@ def load_checkpoint(job: "Job") -> int:
     if len(state["rng"]) == job.ranks.world:  # else the ranks keep the state that their number gave them
         torch.set_rng_state(state["rng"][job.ranks.rank])
     job.tally.update(state["tally"])
-    log = folder / "log.jsonl"
-    if log.exists() and job.ranks.rank == 0:
+    for log in (folder / name for name in LOGS if (folder / name).exists() and job.ranks.rank == 0):
         lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] <= state["step"]]
-        write_atomically(log, lambda path: path.write_text("".join(f"{line}\n" for line in kept)))
+        kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= state["step"])
+        write_atomically(log, lambda path, kept=kept: path.write_text(kept))
     return state["step"]
 
 
@@ -948,6 +1062,8 @@ def check_options(config: dict) -> None:
         raise InputError("--degrade makes another image each time, --cache keeps the decoded ones: give one of them")
     if config["cache"] == "gpu" and pick_device(config["device"]).type != "cuda":
         raise InputError("--cache gpu needs a CUDA device: take --cache ram")
+    if config["coupling"] == "pcgrad" and config["schedule"] != "A":
+        raise InputError("--coupling pcgrad goes through the domains one by one: it needs --schedule A")
     if config["shard_head"] and config["negatives"] == "all":
         raise InputError("--shard-head deals out every domain's classes by themselves: not with --negatives all")
     if config["degrade"] and "face_lq" not in config["domains"]:
@@ -1167,7 +1283,8 @@ def set_up(config: dict) -> Job | None:
         job.first = load_checkpoint(job)
     else:
         if ranks.rank == 0:
-            (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+            for name in LOGS:
+                (folder / name).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         whole = init_head(model, splits, config, device, ranks)
         head.data.copy_(whole if rows is None else whole[rows])
         if job.ema is not None:
@@ -1278,12 +1395,89 @@ def update(job: Job, step: int, norm: torch.Tensor) -> torch.Tensor:
     return finite.float()
 
 
+def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int, options: dict,
+              passes: int) -> dict[str, torch.Tensor]:
+    """One optimiser step: gradients of its batches, clipping, update. Nothing in it waits for the device."""
+    config, frozen = job.config, slice(*options["class_ranges"][0]) if job.config["freeze_text_head"] else slice(0)
+    factor = rate(step, job.steps, config["warmup"], config["min_lr"])
+    for group in job.optimizer.param_groups:
+        group["lr"] = factor * group["scale"]
+    tune_backbone = step >= round(config["head_warmup"] * job.steps)
+    look = tune_backbone and config["conflict_every"] > 0 and step % config["conflict_every"] == 0
+    by_domain = [[] for _ in job.splits] if tune_backbone and (look or config["coupling"] == "pcgrad") else None
+    counts = torch.from_numpy(job.plan[step].sum(0)).to(job.device, non_blocking=True)
+    total = accumulate(forward, job.head, batches, counts, options, negatives=config["negatives"], ranks=job.ranks,
+                       margin=ramp(step / job.steps, config["margin_ramp"]), tune_backbone=tune_backbone,
+                       passes=passes, by_domain=by_domain)
+    if by_domain is not None:
+        couple(job, by_domain, step, look)
+    job.head.grad[frozen] = 0  # --freeze-text-head: object comes first
+    total["grad_norm"] = gradient_norm(job.parameters, job.head, options["shard"] is not None, job.ranks)
+    nn.utils.clip_grads_with_norm_(job.parameters, config["clip"] or math.inf, total["grad_norm"])
+    total["finite"] = update(job, step, total["grad_norm"])
+    job.optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def couple(job: Job, by_domain: list[list[torch.Tensor]], step: int, look: bool) -> None:
+    """From each domain's gradient to the step's: their sum, or PCGrad's; `look`: write down how they conflict."""
+    named = [(name, p) for name, p in job.model.named_parameters() if p.requires_grad]
+    for gradients in by_domain:
+        for gradient in gradients:
+            job.ranks.sum(gradient).div_(job.ranks.world)
+    if job.config["coupling"] == "pcgrad":
+        whole = project_conflicts(by_domain, job.config["seed"], step)
+    else:
+        whole = [sum(parts) for parts in zip(*by_domain, strict=True)]
+    for (_, parameter), gradient in zip(named, whole, strict=True):
+        parameter.grad = gradient
+    if look and job.ranks.rank == 0:
+        layers = job.model.layers()
+        norms, cosines = (v.cpu() for v in conflicts(by_domain, [layers[name] for name, _ in named]))
+        pairs = {f"{a}~{b}": (i, j) for (i, a), (j, b) in itertools.combinations(enumerate(job.config["domains"]), 2)}
+        append(job.folder / "conflict.jsonl", {
+            "step": step + 1, "norm": dict(zip(job.config["domains"], norms[-1].tolist(), strict=True)),
+            "cosine": {name: float(cosines[-1, i, j]) for name, (i, j) in pairs.items()},
+            "cosine_by_layer": {name: cosines[:-1, i, j].tolist() for name, (i, j) in pairs.items()}})
+
+
+def append(path: Path, record: dict) -> None:
+    """Add a line to a .jsonl file of the run; NaN has no place in JSON and becomes null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with open(path, "a") as file:
+        file.write(json.dumps(plain(record)) + "\n")
+
+
+def look_at_fixed_images(job: Job, splits: list[Split], board, step: int) -> None:
+    """--eval-every: AUC of fixed images into probe.jsonl; a task that falls below its start is named."""
+    if job.ranks.rank == 0:
+        job.model.eval()
+        with averaged(job):
+            scores = probe(job, splits)
+        job.model.train()
+        append(job.folder / "probe.jsonl", {"step": step, "auc": scores})
+        start = job.tally.setdefault("start", scores)
+        for name, score in scores.items():
+            board.add_scalar(f"auc/{name}", score, step)
+            if score < start.get(name, 0) - 0.01:
+                tqdm.write(f"WARNING: step {step}: {name} has fallen below its start: same/different AUC {score:.3f}, "
+                           f"was {start[name]:.3f}", file=sys.stderr)
+    job.ranks.wait()
+
+
 def run_steps(job: Job) -> int:
     """The training loop; returns the exit code."""
     config, steps, tally, ranks = job.config, job.steps, job.tally, job.ranks
     stream = make_stream(job)
-    per_step = stream.per_batch * job.plan.shape[1]
-    chunks = load(stream, job.first * per_step, config["workers"], job.device.type == "cuda")
+    passes = stream.per_batch * job.plan.shape[1]
+    chunks = load(stream, job.first * passes, config["workers"], job.device.type == "cuda")
     board = None
     if ranks.rank == 0:
         from torch.utils.tensorboard import SummaryWriter
@@ -1292,37 +1486,28 @@ def run_steps(job: Job) -> int:
         if not job.first:
             draw_samples(job.folder / "samples.png", stream, job.model, job.cache)
     options = loss_options(config, [len(split.classes) for split in job.splits], job.device, ranks)
-    frozen = slice(*options["class_ranges"][0]) if config["freeze_text_head"] else slice(0)  # object comes first
+    fixed = probe_splits(config) if config["eval_every"] else []
+    if fixed and not job.first:
+        look_at_fixed_images(job, fixed, board, 0)
     stop, window, started = StopRequest(job.folder, ranks), [], time.time() - tally["seconds"]
-    embed, ending = make_forward(job), False
+    forward, ending = make_forward(job), False
 
-    embed.train()
+    forward.train()
     bar = tqdm(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train",
                disable=True if ranks.rank else None)
     for step in bar:
-        factor = rate(step, steps, config["warmup"], config["min_lr"])
-        for group in job.optimizer.param_groups:
-            group["lr"] = factor * group["scale"]
-        margin, tune_backbone = ramp(step / steps, config["margin_ramp"]), step >= round(config["head_warmup"] * steps)
-        counts = torch.from_numpy(job.plan[step].sum(0)).to(job.device, non_blocking=True)
-        total = accumulate(embed, job.head, receive(job, chunks, per_step), counts, options, margin=margin,
-                           negatives=config["negatives"], tune_backbone=tune_backbone, ranks=ranks, passes=per_step)
-        job.head.grad[frozen] = 0
-        total["grad_norm"] = gradient_norm(job.parameters, job.head, options["shard"] is not None, ranks)
-        nn.utils.clip_grads_with_norm_(job.parameters, config["clip"] or math.inf, total["grad_norm"])
-        total["finite"] = update(job, step, total["grad_norm"])
-        job.optimizer.zero_grad(set_to_none=True)
-        window.append(total)
+        window.append(take_step(job, forward, receive(job, chunks, passes), step, options, passes))
         tally["seconds"], done = time.time() - started, step + 1
         ending = ranks.any(bool(stop)) and done < steps
         if done % config["log_every"] == 0 or done == steps or ending:
-            record = {"step": done, "images": done * config["batch"], "lr": factor * config["lr"], "margin": margin,
-                      "backbone": tune_backbone}
-            log_window(job, board, window, record)
+            record = log_window(job, board, window, done)
             check_health(job, done)
             if "loss" in record:
                 bar.set_postfix(loss=f"{record['loss']:.3f}", img_s=f"{record['images_per_second']:.0f}")
             window = []
+        if fixed and (done % config["eval_every"] == 0 or done == steps):
+            look_at_fixed_images(job, fixed, board, done)
+            forward.train()
         if ending or done % config["save_every"] == 0 or done == steps:
             job.save(done)
         if ending:
@@ -1333,6 +1518,7 @@ def run_steps(job: Job) -> int:
     if ending:
         return STOPPED
     if ranks.rank == 0:
+        write_report(job)
         write_json(job.folder / "done.json", {"steps": steps, "images": steps * config["batch"], **tally})
     print(f"done: {job.folder} in {tally['seconds']:.0f} s; next: python evaluate.py --run {job.folder}")
     ranks.wait()
@@ -1365,34 +1551,42 @@ def check_health(job: Job, done: int) -> None:
                          "`python -m data_prep verify DIR`")
 
 
-def log_window(job: Job, board, window: list[dict], record: dict) -> None:
-    """Add the means over the steps since the last line to `record`; write it to log.jsonl and TensorBoard.
+def log_window(job: Job, board, window: list[dict], done: int) -> dict:
+    """Means over the steps since the last line, into log.jsonl and TensorBoard.
 
     This is where the CPU waits for the GPU and the ranks for each other; in between nobody does.
     """
-    before = job.tally.get("logged", 0.0)
+    config, before = job.config, job.tally.get("logged", 0.0)
     total = {name: torch.stack([t[name].float() for t in window]) for name in window[0]}
-    for name in ("loss", "loss_by_domain", "cos", "correct", "count", "direction"):
+    for name in ("loss", "loss_by_domain", "cos", "correct", "count", "norm", "direction"):
         job.ranks.sum(total[name])
-    record |= summarise(total, job.config["domains"])
+    factor = rate(done - 1, job.steps, config["warmup"], config["min_lr"])
+    record = {"step": done, "images": done * config["batch"], "lr": factor * config["lr"],
+              "head_lr": factor * config["head_lr"], "margin": ramp((done - 1) / job.steps, config["margin_ramp"]),
+              "backbone": done > round(config["head_warmup"] * job.steps)}
+    record |= summarise(total, config["domains"])
+    seen = job.plan[:done].sum((0, 1))
+    for name, split, images in zip(config["domains"], job.splits, seen.tolist(), strict=True):
+        record |= {f"images/{name}": images, f"passes/{name}": images / len(split)}
     job.tally["skipped"] = int(job.health[0])
     if skipped := int((total["finite"] == 0).sum()):
-        tqdm.write(f"until step {record['step']}: {skipped} of {len(window)} steps had no finite gradient and were "
-                   "skipped", file=sys.stderr)
-    record["images_per_second"] = len(window) * job.config["batch"] / (job.tally["seconds"] - before)
+        tqdm.write(f"until step {done}: {skipped} of {len(window)} steps had no finite gradient and were skipped",
+                   file=sys.stderr)
+    record["images_per_second"] = len(window) * config["batch"] / max(job.tally["seconds"] - before, 1e-9)
+    if job.device.type == "cuda":
+        record["memory_GiB"] = torch.cuda.max_memory_allocated(job.device) / 2**30
     job.tally["logged"] = job.tally["seconds"]
     if record.get("mean_cosine", 0) > 0.99 and job.tally["collapsed_at"] is None:
-        job.tally["collapsed_at"] = record["step"]
-        tqdm.write(f"WARNING: step {record['step']}: the embeddings have COLLAPSED (mean pairwise cosine "
+        job.tally["collapsed_at"] = done
+        tqdm.write(f"WARNING: step {done}: the embeddings have COLLAPSED (mean pairwise cosine "
                    f"{record['mean_cosine']:.4f}): lower --lr or take --head-init means", file=sys.stderr)
-    record |= job.tally
-    if board is None:
-        return
-    with open(job.folder / "log.jsonl", "a") as log:
-        log.write(json.dumps(record) + "\n")
-    for name, value in record.items():
-        if isinstance(value, int | float):
-            board.add_scalar(name, value, record["step"])
+    record |= {key: value for key, value in job.tally.items() if key != "start"}
+    if board is not None:
+        append(job.folder / "log.jsonl", record)
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                board.add_scalar(name, value, done)
+    return record
 
 
 def summarise(total: dict[str, torch.Tensor], domains: list[str]) -> dict:
@@ -1412,7 +1606,98 @@ def summarise(total: dict[str, torch.Tensor], domains: list[str]) -> dict:
             record[f"loss/{name}"] = float(total["loss_by_domain"][:, k].sum() / drawn)
             record[f"top1/{name}"] = float(total["correct"][:, k].sum() / count[k])
             record[f"target_cosine/{name}"] = float(total["cos"][:, k].sum() / count[k])
+            record[f"norm/{name}"] = float(total["norm"][:, k].sum() / count[k])
     return record
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records of a .jsonl file of a run; none where it does not exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_report(job: Job) -> None:
+    """report.md, one page on how the run went, and its figures curves.png and conflict.png."""
+    log, looks, fights = (read_lines(job.folder / f"{name}.jsonl") for name in ("log", "probe", "conflict"))
+    log = [record for record in log if "loss" in record]
+    draw_curves(job.folder / "curves.png", log, looks, job.config["domains"])
+    lines = [f"# {job.folder.name}", "",
+             f"Schedule {job.config['schedule']}, {job.steps} steps of {job.config['batch']} images, "
+             f"{job.tally['seconds'] / 60:.1f} minutes on {job.ranks.world} x {job.device.type}.", "",
+             "| domain | images | passes | loss | top-1 | target cosine | norm |", "|---|---|---|---|---|---|---|"]
+    for name in job.config["domains"]:
+        last = next((r for r in reversed(log) if f"loss/{name}" in r), None)
+        if last:
+            figures = [f"{last[f'{key}/{name}']:.3f}" for key in ("loss", "top1", "target_cosine", "norm")]
+            lines.append(f"| {name} | {last[f'images/{name}']:,} | {last[f'passes/{name}']:.1f} | "
+                         f"{' | '.join(figures)} |")
+    lines += ["", "Loss, top-1 and target cosine are of augmented training images, with the margins of the moment.", "",
+              "![curves](curves.png)"]
+    if looks:
+        lines += ["", "| same/different AUC of fixed images | start | end |", "|---|---|---|"]
+        lines += [f"| {name} | {looks[0]['auc'].get(name, math.nan):.3f} | {value:.3f} |"
+                  for name, value in looks[-1]["auc"].items()]
+    if fights:
+        draw_conflict(job.folder / "conflict.png", fights)
+        mean = {pair: np.mean([f["cosine"][pair] for f in fights if f["cosine"][pair] is not None] or [math.nan])
+                for pair in fights[0]["cosine"]}
+        lines += ["", "Cosines between the domains' gradients on the backbone (mean over the run; below 0 they pull "
+                  "against each other): " + ", ".join(f"{pair} {value:+.2f}" for pair, value in mean.items()), "",
+                  "![conflict](conflict.png)"]
+    if job.tally["skipped"] or job.tally["bad"] or job.tally["collapsed_at"]:
+        lines += ["", f"Skipped steps: {job.tally['skipped']}; damaged images: {job.tally['bad']}; collapsed at: "
+                  f"{job.tally['collapsed_at']}."]
+    write_atomically(job.folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+
+
+def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[str]) -> None:
+    """Loss, top-1, target cosine per domain and, where --eval-every looked, AUC, over the images seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    keys = [("loss", "training loss"), ("top1", "training top-1"), ("target_cosine", "cosine to the own class")]
+    figure, axes = plt.subplots(1, len(keys) + bool(looks), figsize=(4 * (len(keys) + bool(looks)), 3), squeeze=False)
+    for ax, (key, title) in zip(axes[0], keys, strict=False):
+        for name in domains:
+            points = [(r["images"], r[f"{key}/{name}"]) for r in log if f"{key}/{name}" in r]
+            ax.plot(*zip(*points, strict=True) if points else ((), ()), label=name, color=COLOURS[name])
+        ax.set(title=title, xlabel="images")
+    if looks:
+        for number, name in enumerate(looks[0]["auc"]):
+            domain = name.split("/")[0]
+            again = domain in [n.split("/")[0] for n in list(looks[0]["auc"])[:number]]
+            axes[0][-1].plot([r["step"] for r in looks], [r["auc"].get(name, math.nan) for r in looks], label=name,
+                             color=COLOURS[domain], ls="--" if again else "-", marker=".")
+        axes[0][-1].set(title="same/different AUC, fixed images", xlabel="step")
+        axes[0][-1].legend(fontsize=7)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_conflict(path: Path, fights: list[dict]) -> None:
+    """Cosines of the domains' gradients: over the run in the whole backbone, and by layer (mean over the run)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for pair in fights[0]["cosine"]:
+        values = np.array([[math.nan if v is None else v for v in f["cosine_by_layer"][pair]] for f in fights])
+        seen = ~np.isnan(values).all(0)
+        left.plot([f["step"] for f in fights], [f["cosine"][pair] for f in fights], marker=".", label=pair)
+        right.plot(np.flatnonzero(seen), np.nanmean(values[:, seen], 0), marker=".", label=pair)
+    left.set(title="whole backbone", xlabel="step", ylabel="cosine of two domains' gradients")
+    right.set(title="by layer, mean over the run", xlabel="layer (0: input)")
+    for ax in (left, right):
+        ax.axhline(0, color="0.6", lw=0.8)
+    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------- export
@@ -1628,6 +1913,96 @@ CARD_LIMITS = [
 ]
 
 
+# ---------------------------------------------------------------- benchmark
+
+
+def bench_steps(job: Job, rounds: int, count: int) -> dict[str, list[float]]:
+    """Seconds of single steps: with real data, with one batch that lies on the device, and of the bare backbone.
+
+    The bare step is forward, the sum of the embeddings, backward and the optimiser on the same images. The three take
+    turns, `rounds` times `count` steps each; a turn's first steps, which live on what the loader has in store, are not
+    counted.
+    """
+    stream = make_stream(job)
+    passes = stream.per_batch * job.plan.shape[1]
+    chunks = load(stream, 0, job.config["workers"], job.device.type == "cuda")
+    options = loss_options(job.config, [len(split.classes) for split in job.splits], job.device, job.ranks)
+    forward, step, found = make_forward(job), itertools.count(), {"real": [], "fixed": [], "bare": [], "log": []}
+    forward.train()
+    fixed = [tuple(v.clone() for v in batch) for batch in receive(job, chunks, passes)]
+    late = round(job.config["head_warmup"] * job.steps) + job.steps // 2  # past the warm-up of the head
+
+    def bare() -> None:
+        for images, *_ in fixed:
+            forward(images).float().sum().backward()
+        job.optimizer.step()
+        job.optimizer.zero_grad(set_to_none=True)
+
+    def timed(run: Callable) -> float:
+        start = time.perf_counter()
+        run()
+        if job.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    store = 4 * max(job.config["workers"], 1) // passes + 1
+    window: list[dict] = []
+    for _ in tqdm(range(rounds + 1), desc="rounds (the first warms up)", disable=None):
+        for kind, skip in (("real", store), ("fixed", 1), ("bare", 1)):
+            spent = []
+            for _ in range(skip + count):
+                now = min(late + next(step) % 8, job.steps - 1)
+                if kind == "bare":
+                    spent.append(timed(bare))
+                    continue
+                batches = receive(job, chunks, passes) if kind == "real" else iter(fixed)
+                spent.append(timed(lambda b=batches, now=now: window.append(take_step(job, forward, b, now, options,
+                                                                                      passes))))
+            found[kind].append(spent[skip:])
+        found["log"].append([timed(lambda: log_window(job, None, window, late + 1))])
+        window.clear()
+    return {kind: [seconds for turn in turns[1:] for seconds in turn] for kind, turns in found.items()}
+
+
+def bench_run(config: dict, rounds: int, count: int, path: Path | None) -> int:
+    """`train.py bench`: print, and write as JSON, where the time of a step goes."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from kernels.bench import ceilings, peak_memory
+
+    with tempfile.TemporaryDirectory() as folder:
+        config |= {"out": folder + "/run", "resume": False, "epochs": None}
+        store = 4 * max(config["workers"], 1) + 2
+        config["images"] = config["batch"] * 4 * (rounds + 1) * (count + store)
+        job, found = set_up(config), {}
+        memory = peak_memory(lambda: found.update(bench_steps(job, rounds, count)), job.device)
+        size = min(config["micro_batch"] or config["batch"], job.plan[0][0].sum())
+        with FlopCounterMode(display=False) as counter:
+            job.model(torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)).sum().backward()
+        flops = counter.get_total_flops() * config["batch"]
+        rate_of = ceilings(job.device)["ceiling_tflops"]
+    middle = {kind: float(np.median(seconds)) for kind, seconds in found.items()}
+    real, fixed, bare, log = (middle[kind] for kind in ("real", "fixed", "bare", "log"))
+    device = torch.cuda.get_device_name() if job.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    result = {
+        "device": device,
+        "torch": torch.__version__, "backbone": config["model"] or f"{config['backbone']}-{config['size']}",
+        "schedule": config["schedule"], "batch": config["batch"], "micro_batch": int(size), "cache": config["cache"],
+        "image_size": job.model.image_size, "workers": config["workers"], "compile": config["compile"],
+        "images_per_second": {kind: config["batch"] / middle[kind] for kind in ("real", "fixed", "bare")},
+        "step_ms": {kind: {"median": 1e3 * middle[kind], "p20": 1e3 * float(np.percentile(found[kind], 20)),
+                           "p80": 1e3 * float(np.percentile(found[kind], 80))} for kind in ("real", "fixed", "bare")},
+        "share_of_time": {"input": max(1 - fixed / real, 0.0), "loss": max(1 - bare / fixed, 0.0),
+                          "logging": log / config["log_every"] / real},
+        "real_to_bare": real / bare, "memory_MiB": memory, "gflop_per_image": flops / config["batch"] / 1e9,
+        "matrix_tflops": rate_of, "MFU": flops / real / 1e12 / rate_of,
+    }
+    print(json.dumps(result, indent=2))
+    if path:
+        write_json(path, result)
+    return 0
+
+
 # ---------------------------------------------------------------- options
 
 
@@ -1695,8 +2070,11 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
               help="Shares of schedule B ∝ (images)^T; 0: equal, 1: proportional.")
 @click.option("--mix-ramp", metavar="RAMP",
               help="Let a share move, e.g. 'object:1.0->0.25@0.3' over the first 0.3 of training.")
-@click.option("--coupling", type=click.Choice(["domain", "sample"]), default="domain",
-              help="What a step averages over first: each domain, or all samples.")
+@click.option("--coupling", type=click.Choice(["domain", "sample", "pcgrad"]), default="domain",
+              help="What a step averages over first: each domain, or all samples; pcgrad: each domain, its gradient "
+                   "freed of what points against another's (schedule A, a backward pass per domain).")
+@click.option("--conflict-every", type=click.IntRange(0), default=0,
+              help="Steps between looks at how the domains' gradients conflict (conflict.png); 0: never.")
 @click.option("--domain-weight", default="1", metavar="NUMBERS",
               help="Weight of a domain in the loss: one number or NAME=NUMBER,...")
 @click.option("--negatives", type=click.Choice(["own", "all"]), default="own",
@@ -1752,6 +2130,8 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
 @click.option("--ema", type=click.FloatRange(0, 1, max_open=True), default=0.0, metavar="DECAY",
               help="Export the running average of the weights, e.g. 0.9998; 0: off.")
 @click.option("--log-every", type=click.IntRange(1), default=10, help="Steps between lines of log.jsonl.")
+@click.option("--eval-every", type=click.IntRange(0), default=0,
+              help="Steps between same/different AUCs of 2,000 fixed images per domain; 0: never.")
 @click.option("--save-every", type=click.IntRange(1), default=500, help="Steps between checkpoints.")
 @click.option("--max-skipped", type=click.IntRange(0), default=10, help="Non-finite steps in a row that stop the run.")
 @click.option("--max-bad", type=click.FloatRange(0, 1), default=0.001,
@@ -1769,6 +2149,15 @@ def main(context: click.Context, **config) -> int | None:
             config[rival] = None
     job = set_up(config)
     return run_steps(job) if job else 0
+
+
+@main.command(params=[p for p in main.params if p.name not in ("out", "resume", "epochs", "images")], help="""Where the
+time of a step goes: real data, one batch on the device, the bare backbone. Takes the options of training.""")
+@click.option("--rounds", type=click.IntRange(1), default=4, help="Turns of each kind.")
+@click.option("--count", type=click.IntRange(1), default=8, help="Steps of a turn.")
+@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there, too.")
+def bench(rounds: int, count: int, path: Path | None, **config) -> int:
+    return bench_run(config, rounds, count, path)
 
 
 @main.command(help="Write a run's model for others: weights of timm or open_clip, or an ONNX graph; with a model card.")

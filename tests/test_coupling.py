@@ -1,0 +1,198 @@
+"""Gradient conflicts, PCGrad, the look at fixed images, cache, averages, report and benchmark of training."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import train
+from data_prep import InputError
+from tests.conftest import TINY, script
+from tests.test_distributed import C, K, make
+from tests.test_schedule import CONFIG, LOSS
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_conflicts_by_hand():
+    """Two layers, two domains: (3, 4 | 1) and (-4, 3 | 1) are orthogonal in layer 0, equal in layer 1."""
+    a = [torch.tensor([3.0, 4.0]), torch.tensor([[1.0]])]
+    b = [torch.tensor([-4.0, 3.0]), torch.tensor([[1.0]])]
+    norms, cosines = train.conflicts([a, b], [0, 1])
+    assert norms[:, 0].tolist() == pytest.approx([5, 1, math.sqrt(26)])
+    assert cosines[:, 0, 1].tolist() == pytest.approx([0, 1, 1 / 26]) and cosines[2, 0, 0] == pytest.approx(1)
+    assert train.conflicts([a, [torch.zeros(2), torch.zeros(1, 1)]], [0, 1])[1][2, 0, 1].isnan()
+
+
+def test_pcgrad_is_its_algorithm():
+    """Against a transcription in numpy; by hand: (1, 0) and (-1, 1) become (1/2, 1/2) and (0, 1)."""
+    whole = train.project_conflicts([[torch.tensor([1.0, 0.0])], [torch.tensor([-1.0, 1.0])]], seed=0, step=0)
+    assert whole[0].tolist() == pytest.approx([0.5, 1.5])
+    g = torch.Generator().manual_seed(0)
+    gradients = [[torch.randn(3, 2, generator=g, dtype=torch.float64), torch.randn(4, generator=g).double()]
+                 for _ in range(4)]
+    flat = [np.concatenate([v.numpy().ravel() for v in domain]) for domain in gradients]
+    rng, total = np.random.default_rng((7, 5)), np.zeros(10)
+    for i in range(4):
+        own = flat[i].copy()
+        for j in rng.permutation(4):
+            if j != i and own @ flat[j] < 0:
+                own -= own @ flat[j] / (flat[j] @ flat[j]) * flat[j]
+        total += own
+    found = train.project_conflicts(gradients, seed=7, step=5)
+    np.testing.assert_allclose(np.concatenate([v.numpy().ravel() for v in found]), total, rtol=1e-12)
+
+
+@pytest.mark.parametrize("coupling", ["domain", "sample"])
+def test_the_domains_gradients_add_up_to_the_steps(coupling):
+    options = train.loss_options(CONFIG | LOSS | {"coupling": coupling}, [C] * K, torch.device("cpu"))
+    counts, results = torch.tensor([4, 4, 4, 4]), []
+    for by_domain in (None, [[] for _ in range(K)]):
+        model, head, images, labels = make()
+        batches = [(images[:, :4].flatten(0, 1), labels[:, :4].flatten(), torch.arange(K).repeat_interleave(4))]
+        train.accumulate(model, head, batches, counts, options, by_domain=by_domain)
+        gradients = [p.grad for p in model.parameters()] if by_domain is None else \
+            [sum(parts) for parts in zip(*by_domain, strict=True)]
+        results.append([*gradients, head.grad])
+        if by_domain is not None:  # and each is the gradient of its own domain's images alone
+            alone, head, images, labels = make()
+            own = [(images[1, :4], labels[1, :4], torch.full((4,), 1))]
+            train.accumulate(alone, head, own, counts, options)
+            for one, p in zip(by_domain[1], alone.parameters(), strict=True):
+                torch.testing.assert_close(one, p.grad, rtol=1e-10, atol=1e-13)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+
+
+@pytest.fixture(scope="module")
+def watched(demo_root, tmp_path_factory):
+    run = tmp_path_factory.mktemp("watched") / "run"
+    script("train.py", *TINY, "--data", demo_root, "--out", run, "--schedule", "A", "--coupling", "pcgrad",
+           "--conflict-every", "2", "--eval-every", "2", "--ema", "0.5", "--images", "96", "--head-warmup", "0",
+           "--log-every", "1")
+    return run
+
+
+def test_a_watched_run_writes_what_it_saw(watched):
+    fights, looks = lines(watched / "conflict.jsonl"), lines(watched / "probe.jsonl")
+    assert [f["step"] for f in fights] == [1, 3, 5] and [r["step"] for r in looks] == [0, 2, 4, 6]
+    for fight in fights:
+        assert len(fight["cosine"]) == 6 and all(-1 <= v <= 1 for v in fight["cosine"].values())
+        assert all(v > 0 for v in fight["norm"].values())
+    assert all(0 <= score <= 1 for look in looks for score in look["auc"].values())
+    domains = [name.split("/")[0] for name in looks[0]["auc"]]
+    assert domains == ["object", "face_hq", "face_lq", "body", "object"]  # the last one out of distribution
+    record = lines(watched / "log.jsonl")[-1]
+    assert record["images/body"] == 24 and record["norm/body"] > 0 and record["passes/body"] == pytest.approx(24 / 288)
+    report = (watched / "report.md").read_text()
+    assert "| body | 24 |" in report and "conflict.png" in report and "object~face_hq" in report
+    assert all((watched / name).stat().st_size > 5000 for name in ("curves.png", "conflict.png"))
+
+
+def test_pcgrad_changes_the_backbone_alone_at_first(watched, demo_root, tmp_path):
+    """One step: the class weights of both couplings are the same, the backbones are not."""
+    for coupling in ("domain", "pcgrad"):
+        script("train.py", *TINY, "--data", demo_root, "--out", tmp_path / coupling, "--schedule", "A", "--coupling",
+               coupling, "--images", "16", "--head-warmup", "0", "--clip", "0")
+    weights = [load_file(tmp_path / c / "head.safetensors")["weight"] for c in ("domain", "pcgrad")]
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
+    nets = [load_file(tmp_path / c / "model.safetensors") for c in ("domain", "pcgrad")]
+    assert any(not torch.equal(nets[0][key], nets[1][key]) for key in nets[0])
+
+
+def test_a_fallen_task_is_named(demo_root, tmp_path, capsys):
+    job = train.set_up(run_config(demo_root, tmp_path / "run"))
+    splits = train.probe_splits(job.config)
+    job.tally["start"] = {f"{s.domain}/{s.name}": 1.5 for s in splits}
+
+    class Board:
+        add_scalar = staticmethod(lambda *_: None)
+
+    train.look_at_fixed_images(job, splits[:1], Board, 7)
+    assert "WARNING: step 7: object/" in capsys.readouterr().err
+
+
+def run_config(demo_root, out, *more) -> dict:
+    context = train.main.make_context("train.py", [*TINY, "--data", str(demo_root), "--out", str(out), *more])
+    return dict(context.params)
+
+
+def test_average_of_the_weights_in_closed_form(demo_root, tmp_path):
+    """EMA_t = EMA + (1 - min(d, (1 + t)/(10 + t))) (w_t - EMA); a step that is skipped moves nothing."""
+    job = train.set_up(run_config(demo_root, tmp_path / "run", "--ema", "0.3"))
+    expected = [p.detach().clone() for p in job.parameters]
+    for step, finite in enumerate([True, False, True]):
+        for p in job.parameters:
+            p.grad = torch.full_like(p, 1.0 if finite else math.nan)
+        norm = torch.tensor(1.0 if finite else math.nan)
+        assert train.update(job, step, norm) == finite
+        taken = 1 + step - (step > 0)
+        if finite:
+            decay = min(0.3, (1 + taken) / (10 + taken))
+            expected = [e + (1 - decay) * (p.detach() - e) for e, p in zip(expected, job.parameters, strict=True)]
+    for one, other in zip(job.ema, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert job.health.tolist() == [1, 0]
+    inside = job.parameters[-1].detach().clone()
+    with train.averaged(job):
+        torch.testing.assert_close(job.parameters[-1].data, expected[-1], rtol=1e-5, atol=1e-7)
+    assert torch.equal(job.parameters[-1], inside)
+
+
+def test_the_cache_changes_nothing(demo_root, tiny_run, tmp_path):
+    script("train.py", *TINY, "--schedule", "B", "--data", demo_root, "--out", tmp_path / "run", "--cache", "ram")
+    for name in ("model.safetensors", "head.safetensors"):
+        one, other = load_file(tiny_run / name), load_file(tmp_path / "run" / name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_grad_checkpointing_changes_rounding_at_most(demo_root, tmp_path):
+    common = ["--backbone", "eva02", "--size", "tiny", "--weights", "none", "--image-size", "28", "--workers", "0",
+              "--batch", "8", "--images", "16", "--data", demo_root, "--device", "cpu", "--head-init", "random"]
+    for name, more in (("plain", []), ("checkpointed", ["--grad-checkpointing"])):
+        script("train.py", *common, "--out", tmp_path / name, *more)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "checkpointed"))
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_that_does_not_fit_is_refused(demo_root, tmp_path, monkeypatch):
+    job = train.set_up(run_config(demo_root, tmp_path / "run", "--cache", "ram"))
+    monkeypatch.setattr(train, "free_bytes", lambda device: 1000)
+    with pytest.raises(InputError, match=r"--cache ram: the images take .* GiB are free"):
+        train.fill_cache(job)
+
+
+def test_bench_says_where_the_time_goes(demo_root, tmp_path):
+    tiny = [word for word in TINY if word not in ("--images", "64")]
+    script("train.py", "bench", *tiny, "--data", demo_root, "--cache", "ram", "--rounds", "1", "--count", "2", "--json",
+           tmp_path / "bench.json")
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert set(result["share_of_time"]) == {"input", "loss", "logging"}
+    assert all(0 <= share < 1 for share in result["share_of_time"].values())
+    assert result["images_per_second"]["real"] > 0 and 0 < result["MFU"] < 1.5 and result["gflop_per_image"] > 0
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--coupling", "pcgrad", "--schedule", "B"], "--coupling pcgrad goes through the domains one by one"),
+    (["--cache", "ram", "--degrade"], "--degrade makes another image each time"),
+    (["--cache", "gpu"], "--cache gpu needs a CUDA device"),
+    (["--shard-head", "--negatives", "all"], "not with --negatives all"),
+])  # fmt: skip
+def test_bad_input_is_one_line(arguments, words, demo_root, tmp_path):
+    result = script("train.py", *TINY, "--data", demo_root, "--out", tmp_path / "run", *arguments, check=2)
+    assert words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_frozen_parameters_are_left_out_of_the_domains_gradients():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    head, gradients = nn.Parameter(torch.ones(1, 2)), []
+    train.add_gradients(gradients, (model(torch.ones(1, 2)) * head).sum(), model, head, keep=False)
+    assert len(gradients) == 2 and head.grad is not None
