@@ -1,6 +1,8 @@
 """Command line: `python -m data_prep SOURCE --src PATH --out DATA/<domain>/<split>`, `demo`, `verify`, `show`."""
 
+import io
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +12,16 @@ from PIL import Image, ImageDraw
 
 from data_prep import DOMAINS, InputError, bodies, faces, folders, objects, run_command
 from data_prep.demo import SIZE, demo_splits
-from data_prep.shards import FITS, BadImage, Source, Split, read_index, verify_split, write_split
+from data_prep.records import Records, select
+from data_prep.shards import (
+    FITS,
+    BadImage,
+    Split,
+    read_image,
+    siblings,
+    verify_split,
+    write_split,
+)
 
 CPUS = os.cpu_count() or 1
 FOLDER = click.Path(path_type=Path)
@@ -41,7 +52,20 @@ def source_options(command, src: click.ParamType | type = FOLDER):
         click.option("--fit", type=click.Choice(FITS),
                      help="How images become square (default: objects crop, faces squash, bodies pad)."),
         click.option("--quality", type=click.IntRange(1, 100), default=95, help="Of JPEGs that are written anew."),
-        click.option("--seed", type=click.IntRange(0), default=0, help="Of the order of a training split."),
+        click.option("--list", "listed", type=FOLDER, metavar="FILE",
+                     help="Take only these identities or image names, one a line."),
+        click.option("--holdout", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
+                     help="People: share of the identities that training splits leave to test splits. A function of "
+                          "--seed and the identity: the same two options give splits that share none."),
+        click.option("--min-images", type=click.IntRange(2), metavar="N", help="Leave out identities with fewer."),
+        click.option("--max-classes", type=click.IntRange(1), metavar="N", help="Take so many identities, by --seed."),
+        click.option("--max-images", type=click.IntRange(1), metavar="N",
+                     help="Take so many images of an identity, the first ones (test: of its probes, its gallery)."),
+        click.option("--drop-duplicates", is_flag=True,
+                     help="Leave out copies of an image and, in a training split, images of the domain's test splits "
+                          "(prepare those first). Reads every image twice."),
+        click.option("--seed", type=click.IntRange(0), default=0,
+                     help="Of the order of a training split, of --holdout and --max-classes."),
         click.option("--shard-size", type=click.IntRange(1), default=2048, help="Images a shard."),
         click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes."),
         debug_option,
@@ -50,14 +74,14 @@ def source_options(command, src: click.ParamType | type = FOLDER):
     return command
 
 
-def own_size(source: Source) -> int:
+def own_size(records: Records) -> int:
     """The side that a sample of aligned faces shares, else 112 pixels."""
     sides = set()
-    for i in np.linspace(0, len(source.records) - 1, min(len(source.records), 16), dtype=int):
+    for i in np.linspace(0, len(records) - 1, min(len(records), 16), dtype=int):
         try:
-            with Image.open(source.records[i].read.args[0]) as image:
+            with Image.open(io.BytesIO(read_image(records[i])[0])) as image:
                 sides.update(image.size)
-        except OSError:
+        except (BadImage, OSError):
             continue
     return sides.pop() if len(sides) == 1 else 112
 
@@ -69,30 +93,56 @@ def report(folder: Path, index: dict, found: int) -> None:
           f"{sum(skipped.values()):,} skipped" + "".join(f"\n  {n:,}: {reason}" for reason, n in skipped.items()))
     if lost := (index["protocol"] or {}).get("pairs_lost"):
         print(f"  {lost:,} pairs left out: one of their images was skipped")
-    for path in folder.parent.glob("*/index.json"):
-        other = read_index(path.parent)
-        if index["domain"] == "object" or other["provenance"]["source"] != index["provenance"]["source"]:
-            continue  # object classes are meant to be the same, and equal names of two sources prove nothing
-        shared = set(index["classes"]) & set(other["classes"])
-        if shared and (other["protocol"] is None) != (index["protocol"] is None):
-            print(f"  WARNING: train and test overlap, {len(shared):,} identities are in {path.parent.name} too: "
-                  f"{min(shared)}")
+    split = Split(folder)
+    hashes, first = np.unique(split.column("hash"), return_inverse=True)
+    if copies := len(split) - len(hashes):
+        label = np.full(len(hashes), -1)
+        label[first] = split.labels
+        several = len(np.unique(first[label[first] != split.labels]))
+        print(f"  {copies:,} images are copies of others in the split (--drop-duplicates)"
+              + f"; {several:,} of the copied images have several labels" * (several > 0))
+    for other in siblings(folder):
+        if (other.protocol is None) == (split.protocol is None):
+            continue
+        # object classes are meant to be the same, and equal names of two sources prove nothing
+        if split.domain != "object" and other.index["provenance"]["source"] == index["provenance"]["source"]:
+            shared = set(split.classes) & set(other.classes)
+            if shared:
+                print(f"  WARNING: train and test overlap, {len(shared):,} identities are in {other.name} too: "
+                      f"{min(shared)}")
+        if other.hashed and (images := len(np.intersect1d(hashes, other.column("hash")))):
+            train, test = (split.name, other.name) if split.protocol is None else (other.name, split.name)
+            print(f"  WARNING: train and test overlap, {images:,} images are in {other.name} too: prepare {train} "
+                  f"again, after {test}, with --drop-duplicates")
 
 
-def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None, fit: str | None, **options) -> None:
-    """Run one source function and write its split."""
+SELECTION = ("listed", "holdout", "min_images", "max_classes", "max_images")  # the arguments of `select`
+
+
+def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None, fit: str | None,
+            drop_duplicates: bool, **options) -> None:
+    """Run one source function, choose from its images and write its split."""
     if len(out.resolve().parts) < 3 or out.resolve().parts[-2] not in DOMAINS:
         raise InputError(f"--out {out}: want DATA/<domain>/<split> with one of {', '.join(DOMAINS)}, "
                          f"e.g. data/{DOMAINS[1]}/train")
     out = out.resolve()
     domain, train = out.parts[-2], (part or ("train" if out.name == "train" else "test")) == "train"
     settings = {key: options.pop(key) for key in ("quality", "seed", "shard_size", "workers")}
+    selection = {key: value for key in SELECTION if (value := options.pop(key)) is not None}
+    if "holdout" in selection and domain == "object":
+        raise InputError("--holdout keeps people of training and test splits apart; a test split of objects has the "
+                         "classes of its training split: leave it out")
     source = read(src, domain, train, **options)
+    source = replace(source, records=Records(source.records, out))
+    if source.records:
+        source = select(source, train, settings["seed"], **selection)
     if size is None:
-        size = own_size(source) if domain.startswith("face") and source.records else 256
+        size = own_size(source.records) if domain.startswith("face") and source.records else 256
     name = read.__name__.replace("_", "-")  # as on the command line
+    chosen = options | selection | ({"drop_duplicates": True} if drop_duplicates else {})
     index = write_split(out, source, source_name=name, size=size, fit=fit or FIT[domain], train=train,
-                        options={key: str(value) for key, value in options.items() if value is not None}, **settings)
+                        options={key: str(value) for key, value in chosen.items() if value is not None},
+                        drop_duplicates=drop_duplicates, **settings)
     report(out, index, len(source.records) + sum(source.skipped.values()))
 
 
