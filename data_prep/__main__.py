@@ -1,7 +1,9 @@
 """Command line: `python -m data_prep SOURCE --src PATH --out DATA/<domain>/<split>`, `demo`, `verify`, `show`."""
 
 import io
+import json
 import os
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from data_prep import DOMAINS, InputError, bodies, faces, folders, objects, run_command
 from data_prep.demo import SIZE, demo_splits
+from data_prep.merge import merge_splits
 from data_prep.records import Records, select
 from data_prep.shards import (
     FITS,
@@ -22,6 +25,7 @@ from data_prep.shards import (
     verify_split,
     write_split,
 )
+from data_prep.stats import draw_stats, split_stats
 
 CPUS = os.cpu_count() or 1
 FOLDER = click.Path(path_type=Path)
@@ -337,6 +341,52 @@ def show(directory: Path, out: Path | None, rows: int, columns: int) -> None:
     out = out or directory / "contact-sheet.png"
     sheet.save(out)
     print(f"{out}: {len(chosen)} of {len(split.classes):,} classes")
+
+
+@cli.command(help="Count what a split holds: images per class, file sizes, JPEG quality, sharpness; stats.json and "
+                  "stats.png in DIRECTORY.")
+@click.argument("directory", type=FOLDER)
+@click.option("--out", type=FOLDER, help="Folder to write to (default: DIRECTORY).")
+@click.option("--sample", type=click.IntRange(1), default=2000, help="Images to decode for quality and sharpness.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of that sample.")
+@debug_option
+def stats(directory: Path, out: Path | None, sample: int, seed: int) -> None:
+    split, out = Split(directory), out or directory
+    found, values = split_stats(split, sample, seed)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "stats.json").write_text(json.dumps(found, indent=1) + "\n")
+        draw_stats(out / "stats.png", f"{found['split']}: {len(split):,} images of {len(split.classes):,} classes",
+                   values)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+    print(f"{directory}: {len(split):,} images of {len(split.classes):,} classes, {split.size} x {split.size} pixels")
+    for name, line in found.items():
+        if isinstance(line, dict) and "median" in line:
+            print(f"  {name:20s} median {line['median']:,.6g}, quartiles {line['p25']:,.6g} to {line['p75']:,.6g}, "
+                  f"{line['min']:,.6g} to {line['max']:,.6g}")
+    print(f"  {out}/stats.json, stats.png")
+
+
+@cli.command(help="Join training splits of a domain into one label space: an index over their shards, no copy. People "
+                  "are joined only where their sources prove them the same (`person`), never by name.")
+@click.argument("splits", type=FOLDER, nargs=-1, required=True)
+@click.option("--out", type=FOLDER, required=True, help="Split folder to write, beside its parts.")
+@click.option("--same-names", is_flag=True, help="Objects: classes of equal names (such as wnids) are one class.")
+@debug_option
+def merge(splits: tuple[Path, ...], out: Path, same_names: bool) -> None:
+    parts = merge_splits(out, list(splits), same_names)
+    split = Split(out)
+    print(f"{out}: {len(split):,} images of {len(split.classes):,} classes in the shards of "
+          + ", ".join(part.name for part in parts))
+    if joined := sum(len(part.classes) for part in parts) - len(split.classes):
+        print(f"  {joined:,} classes are in several of them and became one")
+    seen = Counter(name for part in parts for name in part.classes)
+    if apart := {name for name, n in seen.items() if n > 1} - set(split.classes):
+        print(f"  {len(apart):,} names are in several of them and stay apart, as <split>/<name>"
+              + " (--same-names joins them)" * (split.domain == "object"))
+    if split.hashed and (copies := len(split) - len(np.unique(split.column("hash")))):
+        print(f"  {copies:,} images are copies of others")
 
 
 if __name__ == "__main__":

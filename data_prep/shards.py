@@ -11,6 +11,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -429,6 +430,9 @@ def read_index(folder: Path) -> dict:
     return index
 
 
+SHARD = re.compile(r"(\.\./(?!\.)[^/\0]+/)?shard-\d{6}\.tar")  # a split's own, or, where it is merged, a neighbour's
+
+
 class Split:
     """A split folder, for reading in any order.
 
@@ -450,7 +454,9 @@ class Split:
         again = "prepare the split again, or find what differs with `python -m data_prep verify`"
         sizes = np.array([shard["bytes"] for shard in self.index["shards"]])
         for shard in self.index["shards"]:
-            path = self.folder / Path(shard["file"]).name
+            if not SHARD.fullmatch(shard["file"]):
+                raise InputError(f"{self.folder}/index.json: {shard['file'][:80]!r} is no name of a shard; {again}")
+            path = self.folder / shard["file"]
             if not path.is_file():
                 raise InputError(f"{path}: missing; {again}")
             if path.stat().st_size != shard["bytes"]:
@@ -499,9 +505,26 @@ class Split:
         if shard not in self.files:
             if len(self.files) >= OPEN_SHARDS:
                 os.close(self.files.pop(next(iter(self.files))))
-            self.files[shard] = os.open(self.folder / f"shard-{shard:06d}.tar", os.O_RDONLY)
+            self.files[shard] = os.open(self.folder / self.index["shards"][shard]["file"], os.O_RDONLY)
         block = os.pread(self.files[shard], tarfile.BLOCKSIZE + int(self.length[row]), offset - tarfile.BLOCKSIZE)
         return block[:100].split(b".")[0].decode("ascii", "replace"), block[tarfile.BLOCKSIZE :]
+
+    def fields(self, row: int) -> dict:
+        """The JSON of a sample, which lies behind its JPEG.
+
+        Raises:
+            InputError: there is none.
+        """
+        self.jpeg(row)  # opens the shard
+        shard, end = int(self.shard[row]), int(self.offset[row] + self.length[row])
+        head = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        block = os.pread(self.files[shard], 16 * tarfile.BLOCKSIZE, head)  # more than any of ours takes
+        try:
+            info = tarfile.TarInfo.frombuf(block[: tarfile.BLOCKSIZE], "utf-8", "strict")
+            return dict(json.loads(block[tarfile.BLOCKSIZE : tarfile.BLOCKSIZE + info.size]))
+        except (tarfile.HeaderError, TypeError, ValueError) as error:
+            raise InputError(f"{self.folder}: row {row} has no readable JSON; find what is damaged with `python -m "
+                             "data_prep verify`") from error
 
     def image(self, row: int):
         """A sample as a uint8 tensor [3, size, size], RGB.
@@ -549,15 +572,18 @@ def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> 
 # ---------------------------------------------------------------- checking
 
 
+open_split = lru_cache(maxsize=1)(Split)  # once a worker: with millions of classes reading the index takes seconds
+
+
 def verify_shard(folder: Path, number: int) -> list[str]:
     """What is wrong with one shard: hash, members, metadata, JPEGs."""
-    split = Split(folder)
+    split = open_split(folder)
     shard = split.index["shards"][number]
     path, problems = folder / shard["file"], []
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
             problems.append(f"{path}: sha256 differs from the index")
-    rows = np.flatnonzero(split.shard == number)
+    rows = np.arange(*np.searchsorted(split.shard, (number, number + 1)))
     columns = {name: split.column(name) for name in OPTIONAL if name in split.index["columns"]}
     try:
         with tarfile.open(path) as tar:
@@ -611,10 +637,17 @@ def verify_protocol(split: Split) -> list[str]:
 def verify_split(folder: Path, workers: int = 1) -> list[str]:
     """Re-read everything of a split; returns what is wrong, one line each (empty: nothing)."""
     split = Split(folder)
+    if "merged" in split.index:
+        from data_prep.merge import verify_merged  # here, because merging builds on this module
+
+        return verify_merged(split, workers)
     numbers = range(len(split.index["shards"]))
     problems = verify_protocol(split)
-    if sum(shard["samples"] for shard in split.index["shards"]) != len(split):
+    counts = [shard["samples"] for shard in split.index["shards"]]
+    if sum(counts) != len(split):
         problems.append(f"{folder}: the shard table does not add up to {len(split)} samples")
+    elif not np.array_equal(split.shard, np.repeat(numbers, counts)):
+        problems.append(f"{folder}/index/shard.npy: rows are not in the order of the shard table")
     with ProcessPoolExecutor(max(min(workers, len(numbers)), 1), PROCESSES, start_worker, (os.getpid(),)) as pool:
         results = pool.map(verify_shard, [folder] * len(numbers), numbers)
         for found in tqdm(results, desc=f"verify {folder}", total=len(numbers), unit="shard", disable=None):
