@@ -10,10 +10,12 @@ from pathlib import Path
 
 import click
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from data_prep import DOMAINS, InputError, bodies, faces, folders, objects, run_command
-from data_prep.demo import SIZE, demo_splits
+from data_prep.degrade import degraded_split, draw_ladder
+from data_prep.demo import SIZE, demo_splits, draw_face
 from data_prep.merge import merge_splits
 from data_prep.records import Records, select
 from data_prep.shards import (
@@ -120,16 +122,21 @@ def report(folder: Path, index: dict, found: int) -> None:
                   f"again, after {test}, with --drop-duplicates")
 
 
+def split_folder(out: Path) -> Path:
+    """--out as an absolute path; InputError where it is no DATA/<domain>/<split>."""
+    if len(out.resolve().parts) < 3 or out.resolve().parts[-2] not in DOMAINS:
+        raise InputError(f"--out {out}: want DATA/<domain>/<split> with one of {', '.join(DOMAINS)}, "
+                         f"e.g. data/{DOMAINS[1]}/train")
+    return out.resolve()
+
+
 SELECTION = ("listed", "holdout", "min_images", "max_classes", "max_images")  # the arguments of `select`
 
 
 def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None, fit: str | None,
             drop_duplicates: bool, **options) -> None:
     """Run one source function, choose from its images and write its split."""
-    if len(out.resolve().parts) < 3 or out.resolve().parts[-2] not in DOMAINS:
-        raise InputError(f"--out {out}: want DATA/<domain>/<split> with one of {', '.join(DOMAINS)}, "
-                         f"e.g. data/{DOMAINS[1]}/train")
-    out = out.resolve()
+    out = split_folder(out)
     domain, train = out.parts[-2], (part or ("train" if out.name == "train" else "test")) == "train"
     settings = {key: options.pop(key) for key in ("quality", "seed", "shard_size", "workers")}
     selection = {key: value for key in SELECTION if (value := options.pop(key)) is not None}
@@ -387,6 +394,52 @@ def merge(splits: tuple[Path, ...], out: Path, same_names: bool) -> None:
               + " (--same-names joins them)" * (split.domain == "object"))
     if split.hashed and (copies := len(split) - len(np.unique(split.column("hash")))):
         print(f"  {copies:,} images are copies of others")
+
+
+@cli.command(name="degrade", help="Write degraded copies of a split's images as a split of their own, identities and "
+                                  "protocol kept, each draw in the sample's JSON; and a picture of the severities.")
+@click.option("--src", type=FOLDER, metavar="SPLIT", help="Split folder of sharp images.")
+@click.option("--out", type=FOLDER, help="Split folder to write, DATA/face_lq/<split>.")
+@click.option("--severity", type=click.FloatRange(0, 1), default=1.0, help="Largest severity, 0 (none) to 1.")
+@click.option("--min-severity", type=click.FloatRange(0, 1), default=0.0,
+              help="Least severity; each image's is drawn evenly between the two.")
+@click.option("--ladder", type=FOLDER, metavar="FILE.png",
+              help="Draw severities 0 to 1 side by side, for images of --src, or, without it, for faces of the demo.")
+@click.option("--quality", type=click.IntRange(1, 100), default=95, help="Of the JPEGs that are written.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of every draw, and of the order of a training split.")
+@click.option("--shard-size", type=click.IntRange(1), default=2048, help="Images a shard.")
+@click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes.")
+@debug_option
+def degrade_command(src: Path | None, out: Path | None, severity: float, min_severity: float, ladder: Path | None,
+                    quality: int, seed: int, shard_size: int, workers: int) -> None:
+    if (out is None and ladder is None) or (out is not None and src is None):
+        raise InputError("want --src SPLIT --out DATA/face_lq/<split>, or --ladder FILE.png, or both")
+    if min_severity > severity:
+        raise InputError(f"--min-severity {min_severity} is above --severity {severity}")
+    split = Split(src.resolve()) if src else None
+    if ladder is not None:
+        if split:
+            rows = np.unique(np.linspace(0, len(split) - 1, 4, dtype=int)).tolist()
+            faces = [split.image(row) for row in rows]
+        else:
+            drawn = [np.array(Image.open(io.BytesIO(draw_face(seed, person, 0)))) for person in range(4)]
+            faces = [torch.from_numpy(face).permute(2, 0, 1) for face in drawn]
+        try:
+            draw_ladder(ladder, faces, seed)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--ladder {ladder}: cannot be written ({error})") from error
+        print(f"{ladder}: severities 0 to 1")
+    if out is not None:
+        out = split_folder(out)
+        if split.folder == out:
+            raise InputError(f"--out {out} is --src itself: the sharp images stay where they are")
+        source = degraded_split(split, (min_severity, severity), seed, quality)
+        options = {"src": f"{split.domain}/{split.name}", "src_plan": split.index["provenance"].get("plan"),
+                   "severity": str(severity), "min_severity": str(min_severity)}
+        index = write_split(out, source, source_name="degrade", size=split.size, fit=split.index.get("fit"),
+                            quality=quality, train=split.protocol is None, seed=seed, shard_size=shard_size,
+                            workers=workers, options=options)
+        report(out, index, len(split))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What all sources share: choosing identities and images, copies, memory, statistics, merging, degrading, speed."""
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from data_prep import InputError
+from data_prep.degrade import degrade, gaussian, warp
+from data_prep.demo import draw_face
 from data_prep.records import Records, draw, first_copies, restrict
 from data_prep.shards import Record, Source, Split, verify_split, write_split
 from data_prep.stats import jpeg_quality, sharpness
@@ -424,3 +428,107 @@ def test_sharpness_of_known_images():
 def test_bad_statistics(tmp_path):
     with pytest.raises(InputError, match=r"no index\.json"):
         run_here("stats", tmp_path)
+
+
+# ---------------------------------------------------------------- degrading
+
+
+def sharp_face(side: int = 112) -> torch.Tensor:
+    face = Image.open(io.BytesIO(draw_face(0, 1, 2))).resize((side, side))
+    return torch.from_numpy(np.array(face)).permute(2, 0, 1)
+
+
+def test_every_degradation_happens_within_its_range():
+    """Known ranges at severity s; lengths are in pixels of 112, so an image of another size gives the same draws."""
+    image, s, seen = sharp_face(), 0.8, Counter()
+    limits = {"blur": (0.1, 2.5 * s), "blur_aspect": (0.6, 1), "blur_angle": (0, np.pi), "motion": (1, 1 + 10 * s),
+              "motion_angle": (0, np.pi), "turbulence": (0.5 * s, 2.5 * s), "turbulence_sigma": (4, 12),
+              "turbulence_blur": (0.1, 2 * s), "noise": (0, 20 * s), "shot_noise": (0, 20 * s), "jpeg": (20, 92),
+              "log_gamma": (-0.7 * s, 0.7 * s), "grey": (1, 1), "severity": (s, s), "down": (0, 4),
+              "log_shrink": (s * np.log(12 / 112), s * np.log(56 / 112)),
+              "short_side": (112 * (12 / 112) ** s - 1, 112 * 0.5**s + 1)}
+    for i in range(400):
+        soft, draws = degrade(image, s, np.random.default_rng(i))
+        assert draws.pop("up") in ("bicubic", "bilinear") and soft.shape == image.shape
+        for name, value in draws.items():
+            assert limits[name][0] - 1e-3 <= value <= limits[name][1] + 1e-3, name
+        seen.update(draws.keys())
+    expected = {"blur": 0.7, "motion": 0.3, "turbulence": 0.2, "jpeg": 0.8, "log_gamma": 0.3, "noise": 0.25,
+                "shot_noise": 0.25, "grey": 0.05 * s, "down": 1}
+    assert set(seen) == set(limits)
+    assert all(abs(seen[name] / 400 - share) < 0.08 for name, share in expected.items())
+
+
+def test_a_warp_moves_pixels_by_its_tilt_and_a_flat_image_not_at_all():
+    rng = np.random.default_rng(0)
+    field = torch.from_numpy(rng.standard_normal((2, 28, 28), dtype=np.float32))
+    ramp = torch.arange(112.0).expand(3, 112, 112)  # the value of a pixel is its column
+    shift = (warp(ramp, field, 2.0, 1.5) - ramp)[0, 8:-8, 8:-8]
+    assert shift.square().mean().sqrt() == pytest.approx(2.0, rel=0.3)
+    assert (shift[:, 1:] - shift[:, :-1]).abs().max() < 1.5  # smooth: neighbours move together
+    assert warp(torch.full((3, 30, 20), 7.0), field, 3.0, 2.0).allclose(torch.tensor(7.0))
+
+
+def test_a_turned_blur_is_a_blur_of_a_turned_image():
+    assert torch.allclose(gaussian(3.0, 1.5, np.pi / 2), gaussian(3.0, 1.5).T, atol=1e-5)
+    assert torch.allclose(gaussian(2.0, 2.0, 0.7), gaussian(2.0, 2.0), atol=1e-5)
+
+
+def test_degraded_shards_keep_people_pairs_and_say_what_was_drawn(tmp_path, capsys):
+    (tmp_path / "pairs.txt").write_text(PAIRS)
+    sharp = prepared(lfw_folder(tmp_path / "src"), tmp_path / "d/face_hq/lfw", "--pairs", tmp_path / "pairs.txt",
+                     source="lfw")
+    command = ["degrade", "--src", sharp.folder, "--severity", 0.9, "--min-severity", 0.4, "--seed", 3]
+    run_here(*command, "--out", tmp_path / "d/face_lq/lfw", "--workers", 1)
+    soft = Split(tmp_path / "d/face_lq/lfw")
+    assert verify_split(soft.folder) == [] and soft.classes == sharp.classes and soft.size == sharp.size
+    assert soft.labels.tolist() == sharp.labels.tolist() and soft.protocol == sharp.protocol
+    assert soft.column("pairs").tolist() == sharp.column("pairs").tolist()
+    for row in range(len(soft)):
+        draws = soft.fields(row)["degradation"]
+        assert 0.4 <= draws["severity"] <= 0.9 and draws["from"] == f"face_hq/lfw/{row:09d}"
+        rng = np.random.default_rng((3, 2, row))  # what was drawn can be drawn again
+        again, repeated = degrade(sharp.image(row), 0.4 + 0.5 * rng.random(), rng)
+        assert draws == repeated | {"from": draws["from"]}
+        assert (soft.image(row).float() - again.float()).abs().mean() < 3  # but for the JPEG
+    run_here(*command, "--out", tmp_path / "e/face_lq/lfw", "--workers", 2)
+    assert files_of(tmp_path / "d/face_lq") == files_of(tmp_path / "e/face_lq")
+
+
+def test_degraded_training_splits_keep_the_identities_that_a_source_proves(demo_root, tmp_path):
+    sharp = Split(demo_root / "face_hq/train")
+    run_here("degrade", "--src", sharp.folder, "--out", tmp_path / "face_lq/copies", "--workers", 1)
+    soft = Split(tmp_path / "face_lq/copies")
+    assert soft.protocol is None and soft.classes == sharp.classes and soft.counts.tolist() == sharp.counts.tolist()
+    for row in range(0, len(soft), 17):
+        fields = soft.fields(row)
+        assert fields["person"] == f"demo-{fields['identity']}" and fields["domain"] == "face_lq"
+        origin = int(np.flatnonzero([sharp.jpeg(r)[0] == fields["degradation"]["from"][-9:]
+                                     for r in range(len(sharp))])[0])
+        assert sharp.classes[sharp.labels[origin]] == fields["identity"]
+    assert soft.labels.tolist() != sharp.labels.tolist()  # a training split is written in its own random order
+
+
+def test_the_ladder_is_drawn_from_sharp_to_poor(demo_root, tmp_path):
+    for source in ([], ["--src", demo_root / "face_hq/test"]):
+        run_here("degrade", "--ladder", tmp_path / "ladder.png", *source)
+        sheet = np.asarray(Image.open(tmp_path / "ladder.png").convert("RGB")).astype(float)
+        side = (sheet.shape[0] - 14) // 4 - 2
+        assert sheet.shape == (14 + 4 * (side + 2), 6 * (side + 2), 3)
+        columns = [sheet[14:, c * (side + 2) : c * (side + 2) + side] for c in range(6)]
+        loss = [np.abs(column - columns[0]).mean() for column in columns]
+        assert loss[0] == 0 < loss[1] < loss[3] < loss[5]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "want --src SPLIT --out DATA/face_lq/<split>, or --ladder"), (["--out", "{d}/face_lq/x"], "want --src SPLIT"),
+    (["--src", "{d}", "--out", "{d}/face_lq/x"], "no index.json"), (["--src", "{hq}", "--out", "{d}/x"], "want DATA/"),
+    (["--src", "{hq}", "--out", "{hq}"], "is --src itself"), (["--ladder", "{d}/none/x.png"], "--ladder"),
+    (["--src", "{hq}", "--out", "{d}/face_lq/x", "--min-severity", "1", "--severity", ".5"], "is above --severity 0.5"),
+    (["--ladder", "{d}/x.none"], "cannot be written"), (["--severity", "2"], "--severity"),
+])  # fmt: skip
+def test_bad_degradations(arguments, words, demo_root, tmp_path):
+    places = {"d": tmp_path, "hq": demo_root / "face_hq/test"}
+    with pytest.raises(click.ClickException) as error:
+        run_here("degrade", *[a.format(**places) for a in arguments])
+    assert words in error.value.format_message() and "\n" not in error.value.format_message()
