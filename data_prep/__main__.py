@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import textwrap
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -440,6 +441,46 @@ def degrade_command(src: Path | None, out: Path | None, severity: float, min_sev
                             quality=quality, train=split.protocol is None, seed=seed, shard_size=shard_size,
                             workers=workers, options=options)
         report(out, index, len(split))
+
+
+@cli.command(help="Measure images a second, writing and reading, beside decoding alone, decoding and encoding alone, "
+                  "and the webdataset library with the same decoder. Use a quiet machine.")
+@click.option("--size", "sizes", type=click.IntRange(16, 1024), multiple=True, default=(112, 224),
+              help="Side of the images in pixels; may be given again.")
+@click.option("--images", type=click.IntRange(1), default=8192, help="Images to read.")
+@click.option("--prepared", type=click.IntRange(1), default=2048, help="Images to prepare, of 1.5 times the size.")
+@click.option("--rounds", type=click.IntRange(1), default=5, help="In which the contenders take turns.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=1.0, help="Of each reading in a round.")
+@click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes.")
+@click.option("--scratch", type=FOLDER, help="Folder for the shards, on the disk that matters (default: the system's).")
+@click.option("--json", "file", type=FOLDER, metavar="FILE", help="Write every measurement.")
+@debug_option
+def bench(file: Path | None, scratch: Path | None, **options) -> None:
+    from data_prep.bench import run_bench  # here, because it imports the reader, which no other command needs
+
+    if scratch is not None and not scratch.is_dir():
+        raise InputError(f"--scratch {scratch}: no such folder")
+    if file is not None and not file.resolve().parent.is_dir():
+        raise InputError(f"--json {file}: no folder {file.resolve().parent}")
+    result = run_bench(scratch=scratch, **options)
+    if file is not None:
+        file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@cli.command(help="List every source: the layout that it expects and the counts that it should find.")
+@debug_option
+def sources() -> None:
+    for name, command in sorted(cli.commands.items()):
+        if any(option.name == "part" for option in command.params):  # what `source_options` gives to sources alone
+            own = [option for option in command.params if option.name not in SHARED]
+            print(name)
+            for line in textwrap.wrap(" ".join(command.help.split()), 114):
+                print(f"    {line}")
+            if own:
+                print("    options: " + ", ".join(option.opts[0] for option in own))
+
+
+SHARED = {option.name for option in click.command()(source_options(lambda: None)).params}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -448,8 +448,8 @@ class Split:
         self.domain, self.name, self.size = self.index["domain"], self.index["split"], self.index["size"]
         self.classes, self.names, self.protocol = (self.index[key] for key in ("classes", "names", "protocol"))
         self.shard, self.offset, self.length, self.labels = (
-            self.column(name) for name in ("shard", "offset", "length", "label")
-        )
+            np.asarray(self.column(name)) for name in ("shard", "offset", "length", "label")
+        )  # still mapped, but plain arrays: to look one number up in a memmap takes a microsecond
         self.files: dict[int, int] = {}  # shard -> file descriptor
         again = "prepare the split again, or find what differs with `python -m data_prep verify`"
         sizes = np.array([shard["bytes"] for shard in self.index["shards"]])
@@ -499,14 +499,18 @@ class Split:
         """Images of each class, int64 [C]."""
         return np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
 
-    def jpeg(self, row: int) -> tuple[str, bytes]:
-        """Key and JPEG bytes of a sample."""
-        shard, offset = int(self.shard[row]), int(self.offset[row])
+    def open_shard(self, shard: int) -> int:
+        """The file descriptor of a shard."""
         if shard not in self.files:
             if len(self.files) >= OPEN_SHARDS:
                 os.close(self.files.pop(next(iter(self.files))))
             self.files[shard] = os.open(self.folder / self.index["shards"][shard]["file"], os.O_RDONLY)
-        block = os.pread(self.files[shard], tarfile.BLOCKSIZE + int(self.length[row]), offset - tarfile.BLOCKSIZE)
+        return self.files[shard]
+
+    def jpeg(self, row: int) -> tuple[str, bytes]:
+        """Key and JPEG bytes of a sample."""
+        file, offset = self.open_shard(int(self.shard[row])), int(self.offset[row])
+        block = os.pread(file, tarfile.BLOCKSIZE + int(self.length[row]), offset - tarfile.BLOCKSIZE)
         return block[:100].split(b".")[0].decode("ascii", "replace"), block[tarfile.BLOCKSIZE :]
 
     def fields(self, row: int) -> dict:
@@ -515,10 +519,9 @@ class Split:
         Raises:
             InputError: there is none.
         """
-        self.jpeg(row)  # opens the shard
-        shard, end = int(self.shard[row]), int(self.offset[row] + self.length[row])
+        file, end = self.open_shard(int(self.shard[row])), int(self.offset[row] + self.length[row])
         head = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        block = os.pread(self.files[shard], 16 * tarfile.BLOCKSIZE, head)  # more than any of ours takes
+        block = os.pread(file, 16 * tarfile.BLOCKSIZE, head)  # more than any of ours takes
         try:
             info = tarfile.TarInfo.frombuf(block[: tarfile.BLOCKSIZE], "utf-8", "strict")
             return dict(json.loads(block[tarfile.BLOCKSIZE : tarfile.BLOCKSIZE + info.size]))
@@ -527,22 +530,32 @@ class Split:
                              "data_prep verify`") from error
 
     def image(self, row: int):
-        """A sample as a uint8 tensor [3, size, size], RGB.
+        """A sample as a uint8 tensor [3, size, size], RGB; in memory its channels are last, as the decoder leaves them.
 
         Raises:
             BadImage: it cannot be decoded or has another size.
         """
-        import torch
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        key, data = self.jpeg(row)
+        data = bytearray(int(self.length[row]))
+        read = os.preadv(self.open_shard(int(self.shard[row])), (data,), int(self.offset[row]))
         try:
-            image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except (RuntimeError, ValueError) as error:
-            raise BadImage(f"{key}: not a readable JPEG") from error
+            image = decoder()(data) if read == len(data) else None
+        except (RuntimeError, ValueError):
+            image = None
+        if image is None:
+            raise BadImage(f"{self.jpeg(row)[0]}: not a readable JPEG")
         if image.shape[1:] != (self.size, self.size):
-            raise BadImage(f"{key}: {image.shape[2]}x{image.shape[1]} pixels, not {self.size}x{self.size}")
+            raise BadImage(f"{self.jpeg(row)[0]}: {image.shape[2]}x{image.shape[1]} pixels, not "
+                           f"{self.size}x{self.size}")
         return image
+
+
+@cache
+def decoder() -> Callable:
+    """The function from JPEG bytes to a uint8 tensor [3, H, W], RGB."""
+    import torch  # here, because it takes seconds, and sources are listed and read without it
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    return lambda data: decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
 def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> dict[str, dict[str, Split]]:
