@@ -1,16 +1,35 @@
 """Command line: `python -m data_prep SOURCE --src PATH --out DATA/<domain>/<split>`, `demo`, `verify`, `show`."""
 
+import io
+import json
 import os
+import textwrap
+from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import click
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
 from data_prep import DOMAINS, InputError, bodies, faces, folders, insightface, objects, run_command
-from data_prep.demo import SIZE, demo_splits
-from data_prep.shards import FITS, BadImage, Source, Split, open_image, read_index, verify_split, write_split
+from data_prep.degrade import degraded_split, draw_ladder
+from data_prep.demo import SIZE, demo_splits, draw_face
+from data_prep.merge import merge_splits
+from data_prep.records import Records, select
+from data_prep.shards import (
+    FITS,
+    BadImage,
+    Split,
+    open_image,
+    read_image,
+    siblings,
+    verify_split,
+    write_split,
+)
+from data_prep.stats import draw_stats, split_stats
 
 CPUS = os.cpu_count() or 1
 FOLDER = click.Path(path_type=Path)
@@ -42,7 +61,20 @@ def source_options(command, src: click.ParamType | type = FOLDER):
         click.option("--fit", type=click.Choice(FITS),
                      help="How images become square (default: objects crop, faces squash, bodies pad)."),
         click.option("--quality", type=click.IntRange(1, 100), default=95, help="Of JPEGs that are written anew."),
-        click.option("--seed", type=click.IntRange(0), default=0, help="Of the order of a training split."),
+        click.option("--list", "listed", type=FOLDER, metavar="FILE",
+                     help="Take only these identities or image names, one a line."),
+        click.option("--holdout", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
+                     help="People: share of the identities that training splits leave to test splits. A function of "
+                          "--seed and the identity: the same two options give splits that share none."),
+        click.option("--min-images", type=click.IntRange(2), metavar="N", help="Leave out identities with fewer."),
+        click.option("--max-classes", type=click.IntRange(1), metavar="N", help="Take so many identities, by --seed."),
+        click.option("--max-images", type=click.IntRange(1), metavar="N",
+                     help="Take so many images of an identity, the first ones (test: of its probes, its gallery)."),
+        click.option("--drop-duplicates", is_flag=True,
+                     help="Leave out copies of an image and, in a training split, images of the domain's test splits "
+                          "(prepare those first). Reads every image twice."),
+        click.option("--seed", type=click.IntRange(0), default=0,
+                     help="Of the order of a training split, of --holdout and --max-classes."),
         click.option("--shard-size", type=click.IntRange(1), default=2048, help="Images a shard."),
         click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes."),
         debug_option,
@@ -51,12 +83,12 @@ def source_options(command, src: click.ParamType | type = FOLDER):
     return command
 
 
-def own_size(source: Source) -> int:
+def own_size(records: Records) -> int:
     """The side that a sample of aligned faces shares, else 112 pixels."""
     sides = set()
-    for i in np.linspace(0, len(source.records) - 1, min(len(source.records), 16), dtype=int):
+    for i in np.linspace(0, len(records) - 1, min(len(records), 16), dtype=int):
         try:
-            sides.update(open_image(source.records[i].read())[0].size)
+            sides.update(open_image(read_image(records[i])[0])[0].size)
         except (OSError, BadImage):
             continue
     return sides.pop() if len(sides) == 1 else 112
@@ -69,30 +101,61 @@ def report(folder: Path, index: dict, found: int) -> None:
           f"{sum(skipped.values()):,} skipped" + "".join(f"\n  {n:,}: {reason}" for reason, n in skipped.items()))
     if lost := (index["protocol"] or {}).get("pairs_lost"):
         print(f"  {lost:,} pairs left out: one of their images was skipped")
-    for path in folder.parent.glob("*/index.json"):
-        other = read_index(path.parent)
-        if index["domain"] == "object" or other["provenance"]["source"] != index["provenance"]["source"]:
-            continue  # object classes are meant to be the same, and equal names of two sources prove nothing
-        shared = set(index["classes"]) & set(other["classes"])
-        if shared and (other["protocol"] is None) != (index["protocol"] is None):
-            print(f"  WARNING: train and test overlap, {len(shared):,} identities are in {path.parent.name} too: "
-                  f"{min(shared)}")
+    split = Split(folder)
+    hashes, first = np.unique(split.column("hash"), return_inverse=True)
+    if copies := len(split) - len(hashes):
+        label = np.full(len(hashes), -1)
+        label[first] = split.labels
+        several = len(np.unique(first[label[first] != split.labels]))
+        print(f"  {copies:,} images are copies of others in the split (--drop-duplicates)"
+              + f"; {several:,} of the copied images have several labels" * (several > 0))
+    for other in siblings(folder):
+        if (other.protocol is None) == (split.protocol is None):
+            continue
+        # object classes are meant to be the same, and equal names of two sources prove nothing
+        if split.domain != "object" and other.index["provenance"]["source"] == index["provenance"]["source"]:
+            shared = set(split.classes) & set(other.classes)
+            if shared:
+                print(f"  WARNING: train and test overlap, {len(shared):,} identities are in {other.name} too: "
+                      f"{min(shared)}")
+        if other.hashed and (images := len(np.intersect1d(hashes, other.column("hash")))):
+            train, test = (split.name, other.name) if split.protocol is None else (other.name, split.name)
+            print(f"  WARNING: train and test overlap, {images:,} images are in {other.name} too: prepare {train} "
+                  f"again, after {test}, with --drop-duplicates")
 
 
-def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None, fit: str | None, **options) -> None:
-    """Run one source function and write its split."""
+def split_folder(out: Path) -> Path:
+    """--out as an absolute path; InputError where it is no DATA/<domain>/<split>."""
     if len(out.resolve().parts) < 3 or out.resolve().parts[-2] not in DOMAINS:
         raise InputError(f"--out {out}: want DATA/<domain>/<split> with one of {', '.join(DOMAINS)}, "
                          f"e.g. data/{DOMAINS[1]}/train")
-    out = out.resolve()
+    return out.resolve()
+
+
+SELECTION = ("listed", "holdout", "min_images", "max_classes", "max_images")  # the arguments of `select`
+
+
+def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None, fit: str | None,
+            drop_duplicates: bool, **options) -> None:
+    """Run one source function, choose from its images and write its split."""
+    out = split_folder(out)
     domain, train = out.parts[-2], (part or ("train" if out.name == "train" else "test")) == "train"
     settings = {key: options.pop(key) for key in ("quality", "seed", "shard_size", "workers")}
+    selection = {key: value for key in SELECTION if (value := options.pop(key)) is not None}
+    if "holdout" in selection and domain == "object":
+        raise InputError("--holdout keeps people of training and test splits apart; a test split of objects has the "
+                         "classes of its training split: leave it out")
     source = read(src, domain, train, **options)
+    source = replace(source, records=Records(source.records, out))
+    if source.records:
+        source = select(source, train, settings["seed"], **selection)
     if size is None:
-        size = own_size(source) if domain.startswith("face") and source.records else 256
+        size = own_size(source.records) if domain.startswith("face") and source.records else 256
     name = read.__name__.replace("_", "-")  # as on the command line
+    chosen = options | selection | ({"drop_duplicates": True} if drop_duplicates else {})
     index = write_split(out, source, source_name=name, size=size, fit=fit or FIT[domain], train=train,
-                        options={key: str(value) for key, value in options.items() if value is not None}, **settings)
+                        options={key: str(value) for key, value in chosen.items() if value is not None},
+                        drop_duplicates=drop_duplicates, **settings)
     report(out, index, len(source.records) + sum(source.skipped.values()))
 
 
@@ -323,6 +386,138 @@ def show(directory: Path, out: Path | None, rows: int, columns: int) -> None:
     out = out or directory / "contact-sheet.png"
     sheet.save(out)
     print(f"{out}: {len(chosen)} of {len(split.classes):,} classes")
+
+
+@cli.command(help="Count what a split holds: images per class, file sizes, JPEG quality, sharpness; stats.json and "
+                  "stats.png in DIRECTORY.")
+@click.argument("directory", type=FOLDER)
+@click.option("--out", type=FOLDER, help="Folder to write to (default: DIRECTORY).")
+@click.option("--sample", type=click.IntRange(1), default=2000, help="Images to decode for quality and sharpness.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of that sample.")
+@debug_option
+def stats(directory: Path, out: Path | None, sample: int, seed: int) -> None:
+    split, out = Split(directory), out or directory
+    found, values = split_stats(split, sample, seed)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "stats.json").write_text(json.dumps(found, indent=1) + "\n")
+        draw_stats(out / "stats.png", f"{found['split']}: {len(split):,} images of {len(split.classes):,} classes",
+                   values)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+    print(f"{directory}: {len(split):,} images of {len(split.classes):,} classes, {split.size} x {split.size} pixels")
+    for name, line in found.items():
+        if isinstance(line, dict) and "median" in line:
+            print(f"  {name:20s} median {line['median']:,.6g}, quartiles {line['p25']:,.6g} to {line['p75']:,.6g}, "
+                  f"{line['min']:,.6g} to {line['max']:,.6g}")
+    print(f"  {out}/stats.json, stats.png")
+
+
+@cli.command(help="Join training splits of a domain into one label space: an index over their shards, no copy. People "
+                  "are joined only where their sources prove them the same (`person`), never by name.")
+@click.argument("splits", type=FOLDER, nargs=-1, required=True)
+@click.option("--out", type=FOLDER, required=True, help="Split folder to write, beside its parts.")
+@click.option("--same-names", is_flag=True, help="Objects: classes of equal names (such as wnids) are one class.")
+@debug_option
+def merge(splits: tuple[Path, ...], out: Path, same_names: bool) -> None:
+    parts = merge_splits(out, list(splits), same_names)
+    split = Split(out)
+    print(f"{out}: {len(split):,} images of {len(split.classes):,} classes in the shards of "
+          + ", ".join(part.name for part in parts))
+    if joined := sum(len(part.classes) for part in parts) - len(split.classes):
+        print(f"  {joined:,} classes are in several of them and became one")
+    seen = Counter(name for part in parts for name in part.classes)
+    if apart := {name for name, n in seen.items() if n > 1} - set(split.classes):
+        print(f"  {len(apart):,} names are in several of them and stay apart, as <split>/<name>"
+              + " (--same-names joins them)" * (split.domain == "object"))
+    if split.hashed and (copies := len(split) - len(np.unique(split.column("hash")))):
+        print(f"  {copies:,} images are copies of others")
+
+
+@cli.command(name="degrade", help="Write degraded copies of a split's images as a split of their own, identities and "
+                                  "protocol kept, each draw in the sample's JSON; and a picture of the severities.")
+@click.option("--src", type=FOLDER, metavar="SPLIT", help="Split folder of sharp images.")
+@click.option("--out", type=FOLDER, help="Split folder to write, DATA/face_lq/<split>.")
+@click.option("--severity", type=click.FloatRange(0, 1), default=1.0, help="Largest severity, 0 (none) to 1.")
+@click.option("--min-severity", type=click.FloatRange(0, 1), default=0.0,
+              help="Least severity; each image's is drawn evenly between the two.")
+@click.option("--ladder", type=FOLDER, metavar="FILE.png",
+              help="Draw severities 0 to 1 side by side, for images of --src, or, without it, for faces of the demo.")
+@click.option("--quality", type=click.IntRange(1, 100), default=95, help="Of the JPEGs that are written.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of every draw, and of the order of a training split.")
+@click.option("--shard-size", type=click.IntRange(1), default=2048, help="Images a shard.")
+@click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes.")
+@debug_option
+def degrade_command(src: Path | None, out: Path | None, severity: float, min_severity: float, ladder: Path | None,
+                    quality: int, seed: int, shard_size: int, workers: int) -> None:
+    if (out is None and ladder is None) or (out is not None and src is None):
+        raise InputError("want --src SPLIT --out DATA/face_lq/<split>, or --ladder FILE.png, or both")
+    if min_severity > severity:
+        raise InputError(f"--min-severity {min_severity} is above --severity {severity}")
+    split = Split(src.resolve()) if src else None
+    if ladder is not None:
+        if split:
+            rows = np.unique(np.linspace(0, len(split) - 1, 4, dtype=int)).tolist()
+            faces = [split.image(row) for row in rows]
+        else:
+            drawn = [np.array(Image.open(io.BytesIO(draw_face(seed, person, 0)))) for person in range(4)]
+            faces = [torch.from_numpy(face).permute(2, 0, 1) for face in drawn]
+        try:
+            draw_ladder(ladder, faces, seed)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--ladder {ladder}: cannot be written ({error})") from error
+        print(f"{ladder}: severities 0 to 1")
+    if out is not None:
+        out = split_folder(out)
+        if split.folder == out:
+            raise InputError(f"--out {out} is --src itself: the sharp images stay where they are")
+        source = degraded_split(split, (min_severity, severity), seed, quality)
+        options = {"src": f"{split.domain}/{split.name}", "src_plan": split.index["provenance"].get("plan"),
+                   "severity": str(severity), "min_severity": str(min_severity)}
+        index = write_split(out, source, source_name="degrade", size=split.size, fit=split.index.get("fit"),
+                            quality=quality, train=split.protocol is None, seed=seed, shard_size=shard_size,
+                            workers=workers, options=options)
+        report(out, index, len(split))
+
+
+@cli.command(help="Measure images a second, writing and reading, beside decoding alone, decoding and encoding alone, "
+                  "and the webdataset library with the same decoder. Use a quiet machine.")
+@click.option("--size", "sizes", type=click.IntRange(16, 1024), multiple=True, default=(112, 224),
+              help="Side of the images in pixels; may be given again.")
+@click.option("--images", type=click.IntRange(1), default=8192, help="Images to read.")
+@click.option("--prepared", type=click.IntRange(1), default=2048, help="Images to prepare, of 1.5 times the size.")
+@click.option("--rounds", type=click.IntRange(1), default=5, help="In which the contenders take turns.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=1.0, help="Of each reading in a round.")
+@click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes.")
+@click.option("--scratch", type=FOLDER, help="Folder for the shards, on the disk that matters (default: the system's).")
+@click.option("--json", "file", type=FOLDER, metavar="FILE", help="Write every measurement.")
+@debug_option
+def bench(file: Path | None, scratch: Path | None, **options) -> None:
+    from data_prep.bench import run_bench  # here, because it imports the reader, which no other command needs
+
+    if scratch is not None and not scratch.is_dir():
+        raise InputError(f"--scratch {scratch}: no such folder")
+    if file is not None and not file.resolve().parent.is_dir():
+        raise InputError(f"--json {file}: no folder {file.resolve().parent}")
+    result = run_bench(scratch=scratch, **options)
+    if file is not None:
+        file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+@cli.command(help="List every source: the layout that it expects and the counts that it should find.")
+@debug_option
+def sources() -> None:
+    for name, command in sorted(cli.commands.items()):
+        if any(option.name == "part" for option in command.params):  # what `source_options` gives to sources alone
+            own = [option for option in command.params if option.name not in SHARED]
+            print(name)
+            for line in textwrap.wrap(" ".join(command.help.split()), 114):
+                print(f"    {line}")
+            if own:
+                print("    options: " + ", ".join(option.opts[0] for option in own))
+
+
+SHARED = {option.name for option in click.command()(source_options(lambda: None)).params}
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     shard-000000.tar, ...   plain tar: <key>.jpg and <key>.json side by side, readable by any WebDataset reader
     index.json              what the split is: sizes, classes, shard table with hashes, protocol, provenance
-    index/*.npy             columns, one row a sample: where its JPEG lies, its label, camera, role, ...; and the lists
-                            of a protocol (TABLES), one row a pair or template
+    index/*.npy             columns, one row a sample: where its JPEG lies, its label, camera, role, ..., and `hash`,
+                            the first 8 bytes of the SHA-256 of the image file that it was made from; and the lists of
+                            a protocol (TABLES), one row a pair or template
 """
 
 import hashlib
@@ -11,6 +12,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -18,10 +20,11 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data_prep import DOMAINS, InputError
+from data_prep.records import Records, first_copies, restrict
 
 FORMAT = "imic-shards/1"
 VERSION = "0.1"  # of data_prep, recorded with every split
@@ -57,7 +61,8 @@ class BadImage(Exception):
 class Record:
     """One image of a source, before it is read."""
 
-    read: Callable[[], bytes]  # the encoded image; picklable: it runs in a worker process
+    # the encoded image, or it and more fields for the sample's JSON; picklable: it runs in a worker process
+    read: Callable[[], bytes | tuple[bytes, dict]]
     name: str  # where it comes from, for messages
     identity: str | None  # class or person; None: unlabelled
     person: str | None = None  # an identity that the source proves across domains
@@ -73,7 +78,7 @@ class Record:
 class Source:
     """What a source function returns: its images in source order, and how they are to be scored."""
 
-    records: list[Record]
+    records: Iterable[Record]  # a list, or, for sets that are no list in memory, anything that yields them once
     protocol: dict | None = None  # {"name": ..., options}; None: a training split
     pairs: list[tuple[int, int, int, int]] = field(default_factory=list)  # left, right (places in records), same, fold
     skipped: Counter = field(default_factory=Counter)  # files left out by reason, before reading
@@ -145,9 +150,23 @@ def write_bytes(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
+def content_hash(data: bytes) -> int:
+    """What tells whether two image files are the same: 64 bits, so that a mistake in 40 million images is unlikely."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8])
+
+
+def read_image(record: Record) -> tuple[bytes, dict]:
+    """The encoded image of a record and further fields of its JSON; BadImage where it cannot be had."""
+    try:
+        data = record.read()
+    except OSError as error:
+        raise BadImage("unreadable file") from error
+    return data if isinstance(data, tuple) else (data, {})
+
+
 def write_shard(folder: Path, number: int, first: int, records: list[Record], labels: list[int],
-                settings: dict) -> dict:
-    """Write shard `number`, atomically, then its part of the index under .parts/; returns that part."""
+                settings: dict) -> int:
+    """Write shard `number`, atomically, then its part of the index under .parts/; returns how many records it took."""
     name, rows, skipped = f"shard-{number:06d}.tar", [], Counter()
     temporary = folder / f"{name}.{os.getpid()}.tmp"
     with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -161,18 +180,19 @@ def write_shard(folder: Path, number: int, first: int, records: list[Record], la
 
         for place, (record, label) in enumerate(zip(records, labels, strict=True), first):
             try:
-                data = fit_image(record.read(), settings["size"], settings["fit"], settings["quality"])
-            except (BadImage, OSError) as error:
-                reason = str(error) if isinstance(error, BadImage) else "unreadable file"
-                skipped[reason] += 1
+                original, fields = read_image(record)
+                data = fit_image(original, settings["size"], settings["fit"], settings["quality"])
+            except BadImage as error:
+                skipped[str(error)] += 1
                 continue
             key = f"{place:09d}"  # the place in the source's order: a skipped image leaves a gap
             meta = {"key": key, "domain": settings["domain"], "label": label, "identity": record.identity,
                     "source": settings["source"]}
             optional = {c: getattr(record, c) for c in ("person", *OPTIONAL) if getattr(record, c) is not None}
             offset = add(f"{key}.jpg", data)
-            add(f"{key}.json", json.dumps(meta | optional).encode())
-            rows.append([place, offset, len(data), label, *(optional.get(c, -1) for c in OPTIONAL)])
+            add(f"{key}.json", json.dumps(meta | optional | fields).encode())
+            rows.append([place, offset, len(data), label, *(optional.get(c, -1) for c in OPTIONAL),
+                         content_hash(original)])
     with open(temporary, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
@@ -180,7 +200,7 @@ def write_shard(folder: Path, number: int, first: int, records: list[Record], la
     os.replace(temporary, folder / name)
     part = {"file": name, "samples": len(rows), "bytes": size, "sha256": digest, "rows": rows, "skipped": skipped}
     write_bytes(folder / ".parts" / f"{name}.json", json.dumps(part).encode())
-    return part
+    return len(records)
 
 
 def start_worker(parent: int) -> None:
@@ -209,7 +229,8 @@ def random_order(n: int, blocks: list[int], seed: int) -> np.ndarray:
 
 
 def write_split(folder: Path, source: Source, *, source_name: str, size: int, fit: str, quality: int, train: bool,
-                seed: int = 0, shard_size: int = 2048, workers: int = 1, options: dict | None = None) -> dict:
+                seed: int = 0, shard_size: int = 2048, workers: int = 1, options: dict | None = None,
+                drop_duplicates: bool = False) -> dict:
     """Write a split folder; continues an unfinished one and leaves a complete one with the same plan as it is.
 
     Args:
@@ -222,6 +243,8 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
         shard_size: records a shard.
         workers: processes.
         options: recorded as provenance.
+        drop_duplicates: read every image first, and leave out those whose content came before in the source or, of a
+            training split, is in a finished test split of the domain.
 
     Returns:
         The index.
@@ -230,27 +253,24 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
         InputError: nothing to write, or a folder that holds something else.
     """
     domain, split = folder.parts[-2:]
-    records = source.records
-    if not records:
+    if not isinstance(source.records, Records):
+        source = replace(source, records=Records(source.records, folder))
+    if not source.records:
         raise InputError(f"{folder}: the source holds no images"
                          + "".join(f"; {n} left out: {reason}" for reason, n in source.skipped.items()))
-    order = random_order(len(records), source.blocks, seed) if train else np.arange(len(records))
-    classes = sorted({record.identity for record in records if record.identity is not None})
-    number_of = {name: i for i, name in enumerate(classes)}
-    labels = [number_of.get(record.identity, -1) for record in records]
     settings = {"domain": domain, "source": source_name, "size": size, "fit": fit, "quality": quality}
-
-    plan = hashlib.sha256(json.dumps([FORMAT, VERSION, settings, train, seed, shard_size, source.protocol, source.pairs,
+    choices = [train, seed, shard_size, *(["drop duplicates"] if drop_duplicates else [])]
+    plan = hashlib.sha256(json.dumps([FORMAT, VERSION, settings, *choices, source.protocol, source.pairs,
                                       sorted(source.names.items())]).encode())
-    for record in records:
+    for record in source.records:
         optional = (getattr(record, name) for name in OPTIONAL)
         plan.update(repr((record.name, record.identity, record.person, *optional)).encode())
-    for name, table in source.tables.items():
-        plan.update(name.encode() + table.tobytes())
+    for name, rows in source.tables.items():
+        plan.update(name.encode() + rows.tobytes())
     plan = plan.hexdigest()
     if (folder / "index.json").exists():
         index = read_index(folder)
-        if index["provenance"]["plan"] == plan:
+        if index["provenance"].get("plan") == plan:
             print(f"{folder}: complete")
             return index
         raise InputError(f"{folder} already holds another split: remove it or choose another --out")
@@ -262,41 +282,44 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
     for leftover in folder.glob("*.tmp"):
         leftover.unlink()
 
-    tasks = []
-    for number, first in enumerate(range(0, len(records), shard_size)):
-        places = order[first : first + shard_size]
-        tasks.append((folder, number, first, [records[i] for i in places], [labels[i] for i in places], settings))
-    written = run_tasks(tasks, workers, f"{domain}/{split}", len(records))
+    if drop_duplicates:
+        source = restrict(source, unique_images(folder, source.records, train, workers), "copy of another image")
+    records = source.records
+    classes, labels = records.labels()
+    order = random_order(len(records), source.blocks, seed) if train else np.arange(len(records))
 
-    found = np.array([row for part in written for row in part["rows"]], dtype=np.float64).reshape(-1, 4 + len(OPTIONAL))
-    rows = found.astype(np.int64)
-    if not len(rows):
-        raise InputError(f"{folder}: none of the {len(records)} images can be read")
-    columns = {"shard": np.repeat(np.arange(len(written)), [part["samples"] for part in written])}
-    columns |= {"offset": rows[:, 1], "length": rows[:, 2], "label": rows[:, 3]}
-    columns |= {name: (found if name == "quality" else rows)[:, 4 + i] for i, name in enumerate(OPTIONAL)
-                if (found[:, 4 + i] >= 0).any()}
-    columns |= source.tables
+    def tasks() -> Iterator[tuple]:
+        for number, first in enumerate(range(0, len(records), shard_size)):
+            places = order[first : first + shard_size]
+            if not part_path(folder, number).exists():
+                yield folder, number, first, [records[i] for i in places], labels[places].tolist(), settings
+
+    shards = -(-len(records) // shard_size)
+    with tqdm(total=len(records), desc=f"{domain}/{split}", unit="img", disable=None) as bar:
+        bar.update(min(sum(part_path(folder, number).exists() for number in range(shards)) * shard_size, len(records)))
+        for done in in_parallel(write_shard, tasks(), min(workers, shards)):
+            bar.update(done)
+
+    table, place = write_columns(folder, shards)
+    for name, rows in source.tables.items():
+        np.save(folder / "index" / f"{name}.npy", rows)
     protocol = source.protocol
-    if source.pairs:
-        row_of = np.full(len(records), -1)
-        row_of[order[rows[:, 0]]] = np.arange(len(rows))
+    if len(source.pairs):
+        row_of = np.full(len(records) + 1, -1)  # the last entry serves ends that are gone already
+        row_of[order[place]] = np.arange(len(place))
         pairs = np.array(source.pairs)
         pairs[:, :2] = row_of[pairs[:, :2]]
         lost = (pairs[:, :2] < 0).any(1)
-        columns["pairs"] = pairs[~lost]
+        np.save(folder / "index" / "pairs.npy", pairs[~lost])
         protocol = protocol | {"pairs": int((~lost).sum()), "pairs_lost": int(lost.sum())}
-    (folder / "index").mkdir(exist_ok=True)
-    for name, column in columns.items():
-        np.save(folder / "index" / f"{name}.npy", column)
     skipped = Counter(source.skipped)
-    for part in written:
-        skipped.update(part["skipped"])
+    for part in table:
+        skipped.update(part.pop("skipped"))
     index = {
         "format": FORMAT, "domain": domain, "split": split, "size": size, "fit": fit, "quality": quality,
-        "samples": len(rows), "classes": classes, "names": [source.names.get(name, name) for name in classes],
-        "shards": [{key: part[key] for key in ("file", "samples", "bytes", "sha256")} for part in written],
-        "columns": sorted(columns), "protocol": protocol, "skipped": dict(skipped),
+        "samples": len(place), "classes": classes, "names": [source.names.get(name, name) for name in classes],
+        "shards": table, "columns": sorted(path.stem for path in (folder / "index").glob("*.npy")),
+        "protocol": protocol, "skipped": dict(skipped),
         "provenance": {"source": source_name, "options": options or {}, "version": VERSION, "seed": seed,
                        "order": "random" if train else "source", "plan": plan},
     }
@@ -305,33 +328,111 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
     return index
 
 
-def run_tasks(tasks: list[tuple], workers: int, title: str, total: int) -> list[dict]:
-    """The parts of all shards in order: those that a former run finished are read, the others are written."""
-    parts: list[dict | None] = [None] * len(tasks)
-    with tqdm(total=total, desc=title, unit="img", disable=None) as bar:
-        todo = []
-        for task in tasks:
-            done = task[0] / ".parts" / f"shard-{task[1]:06d}.tar.json"
-            if done.exists():
-                parts[task[1]] = json.loads(done.read_text())
-                bar.update(len(task[3]))
-            else:
-                todo.append(task)
-        if workers <= 1 or len(todo) <= 1:
-            for task in todo:
-                parts[task[1]] = write_shard(*task)
-                bar.update(len(task[3]))
-            return parts
-        with ProcessPoolExecutor(min(workers, len(todo)), PROCESSES, start_worker, (os.getpid(),)) as pool:
-            running = {pool.submit(write_shard, *task): task for task in todo}
-            try:
-                for future in as_completed(running):
-                    parts[running[future][1]] = future.result()
-                    bar.update(len(running[future][3]))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    return parts
+def part_path(folder: Path, number: int) -> Path:
+    """Where the index of a finished shard waits for the others."""
+    return folder / ".parts" / f"shard-{number:06d}.tar.json"
+
+
+def write_columns(folder: Path, shards: int) -> tuple[list[dict], np.ndarray]:
+    """Join the parts of all shards, one at a time, into index/*.npy.
+
+    Returns:
+        The shard table, with what each shard skipped, and the place in the written order of every row, int64 [M].
+    """
+    table = []
+    for number in range(shards):
+        part = json.loads(part_path(folder, number).read_text())
+        del part["rows"]
+        table.append(part)
+    total = sum(part["samples"] for part in table)
+    if not total:
+        raise InputError(f"{folder}: none of the images can be read")
+    shutil.rmtree(folder / "index", ignore_errors=True)  # of a run that was interrupted here
+    (folder / "index").mkdir()
+
+    def column(name: str) -> np.ndarray:
+        kind = {"hash": np.uint64, "quality": np.float64}.get(name, np.int64)
+        return np.lib.format.open_memmap(folder / "index" / f"{name}.npy", "w+", kind, (total,))
+
+    place = np.empty(total, dtype=np.int64)
+    columns = {name: column(name) for name in ("shard", "offset", "length", "label", *OPTIONAL, "hash")}
+    first = 0
+    for number in range(shards):
+        rows = json.loads(part_path(folder, number).read_text())["rows"]
+        here = slice(first, first + len(rows))
+        columns["shard"][here] = number
+        for values, target in zip(zip(*rows, strict=True), (place, *list(columns.values())[1:]), strict=False):
+            target[here] = values
+        first = here.stop
+    for name in OPTIONAL:
+        if not (columns[name] >= 0).any():
+            (folder / "index" / f"{name}.npy").unlink()
+    for values in columns.values():
+        values.flush()
+    return table, place
+
+
+def hash_images(records: list[Record]) -> list[int]:
+    """The content hash of each image; 0 where it cannot be read."""
+    hashes = []
+    for record in records:
+        try:
+            hashes.append(content_hash(read_image(record)[0]))
+        except BadImage:
+            hashes.append(0)
+    return hashes
+
+
+def unique_images(folder: Path, records: Records, train: bool, workers: int) -> np.ndarray:
+    """Which records `drop_duplicates` keeps, bool [N].
+
+    The answer is kept with the unfinished split: a preparation that is continued must not see test splits that came
+    after it began.
+    """
+    path = folder / ".parts" / "unique.npy"
+    if path.exists():
+        return np.load(path)
+    blocks = [range(first, min(first + 1024, len(records))) for first in range(0, len(records), 1024)]
+    hashes = np.zeros(len(records), dtype=np.uint64)
+    tasks = (([records[i] for i in block],) for block in blocks)
+    with tqdm(total=len(records), desc="look for copies", unit="img", disable=None) as bar:
+        for block, found in zip(blocks, in_parallel(hash_images, tasks, workers, in_order=True), strict=True):
+            hashes[block.start : block.stop] = found
+            bar.update(len(block))
+    tests = [split.column("hash") for split in siblings(folder) if train and split.protocol and split.hashed]
+    keep = first_copies(hashes, np.concatenate(tests) if tests else None)
+    out = io.BytesIO()
+    np.save(out, keep)
+    write_bytes(path, out.getvalue())
+    return keep
+
+
+def siblings(folder: Path) -> list["Split"]:
+    """The other finished splits of the domain."""
+    return [Split(path.parent) for path in sorted(folder.parent.glob("*/index.json")) if path.parent != folder]
+
+
+def in_parallel(function: Callable, tasks: Iterable[tuple], workers: int, in_order: bool = False) -> Iterator:
+    """The results of function(*task) as they come, or in order; tasks are taken when a worker is about to be free.
+
+    So memory does not grow with their number. Without a second worker everything happens in this process.
+    """
+    if workers <= 1:
+        yield from (function(*task) for task in tasks)
+        return
+    tasks = iter(tasks)
+    with ProcessPoolExecutor(workers, PROCESSES, start_worker, (os.getpid(),)) as pool:
+        running = [pool.submit(function, *task) for task in islice(tasks, 2 * workers)]
+        try:
+            while running:
+                wait(running[:1] if in_order else running, return_when=FIRST_COMPLETED)
+                done = [f for f in (running[:1] if in_order else running) if f.done()]
+                running = [f for f in running if f not in done]
+                running += [pool.submit(function, *task) for task in islice(tasks, len(done))]
+                yield from (future.result() for future in done)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 # ---------------------------------------------------------------- reading
@@ -356,6 +457,9 @@ def read_index(folder: Path) -> dict:
     return index
 
 
+SHARD = re.compile(r"(\.\./(?!\.)[^/\0]+/)?shard-\d{6}\.tar")  # a split's own, or, where it is merged, a neighbour's
+
+
 class Split:
     """A split folder, for reading in any order.
 
@@ -371,13 +475,15 @@ class Split:
         self.domain, self.name, self.size = self.index["domain"], self.index["split"], self.index["size"]
         self.classes, self.names, self.protocol = (self.index[key] for key in ("classes", "names", "protocol"))
         self.shard, self.offset, self.length, self.labels = (
-            self.column(name) for name in ("shard", "offset", "length", "label")
-        )
+            np.asarray(self.column(name)) for name in ("shard", "offset", "length", "label")
+        )  # still mapped, but plain arrays: to look one number up in a memmap takes a microsecond
         self.files: dict[int, int] = {}  # shard -> file descriptor
         again = "prepare the split again, or find what differs with `python -m data_prep verify`"
         sizes = np.array([shard["bytes"] for shard in self.index["shards"]])
         for shard in self.index["shards"]:
-            path = self.folder / Path(shard["file"]).name
+            if not SHARD.fullmatch(shard["file"]):
+                raise InputError(f"{self.folder}/index.json: {shard['file'][:80]!r} is no name of a shard; {again}")
+            path = self.folder / shard["file"]
             if not path.is_file():
                 raise InputError(f"{path}: missing; {again}")
             if path.stat().st_size != shard["bytes"]:
@@ -406,6 +512,11 @@ class Split:
             raise InputError(f"{path}: {column.shape} rows for {len(self)} samples; prepare the split again")
         return column
 
+    @property
+    def hashed(self) -> bool:
+        """Whether it has the column `hash`, which splits of older versions lack."""
+        return "hash" in self.index["columns"]
+
     def optional(self, name: str) -> np.ndarray:
         """As `column`, but -1 for every sample where the source had no such column."""
         return self.column(name) if name in self.index["columns"] else np.full(len(self), -1)
@@ -415,33 +526,63 @@ class Split:
         """Images of each class, int64 [C]."""
         return np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
 
-    def jpeg(self, row: int) -> tuple[str, bytes]:
-        """Key and JPEG bytes of a sample."""
-        shard, offset = int(self.shard[row]), int(self.offset[row])
+    def open_shard(self, shard: int) -> int:
+        """The file descriptor of a shard."""
         if shard not in self.files:
             if len(self.files) >= OPEN_SHARDS:
                 os.close(self.files.pop(next(iter(self.files))))
-            self.files[shard] = os.open(self.folder / f"shard-{shard:06d}.tar", os.O_RDONLY)
-        block = os.pread(self.files[shard], tarfile.BLOCKSIZE + int(self.length[row]), offset - tarfile.BLOCKSIZE)
+            self.files[shard] = os.open(self.folder / self.index["shards"][shard]["file"], os.O_RDONLY)
+        return self.files[shard]
+
+    def jpeg(self, row: int) -> tuple[str, bytes]:
+        """Key and JPEG bytes of a sample."""
+        file, offset = self.open_shard(int(self.shard[row])), int(self.offset[row])
+        block = os.pread(file, tarfile.BLOCKSIZE + int(self.length[row]), offset - tarfile.BLOCKSIZE)
         return block[:100].split(b".")[0].decode("ascii", "replace"), block[tarfile.BLOCKSIZE :]
 
+    def fields(self, row: int) -> dict:
+        """The JSON of a sample, which lies behind its JPEG.
+
+        Raises:
+            InputError: there is none.
+        """
+        file, end = self.open_shard(int(self.shard[row])), int(self.offset[row] + self.length[row])
+        head = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        block = os.pread(file, 16 * tarfile.BLOCKSIZE, head)  # more than any of ours takes
+        try:
+            info = tarfile.TarInfo.frombuf(block[: tarfile.BLOCKSIZE], "utf-8", "strict")
+            return dict(json.loads(block[tarfile.BLOCKSIZE : tarfile.BLOCKSIZE + info.size]))
+        except (tarfile.HeaderError, TypeError, ValueError) as error:
+            raise InputError(f"{self.folder}: row {row} has no readable JSON; find what is damaged with `python -m "
+                             "data_prep verify`") from error
+
     def image(self, row: int):
-        """A sample as a uint8 tensor [3, size, size], RGB.
+        """A sample as a uint8 tensor [3, size, size], RGB; in memory its channels are last, as the decoder leaves them.
 
         Raises:
             BadImage: it cannot be decoded or has another size.
         """
-        import torch
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        key, data = self.jpeg(row)
+        data = bytearray(int(self.length[row]))
+        read = os.preadv(self.open_shard(int(self.shard[row])), (data,), int(self.offset[row]))
         try:
-            image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except (RuntimeError, ValueError) as error:
-            raise BadImage(f"{key}: not a readable JPEG") from error
+            image = decoder()(data) if read == len(data) else None
+        except (RuntimeError, ValueError):
+            image = None
+        if image is None:
+            raise BadImage(f"{self.jpeg(row)[0]}: not a readable JPEG")
         if image.shape[1:] != (self.size, self.size):
-            raise BadImage(f"{key}: {image.shape[2]}x{image.shape[1]} pixels, not {self.size}x{self.size}")
+            raise BadImage(f"{self.jpeg(row)[0]}: {image.shape[2]}x{image.shape[1]} pixels, not "
+                           f"{self.size}x{self.size}")
         return image
+
+
+@cache
+def decoder() -> Callable:
+    """The function from JPEG bytes to a uint8 tensor [3, H, W], RGB."""
+    import torch  # here, because it takes seconds, and sources are listed and read without it
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    return lambda data: decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
 def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> dict[str, dict[str, Split]]:
@@ -471,15 +612,18 @@ def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> 
 # ---------------------------------------------------------------- checking
 
 
+open_split = lru_cache(maxsize=1)(Split)  # once a worker: with millions of classes reading the index takes seconds
+
+
 def verify_shard(folder: Path, number: int) -> list[str]:
     """What is wrong with one shard: hash, members, metadata, JPEGs."""
-    split = Split(folder)
+    split = open_split(folder)
     shard = split.index["shards"][number]
     path, problems = folder / shard["file"], []
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
             problems.append(f"{path}: sha256 differs from the index")
-    rows = np.flatnonzero(split.shard == number)
+    rows = np.arange(*np.searchsorted(split.shard, (number, number + 1)))
     columns = {name: split.column(name) for name in OPTIONAL if name in split.index["columns"]}
     try:
         with tarfile.open(path) as tar:
@@ -561,10 +705,17 @@ def verify_templates(split: Split) -> list[str]:
 def verify_split(folder: Path, workers: int = 1) -> list[str]:
     """Re-read everything of a split; returns what is wrong, one line each (empty: nothing)."""
     split = Split(folder)
+    if "merged" in split.index:
+        from data_prep.merge import verify_merged  # here, because merging builds on this module
+
+        return verify_merged(split, workers)
     numbers = range(len(split.index["shards"]))
     problems = verify_protocol(split)
-    if sum(shard["samples"] for shard in split.index["shards"]) != len(split):
+    counts = [shard["samples"] for shard in split.index["shards"]]
+    if sum(counts) != len(split):
         problems.append(f"{folder}: the shard table does not add up to {len(split)} samples")
+    elif not np.array_equal(split.shard, np.repeat(numbers, counts)):
+        problems.append(f"{folder}/index/shard.npy: rows are not in the order of the shard table")
     with ProcessPoolExecutor(max(min(workers, len(numbers)), 1), PROCESSES, start_worker, (os.getpid(),)) as pool:
         results = pool.map(verify_shard, [folder] * len(numbers), numbers)
         for found in tqdm(results, desc=f"verify {folder}", total=len(numbers), unit="shard", disable=None):

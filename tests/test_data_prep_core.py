@@ -1,0 +1,534 @@
+"""What all sources share: choosing identities and images, copies, memory, statistics, merging, degrading, speed."""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_prep import InputError
+from data_prep.degrade import degrade, gaussian, warp
+from data_prep.demo import draw_face
+from data_prep.records import Records, draw, first_copies, restrict
+from data_prep.shards import Record, Source, Split, verify_split, write_split
+from data_prep.stats import jpeg_quality, sharpness
+from data_prep.stream import Order
+from tests.conftest import ROOT, TINY, script
+from tests.test_data_prep import PAIRS, class_folders, encode, files_of, lfw_folder, picture, run_here
+
+
+def people(folder: Path, counts: dict[str, int]) -> Path:
+    """Person folders with so many images each, all different."""
+    for p, (name, images) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(images):
+            (folder / name / f"{i}.jpg").write_bytes(encode(picture(1000 * p + i, 24, 24)))
+    return folder
+
+
+def prepared(src: Path, out: Path, *options, source: str = "folder") -> Split:
+    run_here(source, "--src", src, "--out", out, "--size", 24, "--workers", 1, *options)
+    assert verify_split(out) == []
+    return Split(out)
+
+
+def counts(split: Split) -> dict[str, int]:
+    return dict(zip(split.classes, split.counts.tolist(), strict=True))
+
+
+# ---------------------------------------------------------------- choosing identities and images
+
+
+FIVE = {"a": 1, "b": 2, "c": 4, "d": 4, "e": 6}
+
+
+@pytest.mark.parametrize("options, expected", [
+    (["--min-images", 4], {"c": 4, "d": 4, "e": 6}),
+    (["--max-images", 3], {"a": 1, "b": 2, "c": 3, "d": 3, "e": 3}),
+    (["--min-images", 2, "--max-images", 2], {"b": 2, "c": 2, "d": 2, "e": 2}),
+])  # fmt: skip
+def test_identities_are_chosen_by_their_images(options, expected, tmp_path):
+    split = prepared(people(tmp_path / "src", FIVE), tmp_path / "d/face_hq/train", *options)
+    assert counts(split) == expected
+    assert sum(split.index["skipped"].values()) == 17 - sum(expected.values())
+    chosen = zip(options[::2], options[1::2], strict=True)
+    assert split.index["provenance"]["options"] == {"ood": "False"} | {
+        option.strip("-").replace("-", "_"): str(value) for option, value in chosen
+    }
+
+
+def test_fewer_classes_are_among_more_and_depend_on_the_seed(tmp_path):
+    src = people(tmp_path / "src", {f"p{i:02d}": 1 for i in range(20)})
+    chosen = {(n, seed): set(prepared(src, tmp_path / f"{n}-{seed}/face_hq/train", "--max-classes", n, "--seed",
+                                      seed).classes) for n in (5, 9) for seed in (0, 1)}
+    for seed in (0, 1):
+        assert len(chosen[5, seed]) == 5 and len(chosen[9, seed]) == 9 and chosen[5, seed] < chosen[9, seed]
+    assert chosen[5, 0] != chosen[5, 1]
+
+
+def test_the_first_images_of_each_role_are_kept(tmp_path):
+    split = prepared(people(tmp_path / "src", {"a": 5, "b": 2, "c": 1}), tmp_path / "d/face_hq/search",
+                     "--max-images", 1)
+    # by default the first image is the gallery, the others are probes, a lone one is a distractor
+    assert split.labels.tolist() == [0, 0, 1, 1, 2] and split.column("role").tolist() == [1, 0, 1, 0, 2]
+
+
+def test_holdout_keeps_people_apart_whatever_the_other_options(tmp_path):
+    src = people(tmp_path / "src", {f"p{i:02d}": 1 + i % 4 for i in range(60)})
+    train = prepared(src, tmp_path / "d/face_hq/train", "--holdout", 0.3)
+    test = prepared(src, tmp_path / "d/face_hq/test", "--holdout", 0.3)
+    everyone = {f"p{i:02d}" for i in range(60)}
+    expected = {name for name in everyone if draw(0, name) < 0.3}
+    assert set(test.classes) == expected and set(train.classes) == everyone - expected
+    assert 8 <= len(expected) <= 28  # 18 on average
+    assert len(train) + len(test) == sum(1 + i % 4 for i in range(60))
+    fewer = prepared(src, tmp_path / "d/face_hq/few", "--holdout", 0.3, "--min-images", 3, "--max-classes", 4)
+    assert len(fewer.classes) == 4 and set(fewer.classes) < expected
+    other = prepared(src, tmp_path / "e/face_hq/test", "--holdout", 0.3, "--seed", 1)
+    assert set(other.classes) != expected
+    # the definition, so that splits of an older version never mix with those of a newer one
+    assert draw(3, "p") == int.from_bytes(hashlib.sha256(b"3\0p").digest()[:8]) / 2**64
+
+
+def test_a_list_names_identities_or_images(tmp_path):
+    src = people(tmp_path / "src", FIVE)
+    (tmp_path / "list").write_text("\ufeffe\n\nc/2.jpg\nd/0.jpg\nd/0.jpg\n")
+    split = prepared(src, tmp_path / "d/face_hq/train", "--list", tmp_path / "list")
+    assert counts(split) == {"c": 1, "d": 1, "e": 6} and split.index["skipped"] == {"not in --list": 9}
+
+
+def test_pairs_follow_what_was_left_out(tmp_path, capsys):
+    """Known answer: without P_0 only the second fold is left, and its rows move up by three."""
+    (tmp_path / "pairs.txt").write_text(PAIRS)
+    (tmp_path / "list").write_text("P_1\nP_2\nP_3\n")
+    split = prepared(lfw_folder(tmp_path / "src"), tmp_path / "d/face_hq/lfw", "--pairs", tmp_path / "pairs.txt",
+                     "--list", tmp_path / "list", source="lfw")
+    assert split.column("pairs").tolist() == [[4, 3, 1, 1], [6, 5, 0, 1]]
+    assert split.protocol == {"name": "verification", "folds": 2, "pairs": 2, "pairs_lost": 2}
+    assert "12 images in, 9 of 3 classes written, 3 skipped" in capsys.readouterr().out
+
+
+def test_restricting_a_source_moves_pairs_and_blocks(tmp_path):
+    records = Records((Record(partial(bytes, 1), f"{i}", f"p{i % 3}", role=i % 2) for i in range(10)), tmp_path)
+    source = Source(records, {"name": "verification"}, [(0, 9, 1, 0), (4, 5, 0, 0), (9, 8, 0, 1)], Counter(old=2),
+                    blocks=[0, 3, 4, 8])
+    keep = np.array([1, 1, 0, 0, 1, 0, 1, 1, 0, 1], dtype=bool)
+    part = restrict(restrict(source, keep, "one"), np.array([0, 1, 1, 1, 1, 1], dtype=bool), "two")
+    assert [record.name for record in part.records] == ["1", "4", "6", "7", "9"]
+    assert part.pairs == [[-1, 4, 1, 0], [1, -1, 0, 0], [4, -1, 0, 1]]
+    assert part.blocks == [0, 1, 4] and part.skipped == {"old": 2, "one": 4, "two": 1}
+    assert part.records.labels()[1].tolist() == [1, 1, 0, 1, 0] and part.records.role.tolist() == [1, 0, 0, 1, 1]
+    assert source.records[9].read() == b"\0" and len(source.records) == 10  # the whole is still there
+
+
+# ---------------------------------------------------------------- copies
+
+
+def test_first_copies():
+    hashes = np.array([5, 0, 7, 5, 0, 8, 7], dtype=np.uint64)
+    assert first_copies(hashes).tolist() == [True, True, True, False, True, True, False]
+    assert first_copies(hashes, np.array([8, 5], dtype=np.uint64)).tolist() == [False, True, True, False, True, False,
+                                                                                False]
+
+
+def with_copies(tmp_path: Path) -> tuple[Path, Path]:
+    """Training people b and c and test people x and y; b holds an image twice, c one of b, b one of x."""
+    train = people(tmp_path / "train", {"b": 3, "c": 3})
+    test = people(tmp_path / "test", {"_": 0, "__": 0, "x": 2, "y": 2})  # places 2 and 3: other pictures than b and c
+    (train / "b/3.jpg").write_bytes((train / "b/0.jpg").read_bytes())
+    (train / "c/3.jpg").write_bytes((train / "b/1.jpg").read_bytes())
+    (train / "b/4.jpg").write_bytes((test / "x/1.jpg").read_bytes())
+    return train, test
+
+
+def test_copies_are_reported(tmp_path, capsys):
+    train, test = with_copies(tmp_path)
+    prepared(test, tmp_path / "d/face_hq/test")
+    assert "are copies" not in capsys.readouterr().out
+    split = prepared(train, tmp_path / "d/face_hq/train")
+    out = capsys.readouterr().out
+    assert len(split) == 9 and "2 images are copies of others in the split" in out
+    assert "1 of the copied images have several labels" in out
+    assert "train and test overlap, 1 images are in test too: prepare train again, after test" in out
+
+
+def test_copies_are_dropped(tmp_path, capsys):
+    train, test = with_copies(tmp_path)
+    prepared(test, tmp_path / "d/face_hq/test")
+    split = prepared(train, tmp_path / "d/face_hq/train", "--drop-duplicates")
+    assert counts(split) == {"b": 3, "c": 3} and split.index["skipped"] == {"copy of another image": 3}
+    assert "copies of others" not in (out := capsys.readouterr().out) and "overlap" not in out
+    again = prepared(train, tmp_path / "d/face_hq/train", "--drop-duplicates")
+    assert "complete" in capsys.readouterr().out and len(again) == 6
+
+
+def test_a_damaged_image_is_no_copy(tmp_path):
+    src = people(tmp_path / "src", {"a": 2})
+    for name in ("2.jpg", "3.jpg"):
+        (src / "a" / name).write_bytes(b"damaged")
+    split = prepared(src, tmp_path / "d/face_hq/train", "--drop-duplicates")
+    assert len(split) == 2 and split.index["skipped"] == {"copy of another image": 1, "unreadable image": 1}
+
+
+# ---------------------------------------------------------------- resumption
+
+
+def test_a_killed_preparation_with_filters_continues_to_the_same_bytes(tmp_path):
+    src = class_folders(tmp_path / "src", classes=12, images=40, width=500, height=500)
+    (src / "c3" / "copy.jpg").write_bytes((src / "c4" / "0.jpg").read_bytes())
+    command = ["-m", "data_prep", "folder", "--src", str(src), "--size", "160", "--shard-size", "8", "--holdout", "0.4",
+               "--max-images", "38", "--drop-duplicates"]
+    script(*command, "--workers", "2", "--out", tmp_path / "a/body/train")
+    out = tmp_path / "b/body/train"
+    process = subprocess.Popen([sys.executable, *command, "--workers", "2", "--out", str(out)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while len(list(out.glob("shard-*.tar"))) < 3 and time.time() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (out / "index.json").exists() and list(out.glob("shard-*.tar"))
+    time.sleep(1.2)  # by now orphaned workers are gone
+    script(*command, "--workers", "1", "--out", out)
+    assert files_of(out) == files_of(tmp_path / "a/body/train")
+    assert not list(out.glob("*.tmp")) and not (out / ".parts").exists()
+
+
+def test_what_a_test_split_holds_is_seen_once(tmp_path, monkeypatch):
+    """A preparation that is continued after a test split came decides as it did when it began."""
+    train, test = with_copies(tmp_path)
+    out = tmp_path / "d/face_hq/train"
+    monkeypatch.setattr("data_prep.shards.write_columns", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepared(train, out, "--drop-duplicates")
+    monkeypatch.undo()
+    prepared(test, tmp_path / "d/face_hq/test")
+    assert prepared(train, out, "--drop-duplicates").index["skipped"] == {"copy of another image": 2}
+
+
+# ---------------------------------------------------------------- memory
+
+
+def blank(number: int) -> bytes:
+    return BLANK
+
+
+BLANK = encode(picture(0, 8, 8))
+
+
+def test_records_come_from_a_generator_and_are_read_once(tmp_path):
+    passes = []
+
+    def generate():
+        passes.append(1)
+        yield from (Record(partial(blank, i), f"image {i}", f"p{i % 7}", camera=i % 3) for i in range(100))
+
+    index = write_split(tmp_path / "d/body/train", Source(generate()), source_name="made", size=8, fit="pad",
+                        quality=95, train=True, shard_size=16)
+    listed = write_split(tmp_path / "e/body/train", Source(list(generate())), source_name="made", size=8, fit="pad",
+                         quality=95, train=True, shard_size=16)
+    assert index == listed and len(passes) == 2 and verify_split(tmp_path / "d/body/train") == []
+    assert files_of(tmp_path / "d") == files_of(tmp_path / "e")
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--list", "{tmp}/none"], "--list {tmp}/none: cannot be read as text"),
+    (["--list", "{tmp}/empty"], "--list {tmp}/empty: no names in it"),
+    (["--list", "{tmp}/unknown"], "line 2: 'c0/9.jpg' is neither an identity nor an image of the source"),
+    (["--list", "{tmp}/binary"], "--list {tmp}/binary: cannot be read as text"),
+    (["--min-images", "6"], "--min-images 6: none of the 15 images is left"),
+    (["--holdout", "0.0001", "--part", "test"], "--holdout 0.0001 with --seed 0, test part: none of the 15 images"),
+    (["--holdout", "1.5"], "--holdout"), (["--max-images", "0"], "--max-images"), (["--max-classes", "x"], "x"),
+])  # fmt: skip
+def test_bad_selections(arguments, words, tmp_path):
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "unknown").write_text("c0\nc0/9.jpg\nzz\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00c0")
+    with pytest.raises(click.ClickException) as error:
+        prepared(class_folders(tmp_path / "src"), tmp_path / "d/body/train",
+                 *[a.format(tmp=tmp_path) for a in arguments])
+    assert words.format(tmp=tmp_path) in error.value.format_message() and "\n" not in error.value.format_message()
+
+
+def test_holdout_is_for_people(tmp_path):
+    with pytest.raises(InputError, match="--holdout keeps people"):
+        prepared(class_folders(tmp_path / "src"), tmp_path / "d/object/train", "--holdout", 0.5)
+
+
+def test_a_bad_option_is_one_line_and_exit_code_2(tmp_path):
+    result = script("-m", "data_prep", "folder", "--src", class_folders(tmp_path / "src"), "--out",
+                    tmp_path / "d/body/train", "--list", tmp_path / "none", check=2)
+    assert len(result.stderr.strip().splitlines()) == 1 and result.stderr.startswith("error: --list")
+
+
+# ---------------------------------------------------------------- merging
+
+
+def made(out: Path, rows: list[tuple], protocol: dict | None = None, size: int = 16, **options) -> Split:
+    """A split of drawn images; rows are (identity, person, camera)."""
+    seed = int(hashlib.sha256(out.name.encode()).hexdigest()[:6], 16)
+    records = [Record(partial(encode, picture(seed + i, size, size)), f"{out.name} {i}", identity, person=person,
+                      camera=camera) for i, (identity, person, camera) in enumerate(rows)]
+    write_split(out, Source(records, protocol, **options), source_name="made", size=size, fit="pad", quality=95,
+                train=protocol is None, shard_size=2)
+    return Split(out)
+
+
+def test_people_are_joined_where_a_source_proves_it_and_never_by_name(tmp_path, capsys):
+    """Known answer: a/1 is b/9 by their person; a/2 and b/2 only share a name; a/3, b/4 are on their own."""
+    root = tmp_path / "data/body"
+    a = made(root / "a", [("1", "x", 0), ("2", None, 1), ("3", None, 0), ("1", "x", 1)])
+    b = made(root / "b", [("9", "x", 0), ("2", None, 2), ("4", "y", None)])
+    run_here("merge", root / "a", root / "b", "--out", root / "train")
+    out = capsys.readouterr().out
+    assert "7 images of 5 classes in the shards of a, b" in out and "1 classes are in several of them" in out
+    assert "1 names are in several of them and stay apart, as <split>/<name>" in out
+    split = Split(root / "train")
+    assert split.classes == ["3", "4", "a/2", "b/2", "x"] and verify_split(split.folder, 1) == []
+    assert sorted(p.name for p in split.folder.iterdir()) == ["index", "index.json"]  # no image was copied
+    new = {("a", "1"): "x", ("a", "2"): "a/2", ("a", "3"): "3", ("b", "9"): "x", ("b", "2"): "b/2", ("b", "4"): "4"}
+    for row in range(7):
+        part, at = (a, row) if row < 4 else (b, row - 4)
+        assert split.classes[split.labels[row]] == new[part.name, part.classes[part.labels[at]]]
+        assert split.jpeg(row) == part.jpeg(at) and split.fields(row) == part.fields(at)
+        # camera 0 of one set is not camera 0 of another; -1 stays: there is none
+        camera = int(part.column("camera")[at])
+        assert split.column("camera")[row] == (camera if row < 4 or camera < 0 else camera + 2)
+    moved = (tmp_path / "data").rename(tmp_path / "elsewhere")
+    assert verify_split(moved / "body/train") == []
+
+
+def test_object_classes_of_equal_names_are_joined_on_request(tmp_path, capsys):
+    root = tmp_path / "object"
+    made(root / "a", [("n1", None, None), ("n2", None, None)], names={"n1": "tench"})
+    made(root / "b", [("n2", None, None), ("n3", None, None)], names={"n2": "goldfish"})
+    run_here("merge", root / "a", root / "b", "--out", root / "train")
+    split = Split(root / "train")
+    assert split.classes == ["a/n2", "b/n2", "n1", "n3"] and split.names == ["a/n2", "goldfish", "tench", "n3"]
+    assert "(--same-names joins them)" in capsys.readouterr().out
+    run_here("merge", root / "a", root / "b", "--out", root / "train", "--same-names")
+    split = Split(root / "train")
+    assert split.classes == ["n1", "n2", "n3"] and split.counts.tolist() == [1, 2, 1]
+    assert verify_split(root / "train") == []
+
+
+def test_verify_notices_what_happened_to_the_parts_of_a_merged_split(tmp_path):
+    root = tmp_path / "body"
+    for name in "ab":
+        made(root / name, [("1", None, 0), ("2", None, 1), ("3", None, 0)])
+    run_here("merge", root / "a", root / "b", "--out", root / "train")
+    labels = np.load(root / "train/index/label.npy")
+    np.save(root / "train/index/label.npy", labels[::-1])
+    assert verify_split(root / "train") == [f"{root}/train/index/label.npy: differs from what its parts give: merge "
+                                            "them again"]
+    np.save(root / "train/index/label.npy", labels)
+    (root / "b").rename(root / "c")
+    with pytest.raises(InputError, match=r"\.\./b/shard-000000.tar: missing"):
+        Split(root / "train")
+
+
+def test_a_model_is_trained_on_a_merged_split(tmp_path):
+    """One domain out of two sets: every image is seen once an epoch, and the head has a row for each person."""
+    root = tmp_path / "data/body"
+    made(root / "one", [(f"{i % 5}", None, 0) for i in range(20)], size=32)
+    made(root / "two", [(f"{i % 4}", None, 0) for i in range(12)], size=32)
+    run_here("merge", root / "one", root / "two", "--out", root / "train")
+    made(root / "test", [(f"t{i % 4}", None, i // 4) for i in range(8)], {"name": "verification"}, 32,
+         pairs=[(0, 4, 1, 0), (0, 1, 0, 0)])
+    run = tmp_path / "run"
+    script("train.py", *TINY, "--schedule", "B", "--domains", "body", "--data", tmp_path / "data", "--out", run)
+    assert json.loads((run / "done.json").read_text())
+    split = Split(root / "train")
+    order = Order([shard["samples"] for shard in split.index["shards"]], 0, 3, 8)
+    assert sorted(order(n)[1] for n in range(32)) == list(range(32)) and len(split.classes) == 9
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["{d}/body/a"], "want two splits or more"), (["{d}/body/a", "{d}/body/a"], "want two splits or more, each once"),
+    (["{d}/body/a", "{d}/body/test"], "body/test is a test split"), (["{d}/body/a", "{d}/body/none"], "no index.json"),
+    (["{d}/body/a", "{d}/object/o"], "must lie side by side"),
+    (["{d}/body/a", "{d}/body/big"], "body/big has 24 pixels"),
+    (["{d}/body/a", "{d}/body/out"], "must lie side by side"),
+    (["{d}/body/a", "{d}/body/m"], "body/m is merged itself"),
+    (["{d}/body/a", "{d}/body/b", "--same-names"], "--same-names is for objects"),
+    (["{d}/body/a", "{d}/body/b", "--out", "{d}/body/big"], "already holds something else"),
+])  # fmt: skip
+def test_bad_merges(arguments, words, tmp_path):
+    for name in ("body/a", "body/b", "body/out", "object/o"):
+        made(tmp_path / name, [("1", None, 0), ("2", None, 0)])
+    made(tmp_path / "body/big", [("1", None, 0)], size=24)
+    made(tmp_path / "body/test", [("1", None, 0)], {"name": "identification"})
+    run_here("merge", tmp_path / "body/a", tmp_path / "body/b", "--out", tmp_path / "body/m")
+    arguments = [a.format(d=tmp_path) for a in arguments]
+    with pytest.raises(InputError) as error:
+        run_here("merge", *arguments, *([] if "--out" in arguments else ["--out", tmp_path / "body/out"]))
+    assert words in error.value.message and "\n" not in error.value.message
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../../x/shard-000000.tar", "../.ssh/shard-000000.tar", "",
+                                  "../../shard-000000.tar", "shard-000000.tar/../x", "a/shard-000000.tar"])
+def test_a_shard_table_cannot_name_other_files(name, tmp_path):
+    made(tmp_path / "body/a", [("1", None, 0)])
+    index = json.loads((tmp_path / "body/a/index.json").read_text())
+    index["shards"][0]["file"] = name
+    (tmp_path / "body/a/index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="is no name of a shard"):
+        Split(tmp_path / "body/a")
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def test_statistics_have_known_answers(tmp_path, capsys):
+    src = tmp_path / "src"
+    for name, quality, images in (("a", 40, 1), ("b", 75, 3), ("c", 95, 2)):
+        (src / name).mkdir(parents=True)
+        for i in range(images):
+            (src / name / f"{i}.jpg").write_bytes(encode(picture(ord(name) + 9 * i, 24, 24), quality=quality))
+    (src / "c/1.jpg").write_bytes((src / "c/0.jpg").read_bytes())
+    split = prepared(src, tmp_path / "d/face_hq/search")
+    run_here("stats", split.folder)
+    found = json.loads((split.folder / "stats.json").read_text())
+    assert (found["images"], found["classes"], found["classes with one image"], found["copies"]) == (6, 3, 1, 1)
+    assert found["images per class"] == {"min": 1, "p25": 1.5, "median": 2, "p75": 2.5, "max": 3, "mean": 2}
+    assert found["JPEG quality"] == {"min": 40, "p25": 75, "median": 75, "p75": 90, "max": 95, "mean": 75.833}
+    assert found["bytes per image"]["mean"] == pytest.approx(np.mean([p.stat().st_size for p in src.rglob("*.jpg")]),
+                                                             abs=1e-3)
+    assert found["roles"] == {"probe": 3, "gallery": 2, "distractor": 1} and found["pixels"] == 24
+    assert Image.open(split.folder / "stats.png").width > 1000 and "JPEG quality" in capsys.readouterr().out
+    assert verify_split(split.folder) == []  # what it wrote beside the shards is no part of them
+
+
+@pytest.mark.parametrize("quality", [1, 25, 49, 50, 51, 77, 90, 100])
+def test_the_quality_of_a_jpeg_is_read_from_its_table(quality):
+    assert jpeg_quality(encode(picture(0), quality=quality)) == quality
+    assert jpeg_quality(b"damaged") is None
+
+
+def test_sharpness_of_known_images():
+    grey = np.full((3, 16, 16), 100, dtype=np.uint8)
+    assert sharpness(grey) == 0
+    board = ((np.indices((16, 16)).sum(0) % 2) * 200).astype(np.uint8)[None].repeat(3, 0)
+    assert sharpness(board) == pytest.approx(800)  # +-800 at every other pixel, mean 0
+
+
+def test_bad_statistics(tmp_path):
+    with pytest.raises(InputError, match=r"no index\.json"):
+        run_here("stats", tmp_path)
+
+
+# ---------------------------------------------------------------- degrading
+
+
+def sharp_face(side: int = 112) -> torch.Tensor:
+    face = Image.open(io.BytesIO(draw_face(0, 1, 2))).resize((side, side))
+    return torch.from_numpy(np.array(face)).permute(2, 0, 1)
+
+
+def test_every_degradation_happens_within_its_range():
+    """Known ranges at severity s; lengths are in pixels of 112, so an image of another size gives the same draws."""
+    image, s, seen = sharp_face(), 0.8, Counter()
+    limits = {"blur": (0.1, 2.5 * s), "blur_aspect": (0.6, 1), "blur_angle": (0, np.pi), "motion": (1, 1 + 10 * s),
+              "motion_angle": (0, np.pi), "turbulence": (0.5 * s, 2.5 * s), "turbulence_sigma": (4, 12),
+              "turbulence_blur": (0.1, 2 * s), "noise": (0, 20 * s), "shot_noise": (0, 20 * s), "jpeg": (20, 92),
+              "log_gamma": (-0.7 * s, 0.7 * s), "grey": (1, 1), "severity": (s, s), "down": (0, 4),
+              "log_shrink": (s * np.log(12 / 112), s * np.log(56 / 112)),
+              "short_side": (112 * (12 / 112) ** s - 1, 112 * 0.5**s + 1)}
+    for i in range(400):
+        soft, draws = degrade(image, s, np.random.default_rng(i))
+        assert draws.pop("up") in ("bicubic", "bilinear") and soft.shape == image.shape
+        for name, value in draws.items():
+            assert limits[name][0] - 1e-3 <= value <= limits[name][1] + 1e-3, name
+        seen.update(draws.keys())
+    expected = {"blur": 0.7, "motion": 0.3, "turbulence": 0.2, "jpeg": 0.8, "log_gamma": 0.3, "noise": 0.25,
+                "shot_noise": 0.25, "grey": 0.05 * s, "down": 1}
+    assert set(seen) == set(limits)
+    assert all(abs(seen[name] / 400 - share) < 0.08 for name, share in expected.items())
+
+
+def test_a_warp_moves_pixels_by_its_tilt_and_a_flat_image_not_at_all():
+    rng = np.random.default_rng(0)
+    field = torch.from_numpy(rng.standard_normal((2, 28, 28), dtype=np.float32))
+    ramp = torch.arange(112.0).expand(3, 112, 112)  # the value of a pixel is its column
+    shift = (warp(ramp, field, 2.0, 1.5) - ramp)[0, 8:-8, 8:-8]
+    assert shift.square().mean().sqrt() == pytest.approx(2.0, rel=0.3)
+    assert (shift[:, 1:] - shift[:, :-1]).abs().max() < 1.5  # smooth: neighbours move together
+    assert warp(torch.full((3, 30, 20), 7.0), field, 3.0, 2.0).allclose(torch.tensor(7.0))
+
+
+def test_a_turned_blur_is_a_blur_of_a_turned_image():
+    assert torch.allclose(gaussian(3.0, 1.5, np.pi / 2), gaussian(3.0, 1.5).T, atol=1e-5)
+    assert torch.allclose(gaussian(2.0, 2.0, 0.7), gaussian(2.0, 2.0), atol=1e-5)
+
+
+def test_degraded_shards_keep_people_pairs_and_say_what_was_drawn(tmp_path, capsys):
+    (tmp_path / "pairs.txt").write_text(PAIRS)
+    sharp = prepared(lfw_folder(tmp_path / "src"), tmp_path / "d/face_hq/lfw", "--pairs", tmp_path / "pairs.txt",
+                     source="lfw")
+    command = ["degrade", "--src", sharp.folder, "--severity", 0.9, "--min-severity", 0.4, "--seed", 3]
+    run_here(*command, "--out", tmp_path / "d/face_lq/lfw", "--workers", 1)
+    soft = Split(tmp_path / "d/face_lq/lfw")
+    assert verify_split(soft.folder) == [] and soft.classes == sharp.classes and soft.size == sharp.size
+    assert soft.labels.tolist() == sharp.labels.tolist() and soft.protocol == sharp.protocol
+    assert soft.column("pairs").tolist() == sharp.column("pairs").tolist()
+    for row in range(len(soft)):
+        draws = soft.fields(row)["degradation"]
+        assert 0.4 <= draws["severity"] <= 0.9 and draws["from"] == f"face_hq/lfw/{row:09d}"
+        rng = np.random.default_rng((3, 2, row))  # what was drawn can be drawn again
+        again, repeated = degrade(sharp.image(row), 0.4 + 0.5 * rng.random(), rng)
+        assert draws == repeated | {"from": draws["from"]}
+        assert (soft.image(row).float() - again.float()).abs().mean() < 3  # but for the JPEG
+    run_here(*command, "--out", tmp_path / "e/face_lq/lfw", "--workers", 2)
+    assert files_of(tmp_path / "d/face_lq") == files_of(tmp_path / "e/face_lq")
+
+
+def test_degraded_training_splits_keep_the_identities_that_a_source_proves(demo_root, tmp_path):
+    sharp = Split(demo_root / "face_hq/train")
+    run_here("degrade", "--src", sharp.folder, "--out", tmp_path / "face_lq/copies", "--workers", 1)
+    soft = Split(tmp_path / "face_lq/copies")
+    assert soft.protocol is None and soft.classes == sharp.classes and soft.counts.tolist() == sharp.counts.tolist()
+    for row in range(0, len(soft), 17):
+        fields = soft.fields(row)
+        assert fields["person"] == f"demo-{fields['identity']}" and fields["domain"] == "face_lq"
+        origin = int(np.flatnonzero([sharp.jpeg(r)[0] == fields["degradation"]["from"][-9:]
+                                     for r in range(len(sharp))])[0])
+        assert sharp.classes[sharp.labels[origin]] == fields["identity"]
+    assert soft.labels.tolist() != sharp.labels.tolist()  # a training split is written in its own random order
+
+
+def test_the_ladder_is_drawn_from_sharp_to_poor(demo_root, tmp_path):
+    for source in ([], ["--src", demo_root / "face_hq/test"]):
+        run_here("degrade", "--ladder", tmp_path / "ladder.png", *source)
+        sheet = np.asarray(Image.open(tmp_path / "ladder.png").convert("RGB")).astype(float)
+        side = (sheet.shape[0] - 14) // 4 - 2
+        assert sheet.shape == (14 + 4 * (side + 2), 6 * (side + 2), 3)
+        columns = [sheet[14:, c * (side + 2) : c * (side + 2) + side] for c in range(6)]
+        loss = [np.abs(column - columns[0]).mean() for column in columns]
+        assert loss[0] == 0 < loss[1] < loss[3] < loss[5]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "want --src SPLIT --out DATA/face_lq/<split>, or --ladder"), (["--out", "{d}/face_lq/x"], "want --src SPLIT"),
+    (["--src", "{d}", "--out", "{d}/face_lq/x"], "no index.json"), (["--src", "{hq}", "--out", "{d}/x"], "want DATA/"),
+    (["--src", "{hq}", "--out", "{hq}"], "is --src itself"), (["--ladder", "{d}/none/x.png"], "--ladder"),
+    (["--src", "{hq}", "--out", "{d}/face_lq/x", "--min-severity", "1", "--severity", ".5"], "is above --severity 0.5"),
+    (["--ladder", "{d}/x.none"], "cannot be written"), (["--severity", "2"], "--severity"),
+])  # fmt: skip
+def test_bad_degradations(arguments, words, demo_root, tmp_path):
+    places = {"d": tmp_path, "hq": demo_root / "face_hq/test"}
+    with pytest.raises(click.ClickException) as error:
+        run_here("degrade", *[a.format(**places) for a in arguments])
+    assert words in error.value.format_message() and "\n" not in error.value.format_message()
