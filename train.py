@@ -800,7 +800,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file under a temporary name, sync it, rename it: the old one stays whole until the new one is."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors would keep its files from everybody else
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1150,6 +1153,9 @@ def describe_plan(config: dict, splits: list[Split], plan: np.ndarray, steps: in
         warning = "  WARNING: above 50 passes, expect memorisation" if passes > 50 else ""
         print(f"  {split.domain:8s} {len(split):9,d} images of {len(split.classes):7,d} classes: {seen:10,d} drawn, "
               f"{passes:.1f} passes{warning}")
+    print(f"  learning rate {config['lr']:g} at the top of the backbone, x {config['layer_decay']:g} per layer "
+          f"downwards, class weights {config['head_lr']:g}; warm-up {config['warmup']:.0%}, cosine to x "
+          f"{config['min_lr']:g}; not scaled with the batch or the number of processes")
     return counts
 
 

@@ -303,6 +303,11 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_weights_are_as_readable_as_other_files(tiny_run):
+    modes = {path.name: path.stat().st_mode for path in tiny_run.iterdir() if path.is_file()}
+    assert modes["model.safetensors"] == modes["head.safetensors"] == modes["config.json"]
+
+
 # ---------------------------------------------------------------- bad input
 
 
