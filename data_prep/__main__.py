@@ -1,4 +1,7 @@
-"""Command line: `python -m data_prep SOURCE --src PATH --out DATA/<domain>/<split>`, `demo`, `verify`, `show`."""
+"""Command line: `python -m data_prep SOURCE --src PATH --out DATA/<domain>/<split>`; `sources` lists the sources.
+
+Of finished splits: `verify`, `show`, `stats`, `merge`, `degrade`. Besides: `demo`, `bench`.
+"""
 
 import io
 import json
@@ -485,9 +488,9 @@ def degrade_command(src: Path | None, out: Path | None, severity: float, min_sev
 @click.option("--size", "sizes", type=click.IntRange(16, 1024), multiple=True, default=(112, 224),
               help="Side of the images in pixels; may be given again.")
 @click.option("--images", type=click.IntRange(1), default=8192, help="Images to read.")
-@click.option("--prepared", type=click.IntRange(1), default=2048, help="Images to prepare, of 1.5 times the size.")
-@click.option("--rounds", type=click.IntRange(1), default=5, help="In which the contenders take turns.")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=1.0, help="Of each reading in a round.")
+@click.option("--prepared", type=click.IntRange(1), default=4096, help="Images to prepare, of 1.5 times the size.")
+@click.option("--rounds", type=click.IntRange(1), default=5, help="Of writers' turns; four times for readers.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.5, help="Of a reader's turn.")
 @click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes.")
 @click.option("--scratch", type=FOLDER, help="Folder for the shards, on the disk that matters (default: the system's).")
 @click.option("--json", "file", type=FOLDER, metavar="FILE", help="Write every measurement.")

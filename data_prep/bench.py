@@ -1,18 +1,19 @@
 """Speed of writing and reading shards, beside what decoding and encoding alone allow on the same cores.
 
-The contenders take turns, round by round, so that a busy minute of the machine hits them all; medians are compared.
 Every contender runs in `workers` processes of its own, each with its share of the images, and delivers decoded images
-with their labels to the process that decoded them. Pictures are drawn here.
+with their labels to the process that decoded them. They take turns of a fraction of a second, so that a busy minute of
+the machine hits them all, and a goal is judged by the median of the ratios of turns that followed each other. Pictures
+are drawn here.
 """
 
 import io
 import json
-import multiprocessing.connection
 import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,7 +45,7 @@ def draw_pictures(size: int) -> list[bytes]:
     return pictures
 
 
-# ---------------------------------------------------------------- contenders: each yields how many images came
+# ---------------------------------------------------------------- contenders: they yield how many images came, for ever
 
 
 def shuffled(split: Split, part: int, parts: int) -> np.ndarray:
@@ -61,7 +62,7 @@ def decode_only(folder: Path, part: int, parts: int) -> Iterator[int]:
     while True:
         for jpeg in data:
             decode(jpeg)
-        yield len(data)
+            yield 1
 
 
 def our_images(folder: Path, part: int, parts: int) -> Iterator[int]:
@@ -72,7 +73,7 @@ def our_images(folder: Path, part: int, parts: int) -> Iterator[int]:
         for row in rows:
             split.image(row)
             int(split.labels[row])
-        yield len(rows)
+            yield 1
 
 
 def our_batches(folder: Path, part: int, parts: int) -> Iterator[int]:
@@ -83,7 +84,7 @@ def our_batches(folder: Path, part: int, parts: int) -> Iterator[int]:
         for b in range(len(batches)):
             rows, _ = batches[b]
             split.labels[rows]
-        yield len(batches.rows)
+            yield len(rows)
 
 
 def our_stream(folder: Path, part: int, parts: int) -> Iterator[int]:
@@ -94,7 +95,7 @@ def our_stream(folder: Path, part: int, parts: int) -> Iterator[int]:
     while True:
         for step in range(part, steps, parts):
             stream[step]
-        yield BATCH * len(range(part, steps, parts))
+            yield BATCH
 
 
 def library(folder: Path, part: int, parts: int, batched: bool) -> Iterator[int]:
@@ -109,10 +110,7 @@ def library(folder: Path, part: int, parts: int, batched: bool) -> Iterator[int]
 
     images = webdataset.WebDataset(shards, shardshuffle=100).shuffle(1000).map(sample)
     while True:
-        if batched:
-            yield sum(len(labels) for _, labels in images.batched(BATCH))
-        else:
-            yield sum(1 for _ in images)
+        yield from (len(labels) for _, labels in images.batched(BATCH)) if batched else (1 for _ in images)
 
 
 def decode_and_encode(files: list[Path], size: int, part: int, parts: int) -> Iterator[int]:
@@ -121,7 +119,7 @@ def decode_and_encode(files: list[Path], size: int, part: int, parts: int) -> It
     while True:
         for image in data:
             fit_image(image, size, "squash", 95)
-        yield len(data)
+            yield 1
 
 
 READERS: dict[str, Callable] = {
@@ -133,32 +131,55 @@ READERS: dict[str, Callable] = {
 # ---------------------------------------------------------------- measuring
 
 
-def repeat(contender: Callable, part: int, parts: int, seconds: float, start, results) -> None:
-    """In a process of its own: one pass to warm up, then passes for some seconds; puts images a second."""
+def take_turns(contender: Callable, part: int, parts: int, seconds: float, pipe) -> None:
+    """In a process of its own: at every word from the parent, run for some seconds and send images a second."""
     torch.set_num_threads(1)
-    passes = contender(part=part, parts=parts)
-    next(passes)
-    start.wait()
-    begin, images = time.perf_counter(), 0
-    while time.perf_counter() - begin < seconds:
-        images += next(passes)
-    results.put(images / (time.perf_counter() - begin))
+    images = contender(part=part, parts=parts)
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds:  # warm up
+        next(images)
+    pipe.send(None)
+    while pipe.recv():
+        begin, count = time.perf_counter(), 0
+        while time.perf_counter() - begin < seconds:
+            count += next(images)
+        pipe.send(count / (time.perf_counter() - begin))
 
 
-def rate(contender: Callable, workers: int, seconds: float) -> float:
-    """Images a second of so many processes together."""
-    start, results = PROCESSES.Barrier(workers), PROCESSES.SimpleQueue()
-    processes = [PROCESSES.Process(target=repeat, args=(contender, part, workers, seconds, start, results), daemon=True)
-                 for part in range(workers)]
-    for process in processes:
-        process.start()
-    while not all(process.exitcode is not None for process in processes):
-        multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None])
-        if any(process.exitcode for process in processes):  # the others would wait for it at the start
-            for process in processes:
-                process.terminate()
-            raise InputError("bench: a process ended early; --debug with --workers 1 may say why")
-    return sum(results.get() for _ in processes)
+@contextmanager
+def contestants(contenders: dict[str, Callable], workers: int, seconds: float) -> Iterator[Callable[[str], float]]:
+    """Processes of every contender, ready to run; gives the function from a name to its images a second in a turn."""
+    pipes: dict[str, list] = {name: [] for name in contenders}
+    processes = []
+
+    def ask(name: str, word: bool = True) -> float:
+        try:
+            for pipe in pipes[name]:
+                pipe.send(word)
+            return sum(pipe.recv() for pipe in pipes[name])
+        except (EOFError, OSError) as error:
+            raise InputError(f"bench: a process of {name!r} ended early (out of memory?)") from error
+
+    try:
+        for name, contender in contenders.items():
+            for part in range(workers):
+                ours, theirs = PROCESSES.Pipe()
+                process = PROCESSES.Process(target=take_turns, args=(contender, part, workers, seconds, theirs),
+                                            daemon=True)
+                process.start()
+                theirs.close()  # so that its end is noticed here
+                processes.append(process)
+                pipes[name].append(ours)
+            for pipe in pipes[name]:
+                try:
+                    pipe.recv()  # ready
+                except EOFError as error:
+                    raise InputError(f"bench: a process of {name!r} ended early (out of memory?)") from error
+        yield ask
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def preparing(folder: Path, files: list[Path], size: int, workers: int) -> float:
@@ -166,7 +187,7 @@ def preparing(folder: Path, files: list[Path], size: int, workers: int) -> float
     records = [Record(partial(Path.read_bytes, path), path.name, f"{i % CLASSES:03d}") for i, path in enumerate(files)]
     begin = time.perf_counter()
     write_split(folder, Source(records), source_name="bench", size=size, fit="squash", quality=95, train=True,
-                shard_size=128, workers=workers)
+                shard_size=max(len(files) // (8 * max(workers, 2)), 1), workers=workers)
     return len(files) / (time.perf_counter() - begin)
 
 
@@ -182,21 +203,26 @@ def bench_size(scratch: Path, size: int, images: int, prepared: int, rounds: int
     files = [scratch / f"{size}-{i:05d}.jpg" for i in range(prepared)]
     for i, path in enumerate(files):
         path.write_bytes(large[i % DISTINCT])
-    read: dict[str, list[float]] = {name: [] for name in READERS}
-    write: dict[str, list[float]] = {}
+    readers = {name: partial(reader, split) for name, reader in READERS.items()}
     try:
         version("webdataset")
     except PackageNotFoundError:
         print("webdataset is not installed (it is in requirements-dev.txt): measured without it")
-        read = {name: [] for name in READERS if not name.startswith("webdataset")}
-    for number in tqdm(range(rounds), desc=f"{size} px", unit="round", disable=None):
-        for name in read:
-            read[name].append(rate(partial(READERS[name], split), workers, seconds))
-        for n in sorted({1, workers}):
-            write.setdefault(f"decode and encode, {n} workers", []).append(
-                rate(partial(decode_and_encode, files, size), n, seconds))
-            write.setdefault(f"prepare, {n} workers", []).append(
-                preparing(scratch / f"{size}-{number}-{n}/face_hq/train", files, size, n))
+        readers = {name: reader for name, reader in readers.items() if not name.startswith("webdataset")}
+    read: dict[str, list[float]] = {name: [] for name in readers}
+    with contestants(readers, workers, seconds) as turn:
+        for _ in tqdm(range(4 * rounds), desc=f"read {size} px", unit="round", disable=None):
+            for name in read:
+                read[name].append(turn(name))
+    counts = sorted({1, workers})
+    write: dict[str, list[float]] = {f"{what}, {n} workers": [] for n in counts
+                                     for what in ("decode and encode", "prepare")}
+    for number in tqdm(range(rounds), desc=f"write {size} px", unit="round", disable=None):
+        for n in counts:
+            with contestants({"": partial(decode_and_encode, files, size)}, n, 4 * seconds) as turn:
+                write[f"decode and encode, {n} workers"].append(turn(""))
+            folder = scratch / f"{size}-{number}-{n}/face_hq/train"
+            write[f"prepare, {n} workers"].append(preparing(folder, files, size, n))
     return {"read": read, "write": write}
 
 
@@ -212,16 +238,24 @@ def machine() -> dict[str, object]:
             "python": platform.python_version(), **versions}
 
 
-def goals(size: int, median: dict[str, float], workers: int) -> list[tuple[str, float, float]]:
+def goals(size: int, found: dict[str, dict[str, list[float]]], workers: int) -> list[tuple[str, float, float]]:
     """(what, measured ratio, goal) of one size."""
-    found = [("reader / decode only", median["ours, images"] / median["decode only"], 0.9)]
+    read, write = found["read"], found["write"]
+
+    def ratio(a: list[float], b: list[float]) -> float:
+        return float(np.median(np.array(a) / b))
+
+    judged = [("reader / decode only", ratio(read["ours, images"], read["decode only"]), 0.9)]
     for kind in ("images", "batches"):
-        if f"webdataset, {kind}" in median:
-            found.append((f"reader / webdataset, {kind}", median[f"ours, {kind}"] / median[f"webdataset, {kind}"],
-                          1.3 if size <= 112 else 1.1))
+        if f"webdataset, {kind}" in read:
+            judged.append((f"reader / webdataset, {kind}", ratio(read[f"ours, {kind}"], read[f"webdataset, {kind}"]),
+                           1.3 if size <= 112 else 1.1))
     if workers == 2:
-        found.append(("prepare, 2 workers / 1", median["prepare, 2 workers"] / median["prepare, 1 workers"], 1.8))
-    return found
+        # what the cores themselves give: below 2 where something else runs on them
+        cores = ratio(write["decode and encode, 2 workers"], write["decode and encode, 1 workers"])
+        judged.append((f"prepare, 2 workers / 1 (decode and encode: {cores:.2f})",
+                       ratio(write["prepare, 2 workers"], write["prepare, 1 workers"]), 1.8))
+    return judged
 
 
 def run_bench(sizes: tuple[int, ...], images: int, prepared: int, rounds: int, seconds: float, workers: int,
@@ -232,15 +266,14 @@ def run_bench(sizes: tuple[int, ...], images: int, prepared: int, rounds: int, s
     for size in sizes:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             found = bench_size(Path(folder), size, images, prepared, rounds, seconds, workers)
-        median = {}
         for title, ceiling in (("read", "decode only"), ("write", f"decode and encode, {workers} workers")):
-            print(f"\n{title}, {size} px, median of {rounds} rounds" + f", {workers} processes" * (title == "read"))
+            print(f"\n{title}, {size} px" + f", {workers} processes, shuffled" * (title == "read"))
             print(f"  {'':28s}{'images/s':>10s}{'p20':>9s}{'p80':>9s}{'of ceiling':>12s}")
-            top = float(np.median(found[title][ceiling]))
             for name, rates in found[title].items():
-                low, median[name], high = np.percentile(rates, (20, 50, 80)).tolist()
-                print(f"  {name:28s}{median[name]:10,.0f}{low:9,.0f}{high:9,.0f}{median[name] / top:12.2f}")
-        verdicts = goals(size, median, workers)
+                low, median, high = np.percentile(rates, (20, 50, 80)).tolist()
+                share = float(np.median(np.array(rates) / found[title][ceiling]))
+                print(f"  {name:28s}{median:10,.0f}{low:9,.0f}{high:9,.0f}{share:12.2f}")
+        verdicts = goals(size, found, workers)
         print("".join(f"\n  {what}: {ratio:.2f} (goal {goal}) {'met' if ratio >= goal else 'MISSED'}"
                       for what, ratio, goal in verdicts))
         result["sizes"][size] = found | {"goals": [

@@ -157,7 +157,9 @@ def degraded_sample(folder: Path, row: int, severity: tuple[float, float], seed:
     image, draws = degrade(image, low + (high - low) * rng.random(), rng)
     out = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=quality)
-    return out.getvalue(), {"degradation": draws | {"from": f"{split.domain}/{split.name}/{split.jpeg(row)[0]}"}}
+    shard = Path(split.index["shards"][int(split.shard[row])]["file"])  # of a merged split it is a neighbour's
+    name = f"{split.domain}/{shard.parent.name or split.name}/{split.jpeg(row)[0]}"
+    return out.getvalue(), {"degradation": draws | {"from": name}}
 
 
 def degraded_split(split: Split, severity: tuple[float, float], seed: int, quality: int) -> Source:

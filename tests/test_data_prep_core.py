@@ -3,11 +3,14 @@
 import hashlib
 import io
 import json
+import math
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import click
@@ -16,13 +19,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import InputError
+from data_prep import InputError, bench
+from data_prep.__main__ import cli
 from data_prep.degrade import degrade, gaussian, warp
 from data_prep.demo import draw_face
 from data_prep.records import Records, draw, first_copies, restrict
-from data_prep.shards import Record, Source, Split, verify_split, write_split
+from data_prep.shards import Record, Source, Split, in_parallel, verify_split, write_split
 from data_prep.stats import jpeg_quality, sharpness
-from data_prep.stream import Order
+from data_prep.stream import Batches, Order
 from tests.conftest import ROOT, TINY, script
 from tests.test_data_prep import PAIRS, class_folders, encode, files_of, lfw_folder, picture, run_here
 
@@ -532,3 +536,101 @@ def test_bad_degradations(arguments, words, demo_root, tmp_path):
     with pytest.raises(click.ClickException) as error:
         run_here("degrade", *[a.format(**places) for a in arguments])
     assert words in error.value.format_message() and "\n" not in error.value.format_message()
+
+
+# ---------------------------------------------------------------- reading, speed, list of sources
+
+
+def test_a_loader_process_delivers_the_same_batches(small_split):
+    rows = np.array([3, 0, 7, 7, 5])
+    batches = Batches(small_split, rows, 2)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, collate_fn=lambda item: item)
+    for b, (found, images) in enumerate(loader):
+        good, own = batches[b]
+        assert found.tolist() == good.tolist() and torch.equal(images, own) and images.is_shared()
+        for row, image in zip(good.tolist(), own, strict=True):
+            assert torch.equal(image, small_split.image(row))
+
+
+@pytest.fixture
+def small_split(tmp_path) -> Split:
+    return made(tmp_path / "body/train", [(f"{i % 3}", None, 0) for i in range(8)])
+
+
+def test_unreadable_images_are_left_out_of_a_batch(small_split):
+    with open(small_split.folder / "shard-000001.tar", "r+b") as tar:
+        tar.seek(int(small_split.offset[3]))
+        tar.write(b"\0" * int(small_split.length[3]))
+    good, images = Batches(small_split, np.array([2, 3, 4]), 3)[0]
+    assert good.tolist() == [2, 4] and torch.equal(images[1], small_split.image(4)) and images.shape == (2, 3, 16, 16)
+
+
+def test_every_contender_of_the_benchmark_sees_every_image(small_split):
+    counts = {"ours, batches": [4], "ours, training": [bench.BATCH], "webdataset, batches": [4]}
+    for name, contender in bench.READERS.items():
+        expected = counts.get(name, [1] * 4)  # of a process that has every other image
+        for part in range(2):
+            assert list(islice(contender(small_split.folder, part, 2), len(expected))) == expected, name
+
+
+def test_the_benchmark_measures_and_judges(tmp_path):
+    result = script("-m", "data_prep", "bench", "--size", 32, "--images", 64, "--prepared", 32, "--rounds", 2,
+                    "--seconds", 0.05, "--workers", 2, "--scratch", tmp_path, "--json", tmp_path / "bench.json")
+    found = json.loads((tmp_path / "bench.json").read_text())["sizes"]["32"]
+    assert set(found["read"]) == set(bench.READERS) and all(len(rates) == 8 for rates in found["read"].values())
+    assert min(min(rates) for kind in ("read", "write") for rates in found[kind].values()) > 0
+    goal = next(goal for goal in found["goals"] if goal["what"] == "reader / decode only")
+    ratio = np.median(np.divide(found["read"]["ours, images"], found["read"]["decode only"]))
+    assert goal["ratio"] == pytest.approx(ratio, abs=1e-3) and "reader / decode only: " in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]  # the shards are gone
+
+
+@pytest.mark.parametrize("arguments, words", [(["--scratch", "{d}/none"], "--scratch {d}/none: no such folder"),
+                                              (["--json", "{d}/none/x"], "no folder {d}/none"),
+                                              (["--rounds", "0"], "--rounds"), (["--size", "5"], "--size")])
+def test_bad_benchmarks(arguments, words, tmp_path):
+    with pytest.raises(click.ClickException) as error:
+        run_here("bench", *[a.format(d=tmp_path) for a in arguments])
+    assert words.format(d=tmp_path) in error.value.format_message()
+
+
+def test_every_source_is_listed_with_its_layout_and_its_own_options(capsys):
+    run_here("sources")
+    lines = capsys.readouterr().out.splitlines()
+    listed = [line for line in lines if not line.startswith(" ")]
+    expected = [name for name, command in cli.commands.items() if "part" in {option.name for option in command.params}]
+    assert listed == sorted(expected) and {"folder", "lfw", "market", "parquet"} < set(listed)
+    assert not {"bench", "demo", "merge", "verify"} & set(listed)
+    text = " ".join(" ".join(lines).split())
+    assert "list_{train,val,query,gallery}.txt" in text and "11,659 queries, 82,161 gallery images" in text
+    assert "options: --pairs" in text and "--holdout" not in text and max(map(len, lines)) <= 120
+
+
+def test_records_take_little_memory(tmp_path):
+    """At most 60 bytes an image besides the identities: forty million images need not be objects."""
+    def generate(n: int):
+        for i in range(n):
+            yield Record(partial(blank, i), f"a set/with a long name/image-{i}.jpg", f"{i % 50}")
+
+    n = 30_000
+    tracemalloc.start()
+    records = Records(generate(n), tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 60 * n + 200_000 and records[n - 1].name.endswith("image-29999.jpg") and len(records) == n
+    assert not list(tmp_path.iterdir())  # the file has no name
+
+
+def test_tasks_are_taken_as_workers_come_free():
+    taken = []
+
+    def tasks():
+        for i in range(200):
+            taken.append(i)
+            yield (float(i),)
+
+    for workers in (1, 2):
+        taken.clear()
+        results = in_parallel(math.sqrt, tasks(), workers, in_order=True)
+        assert next(results) == 0 and len(taken) <= 2 * workers + 1
+        assert [round(x * x) for x in results] == list(range(1, 200))
