@@ -485,8 +485,18 @@ def ramp(progress: float, fraction: float) -> float:
     return min(progress / fraction, 1.0) if fraction > 0 else 1.0
 
 
-LIMITS = {"scale": (1e-3, 1e6), "margin_additive": (0, 2), "margin_angular": (0, math.pi), "label_smoothing": (0, 1),
-          "domain_weight": (0, 1e6), "crop_scale": (0.01, 1), "mix": (0, 1e12)}  # of options with a value per domain
+LIMITS = {"scale": (1e-3, 1e6), "margin_additive": (0, 2), "margin_angular": (0, math.pi), "margin_adaptive": (0, 10),
+          "label_smoothing": (0, 1), "domain_weight": (0, 1e6), "crop_scale": (0.01, 1),
+          "mix": (0, 1e12)}  # of options with a value per domain
+# The losses that --loss knows by name, as their authors set them: parameter -> (option that it stands for, value).
+# What is not named is 0; the scale stays as --scale has it unless s says otherwise.
+LOSSES = {
+    "softmax": {},  # normalised softmax: no margin
+    "cosface": {"m": ("margin_additive", 0.35)},  # arXiv 1801.09414, section 4.1
+    "arcface": {"m": ("margin_angular", 0.5)},  # arXiv 1801.07698, section 3.1
+    "adaface": {"m": ("margin_additive", 0.4), "h": ("margin_adaptive", 0.333)},  # arXiv 2204.00964, section 4.1
+}
+MARGINS = ("margin_additive", "margin_angular", "margin_adaptive")
 
 
 def per_domain(config: dict, key: str) -> list[float]:
@@ -508,19 +518,102 @@ def per_domain(config: dict, key: str) -> list[float]:
     return [values[name] for name in config["domains"]]
 
 
+def name_losses(config: dict) -> None:
+    """Turn --loss into the numbers that it stands for: they are what the run reads, keeps and replays.
+
+    Grammar: one loss for every domain, or several separated by ";": [DOMAIN=]NAME[:PARAMETER=NUMBER,...].
+    """
+    values = {key: dict(zip(config["domains"], per_domain(config, key), strict=True)) for key in ("scale", *MARGINS)}
+    said: dict[str, tuple[str, dict[str, float]]] = {}
+    for part in config["loss"].split(";"):
+        match = re.fullmatch(r"(?:(\w+)=)?(\w+)(?::(.*))?", part.strip())
+        if not match or match[2] not in LOSSES:
+            raise InputError(f"--loss {part.strip()!r}: want [DOMAIN=]NAME[:m=NUMBER,s=NUMBER], several separated by "
+                             f"';'; the names are {', '.join(LOSSES)}")
+        domain, name, known = match[1] or "", match[2], {"s": ("scale", 0.0)} | LOSSES[match[2]]
+        if domain not in ("", *DOMAINS):
+            raise InputError(f"--loss: no domain {domain!r}; the domains are {', '.join(DOMAINS)}")
+        if domain in said:
+            raise InputError(f"--loss {config['loss']!r}: {domain or 'every domain'} has two losses: give it one")
+        numbers = dict.fromkeys(MARGINS, 0.0) | {option: value for option, value in LOSSES[name].values()}
+        for item in filter(None, (match[3] or "").split(",")):
+            key, _, text = (word.strip() for word in item.partition("="))
+            if key not in known or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text):
+                raise InputError(f"--loss {part.strip()!r}: {item.strip()!r} is no parameter of {name}; want "
+                                 f"{' or '.join(f'{key}=NUMBER' for key in known)}")
+            option, (low, high) = known[key][0], LIMITS[known[key][0]]
+            if not low <= float(text) <= high:
+                raise InputError(f"--loss {part.strip()!r}: {key} is {text}; want {low:g} to {high:g}")
+            numbers[option] = float(text)
+        said[domain] = numbers
+    for domain in config["domains"]:
+        for option, value in said.get(domain, said.get("", {})).items():
+            values[option][domain] = value
+    config |= {key: ",".join(f"{d}={v!r}" for d, v in found.items()) for key, found in values.items()} | {"loss": None}
+
+
+def describe_losses(config: dict) -> list[str]:
+    """The loss of every domain in words, for the start of a run."""
+    lines = []
+    for s, add, angular, h in zip(*(per_domain(config, key) for key in ("scale", *MARGINS)), strict=True):
+        parts = [f"AdaFace m={add:g} h={h:g}" if h else f"CosFace m={add:g}" if add else ""]
+        parts += [f"ArcFace m={angular:g}" if angular else ""]
+        lines.append(f"{' + '.join(filter(None, parts)) or 'normalised softmax'}, s={s:g}")
+    return lines
+
+
 def loss_options(config: dict, class_counts: list[int], device: torch.device, ranks: Ranks = Ranks()) -> dict:
     """What margin_loss is told about the domains of a run: its keyword arguments that no step changes."""
     sharded = ranks.world > 1 and config["shard_head"]
     _, ranges, shard = head_slices(class_counts, ranks.rank if sharded else 0, ranks.world if sharded else 1)
     values = {name: torch.tensor(per_domain(config, name), device=device)
-              for name in ("scale", "margin_angular", "margin_additive", "domain_weight", "label_smoothing")}
+              for name in ("scale", *MARGINS, "domain_weight", "label_smoothing")}
     return values | {"class_ranges": ranges, "num_domains": len(class_counts), "reduction": config["coupling"],
+                     "gradient": config["margin_gradient"].replace("-", "_"), "extension": config["margin_extension"],
                      "shard": shard if sharded else None}
+
+
+def lengths_of(x: torch.Tensor) -> torch.Tensor:
+    """Detached lengths [B] of embeddings [B, D], in float32 or better."""
+    return torch.linalg.vector_norm(x.detach(), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def adaptive_margins(length: torch.Tensor, angular: torch.Tensor, additive: torch.Tensor, h: torch.Tensor,
+                     norms: torch.Tensor) -> dict[str, torch.Tensor]:
+    """AdaFace's margins: long embeddings (sharp images) get a harder additive and an easier angular margin.
+
+        z = clip(h (|x| - mean) / std, -1, 1)       m_ang = angular - m z       m_add = m + m z,  m = additive
+
+    Args:
+        length: [N] of the embeddings; the other ones [N] too, of each sample's domain.
+        h: concentration; 0: the margins stay as they are.
+        norms: [N, 3], see `Job.norms`. Until two lengths of a domain are known z is 0, which is CosFace.
+
+    Source: arXiv 2204.00964, eq. 6-8, and the authors' code for the 1e-3.
+    """
+    n, total, squares = norms.unbind(1)
+    mean = total / n.clamp(min=1e-9)
+    std = (squares / n.clamp(min=1e-9) - mean.square()).clamp(min=0).sqrt()
+    z = (h * (length - mean) / (std + 1e-3)).clamp(-1, 1)
+    z = torch.where(n > 1, z, 0.0)
+    return {"margin_angular": angular - additive * z, "margin_additive": additive + additive * z}
+
+
+def learn_norms(job: "Job", sums: torch.Tensor, taken: torch.Tensor) -> None:
+    """After a step: its (n, sum, sum of squares) of lengths [K, 3], of this rank, enter the running ones of AdaFace.
+
+    Decayed sums and not a decayed mean and deviation: a single sample of a domain then needs no deviation of its own,
+    and every sample weighs the same whatever batch it came in. 0.99 is the authors' t_alpha = 0.01.
+    """
+    if job.norms is not None:
+        sums = job.ranks.sum(sums.clone())
+        counts = (sums[:, :1] > 0) & (taken > 0)  # a domain that was not drawn, or a skipped step, changes nothing
+        job.norms.copy_(torch.where(counts, 0.99 * job.norms + sums, job.norms))
 
 
 def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], counts: torch.Tensor, options: dict, *,
                margin: float = 1.0, negatives: str = "own", tune_backbone: bool = True, ranks: Ranks = Ranks(),
-               passes: int = 1) -> dict[str, torch.Tensor]:
+               passes: int = 1, norms: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Add the gradients of one optimiser step, batch by batch, to `.grad` of the backbone and of the class weights.
 
     With several ranks every one of them holds the gradients of the whole step afterwards (of a sharded head: of its own
@@ -538,17 +631,21 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
         tune_backbone: False trains the class weights alone.
         ranks: the processes of the run.
         passes: number of `batches`; the ranks add up their gradients in the last one.
+        norms: [K, 3] statistics from before the step, where a domain has AdaFace's margins; see `Job.norms`.
 
     Returns:
-        Detached sums over this rank's samples: loss; cos, correct, count [K]; direction [D], of unit embeddings.
+        Detached sums over this rank's samples: loss; cos, correct, count [K]; direction [D], of unit embeddings;
+        norms [K, 3], (n, sum, sum of squares) of their lengths.
     """
     K, device, shard = len(counts), head.device, options.get("shard")
     options = options | {name: options[name] * margin for name in ("margin_angular", "margin_additive")}
+    adaptive = options.pop("margin_adaptive")
     first = torch.tensor([start for start, _ in options["class_ranges"]], device=device)
     if negatives == "all":
         options["class_ranges"] = [(0, len(head))] * K
     total = {"loss": torch.zeros((), device=device), "direction": torch.zeros(head.shape[1], device=device)}
     total |= {name: torch.zeros(K, device=device) for name in ("loss_by_domain", "cos", "correct", "count")}
+    total["norms"] = torch.zeros(K, 3, dtype=torch.float64, device=device)
     for number, (images, labels, domains) in enumerate(batches, 1):
         last = number == passes or ranks.world == 1 or not tune_backbone
         with contextlib.nullcontext() if last else model.no_sync():
@@ -564,6 +661,9 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
                 target, of = gather_rows(labels, ranks), gather_rows(domains, ranks)
             # one value a sample: with as many samples as domains a vector [K] would be taken for one
             values = {name: options[name][of] for name in ("scale", "margin_angular", "margin_additive")}
+            if norms is not None:
+                values |= adaptive_margins(lengths_of(own), values["margin_angular"], values["margin_additive"],
+                                           adaptive[of], norms[of])
             result = margin_loss(own, head, target, of, domain_count=counts, **options | values)
             (result.loss * ranks.world).backward()  # DistributedDataParallel averages over the ranks
         share = 1.0 if shard is None else 1.0 / ranks.world  # a sharded head gives every rank the loss of all
@@ -572,6 +672,9 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
         total["cos"].index_add_(0, domains, result.target_cos[mine].float().nan_to_num(0.0))
         total["correct"].index_add_(0, domains, result.correct[mine].float())
         total["count"].index_add_(0, domains, valid.float())
+        length = lengths_of(x).double()
+        powers = torch.stack([torch.ones_like(length), length, length.square()], 1)
+        total["norms"].index_add_(0, domains, torch.where(valid[:, None], powers, 0.0))
         total["direction"] += (F.normalize(x.detach().float(), dim=1) * valid[:, None]).sum(0)
     if ranks.world > 1:
         head.grad /= ranks.world
@@ -861,7 +964,7 @@ def save_checkpoint(job: "Job", step: int) -> None:
     if ranks.rank == 0:
         (folder / "last").mkdir(exist_ok=True)
         state = {"step": step, "model": job.model.state_dict(), "head": head, "optimizer": state, "rng": rng,
-                 "tally": job.tally, "health": job.health, "ema": average}
+                 "tally": job.tally, "health": job.health, "ema": average, "norms": job.norms}
         write_atomically(folder / "last" / "state.pt", lambda path: torch.save(state, path))
     ranks.wait()
 
@@ -885,6 +988,8 @@ def load_checkpoint(job: "Job") -> int:
         for average, saved in zip(job.ema, [*state["ema"][:-1], state["ema"][-1][rows]], strict=True):
             average.copy_(saved)
     job.health.copy_(state["health"])
+    if job.norms is not None:
+        job.norms.copy_(state["norms"])
     if len(state["rng"]) == job.ranks.world:  # else the ranks keep the state that their number gave them
         torch.set_rng_state(state["rng"][job.ranks.rank])
     job.tally.update(state["tally"])
@@ -952,13 +1057,32 @@ def check_options(config: dict) -> None:
         raise InputError("--shard-head deals out every domain's classes by themselves: not with --negatives all")
     if config["degrade"] and "face_lq" not in config["domains"]:
         raise InputError("--degrade acts on face_lq, which is not among --domains")
+    if config["loss"]:
+        name_losses(config)
     for name in LIMITS:
         if config[name] is not None:
             per_domain(config, name)
+    check_margins(config)
     if not config["out"]:
         name = config["model"].replace("/", "_") if config["model"] else f"{config['backbone']}-{config['size']}"
         domains = "all" if len(config["domains"]) == len(DOMAINS) else "+".join(config["domains"])
         config["out"] = f"runs/{name}-{config['schedule']}-{domains}-s{config['seed']}"
+
+
+def check_margins(config: dict) -> None:
+    """Refuse margins that contradict each other."""
+    margins = dict(zip(config["domains"], zip(*(per_domain(config, key) for key in MARGINS), strict=True), strict=True))
+    for domain, (additive, angular, h) in margins.items():
+        if h and not additive:
+            raise InputError(f"--margin-adaptive: {domain} has no additive margin that could adapt: give "
+                             f"--margin-additive {domain}=0.4,... or say --loss {domain}=adaface")
+        if angular and config["margin_extension"] == "clamp":
+            # one value per call of the loss; domains without an angular margin hardly notice it, this one would
+            raise InputError(f"--margin-extension clamp is AdaFace's: {domain} has a fixed angular margin, whose "
+                             "gradient it would cut off: take linear")
+    if config["margin_extension"] == "clamp" and not any(h for *_, h in margins.values()):
+        raise InputError("--margin-extension clamp is AdaFace's and no domain has its margins: leave it out, or say "
+                         "--loss adaface")
 
 
 def sort_domains(text: str | list[str], option: str) -> list[str]:
@@ -1028,12 +1152,12 @@ def describe_plan(config: dict, splits: list[Split], plan: np.ndarray, steps: in
     """Print what will be seen, before anything is; returns the images per domain."""
     counts = dict(zip(config["domains"], plan.sum(0).tolist(), strict=True))
     print(f"{config['out']}: schedule {config['schedule']}, {steps} steps of {config['batch']} images")
-    for split in splits:
+    for split, loss in zip(splits, describe_losses(config), strict=True):
         seen = counts[split.domain]
         passes = seen / len(split)
         warning = "  WARNING: above 50 passes, expect memorisation" if passes > 50 else ""
         print(f"  {split.domain:8s} {len(split):9,d} images of {len(split.classes):7,d} classes: {seen:10,d} drawn, "
-              f"{passes:.1f} passes{warning}")
+              f"{passes:.1f} passes; {loss}{warning}")
     return counts
 
 
@@ -1098,6 +1222,7 @@ class Job:
     tally: dict  # what accumulates over resumptions
     health: torch.Tensor  # int64 [2] on the device: steps that were not finite, of these the last ones in a row
     ema: list[torch.Tensor] | None = None  # running averages of `parameters`
+    norms: torch.Tensor | None = None  # float64 [K, 3]: running n, sum, sum of squares of embedding lengths (AdaFace)
     cache: list[torch.Tensor] | None = None  # per domain, every image of its split
     first: int = 0  # the next step
 
@@ -1161,6 +1286,8 @@ def set_up(config: dict) -> Job | None:
               head, rows, optimizer, tally, torch.zeros(2, dtype=torch.int64, device=device))
     if ranks.world > 1:
         torch.manual_seed(config["seed"] * ranks.world + ranks.rank)  # dropped paths differ between the ranks
+    if any(per_domain(config, "margin_adaptive")):
+        job.norms = torch.zeros(len(splits), 3, dtype=torch.float64, device=device)
     if config["ema"]:
         job.ema = [p.detach().float().clone() for p in job.parameters]
     if (folder / "last" / "state.pt").exists():
@@ -1306,11 +1433,13 @@ def run_steps(job: Job) -> int:
         margin, tune_backbone = ramp(step / steps, config["margin_ramp"]), step >= round(config["head_warmup"] * steps)
         counts = torch.from_numpy(job.plan[step].sum(0)).to(job.device, non_blocking=True)
         total = accumulate(embed, job.head, receive(job, chunks, per_step), counts, options, margin=margin,
-                           negatives=config["negatives"], tune_backbone=tune_backbone, ranks=ranks, passes=per_step)
+                           negatives=config["negatives"], tune_backbone=tune_backbone, ranks=ranks, passes=per_step,
+                           norms=job.norms)
         job.head.grad[frozen] = 0
         total["grad_norm"] = gradient_norm(job.parameters, job.head, options["shard"] is not None, ranks)
         nn.utils.clip_grads_with_norm_(job.parameters, config["clip"] or math.inf, total["grad_norm"])
         total["finite"] = update(job, step, total["grad_norm"])
+        learn_norms(job, total["norms"], total["finite"])
         job.optimizer.zero_grad(set_to_none=True)
         window.append(total)
         tally["seconds"], done = time.time() - started, step + 1
@@ -1372,7 +1501,7 @@ def log_window(job: Job, board, window: list[dict], record: dict) -> None:
     """
     before = job.tally.get("logged", 0.0)
     total = {name: torch.stack([t[name].float() for t in window]) for name in window[0]}
-    for name in ("loss", "loss_by_domain", "cos", "correct", "count", "direction"):
+    for name in ("loss", "loss_by_domain", "cos", "correct", "count", "direction", "norms"):
         job.ranks.sum(total[name])
     record |= summarise(total, job.config["domains"])
     job.tally["skipped"] = int(job.health[0])
@@ -1412,6 +1541,7 @@ def summarise(total: dict[str, torch.Tensor], domains: list[str]) -> dict:
             record[f"loss/{name}"] = float(total["loss_by_domain"][:, k].sum() / drawn)
             record[f"top1/{name}"] = float(total["correct"][:, k].sum() / count[k])
             record[f"target_cosine/{name}"] = float(total["cos"][:, k].sum() / count[k])
+            record[f"norm/{name}"] = float(total["norms"][:, k, 1].sum() / count[k])
     return record
 
 
@@ -1639,6 +1769,15 @@ def refuse_options(context: click.Context) -> None:
                              f"command's name (see `{context.invoked_subcommand} --help`)")
 
 
+def refuse_two_voices(config: dict, said: dict[str, str]) -> None:
+    """--loss and the options that it stands for: only what a --config said before may be overruled."""
+    for name in ("scale", *MARGINS):
+        overruled = said[name] == "DEFAULT" or (said[name] == "DEFAULT_MAP" and said["loss"] == "COMMANDLINE")
+        if config["loss"] and not overruled and (name != "scale" or re.search(r"\bs\s*=", config["loss"])):
+            raise InputError(f"--loss and --{name.replace('_', '-')} both set {name.split('_')[0]}s: say it all in one "
+                             "of them")
+
+
 def read_config(context: click.Context, _parameter, path: str | None) -> str | None:
     """--config FILE: its options become the defaults, so that the command line still wins."""
     if path is None:
@@ -1701,11 +1840,19 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
               help="Weight of a domain in the loss: one number or NAME=NUMBER,...")
 @click.option("--negatives", type=click.Choice(["own", "all"]), default="own",
               help="Softmax over the domain's own classes or over every class.")
+@click.option("--loss", metavar="LOSSES",
+              help="arcface, cosface, adaface or softmax, per domain: 'face_hq=arcface:m=0.5,s=64;body=cosface'.")
 @click.option("--scale", default="object=30,face_hq=64,face_lq=64,body=64", metavar="NUMBERS",
               help="Scale s of the logits, per domain.")
 @click.option("--margin-additive", default=PEOPLE(0.35), metavar="NUMBERS",
               help="CosFace margin m on the cosine, per domain.")
 @click.option("--margin-angular", default="0", metavar="NUMBERS", help="ArcFace margin in radians, per domain.")
+@click.option("--margin-adaptive", default="0", metavar="NUMBERS",
+              help="AdaFace: how much a longer embedding hardens its additive margin (its h), per domain; 0: not.")
+@click.option("--margin-gradient", type=click.Choice(["exact", "straight-through"]), default="exact",
+              help="Gradient of the target's logit: exact, or 1 as arcface_torch trains.")
+@click.option("--margin-extension", type=click.Choice(["linear", "clamp"]), default="linear",
+              help="Angles beyond 0..π: go on linearly, or clamped without a gradient as AdaFace's own code has it.")
 @click.option("--label-smoothing", default="0", metavar="NUMBERS", help="Label smoothing 0..1, per domain.")
 @click.option("--margin-ramp", type=click.FloatRange(0, 1), default=0.1,
               help="Margins grow from 0 over this fraction of training; 0: off.")
@@ -1767,6 +1914,7 @@ def main(context: click.Context, **config) -> int | None:
                         ("domains", "order")):
         if said[name] == "COMMANDLINE" and said[rival] == "DEFAULT_MAP":  # what --config says in another way
             config[rival] = None
+    refuse_two_voices(config, said)
     job = set_up(config)
     return run_steps(job) if job else 0
 

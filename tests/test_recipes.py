@@ -1,0 +1,249 @@
+"""Losses by name, AdaFace's statistics, what of the backbone is trained, augmentations, and the recipes."""
+
+import json
+from types import SimpleNamespace
+
+import click
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import train
+from data_prep import DOMAINS, InputError
+from data_prep.stream import interleave
+from tests.conftest import TINY, script
+from tests.test_distributed import SHORT, C, D, K, assert_near, deal, make, torchrun
+from tests.test_schedule import CONFIG, LOSS
+from tests.test_train import assert_same_weights, log_of, run_here, start, wait_for_step
+
+# ---------------------------------------------------------------- losses by name
+
+NUMBERS = {"domains": list(DOMAINS), "scale": "object=30,face_hq=64,face_lq=64,body=64",
+           "margin_additive": train.PEOPLE(0.35), "margin_angular": "0", "margin_adaptive": "0"}
+
+
+def named(loss: str, **more) -> dict[str, list[float]]:
+    config = NUMBERS | more | {"loss": loss}
+    train.name_losses(config)
+    assert config["loss"] is None  # the numbers are what is kept
+    return {key: train.per_domain(config, key) for key in ("scale", *train.MARGINS)}
+
+
+@pytest.mark.parametrize("loss, scale, additive, angular, adaptive", [
+    ("face_hq=arcface:m=0.4,s=32", [30, 32, 64, 64], [0, 0, 0.35, 0.35], [0, 0.4, 0, 0], [0] * 4),
+    ("face_hq=arcface; body=adaface", [30, 64, 64, 64], [0, 0, 0.35, 0.4], [0, 0.5, 0, 0], [0, 0, 0, 0.333]),
+    ("cosface:m=.2", [30, 64, 64, 64], [0.2] * 4, [0] * 4, [0] * 4),
+    ("adaface:m=0.3,h=0.5,s=48;object=softmax", [30, 48, 48, 48], [0, 0.3, 0.3, 0.3], [0] * 4, [0, 0.5, 0.5, 0.5]),
+    ("object=softmax:s=16", [16, 64, 64, 64], [0, 0.35, 0.35, 0.35], [0] * 4, [0] * 4),
+])  # fmt: skip
+def test_a_named_loss_is_its_numbers(loss, scale, additive, angular, adaptive):
+    assert named(loss) == {"scale": scale, "margin_additive": additive, "margin_angular": angular,
+                           "margin_adaptive": adaptive}
+
+
+def test_a_loss_for_a_domain_that_is_not_trained_is_allowed():
+    found = named("face_hq=arcface;body=adaface", domains=["body"])  # a grid gives all its runs the same options
+    assert found == {"scale": [64], "margin_additive": [0.4], "margin_angular": [0], "margin_adaptive": [0.333]}
+
+
+def test_a_named_loss_trains_as_its_numbers_and_is_replayed(demo_root, tmp_path):
+    by_name = ["--loss", "adaface:m=0.2,s=24;face_lq=arcface:m=0.1;object=softmax", "--margin-extension", "linear"]
+    run_here(*TINY, *by_name, "--data", demo_root, "--out", tmp_path / "name")
+    numbers = ["--scale", "object=30,face_hq=24,face_lq=64,body=24",
+               "--margin-additive", "object=0,face_hq=0.2,face_lq=0,body=0.2",
+               "--margin-angular", "object=0,face_hq=0,face_lq=0.1,body=0",
+               "--margin-adaptive", "object=0,face_hq=0.333,face_lq=0,body=0.333"]
+    run_here(*TINY, *numbers, "--data", demo_root, "--out", tmp_path / "numbers")
+    assert_same_weights(tmp_path / "name", tmp_path / "numbers")
+    run_here("--config", tmp_path / "name/config.json", "--out", tmp_path / "again")
+    assert_same_weights(tmp_path / "name", tmp_path / "again")
+    run_here("--config", tmp_path / "name/config.json", "--loss", "object=arcface:m=0.3", "--out", tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    assert train.per_domain(config, "margin_angular") == [0.3, 0, 0.1, 0]
+    assert train.per_domain(config, "margin_adaptive") == [0, 0.333, 0, 0.333]
+
+
+def test_the_gradient_mode_reaches_the_loss(demo_root, tmp_path):
+    common = [*TINY, "--data", demo_root, "--margin-ramp", 0, "--loss", "arcface", "--images", 16]
+    run_here(*common, "--out", tmp_path / "exact")
+    run_here(*common, "--out", tmp_path / "straight", "--margin-gradient", "straight-through")
+    one, other = (log_of(tmp_path / name)[0] for name in ("exact", "straight"))
+    assert one["loss"] == other["loss"] and one["grad_norm"] > 1.05 * other["grad_norm"]  # φ' = cos m + t sin m / √…
+    config = CONFIG | LOSS | {"shard_head": False, "margin_gradient": "straight-through", "margin_extension": "clamp"}
+    options = train.loss_options(config, [C] * K, torch.device("cpu"))
+    assert options["gradient"] == "straight_through" and options["extension"] == "clamp"
+
+
+# ---------------------------------------------------------------- AdaFace
+
+
+def test_adaptive_margins_by_hand():
+    """Lengths 8, 9, 11, 12 were seen: mean 10, std √2.5 = 1.5811. h = 0.5, m = 0.4.
+
+    length 11.5811: z = 0.5 · 1.5811 / 1.5821 = 0.49968; length 2: z = -1 (clipped); m_ang = -m z, m_add = m + m z.
+    """
+    seen = torch.tensor([8.0, 9, 11, 12], dtype=torch.float64)
+    norms = torch.stack([torch.ones(4), seen, seen**2], 1).sum(0).expand(2, 3)
+    length = torch.tensor([10 + 2.5**0.5, 2.0], dtype=torch.float64)
+    m, h = torch.full((2,), 0.4, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
+    found = train.adaptive_margins(length, torch.zeros(2), m, h, norms)
+    z = torch.tensor([0.5 * 2.5**0.5 / (2.5**0.5 + 1e-3), -1.0], dtype=torch.float64)
+    torch.testing.assert_close(found["margin_angular"], -0.4 * z)
+    torch.testing.assert_close(found["margin_additive"], 0.4 + 0.4 * z)
+    off = train.adaptive_margins(length, torch.full((2,), 0.1), m, 0 * h, norms)
+    assert off["margin_angular"].tolist() == [pytest.approx(0.1)] * 2 and torch.equal(off["margin_additive"], m)
+
+
+@pytest.mark.parametrize("samples", [0, 1])
+def test_a_single_sample_has_no_deviation(samples):
+    norms = torch.tensor([[samples, 9.0 * samples, 81.0 * samples]], dtype=torch.float64)
+    found = train.adaptive_margins(torch.tensor([20.0]), torch.zeros(1), torch.full((1,), 0.4), torch.ones(1), norms)
+    assert float(found["margin_additive"]) == pytest.approx(0.4) and float(found["margin_angular"]) == 0
+
+
+def test_statistics_are_decayed_sums_and_skipped_steps_leave_them():
+    job = SimpleNamespace(ranks=train.Ranks(), norms=torch.zeros(2, 3, dtype=torch.float64))
+    step = torch.tensor([[3.0, 30.0, 310.0], [0, 0, 0]], dtype=torch.float64)
+    train.learn_norms(job, step, torch.tensor(1.0))
+    assert job.norms.tolist() == step.tolist()
+    train.learn_norms(job, step * float("nan"), torch.tensor(0.0))
+    train.learn_norms(job, torch.tensor([[0.0] * 3, [1.0, 5.0, 25.0]], dtype=torch.float64), torch.tensor(1.0))
+    assert job.norms.tolist() == [[3.0, 30.0, 310.0], [1.0, 5.0, 25.0]]  # the domain not drawn keeps what it had
+    train.learn_norms(job, step, torch.tensor(1.0))
+    np.testing.assert_allclose(job.norms[0], 1.99 * step[0])
+
+
+ADAPTIVE = CONFIG | LOSS | {"margin_adaptive": "object=0,face_hq=0.333,face_lq=0.5,body=0.333"}
+STEPS = [[[7, 5, 3, 2]], [[9, 1, 1, 0]], [[4, 4, 4, 4]]]  # a single sample of a domain, and none
+
+
+def adaptive_steps(rank: int, world: int, micro: int, sharded: bool) -> list[tuple]:
+    """(gradients of the backbone, of the whole head, statistics before) of three steps that share their statistics."""
+    ranks, found = train.Ranks(rank, world), []
+    config = ADAPTIVE | {"shard_head": sharded}
+    options = train.loss_options(config, [C] * K, torch.device("cpu"), ranks)
+    rows = train.head_slices([C] * K, rank, world)[0] if options["shard"] is not None else torch.arange(K * C)
+    job = SimpleNamespace(ranks=ranks, norms=torch.zeros(K, 3, dtype=torch.float64))
+    for plan in STEPS:
+        model, head, images, labels = make()
+        head = nn.Parameter(head.data[rows])
+        batches = []
+        for domain, number, real in deal(plan, rank, world, micro):
+            target = torch.where(torch.tensor(real), labels[domain, number], -1)
+            batches.append((images[domain, number], target, torch.tensor(domain)))
+        net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+        before = job.norms.clone()
+        total = train.accumulate(net, head, batches, torch.tensor(plan).sum(0), options, ranks=ranks,
+                                 passes=len(batches), norms=job.norms)
+        train.learn_norms(job, total["norms"], torch.tensor(1.0))
+        whole = torch.zeros(K * C, D, dtype=torch.float64)
+        whole[rows] = head.grad
+        found.append(([p.grad for p in model.parameters()], whole, rows, before))
+    return found
+
+
+def on_rank(rank, world, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    for sharded in (False, True):
+        torch.save(adaptive_steps(rank, world, 2, sharded), f"{folder}/{sharded}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def assert_same_steps(found, expected):
+    for (backbone, head, rows, before), (x, w, _, norms) in zip(found, expected, strict=True):
+        for one, other in zip(backbone, x, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(head[rows], w[rows], rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(before, norms, rtol=1e-12, atol=1e-12)
+
+
+def test_adaptive_margins_are_exact_over_micro_batches_and_ranks(tmp_path):
+    """In float64; the head replicated and sharded, with the statistics that the steps before left."""
+    expected = adaptive_steps(0, 1, 100, False)
+    assert_same_steps(adaptive_steps(0, 1, 3, False), expected)
+    torch.multiprocessing.spawn(on_rank, (2, str(tmp_path)), nprocs=2)
+    for sharded in (False, True):
+        for rank in range(2):
+            assert_same_steps(torch.load(tmp_path / f"{sharded}-{rank}.pt"), expected)
+    # and the statistics matter: at the first step, without any, the margins are CosFace's
+    plain = [step[0][0] for step in adaptive_steps_without(ADAPTIVE)]
+    assert torch.equal(plain[0], expected[0][0][0]) and not torch.allclose(plain[2], expected[2][0][0], rtol=1e-3)
+
+
+def adaptive_steps_without(config: dict) -> list:
+    options = train.loss_options(config | {"shard_head": False}, [C] * K, torch.device("cpu"))
+    found = []
+    for plan in STEPS:
+        model, head, images, labels = make()
+        domain, number = map(torch.from_numpy, interleave(np.array(plan[0])))
+        train.accumulate(model, head, [(images[domain, number], labels[domain, number], domain)],
+                         torch.tensor(plan).sum(0), options)
+        found.append(([p.grad for p in model.parameters()],))
+    return found
+
+
+ADAFACE = ["--loss", "adaface:m=0.3,s=32;object=softmax", "--margin-ramp", "0"]
+
+
+def test_adaface_resumes_bit_for_bit_after_kill_9(demo_root, tmp_path):
+    common = [*TINY, *ADAFACE, "--images", "640", "--save-every", "5", "--log-every", "5", "--domains", "object,body",
+              "--data", demo_root]
+    run_here(*common, "--out", tmp_path / "whole")
+    process = start(*common, "--out", tmp_path / "run")
+    wait_for_step(tmp_path / "run", 10, process)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "run/done.json").exists()
+    run_here(*common, "--out", tmp_path / "run", "--resume")
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    states = [torch.load(tmp_path / name / "last/state.pt", weights_only=True)["norms"] for name in ("whole", "run")]
+    assert torch.equal(*states) and (states[0] > 0).all()
+    assert {"norm/object", "norm/body"} <= set(log_of(tmp_path / "run")[-1])
+
+
+def test_adaface_on_two_processes(demo_root, tmp_path):
+    common = [*SHORT, *ADAFACE, "--data", demo_root]
+    script("train.py", *common, "--out", tmp_path / "one")
+    torchrun(2, *common, "--out", tmp_path / "two", "--micro-batch", "4", "--shard-head")
+    assert_near(tmp_path / "two", tmp_path / "one")
+    one, two = (torch.load(tmp_path / name / "last/state.pt", weights_only=True)["norms"] for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+
+def test_a_skipped_step_leaves_the_statistics(demo_root, tmp_path):
+    with pytest.raises(InputError, match="steps in a row were not finite"):
+        run_here(*TINY, *ADAFACE, "--data", demo_root, "--out", tmp_path / "run", "--head-lr", "inf", "--max-skipped",
+                 "1", "--save-every", "1", "--log-every", "2")
+    state = torch.load(tmp_path / "run/last/state.pt", weights_only=True)
+    taken = state["step"] - int(state["health"][0])
+    assert int(state["health"][0]) > 0 and float(state["norms"][:, 0].sum()) <= 16 * taken
+
+
+# ---------------------------------------------------------------- bad input
+
+BAD = [
+    (["--loss", "sphereface"], "want [DOMAIN=]NAME[:m=NUMBER,s=NUMBER]"),
+    (["--loss", "face=arcface"], "--loss: no domain 'face'"),
+    (["--loss", "arcface:h=1"], "'h=1' is no parameter of arcface; want s=NUMBER or m=NUMBER"),
+    (["--loss", "arcface:m"], "'m' is no parameter of arcface"),
+    (["--loss", "cosface:m=x"], "'m=x' is no parameter of cosface"),
+    (["--loss", "cosface:m=5"], "m is 5; want 0 to 2"),
+    (["--loss", "body=arcface;body=cosface"], "body has two losses"),
+    (["--loss", "arcface;cosface"], "every domain has two losses"),
+    (["--loss", "face_hq=arcface:s=64", "--scale", "20"], "--loss and --scale both set scales"),
+    (["--loss", "face_hq=arcface", "--margin-angular", "0.1"], "--loss and --margin-angular both set margins"),
+    (["--margin-adaptive", "0.3"], "object has no additive margin that could adapt"),
+    (["--margin-extension", "clamp"], "no domain has its margins"),
+    (["--loss", "face_hq=adaface;body=arcface", "--margin-extension", "clamp"], "body has a fixed angular margin"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", BAD, ids=[words[:40] for _, words in BAD])
+def test_bad_input_is_refused_in_one_line(arguments, words, demo_root, tmp_path):
+    with pytest.raises(click.ClickException) as error:
+        run_here(*TINY, *arguments, "--data", demo_root, "--out", tmp_path / "run")
+    assert error.value.exit_code == 2
+    assert words in error.value.format_message() and "\n" not in error.value.format_message()
+    assert not (tmp_path / "run").exists()  # refused before any work
