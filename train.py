@@ -301,6 +301,87 @@ def fail_fast_offline() -> None:
         hub.HF_HUB_OFFLINE = True
 
 
+# ---------------------------------------------------------------- what of the backbone is trained
+
+
+class LowRank(nn.Module):
+    """A matrix [out, in] plus a product of two thin ones that starts at 0: W + 16/√r · up @ down (rsLoRA).
+
+    Source: arXiv 2106.09685 (LoRA), 2312.03732 (the √r); FRoundation's alpha of 16. As a parametrisation of torch's it
+    reaches the fused projections of every library alike, nn.MultiheadAttention's too, which hold no Linear to wrap.
+    """
+
+    def __init__(self, weight: torch.Tensor, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, weight.shape[1]))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
+        self.scale = 16 / math.sqrt(rank)
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(weight.device.type, enabled=False):  # in bf16 it would not be the matrix that is exported
+            return weight + self.scale * (self.up @ self.down)
+
+
+def choose_trained(model: Backbone, config: dict) -> None:
+    """Apply --drop-path, --freeze-blocks and --lora to an untouched backbone; its outputs stay what they were."""
+    if config["drop_path"]:
+        add_drop_path(model, config["drop_path"])
+    if frozen := config["freeze_blocks"]:
+        layers = model.layers()
+        if frozen >= (deepest := max(layers.values())):
+            raise InputError(f"--freeze-blocks {frozen}: this network has {deepest} levels and trains the last: "
+                             f"take up to {deepest - 1}, or --head-warmup 1, which trains the class weights alone")
+        for name, parameter in model.named_parameters():
+            if layers.get(name, deepest) <= frozen:  # 0 is what comes before the first block
+                parameter.requires_grad_(False)
+    if config["lora"]:
+        add_low_rank(model, config["lora"])
+
+
+def add_low_rank(model: Backbone, rank: int) -> None:
+    """Freeze the network but for low-rank updates of its attention's query, key and value projections (--lora)."""
+    projection = re.compile(r".*\.(in_proj_weight|(qkv|[qkv]_proj)\.weight)")
+    found = [name for name, p in model.net.named_parameters() if p.requires_grad and projection.fullmatch(name)]
+    model.net.requires_grad_(False)
+    for name in found:
+        path, _, weight = name.rpartition(".")
+        module = model.net.get_submodule(path)
+        nn.utils.parametrize.register_parametrization(module, weight, LowRank(getattr(module, weight), rank))
+    if not found:
+        raise InputError(f"--lora {rank}: this network has no attention projections to adapt: take a transformer, or "
+                         "leave it out")
+
+
+def add_drop_path(model: Backbone, rate: float) -> None:
+    """Stochastic depth: in training a residual branch is left out for a sample, the more often the higher it lies.
+
+    Source: arXiv 1603.09382, linear from 0 at the lowest block to `rate` at the top one. open_clip's towers have no
+    such option; the place of their layer scale, empty in the published models, is the end of the branch.
+    """
+    from timm.layers import DropPath
+
+    tower = model.net.visual if model.library == "open_clip" else model.net
+    ends = ("drop_path", "drop_path1", "drop_path2", "ls_1", "ls_2")
+    blocks = [(module, [end for end in ends if isinstance(getattr(module, end, None), nn.Identity | DropPath)])
+              for module in tower.modules()]
+    blocks = [(module, found) for module, found in blocks if found]
+    if not blocks:
+        raise InputError(f"--drop-path {rate:g}: this network has no residual branches to drop: leave it out")
+    for (module, found), probability in zip(blocks, np.linspace(0, rate, len(blocks)).tolist(), strict=True):
+        for end in found:
+            setattr(module, end, DropPath(probability))
+
+
+def library_state(net: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights under the library's own key names, low-rank updates merged into the matrices that they change."""
+    state = net.state_dict()
+    for key in [key for key in state if key.endswith(".original")]:
+        path, _, name = key.removesuffix(".original").rpartition(".parametrizations.")
+        state[f"{path}.{name}"] = getattr(net.get_submodule(path), name).detach()
+    return {key: value.contiguous() for key, value in state.items() if ".parametrizations." not in key}
+
+
 # ---------------------------------------------------------------- schedule
 
 
@@ -382,8 +463,10 @@ def as_it_is(item):
 
 def load(dataset: Stream | Batches, first: int, workers: int, pin: bool) -> Iterator:
     """The items of a data set from number `first` on, decoded ahead by worker processes."""
+    # a generator of its own: a loader draws one number at its start, after which a resumed run would drop other paths
     return iter(torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers, pin_memory=pin,
+        generator=torch.Generator(),
         worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None, collate_fn=as_it_is,
     ))
 
@@ -824,7 +907,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def save_weights(folder: Path, model: Backbone, head: torch.Tensor, splits: list[Split]) -> None:
     """Write model.safetensors (the library's own keys) and head.safetensors (class names in its metadata)."""
-    net = {key: value.contiguous() for key, value in model.net.state_dict().items()}
+    net = library_state(model.net)
     write_atomically(folder / "model.safetensors", lambda path: save_file(net, path))
     tensors = {"weight": head.detach().contiguous()}
     if model.project is not None:
@@ -1265,6 +1348,7 @@ def set_up(config: dict) -> Job | None:
     torch.set_float32_matmul_precision("high")
     counts = describe_plan(config, splits, plan, steps)
     model = load_backbone(config)
+    choose_trained(model, config)
     if config["grad_checkpointing"]:
         model.net.set_grad_checkpointing(True)
     model = model.to(device, memory_format=torch.channels_last)
@@ -1653,18 +1737,39 @@ def largest_difference(model: Backbone, embed: Callable[[torch.Tensor], torch.Te
     return float(torch.stack(worst).max())  # NaN stays NaN
 
 
-def export_run(run: Run, form: str, out: Path | None, tolerance: float) -> int:
+@torch.no_grad()
+def mix_with_foundation(run: Run, model: Backbone, alpha: float) -> None:
+    """WiSE-FT (arXiv 2109.01903): weights (1 - alpha) foundation + alpha tuned, in place.
+
+    It often keeps most of what was learnt and brings back much of what was forgotten. The run's own linear layer has
+    no counterpart in the foundation and stays.
+    """
+    if run.config["weights"] == "none":
+        raise InputError(f"--wise-ft: {run.folder} started from random weights, there is no foundation to mix with: "
+                         "leave it out")
+    before = load_foundation(run).net.state_dict()
+    for key, value in model.net.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.lerp(before[key].to(value), value, alpha))
+
+
+def export_run(run: Run, form: str, out: Path | None, tolerance: float, alpha: float = 1.0) -> int:
     """Write a run's model in another form, with its card, after a check that it still computes the same.
+
+    `alpha` < 1 mixes it with the foundation first.
 
     Everything is written into a scratch folder and moved only if it passed: what is found under its name is good.
     """
-    out = out or run.folder / "export" / f"{run.folder.resolve().name}.{form}"
+    mixed = f"-wise{alpha:g}" if alpha < 1 else ""
+    out = out or run.folder / "export" / f"{run.folder.resolve().name}{mixed}.{form}"
     if out.suffix != f".{form}":
         raise InputError(f"--out {out}: want a file that ends in .{form}")
     if out.exists():
         raise InputError(f"{out} exists: remove it, or choose another --out")
     scores = read_scores(run.folder / "eval" / "results.json")
     model = load_tuned(run)
+    if alpha < 1:
+        mix_with_foundation(run, model, alpha)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
@@ -1676,7 +1781,7 @@ def export_run(run: Run, form: str, out: Path | None, tolerance: float) -> int:
                 print(f"error: {out} was not written: {verdict}", file=sys.stderr)
                 return 1
             card = Path(scratch) / f"{out.name}.md"
-            card.write_text(write_card(run, model, sorted(Path(scratch).iterdir()), code, verdict, scores))
+            card.write_text(write_card(run, model, sorted(Path(scratch).iterdir()), code, verdict, scores, alpha))
             for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == out.name):  # the model last
                 os.replace(file, out.with_name(file.name))
     except OSError as error:
@@ -1695,7 +1800,8 @@ def read_scores(path: Path) -> list[dict]:
         raise InputError(f"{path}: damaged ({error}): run evaluate.py again") from error
 
 
-def write_card(run: Run, model: Backbone, files: list[Path], code: str, verdict: str, scores: list[dict]) -> str:
+def write_card(run: Run, model: Backbone, files: list[Path], code: str, verdict: str, scores: list[dict],
+               alpha: float = 1.0) -> str:
     """The model card, Markdown: what the model is, how it is loaded, what it was trained on and how, and its limits."""
     config, size = run.config, model.image_size
     library, name, _ = resolve_backbone(config)
@@ -1706,6 +1812,9 @@ def write_card(run: Run, model: Backbone, files: list[Path], code: str, verdict:
              f"Input: RGB scaled to 0..1, {size} x {size} pixels, resized with antialiased {model.interpolation} "
              "interpolation: `pixels`, float32 [B, 3, S, S]. The scores below add the embedding of the mirror image.",
              "", "```python", code, "```", "", f"Checked on random images: {verdict}.", ""]
+    if alpha < 1:
+        lines += [f"These weights are a mixture: {alpha:g} of the fine-tuned ones, {1 - alpha:g} of the foundation's "
+                  "(WiSE-FT). The scores below are the fine-tuned model's own: this mixture was not scored.", ""]
     for path in files:
         with open(path, "rb") as file:
             lines.append(f"- `{path.name}`: sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}")
@@ -1875,6 +1984,12 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
 @click.option("--head-lr", type=click.FloatRange(0), default=1e-3, help="Peak learning rate of the class weights.")
 @click.option("--layer-decay", type=click.FloatRange(0, 1), default=0.8,
               help="Factor on the learning rate per layer downwards; 1: none.")
+@click.option("--freeze-blocks", type=click.IntRange(0), default=0,
+              help="Lowest blocks that stay as they are, with all below them.")
+@click.option("--lora", type=click.IntRange(0), default=0, metavar="RANK",
+              help="Train low-rank updates of the attention's projections instead of the network; 0: off.")
+@click.option("--drop-path", type=click.FloatRange(0, 1, max_open=True), default=0.0,
+              help="Stochastic depth: chance of dropping the top block's branches, falling to 0 at the lowest.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.05,
               help="AdamW weight decay of the backbone's matrices.")
 @click.option("--warmup", type=click.FloatRange(0, 1), default=0.05,
@@ -1926,10 +2041,12 @@ def main(context: click.Context, **config) -> int | None:
               help="File to write, its card beside it (default: RUN/export/NAME.FORM).")
 @click.option("--tolerance", type=click.FloatRange(0), default=1e-4,
               help="Largest difference of a unit embedding's component; beyond it nothing is written (exit code 1).")
+@click.option("--wise-ft", type=click.FloatRange(0, 1), default=1.0, metavar="ALPHA",
+              help="Mix with the foundation: ALPHA of the run's weights, the rest of those it started from; 1: none.")
 @click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
-def export(run: str, to: str, out: Path | None, tolerance: float, allow_partial: bool) -> int:
-    return export_run(load_run(Path(run), allow_partial), to, out, tolerance)
+def export(run: str, to: str, out: Path | None, tolerance: float, wise_ft: float, allow_partial: bool) -> int:
+    return export_run(load_run(Path(run), allow_partial), to, out, tolerance, wise_ft)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Losses by name, AdaFace's statistics, what of the backbone is trained, augmentations, and the recipes."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import click
 import numpy as np
+import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train
@@ -221,6 +224,172 @@ def test_a_skipped_step_leaves_the_statistics(demo_root, tmp_path):
     assert int(state["health"][0]) > 0 and float(state["norms"][:, 0].sum()) <= 16 * taken
 
 
+# ---------------------------------------------------------------- what of the backbone is trained
+
+FAMILIES = {
+    "clip": {"backbone": None, "model": "tiny-test-clip", "image_size": 32},
+    "eva02": {"backbone": "eva02", "model": None, "image_size": 28},
+    "dinov3": {"backbone": "dinov3", "model": None, "image_size": 32},
+    "convolutional": {"backbone": "clip", "model": None, "image_size": 32},
+}
+SETTINGS = {"size": "tiny", "weights": "none", "embed_dim": 0, "seed": 0, "drop_path": 0.0, "freeze_blocks": 0,
+            "lora": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_clip(tmp_path_factory):
+    """A transformer of open_clip's, which keeps query, key and value in one parameter of nn.MultiheadAttention."""
+    path = tmp_path_factory.mktemp("configs") / "tiny-test-clip.json"
+    vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 3}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
+    path.write_text(json.dumps({"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(path)
+
+
+def backbone(family: str, **options) -> tuple[train.Backbone, dict]:
+    config = SETTINGS | FAMILIES[family] | options
+    model = train.load_backbone(config)
+    train.choose_trained(model, config)
+    return model, config
+
+
+def trained(model: train.Backbone) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("family, matrices", [("clip", 3), ("eva02", 12), ("dinov3", 12)])
+def test_lora_starts_at_the_foundation_and_is_merged_at_export(family, matrices):
+    model, config = backbone(family, lora=4)
+    before, images = train.load_backbone(config), torch.randn(2, 3, *[config["image_size"]] * 2)
+    assert torch.equal(model.eval()(images), before.eval()(images))
+    factors = [p for p in model.parameters() if p.requires_grad]
+    assert len(factors) == 2 * matrices and all(4 in p.shape for p in factors)
+    model.train()(images).square().sum().backward()  # forward in training mode too
+    assert all(p.grad is not None for p in factors)
+    for p in factors:
+        p.data.normal_(std=0.05)
+    state = train.library_state(model.net)
+    changed = [key for key, value in before.net.state_dict().items() if not torch.equal(value, state[key])]
+    assert len(changed) == matrices
+    down, up = (next(p for n, p in model.named_parameters() if n.endswith(part) and p.requires_grad)
+                for part in ("down", "up"))
+    torch.testing.assert_close(state[changed[0]], before.net.state_dict()[changed[0]] + 16 / 4**0.5 * up @ down)
+    before.net.load_state_dict(state, strict=True)
+    torch.testing.assert_close(model.eval()(images), before.eval()(images))
+    assert set(model.layers()) == trained(model) and len(set(model.layers().values())) >= 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_blocks_are_the_lowest(family):
+    layers = train.load_backbone(SETTINGS | FAMILIES[family]).layers()
+    model, _ = backbone(family, freeze_blocks=2)
+    assert trained(model) == {name for name, depth in layers.items() if depth > 2}
+    left = model.layers()  # learning rates fall from the top as before
+    assert all(max(left.values()) - depth == max(layers.values()) - layers[name] for name, depth in left.items())
+
+
+def test_lora_leaves_frozen_blocks_alone():
+    model, _ = backbone("eva02", freeze_blocks=10, lora=2)
+    assert {name.split(".")[2] for name in trained(model)} == {"10", "11"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drop_path_acts_in_training_alone_and_grows_upwards(family):
+    from timm.layers import DropPath
+
+    model, config = backbone(family, drop_path=0.4)
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.4) and rates == sorted(rates)
+    plain, images = train.load_backbone(config), torch.randn(1, 3, *[config["image_size"]] * 2).expand(8, -1, -1, -1)
+    for net in (model, plain):
+        for name, p in net.named_parameters():  # layer scales start near 0 and would hide the branches
+            if "gamma" in name:
+                p.data.fill_(1.0)
+    assert torch.equal(model.eval()(images), plain.eval()(images))
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    x = model.train()(images)
+    assert not torch.allclose(x[0], x[1:], rtol=1e-3)  # each sample by itself
+
+
+def test_a_network_without_branches_to_drop_is_refused():
+    config = SETTINGS | {"backbone": None, "model": "resnet18", "image_size": 32, "drop_path": 0.1}
+    with pytest.raises(InputError, match=r"--drop-path 0.1: this network has no residual branches to drop: leave it"):
+        train.choose_trained(train.load_backbone(config), config)
+
+
+def test_drop_path_keeps_the_mean():
+    model, _ = backbone("clip", drop_path=0.5)
+    ends = model.net.visual.transformer.resblocks[-1].train()
+    x = ends.ls_2(torch.ones(4000, 3, 2))
+    assert set(x.unique().tolist()) == {0.0, 2.0} and float(x.mean()) == pytest.approx(1, abs=0.1)
+    assert torch.equal(x.amin((1, 2)), x.amax((1, 2)))  # whole samples, not tokens
+
+
+def test_a_run_with_all_of_it_resumes_and_exports_plain_weights(demo_root, tmp_path):
+    common = ["--model", "tiny-test-clip", "--weights", "none", "--image-size", 32, "--workers", 0, "--batch", 8,
+              "--images", 64, "--lora", 2, "--freeze-blocks", 1, "--drop-path", 0.3, "--ema", 0.9, "--lr", 1e-2,
+              "--head-warmup", 0, "--domains", "object,body", "--data", demo_root, "--save-every", 4, "--device", "cpu"]
+    run_here(*common, "--out", tmp_path / "whole")
+    assert stop_at(tmp_path / "run", common, 4)["step"] == 4
+    run_here(*common, "--out", tmp_path / "run", "--resume")
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    run = train.load_run(tmp_path / "run")
+    before, after = train.load_foundation(run).net.state_dict(), train.load_tuned(run).net.state_dict()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {f"visual.transformer.resblocks.{n}.attn.in_proj_weight" for n in (1, 2)}
+
+
+def stop_at(run: Path, arguments: list, step: int) -> dict:
+    """Start a run and interrupt it right after the checkpoint of `step`; returns that state."""
+    save = train.save_checkpoint
+
+    def save_and_stop(job, done):
+        save(job, done)
+        if done == step:
+            raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", save_and_stop)
+        with pytest.raises(InterruptedError):
+            run_here(*arguments, "--out", run)
+    return torch.load(run / "last/state.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_wise_ft_is_the_line_between_the_foundation_and_the_run(alpha, from_file, tmp_path):
+    out = tmp_path / "model.safetensors"
+    run_here("export", "--run", from_file, "--to", "safetensors", "--out", out, "--wise-ft", alpha)
+    run, mixed = train.load_run(from_file), load_file(out)
+    before, after = train.load_foundation(run).net.state_dict(), train.load_tuned(run).net.state_dict()
+    for key in before:
+        if before[key].is_floating_point():
+            torch.testing.assert_close(mixed[key], (1 - alpha) * before[key] + alpha * after[key])
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert ("mixture was not scored" in (tmp_path / "model.safetensors.md").read_text()) == (alpha < 1)
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory):
+    """Weights of CLIP in miniature: a foundation, of which a run can be fine-tuned."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(train.load_backbone(SETTINGS | FAMILIES["convolutional"] | {"seed": 5}).net.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def from_file(weights_file, demo_root, tmp_path_factory):
+    run = tmp_path_factory.mktemp("from-file") / "run"
+    run_here(*TINY, "--weights", weights_file, "--data", demo_root, "--head-warmup", 0, "--out", run)
+    return run
+
+
+def test_there_is_nothing_to_mix_a_random_start_with(tiny_run, tmp_path):
+    with pytest.raises(InputError, match="started from random weights, there is no foundation to mix with"):
+        run_here("export", "--run", tiny_run, "--to", "safetensors", "--wise-ft", 0.5, "--out",
+                 tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
 # ---------------------------------------------------------------- bad input
 
 BAD = [
@@ -236,6 +405,9 @@ BAD = [
     (["--loss", "face_hq=arcface", "--margin-angular", "0.1"], "--loss and --margin-angular both set margins"),
     (["--margin-adaptive", "0.3"], "object has no additive margin that could adapt"),
     (["--margin-extension", "clamp"], "no domain has its margins"),
+    (["--lora", "4"], "this network has no attention projections to adapt"),
+    (["--freeze-blocks", "10"], "this network has 10 levels and trains the last: take up to 9"),
+    (["--drop-path", "1"], "1.0 is not in the range"),
     (["--loss", "face_hq=adaface;body=arcface", "--margin-extension", "clamp"], "body has a fixed angular margin"),
 ]
 
