@@ -474,8 +474,9 @@ def load(dataset: Stream | Batches, first: int, workers: int, pin: bool) -> Iter
 def to_images(chunk: Chunk, model: Backbone, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The interleaved, augmented, normalised batch [B, 3, S, S] of a chunk."""
     banks = [bank.to(device, non_blocking=True) for bank in chunk.banks]
-    return gather_interleaved(banks, chunk.domain, chunk.row, size=model.image_size, mean=model.mean, std=model.std,
-                              boxes=chunk.boxes, flip=chunk.flip, dtype=dtype)
+    images = gather_interleaved(banks, chunk.domain, chunk.row, size=model.image_size, mean=model.mean, std=model.std,
+                                boxes=chunk.boxes, flip=chunk.flip, dtype=dtype)
+    return chunk.augment(images, model.mean, model.std)
 
 
 # ---------------------------------------------------------------- ranks
@@ -569,8 +570,8 @@ def ramp(progress: float, fraction: float) -> float:
 
 
 LIMITS = {"scale": (1e-3, 1e6), "margin_additive": (0, 2), "margin_angular": (0, math.pi), "margin_adaptive": (0, 10),
-          "label_smoothing": (0, 1), "domain_weight": (0, 1e6), "crop_scale": (0.01, 1),
-          "mix": (0, 1e12)}  # of options with a value per domain
+          "label_smoothing": (0, 1), "domain_weight": (0, 1e6), "crop_scale": (0.01, 1), "flip": (0, 1),
+          "color": (0, 1), "erase": (0, 1), "mix": (0, 1e12)}  # of options with a value per domain
 # The losses that --loss knows by name, as their authors set them: parameter -> (option that it stands for, value).
 # What is not named is 0; the scale stays as --scale has it unless s says otherwise.
 LOSSES = {
@@ -1449,7 +1450,8 @@ def make_stream(job: Job) -> Stream:
     return Stream(job.splits, job.plan.reshape(-1, len(job.splits)), seed=config["seed"],
                   window=config["shuffle_window"], micro_batch=config["micro_batch"],
                   crop=per_domain(config, "crop_scale"), severity=severity if config["degrade"] else None,
-                  rank=job.ranks.rank, world=job.ranks.world, readable=readable)
+                  rank=job.ranks.rank, world=job.ranks.world, readable=readable,
+                  **{name: per_domain(config, name) for name in ("flip", "color", "erase")})
 
 
 def make_forward(job: Job) -> nn.Module:
@@ -1972,6 +1974,11 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
               help="Severity grows from 0 over this fraction of training; 0: off.")
 @click.option("--crop-scale", default="object=0.35,face_hq=0.8,face_lq=0.8,body=0.8", metavar="NUMBERS",
               help="Least area of the random crop, per domain; 1: none.")
+@click.option("--flip", default="0.5", metavar="NUMBERS", help="Chance of a mirror image, per domain.")
+@click.option("--color", default="0", metavar="NUMBERS",
+              help="Largest change of brightness, contrast and saturation, 0..1, per domain.")
+@click.option("--erase", default="0", metavar="NUMBERS",
+              help="Chance of erasing a patch, per domain; re-identification takes body=0.5.")
 @click.option("--head-init", type=click.Choice(["means", "text", "random"]), default="means",
               help="Class weights start at class means, prompt embeddings (objects) or at random.")
 @click.option("--head-init-images", type=click.IntRange(1), default=20,

@@ -14,7 +14,8 @@ from torch import nn
 
 import train
 from data_prep import DOMAINS, InputError
-from data_prep.stream import interleave
+from data_prep.shards import open_root
+from data_prep.stream import Stream, change_colors, erase_patches, interleave
 from tests.conftest import TINY, script
 from tests.test_distributed import SHORT, C, D, K, assert_near, deal, make, torchrun
 from tests.test_schedule import CONFIG, LOSS
@@ -390,6 +391,103 @@ def test_there_is_nothing_to_mix_a_random_start_with(tiny_run, tmp_path):
     assert not (tmp_path / "x.safetensors").exists()
 
 
+# ---------------------------------------------------------------- augmentations
+
+
+def stream_of(root, domains=("object", "body"), **options) -> Stream:
+    splits = [open_root(root)[domain]["train"] for domain in domains]
+    plan = np.full((120, len(domains)), 8)  # several epochs
+    return Stream(splits, plan, **{"seed": 3, "crop": [0.5] * len(domains)} | options)
+
+
+def test_augmentations_are_drawn_per_domain_and_leave_the_other_draws_alone(demo_root):
+    plain = stream_of(demo_root)
+    stream = stream_of(demo_root, flip=[1.0, 0.0], color=[0.0, 0.4], erase=[0.5, 0.0])
+    chunks = [stream[c] for c in range(40)]
+    domain, flip, color, erase = (torch.cat([getattr(c, name) for c in chunks])
+                                  for name in ("domain", "flip", "color", "erase"))
+    assert torch.equal(flip, domain == 0)
+    assert (color[domain == 0] == 1).all() and (erase[domain == 1] == 0).all()
+    body = color[domain == 1]
+    assert 0.6 <= body.min() < 0.65 and 1.35 < body.max() <= 1.4 and float(body.mean()) == pytest.approx(1, abs=0.03)
+    x0, y0, x1, y1 = erase[domain == 0].unbind(1)
+    drawn = x1 > x0
+    assert float(drawn.float().mean()) == pytest.approx(0.5, abs=0.08)
+    area = ((x1 - x0) * (y1 - y0))[drawn]
+    assert area.min() > 0.02 - 1e-6 and 0.28 < area.max() < 0.33 + 1e-6
+    assert min(x0.min(), y0.min()) >= 0 and max(x1.max(), y1.max()) <= 1 + 1e-6
+    for one, other in zip(chunks, (plain[c] for c in range(40)), strict=True):
+        assert torch.equal(one.boxes, other.boxes) and torch.equal(one.banks[1], other.banks[1])
+        assert other.color is None and other.erase is None
+
+
+def test_augmentations_are_keyed_by_sample_and_epoch(demo_root):
+    """Neither the number of ranks nor micro-batches nor the schedule changes what a sample gets in an epoch."""
+    options = {"color": [0.4, 0.4], "erase": [1.0, 1.0]}
+    whole = stream_of(demo_root, **options)
+    for c in (0, 7):
+        parts = [stream_of(demo_root, rank=r, world=2, micro_batch=4, **options) for r in range(2)]
+        for r, part in enumerate(parts):
+            got = [part[c * part.per_batch + i] for i in range(part.per_batch)]
+            for name in ("color", "erase", "flip", "label"):
+                assert torch.equal(torch.cat([getattr(g, name) for g in got]), getattr(whole[c], name)[r::2])
+    alone = stream_of(demo_root, domains=("body",), color=[0.4], erase=[1.0])
+    assert torch.equal(alone[0].color, whole[0].color[whole[0].domain == 1])
+    order = whole.orders[1]
+    assert order(0)[0] == 0 and order(order.size)[0] == 1
+    first = {order(n)[1]: n for n in range(order.size)}
+    again = next(n for n in range(order.size, order.size + 8) if n // 8 < 120)
+    before, after = first[order(again)[1]], again  # the same image, an epoch later
+    draws = [whole[n // 8].color[whole[n // 8].domain == 1][n % 8] for n in (before, after)]
+    assert not torch.equal(*draws)
+
+
+def test_colors_are_those_of_torchvision():
+    from torchvision.transforms.v2 import functional
+
+    pixels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    factors = torch.tensor([[1.3, 0.7, 1.2], [0.6, 1.4, 0.0], [1.0, 1.0, 1.0]])
+    for image, (b, c, s), got in zip(pixels, factors.tolist(), change_colors(pixels, factors), strict=True):
+        image = functional.adjust_contrast(functional.adjust_brightness(image, b), c)
+        torch.testing.assert_close(got, functional.adjust_saturation(image, s), rtol=1e-4, atol=1e-4)
+
+
+def test_a_patch_is_erased_where_it_was_drawn():
+    images = torch.arange(1.0, 17).view(1, 1, 4, 4).expand(2, 3, 4, 4)
+    out = erase_patches(images, torch.tensor([[0.25, 0.5, 0.75, 1.0], [0, 0, 0, 0]]))
+    expected = images.clone()
+    expected[0, :, 2:, 1:3] = 0  # rows from half of the height on, the two columns in the middle
+    assert torch.equal(out, expected)
+
+
+def test_a_batch_is_augmented_after_the_gather_and_untouched_domains_keep_their_bits(demo_root):
+    model = SimpleNamespace(image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    plain, stream = stream_of(demo_root), stream_of(demo_root, color=[0.0, 0.5])
+    a, b = (train.to_images(s[0], model, torch.device("cpu")) for s in (plain, stream))
+    chunk, (mean, std) = stream[0], (torch.tensor(v).view(3, 1, 1) for v in (model.mean, model.std))
+    own = chunk.domain == 0
+    assert torch.equal(a[own], b[own])
+    expected = (change_colors(a * std + mean, chunk.color) - mean) / std
+    torch.testing.assert_close(b[~own], expected[~own])
+    assert not torch.allclose(a[~own], b[~own], atol=0.05)
+
+
+AUGMENTED = ["--color", "object=0.3,face_hq=0,face_lq=0,body=0.1", "--erase", "object=0,face_hq=0,face_lq=0,body=0.5",
+             "--flip", "object=0.5,face_hq=0.5,face_lq=0.5,body=0"]
+
+
+def test_a_cache_and_loader_processes_change_nothing(demo_root, tmp_path):
+    common = [*TINY, *AUGMENTED, "--data", demo_root]
+    run_here(*common, "--out", tmp_path / "run")
+    run_here(*common, "--out", tmp_path / "cached", "--cache", "ram")
+    run_here(*common, "--out", tmp_path / "workers", "--workers", 2)
+    run_here(*TINY, "--data", demo_root, "--out", tmp_path / "plain")
+    assert_same_weights(tmp_path / "run", tmp_path / "cached")
+    assert_same_weights(tmp_path / "run", tmp_path / "workers")
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "run", tmp_path / "plain")
+
+
 # ---------------------------------------------------------------- bad input
 
 BAD = [
@@ -407,6 +505,9 @@ BAD = [
     (["--margin-extension", "clamp"], "no domain has its margins"),
     (["--lora", "4"], "this network has no attention projections to adapt"),
     (["--freeze-blocks", "10"], "this network has 10 levels and trains the last: take up to 9"),
+    (["--flip", "2"], "--flip: object is 2; want 0 to 1"),
+    (["--color", "object=0.1"], "--color 'object=0.1': no value for face_hq"),
+    (["--erase", "often"], "--erase 'often': want a number or NAME=NUMBER"),
     (["--drop-path", "1"], "1.0 is not in the range"),
     (["--loss", "face_hq=adaface;body=arcface", "--margin-extension", "clamp"], "body has a fixed angular margin"),
 ]
