@@ -81,6 +81,35 @@ BACKBONES = {
     },
 }
 IMAGE_SIZE = {"clip": 224, "eva02": 224, "dinov3": 256}
+# How each foundation is fine-tuned: fills the options that neither the command line nor --config gave, where weights
+# are loaded; from a random start the options' own defaults hold. The loss and the augmentations are not in it: a grid
+# over backbones compares them on the same task. What all share is in the defaults: AdamW, class weights at 1e-3
+# (arcface_torch's ViTs), gradients clipped at 1, a cosine to 1 % after 5 % of warm-up.
+RECIPES = {
+    "clip": {
+        "lr": 2e-5,  # with the decay 4e-6 on average over the blocks; CLIP-ReID trains all of CLIP at 5e-6, batch 64
+        "layer_decay": 0.8,  # EVA-02's for large models, 0.8 to 0.85
+        "drop_path": 0.0,  # neither CLIP's training nor CLIP-ReID drops any
+        "weight_decay": 0.05,  # FRoundation's; CLIP's own was 0.2, CLIP-ReID's 1e-4
+    },
+    "eva02": {  # the authors' ImageNet fine-tuning of the same weights, batch 512 (EVA-02/asuka/README.md)
+        "lr": 2e-5,
+        "layer_decay": 0.85,
+        "drop_path": 0.15,
+        "weight_decay": 0.05,
+        "warmup": 0.1,  # 2 of 20 epochs
+    },
+    "eva02-base": {"lr": 5e-5, "layer_decay": 0.8},  # as above, for the base size
+    "dinov3": {
+        "lr": 1e-5,  # DeiT III fine-tunes base to huge at it; for DINOv2 users found 1e-5 to 1e-7 (dinov2#252)
+        "layer_decay": 0.8,  # as above
+        "drop_path": 0.1,  # below EVA-02's 0.15 and DeiT III's 0.2 and more: we train for fewer epochs
+        "weight_decay": 0.05,  # EVA-02's; DeiT III has 0.1
+    },
+    # On top of the backbone's with --lora: FRoundation, CLIP and DINOv2 on faces, batch 512. Every block alike, and so
+    # few parameters need no dropped paths.
+    "lora": {"lr": 1e-4, "layer_decay": 1.0, "drop_path": 0.0},
+}
 # CLIP in miniature, for the demo and the tests: no weights of it exist. Its image tower is a ConvNeXt, as in OpenCLIP's
 # convnext models, because a transformer learns next to nothing from scratch in the minutes of a demo.
 TINY_CLIP = {
@@ -1236,6 +1265,8 @@ def describe_plan(config: dict, splits: list[Split], plan: np.ndarray, steps: in
     """Print what will be seen, before anything is; returns the images per domain."""
     counts = dict(zip(config["domains"], plan.sum(0).tolist(), strict=True))
     print(f"{config['out']}: schedule {config['schedule']}, {steps} steps of {config['batch']} images")
+    if config.get("recipe"):
+        print(f"  recipe of {config['backbone']}: " + ", ".join(f"{k}={v:g}" for k, v in config["recipe"].items()))
     for split, loss in zip(splits, describe_losses(config), strict=True):
         seen = counts[split.domain]
         passes = seen / len(split)
@@ -1266,9 +1297,10 @@ def describe_sources(splits: list[Split]) -> dict[str, dict]:
                            **{key: split.index.get(key) for key in ("fit", "quality")}} for split in splits}
 
 
-NOT_OPTIONS = {"role", "steps", "counts", "git_commit", "argv", "versions", "shards", "sources"}  # of config.json
+NOT_OPTIONS = {"recipe", "role", "steps", "counts", "git_commit", "argv", "versions", "shards",
+               "sources"}  # of config.json
 FREE_ON_RESUME = {"workers", "device", "cache", "compile", "grad_checkpointing", "shard_head", "log_every",
-                  "save_every", "resume", "data", "out", "max_skipped", "max_bad", "config"}
+                  "save_every", "resume", "data", "out", "max_skipped", "max_bad", "config", "recipe"}
 
 
 def find_run(config: dict, splits: list[Split]) -> str:
@@ -1880,6 +1912,17 @@ def refuse_options(context: click.Context) -> None:
                              f"command's name (see `{context.invoked_subcommand} --help`)")
 
 
+def fill_recipe(config: dict, said: dict[str, str]) -> None:
+    """Fill what nobody gave from RECIPES; what that was is kept under "recipe"."""
+    recipe = {}
+    if config["backbone"] and config["weights"] != "none":
+        names = [config["backbone"], f"{config['backbone']}-{config['size']}", *(["lora"] if config["lora"] else [])]
+        for name in names:
+            recipe |= RECIPES.get(name, {})
+    config["recipe"] = {key: value for key, value in recipe.items() if said[key] == "DEFAULT"}
+    config |= config["recipe"]
+
+
 def refuse_two_voices(config: dict, said: dict[str, str]) -> None:
     """--loss and the options that it stands for: only what a --config said before may be overruled."""
     for name in ("scale", *MARGINS):
@@ -1913,7 +1956,8 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
              help=__doc__.split("\n\n")[0])
 @click.option("--config", is_eager=True, callback=read_config, metavar="FILE",
               help="Replay a run's config.json; options given here win over it.")
-@click.option("--backbone", type=click.Choice(list(BACKBONES)), help="Foundation model family.")
+@click.option("--backbone", type=click.Choice(list(BACKBONES)),
+              help="Foundation model family; where weights are loaded, its recipe fills what is not given.")
 @click.option("--size", type=click.Choice(SIZES), default="large",
               help="Size within the family.")
 @click.option("--model", metavar="NAME",
@@ -2037,6 +2081,7 @@ def main(context: click.Context, **config) -> int | None:
         if said[name] == "COMMANDLINE" and said[rival] == "DEFAULT_MAP":  # what --config says in another way
             config[rival] = None
     refuse_two_voices(config, said)
+    fill_recipe(config, said)
     job = set_up(config)
     return run_steps(job) if job else 0
 

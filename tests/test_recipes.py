@@ -488,6 +488,64 @@ def test_a_cache_and_loader_processes_change_nothing(demo_root, tmp_path):
         assert_same_weights(tmp_path / "run", tmp_path / "plain")
 
 
+# ---------------------------------------------------------------- recipes
+
+
+def merged(monkeypatch, *arguments) -> dict:
+    """The options that a command line ends in."""
+    found = []
+    monkeypatch.setattr(train, "set_up", found.append)
+    run_here(*arguments)
+    return found[0]
+
+
+def test_a_recipe_fills_only_what_nobody_gave(monkeypatch, tmp_path):
+    config = merged(monkeypatch, "--backbone", "eva02")
+    assert {key: config[key] for key in train.RECIPES["eva02"]} == train.RECIPES["eva02"] == config["recipe"]
+    config = merged(monkeypatch, "--backbone", "eva02", "--lr", 2e-5, "--drop-path", 0)  # the same or not: it was said
+    assert config["lr"] == 2e-5 and config["drop_path"] == 0 and config["layer_decay"] == 0.85
+    assert set(config["recipe"]) == {"layer_decay", "weight_decay", "warmup"}
+    (tmp_path / "config.json").write_text(json.dumps({"backbone": "eva02", "layer_decay": 0.7, "lr": 3e-4}))
+    config = merged(monkeypatch, "--config", tmp_path / "config.json", "--lr", 1e-4)
+    assert (config["lr"], config["layer_decay"], config["drop_path"]) == (1e-4, 0.7, 0.15)  # line, file, recipe
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--backbone", "clip"], {"lr": 2e-5, "layer_decay": 0.8, "drop_path": 0.0}),
+    (["--backbone", "dinov3"], {"lr": 1e-5, "layer_decay": 0.8, "drop_path": 0.1, "warmup": 0.05}),
+    (["--backbone", "eva02", "--size", "base"], {"lr": 5e-5, "layer_decay": 0.8, "drop_path": 0.15, "warmup": 0.1}),
+    (["--backbone", "eva02", "--lora", 16], {"lr": 1e-4, "layer_decay": 1.0, "drop_path": 0.0, "warmup": 0.1}),
+    (["--backbone", "eva02", "--weights", "none"], {"lr": 2e-5, "layer_decay": 0.8, "drop_path": 0.0, "warmup": 0.05}),
+    (["--model", "test_vit"], {"lr": 2e-5, "layer_decay": 0.8, "drop_path": 0.0, "warmup": 0.05}),
+])  # fmt: skip
+def test_what_each_backbone_gets(arguments, expected, monkeypatch):
+    config = merged(monkeypatch, *arguments)
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_recipes_name_options_and_backbones():
+    options = {parameter.name: parameter for parameter in train.main.params}
+    for name, recipe in train.RECIPES.items():
+        assert name == "lora" or name.partition("-")[0] in train.BACKBONES
+        for key, value in recipe.items():
+            assert options[key].type.convert(value, None, None) == value  # within the option's range
+
+
+def test_the_recipe_is_printed_saved_and_replayed(from_file, weights_file, demo_root, tmp_path, capsys):
+    common = ["--backbone", "clip", "--size", "tiny", "--weights", weights_file, "--image-size", 32, "--workers", 0,
+              "--batch", 16, "--images", 32, "--device", "cpu", "--data", demo_root, "--weight-decay", 0.01]
+    run_here(*common, "--out", tmp_path / "run")
+    assert "recipe of clip: lr=2e-05, layer_decay=0.8, drop_path=0\n" in capsys.readouterr().out
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["lr"] == 2e-5 and config["weight_decay"] == 0.01 and "weight_decay" not in config["recipe"]
+    run_here("--config", tmp_path / "run/config.json", "--out", tmp_path / "again")
+    assert "recipe of" not in capsys.readouterr().out  # everything was given
+    assert_same_weights(tmp_path / "run", tmp_path / "again")
+    run_here(*common, "--lr", 2e-5, "--out", tmp_path / "run", "--resume")  # what the recipe said, said: the same run
+    assert "is complete" in capsys.readouterr().out
+    assert json.loads((from_file / "config.json").read_text())["lr"] == 1e-3  # the command line of that run
+
+
 # ---------------------------------------------------------------- bad input
 
 BAD = [
