@@ -83,6 +83,35 @@ BACKBONES = {
     },
 }
 IMAGE_SIZE = {"clip": 224, "eva02": 224, "dinov3": 256}
+# How each foundation is fine-tuned: fills the options that neither the command line nor --config gave, where weights
+# are loaded; from a random start the options' own defaults hold. The loss and the augmentations are not in it: a grid
+# over backbones compares them on the same task. What all share is in the defaults: AdamW, class weights at 1e-3
+# (arcface_torch's ViTs), gradients clipped at 1, a cosine to 1 % after 5 % of warm-up.
+RECIPES = {
+    "clip": {
+        "lr": 2e-5,  # with the decay 4e-6 on average over the blocks; CLIP-ReID trains all of CLIP at 5e-6, batch 64
+        "layer_decay": 0.8,  # EVA-02's for large models, 0.8 to 0.85
+        "drop_path": 0.0,  # neither CLIP's training nor CLIP-ReID drops any
+        "weight_decay": 0.05,  # FRoundation's; CLIP's own was 0.2, CLIP-ReID's 1e-4
+    },
+    "eva02": {  # the authors' ImageNet fine-tuning of the same weights, batch 512 (EVA-02/asuka/README.md)
+        "lr": 2e-5,
+        "layer_decay": 0.85,
+        "drop_path": 0.15,
+        "weight_decay": 0.05,
+        "warmup": 0.1,  # 2 of 20 epochs
+    },
+    "eva02-base": {"lr": 5e-5, "layer_decay": 0.8},  # as above, for the base size
+    "dinov3": {
+        "lr": 1e-5,  # DeiT III fine-tunes base to huge at it; for DINOv2 users found 1e-5 to 1e-7 (dinov2#252)
+        "layer_decay": 0.8,  # as above
+        "drop_path": 0.1,  # below EVA-02's 0.15 and DeiT III's 0.2 and more: we train for fewer epochs
+        "weight_decay": 0.05,  # EVA-02's; DeiT III has 0.1
+    },
+    # On top of the backbone's with --lora: FRoundation, CLIP and DINOv2 on faces, batch 512. Every block alike, and so
+    # few parameters need no dropped paths.
+    "lora": {"lr": 1e-4, "layer_decay": 1.0, "drop_path": 0.0},
+}
 # CLIP in miniature, for the demo and the tests: no weights of it exist. Its image tower is a ConvNeXt, as in OpenCLIP's
 # convnext models, because a transformer learns next to nothing from scratch in the minutes of a demo.
 TINY_CLIP = {
@@ -303,6 +332,87 @@ def fail_fast_offline() -> None:
         hub.HF_HUB_OFFLINE = True
 
 
+# ---------------------------------------------------------------- what of the backbone is trained
+
+
+class LowRank(nn.Module):
+    """A matrix [out, in] plus a product of two thin ones that starts at 0: W + 16/√r · up @ down (rsLoRA).
+
+    Source: arXiv 2106.09685 (LoRA), 2312.03732 (the √r); FRoundation's alpha of 16. As a parametrisation of torch's it
+    reaches the fused projections of every library alike, nn.MultiheadAttention's too, which hold no Linear to wrap.
+    """
+
+    def __init__(self, weight: torch.Tensor, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, weight.shape[1]))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
+        self.scale = 16 / math.sqrt(rank)
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(weight.device.type, enabled=False):  # in bf16 it would not be the matrix that is exported
+            return weight + self.scale * (self.up @ self.down)
+
+
+def choose_trained(model: Backbone, config: dict) -> None:
+    """Apply --drop-path, --freeze-blocks and --lora to an untouched backbone; its outputs stay what they were."""
+    if config["drop_path"]:
+        add_drop_path(model, config["drop_path"])
+    if frozen := config["freeze_blocks"]:
+        layers = model.layers()
+        if frozen >= (deepest := max(layers.values())):
+            raise InputError(f"--freeze-blocks {frozen}: this network has {deepest} levels and trains the last: "
+                             f"take up to {deepest - 1}, or --head-warmup 1, which trains the class weights alone")
+        for name, parameter in model.named_parameters():
+            if layers.get(name, deepest) <= frozen:  # 0 is what comes before the first block
+                parameter.requires_grad_(False)
+    if config["lora"]:
+        add_low_rank(model, config["lora"])
+
+
+def add_low_rank(model: Backbone, rank: int) -> None:
+    """Freeze the network but for low-rank updates of its attention's query, key and value projections (--lora)."""
+    projection = re.compile(r".*\.(in_proj_weight|(qkv|[qkv]_proj)\.weight)")
+    found = [name for name, p in model.net.named_parameters() if p.requires_grad and projection.fullmatch(name)]
+    model.net.requires_grad_(False)
+    for name in found:
+        path, _, weight = name.rpartition(".")
+        module = model.net.get_submodule(path)
+        nn.utils.parametrize.register_parametrization(module, weight, LowRank(getattr(module, weight), rank))
+    if not found:
+        raise InputError(f"--lora {rank}: this network has no attention projections to adapt: take a transformer, or "
+                         "leave it out")
+
+
+def add_drop_path(model: Backbone, rate: float) -> None:
+    """Stochastic depth: in training a residual branch is left out for a sample, the more often the higher it lies.
+
+    Source: arXiv 1603.09382, linear from 0 at the lowest block to `rate` at the top one. open_clip's towers have no
+    such option; the place of their layer scale, empty in the published models, is the end of the branch.
+    """
+    from timm.layers import DropPath
+
+    tower = model.net.visual if model.library == "open_clip" else model.net
+    ends = ("drop_path", "drop_path1", "drop_path2", "ls_1", "ls_2")
+    blocks = [(module, [end for end in ends if isinstance(getattr(module, end, None), nn.Identity | DropPath)])
+              for module in tower.modules()]
+    blocks = [(module, found) for module, found in blocks if found]
+    if not blocks:
+        raise InputError(f"--drop-path {rate:g}: this network has no residual branches to drop: leave it out")
+    for (module, found), probability in zip(blocks, np.linspace(0, rate, len(blocks)).tolist(), strict=True):
+        for end in found:
+            setattr(module, end, DropPath(probability))
+
+
+def library_state(net: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights under the library's own key names, low-rank updates merged into the matrices that they change."""
+    state = net.state_dict()
+    for key in [key for key in state if key.endswith(".original")]:
+        path, _, name = key.removesuffix(".original").rpartition(".parametrizations.")
+        state[f"{path}.{name}"] = getattr(net.get_submodule(path), name).detach()
+    return {key: value.contiguous() for key, value in state.items() if ".parametrizations." not in key}
+
+
 # ---------------------------------------------------------------- schedule
 
 
@@ -384,8 +494,10 @@ def as_it_is(item):
 
 def load(dataset: Stream | Batches, first: int, workers: int, pin: bool) -> Iterator:
     """The items of a data set from number `first` on, decoded ahead by worker processes."""
+    # a generator of its own: a loader draws one number at its start, after which a resumed run would drop other paths
     return iter(torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers, pin_memory=pin,
+        generator=torch.Generator(),
         worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None, collate_fn=as_it_is,
     ))
 
@@ -393,8 +505,9 @@ def load(dataset: Stream | Batches, first: int, workers: int, pin: bool) -> Iter
 def to_images(chunk: Chunk, model: Backbone, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The interleaved, augmented, normalised batch [B, 3, S, S] of a chunk."""
     banks = [bank.to(device, non_blocking=True) for bank in chunk.banks]
-    return gather_interleaved(banks, chunk.domain, chunk.row, size=model.image_size, mean=model.mean, std=model.std,
-                              boxes=chunk.boxes, flip=chunk.flip, dtype=dtype)
+    images = gather_interleaved(banks, chunk.domain, chunk.row, size=model.image_size, mean=model.mean, std=model.std,
+                                boxes=chunk.boxes, flip=chunk.flip, dtype=dtype)
+    return chunk.augment(images, model.mean, model.std)
 
 
 # ---------------------------------------------------------------- ranks
@@ -487,8 +600,18 @@ def ramp(progress: float, fraction: float) -> float:
     return min(progress / fraction, 1.0) if fraction > 0 else 1.0
 
 
-LIMITS = {"scale": (1e-3, 1e6), "margin_additive": (0, 2), "margin_angular": (0, math.pi), "label_smoothing": (0, 1),
-          "domain_weight": (0, 1e6), "crop_scale": (0.01, 1), "mix": (0, 1e12)}  # of options with a value per domain
+LIMITS = {"scale": (1e-3, 1e6), "margin_additive": (0, 2), "margin_angular": (0, math.pi), "margin_adaptive": (0, 10),
+          "label_smoothing": (0, 1), "domain_weight": (0, 1e6), "crop_scale": (0.01, 1), "flip": (0, 1),
+          "color": (0, 1), "erase": (0, 1), "mix": (0, 1e12)}  # of options with a value per domain
+# The losses that --loss knows by name, as their authors set them: parameter -> (option that it stands for, value).
+# What is not named is 0; the scale stays as --scale has it unless s says otherwise.
+LOSSES = {
+    "softmax": {},  # normalised softmax: no margin
+    "cosface": {"m": ("margin_additive", 0.35)},  # arXiv 1801.09414, section 4.1
+    "arcface": {"m": ("margin_angular", 0.5)},  # arXiv 1801.07698, section 3.1
+    "adaface": {"m": ("margin_additive", 0.4), "h": ("margin_adaptive", 0.333)},  # arXiv 2204.00964, section 4.1
+}
+MARGINS = ("margin_additive", "margin_angular", "margin_adaptive")
 
 
 def per_domain(config: dict, key: str) -> list[float]:
@@ -510,20 +633,104 @@ def per_domain(config: dict, key: str) -> list[float]:
     return [values[name] for name in config["domains"]]
 
 
+def name_losses(config: dict) -> None:
+    """Turn --loss into the numbers that it stands for: they are what the run reads, keeps and replays.
+
+    Grammar: one loss for every domain, or several separated by ";": [DOMAIN=]NAME[:PARAMETER=NUMBER,...].
+    """
+    values = {key: dict(zip(config["domains"], per_domain(config, key), strict=True)) for key in ("scale", *MARGINS)}
+    said: dict[str, tuple[str, dict[str, float]]] = {}
+    for part in config["loss"].split(";"):
+        match = re.fullmatch(r"(?:(\w+)=)?(\w+)(?::(.*))?", part.strip())
+        if not match or match[2] not in LOSSES:
+            raise InputError(f"--loss {part.strip()!r}: want [DOMAIN=]NAME[:m=NUMBER,s=NUMBER], several separated by "
+                             f"';'; the names are {', '.join(LOSSES)}")
+        domain, name, known = match[1] or "", match[2], {"s": ("scale", 0.0)} | LOSSES[match[2]]
+        if domain not in ("", *DOMAINS):
+            raise InputError(f"--loss: no domain {domain!r}; the domains are {', '.join(DOMAINS)}")
+        if domain in said:
+            raise InputError(f"--loss {config['loss']!r}: {domain or 'every domain'} has two losses: give it one")
+        numbers = dict.fromkeys(MARGINS, 0.0) | {option: value for option, value in LOSSES[name].values()}
+        for item in filter(None, (match[3] or "").split(",")):
+            key, _, text = (word.strip() for word in item.partition("="))
+            if key not in known or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text):
+                raise InputError(f"--loss {part.strip()!r}: {item.strip()!r} is no parameter of {name}; want "
+                                 f"{' or '.join(f'{key}=NUMBER' for key in known)}")
+            option, (low, high) = known[key][0], LIMITS[known[key][0]]
+            if not low <= float(text) <= high:
+                raise InputError(f"--loss {part.strip()!r}: {key} is {text}; want {low:g} to {high:g}")
+            numbers[option] = float(text)
+        said[domain] = numbers
+    for domain in config["domains"]:
+        for option, value in said.get(domain, said.get("", {})).items():
+            values[option][domain] = value
+    config |= {key: ",".join(f"{d}={v!r}" for d, v in found.items()) for key, found in values.items()} | {"loss": None}
+
+
+def describe_losses(config: dict) -> list[str]:
+    """The loss of every domain in words, for the start of a run."""
+    lines = []
+    for s, add, angular, h in zip(*(per_domain(config, key) for key in ("scale", *MARGINS)), strict=True):
+        parts = [f"AdaFace m={add:g} h={h:g}" if h else f"CosFace m={add:g}" if add else ""]
+        parts += [f"ArcFace m={angular:g}" if angular else ""]
+        lines.append(f"{' + '.join(filter(None, parts)) or 'normalised softmax'}, s={s:g}")
+    return lines
+
+
 def loss_options(config: dict, class_counts: list[int], device: torch.device, ranks: Ranks = Ranks()) -> dict:
     """What margin_loss is told about the domains of a run: its keyword arguments that no step changes."""
     sharded = ranks.world > 1 and config["shard_head"]
     _, ranges, shard = head_slices(class_counts, ranks.rank if sharded else 0, ranks.world if sharded else 1)
     values = {name: torch.tensor(per_domain(config, name), device=device)
-              for name in ("scale", "margin_angular", "margin_additive", "domain_weight", "label_smoothing")}
+              for name in ("scale", *MARGINS, "domain_weight", "label_smoothing")}
     reduction = "sample" if config["coupling"] == "sample" else "domain"
     return values | {"class_ranges": ranges, "num_domains": len(class_counts), "reduction": reduction,
+                     "gradient": config["margin_gradient"].replace("-", "_"), "extension": config["margin_extension"],
                      "shard": shard if sharded else None}
+
+
+def lengths_of(x: torch.Tensor) -> torch.Tensor:
+    """Detached lengths [B] of embeddings [B, D], in float32 or better."""
+    return torch.linalg.vector_norm(x.detach(), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def adaptive_margins(length: torch.Tensor, angular: torch.Tensor, additive: torch.Tensor, h: torch.Tensor,
+                     norms: torch.Tensor) -> dict[str, torch.Tensor]:
+    """AdaFace's margins: long embeddings (sharp images) get a harder additive and an easier angular margin.
+
+        z = clip(h (|x| - mean) / std, -1, 1)       m_ang = angular - m z       m_add = m + m z,  m = additive
+
+    Args:
+        length: [N] of the embeddings; the other ones [N] too, of each sample's domain.
+        h: concentration; 0: the margins stay as they are.
+        norms: [N, 3], see `Job.norms`. Until two lengths of a domain are known z is 0, which is CosFace.
+
+    Source: arXiv 2204.00964, eq. 6-8, and the authors' code for the 1e-3.
+    """
+    n, total, squares = norms.unbind(1)
+    mean = total / n.clamp(min=1e-9)
+    std = (squares / n.clamp(min=1e-9) - mean.square()).clamp(min=0).sqrt()
+    z = (h * (length - mean) / (std + 1e-3)).clamp(-1, 1)
+    z = torch.where(n > 1, z, 0.0)
+    return {"margin_angular": angular - additive * z, "margin_additive": additive + additive * z}
+
+
+def learn_norms(job: "Job", sums: torch.Tensor, taken: torch.Tensor) -> None:
+    """After a step: its (n, sum, sum of squares) of lengths [K, 3], of this rank, enter the running ones of AdaFace.
+
+    Decayed sums and not a decayed mean and deviation: a single sample of a domain then needs no deviation of its own,
+    and every sample weighs the same whatever batch it came in. 0.99 is the authors' t_alpha = 0.01.
+    """
+    if job.norms is not None:
+        sums = job.ranks.sum(sums.clone())
+        counts = (sums[:, :1] > 0) & (taken > 0)  # a domain that was not drawn, or a skipped step, changes nothing
+        job.norms.copy_(torch.where(counts, 0.99 * job.norms + sums, job.norms))
 
 
 def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], counts: torch.Tensor, options: dict, *,
                margin: float = 1.0, negatives: str = "own", tune_backbone: bool = True, ranks: Ranks = Ranks(),
-               passes: int = 1, by_domain: list[list[torch.Tensor]] | None = None) -> dict[str, torch.Tensor]:
+               passes: int = 1, by_domain: list[list[torch.Tensor]] | None = None,
+               norms: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Add the gradients of one optimiser step, batch by batch, to `.grad` of the backbone and of the class weights.
 
     With several ranks every one of them holds the gradients of the whole step afterwards (of a sharded head: of its own
@@ -543,17 +750,21 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
         passes: number of `batches`; the ranks add up their gradients in the last one.
         by_domain: K lists; they are filled with each domain's own gradient of the model's trainable parameters, by a
             backward pass for each, and `.grad` of the backbone is left alone.
+        norms: [K, 3] statistics from before the step, where a domain has AdaFace's margins; see `Job.norms`.
 
     Returns:
-        Detached sums over this rank's samples: loss; cos, correct, count, norm [K]; direction [D], of unit embeddings.
+        Detached sums over this rank's samples: loss; cos, correct, count [K]; direction [D], of unit embeddings;
+        norms [K, 3], (n, sum, sum of squares) of their lengths.
     """
     K, device, shard = len(counts), head.device, options.get("shard")
     options = options | {name: options[name] * margin for name in ("margin_angular", "margin_additive")}
+    adaptive = options.pop("margin_adaptive")
     first = torch.tensor([start for start, _ in options["class_ranges"]], device=device)
     if negatives == "all":
         options["class_ranges"] = [(0, len(head))] * K
     total = {"loss": torch.zeros((), device=device), "direction": torch.zeros(head.shape[1], device=device)}
-    total |= {name: torch.zeros(K, device=device) for name in ("loss_by_domain", "cos", "correct", "count", "norm")}
+    total |= {name: torch.zeros(K, device=device) for name in ("loss_by_domain", "cos", "correct", "count")}
+    total["norms"] = torch.zeros(K, 3, dtype=torch.float64, device=device)
     for number, (images, labels, domains) in enumerate(batches, 1):
         last = (number == passes and by_domain is None) or ranks.world == 1 or not tune_backbone
         with contextlib.nullcontext() if last else model.no_sync():
@@ -569,6 +780,9 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
                 target, of = gather_rows(labels, ranks), gather_rows(domains, ranks)
             # one value a sample: with as many samples as domains a vector [K] would be taken for one
             values = {name: options[name][of] for name in ("scale", "margin_angular", "margin_additive")}
+            if norms is not None:
+                values |= adaptive_margins(lengths_of(own), values["margin_angular"], values["margin_additive"],
+                                           adaptive[of], norms[of])
             result = margin_loss(own, head, target, of, domain_count=counts, **options | values)
             if by_domain is None or not tune_backbone:
                 (result.loss * ranks.world).backward()  # DistributedDataParallel averages over the ranks
@@ -583,7 +797,9 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
         total["cos"].index_add_(0, domains, result.target_cos[mine].float().nan_to_num(0.0))
         total["correct"].index_add_(0, domains, result.correct[mine].float())
         total["count"].index_add_(0, domains, valid.float())
-        total["norm"].index_add_(0, domains, x.detach().float().norm(dim=1) * valid)
+        length = lengths_of(x).double()
+        powers = torch.stack([torch.ones_like(length), length, length.square()], 1)
+        total["norms"].index_add_(0, domains, torch.where(valid[:, None], powers, 0.0))
         total["direction"] += (F.normalize(x.detach().float(), dim=1) * valid[:, None]).sum(0)
     if ranks.world > 1:
         head.grad /= ranks.world
@@ -839,7 +1055,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def save_weights(folder: Path, model: Backbone, head: torch.Tensor, splits: list[Split]) -> None:
     """Write model.safetensors (the library's own keys) and head.safetensors (class names in its metadata)."""
-    net = {key: value.contiguous() for key, value in model.net.state_dict().items()}
+    net = library_state(model.net)
     write_atomically(folder / "model.safetensors", lambda path: save_file(net, path))
     tensors = {"weight": head.detach().contiguous()}
     if model.project is not None:
@@ -979,7 +1195,7 @@ def save_checkpoint(job: "Job", step: int) -> None:
     if ranks.rank == 0:
         (folder / "last").mkdir(exist_ok=True)
         state = {"step": step, "model": job.model.state_dict(), "head": head, "optimizer": state, "rng": rng,
-                 "tally": job.tally, "health": job.health, "ema": average}
+                 "tally": job.tally, "health": job.health, "ema": average, "norms": job.norms}
         write_atomically(folder / "last" / "state.pt", lambda path: torch.save(state, path))
     ranks.wait()
 
@@ -1003,6 +1219,8 @@ def load_checkpoint(job: "Job") -> int:
         for average, saved in zip(job.ema, [*state["ema"][:-1], state["ema"][-1][rows]], strict=True):
             average.copy_(saved)
     job.health.copy_(state["health"])
+    if job.norms is not None:
+        job.norms.copy_(state["norms"])
     if len(state["rng"]) == job.ranks.world:  # else the ranks keep the state that their number gave them
         torch.set_rng_state(state["rng"][job.ranks.rank])
     job.tally.update(state["tally"])
@@ -1071,13 +1289,32 @@ def check_options(config: dict) -> None:
         raise InputError("--shard-head deals out every domain's classes by themselves: not with --negatives all")
     if config["degrade"] and "face_lq" not in config["domains"]:
         raise InputError("--degrade acts on face_lq, which is not among --domains")
+    if config["loss"]:
+        name_losses(config)
     for name in LIMITS:
         if config[name] is not None:
             per_domain(config, name)
+    check_margins(config)
     if not config["out"]:
         name = config["model"].replace("/", "_") if config["model"] else f"{config['backbone']}-{config['size']}"
         domains = "all" if len(config["domains"]) == len(DOMAINS) else "+".join(config["domains"])
         config["out"] = f"runs/{name}-{config['schedule']}-{domains}-s{config['seed']}"
+
+
+def check_margins(config: dict) -> None:
+    """Refuse margins that contradict each other."""
+    margins = dict(zip(config["domains"], zip(*(per_domain(config, key) for key in MARGINS), strict=True), strict=True))
+    for domain, (additive, angular, h) in margins.items():
+        if h and not additive:
+            raise InputError(f"--margin-adaptive: {domain} has no additive margin that could adapt: give "
+                             f"--margin-additive {domain}=0.4,... or say --loss {domain}=adaface")
+        if angular and config["margin_extension"] == "clamp":
+            # one value per call of the loss; domains without an angular margin hardly notice it, this one would
+            raise InputError(f"--margin-extension clamp is AdaFace's: {domain} has a fixed angular margin, whose "
+                             "gradient it would cut off: take linear")
+    if config["margin_extension"] == "clamp" and not any(h for *_, h in margins.values()):
+        raise InputError("--margin-extension clamp is AdaFace's and no domain has its margins: leave it out, or say "
+                         "--loss adaface")
 
 
 def sort_domains(text: str | list[str], option: str) -> list[str]:
@@ -1147,12 +1384,14 @@ def describe_plan(config: dict, splits: list[Split], plan: np.ndarray, steps: in
     """Print what will be seen, before anything is; returns the images per domain."""
     counts = dict(zip(config["domains"], plan.sum(0).tolist(), strict=True))
     print(f"{config['out']}: schedule {config['schedule']}, {steps} steps of {config['batch']} images")
-    for split in splits:
+    if config.get("recipe"):
+        print(f"  recipe of {config['backbone']}: " + ", ".join(f"{k}={v:g}" for k, v in config["recipe"].items()))
+    for split, loss in zip(splits, describe_losses(config), strict=True):
         seen = counts[split.domain]
         passes = seen / len(split)
         warning = "  WARNING: above 50 passes, expect memorisation" if passes > 50 else ""
         print(f"  {split.domain:8s} {len(split):9,d} images of {len(split.classes):7,d} classes: {seen:10,d} drawn, "
-              f"{passes:.1f} passes{warning}")
+              f"{passes:.1f} passes; {loss}{warning}")
     print(f"  learning rate {config['lr']:g} at the top of the backbone, x {config['layer_decay']:g} per layer "
           f"downwards, class weights {config['head_lr']:g}; warm-up {config['warmup']:.0%}, cosine to x "
           f"{config['min_lr']:g}; not scaled with the batch or the number of processes")
@@ -1180,9 +1419,10 @@ def describe_sources(splits: list[Split]) -> dict[str, dict]:
                            **{key: split.index.get(key) for key in ("fit", "quality")}} for split in splits}
 
 
-NOT_OPTIONS = {"role", "steps", "counts", "git_commit", "argv", "versions", "shards", "sources"}  # of config.json
+NOT_OPTIONS = {"recipe", "role", "steps", "counts", "git_commit", "argv", "versions", "shards",
+               "sources"}  # of config.json
 FREE_ON_RESUME = {"workers", "device", "cache", "compile", "grad_checkpointing", "shard_head", "log_every",
-                  "save_every", "resume", "data", "out", "max_skipped", "max_bad", "config"}
+                  "save_every", "resume", "data", "out", "max_skipped", "max_bad", "config", "recipe"}
 
 
 def find_run(config: dict, splits: list[Split]) -> str:
@@ -1220,6 +1460,7 @@ class Job:
     tally: dict  # what accumulates over resumptions
     health: torch.Tensor  # int64 [2] on the device: steps that were not finite, of these the last ones in a row
     ema: list[torch.Tensor] | None = None  # running averages of `parameters`
+    norms: torch.Tensor | None = None  # float64 [K, 3]: running n, sum, sum of squares of embedding lengths (AdaFace)
     cache: list[torch.Tensor] | None = None  # per domain, every image of its split
     first: int = 0  # the next step
 
@@ -1262,6 +1503,7 @@ def set_up(config: dict) -> Job | None:
     torch.set_float32_matmul_precision("high")
     counts = describe_plan(config, splits, plan, steps)
     model = load_backbone(config)
+    choose_trained(model, config)
     if config["grad_checkpointing"]:
         model.net.set_grad_checkpointing(True)
     model = model.to(device, memory_format=torch.channels_last)
@@ -1283,6 +1525,8 @@ def set_up(config: dict) -> Job | None:
               head, rows, optimizer, tally, torch.zeros(2, dtype=torch.int64, device=device))
     if ranks.world > 1:
         torch.manual_seed(config["seed"] * ranks.world + ranks.rank)  # dropped paths differ between the ranks
+    if any(per_domain(config, "margin_adaptive")):
+        job.norms = torch.zeros(len(splits), 3, dtype=torch.float64, device=device)
     if config["ema"]:
         job.ema = [p.detach().float().clone() for p in job.parameters]
     if (folder / "last" / "state.pt").exists():
@@ -1361,7 +1605,8 @@ def make_stream(job: Job) -> Stream:
     return Stream(job.splits, job.plan.reshape(-1, len(job.splits)), seed=config["seed"],
                   window=config["shuffle_window"], micro_batch=config["micro_batch"],
                   crop=per_domain(config, "crop_scale"), severity=severity if config["degrade"] else None,
-                  rank=job.ranks.rank, world=job.ranks.world, readable=readable)
+                  rank=job.ranks.rank, world=job.ranks.world, readable=readable,
+                  **{name: per_domain(config, name) for name in ("flip", "color", "erase")})
 
 
 def make_forward(job: Job) -> nn.Module:
@@ -1414,13 +1659,14 @@ def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int,
     counts = torch.from_numpy(job.plan[step].sum(0)).to(job.device, non_blocking=True)
     total = accumulate(forward, job.head, batches, counts, options, negatives=config["negatives"], ranks=job.ranks,
                        margin=ramp(step / job.steps, config["margin_ramp"]), tune_backbone=tune_backbone,
-                       passes=passes, by_domain=by_domain)
+                       passes=passes, by_domain=by_domain, norms=job.norms)
     if by_domain is not None:
         couple(job, by_domain, step, look)
     job.head.grad[frozen] = 0  # --freeze-text-head: object comes first
     total["grad_norm"] = gradient_norm(job.parameters, job.head, options["shard"] is not None, job.ranks)
     nn.utils.clip_grads_with_norm_(job.parameters, config["clip"] or math.inf, total["grad_norm"])
     total["finite"] = update(job, step, total["grad_norm"])
+    learn_norms(job, total["norms"], total["finite"])
     job.optimizer.zero_grad(set_to_none=True)
     return total
 
@@ -1564,7 +1810,7 @@ def log_window(job: Job, board, window: list[dict], done: int) -> dict:
     """
     config, before = job.config, job.tally.get("logged", 0.0)
     total = {name: torch.stack([t[name].float() for t in window]) for name in window[0]}
-    for name in ("loss", "loss_by_domain", "cos", "correct", "count", "norm", "direction"):
+    for name in ("loss", "loss_by_domain", "cos", "correct", "count", "direction", "norms"):
         job.ranks.sum(total[name])
     factor = rate(done - 1, job.steps, config["warmup"], config["min_lr"])
     record = {"step": done, "images": done * config["batch"], "lr": factor * config["lr"],
@@ -1612,7 +1858,7 @@ def summarise(total: dict[str, torch.Tensor], domains: list[str]) -> dict:
             record[f"loss/{name}"] = float(total["loss_by_domain"][:, k].sum() / drawn)
             record[f"top1/{name}"] = float(total["correct"][:, k].sum() / count[k])
             record[f"target_cosine/{name}"] = float(total["cos"][:, k].sum() / count[k])
-            record[f"norm/{name}"] = float(total["norm"][:, k].sum() / count[k])
+            record[f"norm/{name}"] = float(total["norms"][:, k, 1].sum() / count[k])
     return record
 
 
@@ -1814,18 +2060,39 @@ def largest_difference(model: Backbone, embed: Callable[[torch.Tensor], torch.Te
     return float(torch.stack(worst).max())  # NaN stays NaN
 
 
-def export_run(run: Run, form: str, out: Path | None, tolerance: float) -> int:
+@torch.no_grad()
+def mix_with_foundation(run: Run, model: Backbone, alpha: float) -> None:
+    """WiSE-FT (arXiv 2109.01903): weights (1 - alpha) foundation + alpha tuned, in place.
+
+    It often keeps most of what was learnt and brings back much of what was forgotten. The run's own linear layer has
+    no counterpart in the foundation and stays.
+    """
+    if run.config["weights"] == "none":
+        raise InputError(f"--wise-ft: {run.folder} started from random weights, there is no foundation to mix with: "
+                         "leave it out")
+    before = load_foundation(run).net.state_dict()
+    for key, value in model.net.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.lerp(before[key].to(value), value, alpha))
+
+
+def export_run(run: Run, form: str, out: Path | None, tolerance: float, alpha: float = 1.0) -> int:
     """Write a run's model in another form, with its card, after a check that it still computes the same.
+
+    `alpha` < 1 mixes it with the foundation first.
 
     Everything is written into a scratch folder and moved only if it passed: what is found under its name is good.
     """
-    out = out or run.folder / "export" / f"{run.folder.resolve().name}.{form}"
+    mixed = f"-wise{alpha:g}" if alpha < 1 else ""
+    out = out or run.folder / "export" / f"{run.folder.resolve().name}{mixed}.{form}"
     if out.suffix != f".{form}":
         raise InputError(f"--out {out}: want a file that ends in .{form}")
     if out.exists():
         raise InputError(f"{out} exists: remove it, or choose another --out")
     scores = read_scores(run.folder / "eval" / "results.json")
     model = load_tuned(run)
+    if alpha < 1:
+        mix_with_foundation(run, model, alpha)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
@@ -1837,7 +2104,7 @@ def export_run(run: Run, form: str, out: Path | None, tolerance: float) -> int:
                 print(f"error: {out} was not written: {verdict}", file=sys.stderr)
                 return 1
             card = Path(scratch) / f"{out.name}.md"
-            card.write_text(write_card(run, model, sorted(Path(scratch).iterdir()), code, verdict, scores))
+            card.write_text(write_card(run, model, sorted(Path(scratch).iterdir()), code, verdict, scores, alpha))
             for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == out.name):  # the model last
                 os.replace(file, out.with_name(file.name))
     except OSError as error:
@@ -1856,7 +2123,8 @@ def read_scores(path: Path) -> list[dict]:
         raise InputError(f"{path}: damaged ({error}): run evaluate.py again") from error
 
 
-def write_card(run: Run, model: Backbone, files: list[Path], code: str, verdict: str, scores: list[dict]) -> str:
+def write_card(run: Run, model: Backbone, files: list[Path], code: str, verdict: str, scores: list[dict],
+               alpha: float = 1.0) -> str:
     """The model card, Markdown: what the model is, how it is loaded, what it was trained on and how, and its limits."""
     config, size = run.config, model.image_size
     library, name, _ = resolve_backbone(config)
@@ -1867,6 +2135,9 @@ def write_card(run: Run, model: Backbone, files: list[Path], code: str, verdict:
              f"Input: RGB scaled to 0..1, {size} x {size} pixels, resized with antialiased {model.interpolation} "
              "interpolation: `pixels`, float32 [B, 3, S, S]. The scores below add the embedding of the mirror image.",
              "", "```python", code, "```", "", f"Checked on random images: {verdict}.", ""]
+    if alpha < 1:
+        lines += [f"These weights are a mixture: {alpha:g} of the fine-tuned ones, {1 - alpha:g} of the foundation's "
+                  "(WiSE-FT). The scores below are the fine-tuned model's own: this mixture was not scored.", ""]
     for path in files:
         with open(path, "rb") as file:
             lines.append(f"- `{path.name}`: sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}")
@@ -2020,6 +2291,26 @@ def refuse_options(context: click.Context) -> None:
                              f"command's name (see `{context.invoked_subcommand} --help`)")
 
 
+def fill_recipe(config: dict, said: dict[str, str]) -> None:
+    """Fill what nobody gave from RECIPES; what that was is kept under "recipe"."""
+    recipe = {}
+    if config["backbone"] and config["weights"] != "none":
+        names = [config["backbone"], f"{config['backbone']}-{config['size']}", *(["lora"] if config["lora"] else [])]
+        for name in names:
+            recipe |= RECIPES.get(name, {})
+    config["recipe"] = {key: value for key, value in recipe.items() if said[key] == "DEFAULT"}
+    config |= config["recipe"]
+
+
+def refuse_two_voices(config: dict, said: dict[str, str]) -> None:
+    """--loss and the options that it stands for: only what a --config said before may be overruled."""
+    for name in ("scale", *MARGINS):
+        overruled = said[name] == "DEFAULT" or (said[name] == "DEFAULT_MAP" and said["loss"] == "COMMANDLINE")
+        if config["loss"] and not overruled and (name != "scale" or re.search(r"\bs\s*=", config["loss"])):
+            raise InputError(f"--loss and --{name.replace('_', '-')} both set {name.split('_')[0]}s: say it all in one "
+                             "of them")
+
+
 def read_config(context: click.Context, _parameter, path: str | None) -> str | None:
     """--config FILE: its options become the defaults, so that the command line still wins."""
     if path is None:
@@ -2044,7 +2335,8 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
              help=__doc__.split("\n\n")[0])
 @click.option("--config", is_eager=True, callback=read_config, metavar="FILE",
               help="Replay a run's config.json; options given here win over it.")
-@click.option("--backbone", type=click.Choice(list(BACKBONES)), help="Foundation model family.")
+@click.option("--backbone", type=click.Choice(list(BACKBONES)),
+              help="Foundation model family; where weights are loaded, its recipe fills what is not given.")
 @click.option("--size", type=click.Choice(SIZES), default="large",
               help="Size within the family.")
 @click.option("--model", metavar="NAME",
@@ -2085,11 +2377,19 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
               help="Weight of a domain in the loss: one number or NAME=NUMBER,...")
 @click.option("--negatives", type=click.Choice(["own", "all"]), default="own",
               help="Softmax over the domain's own classes or over every class.")
+@click.option("--loss", metavar="LOSSES",
+              help="arcface, cosface, adaface or softmax, per domain: 'face_hq=arcface:m=0.5,s=64;body=cosface'.")
 @click.option("--scale", default="object=30,face_hq=64,face_lq=64,body=64", metavar="NUMBERS",
               help="Scale s of the logits, per domain.")
 @click.option("--margin-additive", default=PEOPLE(0.35), metavar="NUMBERS",
               help="CosFace margin m on the cosine, per domain.")
 @click.option("--margin-angular", default="0", metavar="NUMBERS", help="ArcFace margin in radians, per domain.")
+@click.option("--margin-adaptive", default="0", metavar="NUMBERS",
+              help="AdaFace: how much a longer embedding hardens its additive margin (its h), per domain; 0: not.")
+@click.option("--margin-gradient", type=click.Choice(["exact", "straight-through"]), default="exact",
+              help="Gradient of the target's logit: exact, or 1 as arcface_torch trains.")
+@click.option("--margin-extension", type=click.Choice(["linear", "clamp"]), default="linear",
+              help="Angles beyond 0..π: go on linearly, or clamped without a gradient as AdaFace's own code has it.")
 @click.option("--label-smoothing", default="0", metavar="NUMBERS", help="Label smoothing 0..1, per domain.")
 @click.option("--margin-ramp", type=click.FloatRange(0, 1), default=0.1,
               help="Margins grow from 0 over this fraction of training; 0: off.")
@@ -2100,6 +2400,11 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
               help="Severity grows from 0 over this fraction of training; 0: off.")
 @click.option("--crop-scale", default="object=0.35,face_hq=0.8,face_lq=0.8,body=0.8", metavar="NUMBERS",
               help="Least area of the random crop, per domain; 1: none.")
+@click.option("--flip", default="0.5", metavar="NUMBERS", help="Chance of a mirror image, per domain.")
+@click.option("--color", default="0", metavar="NUMBERS",
+              help="Largest change of brightness, contrast and saturation, 0..1, per domain.")
+@click.option("--erase", default="0", metavar="NUMBERS",
+              help="Chance of erasing a patch, per domain; re-identification takes body=0.5.")
 @click.option("--head-init", type=click.Choice(["means", "text", "random"]), default="means",
               help="Class weights start at class means, prompt embeddings (objects) or at random.")
 @click.option("--head-init-images", type=click.IntRange(1), default=20,
@@ -2112,6 +2417,12 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
 @click.option("--head-lr", type=click.FloatRange(0), default=1e-3, help="Peak learning rate of the class weights.")
 @click.option("--layer-decay", type=click.FloatRange(0, 1), default=0.8,
               help="Factor on the learning rate per layer downwards; 1: none.")
+@click.option("--freeze-blocks", type=click.IntRange(0), default=0,
+              help="Lowest blocks that stay as they are, with all below them.")
+@click.option("--lora", type=click.IntRange(0), default=0, metavar="RANK",
+              help="Train low-rank updates of the attention's projections instead of the network; 0: off.")
+@click.option("--drop-path", type=click.FloatRange(0, 1, max_open=True), default=0.0,
+              help="Stochastic depth: chance of dropping the top block's branches, falling to 0 at the lowest.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.05,
               help="AdamW weight decay of the backbone's matrices.")
 @click.option("--warmup", type=click.FloatRange(0, 1), default=0.05,
@@ -2153,6 +2464,8 @@ def main(context: click.Context, **config) -> int | None:
                         ("domains", "order")):
         if said[name] == "COMMANDLINE" and said[rival] == "DEFAULT_MAP":  # what --config says in another way
             config[rival] = None
+    refuse_two_voices(config, said)
+    fill_recipe(config, said)
     job = set_up(config)
     return run_steps(job) if job else 0
 
@@ -2173,10 +2486,12 @@ def bench(rounds: int, count: int, path: Path | None, **config) -> int:
               help="File to write, its card beside it (default: RUN/export/NAME.FORM).")
 @click.option("--tolerance", type=click.FloatRange(0), default=1e-4,
               help="Largest difference of a unit embedding's component; beyond it nothing is written (exit code 1).")
+@click.option("--wise-ft", type=click.FloatRange(0, 1), default=1.0, metavar="ALPHA",
+              help="Mix with the foundation: ALPHA of the run's weights, the rest of those it started from; 1: none.")
 @click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
-def export(run: str, to: str, out: Path | None, tolerance: float, allow_partial: bool) -> int:
-    return export_run(load_run(Path(run), allow_partial), to, out, tolerance)
+def export(run: str, to: str, out: Path | None, tolerance: float, wise_ft: float, allow_partial: bool) -> int:
+    return export_run(load_run(Path(run), allow_partial), to, out, tolerance, wise_ft)
 
 
 if __name__ == "__main__":

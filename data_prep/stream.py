@@ -72,6 +72,45 @@ def random_box(rng: np.random.Generator, height: int, width: int, scale: float) 
     return x, y, x + w, y + h
 
 
+def random_patch(u: np.ndarray, chance: float) -> tuple[float, float, float, float]:
+    """Where to erase (x0, y0, x1, y1), fractions of the image as the network sees it; empty but for `chance` of times.
+
+    Args:
+        u: five uniform numbers 0..1.
+
+    Source: arXiv 1708.04896 (random erasing): area 2 to 33 %, aspect 0.3 to 3.3.
+    """
+    if u[0] >= chance:
+        return 0.0, 0.0, 0.0, 0.0
+    area, aspect = 0.02 + 0.31 * u[1], math.exp(math.log(0.3) * (2 * u[2] - 1))
+    w, h = min(math.sqrt(area * aspect), 1.0), min(math.sqrt(area / aspect), 1.0)
+    x, y = u[3] * (1 - w), u[4] * (1 - h)
+    return x, y, x + w, y + h
+
+
+def change_colors(pixels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Brightness, contrast and saturation of images [B, 3, S, S], RGB 0..1, times `factors` [B, 3] (1: as it is).
+
+    As torchvision's ColorJitter has them, without hue and always in this order.
+    """
+    brightness, contrast, saturation = factors.to(pixels)[:, :, None, None, None].unbind(1)
+    luma = torch.tensor([0.2989, 0.587, 0.114], device=pixels.device, dtype=pixels.dtype).view(3, 1, 1)
+    pixels = (pixels * brightness).clamp(0, 1)
+    mean = (pixels * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    pixels = torch.lerp(mean.expand_as(pixels), pixels, contrast).clamp(0, 1)
+    grey = (pixels * luma).sum(1, keepdim=True)
+    return torch.lerp(grey.expand_as(pixels), pixels, saturation).clamp(0, 1)
+
+
+def erase_patches(images: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """Normalised images [B, 3, S, S] with the mean colour (0) in `patches` [B, 4]; see `random_patch`."""
+    size = images.shape[-1]
+    center = (torch.arange(size, device=images.device) + 0.5) / size
+    x0, y0, x1, y1 = patches.to(images.device, non_blocking=True)[:, :, None].unbind(1)
+    across, down = (center >= x0) & (center < x1), (center >= y0) & (center < y1)
+    return images.masked_fill((down[:, :, None] & across[:, None, :])[:, None], 0.0)
+
+
 @dataclass
 class Chunk:
     """A micro-batch, decoded: one bank of images per domain and, for every place, where its image lies."""
@@ -83,11 +122,25 @@ class Chunk:
     boxes: torch.Tensor  # float32 [B, 4], pixels of the bank's images
     flip: torch.Tensor  # bool [B]
     bad: list[str]  # what had to be replaced: "domain/split key: reason"
+    color: torch.Tensor | None = None  # float32 [B, 3], factors of `change_colors`; None: no domain has any
+    erase: torch.Tensor | None = None  # float32 [B, 4], patches of `erase_patches`
 
     def pin_memory(self) -> "Chunk":
         """Called by the DataLoader where CUDA copies without waiting."""
-        tensors = {name: getattr(self, name).pin_memory() for name in ("domain", "row", "label", "boxes", "flip")}
+        tensors = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return Chunk([bank.pin_memory() for bank in self.banks], **tensors, bad=self.bad)
+
+    def augment(self, images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
+        """Colours and erased patches of the finished, normalised batch [B, 3, S, S], on its device.
+
+        On the batch, so that neither the loader nor an image cache has to do with it.
+        """
+        if self.color is not None:
+            factors = self.color.to(images.device, non_blocking=True)
+            mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(3, 1, 1) for v in (mean, std))
+            changed = (change_colors(images * std + mean, factors) - mean) / std
+            images = torch.where((factors != 1).any(1)[:, None, None, None], changed, images)  # others keep their bits
+        return images if self.erase is None else erase_patches(images, self.erase)
 
 
 def image_memory(*shape: int) -> torch.Tensor:
@@ -113,6 +166,8 @@ class Stream(torch.utils.data.Dataset):
         window: shards among which rows are shuffled.
         micro_batch: at most so many images per chunk (None: the batch).
         crop: least area of the random crop, 0..1, per domain.
+        flip, color, erase: chance of a mirror image (None: 0.5), largest change of the colours (factors 1 - c to 1 + c)
+            and chance of an erased patch, per domain (None: none).
         severity: largest severity 0..1 of the degradation of face_lq in each batch [batches]; None: no degradation.
         rank, world: this process takes the places rank, rank + world, ... of every batch.
         readable: per domain [M_d] bool, which images somebody has decoded already: the chunks then come without banks
@@ -121,9 +176,12 @@ class Stream(torch.utils.data.Dataset):
 
     def __init__(self, splits: list[Split], plan: np.ndarray, *, seed: int, window: int = 8,
                  micro_batch: int | None = None, crop: list[float], severity: np.ndarray | None = None,
-                 rank: int = 0, world: int = 1, readable: list[np.ndarray] | None = None) -> None:
+                 rank: int = 0, world: int = 1, readable: list[np.ndarray] | None = None,
+                 flip: list[float] | None = None, color: list[float] | None = None,
+                 erase: list[float] | None = None) -> None:
         self.splits, self.plan, self.seed, self.crop, self.severity = splits, plan, seed, crop, severity
         self.rank, self.world, self.readable = rank, world, readable
+        self.flip, self.color, self.erase = flip or [0.5] * len(splits), color or [], erase or []
         most = math.ceil(int(plan[0].sum()) / world)
         self.micro = min(micro_batch or most, most)
         self.per_batch = math.ceil(most / self.micro)  # chunks
@@ -147,16 +205,20 @@ class Stream(torch.utils.data.Dataset):
         banks = [image_memory(n, *((split.size, split.size) if n else (1, 1)), 3)
                  for n, split in zip(counts, self.splits, strict=True)]
         filled = [0] * len(self.splits)
-        row, label, boxes, flip, bad = [], [], [], [], []
+        row, label, boxes, flip, color, erase, bad = [], [], [], [], [], [], []
         for d, n in zip(domain.tolist(), number.tolist(), strict=True):
             split = self.splits[d]
             epoch, sample = self.orders[d](n)
             image, used = self.read(d, sample, bad)
             rng = np.random.default_rng((self.seed, DOMAINS.index(split.domain), epoch, sample))
             boxes.append(random_box(rng, split.size, split.size, self.crop[d]))
-            flip.append(rng.random() < 0.5)
+            flip.append(rng.random() < self.flip[d])
             if self.severity is not None and split.domain == "face_lq":
                 image, _ = degrade(image, float(self.severity[batch]) * rng.random(), rng)
+            if any(self.color) or any(self.erase):
+                u = rng.random(8)  # drawn whole, so that one augmentation does not shift the other
+                color.append([1 + self.color[d] * (2 * v - 1) for v in u[:3]] if any(self.color) else [1.0] * 3)
+                erase.append(random_patch(u[3:], self.erase[d]) if any(self.erase) else (0.0,) * 4)
             row.append(used if self.readable else filled[d])
             label.append(int(split.labels[used]))
             if image is not None:
@@ -164,7 +226,9 @@ class Stream(torch.utils.data.Dataset):
             filled[d] += 1
         label[real:] = [-1] * (size - real)
         return Chunk(banks, torch.from_numpy(domain), torch.tensor(row), torch.tensor(label),
-                     torch.tensor(boxes, dtype=torch.float32), torch.tensor(flip), bad)
+                     torch.tensor(boxes, dtype=torch.float32), torch.tensor(flip), bad,
+                     torch.tensor(color, dtype=torch.float32) if any(self.color) else None,
+                     torch.tensor(erase, dtype=torch.float32) if any(self.erase) else None)
 
     def read(self, d: int, sample: int, bad: list[str]) -> tuple[torch.Tensor | None, int]:
         """An image uint8 [3, H, W] and its row: the next readable one of the split where a file is damaged."""

@@ -285,7 +285,7 @@ def test_weights_are_never_older_than_the_state(demo_root, tmp_path, monkeypatch
     model = SimpleNamespace(state_dict=dict, net=SimpleNamespace(state_dict=dict), project=None)
     optimizer = SimpleNamespace(state_dict=lambda: {"state": {}})
     job = SimpleNamespace(folder=tmp_path, ranks=train.Ranks(), optimizer=optimizer, rows=None, ema=None, model=model,
-                          head=torch.zeros(2, 2), splits=[], tally={}, health=None)
+                          head=torch.zeros(2, 2), splits=[], tally={}, health=None, norms=None)
     train.save_checkpoint(job, 3)
     assert order == ["model.safetensors", "head.safetensors", "state.pt"]
 

@@ -1,0 +1,580 @@
+"""Losses by name, AdaFace's statistics, what of the backbone is trained, augmentations, and the recipes."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import train
+from data_prep import DOMAINS, InputError
+from data_prep.shards import open_root
+from data_prep.stream import Stream, change_colors, erase_patches, interleave
+from tests.conftest import TINY, script
+from tests.test_distributed import SHORT, C, D, K, assert_near, deal, make, torchrun
+from tests.test_schedule import CONFIG, LOSS
+from tests.test_train import assert_same_weights, log_of, run_here, start, wait_for_step
+
+# ---------------------------------------------------------------- losses by name
+
+NUMBERS = {"domains": list(DOMAINS), "scale": "object=30,face_hq=64,face_lq=64,body=64",
+           "margin_additive": train.PEOPLE(0.35), "margin_angular": "0", "margin_adaptive": "0"}
+
+
+def named(loss: str, **more) -> dict[str, list[float]]:
+    config = NUMBERS | more | {"loss": loss}
+    train.name_losses(config)
+    assert config["loss"] is None  # the numbers are what is kept
+    return {key: train.per_domain(config, key) for key in ("scale", *train.MARGINS)}
+
+
+@pytest.mark.parametrize("loss, scale, additive, angular, adaptive", [
+    ("face_hq=arcface:m=0.4,s=32", [30, 32, 64, 64], [0, 0, 0.35, 0.35], [0, 0.4, 0, 0], [0] * 4),
+    ("face_hq=arcface; body=adaface", [30, 64, 64, 64], [0, 0, 0.35, 0.4], [0, 0.5, 0, 0], [0, 0, 0, 0.333]),
+    ("cosface:m=.2", [30, 64, 64, 64], [0.2] * 4, [0] * 4, [0] * 4),
+    ("adaface:m=0.3,h=0.5,s=48;object=softmax", [30, 48, 48, 48], [0, 0.3, 0.3, 0.3], [0] * 4, [0, 0.5, 0.5, 0.5]),
+    ("object=softmax:s=16", [16, 64, 64, 64], [0, 0.35, 0.35, 0.35], [0] * 4, [0] * 4),
+])  # fmt: skip
+def test_a_named_loss_is_its_numbers(loss, scale, additive, angular, adaptive):
+    assert named(loss) == {"scale": scale, "margin_additive": additive, "margin_angular": angular,
+                           "margin_adaptive": adaptive}
+
+
+def test_a_loss_for_a_domain_that_is_not_trained_is_allowed():
+    found = named("face_hq=arcface;body=adaface", domains=["body"])  # a grid gives all its runs the same options
+    assert found == {"scale": [64], "margin_additive": [0.4], "margin_angular": [0], "margin_adaptive": [0.333]}
+
+
+def test_a_named_loss_trains_as_its_numbers_and_is_replayed(demo_root, tmp_path):
+    by_name = ["--loss", "adaface:m=0.2,s=24;face_lq=arcface:m=0.1;object=softmax", "--margin-extension", "linear"]
+    run_here(*TINY, *by_name, "--data", demo_root, "--out", tmp_path / "name")
+    numbers = ["--scale", "object=30,face_hq=24,face_lq=64,body=24",
+               "--margin-additive", "object=0,face_hq=0.2,face_lq=0,body=0.2",
+               "--margin-angular", "object=0,face_hq=0,face_lq=0.1,body=0",
+               "--margin-adaptive", "object=0,face_hq=0.333,face_lq=0,body=0.333"]
+    run_here(*TINY, *numbers, "--data", demo_root, "--out", tmp_path / "numbers")
+    assert_same_weights(tmp_path / "name", tmp_path / "numbers")
+    run_here("--config", tmp_path / "name/config.json", "--out", tmp_path / "again")
+    assert_same_weights(tmp_path / "name", tmp_path / "again")
+    run_here("--config", tmp_path / "name/config.json", "--loss", "object=arcface:m=0.3", "--out", tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    assert train.per_domain(config, "margin_angular") == [0.3, 0, 0.1, 0]
+    assert train.per_domain(config, "margin_adaptive") == [0, 0.333, 0, 0.333]
+
+
+def test_the_gradient_mode_reaches_the_loss(demo_root, tmp_path):
+    common = [*TINY, "--data", demo_root, "--margin-ramp", 0, "--loss", "arcface", "--images", 16]
+    run_here(*common, "--out", tmp_path / "exact")
+    run_here(*common, "--out", tmp_path / "straight", "--margin-gradient", "straight-through")
+    one, other = (log_of(tmp_path / name)[0] for name in ("exact", "straight"))
+    assert one["loss"] == other["loss"] and one["grad_norm"] > 1.05 * other["grad_norm"]  # φ' = cos m + t sin m / √…
+    config = CONFIG | LOSS | {"shard_head": False, "margin_gradient": "straight-through", "margin_extension": "clamp"}
+    options = train.loss_options(config, [C] * K, torch.device("cpu"))
+    assert options["gradient"] == "straight_through" and options["extension"] == "clamp"
+
+
+# ---------------------------------------------------------------- AdaFace
+
+
+def test_adaptive_margins_by_hand():
+    """Lengths 8, 9, 11, 12 were seen: mean 10, std √2.5 = 1.5811. h = 0.5, m = 0.4.
+
+    length 11.5811: z = 0.5 · 1.5811 / 1.5821 = 0.49968; length 2: z = -1 (clipped); m_ang = -m z, m_add = m + m z.
+    """
+    seen = torch.tensor([8.0, 9, 11, 12], dtype=torch.float64)
+    norms = torch.stack([torch.ones(4), seen, seen**2], 1).sum(0).expand(2, 3)
+    length = torch.tensor([10 + 2.5**0.5, 2.0], dtype=torch.float64)
+    m, h = torch.full((2,), 0.4, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
+    found = train.adaptive_margins(length, torch.zeros(2), m, h, norms)
+    z = torch.tensor([0.5 * 2.5**0.5 / (2.5**0.5 + 1e-3), -1.0], dtype=torch.float64)
+    torch.testing.assert_close(found["margin_angular"], -0.4 * z)
+    torch.testing.assert_close(found["margin_additive"], 0.4 + 0.4 * z)
+    off = train.adaptive_margins(length, torch.full((2,), 0.1), m, 0 * h, norms)
+    assert off["margin_angular"].tolist() == [pytest.approx(0.1)] * 2 and torch.equal(off["margin_additive"], m)
+
+
+@pytest.mark.parametrize("samples", [0, 1])
+def test_a_single_sample_has_no_deviation(samples):
+    norms = torch.tensor([[samples, 9.0 * samples, 81.0 * samples]], dtype=torch.float64)
+    found = train.adaptive_margins(torch.tensor([20.0]), torch.zeros(1), torch.full((1,), 0.4), torch.ones(1), norms)
+    assert float(found["margin_additive"]) == pytest.approx(0.4) and float(found["margin_angular"]) == 0
+
+
+def test_statistics_are_decayed_sums_and_skipped_steps_leave_them():
+    job = SimpleNamespace(ranks=train.Ranks(), norms=torch.zeros(2, 3, dtype=torch.float64))
+    step = torch.tensor([[3.0, 30.0, 310.0], [0, 0, 0]], dtype=torch.float64)
+    train.learn_norms(job, step, torch.tensor(1.0))
+    assert job.norms.tolist() == step.tolist()
+    train.learn_norms(job, step * float("nan"), torch.tensor(0.0))
+    train.learn_norms(job, torch.tensor([[0.0] * 3, [1.0, 5.0, 25.0]], dtype=torch.float64), torch.tensor(1.0))
+    assert job.norms.tolist() == [[3.0, 30.0, 310.0], [1.0, 5.0, 25.0]]  # the domain not drawn keeps what it had
+    train.learn_norms(job, step, torch.tensor(1.0))
+    np.testing.assert_allclose(job.norms[0], 1.99 * step[0])
+
+
+ADAPTIVE = CONFIG | LOSS | {"margin_adaptive": "object=0,face_hq=0.333,face_lq=0.5,body=0.333"}
+STEPS = [[[7, 5, 3, 2]], [[9, 1, 1, 0]], [[4, 4, 4, 4]]]  # a single sample of a domain, and none
+
+
+def adaptive_steps(rank: int, world: int, micro: int, sharded: bool) -> list[tuple]:
+    """(gradients of the backbone, of the whole head, statistics before) of three steps that share their statistics."""
+    ranks, found = train.Ranks(rank, world), []
+    config = ADAPTIVE | {"shard_head": sharded}
+    options = train.loss_options(config, [C] * K, torch.device("cpu"), ranks)
+    rows = train.head_slices([C] * K, rank, world)[0] if options["shard"] is not None else torch.arange(K * C)
+    job = SimpleNamespace(ranks=ranks, norms=torch.zeros(K, 3, dtype=torch.float64))
+    for plan in STEPS:
+        model, head, images, labels = make()
+        head = nn.Parameter(head.data[rows])
+        batches = []
+        for domain, number, real in deal(plan, rank, world, micro):
+            target = torch.where(torch.tensor(real), labels[domain, number], -1)
+            batches.append((images[domain, number], target, torch.tensor(domain)))
+        net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+        before = job.norms.clone()
+        total = train.accumulate(net, head, batches, torch.tensor(plan).sum(0), options, ranks=ranks,
+                                 passes=len(batches), norms=job.norms)
+        train.learn_norms(job, total["norms"], torch.tensor(1.0))
+        whole = torch.zeros(K * C, D, dtype=torch.float64)
+        whole[rows] = head.grad
+        found.append(([p.grad for p in model.parameters()], whole, rows, before))
+    return found
+
+
+def on_rank(rank, world, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    for sharded in (False, True):
+        torch.save(adaptive_steps(rank, world, 2, sharded), f"{folder}/{sharded}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def assert_same_steps(found, expected):
+    for (backbone, head, rows, before), (x, w, _, norms) in zip(found, expected, strict=True):
+        for one, other in zip(backbone, x, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(head[rows], w[rows], rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(before, norms, rtol=1e-12, atol=1e-12)
+
+
+def test_adaptive_margins_are_exact_over_micro_batches_and_ranks(tmp_path):
+    """In float64; the head replicated and sharded, with the statistics that the steps before left."""
+    expected = adaptive_steps(0, 1, 100, False)
+    assert_same_steps(adaptive_steps(0, 1, 3, False), expected)
+    torch.multiprocessing.spawn(on_rank, (2, str(tmp_path)), nprocs=2)
+    for sharded in (False, True):
+        for rank in range(2):
+            assert_same_steps(torch.load(tmp_path / f"{sharded}-{rank}.pt"), expected)
+    # and the statistics matter: at the first step, without any, the margins are CosFace's
+    plain = [step[0][0] for step in adaptive_steps_without(ADAPTIVE)]
+    assert torch.equal(plain[0], expected[0][0][0]) and not torch.allclose(plain[2], expected[2][0][0], rtol=1e-3)
+
+
+def adaptive_steps_without(config: dict) -> list:
+    options = train.loss_options(config | {"shard_head": False}, [C] * K, torch.device("cpu"))
+    found = []
+    for plan in STEPS:
+        model, head, images, labels = make()
+        domain, number = map(torch.from_numpy, interleave(np.array(plan[0])))
+        train.accumulate(model, head, [(images[domain, number], labels[domain, number], domain)],
+                         torch.tensor(plan).sum(0), options)
+        found.append(([p.grad for p in model.parameters()],))
+    return found
+
+
+ADAFACE = ["--loss", "adaface:m=0.3,s=32;object=softmax", "--margin-ramp", "0"]
+
+
+def test_adaface_resumes_bit_for_bit_after_kill_9(demo_root, tmp_path):
+    common = [*TINY, *ADAFACE, "--images", "640", "--save-every", "5", "--log-every", "5", "--domains", "object,body",
+              "--data", demo_root]
+    run_here(*common, "--out", tmp_path / "whole")
+    process = start(*common, "--out", tmp_path / "run")
+    wait_for_step(tmp_path / "run", 10, process)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "run/done.json").exists()
+    run_here(*common, "--out", tmp_path / "run", "--resume")
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    states = [torch.load(tmp_path / name / "last/state.pt", weights_only=True)["norms"] for name in ("whole", "run")]
+    assert torch.equal(*states) and (states[0] > 0).all()
+    assert {"norm/object", "norm/body"} <= set(log_of(tmp_path / "run")[-1])
+
+
+def test_adaface_on_two_processes(demo_root, tmp_path):
+    common = [*SHORT, *ADAFACE, "--data", demo_root]
+    script("train.py", *common, "--out", tmp_path / "one")
+    torchrun(2, *common, "--out", tmp_path / "two", "--micro-batch", "4", "--shard-head")
+    assert_near(tmp_path / "two", tmp_path / "one")
+    one, two = (torch.load(tmp_path / name / "last/state.pt", weights_only=True)["norms"] for name in ("one", "two"))
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+
+
+def test_a_skipped_step_leaves_the_statistics(demo_root, tmp_path):
+    with pytest.raises(InputError, match="steps in a row were not finite"):
+        run_here(*TINY, *ADAFACE, "--data", demo_root, "--out", tmp_path / "run", "--head-lr", "inf", "--max-skipped",
+                 "1", "--save-every", "1", "--log-every", "2")
+    state = torch.load(tmp_path / "run/last/state.pt", weights_only=True)
+    taken = state["step"] - int(state["health"][0])
+    assert int(state["health"][0]) > 0 and float(state["norms"][:, 0].sum()) <= 16 * taken
+
+
+# ---------------------------------------------------------------- what of the backbone is trained
+
+FAMILIES = {
+    "clip": {"backbone": None, "model": "tiny-test-clip", "image_size": 32},
+    "eva02": {"backbone": "eva02", "model": None, "image_size": 28},
+    "dinov3": {"backbone": "dinov3", "model": None, "image_size": 32},
+    "convolutional": {"backbone": "clip", "model": None, "image_size": 32},
+}
+SETTINGS = {"size": "tiny", "weights": "none", "embed_dim": 0, "seed": 0, "drop_path": 0.0, "freeze_blocks": 0,
+            "lora": 0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_clip(tmp_path_factory):
+    """A transformer of open_clip's, which keeps query, key and value in one parameter of nn.MultiheadAttention."""
+    path = tmp_path_factory.mktemp("configs") / "tiny-test-clip.json"
+    vision = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 3}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1}
+    path.write_text(json.dumps({"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(path)
+
+
+def backbone(family: str, **options) -> tuple[train.Backbone, dict]:
+    config = SETTINGS | FAMILIES[family] | options
+    model = train.load_backbone(config)
+    train.choose_trained(model, config)
+    return model, config
+
+
+def trained(model: train.Backbone) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("family, matrices", [("clip", 3), ("eva02", 12), ("dinov3", 12)])
+def test_lora_starts_at_the_foundation_and_is_merged_at_export(family, matrices):
+    model, config = backbone(family, lora=4)
+    before, images = train.load_backbone(config), torch.randn(2, 3, *[config["image_size"]] * 2)
+    assert torch.equal(model.eval()(images), before.eval()(images))
+    factors = [p for p in model.parameters() if p.requires_grad]
+    assert len(factors) == 2 * matrices and all(4 in p.shape for p in factors)
+    model.train()(images).square().sum().backward()  # forward in training mode too
+    assert all(p.grad is not None for p in factors)
+    for p in factors:
+        p.data.normal_(std=0.05)
+    state = train.library_state(model.net)
+    changed = [key for key, value in before.net.state_dict().items() if not torch.equal(value, state[key])]
+    assert len(changed) == matrices
+    down, up = (next(p for n, p in model.named_parameters() if n.endswith(part) and p.requires_grad)
+                for part in ("down", "up"))
+    torch.testing.assert_close(state[changed[0]], before.net.state_dict()[changed[0]] + 16 / 4**0.5 * up @ down)
+    before.net.load_state_dict(state, strict=True)
+    torch.testing.assert_close(model.eval()(images), before.eval()(images))
+    assert set(model.layers()) == trained(model) and len(set(model.layers().values())) >= 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_blocks_are_the_lowest(family):
+    layers = train.load_backbone(SETTINGS | FAMILIES[family]).layers()
+    model, _ = backbone(family, freeze_blocks=2)
+    assert trained(model) == {name for name, depth in layers.items() if depth > 2}
+    left = model.layers()  # learning rates fall from the top as before
+    assert all(max(left.values()) - depth == max(layers.values()) - layers[name] for name, depth in left.items())
+
+
+def test_lora_leaves_frozen_blocks_alone():
+    model, _ = backbone("eva02", freeze_blocks=10, lora=2)
+    assert {name.split(".")[2] for name in trained(model)} == {"10", "11"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drop_path_acts_in_training_alone_and_grows_upwards(family):
+    from timm.layers import DropPath
+
+    model, config = backbone(family, drop_path=0.4)
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.4) and rates == sorted(rates)
+    plain, images = train.load_backbone(config), torch.randn(1, 3, *[config["image_size"]] * 2).expand(8, -1, -1, -1)
+    for net in (model, plain):
+        for name, p in net.named_parameters():  # layer scales start near 0 and would hide the branches
+            if "gamma" in name:
+                p.data.fill_(1.0)
+    assert torch.equal(model.eval()(images), plain.eval()(images))
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    x = model.train()(images)
+    assert not torch.allclose(x[0], x[1:], rtol=1e-3)  # each sample by itself
+
+
+def test_a_network_without_branches_to_drop_is_refused():
+    config = SETTINGS | {"backbone": None, "model": "resnet18", "image_size": 32, "drop_path": 0.1}
+    with pytest.raises(InputError, match=r"--drop-path 0.1: this network has no residual branches to drop: leave it"):
+        train.choose_trained(train.load_backbone(config), config)
+
+
+def test_drop_path_keeps_the_mean():
+    model, _ = backbone("clip", drop_path=0.5)
+    ends = model.net.visual.transformer.resblocks[-1].train()
+    x = ends.ls_2(torch.ones(4000, 3, 2))
+    assert set(x.unique().tolist()) == {0.0, 2.0} and float(x.mean()) == pytest.approx(1, abs=0.1)
+    assert torch.equal(x.amin((1, 2)), x.amax((1, 2)))  # whole samples, not tokens
+
+
+def test_a_run_with_all_of_it_resumes_and_exports_plain_weights(demo_root, tmp_path):
+    common = ["--model", "tiny-test-clip", "--weights", "none", "--image-size", 32, "--workers", 0, "--batch", 8,
+              "--images", 64, "--lora", 2, "--freeze-blocks", 1, "--drop-path", 0.3, "--ema", 0.9, "--lr", 1e-2,
+              "--head-warmup", 0, "--domains", "object,body", "--data", demo_root, "--save-every", 4, "--device", "cpu"]
+    run_here(*common, "--out", tmp_path / "whole")
+    assert stop_at(tmp_path / "run", common, 4)["step"] == 4
+    run_here(*common, "--out", tmp_path / "run", "--resume")
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    run = train.load_run(tmp_path / "run")
+    before, after = train.load_foundation(run).net.state_dict(), train.load_tuned(run).net.state_dict()
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    assert moved == {f"visual.transformer.resblocks.{n}.attn.in_proj_weight" for n in (1, 2)}
+
+
+def stop_at(run: Path, arguments: list, step: int) -> dict:
+    """Start a run and interrupt it right after the checkpoint of `step`; returns that state."""
+    save = train.save_checkpoint
+
+    def save_and_stop(job, done):
+        save(job, done)
+        if done == step:
+            raise InterruptedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_checkpoint", save_and_stop)
+        with pytest.raises(InterruptedError):
+            run_here(*arguments, "--out", run)
+    return torch.load(run / "last/state.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_wise_ft_is_the_line_between_the_foundation_and_the_run(alpha, from_file, tmp_path):
+    out = tmp_path / "model.safetensors"
+    run_here("export", "--run", from_file, "--to", "safetensors", "--out", out, "--wise-ft", alpha)
+    run, mixed = train.load_run(from_file), load_file(out)
+    before, after = train.load_foundation(run).net.state_dict(), train.load_tuned(run).net.state_dict()
+    for key in before:
+        if before[key].is_floating_point():
+            torch.testing.assert_close(mixed[key], (1 - alpha) * before[key] + alpha * after[key])
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+    assert ("mixture was not scored" in (tmp_path / "model.safetensors.md").read_text()) == (alpha < 1)
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory):
+    """Weights of CLIP in miniature: a foundation, of which a run can be fine-tuned."""
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(train.load_backbone(SETTINGS | FAMILIES["convolutional"] | {"seed": 5}).net.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def from_file(weights_file, demo_root, tmp_path_factory):
+    run = tmp_path_factory.mktemp("from-file") / "run"
+    run_here(*TINY, "--weights", weights_file, "--data", demo_root, "--head-warmup", 0, "--out", run)
+    return run
+
+
+def test_there_is_nothing_to_mix_a_random_start_with(tiny_run, tmp_path):
+    with pytest.raises(InputError, match="started from random weights, there is no foundation to mix with"):
+        run_here("export", "--run", tiny_run, "--to", "safetensors", "--wise-ft", 0.5, "--out",
+                 tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+# ---------------------------------------------------------------- augmentations
+
+
+def stream_of(root, domains=("object", "body"), **options) -> Stream:
+    splits = [open_root(root)[domain]["train"] for domain in domains]
+    plan = np.full((120, len(domains)), 8)  # several epochs
+    return Stream(splits, plan, **{"seed": 3, "crop": [0.5] * len(domains)} | options)
+
+
+def test_augmentations_are_drawn_per_domain_and_leave_the_other_draws_alone(demo_root):
+    plain = stream_of(demo_root)
+    stream = stream_of(demo_root, flip=[1.0, 0.0], color=[0.0, 0.4], erase=[0.5, 0.0])
+    chunks = [stream[c] for c in range(40)]
+    domain, flip, color, erase = (torch.cat([getattr(c, name) for c in chunks])
+                                  for name in ("domain", "flip", "color", "erase"))
+    assert torch.equal(flip, domain == 0)
+    assert (color[domain == 0] == 1).all() and (erase[domain == 1] == 0).all()
+    body = color[domain == 1]
+    assert 0.6 <= body.min() < 0.65 and 1.35 < body.max() <= 1.4 and float(body.mean()) == pytest.approx(1, abs=0.03)
+    x0, y0, x1, y1 = erase[domain == 0].unbind(1)
+    drawn = x1 > x0
+    assert float(drawn.float().mean()) == pytest.approx(0.5, abs=0.08)
+    area = ((x1 - x0) * (y1 - y0))[drawn]
+    assert area.min() > 0.02 - 1e-6 and 0.28 < area.max() < 0.33 + 1e-6
+    assert min(x0.min(), y0.min()) >= 0 and max(x1.max(), y1.max()) <= 1 + 1e-6
+    for one, other in zip(chunks, (plain[c] for c in range(40)), strict=True):
+        assert torch.equal(one.boxes, other.boxes) and torch.equal(one.banks[1], other.banks[1])
+        assert other.color is None and other.erase is None
+
+
+def test_augmentations_are_keyed_by_sample_and_epoch(demo_root):
+    """Neither the number of ranks nor micro-batches nor the schedule changes what a sample gets in an epoch."""
+    options = {"color": [0.4, 0.4], "erase": [1.0, 1.0]}
+    whole = stream_of(demo_root, **options)
+    for c in (0, 7):
+        parts = [stream_of(demo_root, rank=r, world=2, micro_batch=4, **options) for r in range(2)]
+        for r, part in enumerate(parts):
+            got = [part[c * part.per_batch + i] for i in range(part.per_batch)]
+            for name in ("color", "erase", "flip", "label"):
+                assert torch.equal(torch.cat([getattr(g, name) for g in got]), getattr(whole[c], name)[r::2])
+    alone = stream_of(demo_root, domains=("body",), color=[0.4], erase=[1.0])
+    assert torch.equal(alone[0].color, whole[0].color[whole[0].domain == 1])
+    order = whole.orders[1]
+    assert order(0)[0] == 0 and order(order.size)[0] == 1
+    first = {order(n)[1]: n for n in range(order.size)}
+    again = next(n for n in range(order.size, order.size + 8) if n // 8 < 120)
+    before, after = first[order(again)[1]], again  # the same image, an epoch later
+    draws = [whole[n // 8].color[whole[n // 8].domain == 1][n % 8] for n in (before, after)]
+    assert not torch.equal(*draws)
+
+
+def test_colors_are_those_of_torchvision():
+    from torchvision.transforms.v2 import functional
+
+    pixels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    factors = torch.tensor([[1.3, 0.7, 1.2], [0.6, 1.4, 0.0], [1.0, 1.0, 1.0]])
+    for image, (b, c, s), got in zip(pixels, factors.tolist(), change_colors(pixels, factors), strict=True):
+        image = functional.adjust_contrast(functional.adjust_brightness(image, b), c)
+        torch.testing.assert_close(got, functional.adjust_saturation(image, s), rtol=1e-4, atol=1e-4)
+
+
+def test_a_patch_is_erased_where_it_was_drawn():
+    images = torch.arange(1.0, 17).view(1, 1, 4, 4).expand(2, 3, 4, 4)
+    out = erase_patches(images, torch.tensor([[0.25, 0.5, 0.75, 1.0], [0, 0, 0, 0]]))
+    expected = images.clone()
+    expected[0, :, 2:, 1:3] = 0  # rows from half of the height on, the two columns in the middle
+    assert torch.equal(out, expected)
+
+
+def test_a_batch_is_augmented_after_the_gather_and_untouched_domains_keep_their_bits(demo_root):
+    model = SimpleNamespace(image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    plain, stream = stream_of(demo_root), stream_of(demo_root, color=[0.0, 0.5])
+    a, b = (train.to_images(s[0], model, torch.device("cpu")) for s in (plain, stream))
+    chunk, (mean, std) = stream[0], (torch.tensor(v).view(3, 1, 1) for v in (model.mean, model.std))
+    own = chunk.domain == 0
+    assert torch.equal(a[own], b[own])
+    expected = (change_colors(a * std + mean, chunk.color) - mean) / std
+    torch.testing.assert_close(b[~own], expected[~own])
+    assert not torch.allclose(a[~own], b[~own], atol=0.05)
+
+
+AUGMENTED = ["--color", "object=0.3,face_hq=0,face_lq=0,body=0.1", "--erase", "object=0,face_hq=0,face_lq=0,body=0.5",
+             "--flip", "object=0.5,face_hq=0.5,face_lq=0.5,body=0"]
+
+
+def test_a_cache_and_loader_processes_change_nothing(demo_root, tmp_path):
+    common = [*TINY, *AUGMENTED, "--data", demo_root]
+    run_here(*common, "--out", tmp_path / "run")
+    run_here(*common, "--out", tmp_path / "cached", "--cache", "ram")
+    run_here(*common, "--out", tmp_path / "workers", "--workers", 2)
+    run_here(*TINY, "--data", demo_root, "--out", tmp_path / "plain")
+    assert_same_weights(tmp_path / "run", tmp_path / "cached")
+    assert_same_weights(tmp_path / "run", tmp_path / "workers")
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "run", tmp_path / "plain")
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def merged(monkeypatch, *arguments) -> dict:
+    """The options that a command line ends in."""
+    found = []
+    monkeypatch.setattr(train, "set_up", found.append)
+    run_here(*arguments)
+    return found[0]
+
+
+def test_a_recipe_fills_only_what_nobody_gave(monkeypatch, tmp_path):
+    config = merged(monkeypatch, "--backbone", "eva02")
+    assert {key: config[key] for key in train.RECIPES["eva02"]} == train.RECIPES["eva02"] == config["recipe"]
+    config = merged(monkeypatch, "--backbone", "eva02", "--lr", 2e-5, "--drop-path", 0)  # the same or not: it was said
+    assert config["lr"] == 2e-5 and config["drop_path"] == 0 and config["layer_decay"] == 0.85
+    assert set(config["recipe"]) == {"layer_decay", "weight_decay", "warmup"}
+    (tmp_path / "config.json").write_text(json.dumps({"backbone": "eva02", "layer_decay": 0.7, "lr": 3e-4}))
+    config = merged(monkeypatch, "--config", tmp_path / "config.json", "--lr", 1e-4)
+    assert (config["lr"], config["layer_decay"], config["drop_path"]) == (1e-4, 0.7, 0.15)  # line, file, recipe
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--backbone", "clip"], {"lr": 2e-5, "layer_decay": 0.8, "drop_path": 0.0}),
+    (["--backbone", "dinov3"], {"lr": 1e-5, "layer_decay": 0.8, "drop_path": 0.1, "warmup": 0.05}),
+    (["--backbone", "eva02", "--size", "base"], {"lr": 5e-5, "layer_decay": 0.8, "drop_path": 0.15, "warmup": 0.1}),
+    (["--backbone", "eva02", "--lora", 16], {"lr": 1e-4, "layer_decay": 1.0, "drop_path": 0.0, "warmup": 0.1}),
+    (["--backbone", "eva02", "--weights", "none"], {"lr": 2e-5, "layer_decay": 0.8, "drop_path": 0.0, "warmup": 0.05}),
+    (["--model", "test_vit"], {"lr": 2e-5, "layer_decay": 0.8, "drop_path": 0.0, "warmup": 0.05}),
+])  # fmt: skip
+def test_what_each_backbone_gets(arguments, expected, monkeypatch):
+    config = merged(monkeypatch, *arguments)
+    assert {key: config[key] for key in expected} == expected
+
+
+def test_recipes_name_options_and_backbones():
+    options = {parameter.name: parameter for parameter in train.main.params}
+    for name, recipe in train.RECIPES.items():
+        assert name == "lora" or name.partition("-")[0] in train.BACKBONES
+        for key, value in recipe.items():
+            assert options[key].type.convert(value, None, None) == value  # within the option's range
+
+
+def test_the_recipe_is_printed_saved_and_replayed(from_file, weights_file, demo_root, tmp_path, capsys):
+    common = ["--backbone", "clip", "--size", "tiny", "--weights", weights_file, "--image-size", 32, "--workers", 0,
+              "--batch", 16, "--images", 32, "--device", "cpu", "--data", demo_root, "--weight-decay", 0.01]
+    run_here(*common, "--out", tmp_path / "run")
+    assert "recipe of clip: lr=2e-05, layer_decay=0.8, drop_path=0\n" in capsys.readouterr().out
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["lr"] == 2e-5 and config["weight_decay"] == 0.01 and "weight_decay" not in config["recipe"]
+    run_here("--config", tmp_path / "run/config.json", "--out", tmp_path / "again")
+    assert "recipe of" not in capsys.readouterr().out  # everything was given
+    assert_same_weights(tmp_path / "run", tmp_path / "again")
+    run_here(*common, "--lr", 2e-5, "--out", tmp_path / "run", "--resume")  # what the recipe said, said: the same run
+    assert "is complete" in capsys.readouterr().out
+    assert json.loads((from_file / "config.json").read_text())["lr"] == 1e-3  # the command line of that run
+
+
+# ---------------------------------------------------------------- bad input
+
+BAD = [
+    (["--loss", "sphereface"], "want [DOMAIN=]NAME[:m=NUMBER,s=NUMBER]"),
+    (["--loss", "face=arcface"], "--loss: no domain 'face'"),
+    (["--loss", "arcface:h=1"], "'h=1' is no parameter of arcface; want s=NUMBER or m=NUMBER"),
+    (["--loss", "arcface:m"], "'m' is no parameter of arcface"),
+    (["--loss", "cosface:m=x"], "'m=x' is no parameter of cosface"),
+    (["--loss", "cosface:m=5"], "m is 5; want 0 to 2"),
+    (["--loss", "body=arcface;body=cosface"], "body has two losses"),
+    (["--loss", "arcface;cosface"], "every domain has two losses"),
+    (["--loss", "face_hq=arcface:s=64", "--scale", "20"], "--loss and --scale both set scales"),
+    (["--loss", "face_hq=arcface", "--margin-angular", "0.1"], "--loss and --margin-angular both set margins"),
+    (["--margin-adaptive", "0.3"], "object has no additive margin that could adapt"),
+    (["--margin-extension", "clamp"], "no domain has its margins"),
+    (["--lora", "4"], "this network has no attention projections to adapt"),
+    (["--freeze-blocks", "10"], "this network has 10 levels and trains the last: take up to 9"),
+    (["--flip", "2"], "--flip: object is 2; want 0 to 1"),
+    (["--color", "object=0.1"], "--color 'object=0.1': no value for face_hq"),
+    (["--erase", "often"], "--erase 'often': want a number or NAME=NUMBER"),
+    (["--drop-path", "1"], "1.0 is not in the range"),
+    (["--loss", "face_hq=adaface;body=arcface", "--margin-extension", "clamp"], "body has a fixed angular margin"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", BAD, ids=[words[:40] for _, words in BAD])
+def test_bad_input_is_refused_in_one_line(arguments, words, demo_root, tmp_path):
+    with pytest.raises(click.ClickException) as error:
+        run_here(*TINY, *arguments, "--data", demo_root, "--out", tmp_path / "run")
+    assert error.value.exit_code == 2
+    assert words in error.value.format_message() and "\n" not in error.value.format_message()
+    assert not (tmp_path / "run").exists()  # refused before any work
