@@ -132,19 +132,32 @@ def test_chance_knows_the_camera_rule():
     assert np.isnan(evaluate.equal_error_rate(*evaluate.roc(np.arange(3.0), np.zeros(3, bool))))
 
 
-@pytest.mark.parametrize("hits, ap", [([1, 0, 1, 0, 0, 1], 0.722222), ([0, 1], 0.5), ([0, 0, 1, 1], 0.416667),
-                                      ([1], 1)])
-def test_average_precision_by_hand(hits, ap):
-    """The rectangle rule, e.g. (1/1 + 2/3 + 3/6) / 3 = 0.722222."""
+@pytest.mark.parametrize("hits, ap, trapezoid", [([1, 0, 1, 0, 0, 1], 0.722222, 0.677778), ([0, 1], 0.5, 0.25),
+                                                 ([0, 0, 1, 1], 0.416667, 0.291667), ([1], 1, 1)])
+def test_average_precision_by_hand(hits, ap, trapezoid):
+    """The rectangle rule, e.g. (1/1 + 2/3 + 3/6) / 3; trapezoids: ((1 + 1) + (2/3 + 1/2) + (3/6 + 2/5)) / 2 / 3."""
     ranks = np.flatnonzero(hits) + 1
+    assert evaluate.trapezoid_precision(ranks) == pytest.approx(trapezoid, abs=1e-6)
+    assert literal_compute_ap(np.array(hits)) == pytest.approx(trapezoid, abs=1e-6)
     assert evaluate.average_precision(ranks) == pytest.approx(ap, abs=1e-6)
     assert evaluate.average_precision(ranks) == pytest.approx(average_precision_score(hits, -np.arange(len(hits))))
+
+
+def literal_compute_ap(matches):
+    """Market-1501's compute_AP: the area under the precision-recall curve by trapezoids, one image after the other."""
+    old_recall, old_precision, ap, found = 0.0, 1.0, 0.0, 0
+    for place, match in enumerate(matches, 1):
+        found += match
+        recall, precision = found / matches.sum(), found / place
+        ap += (recall - old_recall) * (old_precision + precision) / 2
+        old_recall, old_precision = recall, precision
+    return ap
 
 
 def literal_reid(x, ids, cams, roles):
     """The Market-1501 evaluation as torchreid has it, one query after the other."""
     q, g = np.flatnonzero(roles == 0), np.flatnonzero(roles > 0)
-    aps, firsts, inps = [], [], []
+    aps, trapezoids, firsts, inps = [], [], [], []
     for i in q:
         order = g[np.argsort(-(x[g] @ x[i]), kind="stable")]
         keep = [j for j in order if not (ids[j] == ids[i] and cams[j] == cams[i])]
@@ -153,11 +166,12 @@ def literal_reid(x, ids, cams, roles):
             continue
         cumulative = matches.cumsum() * matches / (np.arange(len(matches)) + 1)
         aps.append(cumulative.sum() / matches.sum())
+        trapezoids.append(literal_compute_ap(matches))
         firsts.append(matches.argmax())
         inps.append(matches.sum() / (np.flatnonzero(matches)[-1] + 1))
     firsts = np.array(firsts)
     cmc = {f"rank-{k}": (firsts < k).mean() for k in (1, 5, 10)}
-    return {"mAP": np.mean(aps), "mINP": np.mean(inps), **cmc}, len(firsts)
+    return {"mAP": np.mean(aps), "mAP trapezoid": np.mean(trapezoids), "mINP": np.mean(inps), **cmc}, len(firsts)
 
 
 class FakeSplit:
