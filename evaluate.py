@@ -494,23 +494,25 @@ def take_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return x[rows[0] : rows[-1] + 1] if whole else x[rows]
 
 
-def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable,
-                   size: int = 1 << 26) -> Search:
+def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, size: int = 1 << 26,
+                   other: np.ndarray | None = None) -> Search:
     """Search every probe in a gallery by blocks of the score matrix; of a row, only what beats a mate is sorted.
 
     Args:
         x: unit vectors [M, D].
         probes, gallery: rows of x, [n] and [m].
+        other: unit vectors that the gallery's rows are of, if not of x.
         mates: row of a probe -> places in `gallery` that are right, and places that are neither right nor wrong.
         size: scores held at once.
     """
+    other = x if other is None else other
     found = Search([], *np.full((3, len(probes)), -np.inf))
     block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
     scores = np.empty((block, len(gallery)), dtype=x.dtype)
     for start in range(0, len(probes), block):
         rows = probes[start : start + block]
         for left in range(0, len(gallery), 1 << 16):
-            part = take_rows(x, gallery[left : left + (1 << 16)])
+            part = take_rows(other, gallery[left : left + (1 << 16)])
             scores[: len(rows), left : left + len(part)] = x[rows] @ part.T
         for i, (probe, s) in enumerate(zip(rows, scores, strict=False), start):
             right, ignored = mates(probe)
@@ -762,6 +764,113 @@ def score_pairs(x: np.ndarray, split: Split, draws: int, seed: int, count: int =
     return intervals(statistic, pair_weights(), len(pairs))
 
 
+# ---------------------------------------------------------------- all domains at once
+
+
+def choose_crowd(splits: list[Split]) -> list[Split]:
+    """The first in-distribution test split of each domain; none where there are not two domains."""
+    first: dict = {}
+    for split in splits:
+        if not split.protocol.get("ood"):
+            first.setdefault(split.domain, split)
+    return list(first.values()) if len(first) > 1 else []
+
+
+def name_identities(split: Split) -> np.ndarray:
+    """Who is on each image, [M]: the person that the source proves across domains, else one of this split alone; ""."""
+    own = np.array([f"{split.domain}/{name}" for name in split.classes] + [""])[split.labels]
+    if split.domain == "object":
+        return own
+    persons = [split.meta(row).get("person") for row in range(len(split))]
+    return np.array([name if person is None else f"person {person}" for name, person in zip(own, persons, strict=True)])
+
+
+@dataclass
+class Member:
+    """What a domain brings to the unified gallery."""
+
+    split: Split
+    x: np.ndarray  # unit embeddings [M, D]
+    who: np.ndarray  # int64 [M]: identity over all domains, -1 unknown
+    probes: np.ndarray  # rows
+    gallery: np.ndarray  # rows
+
+    def mates(self, other: "Member") -> Callable:
+        """`mates` of `search_gallery` for this domain's probes in another's gallery, or in its own."""
+        same, gallery = mates_in(other.who[other.gallery]), other.gallery
+        cameras, template = self.split.optional("camera"), self.split.optional("template")
+
+        def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
+            places = same(self.who[probe])
+            if other is not self:
+                return places, places[:0]
+            rows = gallery[places]
+            ignored = (rows == probe) | ((template[rows] == template[probe]) & (template[probe] >= 0))
+            if self.split.protocol["name"] == "reid":
+                ignored |= cameras[rows] == cameras[probe]
+            return places[~ignored], places[ignored]
+
+        return mates
+
+
+def make_members(splits: list[Split], embeddings: list[np.ndarray], limit: int, seed: int) -> list[Member]:
+    """Probes and gallery of each domain by its roles; without roles every image is both (and never its own mate)."""
+    names = [name_identities(split) for split in splits]
+    people = np.unique(np.concatenate(names))
+    members = []
+    for split, x, name in zip(splits, embeddings, names, strict=True):
+        who = np.where(name == "", -1, np.searchsorted(people, name))
+        good, roles = np.isfinite(x[:, 0]), split.optional("role")
+        probes = np.flatnonzero(good & (roles <= ROLES.index("probe")) & (who >= 0))
+        rng = np.random.default_rng((seed, DOMAINS.index(split.domain)))
+        probes = np.sort(rng.permutation(probes)[:limit])
+        members.append(Member(split, x, who, probes, np.flatnonzero(good & (roles != ROLES.index("probe")))))
+    return members
+
+
+def score_unified(members: list[Member], draws: int, seed: int) -> dict[str, dict[str, Figure]]:
+    """Probes of every domain against the galleries of all domains together; ties count against the probe.
+
+    A hit on the same person in another domain is right. By domain, over its probes with a mate in their own gallery:
+    rank-1 alone and in the crowd, and the shares whose nearest vector is of each domain; "rank-1 in D" over those with
+    a mate in D, against D's gallery. Under "all": the average and the worst of the domains.
+    """
+    found = [[search_gallery(a.x, a.probes, b.gallery, a.mates(b), other=b.x) for b in members] for a in members]
+    hits: dict[tuple[str, str], tuple[int, np.ndarray, np.ndarray]] = {}  # member, its probes that count, their values
+    domains = [member.split.domain for member in members]
+    for i, (row, domain) in enumerate(zip(found, domains, strict=True)):
+        own, wrong = (np.array([getattr(search, name) for search in row]) for name in ("own", "wrong"))
+        counted = np.isfinite(own[i])
+        if not counted.any():
+            raise InputError(f"{members[i].split.folder}: no probe has a mate in the gallery: leave it out of --splits")
+        hits[domain, "rank-1 alone"] = (i, counted, own[i] > wrong[i])
+        hits[domain, "rank-1 in the crowd"] = (i, counted, own.max(0) > wrong.max(0))
+        nearest = np.maximum(own, wrong).argmax(0)
+        for j, other in enumerate(domains):
+            hits[domain, f"nearest is {other}"] = (i, counted, nearest == j)
+            if j != i and np.isfinite(own[j]).any():
+                hits[domain, f"rank-1 in {other}"] = (i, np.isfinite(own[j]), own[j] > wrong[j])
+    ends = np.cumsum([len(member.probes) for member in members])[:-1]
+
+    def statistic(weights: np.ndarray | None) -> dict[tuple[str, str], float]:
+        parts = [None] * len(members) if weights is None else np.split(weights, ends)
+        values = {key: weighted_mean(hit[counted].astype(float), None if parts[i] is None else parts[i][counted])
+                  for key, (i, counted, hit) in hits.items()}
+        for name in ("rank-1 alone", "rank-1 in the crowd"):
+            tasks = [values[domain, name] for domain in domains]
+            values["all", f"average {name}"] = float(np.mean(tasks))
+            values["all", f"worst {name}"] = float(np.min(tasks))
+        return values
+
+    # one resampling of the people for all domains: who is in two of them is drawn, or not, in both
+    who = np.concatenate([member.who[member.probes] for member in members])
+    figures: dict = {}
+    for (domain, metric), figure in intervals(statistic, bootstrap_counts(who, draws, seed)).items():
+        figure.count = int(hits[domain, metric][1].sum()) if domain != "all" else len(who)
+        figures.setdefault(domain, {})[metric] = figure
+    return figures
+
+
 # ---------------------------------------------------------------- results
 
 
@@ -783,7 +892,7 @@ class Row:
     @property
     def headline(self) -> bool:
         """Whether this is the figure that stands for its protocol."""
-        return HEADLINE[self.protocol.split(",")[0]] == self.metric
+        return HEADLINE.get(self.protocol.split(",")[0]) == self.metric
 
     @property
     def out_of_distribution(self) -> bool:
@@ -862,9 +971,12 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
     return figures, curves
 
 
-def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: bool) -> list[Row]:
+Results = list[tuple["Row", np.ndarray]]  # rows with the resampled values behind them
+
+
+def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: bool) -> Results:
     """All rows, split by split: the figures of each set of weights, then what classification retains."""
-    rows = []
+    rows: Results = []
     for split in splits:
         key = f"{split.domain}/{split.name}"
         by_weights = {weights: {rule: dict(by_metric) for rule, by_metric in found[key].items()}
@@ -877,9 +989,23 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
         for weights, by_rule in by_weights.items():
             for rule, found in by_rule.items():
                 protocol = describe_protocol(split, rule, flip)
-                rows += [Row(run, weights, split.domain, split.name, protocol, metric, f.value, f.low, f.high, f.count)
-                         for metric, f in found.items() if math.isfinite(f.value)]
+                rows += rows_of(run, weights, split.domain, split.name, protocol, found)
     return rows
+
+
+def rows_of(run: str, weights: str, domain: str, split: str, protocol: str, found: dict[str, Figure]) -> Results:
+    """The rows of some figures; one that could not be computed is absent."""
+    return [(Row(run, weights, domain, split, protocol, metric, f.value, f.low, f.high, f.count), f.draws)
+            for metric, f in found.items() if math.isfinite(f.value)]
+
+
+def make_unified_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: bool, limit: int,
+                      seed: int) -> Results:
+    """The rows of the unified gallery, split "everything": of each domain, and of "all"."""
+    sets = " + ".join(f"{split.domain} {fingerprint(split)}" for split in splits)
+    protocol = f"unified, at most {limit} probes a domain, seed {seed}, sets {sets}, {'flip' if flip else 'no flip'}"
+    return [row for weights, by_domain in figures.items() for domain, found in by_domain.items()
+            for row in rows_of(run, weights, domain, "everything", protocol, found)]
 
 
 def headlines(rows: list[Row]) -> dict[tuple[str, str], dict[str, Row]]:
@@ -930,6 +1056,16 @@ def write_rows(folder: Path, rows: list[Row]) -> None:
     train.write_atomically(folder / "results.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
 
     write_csv(folder / "results.csv", table)
+
+
+def write_draws(folder: Path, results: Results, seed: int) -> None:
+    """draws.npz: the resampled values of every row, [rows, draws], which `compare` pairs between runs."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, draws=np.array([draws for _, draws in results], dtype=np.float32), seed=seed)
+
+    train.write_atomically(folder / "draws.npz", write)
 
 
 def write_csv(path: Path, table: list[dict]) -> None:
@@ -1142,6 +1278,8 @@ def model_options(command):
 @click.option("--image-size", type=click.IntRange(16), help="Input side in pixels.")
 @click.option("--out", metavar="DIR", help="Without --run: folder for the results (default: runs/NAME-foundation).")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
+@click.option("--crowd", type=click.IntRange(0), default=5000,
+              help="Probes of a domain that are searched among all domains at once (0: none).")
 @click.pass_context
 def main(context: click.Context, **options) -> int | None:
     if context.invoked_subcommand:
@@ -1152,19 +1290,29 @@ def main(context: click.Context, **options) -> int | None:
     splits = choose_splits(root, options["splits"], data)
     device, out = train.pick_device(options["device"]), folder / "eval"
     out.mkdir(parents=True, exist_ok=True)
-    figures, curves = {}, {}
+    figures, curves, unified = {}, {}, {}
+    crowd = choose_crowd(splits) if options["crowd"] else []
     for weights, load in models.items():
         embed = Embedder(load(), weights, out / "embeddings", device, options["batch"], options["workers"],
                          options["flip"])
         found = score(embed, splits, root, run if weights == "tuned" else None, options["bootstrap"], options["seed"])
         figures[weights], curves[weights] = found
-    rows = make_rows(name, splits, figures, options["flip"])
+        if crowd:
+            members = make_members(crowd, [embed(split) for split in crowd], options["crowd"], options["seed"])
+            unified[weights] = score_unified(members, options["bootstrap"], options["seed"])
+    results = make_rows(name, splits, figures, options["flip"])
+    results += make_unified_rows(name, crowd, unified, options["flip"], options["crowd"], options["seed"])
+    rows = [row for row, _ in results]
     write_rows(out, rows)
+    write_draws(out, results, options["seed"])
     write_report(out, rows, splits, options["flip"])
     draw_figures(out, rows, curves, splits)
     for (domain, split), pair in headlines(rows).items():
         print(f"{domain + '/' + split:22s} {next(iter(pair.values())).metric:20s} "
               + "   ".join(f"{weights} {show_value(row)}" for weights, row in pair.items()))
+    for row in rows:
+        if row.domain == "all":
+            print(f"{'everything':22s} {row.metric:30s} {row.weights} {show_value(row)}")
     print(f"written: {out}/report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
     return 0

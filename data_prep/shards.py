@@ -425,6 +425,18 @@ class Split:
         block = os.pread(self.files[shard], tarfile.BLOCKSIZE + int(self.length[row]), offset - tarfile.BLOCKSIZE)
         return block[:100].split(b".")[0].decode("ascii", "replace"), block[tarfile.BLOCKSIZE :]
 
+    def meta(self, row: int) -> dict:
+        """What its shard says about a sample: the JSON member that follows the JPEG."""
+        self.jpeg(row)  # opens the shard
+        block, end = tarfile.BLOCKSIZE, int(self.offset[row]) + int(self.length[row])
+        place, file = -(-end // block) * block, self.files[int(self.shard[row])]
+        try:
+            size = tarfile.TarInfo.frombuf(os.pread(file, block, place), "ascii", "strict").size
+            return json.loads(os.pread(file, size, place + block))
+        except (tarfile.TarError, ValueError) as error:
+            raise InputError(f"{self.folder}: no metadata beside sample {row} ({error}); prepare the split again, or "
+                             "find what differs with `python -m data_prep verify`") from error
+
     def image(self, row: int):
         """A sample as a uint8 tensor [3, size, size], RGB.
 

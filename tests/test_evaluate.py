@@ -13,7 +13,7 @@ from sklearn.neighbors import NearestCentroid
 
 import evaluate
 import train
-from data_prep import InputError
+from data_prep import DOMAINS, InputError
 from data_prep.shards import Split, open_root
 from evaluate import Figure
 from tests.conftest import script
@@ -337,8 +337,11 @@ def test_evaluation_writes_what_the_design_lists(evaluated, tiny_run, demo_root)
         table = list(csv.DictReader(file))
     fields = ["run", "weights", "domain", "split", "protocol", "metric", "value", "low", "high", "count"]
     assert list(rows[0]) == list(table[0]) == fields and len(rows) == len(table)
-    assert {(r["domain"], r["split"]) for r in rows} == {("object", "val"), ("object", "collage"), ("face_hq", "test"),
-                                                         ("face_lq", "test"), ("body", "test")}
+    assert {(r["domain"], r["split"]) for r in rows if r["split"] != "everything"} == {
+        ("object", "val"), ("object", "collage"), ("face_hq", "test"), ("face_lq", "test"), ("body", "test")}
+    assert {r["domain"] for r in rows if r["split"] == "everything"} == {*DOMAINS, "all"}
+    strings = {(r["domain"], r["split"], r["protocol"], r["metric"], r["weights"]) for r in rows}
+    assert len(strings) == len(rows) and all(", flip" in r["protocol"] for r in rows)  # a string and metric: one number
     assert {r["weights"] for r in rows} == {"foundation", "tuned"}
     assert all(r["low"] <= r["value"] <= r["high"] for r in rows if r["metric"] == "rank-1")
     for name in ("bars.png", "roc.png", "cmc.png"):
