@@ -21,6 +21,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import scipy.sparse
 import torch
 from tqdm import tqdm
 
@@ -32,7 +33,9 @@ from train import Backbone, Run, matched_pairs
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
-HEADLINE = {"verification": "auc", "reid": "rank-1", "identification": "rank-1", "classification": "nearest-mean top-1"}
+HEADLINE = {"verification": "auc", "templates": "tar@far=0.0001", "reid": "rank-1", "identification": "rank-1",
+            "classification": "nearest-mean top-1"}
+FPIRS = (1e-1, 1e-2)
 COLOURS = {"foundation": "#999999", "tuned": "#0072B2"}  # Okabe-Ito
 
 # ---------------------------------------------------------------- embeddings
@@ -72,6 +75,10 @@ class Embedder:
 
     def __call__(self, split: Split) -> np.ndarray:
         """Unit embeddings float32 [M, D] of a split; NaN in the rows of unreadable images."""
+        return normalise(self.raw(split))
+
+    def raw(self, split: Split) -> np.ndarray:
+        """The same before normalisation: the norm of a face tells how good its picture is, so templates use it."""
         path = self.folder / f"{self.name}-{split.domain}-{split.name}.npy"
         index = hashlib.sha256((split.folder / "index.json").read_bytes()).hexdigest()
         fingerprint = {"weights": self.weights, "split": index, "image_size": self.model.image_size, "flip": self.flip}
@@ -92,8 +99,13 @@ class Embedder:
             train.write_atomically(path, lambda temporary: save_array(temporary, x))
             if np.isfinite(x).all():  # a split with damaged images may be repaired: its embeddings are made anew
                 train.write_json(note, fingerprint)
-        length = np.linalg.norm(x, axis=1, keepdims=True)
-        return x / np.maximum(length, 1e-12)
+        return x
+
+
+def normalise(x: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1 IN PLACE: a copy of a million embeddings would be gigabytes."""
+    x /= np.maximum(np.sqrt(np.einsum("nd,nd->n", x, x)), 1e-12)[:, None]
+    return x
 
 
 # ---------------------------------------------------------------- uncertainty
@@ -255,30 +267,278 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
     return intervals(statistic, pair_weights(), len(pairs)), {"far": far, "tar": tar}
 
 
+# ---------------------------------------------------------------- templates
+
+
+@dataclass
+class Templates:
+    """What the images of a template set amount to: one vector a template, and whose it is."""
+
+    ids: np.ndarray  # int64 [T], ascending: every template that has an image or is listed
+    vectors: np.ndarray  # unit float32 [T, D]; zeros where not enrolled
+    identity: np.ndarray  # int64 [T]; a template without images whose person no genuine pair tells has one of its own
+    enrolled: np.ndarray  # bool [T]: has a readable image
+
+    def places(self, ids: np.ndarray) -> np.ndarray:
+        """Where templates stand in these arrays."""
+        return np.searchsorted(self.ids, ids).astype(np.int32)
+
+
+def pool_templates(x: np.ndarray, split: Split, quality: np.ndarray) -> Templates:
+    """Templates: the mean over the images of each medium (a video counts once), summed over media, normalised.
+
+    Source: insightface, `ijb_evals.py`.
+
+    Args:
+        x: embeddings float32 [M, D], not normalised; NaN where unreadable.
+        split: a split with the protocol "templates".
+        quality: [M], multiplied to the embeddings.
+    """
+    template, media = np.array(split.optional("template")), split.optional("media")
+    tables = {"template_pairs": 2, "template_gallery": 1, "template_probes": 1}  # columns that name templates
+    listed = [split.column(name)[:, :n].ravel() for name, n in tables.items() if name in split.index["columns"]]
+    ids = np.unique(np.concatenate([template[template >= 0], *listed]))
+    rows = np.flatnonzero(np.isfinite(x[:, 0]) & (template >= 0))
+    place = np.searchsorted(ids, template[rows])
+    _, medium, size = np.unique(place * (int(media.max()) + 2) + media[rows] + 1, return_inverse=True,
+                                return_counts=True)
+    weight = (quality[rows] / size[medium]).astype(np.float32)
+    vectors = normalise(scipy.sparse.csr_array((weight, (place, rows)), shape=(len(ids), len(x))) @ x)
+    enrolled, identity = np.zeros(len(ids), dtype=bool), np.arange(len(ids)) + len(split.classes)
+    enrolled[place], identity[place] = True, split.labels[rows]
+    found = Templates(ids, vectors, identity, enrolled)
+    if "template_pairs" in split.index["columns"] and not enrolled.all():
+        pairs = split.column("template_pairs")
+        left, right = (found.places(column) for column in pairs[pairs[:, 2] == 1, :2].T)
+        for a, b in ((left, right), (right, left)):
+            known = ~enrolled[a] & enrolled[b]
+            identity[a[known]] = identity[b[known]]
+    return found
+
+
+def score_listed(x: np.ndarray, left: np.ndarray, right: np.ndarray, block: int = 256) -> np.ndarray:
+    """Inner products float32 [P] of listed pairs of rows of x, by blocks of left rows times all rows.
+
+    Lists of templates name the same ones thousands of times: to gather both sides pair by pair moves far more memory.
+    """
+    order, scores = np.argsort(left, kind="stable"), np.empty(len(left), dtype=np.float32)
+    lefts, first = np.unique(left[order], return_index=True)
+    first = np.append(first, len(order))
+    for start in range(0, len(lefts), block):
+        some = lefts[start : start + block]
+        pairs = order[first[start] : first[start + len(some)]]
+        scores[pairs] = (x[some] @ x.T)[np.searchsorted(some, left[pairs]), right[pairs]]
+    return scores
+
+
+@dataclass
+class Tail:
+    """The ROC of millions of pairs where the FAR is small: exact, and quick to reweight."""
+
+    pairs: np.ndarray  # [n] the highest scores, descending
+    start: np.ndarray  # [points] first of the `pairs` between this point and the one before
+    corner: np.ndarray  # bool [points]: also a point of scikit-learn's roc_curve, which drops some
+
+
+def find_tail(scores: np.ndarray, same: np.ndarray, target: float) -> Tail:
+    """The part of the ROC that decides TAR at every FAR up to `target`.
+
+    Points without a genuine pair of their own are kept only where scikit-learn keeps them: where the steps to the
+    neighbouring thresholds differ. The rule of the nearest FAR depends on that, to the last digit.
+    """
+    impostors = scores[~same]
+    for count in (min(int(1.5 * target * len(impostors)) + 2, len(impostors)), len(impostors)):
+        whole = count == len(impostors)
+        least = -np.inf if whole else np.partition(impostors, len(impostors) - count)[len(impostors) - count]
+        pairs = np.flatnonzero(scores >= least)
+        pairs = pairs[np.argsort(-scores[pairs], kind="stable")]
+        last = np.flatnonzero(np.append(np.diff(scores[pairs]) != 0, True))  # ties are accepted together
+        genuine, false = np.cumsum(same[pairs])[last], np.cumsum(~same[pairs])[last]
+        corner = np.ones(len(last), dtype=bool)
+        corner[1:-1] = (np.diff(genuine, 2) != 0) | (np.diff(false, 2) != 0)
+        corner[-1] = whole  # else its neighbour below is not known
+        if whole or (corner & (false >= target * len(impostors))).any():
+            break
+    kept = corner | (np.diff(genuine, prepend=0) > 0)
+    ends = last[kept]
+    return Tail(pairs[: ends[-1] + 1], np.append(0, ends[:-1] + 1), corner[kept])
+
+
+def tar_at_nearest_far(far: np.ndarray, tar: np.ndarray, target: float) -> float:
+    """The TAR at the FAR nearest to the target, of several the last (insightface's rule; may exceed the target)."""
+    gap = np.abs(far - target)
+    return float(tar[np.flatnonzero(gap == gap.min())[-1]])
+
+
+def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int,
+                         seed: int) -> dict[str, dict[str, Figure]]:
+    """TAR@FAR of listed pairs of templates, by rule for the FAR ("nearest", "strict").
+
+    Only FARs of which the list has an impostor to spare. A pair with a template that is not enrolled is never accepted.
+    """
+    left, right = templates.places(pairs[:, 0]), templates.places(pairs[:, 1])
+    same = np.array(pairs[:, 2] == 1)
+    scores = score_listed(templates.vectors, left, right)
+    scores[~(templates.enrolled[left] & templates.enrolled[right])] = -2  # below every cosine
+    _, identity = np.unique(templates.identity, return_inverse=True)
+    people, a, b = int(identity.max()) + 1, identity[left], identity[right]
+    genuine_of = np.bincount(a[same], minlength=people)
+    ones = np.ones(int((~same).sum()), dtype=np.int32)
+    impostors_of = scipy.sparse.csr_array((ones, (a[~same], b[~same])), shape=(people, people))  # adds up
+    targets = [far for far in FARS if far * len(ones) >= 1]
+    if not targets or len(ones) == len(pairs):
+        return {}
+    tail = find_tail(scores, same, max(targets))
+    a, b, same = a[tail.pairs], b[tail.pairs], same[tail.pairs]
+
+    def roc_of(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """FAR and TAR at the tail's points when each person is there so many times."""
+        once = counts[a]
+        genuine = np.add.reduceat(np.where(same, once, 0), tail.start)
+        false = np.add.reduceat(np.where(same, 0, once * counts[b]), tail.start)
+        total, others = counts @ genuine_of, counts @ (impostors_of @ counts)
+        return (np.append(0, np.cumsum(false)) / max(others, 1), np.append(0, np.cumsum(genuine)) / max(total, 1))
+
+    corner = np.append(True, tail.corner)
+
+    def statistic(counts: np.ndarray | None) -> dict[str, float]:
+        far, tar = roc_of(np.ones(people, dtype=np.int64) if counts is None else counts)
+        nearest = {("nearest", f): tar_at_nearest_far(far[corner], tar[corner], f) for f in targets}
+        return nearest | {("strict", f): tar_at_far(far, tar, f) for f in targets}
+
+    found = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs))
+    return {rule: {f"tar@far={far:g}": found[rule, far] for far in targets} for rule in ("nearest", "strict")}
+
+
+def score_template_search(templates: Templates, galleries: list[np.ndarray], probes: np.ndarray, draws: int,
+                          seed: int) -> dict[str, Figure]:
+    """Rank-k and TPIR@FPIR of probe templates in each gallery for itself.
+
+    Hits at a rank are added over the galleries and divided by all probes (each has its mate in one of them); TPIR is
+    the mean over galleries. A probe that is not enrolled counts as a miss.
+    Source: insightface, `ijb_evals.py`, evaluation_1N.
+    """
+    probes, searches = templates.places(probes), []
+    lost = ~templates.enrolled[probes]
+    for gallery in galleries:
+        rows = templates.places(gallery)
+        rows = rows[templates.enrolled[rows]]
+        same = mates_in(templates.identity[rows])
+        search = search_gallery(templates.vectors, probes, rows, lambda p, same=same: (same(templates.identity[p]), []))
+        search.own[lost], search.first[lost], search.wrong[lost] = -np.inf, np.inf, -2
+        searches.append((search, np.isfinite(search.own) | lost))
+    supported = [f for f in FPIRS if all((~mated).sum() * f >= 1 and mated.any() for _, mated in searches)]
+
+    def statistic(weights: np.ndarray | None) -> dict[str, float]:
+        values = {f"rank-{k}": weighted_mean(sum((search.first <= k).astype(float) for search, _ in searches), weights)
+                  for k in (1, 5, 10)}
+        for f in supported:
+            values[f"tpir@fpir={f:g}"] = float(np.mean([tpir_at_fpir(*found, f, weights) for found in searches]))
+        return values
+
+    return intervals(statistic, bootstrap_counts(templates.identity[probes], draws, seed), len(probes))
+
+
+def score_templates(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
+    """1:1 and 1:N figures of a template set, by rule, with and without the detector's score as a weight.
+
+    Args:
+        x: embeddings [M, D], not normalised.
+
+    Returns:
+        {rule: {metric: Figure}}, the customary one first, and nothing to draw.
+    """
+    columns, found = split.index["columns"], {}
+    poolings = {"norm": np.ones(len(split), dtype=np.float32)}
+    if "quality" in columns:
+        poolings = {"norm x detector score": np.maximum(split.column("quality"), 0)} | poolings
+    for pooling, quality in poolings.items():
+        templates, how = pool_templates(x, split, quality), f"means of media weighted by {pooling}"
+        if "template_pairs" in columns:
+            by_rule = score_template_pairs(templates, split.column("template_pairs"), draws, seed)
+            found |= {f"1:1, {how}, {rule} FAR": figures for rule, figures in by_rule.items()}
+        if {"template_gallery", "template_probes"} <= set(columns):
+            listed, probes = split.column("template_gallery"), split.column("template_probes")[:, 0]
+            galleries = [listed[listed[:, 1] == g, 0] for g in np.unique(listed[:, 1])]
+            rule = f"1:N in {len(galleries)} galleries, {how}, TPIR above the floor(N x FPIR)-th non-mate"
+            found[rule] = score_template_search(templates, galleries, probes, draws, seed)
+    if not any(found.values()):
+        raise InputError(f"{split.folder}: its lists support no figure: {1 / max(FARS):g} impostor pairs and a genuine "
+                         "one, or a gallery and probes, are the least")
+    return found, {}
+
+
 # ---------------------------------------------------------------- identification, re-identification
 
 
-def ranks_of_positives(probes: np.ndarray, gallery: np.ndarray, relevant: Callable, ignored: Callable,
-                       block: int = 256) -> list[np.ndarray]:
-    """For every probe the ranks (1 = nearest, ascending) of its relevant gallery items; ties count against them.
+@dataclass
+class Search:
+    """What probes found in a gallery."""
+
+    ranks: list[np.ndarray]  # of each probe's mates, ascending, 1 = nearest; ties count against them
+    first: np.ndarray  # [n] rank of the nearest mate; inf without one
+    own: np.ndarray  # [n] score of the nearest mate; -inf without one
+    wrong: np.ndarray  # [n] score of the nearest of the others
+
+
+def mates_in(labels: np.ndarray) -> Callable[[int], np.ndarray]:
+    """A function that gives the places of a label among `labels`; none for the label -1."""
+    order = np.argsort(labels, kind="stable")
+    ordered = labels[order]
+    return lambda label: order[slice(*np.searchsorted(ordered, [label, label + 1]))] if label >= 0 else order[:0]
+
+
+def take_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """x[rows], without a copy where the rows are neighbours."""
+    whole = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all()
+    return x[rows[0] : rows[-1] + 1] if whole else x[rows]
+
+
+def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, size: int = 1 << 26,
+                   other: np.ndarray | None = None) -> Search:
+    """Search every probe in a gallery by blocks of the score matrix; of a row, only what beats a mate is sorted.
 
     Args:
-        probes: unit vectors [n, D].
-        gallery: unit vectors [m, D].
-        relevant: rows of probes [b] -> bool [b, m], same identity.
-        ignored: rows of probes [b] -> bool [b, m], neither right nor wrong: taken out of the gallery.
-        block: probes whose scores are held at once.
+        x: unit vectors [M, D].
+        probes, gallery: rows of x, [n] and [m].
+        other: unit vectors that the gallery's rows are of, if not of x.
+        mates: row of a probe -> places in `gallery` that are right, and places that are neither right nor wrong.
+        size: scores held at once.
     """
-    ranks = []
+    other = x if other is None else other
+    found = Search([], *np.full((3, len(probes)), -np.inf))
+    block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
+    scores = np.empty((block, len(gallery)), dtype=x.dtype)
     for start in range(0, len(probes), block):
-        rows = np.arange(start, min(start + block, len(probes)))
-        scores, out = probes[rows] @ gallery.T, ignored(rows)
-        hit = relevant(rows) & ~out
-        for s, positive, junk in zip(scores, hit, out, strict=True):
-            wrong = np.sort(s[~positive & ~junk])
-            own = -np.sort(-s[positive])
-            ranks.append(np.arange(1, len(own) + 1) + len(wrong) - np.searchsorted(wrong, own, side="left"))
-    return ranks
+        rows = probes[start : start + block]
+        for left in range(0, len(gallery), 1 << 16):
+            part = take_rows(other, gallery[left : left + (1 << 16)])
+            scores[: len(rows), left : left + len(part)] = x[rows] @ part.T
+        for i, (probe, s) in enumerate(zip(rows, scores, strict=False), start):
+            right, ignored = mates(probe)
+            own = -np.sort(-s[right])
+            s[right], s[ignored] = -np.inf, -np.inf
+            found.wrong[i] = s.max(initial=-np.inf)
+            above = np.sort(s[s >= own[-1]]) if len(own) else own
+            found.ranks.append(np.arange(1, len(own) + 1) + len(above) - np.searchsorted(above, own, side="left"))
+            found.own[i], found.first[i] = (own[0], found.ranks[-1][0]) if len(own) else (-np.inf, np.inf)
+    return found
+
+
+def tpir_at_fpir(search: Search, mated: np.ndarray, target: float, weights: np.ndarray | None = None) -> float:
+    """Share of the mated probes whose mate comes first and scores above a threshold that others rarely pass.
+
+    The threshold is the floor(N x FPIR)-th highest best score of the N probes without a mate.
+    Source: insightface, `ijb_evals.py`.
+    """
+    w = np.ones(len(mated)) if weights is None else weights
+    order = np.argsort(-search.wrong[~mated], kind="stable")
+    top, cumulative = search.wrong[~mated][order], np.cumsum(w[~mated][order])
+    if not cumulative[-1]:
+        return math.nan  # a resampling without them
+    threshold = top[np.searchsorted(cumulative, max(int(cumulative[-1] * target), 1))]
+    hit = (search.own > search.wrong) & (search.own > threshold)
+    return weighted_mean(hit[mated].astype(float), w[mated])
 
 
 def average_precision(ranks: np.ndarray) -> float:
@@ -286,44 +546,89 @@ def average_precision(ranks: np.ndarray) -> float:
     return float((np.arange(1, len(ranks) + 1) / ranks).mean())
 
 
+def trapezoid_precision(ranks: np.ndarray) -> float:
+    """(1/R) Σ (i / r_i + (i - 1) / (r_i - 1)) / 2, the second term 1 where r_i = 1 (Market-1501's own evaluation)."""
+    i = np.arange(1, len(ranks) + 1)
+    before = np.where(ranks > 1, (i - 1) / np.maximum(ranks - 1, 1), 1.0)
+    return float((i / ranks + before).mean() / 2)
+
+
 def inverse_negative_penalty(ranks: np.ndarray) -> float:
     """R / r_R, how early the last relevant item is found (INP; its mean over probes is mINP; Ye et al. 2021)."""
     return len(ranks) / float(ranks[-1])
 
 
-def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
+def gallery_rule(split: Split, gallery: np.ndarray, variant: str) -> Callable:
+    """`mates` of `search_gallery` for a variant of re-identification, or identification (data_prep/bodies.py)."""
+    cameras, clothes, same = split.optional("camera"), split.optional("clothes"), mates_in(split.labels[gallery])
+
+    def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
+        places = same(split.labels[probe])
+        if split.protocol["name"] != "reid":
+            return places, places[:0]
+        rows = gallery[places]
+        ignored = cameras[rows] == cameras[probe]
+        if variant.startswith("cross-clothes"):
+            ignored |= clothes[rows] == clothes[probe]
+        if variant.startswith("same-clothes"):
+            ignored |= clothes[rows] != clothes[probe]
+        return places[~ignored], places[ignored]
+
+    return mates
+
+
+def draw_galleries(labels: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Places of one random image of each person, `draws` times; distractors (label -1) are all kept."""
+    order = np.argsort(labels, kind="stable")
+    order, others = order[labels[order] >= 0], order[labels[order] < 0]
+    _, start, size = np.unique(labels[order], return_index=True, return_counts=True)
+    rng = np.random.default_rng(seed)
+    for _ in range(draws):
+        yield np.sort(np.append(others, order[start + rng.integers(size)]))
+
+
+def variants_of(split: Split) -> list[str]:
+    """The ways in which a split's gallery is scored, the customary one first."""
+    return split.protocol.get("variants", ["general" if split.protocol["name"] == "reid" else "whole gallery"])
+
+
+def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: str | None = None) -> tuple[dict, dict]:
     """CMC (and mAP, mINP for re-identification) of a split's probes against its gallery and distractors.
 
-    Re-identification ignores gallery items of the same identity and camera (Market-1501). Probes without a relevant
-    item left are not counted.
+    Re-identification ignores gallery items of the same identity and camera (Market-1501), or as the variant says.
+    Probes without a relevant item left are not counted, but for the TPIR of identification, whose threshold they set.
     """
-    roles, cameras, good = split.optional("role"), split.optional("camera"), np.isfinite(x[:, 0])
+    variant = variant or variants_of(split)[0]
+    roles, good, reid = split.optional("role"), np.isfinite(x[:, 0]), split.protocol["name"] == "reid"
     q, g = np.flatnonzero((roles == ROLES.index("probe")) & good), np.flatnonzero((roles > 0) & good)
-    reid = split.protocol["name"] == "reid"
-
-    def relevant(rows: np.ndarray) -> np.ndarray:
-        return split.labels[q[rows]][:, None] == np.where(split.labels[g] < 0, -2, split.labels[g])
-
-    def ignored(rows: np.ndarray) -> np.ndarray:
-        return relevant(rows) & (cameras[q[rows]][:, None] == cameras[g]) & reid
-
-    ranks = ranks_of_positives(x[q], x[g], relevant, ignored)
-    counted = np.array([len(r) > 0 for r in ranks], dtype=bool)
+    single, ks = variant.endswith("single-shot"), (1, 5, 10) if reid else (1, 5, 20)
+    if single:
+        galleries = [g[places] for places in draw_galleries(split.labels[g], split.protocol.get("draws", 10), seed)]
+    else:
+        galleries = [g]
+    searches = [search_gallery(x, q, rows, gallery_rule(split, rows, variant)) for rows in galleries]
+    counted = np.all([np.isfinite(search.first) for search in searches], axis=0)
     if not counted.any():
         raise InputError(f"{split.folder}: no probe has a mate in the gallery: nothing to score")
-    q, ranks = q[counted], [r for r in ranks if len(r)]
-    first = np.array([r[0] for r in ranks])
-    per_probe = {f"rank-{k}": (first <= k).astype(float) for k in ((1, 5, 10) if reid else (1, 5, 20))}
-    if reid:
-        per_probe |= {"mAP": np.array([average_precision(r) for r in ranks]),
-                      "mINP": np.array([inverse_negative_penalty(r) for r in ranks])}
+    first = np.array([search.first for search in searches])[:, counted]
+    per_probe = {f"rank-{k}": (first <= k).mean(0) for k in ks}
+    if reid and not single:
+        ranks = [r for r in searches[0].ranks if len(r)]
+        per_probe |= {name: np.array([of(r) for r in ranks]) for name, of in (
+            ("mAP", average_precision), ("mAP trapezoid", trapezoid_precision), ("mINP", inverse_negative_penalty))}
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
         return {name: weighted_mean(values, weights) for name, values in per_probe.items()}
 
-    weights = bootstrap_counts(split.labels[q], draws, seed)
+    weights = bootstrap_counts(split.labels[q][counted], draws, seed)
     cmc = np.array([(first <= k).mean() for k in range(1, 51)])
-    return intervals(statistic, weights, len(q)), {"cmc": cmc}
+    found = intervals(statistic, weights, int(counted.sum()))
+    supported = [] if reid else [f for f in FPIRS if (~counted).sum() * f >= 1]
+    if supported:  # probes without a label are strangers, each for itself
+        people = np.where(split.labels[q] < 0, len(split.classes) + np.arange(len(q)), split.labels[q])
+        found |= intervals(lambda w: {f"tpir@fpir={f:g}": tpir_at_fpir(searches[0], counted, f, w) for f in supported},
+                           bootstrap_counts(people, draws, seed), len(q))
+    return found, {"cmc": cmc}
 
 
 # ---------------------------------------------------------------- classification
@@ -440,6 +745,113 @@ def score_pairs(x: np.ndarray, split: Split, draws: int, seed: int, count: int =
     return intervals(statistic, pair_weights(), len(pairs))
 
 
+# ---------------------------------------------------------------- all domains at once
+
+
+def choose_crowd(splits: list[Split]) -> list[Split]:
+    """The first in-distribution test split of each domain; none where there are not two domains."""
+    first: dict = {}
+    for split in splits:
+        if not split.protocol.get("ood"):
+            first.setdefault(split.domain, split)
+    return list(first.values()) if len(first) > 1 else []
+
+
+def name_identities(split: Split) -> np.ndarray:
+    """Who is on each image, [M]: the person that the source proves across domains, else one of this split alone; ""."""
+    own = np.array([f"{split.domain}/{name}" for name in split.classes] + [""])[split.labels]
+    if split.domain == "object":
+        return own
+    persons = [split.fields(row).get("person") for row in range(len(split))]
+    return np.array([name if person is None else f"person {person}" for name, person in zip(own, persons, strict=True)])
+
+
+@dataclass
+class Member:
+    """What a domain brings to the unified gallery."""
+
+    split: Split
+    x: np.ndarray  # unit embeddings [M, D]
+    who: np.ndarray  # int64 [M]: identity over all domains, -1 unknown
+    probes: np.ndarray  # rows
+    gallery: np.ndarray  # rows
+
+    def mates(self, other: "Member") -> Callable:
+        """`mates` of `search_gallery` for this domain's probes in another's gallery, or in its own."""
+        same, gallery = mates_in(other.who[other.gallery]), other.gallery
+        cameras, template = self.split.optional("camera"), self.split.optional("template")
+
+        def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
+            places = same(self.who[probe])
+            if other is not self:
+                return places, places[:0]
+            rows = gallery[places]
+            ignored = (rows == probe) | ((template[rows] == template[probe]) & (template[probe] >= 0))
+            if self.split.protocol["name"] == "reid":
+                ignored |= cameras[rows] == cameras[probe]
+            return places[~ignored], places[ignored]
+
+        return mates
+
+
+def make_members(splits: list[Split], embeddings: list[np.ndarray], limit: int, seed: int) -> list[Member]:
+    """Probes and gallery of each domain by its roles; without roles every image is both (and never its own mate)."""
+    names = [name_identities(split) for split in splits]
+    people = np.unique(np.concatenate(names))
+    members = []
+    for split, x, name in zip(splits, embeddings, names, strict=True):
+        who = np.where(name == "", -1, np.searchsorted(people, name))
+        good, roles = np.isfinite(x[:, 0]), split.optional("role")
+        probes = np.flatnonzero(good & (roles <= ROLES.index("probe")) & (who >= 0))
+        rng = np.random.default_rng((seed, DOMAINS.index(split.domain)))
+        probes = np.sort(rng.permutation(probes)[:limit])
+        members.append(Member(split, x, who, probes, np.flatnonzero(good & (roles != ROLES.index("probe")))))
+    return members
+
+
+def score_unified(members: list[Member], draws: int, seed: int) -> dict[str, dict[str, Figure]]:
+    """Probes of every domain against the galleries of all domains together; ties count against the probe.
+
+    A hit on the same person in another domain is right. By domain, over its probes with a mate in their own gallery:
+    rank-1 alone and in the crowd, and the shares whose nearest vector is of each domain; "rank-1 in D" over those with
+    a mate in D, against D's gallery. Under "all": the average and the worst of the domains.
+    """
+    found = [[search_gallery(a.x, a.probes, b.gallery, a.mates(b), other=b.x) for b in members] for a in members]
+    hits: dict[tuple[str, str], tuple[int, np.ndarray, np.ndarray]] = {}  # member, its probes that count, their values
+    domains = [member.split.domain for member in members]
+    for i, (row, domain) in enumerate(zip(found, domains, strict=True)):
+        own, wrong = (np.array([getattr(search, name) for search in row]) for name in ("own", "wrong"))
+        counted = np.isfinite(own[i])
+        if not counted.any():
+            raise InputError(f"{members[i].split.folder}: no probe has a mate in the gallery: leave it out of --splits")
+        hits[domain, "rank-1 alone"] = (i, counted, own[i] > wrong[i])
+        hits[domain, "rank-1 in the crowd"] = (i, counted, own.max(0) > wrong.max(0))
+        nearest = np.maximum(own, wrong).argmax(0)
+        for j, other in enumerate(domains):
+            hits[domain, f"nearest is {other}"] = (i, counted, nearest == j)
+            if j != i and np.isfinite(own[j]).any():
+                hits[domain, f"rank-1 in {other}"] = (i, np.isfinite(own[j]), own[j] > wrong[j])
+    ends = np.cumsum([len(member.probes) for member in members])[:-1]
+
+    def statistic(weights: np.ndarray | None) -> dict[tuple[str, str], float]:
+        parts = [None] * len(members) if weights is None else np.split(weights, ends)
+        values = {key: weighted_mean(hit[counted].astype(float), None if parts[i] is None else parts[i][counted])
+                  for key, (i, counted, hit) in hits.items()}
+        for name in ("rank-1 alone", "rank-1 in the crowd"):
+            tasks = [values[domain, name] for domain in domains]
+            values["all", f"average {name}"] = float(np.mean(tasks))
+            values["all", f"worst {name}"] = float(np.min(tasks))
+        return values
+
+    # one resampling of the people for all domains: who is in two of them is drawn, or not, in both
+    who = np.concatenate([member.who[member.probes] for member in members])
+    figures: dict = {}
+    for (domain, metric), figure in intervals(statistic, bootstrap_counts(who, draws, seed)).items():
+        figure.count = int(hits[domain, metric][1].sum()) if domain != "all" else len(who)
+        figures.setdefault(domain, {})[metric] = figure
+    return figures
+
+
 # ---------------------------------------------------------------- results
 
 
@@ -461,7 +873,7 @@ class Row:
     @property
     def headline(self) -> bool:
         """Whether this is the figure that stands for its protocol."""
-        return HEADLINE[self.protocol.split(",")[0]] == self.metric
+        return HEADLINE.get(self.protocol.split(",")[0]) == self.metric
 
     @property
     def out_of_distribution(self) -> bool:
@@ -472,33 +884,52 @@ def chance(split: Split, metric: str) -> float:
     """The expected value of a headline metric for random embeddings."""
     if metric.endswith("auc"):
         return 0.5
+    if metric.startswith("tar@far="):
+        return float(metric.partition("=")[2])
     if split.protocol["name"] == "classification":
         return 1 / len(split.classes)
-    roles, cameras = split.optional("role"), split.optional("camera")
+    roles = split.optional("role")
     probes, gallery = np.flatnonzero(roles == ROLES.index("probe")), np.flatnonzero(roles > 0)
-    hits = []
-    for probe in probes:
-        mates = split.labels[gallery] == split.labels[probe]
-        junk = mates & (cameras[gallery] == cameras[probe]) & (split.protocol["name"] == "reid")
-        if (mates & ~junk).any():
-            hits.append((mates & ~junk).sum() / (~junk).sum())
-    return float(np.mean(hits))
+    mates = gallery_rule(split, gallery, variants_of(split)[0])
+    found = [[len(places) for places in mates(probe)] for probe in probes]
+    return float(np.mean([right / (len(gallery) - ignored) for right, ignored in found if right]))
+
+
+def fingerprint(split: Split) -> str:
+    """What was prepared and how, in a few letters: the source and the hash of its plan."""
+    provenance = split.index["provenance"]
+    return f"{provenance['source']} {provenance['plan'][:8]}"
+
+
+def describe_protocol(split: Split, rule: str, flip: bool) -> str:
+    """The protocol string of a row: two numbers of a metric are comparable exactly when theirs are equal."""
+    parts = [split.protocol["name"], rule, f"set {fingerprint(split)}", "flip" if flip else "no flip"]
+    return ", ".join(parts + ["out of distribution"] * bool(split.protocol.get("ood")))
 
 
 def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int,
-          seed: int) -> tuple[dict[str, dict[str, Figure]], dict[str, dict]]:
+          seed: int) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict[str, dict]]:
     """Score one backbone on test splits.
 
     Returns:
-        By "domain/split": figures {metric: Figure}, and curves to draw.
+        By "domain/split": figures {rule: {metric: Figure}}, the customary rule first, and curves to draw.
     """
     figures, curves = {}, {}
     for split in splits:
-        x, protocol, curve = embed(split), split.protocol["name"], {}
+        x, protocol, curve, found = embed.raw(split), split.protocol["name"], {}, {}
+        if protocol == "templates":
+            found, curve = score_templates(x, split, draws, seed)
+        normalise(x)
         if protocol == "verification":
-            found, curve = score_verification(x, split, draws, seed)
+            rule = f"{split.protocol['folds']} folds, exact thresholds, strict FAR"
+            found[rule], curve = score_verification(x, split, draws, seed)
         elif protocol in ("reid", "identification"):
-            found, curve = score_gallery(x, split, draws, seed)
+            for variant in variants_of(split):
+                rule = variant
+                if variant.endswith("single-shot"):
+                    rule += f" in {split.protocol.get('draws', 10)} drawn galleries, seed {seed}"
+                found[rule], drawn = score_gallery(x, split, draws, seed, variant)
+                curve = curve or drawn
         elif protocol == "classification":
             reference = root[split.domain].get(split.protocol["reference"])
             if reference is None:
@@ -508,34 +939,54 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             if run is not None and split.domain in run.classes:
                 start, end = run.class_ranges[split.domain]
                 head, classes = run.head[start:end].numpy(), run.classes[split.domain]
-            found = score_classification(x, split, (embed(reference), reference), head, classes, draws, seed,
-                                         split.protocol.get("groups"))
-        else:
+            rule = f"20 neighbours at T 0.07, reference {fingerprint(reference)}"
+            found[rule] = score_classification(x, split, (embed(reference), reference), head, classes, draws, seed,
+                                               split.protocol.get("groups"))
+        elif not found:
             raise InputError(f"{split.folder}: protocol {protocol!r} is not known to this version")
         key = f"{split.domain}/{split.name}"
-        figures[key] = found | score_pairs(x, split, draws, seed)
+        figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split, draws, seed)}
         curves[key] = curve
         if bad := int((~np.isfinite(x[:, 0])).sum()):
             print(f"  {key}: {bad} unreadable images left out")
     return figures, curves
 
 
-def make_rows(run: str, splits: list[Split], figures: dict[str, dict]) -> list[Row]:
+Results = list[tuple["Row", np.ndarray]]  # rows with the resampled values behind them
+
+
+def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: bool) -> Results:
     """All rows, split by split: the figures of each set of weights, then what classification retains."""
-    rows = []
+    rows: Results = []
     for split in splits:
-        key, protocol = f"{split.domain}/{split.name}", split.protocol["name"]
-        by_weights = {weights: dict(found[key]) for weights, found in figures.items()}
-        if protocol == "classification" and len(by_weights) == 2:
+        key = f"{split.domain}/{split.name}"
+        by_weights = {weights: {rule: dict(by_metric) for rule, by_metric in found[key].items()}
+                      for weights, found in figures.items()}
+        if split.protocol["name"] == "classification" and len(by_weights) == 2:
+            before, after = (next(iter(by_weights[w].values())) for w in ("foundation", "tuned"))
             for metric in ("nearest-mean top-1", "knn top-1"):
-                both = (by_weights[w][metric] for w in ("foundation", "tuned"))
-                if kept := retention(*both, chance(split, metric)):
-                    by_weights["tuned"][f"retention of {metric}"] = kept
-        if split.protocol.get("ood"):
-            protocol += ", out of distribution"
-        rows += [Row(run, weights, split.domain, split.name, protocol, metric, f.value, f.low, f.high, f.count)
-                 for weights, found in by_weights.items() for metric, f in found.items() if math.isfinite(f.value)]
+                if kept := retention(before[metric], after[metric], chance(split, metric)):
+                    after[f"retention of {metric}"] = kept
+        for weights, by_rule in by_weights.items():
+            for rule, found in by_rule.items():
+                protocol = describe_protocol(split, rule, flip)
+                rows += rows_of(run, weights, split.domain, split.name, protocol, found)
     return rows
+
+
+def rows_of(run: str, weights: str, domain: str, split: str, protocol: str, found: dict[str, Figure]) -> Results:
+    """The rows of some figures; one that could not be computed is absent."""
+    return [(Row(run, weights, domain, split, protocol, metric, f.value, f.low, f.high, f.count), f.draws)
+            for metric, f in found.items() if math.isfinite(f.value)]
+
+
+def make_unified_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: bool, limit: int,
+                      seed: int) -> Results:
+    """The rows of the unified gallery, split "everything": of each domain, and of "all"."""
+    sets = " + ".join(f"{split.domain} {fingerprint(split)}" for split in splits)
+    protocol = f"unified, at most {limit} probes a domain, seed {seed}, sets {sets}, {'flip' if flip else 'no flip'}"
+    return [row for weights, by_domain in figures.items() for domain, found in by_domain.items()
+            for row in rows_of(run, weights, domain, "everything", protocol, found)]
 
 
 def headlines(rows: list[Row]) -> dict[tuple[str, str], dict[str, Row]]:
@@ -543,7 +994,7 @@ def headlines(rows: list[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     found: dict = {}
     for row in rows:
         if row.headline:
-            found.setdefault((row.domain, row.split), {})[row.weights] = row
+            found.setdefault((row.domain, row.split), {}).setdefault(row.weights, row)  # the customary rule is first
     return found
 
 
@@ -568,14 +1019,15 @@ def write_report(folder: Path, rows: list[Row], splits: list[Split], flip: bool)
         label = "/".join(key) + (" (out of distribution)" if row.out_of_distribution else "")
         level = f"{100 * chance(split, row.metric):.1f}"
         lines.append(f"| {label} | {row.metric} | {level} | {both[0]} | {both[1]} | {change} |")
-    lines += ["", "## All figures", "", "| split | metric | foundation | tuned | count |",
-              "| --- | --- | --- | --- | --- |"]
+    lines += ["", "## All figures", "", "Two figures of a metric are comparable where their protocols are equal.", "",
+              "| split | metric | foundation | tuned | count | protocol |", "| --- | --- | --- | --- | --- | --- |"]
     table: dict = {}
     for row in rows:
-        table.setdefault((row.domain, row.split, row.metric), {})[row.weights] = row
-    for (domain, name, metric), pair in table.items():
+        table.setdefault((row.domain, row.split, row.protocol, row.metric), {})[row.weights] = row
+    for (domain, name, protocol, metric), pair in table.items():
         both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
-        lines.append(f"| {domain}/{name} | {metric} | {both[0]} | {both[1]} | {next(iter(pair.values())).count:,} |")
+        count = next(iter(pair.values())).count
+        lines.append(f"| {domain}/{name} | {metric} | {both[0]} | {both[1]} | {count:,} | {protocol} |")
     train.write_atomically(folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
 
 
@@ -585,6 +1037,16 @@ def write_rows(folder: Path, rows: list[Row]) -> None:
     train.write_atomically(folder / "results.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
 
     write_csv(folder / "results.csv", table)
+
+
+def write_draws(folder: Path, results: Results, seed: int) -> None:
+    """draws.npz: the resampled values of every row, [rows, draws], which `compare` pairs between runs."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, draws=np.array([draws for _, draws in results], dtype=np.float32), seed=seed)
+
+    train.write_atomically(folder / "draws.npz", write)
 
 
 def write_csv(path: Path, table: list[dict]) -> None:
@@ -797,6 +1259,8 @@ def model_options(command):
 @click.option("--image-size", type=click.IntRange(16), help="Input side in pixels.")
 @click.option("--out", metavar="DIR", help="Without --run: folder for the results (default: runs/NAME-foundation).")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
+@click.option("--crowd", type=click.IntRange(0), default=5000,
+              help="Probes of a domain that are searched among all domains at once (0: none).")
 @click.pass_context
 def main(context: click.Context, **options) -> int | None:
     if context.invoked_subcommand:
@@ -807,23 +1271,29 @@ def main(context: click.Context, **options) -> int | None:
     splits = choose_splits(root, options["splits"], data)
     device, out = train.pick_device(options["device"]), folder / "eval"
     out.mkdir(parents=True, exist_ok=True)
-    for split in splits:
-        first, *others = split.protocol.get("variants", [""])
-        if others:
-            print(f"  {split.domain}/{split.name}: scored as {first}; not scored by this version: {', '.join(others)}")
-    figures, curves = {}, {}
+    figures, curves, unified = {}, {}, {}
+    crowd = choose_crowd(splits) if options["crowd"] else []
     for weights, load in models.items():
         embed = Embedder(load(), weights, out / "embeddings", device, options["batch"], options["workers"],
                          options["flip"])
         found = score(embed, splits, root, run if weights == "tuned" else None, options["bootstrap"], options["seed"])
         figures[weights], curves[weights] = found
-    rows = make_rows(name, splits, figures)
+        if crowd:
+            members = make_members(crowd, [embed(split) for split in crowd], options["crowd"], options["seed"])
+            unified[weights] = score_unified(members, options["bootstrap"], options["seed"])
+    results = make_rows(name, splits, figures, options["flip"])
+    results += make_unified_rows(name, crowd, unified, options["flip"], options["crowd"], options["seed"])
+    rows = [row for row, _ in results]
     write_rows(out, rows)
+    write_draws(out, results, options["seed"])
     write_report(out, rows, splits, options["flip"])
     draw_figures(out, rows, curves, splits)
     for (domain, split), pair in headlines(rows).items():
         print(f"{domain + '/' + split:22s} {next(iter(pair.values())).metric:20s} "
               + "   ".join(f"{weights} {show_value(row)}" for weights, row in pair.items()))
+    for row in rows:
+        if row.domain == "all":
+            print(f"{'everything':22s} {row.metric:30s} {row.weights} {show_value(row)}")
     print(f"written: {out}/report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
     return 0

@@ -1,5 +1,6 @@
 """Sources of bodies: a tiny instance of every layout, prepared, verified, read back and scored by a known answer."""
 
+import json
 from pathlib import Path
 
 import click
@@ -118,7 +119,8 @@ def test_market_reads_the_names_of_dukemtmc(tmp_path):
     src = write_files(tmp_path / "src", dict.fromkeys(names))
     split = prepared("market", src, tmp_path / "d/body/duke")
     assert split.classes == ["0005", "0006"] and columns(split, "camera", "role") == [[1, 0, 7], [0, 1, 1]]
-    assert scored(split, 0, 50, 10) == {"rank-1": 0, "rank-5": 1, "rank-10": 1, "mAP": 0.5, "mINP": 0.5}
+    assert scored(split, 0, 50, 10) == {"rank-1": 0, "rank-5": 1, "rank-10": 1, "mAP": 0.5, "mAP trapezoid": 0.25,
+                                        "mINP": 0.5}
     assert prepared("market", src, tmp_path / "d/body/train").classes == ["0002"]
 
 
@@ -194,13 +196,20 @@ def test_persons(tmp_path):
     assert scored(split, 0, 90, 0, 20, 90, 10)["mAP"] == pytest.approx(0.75)
 
 
-def test_evaluation_names_the_variants_that_it_does_not_score(tmp_path):
+def test_evaluation_scores_every_variant(tmp_path):
     src = write_files(tmp_path / "src", PRCC)
     prepared("prcc", src, tmp_path / "d/body/prcc")
     model = TINY[TINY.index("--backbone"):TINY.index("--workers")]
     result = script("evaluate.py", *model, "--data", tmp_path / "d", "--out", tmp_path / "r", "--bootstrap", "2",
                     "--workers", "0", "--device", "cpu")
-    assert "body/prcc: scored as cross-clothes; not scored by this version: cross-clothes single-shot" in result.stdout
+    rows = json.loads((tmp_path / "r/eval/results.json").read_text())
+    variants: dict = {}
+    for row in rows:
+        variants.setdefault(row["protocol"].split(", ")[1], []).append(row["metric"])
+    assert list(variants) == ["cross-clothes", "cross-clothes single-shot in 10 drawn galleries", "random pairs"]
+    whole, single, _ = variants.values()
+    assert single == ["rank-1", "rank-5", "rank-10"] and {"mAP", "mAP trapezoid", "mINP", *single} == set(whole)
+    assert "rank-1" in result.stdout
 
 
 # ---------------------------------------------------------------- bad input

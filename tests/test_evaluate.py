@@ -13,7 +13,7 @@ from sklearn.neighbors import NearestCentroid
 
 import evaluate
 import train
-from data_prep import InputError
+from data_prep import DOMAINS, InputError
 from data_prep.shards import Split, open_root
 from evaluate import Figure
 from tests.conftest import script
@@ -132,19 +132,32 @@ def test_chance_knows_the_camera_rule():
     assert np.isnan(evaluate.equal_error_rate(*evaluate.roc(np.arange(3.0), np.zeros(3, bool))))
 
 
-@pytest.mark.parametrize("hits, ap", [([1, 0, 1, 0, 0, 1], 0.722222), ([0, 1], 0.5), ([0, 0, 1, 1], 0.416667),
-                                      ([1], 1)])
-def test_average_precision_by_hand(hits, ap):
-    """The rectangle rule, e.g. (1/1 + 2/3 + 3/6) / 3 = 0.722222."""
+@pytest.mark.parametrize("hits, ap, trapezoid", [([1, 0, 1, 0, 0, 1], 0.722222, 0.677778), ([0, 1], 0.5, 0.25),
+                                                 ([0, 0, 1, 1], 0.416667, 0.291667), ([1], 1, 1)])
+def test_average_precision_by_hand(hits, ap, trapezoid):
+    """The rectangle rule, e.g. (1/1 + 2/3 + 3/6) / 3; trapezoids: ((1 + 1) + (2/3 + 1/2) + (3/6 + 2/5)) / 2 / 3."""
     ranks = np.flatnonzero(hits) + 1
+    assert evaluate.trapezoid_precision(ranks) == pytest.approx(trapezoid, abs=1e-6)
+    assert literal_compute_ap(np.array(hits)) == pytest.approx(trapezoid, abs=1e-6)
     assert evaluate.average_precision(ranks) == pytest.approx(ap, abs=1e-6)
     assert evaluate.average_precision(ranks) == pytest.approx(average_precision_score(hits, -np.arange(len(hits))))
+
+
+def literal_compute_ap(matches):
+    """Market-1501's compute_AP: the area under the precision-recall curve by trapezoids, one image after the other."""
+    old_recall, old_precision, ap, found = 0.0, 1.0, 0.0, 0
+    for place, match in enumerate(matches, 1):
+        found += match
+        recall, precision = found / matches.sum(), found / place
+        ap += (recall - old_recall) * (old_precision + precision) / 2
+        old_recall, old_precision = recall, precision
+    return ap
 
 
 def literal_reid(x, ids, cams, roles):
     """The Market-1501 evaluation as torchreid has it, one query after the other."""
     q, g = np.flatnonzero(roles == 0), np.flatnonzero(roles > 0)
-    aps, firsts, inps = [], [], []
+    aps, trapezoids, firsts, inps = [], [], [], []
     for i in q:
         order = g[np.argsort(-(x[g] @ x[i]), kind="stable")]
         keep = [j for j in order if not (ids[j] == ids[i] and cams[j] == cams[i])]
@@ -153,11 +166,12 @@ def literal_reid(x, ids, cams, roles):
             continue
         cumulative = matches.cumsum() * matches / (np.arange(len(matches)) + 1)
         aps.append(cumulative.sum() / matches.sum())
+        trapezoids.append(literal_compute_ap(matches))
         firsts.append(matches.argmax())
         inps.append(matches.sum() / (np.flatnonzero(matches)[-1] + 1))
     firsts = np.array(firsts)
     cmc = {f"rank-{k}": (firsts < k).mean() for k in (1, 5, 10)}
-    return {"mAP": np.mean(aps), "mINP": np.mean(inps), **cmc}, len(firsts)
+    return {"mAP": np.mean(aps), "mAP trapezoid": np.mean(trapezoids), "mINP": np.mean(inps), **cmc}, len(firsts)
 
 
 class FakeSplit:
@@ -323,8 +337,11 @@ def test_evaluation_writes_what_the_design_lists(evaluated, tiny_run, demo_root)
         table = list(csv.DictReader(file))
     fields = ["run", "weights", "domain", "split", "protocol", "metric", "value", "low", "high", "count"]
     assert list(rows[0]) == list(table[0]) == fields and len(rows) == len(table)
-    assert {(r["domain"], r["split"]) for r in rows} == {("object", "val"), ("object", "collage"), ("face_hq", "test"),
-                                                         ("face_lq", "test"), ("body", "test")}
+    assert {(r["domain"], r["split"]) for r in rows if r["split"] != "everything"} == {
+        ("object", "val"), ("object", "collage"), ("face_hq", "test"), ("face_lq", "test"), ("body", "test")}
+    assert {r["domain"] for r in rows if r["split"] == "everything"} == {*DOMAINS, "all"}
+    strings = {(r["domain"], r["split"], r["protocol"], r["metric"], r["weights"]) for r in rows}
+    assert len(strings) == len(rows) and all(", flip" in r["protocol"] for r in rows)  # a string and metric: one number
     assert {r["weights"] for r in rows} == {"foundation", "tuned"}
     assert all(r["low"] <= r["value"] <= r["high"] for r in rows if r["metric"] == "rank-1")
     for name in ("bars.png", "roc.png", "cmc.png"):

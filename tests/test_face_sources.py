@@ -592,14 +592,15 @@ def test_verify_reads_the_lists_of_templates(tmp_path):
     assert verify_split(index.parent) == []
 
 
-def test_evaluate_leaves_templates_out_and_says_so(tmp_path, capsys):
+def test_evaluate_scores_templates(tmp_path):
+    """Template 20 finds 1 in the first gallery, 4000 does not find 300 in the second; the 1:1 list is too short."""
     run_here("ijb", "--src", write_ijb(tmp_path / "src"), "--out", tmp_path / "d/face_lq/ijbc")
-    with pytest.raises(InputError, match="no test split to score"):
-        evaluate.choose_splits(open_root(tmp_path / "d"), None, "d")
-    assert "face_lq/ijbc: protocol 'templates' is not scored yet" in capsys.readouterr().out
-    run_here("pairs", "--src", write_images(tmp_path / "flat", CODES), "--pairs", write_list(tmp_path), "--out",
-             tmp_path / "d/face_lq/pairs")
-    assert [s.name for s in evaluate.choose_splits(open_root(tmp_path / "d"), None, "d")] == ["pairs"]
+    split, = evaluate.choose_splits(open_root(tmp_path / "d"), None, "d")
+    x = np.array([[1, 0], [1, 0.1], [1, 0.2], [1, 0], [0.9, 0], [0, 1], [1, 0.3]], dtype=np.float32)
+    found, _ = evaluate.score_templates(x, split, 2, 0)
+    values = {rule: {name: figure.value for name, figure in figures.items()} for rule, figures in found.items()}
+    assert len(values) == 2 and all(rule.startswith("1:N in 2 galleries") for rule in values)
+    assert all(v == {"rank-1": 1.0, "rank-5": 1.0, "rank-10": 1.0} for v in values.values())  # one template each
 
 
 def write_list(folder: Path, text: str = "k.jpg,l.jpg,1\nk.jpg,m.jpg,0\n") -> Path:

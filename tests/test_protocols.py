@@ -1,0 +1,401 @@
+"""Templates, search among distractors, changes of clothes: against scikit-learn and literal transcriptions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_curve
+
+import evaluate
+from data_prep import InputError
+from data_prep.shards import open_root
+from tests.test_evaluate import FakeSplit, unit
+
+
+class FakeTemplates(FakeSplit):
+    """A template set without images."""
+
+    def __init__(self, labels, **columns):
+        super().__init__(labels, {"name": "templates"}, **columns)
+        self.index, self.folder = {"columns": list(columns)}, Path("fake")
+
+    def __len__(self):
+        return len(self.labels)
+
+
+# ---------------------------------------------------------------- templates, 1:1
+
+
+def literal_pooling(x, quality, templates, medias):
+    """image2template_feature of insightface's ijb_evals.py: media means, their sum, normalised."""
+    found = {}
+    for t in np.unique(templates):
+        rows = np.flatnonzero(templates == t)
+        features = x[rows] * quality[rows, None]
+        medium = [features[medias[rows] == m].mean(0) for m in np.unique(medias[rows])]
+        found[int(t)] = unit(np.sum(medium, axis=0))
+    return found
+
+
+def template_case(seed, people=12, images=400, spread=1.0):
+    """Images of `people` in 60 templates, each template with a few media, and all pairs of templates."""
+    rng = np.random.default_rng(seed)
+    templates = rng.permutation(np.arange(images) % 60) * 7 + 3
+    labels = (templates // 7) % people
+    x = (rng.normal(size=(people, 8))[labels] + spread * rng.normal(size=(images, 8))).astype(np.float32)
+    ids = np.unique(templates)
+    pairs = np.array([(a, b, (a // 7) % people == (b // 7) % people) for i, a in enumerate(ids) for b in ids[:i]])
+    pairs = pairs[rng.permutation(len(pairs))]
+    columns = {"template": templates, "media": rng.integers(0, 5, images), "quality": rng.random(images)}
+    return x, FakeTemplates(labels, template_pairs=pairs, **columns)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pooling_equals_a_literal_transcription(seed):
+    x, split = template_case(seed)
+    found = evaluate.pool_templates(x, split, split.column("quality"))
+    expected = literal_pooling(x, split.column("quality"), split.column("template"), split.column("media"))
+    assert found.ids.tolist() == sorted(expected) and found.enrolled.all()
+    np.testing.assert_allclose(found.vectors, [expected[i] for i in found.ids], atol=1e-5)
+
+
+def test_pooling_by_hand():
+    # a video of two images (2, 0), (0, 0) and a photograph (0, 3): mean (1, 0) + (0, 3), so the direction (1, 3) / √10
+    x = np.array([[2, 0], [0, 0], [0, 3]], dtype=np.float32)
+    split = FakeTemplates([0, 0, 0], template=np.full(3, 5), media=np.array([1, 1, 2]))
+    vector = evaluate.pool_templates(x, split, np.ones(3)).vectors[0]
+    np.testing.assert_allclose(vector, np.array([1, 3]) / np.sqrt(10), rtol=1e-6)
+    x[2] = np.nan  # an unreadable image is no part of its template
+    np.testing.assert_allclose(evaluate.pool_templates(x, split, np.ones(3)).vectors[0], [1, 0])
+
+
+def literal_tpr(scores, same, targets):
+    """The end of ijb_evals.py's 1:1: the flipped curve, the smallest (distance, place)."""
+    fpr, tpr, _ = roc_curve(same, scores)
+    fpr, tpr = np.flipud(fpr), np.flipud(tpr)
+    return [tpr[min(zip(abs(fpr - t), range(len(fpr)), strict=True))[1]] for t in targets]
+
+
+@pytest.mark.parametrize("decimals", [None, 2, 1])  # rounded: ties, also along diagonals of the curve
+@pytest.mark.parametrize("separation", [0, 2, 20])  # 20: a curve of three points
+@pytest.mark.parametrize("seed", range(3))
+def test_tar_at_far_equals_scikit_learn_by_both_rules(decimals, separation, seed):
+    rng = np.random.default_rng(seed)
+    same = rng.random(4000) < 0.1
+    scores = (rng.normal(size=4000) + separation * same).astype(np.float32)
+    scores = scores if decimals is None else scores.round(decimals)
+    targets = [0.1, 0.03, 0.01, 0.001]
+    tail = evaluate.find_tail(scores, same, max(targets))
+    ends = np.append(tail.start[1:], len(tail.pairs)) - 1
+    accepted = same[tail.pairs]
+    far = np.append(0, np.cumsum(~accepted)[ends]) / (~same).sum()
+    tar, corner = np.append(0, np.cumsum(accepted)[ends]) / same.sum(), np.append(True, tail.corner)
+    assert [evaluate.tar_at_nearest_far(far[corner], tar[corner], t) for t in targets] == pytest.approx(
+        literal_tpr(scores, same, targets), abs=1e-12)
+    x, y = evaluate.roc(scores, same)
+    assert [evaluate.tar_at_far(far, tar, t) for t in targets] == pytest.approx(
+        [y[x <= t].max() for t in targets], abs=1e-12)
+
+
+def test_nearest_and_strict_far_by_hand():
+    # g i g i i g, as thresholds fall: (FAR, TAR) = (0, 1/3) (1/3, 1/3) (1/3, 2/3) (2/3, 2/3) (1, 2/3) (1, 1)
+    scores, same = np.arange(6, 0, -1.0), np.array([1, 0, 1, 0, 0, 1], dtype=bool)
+    tail = evaluate.find_tail(scores, same, 1.0)
+    far, tar = np.array([0, 0, 1, 1, 2, 3, 3]) / 3, np.array([0, 1, 1, 2, 2, 2, 3]) / 3
+    assert tail.pairs.tolist() == [0, 1, 2, 3, 4, 5]
+    assert evaluate.tar_at_nearest_far(far, tar, 0.3) == pytest.approx(2 / 3)  # 1/3 is nearer than 0, though above 0.3
+    assert evaluate.tar_at_far(far, tar, 0.3) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_template_verification_from_end_to_end(seed):
+    x, split = template_case(seed)
+    found, _ = evaluate.score_templates(x, split, 20, 0)
+    pooled = literal_pooling(x, np.ones(len(x)), split.column("template"), split.column("media"))
+    pairs = split.column("template_pairs")
+    scores = np.array([pooled[a] @ pooled[b] for a, b, _ in pairs])
+    rule = "1:1, means of media weighted by norm, nearest FAR"
+    metrics = [f"tar@far={t:g}" for t in (0.1, 0.01, 0.001)]  # 1,650 impostors support no finer one
+    assert next(iter(found)) == "1:1, means of media weighted by norm x detector score, nearest FAR"
+    assert list(found[rule]) == metrics and all(f.low <= f.value <= f.high for f in found[rule].values())
+    assert [found[rule][m].value for m in metrics] == pytest.approx(
+        literal_tpr(scores, pairs[:, 2] == 1, [0.1, 0.01, 0.001]), abs=0.01)  # float32 may swap near ties
+    assert not any(rule.startswith("1:N") for rule in found)
+
+
+def test_the_bootstrap_of_templates_equals_repeated_people():
+    """One resampling, written out: pairs of people drawn several times are there so often."""
+    x, split = template_case(5)
+    templates = evaluate.pool_templates(x, split, np.ones(len(x)))
+    pairs = split.column("template_pairs")
+    found = evaluate.score_template_pairs(templates, pairs, 3, 7)["strict"]["tar@far=0.01"]
+    a, b = (templates.places(column) for column in pairs[:, :2].T)
+    scores, same = evaluate.score_listed(templates.vectors, a, b), pairs[:, 2] == 1
+    for draw, counts in zip(found.draws, evaluate.bootstrap_counts(np.arange(12), 3, 7), strict=True):
+        left, right = counts[templates.identity[a]], counts[templates.identity[b]]
+        far, tar = evaluate.roc(scores, same, np.where(same, left, left * right))
+        assert draw == pytest.approx(evaluate.tar_at_far(far, tar, 0.01), abs=1e-12)
+
+
+def test_a_template_without_images_is_never_accepted():
+    # genuine: 1-2 alike, 1-9 lost; impostors 1-3 ten times and 2-9: TAR is 1/2 at every FAR, and 9 belongs to person 0
+    x = np.array([[1, 0], [1, 0], [0, 1]], dtype=np.float32)
+    pairs = np.array([[1, 2, 1], [1, 9, 1], [3, 9, 0], *[[1, 3, 0]] * 10])
+    split = FakeTemplates([0, 0, 1], template=np.array([1, 2, 3]), media=np.array([1, 2, 3]), template_pairs=pairs)
+    templates = evaluate.pool_templates(x, split, np.ones(3))
+    assert templates.enrolled.tolist() == [True, True, True, False] and templates.identity.tolist() == [0, 0, 1, 0]
+    found = evaluate.score_template_pairs(templates, pairs, 2, 0)
+    assert found["strict"]["tar@far=0.1"].value == 0.5 and found["nearest"]["tar@far=0.1"].value == 0.5
+    few = FakeTemplates([0, 0, 1], template=np.array([1, 2, 3]), media=np.array([1, 2, 3]), template_pairs=pairs[:2])
+    with pytest.raises(InputError, match="its lists support no figure"):
+        evaluate.score_templates(x, few, 2, 0)
+
+
+# ---------------------------------------------------------------- templates, 1:N
+
+
+def literal_search(query_feats, gallery_feats, query_ids, reg_ids, fars):
+    """evaluation_1N of insightface's ijb_evals.py, for one gallery: hits at 1, 5, 10 and TPIR at each FPIR."""
+    hits, pos, neg, strangers = np.zeros(3), [], [], []
+    for feature, person in zip(query_feats, query_ids, strict=True):
+        similarity = gallery_feats @ feature
+        if person in reg_ids:
+            order = np.argsort(similarity)[::-1]
+            place = np.flatnonzero(reg_ids[order] == person)[0]
+            hits += [place < 1, place < 5, place < 10]
+            pos.append(similarity[reg_ids == person][0])
+            neg.append(similarity[reg_ids != person].max())
+        else:
+            strangers.append(similarity.max())
+    top = np.sort(strangers)[::-1]
+    thresholds = [top[max(int(len(top) * f) - 1, 0)] for f in fars]
+    pos, neg = np.array(pos), np.array(neg)
+    return hits, [((pos > neg) & (pos > t)).mean() for t in thresholds]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_template_search_equals_a_literal_transcription(seed):
+    rng = np.random.default_rng(seed)
+    people, probes = 40, 500
+    identity = np.concatenate([np.arange(people), rng.integers(0, people, probes)])
+    vectors = unit(rng.normal(size=(people, 6))[identity] + 0.5 * rng.normal(size=(people + probes, 6)))
+    templates = evaluate.Templates(np.arange(len(identity)), vectors.astype(np.float32), identity,
+                                   np.ones(len(identity), dtype=bool))
+    galleries, listed = [np.arange(22), np.arange(22, people)], np.arange(people, people + probes)
+    found = evaluate.score_template_search(templates, galleries, listed, 10, 0)
+    both = [literal_search(templates.vectors[listed], templates.vectors[g], identity[listed], identity[g], [0.1, 0.01])
+            for g in galleries]
+    hits, tpir = sum(h for h, _ in both) / probes, np.mean([t for _, t in both], axis=0)
+    assert {k: f.value for k, f in found.items()} == pytest.approx(
+        dict(zip(["rank-1", "rank-5", "rank-10", "tpir@fpir=0.1", "tpir@fpir=0.01"], [*hits, *tpir], strict=True)))
+
+
+def test_tpir_by_hand():
+    # strangers' best scores 0.9 0.8 ... 0.0: at FPIR 0.2 the threshold is the second, 0.8. Mated: 0.85 first: a hit;
+    # 0.95 but beaten by 0.97; 0.7 first but below: 1 of 3. Weight 0 for the highest stranger: 9 left, floor(1.8) = 1
+    mated = np.arange(13) < 3
+    wrong = np.append([0.5, 0.97, 0.1], np.arange(9, -1, -1) / 10)
+    own = np.append([0.85, 0.95, 0.7], np.full(10, -np.inf))
+    search = evaluate.Search([], np.zeros(13), own, wrong)
+    assert evaluate.tpir_at_fpir(search, mated, 0.2) == pytest.approx(1 / 3)
+    weights = np.ones(13)
+    weights[3] = 0
+    assert evaluate.tpir_at_fpir(search, mated, 0.2, weights) == pytest.approx(1 / 3)  # the threshold is still 0.8
+    weights[4] = 0
+    assert evaluate.tpir_at_fpir(search, mated, 0.2, weights) == pytest.approx(1 / 3)  # 0.7: not above it
+    weights[5] = 0
+    assert evaluate.tpir_at_fpir(search, mated, 0.2, weights) == pytest.approx(2 / 3)  # 0.6
+
+
+# ---------------------------------------------------------------- identification with distractors
+
+
+def test_search_in_blocks_equals_a_full_matrix(monkeypatch):
+    rng = np.random.default_rng(0)
+    labels = np.append(rng.integers(0, 30, 300), np.full(200, -1))
+    roles = np.append(rng.integers(0, 2, 300), np.full(200, 2))
+    x = unit(rng.normal(size=(500, 6)) + rng.normal(size=(31, 6))[labels]).astype(np.float32)
+    q, g = np.flatnonzero(roles == 0), np.flatnonzero(roles > 0)
+    mates = evaluate.mates_in(labels[g])
+    for size in (1, 1000, 1 << 26):
+        found = evaluate.search_gallery(x, q, g, lambda p: (mates(labels[p]), []), size)
+        for i, p in enumerate(q):
+            order = g[np.argsort(-(x[g] @ x[p]), kind="stable")]
+            assert found.ranks[i].tolist() == (np.flatnonzero(labels[order] == labels[p]) + 1).tolist()
+            assert found.wrong[i] == pytest.approx((x[g] @ x[p])[labels[g] != labels[p]].max(), abs=1e-6)
+
+
+def test_open_set_identification_uses_probes_without_a_mate():
+    rng = np.random.default_rng(1)
+    labels, roles = np.concatenate([np.arange(20), np.arange(20), np.arange(20, 40), -np.ones(30, int)]), np.repeat(
+        [1, 0, 0, 2], [20, 20, 20, 30])
+    x = unit(rng.normal(size=(90, 5)) + 2 * rng.normal(size=(41, 5))[labels])
+    found, _ = evaluate.score_gallery(x, FakeSplit(labels, {"name": "identification"}, role=roles), 5, 0)
+    g = np.flatnonzero(roles > 0)
+    hits, tpir = literal_search(x[20:60], x[g], labels[20:60], labels[g], [0.1])
+    assert list(found) == ["rank-1", "rank-5", "rank-20", "tpir@fpir=0.1"]  # 20 strangers do not support 0.01
+    assert found["rank-1"].value == hits[0] / 20 and found["tpir@fpir=0.1"].value == pytest.approx(tpir[0])
+    assert found["rank-1"].count == 20 and found["tpir@fpir=0.1"].count == 40
+
+
+# ---------------------------------------------------------------- changes of clothes
+
+
+def literal_clothes(x, ids, cams, clothes, roles, mode):
+    """evaluate_with_clothes of Simple-CCReID, one query after the other: mAP and rank-1."""
+    q, g = np.flatnonzero(roles == 0), np.flatnonzero(roles > 0)
+    aps, firsts = [], []
+    for i in q:
+        order = g[np.argsort(-(x[g] @ x[i]), kind="stable")]
+        mine, cam, worn = ids[order] == ids[i], cams[order] == cams[i], clothes[order] == clothes[i]
+        junk = mine & (cam | {"general": np.zeros(len(g), bool), "cross-clothes": worn, "same-clothes": ~worn}[mode])
+        matches = mine[~junk]
+        if matches.any():
+            ranks = np.flatnonzero(matches) + 1
+            aps.append(np.mean(np.arange(1, len(ranks) + 1) / ranks))
+            firsts.append(ranks[0] == 1)
+    return np.mean(aps), np.mean(firsts), len(firsts)
+
+
+@pytest.mark.parametrize("mode", ["general", "cross-clothes", "same-clothes"])
+@pytest.mark.parametrize("seed", range(3))
+def test_clothes_rules_equal_a_literal_transcription(mode, seed):
+    rng = np.random.default_rng(seed)
+    ids, cams, roles = rng.integers(0, 15, 300), rng.integers(0, 3, 300), (rng.random(300) < 0.7).astype(int)
+    clothes = 3 * ids + rng.integers(0, 3, 300)
+    x = unit(rng.normal(size=(300, 6)) + 0.8 * rng.normal(size=(45, 6))[clothes])
+    split = FakeSplit(ids, {"name": "reid", "variants": ["general", "cross-clothes", "same-clothes"]}, role=roles,
+                      camera=cams, clothes=clothes)
+    found, _ = evaluate.score_gallery(x, split, 0, 0, mode)
+    ap, first, count = literal_clothes(x, ids, cams, clothes, roles, mode)
+    assert (found["mAP"].value, found["rank-1"].value, found["mAP"].count) == pytest.approx((ap, first, count))
+
+
+def test_clothes_rules_by_hand():
+    # probe: person 0, camera 0, clothes 0. From near to far: same clothes elsewhere; person 1; other clothes, camera 0
+    # (junk by every rule); other clothes, camera 1
+    x = unit(np.array([[1, 0], [1, 0.1], [1, 0.2], [1, 0.3], [1, 0.4]]))
+    split = FakeSplit([0, 0, 1, 0, 0], {"name": "reid"}, role=np.array([0, 1, 1, 1, 1]),
+                      camera=np.array([0, 1, 1, 0, 1]), clothes=np.array([0, 0, 5, 1, 1]))
+    scored = {mode: {name: f.value for name, f in evaluate.score_gallery(x, split, 0, 0, mode)[0].items()}
+              for mode in ("general", "cross-clothes", "same-clothes")}
+    assert scored["general"]["mAP"] == pytest.approx((1 + 2 / 3) / 2)
+    assert scored["cross-clothes"]["mAP"] == 0.5 and scored["cross-clothes"]["rank-1"] == 0
+    assert scored["same-clothes"]["mAP"] == 1
+
+
+def test_single_shot_is_the_mean_over_drawn_galleries():
+    rng = np.random.default_rng(3)
+    ids, roles = np.repeat(np.arange(12), 10), np.tile([0] * 3 + [1] * 7, 12)
+    cams = roles.copy()
+    x = unit(rng.normal(size=(120, 5)) + 0.9 * rng.normal(size=(12, 5))[ids])
+    split = FakeSplit(ids, {"name": "reid", "draws": 10}, role=roles, camera=cams, clothes=cams)
+    found, _ = evaluate.score_gallery(x, split, 5, 4, "cross-clothes single-shot")
+    q, g = np.flatnonzero(roles == 0), np.flatnonzero(roles == 1)
+    hits, seen = [], set()
+    for places in evaluate.draw_galleries(ids[g], 10, 4):
+        gallery = g[places]
+        assert sorted(ids[gallery]) == list(range(12))  # one image of each person
+        seen |= set(gallery.tolist())
+        hits.append(np.mean([ids[gallery[np.argmax(x[gallery] @ x[i])]] == ids[i] for i in q]))
+    assert found["rank-1"].value == pytest.approx(np.mean(hits)) and len(seen) > 30 and "mAP" not in found
+    again, _ = evaluate.score_gallery(x, split, 5, 4, "cross-clothes single-shot")
+    assert again["rank-1"].value == found["rank-1"].value  # seeded
+
+
+# ---------------------------------------------------------------- all domains at once
+
+
+class FakeMember(evaluate.Member):
+    """A domain of the unified gallery, from arrays."""
+
+    def __init__(self, domain, x, who, roles=None, cameras=None, protocol="reid"):
+        split = FakeSplit(np.maximum(who, 0), {"name": protocol}, **({} if cameras is None else {"camera": cameras}))
+        split.domain = domain
+        rows = np.arange(len(x))
+        super().__init__(split, x, who, rows if roles is None else np.flatnonzero(roles == 0),
+                         rows if roles is None else np.flatnonzero(roles > 0))
+
+
+def literal_unified(members):
+    """One probe after the other against one list of everything; a value per figure."""
+    sums: dict = {}
+    for me in members:
+        for probe in me.probes:
+            entries = []  # score, domain, right
+            for you in members:
+                for row in you.gallery:
+                    mine = me.who[probe] == you.who[row]
+                    camera = me.split.optional("camera")
+                    if me is you and (row == probe or (mine and me.split.protocol["name"] == "reid"
+                                                       and camera[row] == camera[probe])):
+                        continue
+                    entries.append((float(me.x[probe] @ you.x[row]), you.split.domain, mine))
+            own = [e for e in entries if e[1] == me.split.domain]
+            name = me.split.domain
+            for other in {e[1] for e in entries} - {name}:
+                there = [e for e in entries if e[1] == other]
+                if any(e[2] for e in there):
+                    sums.setdefault((name, f"rank-1 in {other}"), []).append(max(there)[2])
+            if any(e[2] for e in own):
+                sums.setdefault((name, "rank-1 alone"), []).append(max(own)[2])
+                sums.setdefault((name, "rank-1 in the crowd"), []).append(max(entries)[2])
+                for other in (m.split.domain for m in members):
+                    sums.setdefault((name, f"nearest is {other}"), []).append(max(entries)[1] == other)
+    return {key: np.mean(values) for key, values in sums.items()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_unified_gallery_equals_a_literal_transcription(seed):
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(30, 6))
+
+    def vectors(who):
+        return unit(centres[who] + 0.9 * rng.normal(size=(len(who), 6)))
+
+    object_, hq, lq, body = (rng.integers(a, b, 60) for a, b in ((20, 30), (0, 12), (0, 12), (4, 16)))
+    roles, cameras = (rng.random(60) < 0.6).astype(int), rng.integers(0, 3, 60)
+    members = [FakeMember("object", vectors(object_), object_, protocol="classification"),
+               FakeMember("face_hq", vectors(hq), hq, protocol="verification"),
+               FakeMember("face_lq", vectors(lq), lq, roles, protocol="identification"),
+               FakeMember("body", vectors(body), body, roles, cameras)]
+    found = evaluate.score_unified(members, 10, 0)
+    values = {(domain, metric): f.value for domain, by in found.items() for metric, f in by.items()}
+    expected = literal_unified(members)
+    assert {key: v for key, v in values.items() if key[0] != "all"} == pytest.approx(expected)
+    tasks = [expected[d, "rank-1 in the crowd"] for d in ("object", "face_hq", "face_lq", "body")]
+    assert values["all", "average rank-1 in the crowd"] == pytest.approx(np.mean(tasks))
+    assert values["all", "worst rank-1 in the crowd"] == pytest.approx(min(tasks))
+    assert ("object", "rank-1 in body") not in values  # nobody is both: absent, not 0
+
+
+def test_unified_gallery_by_hand():
+    # person 0's blurred face at 0 degrees: nearest of its own domain is person 1 at 20 (wrong), its mate at 40; nearest
+    # of all is person 0's sharp face at 10 (right, in another domain): a miss alone, a hit in the crowd. Person 1's
+    # blurred probe at 25 has its mate at 20 as nearest anywhere.
+    def at(*degrees):
+        return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], 1)
+
+    lq = FakeMember("face_lq", at(0, 40, 20, 25), np.array([0, 0, 1, 1]), np.array([0, 1, 1, 0]),
+                    protocol="identification")
+    hq = FakeMember("face_hq", at(10, 80, 10, 80), np.array([0, 1, 0, 1]), np.array([1, 1, 0, 0]),
+                    protocol="identification")
+    found = {d: {m: f.value for m, f in by.items()} for d, by in evaluate.score_unified([hq, lq], 5, 0).items()}
+    assert found["face_lq"] == {"rank-1 alone": 0.5, "rank-1 in the crowd": 1.0, "nearest is face_hq": 0.5,
+                                "nearest is face_lq": 0.5, "rank-1 in face_hq": 0.5}  # 25 is nearer to 10 than to 80
+    assert found["face_hq"]["rank-1 alone"] == 1 and found["face_hq"]["rank-1 in face_lq"] == 0
+    assert found["all"]["worst rank-1 alone"] == 0.5 and found["all"]["average rank-1 alone"] == 0.75
+
+
+def test_people_are_joined_across_domains_by_what_the_source_proves(demo_root):
+    splits = evaluate.choose_crowd([split for by_name in open_root(demo_root).values() for split in by_name.values()
+                                    if split.protocol])
+    assert [(s.domain, s.name) for s in splits] == [("object", "val"), ("face_hq", "test"), ("face_lq", "test"),
+                                                    ("body", "test")]
+    things, sharp, blurred, bodies = (set(evaluate.name_identities(split)) for split in splits)
+    assert sharp == blurred == bodies and len(sharp) == 8 and all(name.startswith("person demo-") for name in sharp)
+    assert not things & sharp and all(name.startswith("object/") for name in things)
+    rng = np.random.default_rng(0)
+    members = evaluate.make_members(splits, [rng.normal(size=(len(s), 4)) for s in splits], 20, 0)
+    assert [len(m.probes) for m in members] == [20, 20, 20, 20] and len(members[1].gallery) == 64
+    assert (members[3].split.column("role")[members[3].probes] == 0).all()
