@@ -2291,6 +2291,17 @@ def refuse_options(context: click.Context) -> None:
                              f"command's name (see `{context.invoked_subcommand} --help`)")
 
 
+def settle_options(context: click.Context, config: dict) -> None:
+    """Default < recipe < --config < command line; two options that say the same thing are refused."""
+    said = {name: context.get_parameter_source(name).name for name in config}
+    for name, rival in (("images", "epochs"), ("epochs", "images"), ("backbone", "model"), ("model", "backbone"),
+                        ("domains", "order")):
+        if said.get(name) == "COMMANDLINE" and said.get(rival) == "DEFAULT_MAP":  # what --config says in another way
+            config[rival] = None
+    refuse_two_voices(config, said)
+    fill_recipe(config, said)
+
+
 def fill_recipe(config: dict, said: dict[str, str]) -> None:
     """Fill what nobody gave from RECIPES; what that was is kept under "recipe"."""
     recipe = {}
@@ -2459,13 +2470,7 @@ def main(context: click.Context, **config) -> int | None:
     if context.invoked_subcommand:
         refuse_options(context)
         return None
-    said = {name: context.get_parameter_source(name).name for name in config}
-    for name, rival in (("images", "epochs"), ("epochs", "images"), ("backbone", "model"), ("model", "backbone"),
-                        ("domains", "order")):
-        if said[name] == "COMMANDLINE" and said[rival] == "DEFAULT_MAP":  # what --config says in another way
-            config[rival] = None
-    refuse_two_voices(config, said)
-    fill_recipe(config, said)
+    settle_options(context, config)
     job = set_up(config)
     return run_steps(job) if job else 0
 
@@ -2475,7 +2480,9 @@ time of a step goes: real data, one batch on the device, the bare backbone. Take
 @click.option("--rounds", type=click.IntRange(1), default=4, help="Turns of each kind.")
 @click.option("--count", type=click.IntRange(1), default=8, help="Steps of a turn.")
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there, too.")
-def bench(rounds: int, count: int, path: Path | None, **config) -> int:
+@click.pass_context
+def bench(context: click.Context, rounds: int, count: int, path: Path | None, **config) -> int:
+    settle_options(context, config)  # the step that is timed is the step of training
     return bench_run(config, rounds, count, path)
 
 

@@ -523,6 +523,15 @@ def test_what_each_backbone_gets(arguments, expected, monkeypatch):
     assert {key: config[key] for key in expected} == expected
 
 
+def test_bench_times_the_step_of_training(monkeypatch):
+    found = []
+    monkeypatch.setattr(train, "bench_run", lambda config, *_: found.append(config))
+    run_here("bench", "--backbone", "eva02", "--lr", 1e-4)
+    assert found[0]["drop_path"] == 0.15 and found[0]["lr"] == 1e-4
+    with pytest.raises(InputError, match="--loss and --margin-angular both set margins"):
+        run_here("bench", "--backbone", "eva02", "--loss", "arcface", "--margin-angular", "0.2")
+
+
 def test_recipes_name_options_and_backbones():
     options = {parameter.name: parameter for parameter in train.main.params}
     for name, recipe in train.RECIPES.items():
