@@ -5,6 +5,7 @@
     python evaluate.py --run runs/NAME --data other/data --device cuda
     python evaluate.py --model tf_efficientnet_lite0 --weights FILE           # an untouched backbone, without a run
     python evaluate.py compare runs/A-s0 runs/A-s1 runs/B-s0                 # paired differences; seeds are averaged
+    python evaluate.py leaks --run runs/NAME --threshold 0.95                # test images that training nearly repeats
     python evaluate.py embed photos/ --run runs/NAME --domain face_hq         # embeddings of your own pictures
 
 The protocol in a split's index.json decides the metrics. RUN/eval/ then holds results.json and results.csv (one row a
@@ -928,9 +929,12 @@ def describe_protocol(split: Split, rule: str, flip: bool) -> str:
     return ", ".join(parts + ["out of distribution"] * bool(split.protocol.get("ood")))
 
 
-def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int,
-          seed: int) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict[str, dict]]:
+def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int, seed: int,
+          without: dict[str, np.ndarray] | None = None) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict]:
     """Score one backbone on test splits.
+
+    Args:
+        without: rows to leave out, by "domain/split".
 
     Returns:
         By "domain/split": figures {rule: {metric: Figure}}, the customary rule first, and curves to draw.
@@ -938,6 +942,11 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
     figures, curves = {}, {}
     for split in splits:
         x, protocol, curve, found = embed.raw(split), split.protocol["name"], {}, {}
+        key, bad = f"{split.domain}/{split.name}", int((~np.isfinite(x[:, 0])).sum())
+        x[(without or {}).get(key, [])] = np.nan
+        if not np.isfinite(x[:, 0]).any():
+            raise InputError(f"{split.folder}: no image left to score: all are unreadable or leaked; leave the split "
+                             "out with --splits")
         if protocol == "templates":
             found, curve = score_templates(x, split, draws, seed)
         normalise(x)
@@ -965,10 +974,9 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
                                                split.protocol.get("groups"))
         elif not found:
             raise InputError(f"{split.folder}: protocol {protocol!r} is not known to this version")
-        key = f"{split.domain}/{split.name}"
         figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split, draws, seed)}
         curves[key] = curve
-        if bad := int((~np.isfinite(x[:, 0])).sum()):
+        if bad:
             print(f"  {key}: {bad} unreadable images left out")
     return figures, curves
 
@@ -1280,6 +1288,51 @@ def show_comparison(table: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+# ---------------------------------------------------------------- leaks
+
+
+def nearest_rows(x: np.ndarray, y: np.ndarray, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest row of y and its cosine for unit rows of x, [n] each; -1 and -inf for a row of NaN."""
+    best, cosine = np.full(len(x), -1), np.full(len(x), -np.inf)
+    good = np.flatnonzero(np.isfinite(x[:, 0]))
+    for left in range(0, len(y), 1 << 16):
+        part = y[left : left + (1 << 16)]
+        bad = ~np.isfinite(part[:, 0])
+        for start in range(0, len(good), block):
+            rows = good[start : start + block]
+            scores = x[rows] @ part.T
+            scores[:, bad] = -np.inf
+            nearest = scores.argmax(1)
+            top = scores[np.arange(len(rows)), nearest]
+            better = top > cosine[rows]
+            best[rows[better]], cosine[rows[better]] = left + nearest[better], top[better]
+    return best, cosine
+
+
+def find_leaks(embed: Embedder, splits: list[Split], training: list[Split], threshold: float) -> list[dict]:
+    """The images of test splits whose nearest training image, of any domain, is as near as the threshold."""
+    nearest: dict = {}  # by test split, row: cosine, training split, its row
+    for source in training:
+        y = embed(source)
+        for split in splits:
+            rows, cosines = nearest_rows(embed(split), y)
+            for row in np.flatnonzero(cosines >= threshold):
+                key = (f"{split.domain}/{split.name}", int(row))
+                if key not in nearest or cosines[row] > nearest[key][0]:
+                    nearest[key] = (float(cosines[row]), source, int(rows[row]))
+
+    def describe(split: Split, row: int) -> tuple[str, str]:
+        return split.jpeg(row)[0], split.classes[split.labels[row]] if split.labels[row] >= 0 else ""
+
+    by_name, table = {f"{split.domain}/{split.name}": split for split in splits}, []
+    for (name, row), (cosine, source, other) in nearest.items():
+        (key, identity), (train_key, train_identity) = describe(by_name[name], row), describe(source, other)
+        table.append({"split": name, "row": row, "key": key, "identity": identity, "cosine": cosine,
+                      "train_split": f"{source.domain}/{source.name}", "train_key": train_key,
+                      "train_identity": train_identity})
+    return sorted(table, key=lambda leak: -leak["cosine"])
+
+
 # ---------------------------------------------------------------- a user's own pictures
 
 
@@ -1488,6 +1541,57 @@ def compare(runs: tuple[Path, ...], weights: str | None, splits: str | None, out
     write_csv(out / "comparison.csv", table)
     train.write_atomically(out / "comparison.md", lambda path: path.write_text(text))
     print(text + f"written: {out}/comparison.json, .csv and .md")
+    return 0
+
+
+@main.command(help="Test images that training images nearly repeat, and the figures without them: RUN/eval/leaks.csv "
+                   "and leaks.json.")
+@model_options
+@click.option("--splits", metavar="NAMES", help="Comma-separated domain/split (default: all test splits).")
+@click.option("--threshold", type=click.FloatRange(-1, 1), default=0.95,
+              help="Cosine to the nearest training image from which on a test image counts as leaked.")
+@click.option("--by", type=click.Choice(["foundation", "tuned"]), default="foundation",
+              help="Whose embeddings find the leaks: fine-tuning draws together what is merely alike.")
+@click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
+def leaks(**options) -> int:
+    if not options["run"]:
+        raise InputError("whose training images? give --run RUN")
+    run = train.load_run(Path(options["run"]), options["allow_partial"])
+    data, out = options["data"] or run.config["data"], run.folder / "eval"
+    root = open_root(Path(data))
+    splits = choose_splits(root, options["splits"], data)
+    training = [root[domain]["train"] for domain in run.config["domains"] if "train" in root.get(domain, {})]
+    if not training:
+        raise InputError(f"{data}: none of the run's training splits is there: name the data root that holds them")
+    device = train.pick_device(options["device"])
+
+    def embedder(weights: str) -> Embedder:
+        load = train.load_foundation if weights == "foundation" else train.load_tuned
+        return Embedder(load(run), weights, out / "embeddings", device, options["batch"], options["workers"],
+                        options["flip"])
+
+    found = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
+    if not found:
+        print(f"no test image has a training image at a cosine of {options['threshold']:g} or more")
+        return 0
+    without: dict[str, list[int]] = {}
+    for leak in found:
+        without.setdefault(leak["split"], []).append(leak["row"])
+    touched = [split for split in splits if f"{split.domain}/{split.name}" in without]
+    write_csv(out / "leaks.csv", found)
+    embed, table = embedder("tuned"), []
+    for left_out in ({}, without):
+        figures, _ = score(embed, touched, root, run, options["bootstrap"], options["seed"], left_out)
+        for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, options["flip"]):
+            leaked = len(left_out.get(f"{row.domain}/{row.split}", []))
+            row.protocol += f", without {leaked} leaked at {options['threshold']:g} by {options['by']}" * (leaked > 0)
+            table.append(row)
+    train.write_atomically(out / "leaks.json", lambda path: path.write_text(
+        json.dumps([asdict(row) for row in table], indent=1) + "\n"))
+    for name, rows in without.items():
+        whole, rest = (show_value(row) for row in table if f"{row.domain}/{row.split}" == name and row.headline)
+        print(f"{name:22s} {len(rows):,} leaked; all {whole}   without them {rest}")
+    print(f"written: {out}/leaks.csv, leaks.json")
     return 0
 
 

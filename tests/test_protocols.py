@@ -12,7 +12,7 @@ from sklearn.metrics import roc_curve
 
 import evaluate
 from data_prep import InputError
-from data_prep.shards import open_root
+from data_prep.shards import Record, Source, Split, open_root, write_split
 from tests.conftest import script
 from tests.test_evaluate import FakeSplit, unit
 
@@ -495,3 +495,45 @@ def test_compare_as_a_script(tiny_run, tmp_path):
     assert {r["split"] for r in rows} == {"test", "everything"}
     failed = script("evaluate.py", "compare", tmp_path / "none", check=2)
     assert failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
+
+
+# ---------------------------------------------------------------- leaks
+
+
+def test_nearest_rows_equal_a_full_matrix():
+    rng = np.random.default_rng(0)
+    x, y = unit(rng.normal(size=(50, 5))), unit(rng.normal(size=(90, 5)))
+    x[3], y[:10] = np.nan, np.nan
+    rows, cosines = evaluate.nearest_rows(x, y, 7)
+    scores = np.nan_to_num(x @ y.T, nan=-np.inf)
+    good = np.arange(50) != 3
+    np.testing.assert_array_equal(rows[good], scores.argmax(1)[good])
+    np.testing.assert_allclose(cosines[good], scores.max(1)[good])
+    assert rows[3] == -1 and cosines[3] == -np.inf
+
+
+def test_leaked_images_are_listed_and_left_out(demo_root, tiny_run, tmp_path):
+    root, base, val = tmp_path / "data", *(Split(demo_root / name) for name in ("object/train", "object/val"))
+    for split in (base, val):
+        shutil.copytree(split.folder, root / "object" / split.name)
+    images = [(base, row) for row in (0, 5, 9)] + [(val, row) for row in range(30)]
+    records = [Record(lambda s=split, r=row: s.jpeg(r)[1], f"{split.name} {row}", split.classes[split.labels[row]])
+               for split, row in images]
+    protocol = {"name": "classification", "reference": "train", "ood": False}
+    write_split(root / "object/mixed", Source(records, protocol), source_name="folder", size=base.size, fit="crop",
+                quality=95, train=False)
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    options = ["leaks", "--run", tmp_path / "run", "--data", root, "--bootstrap", "5", "--workers", "0"]
+    result = script("evaluate.py", *options, "--threshold", "0.99999")
+    with open(tmp_path / "run/eval/leaks.csv") as file:
+        found = list(csv.DictReader(file))
+    assert sorted(int(leak["row"]) for leak in found) == [0, 1, 2] and "object/mixed" in result.stdout
+    assert {leak["train_key"] for leak in found} == {base.jpeg(row)[0] for row in (0, 5, 9)}
+    assert all(leak["identity"] == leak["train_identity"] for leak in found)
+    rows = json.loads((tmp_path / "run/eval/leaks.json").read_text())
+    counts = {("without 3 leaked" in r["protocol"], r["metric"]): r["count"] for r in rows}
+    assert counts[False, "knn top-1"] == 33 and counts[True, "knn top-1"] == 30
+    assert "no test image has" in script("evaluate.py", *options, "--splits", "object/val", "--threshold", "1").stdout
+    everything = script("evaluate.py", *options, "--threshold", "-1", check=2)
+    assert "no image left to score" in everything.stderr and everything.stderr.count("\n") == 1
+    assert "give --run RUN" in script("evaluate.py", "leaks", check=2).stderr
