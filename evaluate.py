@@ -4,6 +4,8 @@
     python evaluate.py --run runs/NAME --splits face_hq/test,object/val      # some of them
     python evaluate.py --run runs/NAME --data other/data --device cuda
     python evaluate.py --model tf_efficientnet_lite0 --weights FILE           # an untouched backbone, without a run
+    python evaluate.py compare runs/A-s0 runs/A-s1 runs/B-s0                 # paired differences; seeds are averaged
+    python evaluate.py leaks --run runs/NAME --threshold 0.95                # test images that training nearly repeats
     python evaluate.py embed photos/ --run runs/NAME --domain face_hq         # embeddings of your own pictures
 
 The protocol in a split's index.json decides the metrics. RUN/eval/ then holds results.json and results.csv (one row a
@@ -15,6 +17,7 @@ import hashlib
 import json
 import math
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -907,9 +910,12 @@ def describe_protocol(split: Split, rule: str, flip: bool) -> str:
     return ", ".join(parts + ["out of distribution"] * bool(split.protocol.get("ood")))
 
 
-def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int,
-          seed: int) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict[str, dict]]:
+def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int, seed: int,
+          without: dict[str, np.ndarray] | None = None) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict]:
     """Score one backbone on test splits.
+
+    Args:
+        without: rows to leave out, by "domain/split".
 
     Returns:
         By "domain/split": figures {rule: {metric: Figure}}, the customary rule first, and curves to draw.
@@ -917,6 +923,11 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
     figures, curves = {}, {}
     for split in splits:
         x, protocol, curve, found = embed.raw(split), split.protocol["name"], {}, {}
+        key, bad = f"{split.domain}/{split.name}", int((~np.isfinite(x[:, 0])).sum())
+        x[(without or {}).get(key, [])] = np.nan
+        if not np.isfinite(x[:, 0]).any():
+            raise InputError(f"{split.folder}: no image left to score: all are unreadable or leaked; leave the split "
+                             "out with --splits")
         if protocol == "templates":
             found, curve = score_templates(x, split, draws, seed)
         normalise(x)
@@ -944,10 +955,9 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
                                                split.protocol.get("groups"))
         elif not found:
             raise InputError(f"{split.folder}: protocol {protocol!r} is not known to this version")
-        key = f"{split.domain}/{split.name}"
         figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split, draws, seed)}
         curves[key] = curve
-        if bad := int((~np.isfinite(x[:, 0])).sum()):
+        if bad:
             print(f"  {key}: {bad} unreadable images left out")
     return figures, curves
 
@@ -1124,6 +1134,186 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
         plt.close(figure)
 
 
+# ---------------------------------------------------------------- comparing runs
+
+
+@dataclass
+class Scored:
+    """What evaluate.py found for one run, with one set of weights."""
+
+    folder: Path
+    config: dict
+    seed: int  # of the resamplings
+    found: dict[tuple[str, str, str, str], tuple[Row, np.ndarray]]  # by domain, split, metric, protocol
+
+    @property
+    def recipe(self) -> str:
+        """What two runs share that differ in their seed alone; a backbone without a run is only itself."""
+        free = train.FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions"}
+        weights = next(iter(self.found.values()))[0].weights
+        if not self.config:
+            return str(self.folder.resolve())
+        return weights + json.dumps({key: value for key, value in self.config.items() if key not in free})
+
+
+def read_scored(folder: Path, weights: str | None) -> Scored:
+    """The rows of a run and their resampled values; InputError where there are none.
+
+    Args:
+        folder: of the run.
+        weights: "tuned" or "foundation"; None: tuned where there are such rows.
+    """
+    rows, path = read_rows(folder / "eval"), folder / "eval" / "draws.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            draws, seed = file["draws"], int(file["seed"])
+        if len(draws) != len(rows):
+            raise ValueError(f"{len(draws)} rows for {len(rows)} of results.json")
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read ({error}); run evaluate.py on {folder} again") from error
+    weights = weights or max((row.weights for row in rows), default="tuned")  # "tuned" comes after "foundation"
+    found = {(row.domain, row.split, row.metric, row.protocol): (row, drawn.astype(float))
+             for row, drawn in zip(rows, draws, strict=True) if row.weights == weights}
+    if not found:
+        raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
+                         "--no-foundation")
+    config = folder / "config.json"
+    return Scored(folder, train.read_json(config) if config.exists() else {}, seed, found)
+
+
+def refuse_unlike(a: Scored, b: Scored, splits: set[str]) -> None:
+    """InputError where a figure that both runs have was made in different ways, or their resamplings do not pair."""
+    if a.seed != b.seed or len(next(iter(a.found.values()))[1]) != len(next(iter(b.found.values()))[1]):
+        raise InputError(f"{a.folder} and {b.folder} were resampled differently: run evaluate.py on both with the same "
+                         "--seed and --bootstrap")
+    made: list[dict] = [{}, {}]
+    for strings, scored in zip(made, (a, b), strict=True):
+        for domain, split, metric, protocol in scored.found:
+            strings.setdefault((domain, split, metric), set()).add(protocol)
+    for key in made[0].keys() & made[1].keys():
+        name = "/".join(key[:2])
+        if splits and name not in splits:
+            continue
+        if unlike := sorted(made[0][key] ^ made[1][key]):
+            where = [a.folder if protocol in made[0][key] else b.folder for protocol in unlike]
+            raise InputError(f"{name} {key[2]}: only {where[0]} has it by the protocol '{unlike[0]}'"
+                             + (f", only {where[-1]} by '{unlike[-1]}'" if where[-1] != where[0] else "")
+                             + ": score both on the same splits with the same options, or leave it out with --splits")
+        for protocol in made[0][key]:
+            counts = [scored.found[(*key, protocol)][0].count for scored in (a, b)]
+            if counts[0] != counts[1]:
+                raise InputError(f"{name} {key[2]}: {counts[0]:,} samples in {a.folder}, {counts[1]:,} in {b.folder} "
+                                 "(unreadable images?): run evaluate.py on both again")
+
+
+def aggregate(group: list[Scored], key: tuple) -> Figure:
+    """The mean of a figure over runs that differ in their seed, and of its resampled values, person by person."""
+    rows, draws = zip(*(scored.found[key] for scored in group), strict=True)
+    return Figure(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count)
+
+
+def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
+    """One row for each figure that all runs have and each group: its mean over seeds, and its lead over the first.
+
+    The interval of a difference resamples people, the same ones in both runs, so that what makes a set hard for all
+    cancels out. Seeds are not resampled: their standard deviation stands beside.
+    """
+    first, *others = [scored for group in groups for scored in group]
+    for other in others:
+        refuse_unlike(first, other, splits)
+    keys = [key for key in first.found if all(key in other.found for other in others)
+            and (not splits or f"{key[0]}/{key[1]}" in splits)]
+    if not keys:
+        raise InputError("the runs have no figure in common" + (" on these --splits" if splits else "")
+                         + ": score them on the same splits")
+    table = []
+    for key in keys:
+        reference = aggregate(groups[0], key)
+        for group in groups:
+            figure, values = aggregate(group, key), [scored.found[key][0].value for scored in group]
+            lead = Figure(figure.value - reference.value, figure.draws - reference.draws)
+            spread = float(np.std(values, ddof=1)) if len(group) > 1 else None
+            row = dict(zip(("domain", "split", "metric", "protocol"), key, strict=True))
+            row |= {"runs": " ".join(scored.folder.resolve().name for scored in group),
+                    "weights": group[0].found[key][0].weights, "seeds": len(group), "value": figure.value,
+                    "low": figure.low, "high": figure.high, "seed_sd": spread, "count": figure.count}
+            if group is not groups[0]:
+                row |= {"difference": lead.value, "difference_low": lead.low, "difference_high": lead.high}
+            table.append({"difference": None, "difference_low": None, "difference_high": None} | row)
+    order = ("domain", "split", "metric", "protocol", "runs", "weights", "seeds", "value", "low", "high", "seed_sd",
+             "difference", "difference_low", "difference_high", "count")
+    return [{name: row[name] for name in order} for row in table]
+
+
+def show_comparison(table: list[dict]) -> str:
+    """The rows of `compare_groups` as Markdown."""
+
+    def show(row: dict, *names: str, sign: str = "") -> list[str]:
+        return [f"{row[name] * (1 if 'd-prime' in row['metric'] else 100):{sign}.1f}" for name in names]
+
+    lines = ["Percent (d-prime: as it is) with 95 % intervals. Differences to the first run or group of seeds, paired "
+             "by person; in bold where the interval leaves out 0. Seed SD: between runs that differ in the seed alone.",
+             "",
+             "| split | metric | runs | value | seed SD | difference | count | protocol |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for row in table:
+        lead = ""
+        if row["difference"] is not None:
+            lead = "{} [{}, {}]".format(*show(row, "difference", "difference_low", "difference_high", sign="+"))
+            lead = f"**{lead}**" if row["difference_low"] > 0 or row["difference_high"] < 0 else lead
+        spread = "" if row["seed_sd"] is None else show(row, "seed_sd")[0]
+        value = "{} [{}, {}]".format(*show(row, "value", "low", "high"))
+        cells = [f"{row['domain']}/{row['split']}", row["metric"], f"{row['runs']} ({row['weights']})", value, spread,
+                 lead, f"{row['count']:,}", row["protocol"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------- leaks
+
+
+def nearest_rows(x: np.ndarray, y: np.ndarray, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest row of y and its cosine for unit rows of x, [n] each; -1 and -inf for a row of NaN."""
+    best, cosine = np.full(len(x), -1), np.full(len(x), -np.inf)
+    good = np.flatnonzero(np.isfinite(x[:, 0]))
+    for left in range(0, len(y), 1 << 16):
+        part = y[left : left + (1 << 16)]
+        bad = ~np.isfinite(part[:, 0])
+        for start in range(0, len(good), block):
+            rows = good[start : start + block]
+            scores = x[rows] @ part.T
+            scores[:, bad] = -np.inf
+            nearest = scores.argmax(1)
+            top = scores[np.arange(len(rows)), nearest]
+            better = top > cosine[rows]
+            best[rows[better]], cosine[rows[better]] = left + nearest[better], top[better]
+    return best, cosine
+
+
+def find_leaks(embed: Embedder, splits: list[Split], training: list[Split], threshold: float) -> list[dict]:
+    """The images of test splits whose nearest training image, of any domain, is as near as the threshold."""
+    nearest: dict = {}  # by test split, row: cosine, training split, its row
+    for source in training:
+        y = embed(source)
+        for split in splits:
+            rows, cosines = nearest_rows(embed(split), y)
+            for row in np.flatnonzero(cosines >= threshold):
+                key = (f"{split.domain}/{split.name}", int(row))
+                if key not in nearest or cosines[row] > nearest[key][0]:
+                    nearest[key] = (float(cosines[row]), source, int(rows[row]))
+
+    def describe(split: Split, row: int) -> tuple[str, str]:
+        return split.jpeg(row)[0], split.classes[split.labels[row]] if split.labels[row] >= 0 else ""
+
+    by_name, table = {f"{split.domain}/{split.name}": split for split in splits}, []
+    for (name, row), (cosine, source, other) in nearest.items():
+        (key, identity), (train_key, train_identity) = describe(by_name[name], row), describe(source, other)
+        table.append({"split": name, "row": row, "key": key, "identity": identity, "cosine": cosine,
+                      "train_split": f"{source.domain}/{source.name}", "train_key": train_key,
+                      "train_identity": train_identity})
+    return sorted(table, key=lambda leak: -leak["cosine"])
+
+
 # ---------------------------------------------------------------- a user's own pictures
 
 
@@ -1296,6 +1486,93 @@ def main(context: click.Context, **options) -> int | None:
             print(f"{'everything':22s} {row.metric:30s} {row.weights} {show_value(row)}")
     print(f"written: {out}/report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
+    return 0
+
+
+@main.command(help="Differences between evaluated runs, paired by person; runs that differ in the seed alone are "
+                   "averaged. The first run, with its seeds, is what the others are compared with; one RUN alone: with "
+                   "its own untouched backbone.")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option("--weights", type=click.Choice(["tuned", "foundation"]),
+              help="Whose figures (default: tuned where a run has them).")
+@click.option("--splits", metavar="NAMES", help="Comma-separated domain/split (default: all that the runs share).")
+@click.option("--out", type=click.Path(path_type=Path), default="comparison", metavar="DIR",
+              help="Folder for comparison.json, .csv and .md.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
+def compare(runs: tuple[Path, ...], weights: str | None, splits: str | None, out: Path) -> int:
+    folders = list(dict.fromkeys(folder.resolve() for folder in runs))
+    if len(folders) < len(runs):
+        raise InputError("a run is named twice: name each once")
+    if len(runs) == 1:
+        if weights:
+            raise InputError("--weights chooses between the figures of several runs: leave it out with one run")
+        scored = [read_scored(runs[0], which) for which in ("foundation", "tuned")]
+    else:
+        scored = [read_scored(folder, weights) for folder in runs]
+    groups: dict[str, list[Scored]] = {}
+    for one in scored:
+        groups.setdefault(one.recipe, []).append(one)
+    table = compare_groups(list(groups.values()), set(splits.split(",")) if splits else set())
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be made a folder ({error}); choose another") from error
+    text = show_comparison(table)
+    train.write_atomically(out / "comparison.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
+    write_csv(out / "comparison.csv", table)
+    train.write_atomically(out / "comparison.md", lambda path: path.write_text(text))
+    print(text + f"written: {out}/comparison.json, .csv and .md")
+    return 0
+
+
+@main.command(help="Test images that training images nearly repeat, and the figures without them: RUN/eval/leaks.csv "
+                   "and leaks.json.")
+@model_options
+@click.option("--splits", metavar="NAMES", help="Comma-separated domain/split (default: all test splits).")
+@click.option("--threshold", type=click.FloatRange(-1, 1), default=0.95,
+              help="Cosine to the nearest training image from which on a test image counts as leaked.")
+@click.option("--by", type=click.Choice(["foundation", "tuned"]), default="foundation",
+              help="Whose embeddings find the leaks: fine-tuning draws together what is merely alike.")
+@click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
+def leaks(**options) -> int:
+    if not options["run"]:
+        raise InputError("whose training images? give --run RUN")
+    run = train.load_run(Path(options["run"]), options["allow_partial"])
+    data, out = options["data"] or run.config["data"], run.folder / "eval"
+    root = open_root(Path(data))
+    splits = choose_splits(root, options["splits"], data)
+    training = [root[domain]["train"] for domain in run.config["domains"] if "train" in root.get(domain, {})]
+    if not training:
+        raise InputError(f"{data}: none of the run's training splits is there: name the data root that holds them")
+    device = train.pick_device(options["device"])
+
+    def embedder(weights: str) -> Embedder:
+        load = train.load_foundation if weights == "foundation" else train.load_tuned
+        return Embedder(load(run), weights, out / "embeddings", device, options["batch"], options["workers"],
+                        options["flip"])
+
+    found = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
+    if not found:
+        print(f"no test image has a training image at a cosine of {options['threshold']:g} or more")
+        return 0
+    without: dict[str, list[int]] = {}
+    for leak in found:
+        without.setdefault(leak["split"], []).append(leak["row"])
+    touched = [split for split in splits if f"{split.domain}/{split.name}" in without]
+    write_csv(out / "leaks.csv", found)
+    embed, table = embedder("tuned"), []
+    for left_out in ({}, without):
+        figures, _ = score(embed, touched, root, run, options["bootstrap"], options["seed"], left_out)
+        for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, options["flip"]):
+            leaked = len(left_out.get(f"{row.domain}/{row.split}", []))
+            row.protocol += f", without {leaked} leaked at {options['threshold']:g} by {options['by']}" * (leaked > 0)
+            table.append(row)
+    train.write_atomically(out / "leaks.json", lambda path: path.write_text(
+        json.dumps([asdict(row) for row in table], indent=1) + "\n"))
+    for name, rows in without.items():
+        whole, rest = (show_value(row) for row in table if f"{row.domain}/{row.split}" == name and row.headline)
+        print(f"{name:22s} {len(rows):,} leaked; all {whole}   without them {rest}")
+    print(f"written: {out}/leaks.csv, leaks.json")
     return 0
 
 

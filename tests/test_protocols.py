@@ -1,14 +1,19 @@
 """Templates, search among distractors, changes of clothes: against scikit-learn and literal transcriptions."""
 
+import csv
+import json
+import shutil
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from sklearn.metrics import roc_curve
 
 import evaluate
 from data_prep import InputError
-from data_prep.shards import open_root
+from data_prep.shards import Record, Source, Split, open_root, write_split
+from tests.conftest import script
 from tests.test_evaluate import FakeSplit, unit
 
 
@@ -399,3 +404,136 @@ def test_people_are_joined_across_domains_by_what_the_source_proves(demo_root):
     members = evaluate.make_members(splits, [rng.normal(size=(len(s), 4)) for s in splits], 20, 0)
     assert [len(m.probes) for m in members] == [20, 20, 20, 20] and len(members[1].gallery) == 64
     assert (members[3].split.column("role")[members[3].probes] == 0).all()
+
+
+# ---------------------------------------------------------------- comparing runs
+
+
+def write_run(folder, values, people, seed=0, protocol="reid, general, set x, flip", config=None, resampling=0):
+    """A run folder with one figure: the mean of a value per sample, resampled by person."""
+    (folder / "eval").mkdir(parents=True)
+    found = evaluate.intervals(lambda w: {"rank-1": evaluate.weighted_mean(values, w)},
+                               evaluate.bootstrap_counts(people, 400, resampling), len(values))
+    results = evaluate.rows_of(folder.name, "tuned", "body", "test", protocol, found)
+    evaluate.write_rows(folder / "eval", [row for row, _ in results])
+    evaluate.write_draws(folder / "eval", results, resampling)
+    options = {"schedule": "B", **(config or {}), "seed": seed, "out": str(folder)}
+    (folder / "config.json").write_text(json.dumps(options))
+    return folder
+
+
+def compared(tmp_path, *arguments):
+    code = evaluate.main.main(["compare", *map(str, arguments), "--out", str(tmp_path / "c")], standalone_mode=False)
+    assert code == 0
+    return json.loads((tmp_path / "c/comparison.json").read_text())
+
+
+def test_differences_are_paired_by_person(tmp_path):
+    rng = np.random.default_rng(0)
+    people = np.repeat(np.arange(80), 5)
+    hard = rng.random(80)[people]  # what both runs find hard
+    a, b = hard + 0.01 * rng.random(400), hard + 0.1 + 0.01 * rng.random(400)
+    first, second = (write_run(tmp_path / name, values, people, config={"schedule": name})
+                     for name, values in (("a", a), ("b", b)))
+    reference, row = compared(tmp_path, first, second)
+    assert reference["difference"] is None and row["difference"] == pytest.approx((b - a).mean())
+    # literally: people drawn with the same counts in both, the spread of the mean of differences
+    draws = [np.average(b - a, weights=w) for w in evaluate.bootstrap_counts(people, 400, 0)]
+    interval = [row["difference_low"], row["difference_high"]]
+    assert interval == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=1e-6)
+    assert row["difference_high"] - row["difference_low"] < 0.1 * (row["high"] - row["low"])  # far below either's own
+    with open(tmp_path / "c/comparison.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [t["runs"] for t in table] == ["a", "b"] and float(table[1]["difference"]) == row["difference"]
+    assert "| **+" in (tmp_path / "c/comparison.md").read_text()
+
+
+def test_seeds_are_averaged_by_hand(tmp_path):
+    # run x with seeds 0 and 1: means 0.5 and 0.7, so 0.6 with SD 0.1414; run y: 0.9: a lead of 0.3
+    people, ones = np.arange(10), np.ones(10)
+    runs = [write_run(tmp_path / "x-s0", 0.5 * ones, people, 0), write_run(tmp_path / "x-s1", 0.7 * ones, people, 1),
+            write_run(tmp_path / "y-s0", 0.9 * ones, people, 0, config={"schedule": "A"})]
+    x, y = compared(tmp_path, *runs)
+    assert (x["runs"], x["seeds"], y["seeds"]) == ("x-s0 x-s1", 2, 1) and x["value"] == pytest.approx(0.6)
+    assert x["seed_sd"] == pytest.approx(np.sqrt(0.02)) and y["seed_sd"] is None
+    assert [y["difference"], y["difference_low"], y["difference_high"]] == pytest.approx([0.3] * 3, abs=1e-6)
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"protocol": "reid, general, set x, no flip"}, "body/test rank-1: only"),
+    ({"resampling": 1}, "resampled differently"), ({"people": np.arange(9)}, "10 samples in"),
+    ("draws", "draws.npz: cannot be read"), ("rows", "results.json: missing"), ("twice", "a run is named twice"),
+    ("splits", "no figure in common on these --splits"), ("one", "no figures of the foundation weights"),
+    ("out", "cannot be made a folder"),
+])  # fmt: skip
+def test_bad_comparisons(change, words, tmp_path):
+    people = np.arange(10)
+    first, more = write_run(tmp_path / "a", np.ones(10), people), change if isinstance(change, dict) else {}
+    people = more.pop("people", people)
+    second = write_run(tmp_path / "b", np.ones(len(people)), people, **more)
+    if isinstance(change, str) and change in ("draws", "rows"):
+        (second / "eval" / {"draws": "draws.npz", "rows": "results.json"}[change]).unlink()
+    special = {"twice": [first, first], "one": [first], "splits": [first, second, "--splits", "face_hq/lfw"],
+               "out": [first, second, "--out", first / "config.json"]}
+    arguments = special.get(str(change), [first, second])
+    with pytest.raises(click.ClickException) as error:
+        evaluate.main.main(["compare", "--out", str(tmp_path / "c"), *map(str, arguments)], standalone_mode=False)
+    assert words in error.value.format_message() and "\n" not in error.value.format_message()
+
+
+def test_compare_as_a_script(tiny_run, tmp_path):
+    """One run alone: against its own untouched backbone."""
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    script("evaluate.py", "--run", tmp_path / "run", "--splits", "face_hq/test,body/test", "--bootstrap", "20",
+           "--workers", "0")
+    result = script("evaluate.py", "compare", tmp_path / "run", "--out", tmp_path / "c")
+    rows = json.loads((tmp_path / "c/comparison.json").read_text())
+    lead = next(r for r in rows if (r["split"], r["metric"], r["weights"]) == ("test", "mAP", "tuned"))
+    before, after = (next(r["value"] for r in rows if (r["metric"], r["weights"]) == ("mAP", w))
+                     for w in ("foundation", "tuned"))
+    assert lead["difference"] == pytest.approx(after - before) and "| body/test | mAP |" in result.stdout
+    assert {r["split"] for r in rows} == {"test", "everything"}
+    failed = script("evaluate.py", "compare", tmp_path / "none", check=2)
+    assert failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
+
+
+# ---------------------------------------------------------------- leaks
+
+
+def test_nearest_rows_equal_a_full_matrix():
+    rng = np.random.default_rng(0)
+    x, y = unit(rng.normal(size=(50, 5))), unit(rng.normal(size=(90, 5)))
+    x[3], y[:10] = np.nan, np.nan
+    rows, cosines = evaluate.nearest_rows(x, y, 7)
+    scores = np.nan_to_num(x @ y.T, nan=-np.inf)
+    good = np.arange(50) != 3
+    np.testing.assert_array_equal(rows[good], scores.argmax(1)[good])
+    np.testing.assert_allclose(cosines[good], scores.max(1)[good])
+    assert rows[3] == -1 and cosines[3] == -np.inf
+
+
+def test_leaked_images_are_listed_and_left_out(demo_root, tiny_run, tmp_path):
+    root, base, val = tmp_path / "data", *(Split(demo_root / name) for name in ("object/train", "object/val"))
+    for split in (base, val):
+        shutil.copytree(split.folder, root / "object" / split.name)
+    images = [(base, row) for row in (0, 5, 9)] + [(val, row) for row in range(30)]
+    records = [Record(lambda s=split, r=row: s.jpeg(r)[1], f"{split.name} {row}", split.classes[split.labels[row]])
+               for split, row in images]
+    protocol = {"name": "classification", "reference": "train", "ood": False}
+    write_split(root / "object/mixed", Source(records, protocol), source_name="folder", size=base.size, fit="crop",
+                quality=95, train=False)
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))
+    options = ["leaks", "--run", tmp_path / "run", "--data", root, "--bootstrap", "5", "--workers", "0"]
+    result = script("evaluate.py", *options, "--threshold", "0.99999")
+    with open(tmp_path / "run/eval/leaks.csv") as file:
+        found = list(csv.DictReader(file))
+    assert sorted(int(leak["row"]) for leak in found) == [0, 1, 2] and "object/mixed" in result.stdout
+    assert {leak["train_key"] for leak in found} == {base.jpeg(row)[0] for row in (0, 5, 9)}
+    assert all(leak["identity"] == leak["train_identity"] for leak in found)
+    rows = json.loads((tmp_path / "run/eval/leaks.json").read_text())
+    counts = {("without 3 leaked" in r["protocol"], r["metric"]): r["count"] for r in rows}
+    assert counts[False, "knn top-1"] == 33 and counts[True, "knn top-1"] == 30
+    assert "no test image has" in script("evaluate.py", *options, "--splits", "object/val", "--threshold", "1").stdout
+    everything = script("evaluate.py", *options, "--threshold", "-1", check=2)
+    assert "no image left to score" in everything.stderr and everything.stderr.count("\n") == 1
+    assert "give --run RUN" in script("evaluate.py", "leaks", check=2).stderr
