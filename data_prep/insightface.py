@@ -5,10 +5,14 @@ import os
 import pickle
 import re
 import struct
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import repeat
 from pathlib import Path
+
+import numpy as np
 
 from data_prep import InputError
 from data_prep.archives import check_size, read_range
@@ -85,14 +89,20 @@ def read_offsets(rec: Path) -> Iterator[tuple[int, int]]:
     """(key, offset) of all records in the order of keys, from the .idx; without one, numbered as they lie."""
     idx, total = rec.with_suffix(".idx"), rec.stat().st_size
     if idx.exists():
-        offsets = {}
-        for number, line in enumerate(idx.read_bytes().splitlines(), 1):
-            match = re.fullmatch(rb"(\d{1,18})\s+(\d{1,18})\s*", line)
-            if not match or int(match[2]) >= total:
-                raise InputError(f"{idx}, line {number}: want `key<TAB>offset` with an offset inside {rec.name}, found "
-                                 f"{line[:60]!r}; do the two files belong together?")
-            offsets[int(match[1])] = int(match[2])
-        yield from sorted(offsets.items())
+        keys, offsets = array("q"), array("q")  # a dictionary of 42 million would take gigabytes
+        with open(idx, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                match = re.fullmatch(rb"(\d{1,18})\s+(\d{1,18})\s*", line)
+                if not match or int(match[2]) >= total:
+                    raise InputError(f"{idx}, line {number}: want `key<TAB>offset` with an offset inside {rec.name}, "
+                                     f"found {line[:60]!r}; do the two files belong together?")
+                keys.append(int(match[1]))
+                offsets.append(int(match[2]))
+        if keys:
+            order = np.argsort(np.frombuffer(keys, dtype=np.int64), kind="stable")
+            for n, place in enumerate(order):
+                if n + 1 == len(order) or keys[place] != keys[order[n + 1]]:  # of a key that comes twice the last holds
+                    yield keys[place], offsets[place]
         return
     key, offset, file = 0, 0, os.open(rec, os.O_RDONLY)
     try:
@@ -124,7 +134,7 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
     rec = next((path for path in found if path.name == "train.rec"), found[0] if len(found) == 1 else None)
     if rec is None or not rec.is_file():
         raise InputError(f"--src {src}: want a folder with train.rec (and train.idx, property), or one .rec file")
-    records, people, skipped, announced = [], [], Counter(), ()
+    keys, offsets, people, skipped, announced = array("q"), array("q"), array("q"), Counter(), ()
     file = os.open(rec, os.O_RDONLY)
     try:
         for key, offset in read_offsets(rec):
@@ -135,14 +145,15 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
                 continue
             if not image:
                 announced = announced or (labels if key == 0 else (0, 0))
-            elif not (labels[0].is_integer() and labels[0] >= 0):
+            elif not (labels[0].is_integer() and 0 <= labels[0] < 2**62):
                 skipped["its label is no whole number"] += 1
             else:
-                people.append(f"{int(labels[0]):07d}")
-                records.append((partial(read_record, rec, offset), f"{rec.name}:{key}", people[-1]))
+                people.append(int(labels[0]))
+                keys.append(key)
+                offsets.append(offset)
     finally:
         os.close(file)
-    images = len(records) + sum(skipped.values())
+    images = len(keys) + sum(skipped.values())
     if len(announced) == 2 and announced[1] > announced[0] > images + 1:
         raise InputError(f"{rec}: its first record announces {announced[0] - 1:,.0f} images, {images:,} are there: "
                          "is the download complete?")
@@ -150,9 +161,10 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
     classes = re.match(rb"(\d{1,9}),\d+,\d+", note.read_bytes()[:99]) if note.is_file() else None
     if classes and int(classes[1]) != len(set(people)):
         print(f"  note: {note} says {int(classes[1]):,} people, the records name {len(set(people)):,}")
-    roles = [None] * len(records) if train else search_roles(people)
-    return Source([Record(*record, role=role) for record, role in zip(records, roles, strict=True)],
-                  None if train else {"name": "identification"}, skipped=skipped)
+    roles = repeat(None) if train else search_roles(people)
+    records = (Record(partial(read_record, rec, offset), f"{rec.name}:{key}", f"{person:07d}", role=role)
+               for key, offset, person, role in zip(keys, offsets, people, roles, strict=False))
+    return Source(records, None if train else {"name": "identification"}, skipped=skipped)
 
 
 # ---------------------------------------------------------------- verification sets
