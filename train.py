@@ -2472,7 +2472,11 @@ def main(context: click.Context, **config) -> int | None:
         return None
     settle_options(context, config)
     job = set_up(config)
-    return run_steps(job) if job else 0
+    code = run_steps(job) if job else 0
+    if job and job.ranks.world > 1:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)  # all is written; gloo's threads now and then abort an interpreter that is torn down
+    return code
 
 
 @main.command(params=[p for p in main.params if p.name not in ("out", "resume", "epochs", "images")], help="""Where the

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import threading
@@ -207,6 +208,7 @@ def start_worker(parent: int) -> None:
     """One thread a worker, which ends with its parent: a killed preparation must leave nobody who still writes."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the whole group; the parent speaks for all
     torch.set_num_threads(1)
 
     def watch() -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import click
@@ -517,7 +518,7 @@ def test_leaked_images_are_listed_and_left_out(demo_root, tiny_run, tmp_path):
     for split in (base, val):
         shutil.copytree(split.folder, root / "object" / split.name)
     images = [(base, row) for row in (0, 5, 9)] + [(val, row) for row in range(30)]
-    records = [Record(lambda s=split, r=row: s.jpeg(r)[1], f"{split.name} {row}", split.classes[split.labels[row]])
+    records = [Record(partial(bytes, split.jpeg(row)[1]), f"{split.name} {row}", split.classes[split.labels[row]])
                for split, row in images]
     protocol = {"name": "classification", "reference": "train", "ood": False}
     write_split(root / "object/mixed", Source(records, protocol), source_name="folder", size=base.size, fit="crop",
