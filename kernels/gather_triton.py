@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-NONE = tl.constexpr(2147483647)  # of `flag`: no place so far
 BLOCK = 4096  # elements a program of the pure copy: 32 a thread, enough bytes in flight to cover the latency of memory
 TILE = (8, 32)  # rows, columns of output pixels a program of the resampling
 
@@ -17,7 +16,7 @@ TILE = (8, 32)  # rows, columns of output pixels a program of the resampling
 
 
 @triton.jit
-def find_image(b, banks, sizes, domain, row, flag):
+def find_image(b, banks, sizes, domain, row):
     """Pointer to the image of output b, its height and width, and whether it is there at all; K is unrolled."""
     d = tl.load(domain + b)
     r = tl.load(row + b)
@@ -41,7 +40,7 @@ def copy_images(
 ):  # fmt: skip
     """Whole images of S x S: factor · byte + shift, by channel; elements in the order of the output."""
     b = tl.program_id(0)
-    image, _, _, there = find_image(b, banks, sizes, domain, row, flag)
+    image, _, _, there = find_image(b, banks, sizes, domain, row)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < 3 * S * S
     if CHANNELS_LAST:
@@ -86,7 +85,7 @@ def resample_images(
 ):  # fmt: skip
     """A tile TY x TX of output pixels: Σ_y w_y Σ_x w_x byte over the triangle filters of both axes."""
     b = tl.program_id(0)
-    image, height, width, there = find_image(b, banks, sizes, domain, row, flag)
+    image, height, width, there = find_image(b, banks, sizes, domain, row)
     columns = tl.cdiv(S, TX)
     Y = tl.program_id(1) // columns * TY + tl.arange(0, TY)
     X = tl.program_id(1) % columns * TX + tl.arange(0, TX)
