@@ -15,13 +15,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${DATA:=data}" "${OUT:=runs/grid}"
 : "${BACKBONES:=clip eva02 dinov3}" "${SIZE:=large}" "${SEEDS:=0 1 2}"
+: "${MODEL:=}"                    # any timm or open_clip model instead of BACKBONES and SIZE (its weights go into TRAIN)
 : "${DOMAINS:=object face_hq face_lq body}" "${SCHEDULES:=A B sequential alternate}" "${MATCH:=images exposure}"
 : "${IMAGES:=2000000}"            # of a unified run, all domains together
 : "${EXPOSURE:=A}"                # whose exposure experts match: A (equal shares; also sequential and alternate), or B
 : "${LAUNCH:=python}"             # e.g. "torchrun --standalone --nproc-per-node=8"
 : "${TRAIN:=}" "${EVALUATE:=}" "${ANALYZE:=}"  # more options for train.py, evaluate.py, analyze.py
+: "${SEQUENTIAL:=}"               # more options for the sequential cells, e.g. "--eval-every N" for their task matrix
+: "${JOBS:=1}"                    # cells at once, each a process of its own
 : "${CELL:=${SLURM_ARRAY_TASK_ID:-}}"
 
+[ -z "$MODEL" ] || BACKBONES=$MODEL
 refuse() { echo "error: $1" >&2; exit 2; }
 
 cells() {  # backbone, seed and kind of every cell
@@ -31,7 +35,7 @@ cells() {  # backbone, seed and kind of every cell
     done; done
 }
 
-folder() { echo "$OUT/$1-$SIZE-$3-s$2"; }
+folder() { if [ -n "$MODEL" ]; then echo "$OUT/${1//\//-}-$3-s$2"; else echo "$OUT/$1-$SIZE-$3-s$2"; fi; }
 
 exposure() {  # images of domain $3 in the unified run of backbone $1, seed $2
     [ "$EXPOSURE" = B ] || { set -- $DOMAINS; echo $((IMAGES / $#)); return; }
@@ -41,7 +45,8 @@ exposure() {  # images of domain $3 in the unified run of backbone $1, seed $2
 }
 
 run_cell() {  # called where `set -e` is off: every step says what follows its failure
-    local run options images=$IMAGES code=0
+    local run options images=$IMAGES code=0 network=(--backbone "$1" --size "$SIZE")
+    [ -z "$MODEL" ] || network=(--model "$MODEL")
     run=$(folder "$@")
     case $3 in
         *-exposure) images=$(exposure "$1" "$2" "${3%-*}") || return ;;
@@ -50,9 +55,10 @@ run_cell() {  # called where `set -e` is off: every step says what follows its f
         *-*) options=(--domains "${3%-*}" --images "$images") ;;
         *) options=(--schedule "$3" --domains "${DOMAINS// /,}" --images "$images") ;;
     esac
+    [ "$3" != sequential ] || options+=($SEQUENTIAL)
     if [ ! -e "$run/done.json" ]; then
         rm -f "$run/STOP"
-        $LAUNCH train.py --backbone "$1" --size "$SIZE" --seed "$2" --data "$DATA" --out "$run" --resume \
+        $LAUNCH train.py "${network[@]}" --seed "$2" --data "$DATA" --out "$run" --resume \
             "${options[@]}" $TRAIN || code=$?
         # torchrun makes 1 of every exit code of its processes: a run that was asked to stop is known by its STOP file
         [ $code = 0 ] || [ ! -e "$run/STOP" ] || code=75
@@ -67,6 +73,7 @@ run_cell() {  # called where `set -e` is off: every step says what follows its f
 
 summarise() {
     python - "$OUT" <<'PYTHON' || return
+import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -76,9 +83,11 @@ from evaluate import headlines, read_rows
 out, values = Path(sys.argv[1]), defaultdict(lambda: defaultdict(list))
 for path in sorted(out.glob("*/eval/results.json")):
     name = path.parts[-3].rpartition("-s")[0]
+    config = json.loads((path.parent.parent / "config.json").read_text())
+    network = config["model"] or f"{config['backbone']}-{config['size']}"
     for (domain, split), pair in headlines(read_rows(path.parent)).items():
         for weights, row in pair.items():
-            cell = name if weights == "tuned" else "-".join(name.split("-")[:2]) + ", untouched"
+            cell = name if weights == "tuned" else f"{network}, untouched"
             values[cell][f"{domain}/{split} {row.metric}"].append(100 * row.value)
 if not values:
     sys.exit(f"error: {out}: no evaluated run in it yet")
@@ -97,6 +106,7 @@ PYTHON
 
 [[ $IMAGES =~ ^[1-9][0-9]*$ ]] || refuse "IMAGES=$IMAGES: want a whole number of images"
 [[ $EXPOSURE =~ ^[AB]$ ]] || refuse "EXPOSURE=$EXPOSURE: want A or B"
+[[ $JOBS =~ ^[1-9][0-9]*$ ]] || refuse "JOBS=$JOBS: want the number of cells to run at once"
 grid=()
 while read -r cell; do grid+=("$cell"); done < <(cells)
 if [ -n "$CELL" ]; then
@@ -107,6 +117,12 @@ case ${1:-} in
     summary) summarise; exit ;;
     ?*) refuse "$1: no such command; want list, summary or nothing" ;;
 esac
+if [ -z "$CELL" ] && [ "$JOBS" -gt 1 ]; then  # what is not complete after this is tried once more below
+    export BACKBONES SEEDS DOMAINS SCHEDULES MATCH IMAGES EXPOSURE LAUNCH TRAIN EVALUATE ANALYZE SEQUENTIAL DATA OUT SIZE MODEL
+    # xargs ends at a 255: one cell that was asked to stop stops the others from being started
+    printf '%s\n' "${!grid[@]}" | xargs -P "$JOBS" -I{} bash -c 'CELL={} "$0" || { [ $? != 75 ] || exit 255; }' "$0" ||
+        exit 75
+fi
 failed=()
 for number in ${CELL:-${!grid[@]}}; do
     code=0

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Prepare a folder of real sets in the layouts below into one data root:
-#   scripts/prepare_real.sh SOURCE DATA_ROOT [SIZE]
+#   scripts/prepare_real.sh SOURCE DATA_ROOT [SIZE] [OBJECT_SIZE]
 #   SOURCE/face_hq/{train,test}/<Name>/<Name>_0001.jpg and face_hq/pairs.txt (LFW format); face_lq the same
 #   SOURCE/body/{bounding_box_train,bounding_box_test,query} (Market-1501 names)
 #   SOURCE/object/{train,val}/<class>/*, object/classes.txt (folder<TAB>name)
 #   SOURCE/ood_pacs/{photo,art_painting,cartoon,sketch}/<class>/*
 set -euo pipefail
 cd "$(dirname "$0")/.."
-src=$1 data=$2 size=${3:-112}
+src=$1 data=$2 size=${3:-112} object_size=${4:-${3:-112}}
 prepare() { python -m data_prep "$@" --size "$size"; }
 for domain in face_hq face_lq; do
     prepare lfw --src "$src/$domain/train" --out "$data/$domain/train"
@@ -16,7 +16,8 @@ done
 prepare market --src "$src/body" --out "$data/body/train"
 prepare market --src "$src/body" --out "$data/body/test"
 for part in train val; do
-    prepare folder --src "$src/object/$part" --names "$src/object/classes.txt" --out "$data/object/$part"
+    python -m data_prep folder --src "$src/object/$part" --names "$src/object/classes.txt" --size "$object_size" \
+        --out "$data/object/$part"
 done
 # class means and neighbours come from the photographs, on which the others are the shift
 prepare folder --src "$src/ood_pacs/photo" --reference pacs-photo --ood --out "$data/object/pacs-photo"

@@ -148,3 +148,49 @@ def test_a_job_needs_a_cell():
     result = subprocess.run(["bash", ROOT / "scripts/slurm.sbatch"], cwd=ROOT, capture_output=True, text=True,
                             env=environment(), timeout=30)
     assert result.returncode and "submit me with sbatch --array" in result.stderr
+
+
+def test_any_model_and_several_cells_at_once(tmp_path):
+    names = grid("list", MODEL="open_clip/ViT-B", SEEDS="0", OUT="x").stdout.splitlines()
+    assert names[0] == "0\tx/open_clip-ViT-B-A-s0" and len(names) == 12
+    stub = program(tmp_path / "launch", f'echo "$@" >> {tmp_path}/said; exit 3')
+    result = grid(MODEL="net", SEEDS="0 1", DOMAINS="body", SCHEDULES="A sequential", MATCH="images", IMAGES=8,
+                  SEQUENTIAL="--eval-every 2", JOBS=2, LAUNCH=stub, OUT=tmp_path / "out", check=1)
+    said = (tmp_path / "said").read_text().splitlines()
+    assert len(said) == 12 and len(set(said)) == 6  # what failed beside others is tried once more, alone
+    assert all(line.startswith("train.py --model net --seed ") for line in said)
+    assert all(("--eval-every 2" in line) == ("sequential" in line) for line in said)
+    assert "error: not complete" in result.stderr
+
+
+def test_a_stopped_cell_keeps_the_others_from_starting(tmp_path):
+    stub = program(tmp_path / "launch", f'echo "$@" >> {tmp_path}/said; exit 75')
+    grid(MODEL="net", SEEDS="0", DOMAINS="body", SCHEDULES="A B sequential alternate", MATCH="images", OUT=tmp_path,
+         IMAGES=8, JOBS=2, LAUNCH=stub, check=75)
+    assert len((tmp_path / "said").read_text().splitlines()) < 5
+
+
+def test_the_study_on_the_demo_corpus(demo_root, tmp_path):
+    import timm
+    from safetensors.torch import save_file
+
+    weights = tmp_path / "test_efficientnet.safetensors"
+    save_file(timm.create_model("test_efficientnet", num_classes=0).state_dict(), weights)
+    small = {"MODEL": "test_efficientnet", "SIDE": 32, "IMAGES": 256, "DOMAINS": "object body",
+             "SCHEDULES": "sequential", "MATCH": "exposure", "FORM": "reduced", "OUT": tmp_path / "out",
+             "EVALUATE": GRID["EVALUATE"], "ANALYZE": GRID["ANALYZE"], "TRAIN": "--device cpu"}
+    result = subprocess.run([ROOT / "scripts/study.sh", demo_root, weights], capture_output=True, text=True,
+                            timeout=300, env=environment(**small))
+    assert result.returncode == 0, result.stdout + result.stderr
+    kinds = ["sequential", "object-exposure", "body-exposure"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == sorted(
+        f"test_efficientnet-{kind}-s0" for kind in kinds)
+    looks = (tmp_path / "out/test_efficientnet-sequential-s0/probe.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in looks] == [0, 1, 2, 3, 4]
+    assert all(f"test_efficientnet-{kind} |" in (tmp_path / "out/summary.md").read_text() for kind in kinds)
+    assert (tmp_path / "out/claims.md").exists()
+
+
+def test_the_study_says_what_it_needs():
+    result = subprocess.run([ROOT / "scripts/study.sh"], capture_output=True, text=True, env=environment(), timeout=30)
+    assert result.returncode == 2 and "scripts/study.sh DATA_ROOT WEIGHTS" in result.stderr
