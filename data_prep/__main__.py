@@ -1,6 +1,6 @@
 """Command line: `python -m data_prep SOURCE --src PATH --out DATA/<domain>/<split>`; `sources` lists the sources.
 
-Of finished splits: `verify`, `show`, `stats`, `merge`, `degrade`. Besides: `demo`, `bench`.
+Of finished splits: `verify`, `show`, `stats`, `merge`, `degrade`, `trials`. Besides: `demo`, `bench`.
 """
 
 import io
@@ -33,6 +33,7 @@ from data_prep.shards import (
     write_split,
 )
 from data_prep.stats import draw_stats, split_stats
+from data_prep.trials import find_test_splits, write_trials
 
 CPUS = os.cpu_count() or 1
 FOLDER = click.Path(path_type=Path)
@@ -481,6 +482,25 @@ def degrade_command(src: Path | None, out: Path | None, severity: float, min_sev
                             quality=quality, train=split.protocol is None, seed=seed, shard_size=shard_size,
                             workers=workers, options=options)
         report(out, index, len(split))
+
+
+@cli.command(help="Write same/different trials for people: balanced pairs of test images and an offline page to rate "
+                  "them on, OUT/index.html. `evaluate.py --humans` reads what it saves.")
+@click.option("--src", type=FOLDER, multiple=True, required=True, metavar="ROOT|SPLIT",
+              help="A data root (the first test split of each domain), or a test split; may be given again.")
+@click.option("--out", type=FOLDER, default="trials", help="Folder to write.")
+@click.option("--pairs", type=click.IntRange(2), default=48, help="Pairs a split, half of them of one identity.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the draw and of the order in trials.csv.")
+@debug_option
+def trials(src: tuple[Path, ...], out: Path, pairs: int, seed: int) -> None:
+    splits = find_test_splits(list(src))
+    counts = write_trials(splits, out, pairs, seed)
+    for name, found in counts.items():
+        print(f"  {name}: {found} pairs" + f" (its images give no more than {found})" * (found < pairs // 2 * 2))
+    print(f"{out}/index.html: {sum(counts.values())} trials, one file that needs no network; it keeps its progress")
+    if any(split.domain != "object" for split in splits):
+        print("note: the page contains pictures of people, which are personal data: give it to raters who may see "
+              "them, publish it nowhere, and delete it afterwards")
 
 
 @cli.command(help="Measure images a second, writing and reading, beside decoding alone, decoding and encoding alone, "
