@@ -4,12 +4,23 @@
     python evaluate.py --run runs/NAME --splits face_hq/test,object/val      # some of them
     python evaluate.py --run runs/NAME --data other/data --device cuda
     python evaluate.py --model tf_efficientnet_lite0 --weights FILE           # an untouched backbone, without a run
+    python evaluate.py --run runs/NAME --humans anna.csv --humans ben.csv     # beside people, on the same trials
     python evaluate.py compare runs/A-s0 runs/A-s1 runs/B-s0                 # paired differences; seeds are averaged
+    python evaluate.py compare runs/B --experts runs/face runs/body          # non-inferiority to your own experts
     python evaluate.py leaks --run runs/NAME --threshold 0.95                # test images that training nearly repeats
     python evaluate.py embed photos/ --run runs/NAME --domain face_hq         # embeddings of your own pictures
 
 The protocol in a split's index.json decides the metrics. RUN/eval/ then holds results.json and results.csv (one row a
-figure), report.md, the figures bars.png, roc.png and cmc.png, and the embeddings, which are computed once.
+figure), report.md and report.html (the same, in one file), figures, and the embeddings, which are computed once.
+
+--humans adds, for each set of weights, rows with a protocol that begins with "human trials": of each split that people
+rated, and of domain "everything" (the mean over the domains: multi-tasking), where they rated several:
+    AUC on human trials           the model's, on the trials of each rater, mean over raters
+    human AUC (mean of raters)
+    AUC of rater NAME
+    model minus human AUC         paired; its low above 0: above humans, its high below 0: below them, else undecided
+    share of raters beaten        of the raters, those whose AUC is below the model's on their own trials
+Their intervals resample the people and things on the pictures, not the raters.
 """
 
 import csv
@@ -19,7 +30,7 @@ import math
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -28,10 +39,12 @@ import scipy.sparse
 import torch
 from tqdm import tqdm
 
+import report
 import train
 from data_prep import DOMAINS, InputError, run_command
 from data_prep.folders import image_suffixes
 from data_prep.shards import ROLES, BadImage, Split, fit_image, open_root
+from data_prep.trials import Rating, read_ratings
 from train import Backbone, Run, matched_pairs
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -39,7 +52,8 @@ FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 HEADLINE = {"verification": "auc", "templates": "tar@far=0.0001", "reid": "rank-1", "identification": "rank-1",
             "classification": "nearest-mean top-1"}
 FPIRS = (1e-1, 1e-2)
-COLOURS = {"foundation": "#999999", "tuned": "#0072B2"}  # Okabe-Ito
+COLOURS = {"foundation": "#999999", "tuned": "#0072B2", "people": "#E69F00"}  # Okabe-Ito
+SCORE_BINS = np.linspace(-1, 1, 101)  # of the score distributions
 
 # ---------------------------------------------------------------- embeddings
 
@@ -243,7 +257,7 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
     """10-fold accuracy, AUC, EER, TAR@FAR (where there are 1 / FAR impostors) and d' of a split's pairs.
 
     Returns:
-        The figures, and the ROC to draw.
+        The figures, and to draw: the ROC, and how many scores of either kind fall into each of SCORE_BINS.
     """
     pairs = split.column("pairs")
     pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
@@ -267,7 +281,8 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
             yield np.where(a == b, counts[left], counts[left] * counts[right])
 
     far, tar = roc(scores, same)
-    return intervals(statistic, pair_weights(), len(pairs)), {"far": far, "tar": tar}
+    spread = {kind: np.histogram(scores[mask], SCORE_BINS)[0] for kind, mask in (("same", same), ("different", ~same))}
+    return intervals(statistic, pair_weights(), len(pairs)), {"far": far, "tar": tar, **spread}
 
 
 # ---------------------------------------------------------------- templates
@@ -1014,8 +1029,8 @@ def show_value(row: Row) -> str:
     return f"{factor * row.value:.1f} [{factor * row.low:.1f}, {factor * row.high:.1f}]"
 
 
-def write_report(folder: Path, rows: list[Row], splits: list[Split], flip: bool) -> None:
-    """report.md: the headline of every split before and after, then every figure."""
+def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[str]) -> list[str]:
+    """The lines of report.md: the headline of every split before and after, what stands between, then every figure."""
     by_name = {(split.domain, split.name): split for split in splits}
     lines = [f"# {rows[0].run}", "",
              "Percent (d-prime: as it is) with 95 % bootstrap intervals, resampled by identity. Cosine similarity; "
@@ -1029,7 +1044,8 @@ def write_report(folder: Path, rows: list[Row], splits: list[Split], flip: bool)
         label = "/".join(key) + (" (out of distribution)" if row.out_of_distribution else "")
         level = f"{100 * chance(split, row.metric):.1f}"
         lines.append(f"| {label} | {row.metric} | {level} | {both[0]} | {both[1]} | {change} |")
-    lines += ["", "## All figures", "", "Two figures of a metric are comparable where their protocols are equal.", "",
+    lines += [*middle, "", "## All figures", "",
+              "Two figures of a metric are comparable where their protocols are equal.", "",
               "| split | metric | foundation | tuned | count | protocol |", "| --- | --- | --- | --- | --- | --- |"]
     table: dict = {}
     for row in rows:
@@ -1037,8 +1053,143 @@ def write_report(folder: Path, rows: list[Row], splits: list[Split], flip: bool)
     for (domain, name, protocol, metric), pair in table.items():
         both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
         count = next(iter(pair.values())).count
+        metric = metric.replace("|", "/")  # a rater's name may hold what ends a cell
         lines.append(f"| {domain}/{name} | {metric} | {both[0]} | {both[1]} | {count:,} | {protocol} |")
-    train.write_atomically(folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+    return lines
+
+
+# ---------------------------------------------------------------- people on the same trials
+
+
+def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: dict[str, np.ndarray], draws: int,
+                 seed: int) -> dict[str, dict[str, Figure]]:
+    """AUC of each rater and of the model on exactly the trials of that rater; ties count half.
+
+    The figures of a split are of the raters who saw pairs of both kinds there; those of "everything" of the raters who
+    did so in every domain, each with the mean over domains of the mean over splits.
+
+    Args:
+        ratings: as `read_ratings` gives them; trials with an unreadable image are left out, for both sides.
+        splits, embeddings: by "domain/split"; unit embeddings, NaN where unreadable.
+    """
+    ratings = sorted(ratings, key=lambda r: (r.split, r.rater, min(r.left, r.right), max(r.left, r.right)))
+    names = {name: name_identities(splits[name]) for name in {r.split for r in ratings}}
+    scores = np.array([embeddings[r.split][r.left] @ embeddings[r.split][r.right] for r in ratings], dtype=float)
+    if lost := int((~np.isfinite(scores)).sum()):
+        print(f"  human trials: {lost} ratings of unreadable images left out")
+        ratings = [r for r, score in zip(ratings, scores, strict=True) if np.isfinite(score)]
+        scores = scores[np.isfinite(scores)]
+    same, answers = np.array([r.same for r in ratings]), np.array([r.value for r in ratings])
+    # a person in two domains is drawn, or not, in both
+    ends = np.array([[names[r.split][r.left], names[r.split][r.right]] for r in ratings]).reshape(-1, 2)
+    people, ends = np.unique(ends, return_inverse=True)
+    a, b = ends.reshape(-1, 2).T
+    rows: dict[tuple[str, str], list[int]] = {}
+    for i, r in enumerate(ratings):
+        rows.setdefault((r.split, r.rater), []).append(i)
+    used = {key: np.array(i) for key, i in rows.items() if 0 < same[i].sum() < len(i)}
+    if unused := sorted(rows.keys() - used.keys()):
+        print(f"  human trials: {unused[0][1]} rated pairs of one kind alone in {unused[0][0]}"
+              + f", as {len(unused) - 1} others did" * (len(unused) > 1) + ": left out there")
+    if not used:
+        raise InputError("--humans: no rater has rated both a pair of one identity and one of two in a split: nothing "
+                         "to score")
+    seen = {key: tuple((ratings[i].left, ratings[i].right) for i in some) for key, some in used.items()}
+    domains: dict[str, list[str]] = {}
+    for name in sorted({split for split, _ in used}):
+        domains.setdefault(name.split("/")[0], []).append(name)
+    raters = {name: sorted(rater for split, rater in used if split == name) for name in names}
+    if len(domains) > 1:
+        raters["everything"] = sorted(set.intersection(*(set(raters[n]) for some in domains.values() for n in some)))
+
+    def auc(values: np.ndarray, some: np.ndarray, weights: np.ndarray | None) -> float:
+        far, tar = roc(values[some], same[some], None if weights is None else weights[some])
+        return float(np.trapezoid(tar, far))
+
+    def statistic(counts: np.ndarray | None) -> dict[tuple[str, str], float]:
+        weights = None if counts is None else np.where(same, counts[a], counts[a] * counts[b])
+        known, found, pairs = {}, {}, {}  # raters often share their trials: the model is scored on them once
+        for (split, rater), some in used.items():
+            trials = (split, seen[split, rater])
+            if trials not in known:
+                known[trials] = auc(scores, some, weights)
+            pairs[split, rater] = known[trials], auc(answers, some, weights)
+        for rater in raters.get("everything", []):
+            tasks = [np.mean([pairs[name, rater] for name in some], axis=0) for some in domains.values()]
+            pairs["everything", rater] = tuple(np.mean(tasks, axis=0))
+        for place, who in raters.items():
+            both = np.array([pairs[place, rater] for rater in who]).reshape(-1, 2)
+            found |= {(place, f"AUC of rater {rater}"): pair[1] for rater, pair in zip(who, both, strict=True)}
+            model, human = both[np.isfinite(both).all(1)].T  # a resampling may leave a rater without one kind
+            if len(model):
+                found |= {(place, "AUC on human trials"): model.mean(),
+                          (place, "human AUC (mean of raters)"): human.mean(),
+                          (place, "model minus human AUC"): (model - human).mean(),
+                          (place, "share of raters beaten"): (model > human).mean()}
+        return found
+
+    whole = statistic(None)
+    missing = dict.fromkeys(whole, math.nan)
+    found = intervals(lambda counts: whole if counts is None else missing | statistic(counts),
+                      bootstrap_counts(np.arange(len(people)), draws, seed))
+    shown = {name: {pair for (split, _), pairs in seen.items() if split == name for pair in pairs} for name in names}
+    figures: dict[str, dict[str, Figure]] = {}
+    for (place, metric), figure in found.items():
+        figure.count = sum(len(shown[name]) for name in ([place] if place in shown else shown))
+        figures.setdefault(place, {})[metric] = figure
+    return figures
+
+
+def make_human_rows(run: str, ratings: list[Rating], splits: dict[str, Split], figures: dict[str, dict],
+                    flip: bool) -> Results:
+    """The rows of `score_humans`, by weights: of each split, and of domain "everything"."""
+    rows: Results = []
+    for weights, found in figures.items():
+        for place, by_metric in found.items():
+            some = [r for r in ratings if place in (r.split, "everything")]
+            told = hashlib.sha256(repr(sorted((r.split, *sorted((r.left, r.right)), r.rater, r.value)
+                                              for r in some)).encode()).hexdigest()[:8]
+            sets = " + ".join(f"{name} {fingerprint(splits[name])}" for name in sorted({r.split for r in some}))
+            protocol = f"human trials, ratings {told}, sets {sets}, {'flip' if flip else 'no flip'}"
+            domain, _, split = place.partition("/")
+            rows += rows_of(run, weights, domain, split or "human trials", protocol, by_metric)
+    return rows
+
+
+def human_rows(rows: list[Row]) -> dict[tuple[str, str], dict[str, dict[str, Row]]]:
+    """{(domain, split): {weights: {metric: row}}} of the human trials."""
+    found: dict = {}
+    for row in rows:
+        if row.protocol.startswith("human trials,"):
+            found.setdefault((row.domain, row.split), {}).setdefault(row.weights, {})[row.metric] = row
+    return found
+
+
+def human_verdict(difference: Row) -> str:
+    """What "model minus human AUC" says."""
+    return "above humans" if difference.low > 0 else "below humans" if difference.high < 0 else "undecided"
+
+
+def show_humans(rows: list[Row]) -> list[str]:
+    """Lines of report.md; none where there are no human trials."""
+    found = human_rows(rows)
+    if not found:
+        return []
+    lines = ["", "## Human trials", "", "People and model on identical pairs: AUC of the ratings (-3 to +3) and of the "
+             "cosine, chance 50. Intervals resample who and what is on the pictures; the raters are these, not a "
+             "sample of mankind. Everything: the mean over the domains, of the raters who did them all.", "",
+             "| split | pairs | raters | people: mean (range) | weights | model | model minus people | beaten | |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for (domain, split), by_weights in found.items():
+        for weights, by_metric in by_weights.items():
+            each = [row.value for metric, row in by_metric.items() if metric.startswith("AUC of rater ")]
+            people, lead = by_metric["human AUC (mean of raters)"], by_metric["model minus human AUC"]
+            name = domain if domain == "everything" else f"{domain}/{split}"
+            reach = f"{100 * min(each):.1f} to {100 * max(each):.1f}"
+            lines.append(f"| {name} | {people.count} | {len(each)} | {show_value(people)} ({reach}) | {weights} "
+                         f"| {show_value(by_metric['AUC on human trials'])} | {show_value(lead)} "
+                         f"| {100 * by_metric['share of raters beaten'].value:.0f} % | {human_verdict(lead)} |")
+    return lines
 
 
 def write_rows(folder: Path, rows: list[Row]) -> None:
@@ -1085,33 +1236,16 @@ def read_rows(folder: Path) -> list[Row]:
 # ---------------------------------------------------------------- figures
 
 
-def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits: list[Split]) -> None:
-    """bars.png (headlines before and after), roc.png (log FAR) and cmc.png, where there is something to draw."""
+def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits: list[Split],
+                 published: list[tuple[report.Published, str, Row | None]]) -> list[tuple[str, str]]:
+    """bars.png, roc.png (log FAR), cmc.png and scores.png, where there is something to draw: title and name of each."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found, by_name = headlines(rows), {(split.domain, split.name): split for split in splits}
-    names = [w for w in ("foundation", "tuned") if any(w in pair for pair in found.values())]
-    figure, ax = plt.subplots(figsize=(1.8 + 1.3 * len(found), 4))
-    for i, (key, pair) in enumerate(found.items()):
-        for j, weights in enumerate(names):
-            if weights in pair:
-                row = pair[weights]
-                error = [[100 * (row.value - row.low)], [100 * (row.high - row.value)]]
-                ax.bar(i + (j - (len(names) - 1) / 2) * 0.38, 100 * row.value, 0.36, yerr=np.maximum(error, 0),
-                       capsize=3, color=COLOURS[weights], label=weights if i == 0 else None)
-        level = 100 * chance(by_name[key], next(iter(pair.values())).metric)
-        ax.plot([i - 0.45, i + 0.45], [level, level], "k:", lw=1, label="chance" if i == 0 else None)
-    ax.set_xticks(range(len(found)), [f"{d}\n{s}\n{next(iter(p.values())).metric}".replace(" top", "\ntop")
-                                      for (d, s), p in found.items()], fontsize=8)
-    ax.set_ylim(0, 100)
-    ax.set_ylabel("percent, 95 % interval")
-    ax.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
-    figure.savefig(folder / "bars.png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
-
+    drawn = [("Figures before and after, beside people and published experts", "bars.png")]
+    draw_bars(plt, folder / "bars.png", rows, splits, published)
     for kind, name, x_label, y_label in (("far", "roc", "FAR", "TAR"), ("cmc", "cmc", "rank", "identification rate")):
         panels = [key for key, curve in next(iter(curves.values())).items() if kind in curve]
         if not panels:
@@ -1132,6 +1266,80 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
             ax.legend(loc="lower right", fontsize=8)
         figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
         plt.close(figure)
+        drawn.append(({"roc": "ROC of the pairs", "cmc": "Identification rate by rank"}[name], f"{name}.png"))
+
+    panels = [key for key, curve in next(iter(curves.values())).items() if "same" in curve]
+    if panels:
+        figure, axes = plt.subplots(len(curves), len(panels), figsize=(4.2 * len(panels), 2.6 * len(curves)),
+                                    squeeze=False, sharex=True)
+        for line, (weights, by_split) in zip(axes, curves.items(), strict=True):
+            for ax, key in zip(line, panels, strict=True):
+                for kind, colour in (("different", "#D55E00"), ("same", "#009E73")):
+                    share = by_split[key][kind] / by_split[key][kind].sum()
+                    ax.stairs(share, SCORE_BINS, fill=True, alpha=0.5, color=colour, label=kind)
+                ax.set(title=f"{key}, {weights}", ylabel="share of the pairs")
+                ax.legend(fontsize=8)
+        for ax in axes[-1]:
+            ax.set_xlabel("cosine")
+        figure.tight_layout()
+        figure.savefig(folder / "scores.png", dpi=150, bbox_inches="tight")
+        plt.close(figure)
+        drawn.append(("Scores of pairs of one identity and of two", "scores.png"))
+    return drawn
+
+
+def draw_bars(plt, path: Path, rows: list[Row], splits: list[Split],
+              published: list[tuple[report.Published, str, Row | None]]) -> None:
+    """Headlines and whatever else is published, before and after; then the human trials with every rater as a point."""
+    by_name = {f"{split.domain}/{split.name}": split for split in splits}
+    groups = [(f"{domain}\n{split}\n{next(iter(pair.values())).metric}", pair,
+               chance(by_name[f"{domain}/{split}"], next(iter(pair.values())).metric),
+               [one for one, name, row in published if row and name == f"{domain}/{split}"
+                and one.metric == next(iter(pair.values())).metric], [])
+              for (domain, split), pair in headlines(rows).items()]
+    for one, name, row in published:
+        title = f"{name.replace('/', chr(10))}\n{one.metric}"
+        if row and title not in [group[0] for group in groups]:
+            like = [r for r in rows if (r.domain, r.split, r.metric, r.protocol)
+                    == (row.domain, row.split, row.metric, row.protocol)]
+            others = [p for p, where, r in published if r and where == name and p.metric == one.metric]
+            groups.append((title, {r.weights: r for r in like}, 0.5 if one.metric == "accuracy" else None, others, []))
+    for (domain, split), by_weights in human_rows(rows).items():
+        first = next(iter(by_weights.values()))
+        pair = {weights: found["AUC on human trials"] for weights, found in by_weights.items()}
+        raters = [row.value for metric, row in first.items() if metric.startswith("AUC of rater ")]
+        groups.append((f"{domain}\n{split if domain != 'everything' else ''}\nhuman trials, AUC",
+                       pair | {"people": first["human AUC (mean of raters)"]}, 0.5, [], raters))
+
+    names = [weights for weights in COLOURS if any(weights in pair for _, pair, *_ in groups)]
+    figure, ax = plt.subplots(figsize=(1.8 + 1.3 * len(groups), 4))
+    for i, (_, pair, level, others, raters) in enumerate(groups):
+        here = [weights for weights in names if weights in pair]
+        width = 0.76 / max(len(here), 2)
+        for j, weights in enumerate(here):
+            row, x = pair[weights], i + (j - (len(here) - 1) / 2) * width
+            error = [[100 * (row.value - row.low)], [100 * (row.high - row.value)]]
+            ax.bar(x, 100 * row.value, width * 0.95, yerr=np.maximum(error, 0), capsize=3, color=COLOURS[weights],
+                   label=weights)
+            if weights == "people":
+                shift = np.linspace(-0.3, 0.3, len(raters)) * width if len(raters) > 1 else np.zeros(1)
+                ax.plot(x + shift, 100 * np.array(raters), "k.", ms=4, label="one rater")
+        if level is not None:
+            ax.plot([i - 0.45, i + 0.45], [100 * level] * 2, "k:", lw=1, label="chance")
+        for one in others:
+            same = one.comparable(next(iter(pair.values())).protocol)
+            colour = COLOURS["people"] if one.kind == "human" else "#CC79A7"
+            ax.plot(i + 0.43, 100 * one.value, "*" if one.kind == "human" else "D", ms=9 if one.kind == "human" else 5,
+                    color=colour, mfc=colour if same else "none",
+                    label=f"published {one.kind}" + ", other protocol" * (not same))
+    ax.set_xticks(range(len(groups)), [title.replace(" top", "\ntop") for title, *_ in groups], fontsize=8)
+    ax.set_ylim(0, 100)
+    ax.set_ylabel("percent, 95 % interval")
+    marks = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # each label once
+    ax.legend(marks.values(), marks.keys(), ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0),
+              frameon=False)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------- comparing runs
@@ -1243,6 +1451,121 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
     order = ("domain", "split", "metric", "protocol", "runs", "weights", "seeds", "value", "low", "high", "seed_sd",
              "difference", "difference_low", "difference_high", "count")
     return [{name: row[name] for name in order} for row in table]
+
+
+def same_start(run: dict, expert: dict) -> bool:
+    """Whether two configurations begin with the same untouched backbone and input."""
+    return all(run.get(key) == expert.get(key)
+               for key in ("backbone", "size", "model", "weights", "image_size", "embed_dim"))
+
+
+def find_expertise(run: Scored, expert: Scored) -> str:
+    """The domain that an expert was trained on; InputError where the two cannot be held against each other."""
+    known = expert.config.get("domains", [])
+    if len(known) != 1:
+        raise InputError(f"{expert.folder} is no expert: it was trained on {', '.join(known) or 'nothing known'}; "
+                         f"train one with --domains {DOMAINS[1]}, or leave --experts out")
+    domain = known[0]
+    if domain not in run.config.get("domains", []):
+        raise InputError(f"{run.folder} was not trained on {domain}, the task of the expert {expert.folder}: leave it "
+                         "out")
+    if not same_start(run.config, expert.config):
+        raise InputError(f"{expert.folder} starts from another backbone, weights or input size than {run.folder}: "
+                         "train the expert like the run")
+    own, theirs = run.config["counts"][domain], expert.config["counts"][domain]
+    if not 0.75 <= theirs / max(own, 1) <= 1.25:
+        raise InputError(f"{expert.folder} saw {theirs:,} images of {domain}, {run.folder} {own:,}: not the same "
+                         f"number (within a quarter); train the expert with --images {own}")
+    return domain
+
+
+def margin(expert: float, delta: float) -> float:
+    """How much worse still counts as no worse: delta, but never more than a tenth of what the expert gets wrong.
+
+    So at delta = 0.01 a metric is saturated from 0.9 on: a point of 99.8 % would be five times the expert's errors.
+    """
+    return min(delta, 0.1 * (1 - expert))
+
+
+def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[str], delta: float) -> list[dict]:
+    """Non-inferiority of a run (or the mean of its seeds) to its own experts, each on the splits of its domain.
+
+    Non-inferior: the lower end of the paired 95 % interval of run - expert lies above -margin; inferior: its upper end
+    lies below; else undecided. (The lower end of a two-sided interval: a test at 2.5 %.) Metrics are those that are
+    shares and better when higher.
+    """
+    table = []
+    for group in groups:
+        domain, kept = find_expertise(runs[0], group[0]), []
+        for one in [*runs, *group]:
+            found = {key: pair for key, pair in one.found.items() if key[0] == domain and key[1] != "everything"
+                     and not key[3].startswith("human trials")
+                     and not any(word in key[2] for word in ("d-prime", "eer", "retention"))}
+            kept.append(replace(one, found=found))
+        if any(not one.found for one in kept):
+            raise InputError(f"{group[0].folder} and {runs[0].folder}: no figures of {domain}: run evaluate.py on both")
+        for one in kept[1:]:
+            refuse_unlike(kept[0], one, splits)
+        ours, theirs = kept[: len(runs)], kept[len(runs) :]
+        for key, (row, _) in ours[0].found.items():
+            if not all(key in one.found for one in kept) or (splits and f"{key[0]}/{key[1]}" not in splits):
+                continue
+            run, expert = aggregate(ours, key), aggregate(theirs, key)
+            lead, allowed = Figure(run.value - expert.value, run.draws - expert.draws), margin(expert.value, delta)
+            verdict = ("non-inferior" if lead.low > -allowed or lead.low >= 0 else
+                       "inferior" if lead.high < -allowed else "undecided")
+            named = [" ".join(one.folder.resolve().name for one in some) for some in (ours, theirs)]
+            table.append(dict(zip(("domain", "split", "metric", "protocol"), key, strict=True)) | {
+                "run": named[0], "expert": named[1], "value": run.value, "expert_value": expert.value,
+                "difference": lead.value, "low": lead.low, "high": lead.high, "delta": allowed, "verdict": verdict,
+                "headline": row.headline, "count": run.count})
+    if not table:
+        raise InputError("the run and its experts have no figure in common: score them on the same splits")
+    return table
+
+
+def show_experts(table: list[dict], domains: list[str]) -> str:
+    """The rows of `compare_experts` as Markdown; headlines first, then what they say together."""
+    lines = ["Percent; differences run - expert, paired by person, with 95 % intervals. Non-inferior: the whole "
+             "interval above -δ, where δ is --delta or a tenth of the expert's error, whichever is less.", "",
+             "| split | metric | run | expert | difference | low | high | δ | verdict | expert's name | protocol |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for row in sorted(table, key=lambda row: not row["headline"]):
+        cells = [f"{row['domain']}/{row['split']}", row["metric"],
+                 *(f"{100 * row[name]:.1f}" for name in ("value", "expert_value")),
+                 *(f"{100 * row[name]:+.2f}" for name in ("difference", "low", "high")), f"{100 * row['delta']:.2f}",
+                 f"**{row['verdict']}**" if row["headline"] else row["verdict"], row["expert"], row["protocol"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    verdicts = {row["verdict"] for row in table if row["headline"]}
+    said = "inferior" if "inferior" in verdicts else "undecided" if "undecided" in verdicts else "non-inferior"
+    without = [domain for domain in domains if domain not in {row["domain"] for row in table}]
+    lines += ["", f"On the headlines together: {said}"
+              + (f"; no expert of {', '.join(without)} was given" if without else " on every task") + "."]
+    return "\n".join(lines) + "\n"
+
+
+def draw_experts(path: Path, table: list[dict]) -> None:
+    """Each headline's difference run - expert with its interval, beside the margin that it must stay above."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in table if row["headline"]] or table
+    colours = {"non-inferior": "#009E73", "undecided": "#999999", "inferior": "#D55E00"}
+    figure, ax = plt.subplots(figsize=(7, 1.4 + 0.5 * len(rows)))
+    for i, row in enumerate(rows):
+        error = np.maximum([[row["difference"] - row["low"]], [row["high"] - row["difference"]]], 0)
+        ax.errorbar(100 * row["difference"], i, xerr=100 * error, fmt="o", capsize=4, color=colours[row["verdict"]])
+        ax.plot([-100 * row["delta"]] * 2, [i - 0.35, i + 0.35], "k--", lw=1.2, label="-δ" if i == 0 else None)
+    ax.axvline(0, color="0.7", lw=0.8)
+    ax.set_yticks(range(len(rows)), [f"{row['domain']}/{row['split']} {row['metric']}\nagainst {row['expert']}: "
+                                     f"{row['verdict']}" for row in rows], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel("run - expert, points, 95 % interval")
+    ax.legend(fontsize=8)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
 
 
 def show_comparison(table: list[dict]) -> str:
@@ -1451,6 +1774,12 @@ def model_options(command):
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
 @click.option("--crowd", type=click.IntRange(0), default=5000,
               help="Probes of a domain that are searched among all domains at once (0: none).")
+@click.option("--humans", type=click.Path(path_type=Path), multiple=True, metavar="FILE.csv",
+              help="Ratings of people (split,left_key,right_key,rater,rating), e.g. from the page of `data_prep "
+                   "trials`; may be given again.")
+@click.option("--published", multiple=True, metavar="SPLIT=DATASET",
+              help="Data set of a split whose name is not the set's, e.g. object/val=imagenet: its published figures "
+                   "stand beside the run's (SPLIT= for none); may be given again.")
 @click.pass_context
 def main(context: click.Context, **options) -> int | None:
     if context.invoked_subcommand:
@@ -1459,9 +1788,13 @@ def main(context: click.Context, **options) -> int | None:
     name, folder, run, models, data = open_models(options)
     root = open_root(Path(data))
     splits = choose_splits(root, options["splits"], data)
+    by_name = {f"{split.domain}/{split.name}": split for split in splits}
+    published = report.read_published()
+    datasets = report.datasets_of(list(by_name), options["published"], published)
+    ratings = read_ratings(list(options["humans"]), by_name) if options["humans"] else []
     device, out = train.pick_device(options["device"]), folder / "eval"
     out.mkdir(parents=True, exist_ok=True)
-    figures, curves, unified = {}, {}, {}
+    figures, curves, unified, people = {}, {}, {}, {}
     crowd = choose_crowd(splits) if options["crowd"] else []
     for weights, load in models.items():
         embed = Embedder(load(), weights, out / "embeddings", device, options["batch"], options["workers"],
@@ -1471,39 +1804,69 @@ def main(context: click.Context, **options) -> int | None:
         if crowd:
             members = make_members(crowd, [embed(split) for split in crowd], options["crowd"], options["seed"])
             unified[weights] = score_unified(members, options["bootstrap"], options["seed"])
+        if ratings:
+            rated = {name: embed(by_name[name]) for name in {rating.split for rating in ratings}}
+            people[weights] = score_humans(ratings, by_name, rated, options["bootstrap"], options["seed"])
     results = make_rows(name, splits, figures, options["flip"])
     results += make_unified_rows(name, crowd, unified, options["flip"], options["crowd"], options["seed"])
+    results += make_human_rows(name, ratings, by_name, people, options["flip"])
     rows = [row for row, _ in results]
     write_rows(out, rows)
     write_draws(out, results, options["seed"])
-    write_report(out, rows, splits, options["flip"])
-    draw_figures(out, rows, curves, splits)
+    others = report.beside(rows, datasets, published)
+    middle = [line for title, file in draw_figures(out, rows, curves, splits, others)
+              for line in ("", f"![{title}]({file})")]
+    middle += show_humans(rows) + report.show_published(others)
+    if run and run.config["schedule"] == "sequential":
+        stages = report.read_stages(folder, run.config)
+        middle += report.show_stages(stages, run.config)
+        if stages:
+            report.draw_stages(out / "stages.png", stages)
+            middle += ["", "![AUC after each stage](stages.png)"]
+    report.write_report(out, make_report(rows, splits, options["flip"], middle))
     for (domain, split), pair in headlines(rows).items():
         print(f"{domain + '/' + split:22s} {next(iter(pair.values())).metric:20s} "
               + "   ".join(f"{weights} {show_value(row)}" for weights, row in pair.items()))
     for row in rows:
         if row.domain == "all":
             print(f"{'everything':22s} {row.metric:30s} {row.weights} {show_value(row)}")
-    print(f"written: {out}/report.md, results.json, results.csv and figures"
+    for (domain, _), by_weights in human_rows(rows).items():
+        for weights, found in by_weights.items():
+            lead = found["model minus human AUC"]
+            print(f"{domain:22s} {lead.metric:30s} {weights} {show_value(lead)}: {human_verdict(lead)}")
+    print(f"written: {out}/report.html, report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
     return 0
 
 
 @main.command(help="Differences between evaluated runs, paired by person; runs that differ in the seed alone are "
                    "averaged. The first run, with its seeds, is what the others are compared with; one RUN alone: with "
-                   "its own untouched backbone.")
+                   "its own untouched backbone; --experts: whether it is non-inferior to the others.")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option("--weights", type=click.Choice(["tuned", "foundation"]),
               help="Whose figures (default: tuned where a run has them).")
 @click.option("--splits", metavar="NAMES", help="Comma-separated domain/split (default: all that the runs share).")
+@click.option("--experts", is_flag=True,
+              help="The runs after the first (and its seeds) are its experts: the same backbone and number of images, "
+                   "one domain each. Writes comparison.png too.")
+@click.option("--delta", type=click.FloatRange(0, 1, min_open=True), default=0.01,
+              help="With --experts: a difference that does not matter; at most a tenth of the expert's error counts.")
 @click.option("--out", type=click.Path(path_type=Path), default="comparison", metavar="DIR",
               help="Folder for comparison.json, .csv and .md.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
-def compare(runs: tuple[Path, ...], weights: str | None, splits: str | None, out: Path) -> int:
+@click.pass_context
+def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None, splits: str | None, experts: bool,
+            delta: float, out: Path) -> int:
+    if context.get_parameter_source("delta") == click.core.ParameterSource.COMMANDLINE and not experts:
+        raise InputError("--delta is the margin of non-inferiority to experts: give --experts too")
+    if experts and weights == "foundation":
+        raise InputError("--weights foundation: with --experts the tuned weights are compared; leave it out")
     folders = list(dict.fromkeys(folder.resolve() for folder in runs))
     if len(folders) < len(runs):
         raise InputError("a run is named twice: name each once")
-    if len(runs) == 1:
+    if experts:
+        scored = [read_scored(folder, "tuned") for folder in runs]
+    elif len(runs) == 1:
         if weights:
             raise InputError("--weights chooses between the figures of several runs: leave it out with one run")
         scored = [read_scored(runs[0], which) for which in ("foundation", "tuned")]
@@ -1512,12 +1875,18 @@ def compare(runs: tuple[Path, ...], weights: str | None, splits: str | None, out
     groups: dict[str, list[Scored]] = {}
     for one in scored:
         groups.setdefault(one.recipe, []).append(one)
-    table = compare_groups(list(groups.values()), set(splits.split(",")) if splits else set())
+    first, *others = groups.values()
+    chosen = set(splits.split(",")) if splits else set()
+    if experts and not others:
+        raise InputError("--experts: want RUN and at least one expert of its domains")
+    table = compare_experts(first, others, chosen, delta) if experts else compare_groups([first, *others], chosen)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be made a folder ({error}); choose another") from error
-    text = show_comparison(table)
+    text = show_experts(table, first[0].config["domains"]) if experts else show_comparison(table)
+    if experts:
+        draw_experts(out / "comparison.png", table)
     train.write_atomically(out / "comparison.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
     write_csv(out / "comparison.csv", table)
     train.write_atomically(out / "comparison.md", lambda path: path.write_text(text))
