@@ -53,7 +53,7 @@ HEADLINE = {"verification": "auc", "templates": "tar@far=0.0001", "reid": "rank-
             "classification": "nearest-mean top-1"}
 FPIRS = (1e-1, 1e-2)
 COLOURS = {"foundation": "#999999", "tuned": "#0072B2", "people": "#E69F00"}  # Okabe-Ito
-SCORE_BINS = np.linspace(-1, 1, 101)  # of the score distributions
+SCORE_BINS = np.linspace(-1, 1, 51)  # of the score distributions
 
 # ---------------------------------------------------------------- embeddings
 
@@ -1073,7 +1073,7 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
         splits, embeddings: by "domain/split"; unit embeddings, NaN where unreadable.
     """
     ratings = sorted(ratings, key=lambda r: (r.split, r.rater, min(r.left, r.right), max(r.left, r.right)))
-    names = {name: name_identities(splits[name]) for name in {r.split for r in ratings}}
+    names = {name: name_identities(splits[name]) for name in splits if any(r.split == name for r in ratings)}
     scores = np.array([embeddings[r.split][r.left] @ embeddings[r.split][r.right] for r in ratings], dtype=float)
     if lost := int((~np.isfinite(scores)).sum()):
         print(f"  human trials: {lost} ratings of unreadable images left out")
@@ -1096,8 +1096,9 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
                          "to score")
     seen = {key: tuple((ratings[i].left, ratings[i].right) for i in some) for key, some in used.items()}
     domains: dict[str, list[str]] = {}
-    for name in sorted({split for split, _ in used}):
-        domains.setdefault(name.split("/")[0], []).append(name)
+    for name in names:
+        if any(split == name for split, _ in used):
+            domains.setdefault(name.split("/")[0], []).append(name)
     raters = {name: sorted(rater for split, rater in used if split == name) for name in names}
     if len(domains) > 1:
         raters["everything"] = sorted(set.intersection(*(set(raters[n]) for some in domains.values() for n in some)))
@@ -1308,7 +1309,7 @@ def draw_bars(plt, path: Path, rows: list[Row], splits: list[Split],
         first = next(iter(by_weights.values()))
         pair = {weights: found["AUC on human trials"] for weights, found in by_weights.items()}
         raters = [row.value for metric, row in first.items() if metric.startswith("AUC of rater ")]
-        groups.append((f"{domain}\n{split if domain != 'everything' else ''}\nhuman trials, AUC",
+        groups.append((f"{domain}\n{split if domain != 'everything' else ''}\nAUC on\nhuman trials",
                        pair | {"people": first["human AUC (mean of raters)"]}, 0.5, [], raters))
 
     names = [weights for weights in COLOURS if any(weights in pair for _, pair, *_ in groups)]
@@ -1323,18 +1324,17 @@ def draw_bars(plt, path: Path, rows: list[Row], splits: list[Split],
                    label=weights)
             if weights == "people":
                 shift = np.linspace(-0.3, 0.3, len(raters)) * width if len(raters) > 1 else np.zeros(1)
-                ax.plot(x + shift, 100 * np.array(raters), "k.", ms=4, label="one rater")
+                ax.plot(x + shift, 100 * np.array(raters), "k.", ms=4, label="one rater", clip_on=False)
         if level is not None:
             ax.plot([i - 0.45, i + 0.45], [100 * level] * 2, "k:", lw=1, label="chance")
         for one in others:
             same = one.comparable(next(iter(pair.values())).protocol)
             colour = COLOURS["people"] if one.kind == "human" else "#CC79A7"
             ax.plot(i + 0.43, 100 * one.value, "*" if one.kind == "human" else "D", ms=9 if one.kind == "human" else 5,
-                    color=colour, mfc=colour if same else "none",
+                    color=colour, mfc=colour if same else "none", clip_on=False,
                     label=f"published {one.kind}" + ", other protocol" * (not same))
     ax.set_xticks(range(len(groups)), [title.replace(" top", "\ntop") for title, *_ in groups], fontsize=8)
-    ax.set_ylim(0, 100)
-    ax.set_ylabel("percent, 95 % interval")
+    ax.set(xlim=(-0.6, len(groups) - 0.4), ylim=(0, 100), ylabel="percent, 95 % interval")
     marks = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # each label once
     ax.legend(marks.values(), marks.keys(), ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0),
               frameon=False)
@@ -1480,11 +1480,11 @@ def find_expertise(run: Scored, expert: Scored) -> str:
 
 
 def margin(expert: float, delta: float) -> float:
-    """How much worse still counts as no worse: delta, but never more than a tenth of what the expert gets wrong.
+    """How much worse still counts as no worse: delta; where the expert is above 0.9, at most a tenth of its error.
 
-    So at delta = 0.01 a metric is saturated from 0.9 on: a point of 99.8 % would be five times the expert's errors.
+    Such metrics are saturated: a point of 99.8 % would be five times what the expert gets wrong.
     """
-    return min(delta, 0.1 * (1 - expert))
+    return delta if expert <= 0.9 else min(delta, 0.1 * (1 - expert))
 
 
 def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[str], delta: float) -> list[dict]:
@@ -1527,7 +1527,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
 def show_experts(table: list[dict], domains: list[str]) -> str:
     """The rows of `compare_experts` as Markdown; headlines first, then what they say together."""
     lines = ["Percent; differences run - expert, paired by person, with 95 % intervals. Non-inferior: the whole "
-             "interval above -δ, where δ is --delta or a tenth of the expert's error, whichever is less.", "",
+             "interval above -δ, which is --delta and, for an expert above 90 %, at most a tenth of its error.", "",
              "| split | metric | run | expert | difference | low | high | δ | verdict | expert's name | protocol |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for row in sorted(table, key=lambda row: not row["headline"]):
@@ -1850,7 +1850,8 @@ def main(context: click.Context, **options) -> int | None:
               help="The runs after the first (and its seeds) are its experts: the same backbone and number of images, "
                    "one domain each. Writes comparison.png too.")
 @click.option("--delta", type=click.FloatRange(0, 1, min_open=True), default=0.01,
-              help="With --experts: a difference that does not matter; at most a tenth of the expert's error counts.")
+              help="With --experts: a difference that does not matter; of an expert above 0.9 at most a tenth of its "
+                   "error.")
 @click.option("--out", type=click.Path(path_type=Path), default="comparison", metavar="DIR",
               help="Folder for comparison.json, .csv and .md.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")

@@ -121,7 +121,7 @@ def show_published(found: list[tuple[Published, str, object]]) -> list[str]:
         if chosen:
             lines += ["", f"### {title}", "", "| split | metric | this run | published | who | same protocol | how | "
                       "source |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-        for one, name, row in chosen:
+        for one, name, row in sorted(chosen, key=lambda one: (one[1], one[0].metric, -one[0].value)):
             own = f"{100 * row.value:.1f} ({row.weights})" if row else "not computed"
             same = "yes" if row and one.comparable(row.protocol) else "no"
             lines.append(f"| {name} | {one.metric} | {own} | {100 * one.value:.2f} | {one.who} | {same} | "
