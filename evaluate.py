@@ -1430,6 +1430,7 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
     for other in others:
         refuse_unlike(first, other, splits)
     keys = [key for key in first.found if all(key in other.found for other in others)
+            and not key[2].startswith(("AUC of rater ", "human AUC"))  # people's own, the same beside every run
             and (not splits or f"{key[0]}/{key[1]}" in splits)]
     if not keys:
         raise InputError("the runs have no figure in common" + (" on these --splits" if splits else "")
