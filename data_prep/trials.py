@@ -66,7 +66,7 @@ def draw_pairs(labels: np.ndarray, camera: np.ndarray, template: np.ndarray, cou
     def draw(same: bool) -> list[tuple[int, int]]:
         turns, pairs = rng.random(len(rows_of)), []  # an identity waits by the number of its pairs; ties at random
         for most in (0, math.inf):  # images that were not shown yet, as long as there are any
-            waiting = turns.copy()
+            waiting = np.where([same and len(rows) < 2 for rows in rows_of], np.inf, turns)
             while len(pairs) < count // 2 and np.isfinite(waiting).any():
                 i, *others = np.argsort(waiting)
                 others = [i] if same else [j for j in others[:64] if np.isfinite(waiting[j])]

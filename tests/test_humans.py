@@ -292,7 +292,7 @@ def test_the_page_is_offline_and_does_not_tell(browser, trials, tmp_path):
     assert set(data["trials"][0]) == {*RATING_COLUMNS[:3], "question"}  # no truth, no label, no name
     browser.open(trials / "index.html")
     browser.run("begin('d')")
-    assert browser.run("document.getElementById('left').naturalWidth") > 0
+    assert browser.wait(lambda: browser.run("document.getElementById('left').naturalWidth"))
     # what a page must not do is forbidden by the page itself, should a change to it forget
     blocked = """new Promise(done => {
         document.addEventListener("securitypolicyviolation", event => done(event.blockedURI), {once: true});
