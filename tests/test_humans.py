@@ -92,6 +92,10 @@ def test_no_image_is_shown_twice_where_there_are_enough():
     assert set(Counter(labels[pairs[same, 0]]).values()) == {1}  # 12 people, 12 pairs: each once
     assert set(Counter(labels[pairs[~same]].ravel()).values()) == {2}
     assert not np.array_equal(draw_pairs(labels, nothing, nothing, 24, 1)[0], pairs)
+    # four people with 3 images, one with 20: who has new images left comes before those whose turn it is
+    labels = np.repeat(np.arange(5), [3, 3, 3, 3, 20])
+    pairs, same = draw_pairs(labels, nothing[:32], nothing[:32], 16, 0)
+    assert len(np.unique(pairs[same])) == 16 and set(labels[pairs[same]].ravel()) == set(range(5))
     # few images: they come again, but no pair does; and no more of one kind than of the other
     pairs, same = draw_pairs(np.array([0, 0, 0, 1]), nothing[:4], nothing[:4], 24, 0)
     assert same.sum() == 3 and (~same).sum() == 3 and len({frozenset(pair) for pair in pairs.tolist()}) == 6
