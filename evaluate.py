@@ -4,6 +4,7 @@
     python evaluate.py --run runs/NAME --splits face_hq/test,object/val      # some of them
     python evaluate.py --run runs/NAME --data other/data --device cuda
     python evaluate.py --model tf_efficientnet_lite0 --weights FILE           # an untouched backbone, without a run
+    torchrun --nproc-per-node 8 -- evaluate.py --run runs/NAME                # eight GPUs embed, the first scores
     python evaluate.py compare runs/A-s0 runs/A-s1 runs/B-s0                 # paired differences; seeds are averaged
     python evaluate.py leaks --run runs/NAME --threshold 0.95                # test images that training nearly repeats
     python evaluate.py embed photos/ --run runs/NAME --domain face_hq         # embeddings of your own pictures
@@ -12,10 +13,14 @@ The protocol in a split's index.json decides the metrics. RUN/eval/ then holds r
 figure), report.md, the figures bars.png, roc.png and cmc.png, and the embeddings, which are computed once.
 """
 
+import contextlib
 import csv
+import fcntl
 import hashlib
 import json
 import math
+import os
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -32,7 +37,7 @@ import train
 from data_prep import DOMAINS, InputError, run_command
 from data_prep.folders import image_suffixes
 from data_prep.shards import ROLES, BadImage, Split, fit_image, open_root
-from train import Backbone, Run, matched_pairs
+from train import Backbone, Ranks, Run, matched_pairs
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
@@ -40,6 +45,8 @@ HEADLINE = {"verification": "auc", "templates": "tar@far=0.0001", "reid": "rank-
             "classification": "nearest-mean top-1"}
 FPIRS = (1e-1, 1e-2)
 COLOURS = {"foundation": "#999999", "tuned": "#0072B2"}  # Okabe-Ito
+
+PART = 2048  # images, about, that an interrupted embedding loses at most
 
 # ---------------------------------------------------------------- embeddings
 
@@ -62,19 +69,24 @@ def save_array(path: Path, array: np.ndarray) -> None:
 class Embedder:
     """Embeddings of one backbone, computed once per split and kept in `folder` with a fingerprint.
 
+    They are computed in parts, each written when it is done: what is interrupted goes on there, and the ranks of
+    torchrun share the parts out. Batches do not depend on who computes them, so that the result is the same to the bit.
+
     Args:
         model: the backbone, in eval mode.
         name: "tuned" or "foundation", for file names and rows.
         folder: where the .npy files go.
         device, batch, workers: of the computation.
         flip: add the embedding of the mirrored image (before normalisation, as the face protocols do).
+        shared: other runs use the folder too: files are named by their fingerprint.
+        ranks: this process among those that embed.
     """
 
     def __init__(self, model: Backbone, name: str, folder: Path, device: torch.device, batch: int, workers: int,
-                 flip: bool) -> None:
+                 flip: bool, shared: bool = False, ranks: Ranks = Ranks()) -> None:  # noqa: B008
         self.model, self.name, self.folder, self.device = model.to(device), name, folder, device
-        self.batch, self.workers, self.flip = batch, workers, flip
-        self.weights = hash_weights(model)
+        self.batch, self.workers, self.flip, self.shared, self.ranks = batch, workers, flip, shared, ranks
+        self.weights, self.made = hash_weights(model), set()
 
     def __call__(self, split: Split) -> np.ndarray:
         """Unit embeddings float32 [M, D] of a split; NaN in the rows of unreadable images."""
@@ -82,27 +94,90 @@ class Embedder:
 
     def raw(self, split: Split) -> np.ndarray:
         """The same before normalisation: the norm of a face tells how good its picture is, so templates use it."""
-        path = self.folder / f"{self.name}-{split.domain}-{split.name}.npy"
+        return np.load(self.prepare(split), allow_pickle=False)
+
+    def prepare(self, split: Split) -> Path:
+        """The file of a split's embeddings, computed where it is not there; all ranks have to call it."""
         index = hashlib.sha256((split.folder / "index.json").read_bytes()).hexdigest()
         fingerprint = {"weights": self.weights, "split": index, "image_size": self.model.image_size, "flip": self.flip}
-        note = path.with_suffix(".json")
-        if path.exists() and note.exists() and json.loads(note.read_text()) == fingerprint:
-            x = np.load(path, allow_pickle=False)
-        else:
-            x = np.full((len(split), self.model.dim), np.nan, dtype=np.float32)
-            parts = train.embed_rows(self.model, split, np.arange(len(split)), self.device, self.batch, self.workers,
-                                     self.flip)
-            title = f"{self.name} {split.domain}/{split.name}"
-            with tqdm(total=len(split), desc=title, unit="img", disable=None) as bar:
-                for rows, part in parts:
-                    x[rows] = part.cpu().numpy()
-                    bar.update(len(rows))
-            self.folder.mkdir(parents=True, exist_ok=True)
-            note.unlink(missing_ok=True)
-            train.write_atomically(path, lambda temporary: save_array(temporary, x))
-            if np.isfinite(x).all():  # a split with damaged images may be repaired: its embeddings are made anew
-                train.write_json(note, fingerprint)
-        return x
+        key = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
+        path = self.folder / f"{self.name}-{split.domain}-{split.name}{'-' + key if self.shared else ''}.npy"
+        note, parts = path.with_suffix(".json"), path.with_name(f".{path.stem}.{key}.parts")
+
+        def known() -> bool:
+            return path in self.made or (path.exists() and note.exists()
+                                         and json.loads(note.read_text()) == fingerprint)
+
+        if self.ranks.world == 1 and known():
+            return path
+        parts.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            if self.ranks.rank == 0:  # a second evaluation with the same cache waits here, and then finds it all done
+                lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            self.ranks.wait()
+            if not known():
+                parts.mkdir(exist_ok=True)
+                self.embed_parts(split, parts)
+                self.ranks.wait()
+                if self.ranks.rank == 0:
+                    note.unlink(missing_ok=True)
+                    train.write_atomically(path, lambda temporary: self.join_parts(split, parts, temporary))
+                    # a split with damaged images may be repaired: its embeddings are made anew next time
+                    if np.isfinite(np.load(path, mmap_mode="r")[:, 0]).all():
+                        train.write_json(note, fingerprint)
+                    shutil.rmtree(parts)
+                self.ranks.wait()
+        self.made.add(path)
+        return path
+
+    def parts_of(self, split: Split, folder: Path) -> dict[int, Path]:
+        """First row and file of every part: whole batches, so that parts can be computed apart."""
+        size = self.batch * max(PART // self.batch, 1)
+        return {start: folder / f"{start}-{min(start + size, len(split))}.npy" for start in range(0, len(split), size)}
+
+    def embed_parts(self, split: Split, folder: Path) -> None:
+        """Compute this rank's share of the parts that are missing."""
+        mine = list(self.parts_of(split, folder).items())[self.ranks.rank :: self.ranks.world]
+        todo = [(start, file) for start, file in mine if not file.exists()]
+        if not todo:
+            return
+        rows = [np.arange(*map(int, file.stem.split("-"))) for _, file in todo]
+
+        def blank(place: int) -> np.ndarray:
+            return np.full((len(rows[place]) if place < len(rows) else 0, self.model.dim), np.nan, dtype=np.float32)
+
+        place, x = 0, blank(0)
+
+        def finish() -> None:
+            nonlocal x, place
+            train.write_atomically(todo[place][1], lambda temporary: save_array(temporary, x))
+            place, x = place + 1, blank(place + 1)
+
+        parts = train.embed_rows(self.model, split, np.concatenate(rows), self.device, self.batch, self.workers,
+                                 self.flip)
+        with tqdm(total=sum(map(len, rows)), desc=f"{self.name} {split.domain}/{split.name}", unit="img",
+                  disable=True if self.ranks.rank else None) as bar:
+            for good, found in parts:
+                while good[0] > rows[place][-1]:
+                    finish()
+                found = found.cpu().numpy()
+                if not np.isfinite(found).all():
+                    row = good[~np.isfinite(found).all(1)][0]
+                    raise InputError(f"{split.folder}: the {self.name} backbone makes no finite numbers of sample "
+                                     f"{split.jpeg(row)[0]}: a run that diverged, or weights that are damaged")
+                x[good - rows[place][0]] = found
+                bar.update(len(good))
+            while place < len(todo):  # the last, and what holds no readable image
+                finish()
+
+    def join_parts(self, split: Split, folder: Path, path: Path) -> None:
+        """Write the whole array, part by part: a million embeddings are gigabytes."""
+        x = np.lib.format.open_memmap(path, "w+", np.float32, (len(split), self.model.dim))
+        for start, file in self.parts_of(split, folder).items():
+            part = np.load(file, allow_pickle=False)
+            x[start : start + len(part)] = part
+        x.flush()
 
 
 def normalise(x: np.ndarray) -> np.ndarray:
@@ -497,33 +572,42 @@ def take_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return x[rows[0] : rows[-1] + 1] if whole else x[rows]
 
 
-def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, size: int = 1 << 26,
+def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, size: int = 1 << 27,
                    other: np.ndarray | None = None) -> Search:
-    """Search every probe in a gallery by blocks of the score matrix; of a row, only what beats a mate is sorted.
+    """Search every probe in a gallery by blocks of the score matrix, without ever ordering the gallery's items.
+
+    Only the ranks of mates matter: 1 + how many others score as high or higher. For a few mates they are counted; for
+    more, one sort of the row's values (no argsort: several times dearer) serves all.
 
     Args:
         x: unit vectors [M, D].
         probes, gallery: rows of x, [n] and [m].
-        other: unit vectors that the gallery's rows are of, if not of x.
+        other: unit vectors that the gallery's rows are of, if not of x; float16 (a memory map, say) is widened block
+            by block.
         mates: row of a probe -> places in `gallery` that are right, and places that are neither right nor wrong.
         size: scores held at once.
     """
     other = x if other is None else other
     found = Search([], *np.full((3, len(probes)), -np.inf))
     block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
-    scores = np.empty((block, len(gallery)), dtype=x.dtype)
+    scores = np.empty((block, len(gallery)), dtype=x.dtype)  # one buffer: fresh pages cost as much as the product
     for start in range(0, len(probes), block):
         rows = probes[start : start + block]
+        queries = x[rows]
         for left in range(0, len(gallery), 1 << 16):
-            part = take_rows(other, gallery[left : left + (1 << 16)])
-            scores[: len(rows), left : left + len(part)] = x[rows] @ part.T
+            part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
+            np.matmul(queries, part.T, out=scores[: len(rows), left : left + len(part)])
         for i, (probe, s) in enumerate(zip(rows, scores, strict=False), start):
             right, ignored = mates(probe)
-            own = -np.sort(-s[right])
+            own = np.sort(s[right])[::-1]
             s[right], s[ignored] = -np.inf, -np.inf
-            found.wrong[i] = s.max(initial=-np.inf)
-            above = np.sort(s[s >= own[-1]]) if len(own) else own
-            found.ranks.append(np.arange(1, len(own) + 1) + len(above) - np.searchsorted(above, own, side="left"))
+            if len(own) < 12:
+                above = np.array([np.count_nonzero(s >= score) for score in own], dtype=np.int64)
+                found.wrong[i] = s.max(initial=-np.inf)
+            else:
+                s.sort()
+                above, found.wrong[i] = len(s) - np.searchsorted(s, own, side="left"), s[-1]
+            found.ranks.append(np.arange(1, len(own) + 1) + above)
             found.own[i], found.first[i] = (own[0], found.ranks[-1][0]) if len(own) else (-np.inf, np.inf)
     return found
 
@@ -563,10 +647,13 @@ def inverse_negative_penalty(ranks: np.ndarray) -> float:
 
 def gallery_rule(split: Split, gallery: np.ndarray, variant: str) -> Callable:
     """`mates` of `search_gallery` for a variant of re-identification, or identification (data_prep/bodies.py)."""
-    cameras, clothes, same = split.optional("camera"), split.optional("clothes"), mates_in(split.labels[gallery])
+    # copies: to look a few places up in a memory map takes several times as long
+    cameras, clothes = np.array(split.optional("camera")), np.array(split.optional("clothes"))
+    labels = np.array(split.labels)
+    same = mates_in(labels[gallery])
 
     def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
-        places = same(split.labels[probe])
+        places = same(labels[probe])
         if split.protocol["name"] != "reid":
             return places, places[:0]
         rows = gallery[places]
@@ -1378,6 +1465,15 @@ def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
 # ---------------------------------------------------------------- the job
 
 
+def make_embedder(load: Callable[[], Backbone], weights: str, folder: Path, options: dict,
+                  ranks: Ranks = Ranks()) -> Embedder:  # noqa: B008
+    """An embedder by the options that evaluate.py and analyze.py share; `folder`: of the run's results."""
+    shared = bool(options["cache"]) and weights == "foundation"
+    return Embedder(load(), weights, Path(options["cache"]) if shared else folder / "embeddings",
+                    train.pick_device(options["device"]), options["batch"], options["workers"], options["flip"], shared,
+                    ranks)
+
+
 def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: str) -> list[Split]:
     """The test splits to score: all that have a protocol, or those named as domain/split."""
     everything = {f"{domain}/{name}": split for domain in root for name, split in root[domain].items()}
@@ -1396,6 +1492,19 @@ def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: s
     if not scored:
         raise InputError(f"{where}: no test split to score: prepare one, `python -m data_prep SOURCE ... --part test`")
     return sorted(scored.values(), key=lambda s: (DOMAINS.index(s.domain), bool(s.protocol.get("ood")), s.name))
+
+
+def add_references(splits: list[Split], root: dict[str, dict[str, Split]]) -> list[Split]:
+    """Test splits and the splits that class means and neighbours of them come from, each once."""
+    references = [root[split.domain].get(split.protocol.get("reference")) for split in splits]
+    return list({split.folder: split for split in [*references, *splits] if split is not None}.values())
+
+
+def leave(ranks: Ranks) -> None:
+    """End a process of several at once: gloo's threads now and then abort an interpreter that is torn down."""
+    if ranks.world > 1:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
 
 
 def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str]:
@@ -1428,7 +1537,10 @@ def model_options(command):
         click.option("--flip/--no-flip", default=True, help="Add the embedding of the mirrored image."),
         click.option("--batch", type=click.IntRange(1), default=64, help="Images per forward pass."),
         click.option("--workers", type=click.IntRange(0), default=train.LOADERS, help="Loader processes."),
-        click.option("--device", default="auto", help="auto, cpu or cuda."),
+        click.option("--cache", metavar="DIR",
+                     help="Keep the embeddings of untouched backbones here, for all runs that share one (default: with "
+                          "each run)."),
+        click.option("--device", default="auto", help="auto, cpu or cuda; under torchrun each process takes its own."),
         click.option("--seed", type=click.IntRange(0), default=0, help="Of every random draw."),
         click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error."),
     ]):
@@ -1459,13 +1571,18 @@ def main(context: click.Context, **options) -> int | None:
     name, folder, run, models, data = open_models(options)
     root = open_root(Path(data))
     splits = choose_splits(root, options["splits"], data)
-    device, out = train.pick_device(options["device"]), folder / "eval"
+    ranks, out = train.join_ranks(options), folder / "eval"
     out.mkdir(parents=True, exist_ok=True)
+    embedders = {weights: make_embedder(load, weights, out, options, ranks) for weights, load in models.items()}
+    for embed in embedders.values():  # all of it first, by all ranks: what follows is the first one's alone
+        for split in add_references(splits, root):
+            embed.prepare(split)
+        embed.ranks = Ranks()
+    if ranks.rank:
+        leave(ranks)
     figures, curves, unified = {}, {}, {}
     crowd = choose_crowd(splits) if options["crowd"] else []
-    for weights, load in models.items():
-        embed = Embedder(load(), weights, out / "embeddings", device, options["batch"], options["workers"],
-                         options["flip"])
+    for weights, embed in embedders.items():
         found = score(embed, splits, root, run if weights == "tuned" else None, options["bootstrap"], options["seed"])
         figures[weights], curves[weights] = found
         if crowd:
@@ -1486,6 +1603,7 @@ def main(context: click.Context, **options) -> int | None:
             print(f"{'everything':22s} {row.metric:30s} {row.weights} {show_value(row)}")
     print(f"written: {out}/report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
+    leave(ranks)
     return 0
 
 
@@ -1544,12 +1662,10 @@ def leaks(**options) -> int:
     training = [root[domain]["train"] for domain in run.config["domains"] if "train" in root.get(domain, {})]
     if not training:
         raise InputError(f"{data}: none of the run's training splits is there: name the data root that holds them")
-    device = train.pick_device(options["device"])
 
     def embedder(weights: str) -> Embedder:
         load = train.load_foundation if weights == "foundation" else train.load_tuned
-        return Embedder(load(run), weights, out / "embeddings", device, options["batch"], options["workers"],
-                        options["flip"])
+        return make_embedder(lambda: load(run), weights, out, options)
 
     found = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
     if not found:
