@@ -29,6 +29,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import scipy.optimize
 import scipy.sparse
 import torch
 from tqdm import tqdm
@@ -204,6 +205,7 @@ class Figure:
     value: float
     draws: np.ndarray
     count: int = 0  # pairs, probes or images
+    chance: float = math.nan  # of random embeddings, where retention is to be told
 
     @property
     def low(self) -> float:
@@ -314,11 +316,33 @@ def fold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray, weigh
     return float(np.mean(accuracies)) if accuracies else math.nan
 
 
+def grid_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray,
+                  weights: np.ndarray | None = None) -> dict[str, float]:
+    """The same with thresholds on the squared distance 2 - 2 cos in 0, 0.01, ..., 3.99: mean and SD over the folds.
+
+    Accepted where the distance is below the threshold; of equally good ones the first.
+    Source: insightface, `verification.py`, calculate_roc (np.mean and np.std of its accuracies).
+    """
+    grid, w = np.arange(0, 4, 0.01), np.ones(len(scores)) if weights is None else weights.astype(float)
+    place = np.searchsorted(grid, 2 - 2 * scores.astype(float), side="right")  # the first threshold that accepts
+    names, fold = np.unique(folds, return_inverse=True)
+    right = np.zeros((len(names), len(grid) + 1))
+    np.add.at(right, (fold, place), np.where(same, w, -w))  # an accepted pair: right if genuine, else no longer right
+    right = np.cumsum(right, axis=1)[:, : len(grid)] + np.bincount(fold, w * ~same)[:, None]
+    total = np.bincount(fold, w)
+    used = (total > 0) & (total.sum() > total)
+    if not used.any():
+        return {"accuracy": math.nan, "accuracy sd": math.nan}
+    best = (right.sum(0) - right).argmax(1)  # on the other folds
+    accuracies = (right[np.arange(len(names)), best] / np.maximum(total, 1e-300))[used]
+    return {"accuracy": float(accuracies.mean()), "accuracy sd": float(accuracies.std())}
+
+
 def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
     """10-fold accuracy, AUC, EER, TAR@FAR (where there are 1 / FAR impostors) and d' of a split's pairs.
 
     Returns:
-        The figures, and the ROC to draw.
+        {rule: {metric: Figure}}, the exact thresholds first, and the ROC to draw.
     """
     pairs = split.column("pairs")
     pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
@@ -342,7 +366,10 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
             yield np.where(a == b, counts[left], counts[left] * counts[right])
 
     far, tar = roc(scores, same)
-    return intervals(statistic, pair_weights(), len(pairs)), {"far": far, "tar": tar}
+    return {f"{split.protocol['folds']} folds, exact thresholds, strict FAR": intervals(statistic, pair_weights(),
+                                                                                         len(pairs)),
+            f"{split.protocol['folds']} folds, thresholds 0 to 4 by 0.01 on the squared distance": intervals(
+                lambda w: grid_accuracy(scores, same, folds, w), pair_weights(), len(pairs))}, {"far": far, "tar": tar}
 
 
 # ---------------------------------------------------------------- templates
@@ -765,10 +792,131 @@ def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray,
     return np.concatenate(found)
 
 
+def fit_probe(y: np.ndarray, labels: np.ndarray, classes: int, device: torch.device,
+              strengths: tuple[float, ...] = (1, 1e-1, 1e-2, 1e-3, 1e-4)) -> tuple[np.ndarray, np.ndarray, float]:
+    """A linear probe: multinomial logistic regression by L-BFGS, without any draw.
+
+    The regularisation is chosen on every fifth image of each class, from the strongest on while that gets better, and
+    the probe then fitted to all images.
+
+    Args:
+        y: embeddings float32 [n, D]; centred and scaled here to a variance of 1 on average.
+        labels: [n] of 0..classes - 1.
+        strengths: candidates of l in mean cross-entropy + l/2 |W|² (scikit-learn's C is 1 / (l n)).
+
+    Returns:
+        Weights [classes, D] and bias [classes] for y as it came, and the l chosen.
+    """
+    order = np.argsort(labels, kind="stable")
+    held = np.zeros(len(y), dtype=bool)
+    place = np.arange(len(y)) - np.searchsorted(labels[order], labels[order])
+    held[order] = place % 5 == min(4, place.max())  # where no class has five images, the last of the largest
+    mean = y.mean(0)
+    scale = float(np.sqrt(max(np.einsum("nd,nd->", y, y) / len(y) - mean @ mean, 1e-12) / y.shape[1]))
+    z, target = torch.from_numpy((y - mean) / scale).to(device), torch.from_numpy(labels.astype(np.int64)).to(device)
+
+    def fit(rows: np.ndarray, strength: float, start: np.ndarray) -> np.ndarray:
+        blocks = torch.from_numpy(rows).to(device).split(1 << 14)
+
+        def loss_of(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            w = torch.from_numpy(flat.reshape(classes, -1)).float().to(device)
+            loss, gradient = 0.0, torch.zeros_like(w)
+            for block in blocks:
+                x, right = z[block], target[block]
+                logits = torch.addmm(w[:, -1], x, w[:, :-1].T)
+                loss += float(torch.nn.functional.cross_entropy(logits, right, reduction="sum"))
+                residual = logits.softmax(1)
+                residual[torch.arange(len(x), device=device), right] -= 1
+                gradient[:, :-1] += residual.T @ x
+                gradient[:, -1] += residual.sum(0)
+            gradient /= len(rows)
+            gradient[:, :-1] += strength * w[:, :-1]
+            loss = loss / len(rows) + strength / 2 * float((w[:, :-1] ** 2).sum())
+            return loss, gradient.flatten().double().cpu().numpy()
+
+        found = scipy.optimize.minimize(loss_of, start, jac=True, method="L-BFGS-B",
+                                        options={"maxiter": 200, "gtol": 1e-6, "ftol": 1e-8})
+        return found.x
+
+    rest, test, best = np.flatnonzero(~held), torch.from_numpy(np.flatnonzero(held)).to(device), (-1.0, strengths[0])
+    flat = np.zeros(classes * (y.shape[1] + 1))
+    for strength in strengths:
+        flat = fit(rest, strength, flat)
+        w = torch.from_numpy(flat.reshape(classes, -1)).float().to(device)
+        right = float(((z[test] @ w[:, :-1].T + w[:, -1]).argmax(1) == target[test]).float().mean())
+        if right <= best[0]:
+            break
+        best, start = (right, strength), flat
+    w = fit(np.arange(len(y)), best[1], start).reshape(classes, -1)
+    weights = (w[:, :-1] / scale).astype(np.float32)
+    return weights, (w[:, -1] - weights @ mean).astype(np.float32), best[1]
+
+
+def read_prompts(names: str) -> dict[str, list[str]]:
+    """The templates of --prompts by set: a shipped one by its number, or a file with a template a line, {} the name."""
+    found = {}
+    for name in filter(None, names.split(",")):
+        path = Path(__file__).parent / "prompts" / f"{name}.txt" if name.isdigit() else Path(name)
+        try:
+            lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"--prompts {name}: {path} cannot be read ({error}); shipped are 1, 7 and 80") from error
+        if bad := next((line for line in lines if line.count("{}") != 1), None) or (not lines and "an empty file"):
+            raise InputError(f"--prompts {name}: {bad[:80]!r}: want a template a line, with {{}} for the class name")
+        found[f"{path.stem} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:8]}"] = lines
+    return found
+
+
+@dataclass
+class Readouts:
+    """How classification is read out beyond means and neighbours: for all splits of a run, and both its weights."""
+
+    prompts: dict[str, list[str]]  # templates by set; for CLIP alone
+    probe: int  # images of a reference that a linear probe is fitted to, at most
+    config: dict  # of the backbone
+    trained: list[str]  # classes that the run has seen; of others retention is told apart
+
+    def fit(self, embed: Embedder, y: np.ndarray, reference: Split, seed: int) -> dict[str, tuple]:
+        """(Weights [C, D], bias [C], rule) by name for the classes of a reference with unit embeddings y."""
+        found, good = {}, np.flatnonzero(np.isfinite(y[:, 0]) & (reference.labels >= 0))
+        if self.probe and len(np.unique(reference.labels[good])) > 1:
+            rows = np.sort(np.random.default_rng(seed).permutation(good)[: self.probe])
+            w, b, strength = fit_probe(y[rows], reference.labels[rows], len(reference.classes), embed.device)
+            b[reference.counts == 0] = -1e9  # a class without images is never the answer
+            print(f"  {embed.name} {reference.domain}/{reference.name}: linear probe of {len(rows):,} images, l2 "
+                  f"{strength:g}")
+            some = f"{self.probe} drawn images, seed {seed}" if len(good) > self.probe else "all images"
+            found["probe"] = w, b, f"L-BFGS probe, l2 chosen on a fifth, of {some}, reference {fingerprint(reference)}"
+        if embed.model.library == "open_clip" and embed.model.project is None:
+            for name, templates in self.prompts.items():
+                key = hashlib.sha256(json.dumps([embed.weights, templates, reference.names]).encode()).hexdigest()[:16]
+                path = embed.folder / f"{embed.name}-text-{key}.npy"
+                if not path.exists():
+                    words = train.text_weights(embed.model, self.config, reference.names, embed.device, templates)
+                    words = words.cpu().numpy()
+                    train.write_atomically(path, lambda temporary, words=words: save_array(temporary, words))
+                w = np.load(path, allow_pickle=False)
+                found[f"zero-shot {name.split()[0]}"] = w, np.zeros(len(w)), f"zero-shot by prompts {name}"
+        return found
+
+
+def true_in_real(split: Split) -> np.ndarray | None:
+    """ReaL's labels: which classes are right for an image, bool [M, C] (a row of none: left out); None without them."""
+    if not split.protocol.get("real"):
+        return None
+    number, found = {name: i for i, name in enumerate(split.classes)}, np.zeros((len(split), len(split.classes)), bool)
+    for row in range(len(split)):
+        found[row, [number[name] for name in split.fields(row).get("real", []) if name in number]] = True
+    return found
+
+
 def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarray, Split], head: np.ndarray | None,
-                         head_classes: list[str], draws: int, seed: int,
-                         groups: dict[str, list[str]] | None = None) -> dict[str, Figure]:
-    """Top-1 of the nearest class mean and of 20 neighbours; top-1 and top-5 of the trained class weights.
+                         head_classes: list[str], draws: int, seed: int, groups: dict[str, list[str]] | None = None,
+                         linear: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
+                         only: list[str] | None = None) -> dict[str, Figure]:
+    """Top-1 of the nearest class mean and of 20 neighbours; top-1 and top-5 of class weights, trained or otherwise.
+
+    Beside each top-1 stands "... ReaL" where the split has ReaL's labels: right is any of them.
 
     Args:
         x: unit embeddings of the split.
@@ -777,48 +925,68 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
         head: class weights [C, D] of the domain, or None.
         head_classes: their names; used where they cover the split's classes (the argmax runs over the split's own).
         groups: classes of the split that stand for several of the reference (ObjectNet), any of which is right.
+        linear: more class weights and biases by name, [C, D] and [C] for the classes of the reference.
+        only: the classes to score, and to choose among (default: all of the split).
     """
     y, other = reference
-    number = {name: i for i, name in enumerate(other.classes)}
-    several = [(groups or {}).get(name, [name]) for name in split.classes]
+    number, classes = {name: i for i, name in enumerate(other.classes)}, split.classes if only is None else only
+    several = [(groups or {}).get(name, [name]) for name in classes]
     if unknown := [name for group in several for name in group if name not in number]:
         raise InputError(f"{split.folder}: class {unknown[0]!r} is not in its reference {other.folder}: prepare the "
                          "split with --reference SPLIT, a split of the same classes")
-    to_reference = np.array([number[name] for name in split.classes])
-    stands_for, kept = np.arange(len(other.classes)), np.zeros(len(other.classes), dtype=bool)
-    for own, group in zip(to_reference, several, strict=True):
-        members = [number[name] for name in group]
-        stands_for[members], kept[members] = own, True
-    rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (split.labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
+    first = np.array([number[name] for name in classes])
+    own, members = np.full(len(other.classes), -1), [np.array([number[name] for name in group]) for group in several]
+    for i, group in enumerate(members):
+        own[group] = i  # the reference's class as one of `classes`
+    place = {name: i for i, name in enumerate(classes)}
+    labels = np.append([place.get(name, -1) for name in split.classes], -1)[split.labels]
+    rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
     itself = split.folder.resolve() == other.folder.resolve()
-    x, labels, truth = x[rows], split.labels[rows], to_reference[split.labels[rows]]
-    y, y_labels = y[good], other.labels[good]
-    means = class_means(y, y_labels, len(other.classes))
-    means[~kept] = 0  # a set of some of the classes is scored among those
-    vote = kept[y_labels]
-    near = nearest_neighbours(x, y[vote], y_labels[vote], len(other.classes), itself)
-    hits = {"nearest-mean top-1": stands_for[nearest_mean(x, means, truth if itself else None)] == truth,
-            "knn top-1": stands_for[near] == truth}
-    place = {name: i for i, name in enumerate(head_classes)}
-    if head is not None and all(name in place for group in several for name in group):
-        w = head[[place[name] for group in several for name in group]]
-        scores = x @ (w / np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-12)).T
-        scores = np.maximum.reduceat(scores, np.cumsum([0, *map(len, several[:-1])]), axis=1)  # the best of each group
-        better = (scores > scores[np.arange(len(x)), labels][:, None]).sum(1)
-        hits |= {"head top-1": better < 1, "head top-5": better < 5}
+    x, truth, real = x[rows], labels[rows], true_in_real(split)
+    vote = good & (own[other.labels] >= 0)
+    y, y_labels = y[vote], other.labels[vote]
+    means = class_means(y, y_labels, len(other.classes))  # 0 without votes: a set of some classes is scored among those
+    answers = {"nearest-mean": own[nearest_mean(x, means, first[truth] if itself else None)],
+               "knn": own[nearest_neighbours(x, y, y_labels, len(other.classes), itself)]}
+    hits = {f"{name} top-1": answer == truth for name, answer in answers.items()}
+    linear = dict(linear or {})
+    if head is not None:
+        lies = {name: i for i, name in enumerate(head_classes)}
+        at = np.array([lies.get(name, -1) for name in other.classes])
+        unit = head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), 1e-12)
+        linear["head"] = (unit[at], np.where(at < 0, -np.inf, 0))
+    flat, starts = np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
+    for name, (w, b) in linear.items():
+        if np.isfinite(b[flat]).all():
+            scores = np.maximum.reduceat(x @ w[flat].T + b[flat], starts, axis=1)  # the best of each group
+            better = (scores > scores[np.arange(len(x)), truth][:, None]).sum(1)
+            answers[name] = scores.argmax(1)
+            hits |= {f"{name} top-1": better < 1, f"{name} top-5": better < 5}
+    chances = {metric: min((5 if metric.endswith("5") else 1) / len(classes), 1) for metric in hits}
+    everywhere = np.ones(len(x), dtype=bool)
+    counted = dict.fromkeys(hits, everywhere)
+    if real is not None:
+        real = real[rows][:, [split.classes.index(name) for name in classes]]
+        for name, answer in answers.items():
+            hits[f"{name} ReaL"], counted[f"{name} ReaL"] = real[np.arange(len(x)), answer], real.any(1)
+            chances[f"{name} ReaL"] = float(real.sum(1)[real.any(1)].mean() / len(classes))
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
-        return {name: weighted_mean(hit.astype(float), weights) for name, hit in hits.items()}
+        return {name: weighted_mean(hit[counted[name]].astype(float), None if weights is None else
+                                    weights[counted[name]]) for name, hit in hits.items() if counted[name].any()}
 
-    return intervals(statistic, bootstrap_counts(labels, draws, seed), len(x))
+    found = intervals(statistic, bootstrap_counts(truth, draws, seed))
+    for name, figure in found.items():
+        figure.count, figure.chance = int(counted[name].sum()), chances[name]
+    return found
 
 
 # ---------------------------------------------------------------- one yardstick for all
 
 
-def score_pairs(x: np.ndarray, split: Split, draws: int, seed: int, count: int = 5000) -> dict[str, Figure]:
+def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count: int = 5000) -> dict[str, Figure]:
     """Same/different AUC and d' on matched numbers of random pairs: one yardstick for every kind of split."""
-    labels = np.where(np.isfinite(x[:, 0]), split.labels, -1)
+    labels = np.where(np.isfinite(x[:, 0]), labels, -1)
     pairs = matched_pairs(labels, count, seed)
     if not len(pairs):
         return {}
@@ -997,17 +1165,33 @@ def describe_protocol(split: Split, rule: str, flip: bool) -> str:
     return ", ".join(parts + ["out of distribution"] * bool(split.protocol.get("ood")))
 
 
+def scopes_of(split: Split, trained: list[str]) -> list[tuple[list[str] | None, str, str]]:
+    """What of a classification split is scored: all of it; and the classes that a run never saw, among themselves.
+
+    Returns:
+        Classes (None: all), a prefix of the metrics and an addition to the rule of each.
+    """
+    groups, known = split.protocol.get("groups") or {}, set(trained)
+    unseen = [name for name in split.classes if known.isdisjoint(groups.get(name, [name]))]
+    if not trained or len(unseen) < 2:
+        return [(None, "", "")]
+    which = hashlib.sha256(json.dumps(unseen).encode()).hexdigest()[:8]
+    return [(None, "", ""), (unseen, "unseen-class ", f", open set of {len(unseen)} classes not trained on {which}")]
+
+
 def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int, seed: int,
-          without: dict[str, np.ndarray] | None = None) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict]:
+          readouts: Readouts, without: dict[str, np.ndarray] | None = None
+          ) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict]:
     """Score one backbone on test splits.
 
     Args:
+        readouts: of classification.
         without: rows to leave out, by "domain/split".
 
     Returns:
         By "domain/split": figures {rule: {metric: Figure}}, the customary rule first, and curves to draw.
     """
-    figures, curves = {}, {}
+    figures, curves, fitted = {}, {}, {}
     for split in splits:
         x, protocol, curve, found = embed.raw(split), split.protocol["name"], {}, {}
         key, bad = f"{split.domain}/{split.name}", int((~np.isfinite(x[:, 0])).sum())
@@ -1019,8 +1203,7 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             found, curve = score_templates(x, split, draws, seed)
         normalise(x)
         if protocol == "verification":
-            rule = f"{split.protocol['folds']} folds, exact thresholds, strict FAR"
-            found[rule], curve = score_verification(x, split, draws, seed)
+            found, curve = score_verification(x, split, draws, seed)
         elif protocol in ("reid", "identification"):
             for variant in variants_of(split):
                 rule = variant
@@ -1037,12 +1220,27 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             if run is not None and split.domain in run.classes:
                 start, end = run.class_ranges[split.domain]
                 head, classes = run.head[start:end].numpy(), run.classes[split.domain]
-            rule = f"20 neighbours at T 0.07, reference {fingerprint(reference)}"
-            found[rule] = score_classification(x, split, (embed(reference), reference), head, classes, draws, seed,
-                                               split.protocol.get("groups"))
+            y = embed(reference)
+            if reference.name not in fitted:
+                fitted[reference.name] = readouts.fit(embed, y, reference, seed)
+            linear = {name: parts for name, parts in fitted[reference.name].items()
+                      if name != "probe" or reference.folder != split.folder}  # a probe knows what it was fitted to
+            for only, prefix, which in scopes_of(split, readouts.trained):
+                by_metric = score_classification(
+                    x, split, (y, reference), head, classes, draws, seed, split.protocol.get("groups"),
+                    {name: (w, b) for name, (w, b, _) in linear.items()}, only)
+                for metric, figure in by_metric.items():
+                    rule = linear.get(metric.rpartition(" ")[0], [f"20 neighbours at T 0.07, reference "
+                                                                  f"{fingerprint(reference)}"])[-1]
+                    found.setdefault(rule + which, {})[prefix + metric] = figure
+                if only is not None:
+                    labels = np.where(np.isin(split.labels, [split.classes.index(name) for name in only]),
+                                      split.labels, -1)
+                    pairs = score_pairs(x, labels, draws, seed)
+                    found[f"random pairs, seed {seed}{which}"] = {prefix + m: f for m, f in pairs.items()}
         elif not found:
             raise InputError(f"{split.folder}: protocol {protocol!r} is not known to this version")
-        figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split, draws, seed)}
+        figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split.labels, draws, seed)}
         curves[key] = curve
         if bad:
             print(f"  {key}: {bad} unreadable images left out")
@@ -1060,10 +1258,11 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
         by_weights = {weights: {rule: dict(by_metric) for rule, by_metric in found[key].items()}
                       for weights, found in figures.items()}
         if split.protocol["name"] == "classification" and len(by_weights) == 2:
-            before, after = (next(iter(by_weights[w].values())) for w in ("foundation", "tuned"))
-            for metric in ("nearest-mean top-1", "knn top-1"):
-                if kept := retention(before[metric], after[metric], chance(split, metric)):
-                    after[f"retention of {metric}"] = kept
+            for rule, before in by_weights["foundation"].items():  # what both have: never the trained class weights
+                after = by_weights["tuned"].get(rule, {})
+                for metric in [m for m in before if m in after and math.isfinite(before[m].chance)]:
+                    if kept := retention(before[metric], after[metric], before[metric].chance):
+                        after[f"retention of {metric}"] = kept
         for weights, by_rule in by_weights.items():
             for rule, found in by_rule.items():
                 protocol = describe_protocol(split, rule, flip)
@@ -1507,8 +1706,8 @@ def leave(ranks: Ranks) -> None:
         os._exit(0)
 
 
-def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str]:
-    """Name, output folder, run (if any), {"foundation" and/or "tuned": loader} and the data root of the options."""
+def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str, dict]:
+    """Name, output folder, run (if any), loaders of the foundation and the tuned backbone, data root, its options."""
     if options["run"]:
         for key in ("backbone", "model", "image_size", "out"):
             if options[key]:
@@ -1517,7 +1716,7 @@ def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callabl
         models = {"foundation": lambda: train.load_foundation(run), "tuned": lambda: train.load_tuned(run)}
         if not options["foundation"]:
             del models["foundation"]
-        return run.folder.name, run.folder, run, models, options["data"] or run.config["data"]
+        return run.folder.name, run.folder, run, models, options["data"] or run.config["data"], run.config
     if not options["model"] and not options["backbone"]:
         raise InputError("what is to be scored? give --run RUN, or --model NAME for an untouched backbone")
     config = {key: options[key] for key in ("backbone", "size", "model", "weights", "image_size")}
@@ -1525,7 +1724,8 @@ def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callabl
     train.resolve_backbone(config)  # refuses an unknown name before anything is read
     name = (options["model"] or f"{options['backbone']}-{options['size']}").replace("/", "_") + "-foundation"
     folder = Path(options["out"] or f"runs/{name}")
-    return name, folder, None, {"foundation": lambda: train.load_backbone(config).eval()}, options["data"] or "data"
+    models = {"foundation": lambda: train.load_backbone(config).eval()}
+    return name, folder, None, models, options["data"] or "data", config
 
 
 def model_options(command):
@@ -1561,6 +1761,11 @@ def model_options(command):
 @click.option("--image-size", type=click.IntRange(16), help="Input side in pixels.")
 @click.option("--out", metavar="DIR", help="Without --run: folder for the results (default: runs/NAME-foundation).")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
+@click.option("--prompts", default="1,7,80", metavar="SETS",
+              help="Zero-shot classification by CLIP: shipped sets of prompts, by number, or files with a template a "
+                   "line, {} for the class name; '' for none.")
+@click.option("--probe", type=click.IntRange(0), default=50_000, metavar="N",
+              help="Fit the linear probe to at most N images of a reference split (0: no probe).")
 @click.option("--crowd", type=click.IntRange(0), default=5000,
               help="Probes of a domain that are searched among all domains at once (0: none).")
 @click.pass_context
@@ -1568,7 +1773,9 @@ def main(context: click.Context, **options) -> int | None:
     if context.invoked_subcommand:
         train.refuse_options(context)
         return None
-    name, folder, run, models, data = open_models(options)
+    name, folder, run, models, data, config = open_models(options)
+    trained = run.classes.get("object", []) if run else []
+    readouts = Readouts(read_prompts(options["prompts"]), options["probe"], config, trained)
     root = open_root(Path(data))
     splits = choose_splits(root, options["splits"], data)
     ranks, out = train.join_ranks(options), folder / "eval"
@@ -1583,7 +1790,8 @@ def main(context: click.Context, **options) -> int | None:
     figures, curves, unified = {}, {}, {}
     crowd = choose_crowd(splits) if options["crowd"] else []
     for weights, embed in embedders.items():
-        found = score(embed, splits, root, run if weights == "tuned" else None, options["bootstrap"], options["seed"])
+        found = score(embed, splits, root, run if weights == "tuned" else None, options["bootstrap"], options["seed"],
+                      readouts)
         figures[weights], curves[weights] = found
         if crowd:
             members = make_members(crowd, [embed(split) for split in crowd], options["crowd"], options["seed"])
@@ -1678,7 +1886,8 @@ def leaks(**options) -> int:
     write_csv(out / "leaks.csv", found)
     embed, table = embedder("tuned"), []
     for left_out in ({}, without):
-        figures, _ = score(embed, touched, root, run, options["bootstrap"], options["seed"], left_out)
+        figures, _ = score(embed, touched, root, run, options["bootstrap"], options["seed"],
+                           Readouts({}, 0, run.config, []), left_out)
         for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, options["flip"]):
             leaked = len(left_out.get(f"{row.domain}/{row.split}", []))
             row.protocol += f", without {leaked} leaked at {options['threshold']:g} by {options['by']}" * (leaked > 0)

@@ -11,13 +11,15 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 import evaluate
 import train
 from data_prep import InputError
-from data_prep.shards import Split, open_root
+from data_prep.shards import Split, open_root, verify_split
 from tests.conftest import ROOT, script
-from tests.test_evaluate import run_here
+from tests.test_evaluate import FakeSplit, run_here, unit
 
 OPTIONS = ["--bootstrap", "5", "--workers", "0", "--device", "cpu"]
 
@@ -150,3 +152,178 @@ def test_runs_share_the_embeddings_of_their_foundation(run, tmp_path, monkeypatc
     assert [p.name.rsplit("-", 1)[0] for p in (tmp_path / "shared").glob("*.npy")] == ["foundation-face_hq-test"]
     run_here("--run", run, *OPTIONS, "--splits", "face_hq/test", "--cache", tmp_path / "shared", "--no-flip")
     assert len(embedded) == 5 and len(list((tmp_path / "shared").glob("*.npy"))) == 2  # kept side by side
+
+
+# ---------------------------------------------------------------- verification by a grid of thresholds
+
+
+def literal_roc(distance, same, folds):
+    """calculate_roc of insightface's verification.py: accuracies of the folds at the grid's best on the others."""
+    thresholds, found = np.arange(0, 4, 0.01), []
+    for fold in np.unique(folds):
+        accuracies = [np.mean((distance[folds != fold] < t) == same[folds != fold]) for t in thresholds]
+        found.append(np.mean((distance[folds == fold] < thresholds[np.argmax(accuracies)]) == same[folds == fold]))
+    return np.mean(found), np.std(found)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_grid_thresholds_equal_a_literal_transcription(seed):
+    rng = np.random.default_rng(seed)
+    same, folds = rng.random(600) < 0.5, np.arange(600) // 60
+    scores = np.clip(rng.normal(size=600) * 0.2 + 0.3 * same, -1, 1).round(2 if seed else 8)  # rounded: on the grid
+    found = evaluate.grid_accuracy(scores, same, folds)
+    assert (found["accuracy"], found["accuracy sd"]) == pytest.approx(literal_roc(2 - 2 * scores, same, folds))
+    counts = rng.integers(0, 3, 600)
+    again = np.repeat(np.arange(600), counts)
+    assert evaluate.grid_accuracy(scores, same, folds, counts) == pytest.approx(
+        evaluate.grid_accuracy(scores[again], same[again], folds[again]))
+
+
+def test_both_kinds_of_thresholds_have_rows_of_their_own():
+    rng = np.random.default_rng(0)
+    pairs = np.column_stack([rng.integers(0, 40, (500, 2)), np.zeros(500, int), np.arange(500) // 50])
+    labels = np.arange(40) // 2
+    pairs[:, 2] = labels[pairs[:, 0]] == labels[pairs[:, 1]]
+    split = FakeSplit(labels, {"name": "verification", "folds": 10}, pairs=pairs)
+    x = unit(rng.normal(size=(20, 4))[labels] + rng.normal(size=(40, 4)))
+    found, _ = evaluate.score_verification(x, split, 5, 0)
+    exact, grid = found
+    assert "exact" in exact and "0 to 4 by 0.01" in grid and set(found[grid]) == {"accuracy", "accuracy sd"}
+    assert found[grid]["accuracy"].value == pytest.approx(found[exact]["accuracy"].value, abs=0.02)
+    # 460 or so impostors: FAR 0.01 has one to spare, 0.001 has not and is absent
+    assert "tar@far=0.01" in found[exact] and "tar@far=0.001" not in found[exact]
+
+
+# ---------------------------------------------------------------- readouts of classification
+
+
+def test_the_probe_equals_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 300)
+    y = unit(rng.normal(size=(4, 6))[labels] + rng.normal(size=(300, 6)) + 3).astype(np.float32)
+    device = torch.device("cpu")
+    w, b, strength = evaluate.fit_probe(y, labels, 4, device)
+    z = (y - y.mean(0)) / np.sqrt(y.var(0).mean())
+    theirs = LogisticRegression(C=1 / (strength * 300), tol=1e-8, max_iter=5000).fit(z, labels)
+    centred = y @ w.T + b
+    expected = z @ theirs.coef_.T + theirs.intercept_  # their intercepts are free up to a constant
+    np.testing.assert_allclose(centred - centred.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True),
+                               atol=0.02)
+    again = evaluate.fit_probe(y, labels, 4, device)
+    assert (again[0] == w).all() and (again[1] == b).all()
+    # the choice: on every fifth image of a class, from the strongest on, as long as it gets better
+    held = np.zeros(300, dtype=bool)
+    for k in range(4):
+        held[np.flatnonzero(labels == k)[4::5]] = True
+    z = (y - y.mean(0)) / np.sqrt(y.var(0).mean())
+    rate = [LogisticRegression(C=1 / (l * (~held).sum()), max_iter=5000).fit(z[~held], labels[~held]).score(
+        z[held], labels[held]) for l in (1, 1e-1, 1e-2, 1e-3, 1e-4)]
+    best = next((i for i in range(4) if rate[i + 1] <= rate[i]), 4)
+    assert strength == (1, 1e-1, 1e-2, 1e-3, 1e-4)[best]
+
+
+def test_the_shipped_prompts_are_those_of_clip():
+    import open_clip
+
+    found = evaluate.read_prompts("1,7,80")
+    assert [len(lines) for lines in found.values()] == [1, 7, 80]
+    assert next(iter(found.values())) == ["a photo of a {}."]
+    for lines, theirs in zip(list(found.values())[1:], (open_clip.SIMPLE_IMAGENET_TEMPLATES,
+                                                        open_clip.OPENAI_IMAGENET_TEMPLATES), strict=True):
+        assert sorted(lines) == sorted(template("{}") for template in theirs)
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, "shipped are 1, 7 and 80"), ("a photo of it.\n", "with {} for the class"), ("\n", "an empty file"),
+    ("{} or {}\n", "with {} for the class"),
+])
+def test_bad_prompts(text, words, tmp_path):
+    path = tmp_path / "prompts.txt"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=words):
+        evaluate.read_prompts(str(path))
+
+
+def test_zero_shot_equals_a_literal_mean_over_prompts(tiny_run):
+    import open_clip
+
+    run = train.load_run(tiny_run)
+    model, names, templates = train.load_tuned(run), ["red_cup", "dog"], ["a photo of a {}.", "art of the {}."]
+    found = train.text_weights(model, run.config, names, torch.device("cpu"), templates)
+    tokenize = open_clip.get_tokenizer("ViT-B-32")
+    for name, row in zip(("red cup", "dog"), found, strict=True):
+        with torch.no_grad():
+            x = model.net.encode_text(tokenize([text.format(name) for text in templates]))
+        x = (x / x.norm(dim=1, keepdim=True)).mean(0)
+        torch.testing.assert_close(row, x / x.norm(), rtol=1e-4, atol=1e-6)
+
+
+def test_readouts_of_a_run_and_of_classes_that_it_never_saw(run, demo_root):
+    """Two of the object classes are taken from what the run says it was trained on."""
+    head, metadata = train.read_tensors(run / "head.safetensors")
+    classes = json.loads(metadata["classes"])
+    unseen = classes["object"][1:3]
+    classes["object"] = [name if name not in unseen else f"other {name}" for name in classes["object"]]
+    save_file(head, run / "head.safetensors", metadata={"classes": json.dumps(classes)})
+    run_here("--run", run, *OPTIONS, "--splits", "object/val", "--crowd", 0, "--bootstrap", 30)
+    rows = {(r["weights"], r["metric"]): r for r in json.loads((run / "eval/results.json").read_text())}
+    stems = ["nearest-mean", "knn", "probe", "zero-shot 1", "zero-shot 7", "zero-shot 80"]
+    for weights in ("foundation", "tuned"):
+        for stem in stems:
+            assert rows[weights, f"unseen-class {stem} top-1"]["value"] >= rows[weights, f"{stem} top-1"]["value"] - 0.5
+            assert "open set of 2 classes not trained on" in rows[weights, f"unseen-class {stem} top-1"]["protocol"]
+    # the class means of the two alone, literally
+    val, base = (Split(demo_root / "object" / name) for name in ("val", "train"))
+    x, y = (unit(np.load(run / f"eval/embeddings/tuned-object-{s.name}.npy")) for s in (val, base))
+    k = [base.classes.index(name) for name in unseen]
+    means = unit(np.stack([y[base.labels == i].mean(0) for i in k]))
+    rows_of = np.flatnonzero(np.isin(val.labels, [val.classes.index(name) for name in unseen]))
+    right = [val.classes[val.labels[r]] == unseen[int((means @ x[r]).argmax())] for r in rows_of]
+    row = rows["tuned", "unseen-class nearest-mean top-1"]
+    assert row["value"] == pytest.approx(np.mean(right)) and row["count"] == len(rows_of)
+    before = rows["foundation", "unseen-class probe top-1"]
+    kept = rows.get(("tuned", "retention of unseen-class probe top-1"))
+    after = rows["tuned", "unseen-class probe top-1"]["value"]
+    assert (kept is not None) == (before["low"] > 0.5)  # of two classes by chance: a half
+    assert kept is None or kept["value"] == pytest.approx((after - 0.5) / (before["value"] - 0.5))
+    assert ("tuned", "head top-1") not in rows  # its classes do not cover the split's
+
+
+def test_real_labels_by_hand(tmp_path):
+    """Four images, two classes; ReaL: the second may be either, the third is none, the fourth the first class alone."""
+    from data_prep.__main__ import cli
+    from data_prep.objects import imagenet_wnids
+
+    a, b = imagenet_wnids()[:2]
+    colours = {1: (a, 250), 2: (a, 240), 3: (b, 10), 4: (b, 0)}
+    for number, (wnid, grey) in colours.items():
+        for part in ("train", "val"):
+            path = tmp_path / "src" / part / wnid / f"ILSVRC2012_val_{number:08d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (16, 16), grey).save(path)
+    (tmp_path / "real.json").write_text(json.dumps([[0], [0, 1], [], [0, 2]]))
+    common = ["--src", str(tmp_path / "src"), "--size", "16", "--workers", "1"]
+
+    def prepare(name, *more):
+        cli.main(["imagenet", *common, "--out", str(tmp_path / "d/object" / name), *more], standalone_mode=False)
+        return Split(tmp_path / "d/object" / name)
+
+    base, val = prepare("train"), prepare("val", "--real", str(tmp_path / "real.json"))
+    assert verify_split(val.folder) == [] and val.fields(1)["real"] == [a, b]
+    means = np.eye(2)
+    y, x = means[base.labels], unit(np.array([[1, 0], [0, 1.0], [1, 0], [0, 1]]))  # answers: a b a b
+    found = evaluate.score_classification(x, val, (y, base), None, [], 5, 0)
+    assert found["nearest-mean top-1"].value == 0.5  # the first and the fourth
+    real = found["nearest-mean ReaL"]
+    assert real.value == pytest.approx(2 / 3) and real.count == 3  # 1 and 2 right, 3 not counted, 4 wrong
+    assert real.chance == pytest.approx((1 + 2 + 1) / 3 / 2)
+    for text, words in (("{}", "want a list"), ("[[0], [1000]]", "entry 1: want a list of class numbers"),
+                        ("[[true]]", "entry 0"), ("[" * 100_000, "not ReaL's"), ("[[0]]", "not named like")):
+        (tmp_path / "real.json").write_text(text)
+        with pytest.raises(InputError, match=words):
+            prepare("other", "--real", str(tmp_path / "real.json"))
+    with pytest.raises(InputError, match="leave it out of a training split"):
+        prepare("train", "--real", str(tmp_path / "real.json"))
