@@ -1901,6 +1901,22 @@ def leaks(**options) -> int:
     return 0
 
 
+@main.command(help="Time and memory of the largest cases beside plain numpy and scikit-learn, on generated embeddings.")
+@click.option("--cases", default="reid,pairs,curve,search,million", metavar="NAMES",
+              help="Which: re-identification, listed pairs of templates, ROC, and 1:N in 100,000 or 1,000,000.")
+@click.option("--scale", type=click.FloatRange(0.001, 1), default=1.0, help="Of all sizes.")
+@click.option("--rounds", type=click.IntRange(1), default=3, help="Turns that the ways of a case take; of the median.")
+@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there, too.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
+def bench(cases: str, scale: float, rounds: int, path: Path | None) -> int:
+    import evaluate_bench  # here, because it builds on this module
+
+    names = cases.split(",")
+    if unknown := [name for name in names if name not in evaluate_bench.CASES]:
+        raise InputError(f"--cases {unknown[0]}: there are {', '.join(evaluate_bench.CASES)}")
+    return evaluate_bench.bench(names, scale, rounds, path)
+
+
 @main.command(help="Write unit embeddings of your own pictures, prepared and embedded as evaluation does it.")
 @click.argument("pictures", nargs=-1, required=True, metavar="IMAGE...|FOLDER", type=click.Path(path_type=Path))
 @click.option("--run", metavar="RUN", required=True, help="Folder of a finished run.")
