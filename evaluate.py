@@ -45,6 +45,7 @@ FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 HEADLINE = {"verification": "auc", "templates": "tar@far=0.0001", "reid": "rank-1", "identification": "rank-1",
             "classification": "nearest-mean top-1"}
 FPIRS = (1e-1, 1e-2)
+HIT, MISS = "#009E73", "#D55E00"  # frames of what is right and wrong
 COLOURS = {"foundation": "#999999", "tuned": "#0072B2"}  # Okabe-Ito
 
 PART = 2048  # images, about, that an interrupted embedding loses at most
@@ -1420,6 +1421,51 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
         plt.close(figure)
 
 
+Tile = tuple[Split, int, str, str]  # split, row, colour of the frame, caption
+
+
+def draw_sheet(path: Path, lines: list[list[Tile | None]], side: int = 96) -> None:
+    """Images in lines, each framed under its caption, as PNG; None: a gap."""
+    from PIL import Image, ImageDraw
+
+    frame, text, gap = 3, 13, 12
+    outer = side + 2 * frame
+    wide, high = outer + 2, outer + text + 4
+    width = max(sum(gap if tile is None else wide for tile in line) for line in lines)
+    sheet = Image.new("RGB", (width, high * len(lines)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for top, line in zip(range(0, high * len(lines), high), lines, strict=True):
+        left = 0
+        for tile in line:
+            if tile is not None:
+                split, row, colour, caption = tile
+                draw.text((left, top), caption, fill="black")
+                draw.rectangle((left, top + text, left + outer - 1, top + text + outer - 1), colour)
+                image = Image.fromarray(split.image(row).permute(1, 2, 0).numpy()).resize((side, side))
+                sheet.paste(image, (left + frame, top + text + frame))
+            left += gap if tile is None else wide
+    train.write_atomically(path, lambda temporary: sheet.save(temporary, "PNG"))
+    people = {tile[0].domain for line in lines for tile in line if tile} != {"object"}
+    print(f"{path}" + ": shows people; pass it on only as the licence of the data allows" * people)
+
+
+def draw_search(folder: Path, split: Split, x: np.ndarray, seed: int, probes: int = 12, top: int = 10) -> None:
+    """sheet-DOMAIN-SPLIT.png: drawn probes, each with the images nearest to it, framed as right or wrong."""
+    member = make_members([split], [x], probes, seed)[0]
+    mates, lines = member.mates(member), []
+    for probe in member.probes:
+        right, ignored = mates(probe)
+        scores = take_rows(x, member.gallery) @ x[probe]
+        scores[ignored] = -np.inf
+        nearest = np.argsort(-scores, kind="stable")[: min(top, len(scores) - len(ignored))]
+        hits = np.isin(nearest, right)
+        lines.append([(split, int(probe), "#000000", "probe"), None,
+                      *((split, int(member.gallery[place]), HIT if hit else MISS, f"{rank}: {scores[place]:.3f}")
+                        for rank, (place, hit) in enumerate(zip(nearest, hits, strict=True), 1))])
+    if lines:
+        draw_sheet(folder / f"sheet-{split.domain}-{split.name}.png", lines)
+
+
 # ---------------------------------------------------------------- comparing runs
 
 
@@ -1576,8 +1622,13 @@ def nearest_rows(x: np.ndarray, y: np.ndarray, block: int = 1024) -> tuple[np.nd
     return best, cosine
 
 
-def find_leaks(embed: Embedder, splits: list[Split], training: list[Split], threshold: float) -> list[dict]:
-    """The images of test splits whose nearest training image, of any domain, is as near as the threshold."""
+def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
+               threshold: float) -> tuple[list[dict], list[tuple[Tile, Tile]]]:
+    """The images of test splits whose nearest training image, of any domain, is as near as the threshold.
+
+    Returns:
+        A row for each, the nearest first, and the two images of each, to draw.
+    """
     nearest: dict = {}  # by test split, row: cosine, training split, its row
     for source in training:
         y = embed(source)
@@ -1591,13 +1642,14 @@ def find_leaks(embed: Embedder, splits: list[Split], training: list[Split], thre
     def describe(split: Split, row: int) -> tuple[str, str]:
         return split.jpeg(row)[0], split.classes[split.labels[row]] if split.labels[row] >= 0 else ""
 
-    by_name, table = {f"{split.domain}/{split.name}": split for split in splits}, []
-    for (name, row), (cosine, source, other) in nearest.items():
+    by_name, table, images = {f"{split.domain}/{split.name}": split for split in splits}, [], []
+    for (name, row), (cosine, source, other) in sorted(nearest.items(), key=lambda leak: -leak[1][0]):
         (key, identity), (train_key, train_identity) = describe(by_name[name], row), describe(source, other)
         table.append({"split": name, "row": row, "key": key, "identity": identity, "cosine": cosine,
                       "train_split": f"{source.domain}/{source.name}", "train_key": train_key,
                       "train_identity": train_identity})
-    return sorted(table, key=lambda leak: -leak["cosine"])
+        images.append(((by_name[name], row, MISS, f"{key}  {cosine:.3f}"), (source, other, "#000000", train_key)))
+    return table, images
 
 
 # ---------------------------------------------------------------- a user's own pictures
@@ -1766,6 +1818,8 @@ def model_options(command):
                    "line, {} for the class name; '' for none.")
 @click.option("--probe", type=click.IntRange(0), default=50_000, metavar="N",
               help="Fit the linear probe to at most N images of a reference split (0: no probe).")
+@click.option("--sheet", is_flag=True,
+              help="Draw probes of each split with the ten images nearest to them: sheet-DOMAIN-SPLIT.png.")
 @click.option("--crowd", type=click.IntRange(0), default=5000,
               help="Probes of a domain that are searched among all domains at once (0: none).")
 @click.pass_context
@@ -1803,6 +1857,8 @@ def main(context: click.Context, **options) -> int | None:
     write_draws(out, results, options["seed"])
     write_report(out, rows, splits, options["flip"])
     draw_figures(out, rows, curves, splits)
+    for split in splits if options["sheet"] else []:
+        draw_search(out, split, embed(split), options["seed"])
     for (domain, split), pair in headlines(rows).items():
         print(f"{domain + '/' + split:22s} {next(iter(pair.values())).metric:20s} "
               + "   ".join(f"{weights} {show_value(row)}" for weights, row in pair.items()))
@@ -1860,6 +1916,7 @@ def compare(runs: tuple[Path, ...], weights: str | None, splits: str | None, out
 @click.option("--by", type=click.Choice(["foundation", "tuned"]), default="foundation",
               help="Whose embeddings find the leaks: fine-tuning draws together what is merely alike.")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
+@click.option("--sheet", is_flag=True, help="Draw the nearest pairs, test image and training image: leaks-sheet.png.")
 def leaks(**options) -> int:
     if not options["run"]:
         raise InputError("whose training images? give --run RUN")
@@ -1875,7 +1932,7 @@ def leaks(**options) -> int:
         load = train.load_foundation if weights == "foundation" else train.load_tuned
         return make_embedder(lambda: load(run), weights, out, options)
 
-    found = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
+    found, images = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
     if not found:
         print(f"no test image has a training image at a cosine of {options['threshold']:g} or more")
         return 0
@@ -1884,6 +1941,9 @@ def leaks(**options) -> int:
         without.setdefault(leak["split"], []).append(leak["row"])
     touched = [split for split in splits if f"{split.domain}/{split.name}" in without]
     write_csv(out / "leaks.csv", found)
+    if options["sheet"]:  # the nearest 96, four pairs a line
+        draw_sheet(out / "leaks-sheet.png", [[tile for pair in images[i : i + 4] for tile in (*pair, None)]
+                                             for i in range(0, min(len(images), 96), 4)])
     embed, table = embedder("tuned"), []
     for left_out in ({}, without):
         figures, _ = score(embed, touched, root, run, options["bootstrap"], options["seed"],

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 import evaluate
 import train
 from data_prep import InputError
-from data_prep.shards import Split, open_root, verify_split
+from data_prep.shards import Record, Source, Split, open_root, verify_split, write_split
 from tests.conftest import ROOT, script
 from tests.test_evaluate import FakeSplit, run_here, unit
 
@@ -448,3 +449,52 @@ def test_gaussian_scores_have_the_rates_that_theory_gives():
         assert evaluate.tar_at_far(far, tar, f) == pytest.approx(expected, abs=0.01)
         assert evaluate.tar_at_far(tail_far, tail_tar, f) == evaluate.tar_at_far(far, tar, f)
         assert evaluate.tar_at_nearest_far(tail_far, tail_tar, f) == pytest.approx(expected, abs=0.01)
+
+
+# ---------------------------------------------------------------- sheets
+
+
+def frames_of(path, tile=(96 + 8, 96 + 6 + 17), gap=12):
+    """The colours of the frames of an identification sheet, line by line: the probe's, then those of its ten."""
+    image = np.array(Image.open(path).convert("RGB"))
+    lines = range(0, image.shape[0], tile[1])
+    return [["#" + bytes(image[top + 13, left]).hex().upper() for left in
+             [0, *range(tile[0] + gap, image.shape[1], tile[0])]] for top in lines]
+
+
+def test_the_identification_sheet_frames_what_is_right(run, demo_root, capsys):
+    run_here("--run", run, *OPTIONS, "--splits", "body/test", "--no-foundation", "--sheet")
+    path = run / "eval/sheet-body-test.png"
+    said = capsys.readouterr().out
+    assert f"{path}: shows people" in said
+    split, x = Split(demo_root / "body/test"), unit(np.load(run / "eval/embeddings/tuned-body-test.npy"))
+    roles, cameras = split.column("role"), split.column("camera")
+    probes = np.sort(np.random.default_rng((0, 3)).permutation(np.flatnonzero(roles == 0))[:12])  # 3: the fourth domain
+    gallery = np.flatnonzero(roles > 0)
+    for probe, (first, *colours) in zip(probes, frames_of(path), strict=True):
+        mine = split.labels[gallery] == split.labels[probe]
+        kept = gallery[~(mine & (cameras[gallery] == cameras[probe]))]
+        order = kept[np.argsort(-(x[kept] @ x[probe]), kind="stable")][:10]
+        assert first == "#000000"
+        assert colours == ["#009E73" if split.labels[row] == split.labels[probe] else "#D55E00" for row in order]
+    run_here("--run", run, *OPTIONS, "--splits", "body/test", "--no-foundation")
+    assert "shows people" not in capsys.readouterr().out  # only on request
+
+
+def test_the_sheet_of_leaks_shows_both_images(run, demo_root, tmp_path, capsys):
+    """Every image of the test split is in training too; each pair on the sheet is twice the same picture."""
+    root, base = tmp_path / "data", Split(demo_root / "face_hq/train")
+    shutil.copytree(base.folder, root / "face_hq/train")
+    records = [Record(partial(bytes, base.jpeg(row)[1]), f"{row} {role}", base.classes[base.labels[row]], role=role)
+               for role in (0, 1) for row in range(3)]
+    write_split(root / "face_hq/copy", Source(records, {"name": "identification"}), source_name="folder",
+                size=base.size, fit="crop", quality=95, train=False)
+    arguments = ["leaks", "--run", run, "--data", root, "--bootstrap", 2, "--workers", 0, "--sheet"]
+    with pytest.raises(InputError, match="no image left to score"):  # without the leaks
+        run_here(*arguments, "--threshold", 0.999)
+    assert "leaks-sheet.png: shows people" in capsys.readouterr().out
+    sheet = np.array(Image.open(run / "eval/leaks-sheet.png").convert("RGB")).astype(int)
+    for top, pairs in ((0, 4), (119, 2)):
+        for left in range(0, pairs * 220, 220):
+            a, b = (sheet[top + 16 : top + 112, start + 3 : start + 99] for start in (left, left + 104))
+            assert a.std() > 10 and (a == b).all()
