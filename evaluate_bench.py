@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -189,14 +190,15 @@ CASES = {
 
 
 def measure(name: str, way: str, scale: float) -> dict:
-    """Seconds and peak MiB of one way of a case: in all, and above what its inputs take."""
+    """Seconds, of the clock and of all processors, and peak MiB of one way of a case: in all, and above its inputs."""
     inputs = CASES[name].make(scale)
     before, _ = memory()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     values = CASES[name].ways[way](**inputs)
-    seconds = time.perf_counter() - start
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
     _, peak = memory()
-    return {"seconds": seconds, "peak_MiB": peak, "above_inputs_MiB": peak - before, "values": values}
+    return {"seconds": seconds, "cpu_seconds": busy, "peak_MiB": peak, "above_inputs_MiB": peak - before,
+            "values": values}
 
 
 def run_bench(names: list[str], scale: float, rounds: int) -> dict:
@@ -208,14 +210,17 @@ def run_bench(names: list[str], scale: float, rounds: int) -> dict:
             for way in case.ways:
                 with ProcessPoolExecutor(1, context) as pool:
                     found.setdefault(way, []).append(pool.submit(measure, name, way, scale).result())
+                    print(f"  {name} {way}: {found[way][-1]['seconds']:.2f} s", file=sys.stderr)
         ours = found["here"][0]["values"]
         for way, measured in found.items():
             for key, value in measured[0]["values"].items():
                 if abs(value - ours[key]) > 2e-3:
                     raise InputError(f"{name}: {key} is {ours[key]:.6f} here and {value:.6f} by {way}")
-        middle = {way: float(np.median([m["seconds"] for m in measured])) for way, measured in found.items()}
+        middle = {way: {key: float(np.median([m[key] for m in measured])) for key in ("seconds", "cpu_seconds")}
+                  for way, measured in found.items()}
         result[name] = {"case": case.title, "ways": {
-            way: {"seconds": middle[way], "times_here": middle[way] / middle["here"],
+            way: {**middle[way], "times_here": middle[way]["seconds"] / middle["here"]["seconds"],
+                  "cpu_times_here": middle[way]["cpu_seconds"] / max(middle["here"]["cpu_seconds"], 1e-9),
                   **{key: max(m[key] for m in measured) for key in ("peak_MiB", "above_inputs_MiB")},
                   "values": measured[0]["values"]} for way, measured in found.items()}}
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
@@ -226,11 +231,14 @@ def run_bench(names: list[str], scale: float, rounds: int) -> dict:
 def bench(names: list[str], scale: float, rounds: int, path: Path | None) -> int:
     """Measure, print the table and write the JSON."""
     result = run_bench(names, scale, rounds)
-    print(f"{result['threads']} threads, sizes x {scale:g}; peak memory in all, and above the inputs")
+    print(f"{result['threads']} threads, sizes x {scale:g}; seconds of the clock and of all processors (fairer on a "
+          "busy\nmachine), each also in multiples of ours; peak memory in all, and above the inputs")
     for case in result["cases"].values():
         for way, found in case["ways"].items():
-            print(f"{case['case']:36s} {way:13s} {found['seconds']:8.2f} s  {found['times_here']:6.1f} x  "
-                  f"{found['peak_MiB']:8,.0f} MiB  {found['above_inputs_MiB']:8,.0f} MiB")
+            times = (f"{found[key]:8.2f} s {found[ratio]:6.1f} x" for key, ratio in (("seconds", "times_here"),
+                                                                                    ("cpu_seconds", "cpu_times_here")))
+            print(f"{case['case']:36s} {way:13s} {' '.join(times)} {found['peak_MiB']:8,.0f} MiB "
+                  f"{found['above_inputs_MiB']:8,.0f} MiB")
     if path:
         train.write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
     return 0
