@@ -611,7 +611,7 @@ def analyse(options: dict) -> int:
     """Analyse one run and write RUN/analysis."""
     run = train.load_run(Path(options["run"]), options["allow_partial"])
     data = options["data"] or run.config["data"]
-    root, device = open_root(Path(data)), train.pick_device(options["device"])
+    root = open_root(Path(data))
     pairs = {domain: find_splits(root.get(domain, {})) for domain in run.config["domains"]}
     pairs = {domain: pair for domain, pair in pairs.items() if pair}
     if not pairs:
@@ -619,8 +619,7 @@ def analyse(options: dict) -> int:
                          "nothing to analyse")
     embedded: dict[str, dict] = {}
     for weights, load in (("foundation", train.load_foundation), ("tuned", train.load_tuned)):
-        embed = evaluate.Embedder(load(run), weights, run.folder / "eval" / "embeddings", device, options["batch"],
-                                  options["workers"], options["flip"])
+        embed = evaluate.make_embedder(lambda load=load: load(run), weights, run.folder / "eval", options)
         embedded[weights] = {domain: tuple(embed(split) for split in pair) for domain, pair in pairs.items()}
     tasks = []
     for domain, (base, test) in pairs.items():

@@ -4,6 +4,7 @@
     python evaluate.py --run runs/NAME --splits face_hq/test,object/val      # some of them
     python evaluate.py --run runs/NAME --data other/data --device cuda
     python evaluate.py --model tf_efficientnet_lite0 --weights FILE           # an untouched backbone, without a run
+    torchrun --nproc-per-node 8 -- evaluate.py --run runs/NAME                # eight GPUs embed, the first scores
     python evaluate.py --run runs/NAME --humans anna.csv --humans ben.csv     # beside people, on the same trials
     python evaluate.py compare runs/A-s0 runs/A-s1 runs/B-s0                 # paired differences; seeds are averaged
     python evaluate.py compare runs/B --experts runs/face runs/body          # non-inferiority to your own experts
@@ -23,10 +24,14 @@ rated, and of domain "everything" (the mean over the domains: multi-tasking), wh
 Their intervals resample the people and things on the pictures, not the raters.
 """
 
+import contextlib
 import csv
+import fcntl
 import hashlib
 import json
 import math
+import os
+import shutil
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -35,6 +40,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import scipy.optimize
 import scipy.sparse
 import torch
 from tqdm import tqdm
@@ -45,15 +51,18 @@ from data_prep import DOMAINS, InputError, run_command
 from data_prep.folders import image_suffixes
 from data_prep.shards import ROLES, BadImage, Split, fit_image, open_root
 from data_prep.trials import Rating, read_ratings
-from train import Backbone, Run, matched_pairs
+from train import Backbone, Ranks, Run, matched_pairs
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
 HEADLINE = {"verification": "auc", "templates": "tar@far=0.0001", "reid": "rank-1", "identification": "rank-1",
             "classification": "nearest-mean top-1"}
 FPIRS = (1e-1, 1e-2)
+HIT, MISS = "#009E73", "#D55E00"  # frames of what is right and wrong
 COLOURS = {"foundation": "#999999", "tuned": "#0072B2", "people": "#E69F00"}  # Okabe-Ito
 SCORE_BINS = np.linspace(-1, 1, 51)  # of the score distributions
+
+PART = 2048  # images, about, that an interrupted embedding loses at most
 
 # ---------------------------------------------------------------- embeddings
 
@@ -76,19 +85,24 @@ def save_array(path: Path, array: np.ndarray) -> None:
 class Embedder:
     """Embeddings of one backbone, computed once per split and kept in `folder` with a fingerprint.
 
+    They are computed in parts, each written when it is done: what is interrupted goes on there, and the ranks of
+    torchrun share the parts out. Batches do not depend on who computes them, so that the result is the same to the bit.
+
     Args:
         model: the backbone, in eval mode.
         name: "tuned" or "foundation", for file names and rows.
         folder: where the .npy files go.
         device, batch, workers: of the computation.
         flip: add the embedding of the mirrored image (before normalisation, as the face protocols do).
+        shared: other runs use the folder too: files are named by their fingerprint.
+        ranks: this process among those that embed.
     """
 
     def __init__(self, model: Backbone, name: str, folder: Path, device: torch.device, batch: int, workers: int,
-                 flip: bool) -> None:
+                 flip: bool, shared: bool = False, ranks: Ranks = Ranks()) -> None:  # noqa: B008
         self.model, self.name, self.folder, self.device = model.to(device), name, folder, device
-        self.batch, self.workers, self.flip = batch, workers, flip
-        self.weights = hash_weights(model)
+        self.batch, self.workers, self.flip, self.shared, self.ranks = batch, workers, flip, shared, ranks
+        self.weights, self.made = hash_weights(model), set()
 
     def __call__(self, split: Split) -> np.ndarray:
         """Unit embeddings float32 [M, D] of a split; NaN in the rows of unreadable images."""
@@ -96,27 +110,90 @@ class Embedder:
 
     def raw(self, split: Split) -> np.ndarray:
         """The same before normalisation: the norm of a face tells how good its picture is, so templates use it."""
-        path = self.folder / f"{self.name}-{split.domain}-{split.name}.npy"
+        return np.load(self.prepare(split), allow_pickle=False)
+
+    def prepare(self, split: Split) -> Path:
+        """The file of a split's embeddings, computed where it is not there; all ranks have to call it."""
         index = hashlib.sha256((split.folder / "index.json").read_bytes()).hexdigest()
         fingerprint = {"weights": self.weights, "split": index, "image_size": self.model.image_size, "flip": self.flip}
-        note = path.with_suffix(".json")
-        if path.exists() and note.exists() and json.loads(note.read_text()) == fingerprint:
-            x = np.load(path, allow_pickle=False)
-        else:
-            x = np.full((len(split), self.model.dim), np.nan, dtype=np.float32)
-            parts = train.embed_rows(self.model, split, np.arange(len(split)), self.device, self.batch, self.workers,
-                                     self.flip)
-            title = f"{self.name} {split.domain}/{split.name}"
-            with tqdm(total=len(split), desc=title, unit="img", disable=None) as bar:
-                for rows, part in parts:
-                    x[rows] = part.cpu().numpy()
-                    bar.update(len(rows))
-            self.folder.mkdir(parents=True, exist_ok=True)
-            note.unlink(missing_ok=True)
-            train.write_atomically(path, lambda temporary: save_array(temporary, x))
-            if np.isfinite(x).all():  # a split with damaged images may be repaired: its embeddings are made anew
-                train.write_json(note, fingerprint)
-        return x
+        key = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
+        path = self.folder / f"{self.name}-{split.domain}-{split.name}{'-' + key if self.shared else ''}.npy"
+        note, parts = path.with_suffix(".json"), path.with_name(f".{path.stem}.{key}.parts")
+
+        def known() -> bool:
+            return path in self.made or (path.exists() and note.exists()
+                                         and json.loads(note.read_text()) == fingerprint)
+
+        if self.ranks.world == 1 and known():
+            return path
+        parts.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            if self.ranks.rank == 0:  # a second evaluation with the same cache waits here, and then finds it all done
+                lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            self.ranks.wait()
+            if not known():
+                parts.mkdir(exist_ok=True)
+                self.embed_parts(split, parts)
+                self.ranks.wait()
+                if self.ranks.rank == 0:
+                    note.unlink(missing_ok=True)
+                    train.write_atomically(path, lambda temporary: self.join_parts(split, parts, temporary))
+                    # a split with damaged images may be repaired: its embeddings are made anew next time
+                    if np.isfinite(np.load(path, mmap_mode="r")[:, 0]).all():
+                        train.write_json(note, fingerprint)
+                    shutil.rmtree(parts)
+                self.ranks.wait()
+        self.made.add(path)
+        return path
+
+    def parts_of(self, split: Split, folder: Path) -> dict[int, Path]:
+        """First row and file of every part: whole batches, so that parts can be computed apart."""
+        size = self.batch * max(PART // self.batch, 1)
+        return {start: folder / f"{start}-{min(start + size, len(split))}.npy" for start in range(0, len(split), size)}
+
+    def embed_parts(self, split: Split, folder: Path) -> None:
+        """Compute this rank's share of the parts that are missing."""
+        mine = list(self.parts_of(split, folder).items())[self.ranks.rank :: self.ranks.world]
+        todo = [(start, file) for start, file in mine if not file.exists()]
+        if not todo:
+            return
+        rows = [np.arange(*map(int, file.stem.split("-"))) for _, file in todo]
+
+        def blank(place: int) -> np.ndarray:
+            return np.full((len(rows[place]) if place < len(rows) else 0, self.model.dim), np.nan, dtype=np.float32)
+
+        place, x = 0, blank(0)
+
+        def finish() -> None:
+            nonlocal x, place
+            train.write_atomically(todo[place][1], lambda temporary: save_array(temporary, x))
+            place, x = place + 1, blank(place + 1)
+
+        parts = train.embed_rows(self.model, split, np.concatenate(rows), self.device, self.batch, self.workers,
+                                 self.flip)
+        with tqdm(total=sum(map(len, rows)), desc=f"{self.name} {split.domain}/{split.name}", unit="img",
+                  disable=True if self.ranks.rank else None) as bar:
+            for good, found in parts:
+                while good[0] > rows[place][-1]:
+                    finish()
+                found = found.cpu().numpy()
+                if not np.isfinite(found).all():
+                    row = good[~np.isfinite(found).all(1)][0]
+                    raise InputError(f"{split.folder}: the {self.name} backbone makes no finite numbers of sample "
+                                     f"{split.jpeg(row)[0]}: a run that diverged, or weights that are damaged")
+                x[good - rows[place][0]] = found
+                bar.update(len(good))
+            while place < len(todo):  # the last, and what holds no readable image
+                finish()
+
+    def join_parts(self, split: Split, folder: Path, path: Path) -> None:
+        """Write the whole array, part by part: a million embeddings are gigabytes."""
+        x = np.lib.format.open_memmap(path, "w+", np.float32, (len(split), self.model.dim))
+        for start, file in self.parts_of(split, folder).items():
+            part = np.load(file, allow_pickle=False)
+            x[start : start + len(part)] = part
+        x.flush()
 
 
 def normalise(x: np.ndarray) -> np.ndarray:
@@ -143,6 +220,7 @@ class Figure:
     value: float
     draws: np.ndarray
     count: int = 0  # pairs, probes or images
+    chance: float = math.nan  # of random embeddings, where retention is to be told
 
     @property
     def low(self) -> float:
@@ -253,11 +331,34 @@ def fold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray, weigh
     return float(np.mean(accuracies)) if accuracies else math.nan
 
 
+def grid_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray,
+                  weights: np.ndarray | None = None) -> dict[str, float]:
+    """The same with thresholds on the squared distance 2 - 2 cos in 0, 0.01, ..., 3.99: mean and SD over the folds.
+
+    Accepted where the distance is below the threshold; of equally good ones the first.
+    Source: insightface, `verification.py`, calculate_roc (np.mean and np.std of its accuracies).
+    """
+    grid, w = np.arange(0, 4, 0.01), np.ones(len(scores)) if weights is None else weights.astype(float)
+    place = np.searchsorted(grid, 2 - 2 * scores.astype(float), side="right")  # the first threshold that accepts
+    names, fold = np.unique(folds, return_inverse=True)
+    right = np.zeros((len(names), len(grid) + 1))
+    np.add.at(right, (fold, place), np.where(same, w, -w))  # an accepted pair: right if genuine, else no longer right
+    right = np.cumsum(right, axis=1)[:, : len(grid)] + np.bincount(fold, w * ~same)[:, None]
+    total = np.bincount(fold, w)
+    used = (total > 0) & (total.sum() > total)
+    if not used.any():
+        return {"accuracy": math.nan, "accuracy sd": math.nan}
+    best = (right.sum(0) - right).argmax(1)  # on the other folds
+    accuracies = (right[np.arange(len(names)), best] / np.maximum(total, 1e-300))[used]
+    return {"accuracy": float(accuracies.mean()), "accuracy sd": float(accuracies.std())}
+
+
 def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
     """10-fold accuracy, AUC, EER, TAR@FAR (where there are 1 / FAR impostors) and d' of a split's pairs.
 
     Returns:
-        The figures, and to draw: the ROC, and how many scores of either kind fall into each of SCORE_BINS.
+        {rule: {metric: Figure}}, the exact thresholds first, and to draw: the ROC, and how many scores of either kind
+        fall into each of SCORE_BINS.
     """
     pairs = split.column("pairs")
     pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
@@ -282,7 +383,11 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
 
     far, tar = roc(scores, same)
     spread = {kind: np.histogram(scores[mask], SCORE_BINS)[0] for kind, mask in (("same", same), ("different", ~same))}
-    return intervals(statistic, pair_weights(), len(pairs)), {"far": far, "tar": tar, **spread}
+    folded = f"{split.protocol['folds']} folds"
+    found = {f"{folded}, exact thresholds, strict FAR": intervals(statistic, pair_weights(), len(pairs)),
+             f"{folded}, thresholds 0 to 4 by 0.01 on the squared distance": intervals(
+                 lambda w: grid_accuracy(scores, same, folds, w), pair_weights(), len(pairs))}
+    return found, {"far": far, "tar": tar, **spread}
 
 
 # ---------------------------------------------------------------- templates
@@ -512,33 +617,42 @@ def take_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return x[rows[0] : rows[-1] + 1] if whole else x[rows]
 
 
-def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, size: int = 1 << 26,
+def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, size: int = 1 << 27,
                    other: np.ndarray | None = None) -> Search:
-    """Search every probe in a gallery by blocks of the score matrix; of a row, only what beats a mate is sorted.
+    """Search every probe in a gallery by blocks of the score matrix, without ever ordering the gallery's items.
+
+    Only the ranks of mates matter: 1 + how many others score as high or higher. For a few mates they are counted; for
+    more, one sort of the row's values (no argsort: several times dearer) serves all.
 
     Args:
         x: unit vectors [M, D].
         probes, gallery: rows of x, [n] and [m].
-        other: unit vectors that the gallery's rows are of, if not of x.
+        other: unit vectors that the gallery's rows are of, if not of x; float16 (a memory map, say) is widened block
+            by block.
         mates: row of a probe -> places in `gallery` that are right, and places that are neither right nor wrong.
         size: scores held at once.
     """
     other = x if other is None else other
     found = Search([], *np.full((3, len(probes)), -np.inf))
     block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
-    scores = np.empty((block, len(gallery)), dtype=x.dtype)
+    scores = np.empty((block, len(gallery)), dtype=x.dtype)  # one buffer: fresh pages cost as much as the product
     for start in range(0, len(probes), block):
         rows = probes[start : start + block]
+        queries = x[rows]
         for left in range(0, len(gallery), 1 << 16):
-            part = take_rows(other, gallery[left : left + (1 << 16)])
-            scores[: len(rows), left : left + len(part)] = x[rows] @ part.T
+            part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
+            np.matmul(queries, part.T, out=scores[: len(rows), left : left + len(part)])
         for i, (probe, s) in enumerate(zip(rows, scores, strict=False), start):
             right, ignored = mates(probe)
-            own = -np.sort(-s[right])
+            own = np.sort(s[right])[::-1]
             s[right], s[ignored] = -np.inf, -np.inf
-            found.wrong[i] = s.max(initial=-np.inf)
-            above = np.sort(s[s >= own[-1]]) if len(own) else own
-            found.ranks.append(np.arange(1, len(own) + 1) + len(above) - np.searchsorted(above, own, side="left"))
+            if len(own) < 12:
+                above = np.array([np.count_nonzero(s >= score) for score in own], dtype=np.int64)
+                found.wrong[i] = s.max(initial=-np.inf)
+            else:
+                s.sort()
+                above, found.wrong[i] = len(s) - np.searchsorted(s, own, side="left"), s[-1]
+            found.ranks.append(np.arange(1, len(own) + 1) + above)
             found.own[i], found.first[i] = (own[0], found.ranks[-1][0]) if len(own) else (-np.inf, np.inf)
     return found
 
@@ -578,10 +692,13 @@ def inverse_negative_penalty(ranks: np.ndarray) -> float:
 
 def gallery_rule(split: Split, gallery: np.ndarray, variant: str) -> Callable:
     """`mates` of `search_gallery` for a variant of re-identification, or identification (data_prep/bodies.py)."""
-    cameras, clothes, same = split.optional("camera"), split.optional("clothes"), mates_in(split.labels[gallery])
+    # copies: to look a few places up in a memory map takes several times as long
+    cameras, clothes = np.array(split.optional("camera")), np.array(split.optional("clothes"))
+    labels = np.array(split.labels)
+    same = mates_in(labels[gallery])
 
     def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
-        places = same(split.labels[probe])
+        places = same(labels[probe])
         if split.protocol["name"] != "reid":
             return places, places[:0]
         rows = gallery[places]
@@ -693,10 +810,131 @@ def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray,
     return np.concatenate(found)
 
 
+def fit_probe(y: np.ndarray, labels: np.ndarray, classes: int, device: torch.device,
+              strengths: tuple[float, ...] = (1, 1e-1, 1e-2, 1e-3, 1e-4)) -> tuple[np.ndarray, np.ndarray, float]:
+    """A linear probe: multinomial logistic regression by L-BFGS, without any draw.
+
+    The regularisation is chosen on every fifth image of each class, from the strongest on while that gets better, and
+    the probe then fitted to all images.
+
+    Args:
+        y: embeddings float32 [n, D]; centred and scaled here to a variance of 1 on average.
+        labels: [n] of 0..classes - 1.
+        strengths: candidates of l in mean cross-entropy + l/2 |W|² (scikit-learn's C is 1 / (l n)).
+
+    Returns:
+        Weights [classes, D] and bias [classes] for y as it came, and the l chosen.
+    """
+    order = np.argsort(labels, kind="stable")
+    held = np.zeros(len(y), dtype=bool)
+    place = np.arange(len(y)) - np.searchsorted(labels[order], labels[order])
+    held[order] = place % 5 == min(4, place.max())  # where no class has five images, the last of the largest
+    mean = y.mean(0)
+    scale = float(np.sqrt(max(np.einsum("nd,nd->", y, y) / len(y) - mean @ mean, 1e-12) / y.shape[1]))
+    z, target = torch.from_numpy((y - mean) / scale).to(device), torch.from_numpy(labels.astype(np.int64)).to(device)
+
+    def fit(rows: np.ndarray, strength: float, start: np.ndarray) -> np.ndarray:
+        blocks = torch.from_numpy(rows).to(device).split(1 << 14)
+
+        def loss_of(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            w = torch.from_numpy(flat.reshape(classes, -1)).float().to(device)
+            loss, gradient = 0.0, torch.zeros_like(w)
+            for block in blocks:
+                x, right = z[block], target[block]
+                logits = torch.addmm(w[:, -1], x, w[:, :-1].T)
+                loss += float(torch.nn.functional.cross_entropy(logits, right, reduction="sum"))
+                residual = logits.softmax(1)
+                residual[torch.arange(len(x), device=device), right] -= 1
+                gradient[:, :-1] += residual.T @ x
+                gradient[:, -1] += residual.sum(0)
+            gradient /= len(rows)
+            gradient[:, :-1] += strength * w[:, :-1]
+            loss = loss / len(rows) + strength / 2 * float((w[:, :-1] ** 2).sum())
+            return loss, gradient.flatten().double().cpu().numpy()
+
+        found = scipy.optimize.minimize(loss_of, start, jac=True, method="L-BFGS-B",
+                                        options={"maxiter": 200, "gtol": 1e-6, "ftol": 1e-8})
+        return found.x
+
+    rest, test, best = np.flatnonzero(~held), torch.from_numpy(np.flatnonzero(held)).to(device), (-1.0, strengths[0])
+    flat = np.zeros(classes * (y.shape[1] + 1))
+    for strength in strengths:
+        flat = fit(rest, strength, flat)
+        w = torch.from_numpy(flat.reshape(classes, -1)).float().to(device)
+        right = float(((z[test] @ w[:, :-1].T + w[:, -1]).argmax(1) == target[test]).float().mean())
+        if right <= best[0]:
+            break
+        best, start = (right, strength), flat
+    w = fit(np.arange(len(y)), best[1], start).reshape(classes, -1)
+    weights = (w[:, :-1] / scale).astype(np.float32)
+    return weights, (w[:, -1] - weights @ mean).astype(np.float32), best[1]
+
+
+def read_prompts(names: str) -> dict[str, list[str]]:
+    """The templates of --prompts by set: a shipped one by its number, or a file with a template a line, {} the name."""
+    found = {}
+    for name in filter(None, names.split(",")):
+        path = Path(__file__).parent / "prompts" / f"{name}.txt" if name.isdigit() else Path(name)
+        try:
+            lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"--prompts {name}: {path} cannot be read ({error}); shipped are 1, 7 and 80") from error
+        if bad := next((line for line in lines if line.count("{}") != 1), None) or (not lines and "an empty file"):
+            raise InputError(f"--prompts {name}: {bad[:80]!r}: want a template a line, with {{}} for the class name")
+        found[f"{path.stem} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:8]}"] = lines
+    return found
+
+
+@dataclass
+class Readouts:
+    """How classification is read out beyond means and neighbours: for all splits of a run, and both its weights."""
+
+    prompts: dict[str, list[str]]  # templates by set; for CLIP alone
+    probe: int  # images of a reference that a linear probe is fitted to, at most
+    config: dict  # of the backbone
+    trained: list[str]  # classes that the run has seen; of others retention is told apart
+
+    def fit(self, embed: Embedder, y: np.ndarray, reference: Split, seed: int) -> dict[str, tuple]:
+        """(Weights [C, D], bias [C], rule) by name for the classes of a reference with unit embeddings y."""
+        found, good = {}, np.flatnonzero(np.isfinite(y[:, 0]) & (reference.labels >= 0))
+        if self.probe and len(np.unique(reference.labels[good])) > 1:
+            rows = np.sort(np.random.default_rng(seed).permutation(good)[: self.probe])
+            w, b, strength = fit_probe(y[rows], reference.labels[rows], len(reference.classes), embed.device)
+            b[reference.counts == 0] = -1e9  # a class without images is never the answer
+            print(f"  {embed.name} {reference.domain}/{reference.name}: linear probe of {len(rows):,} images, l2 "
+                  f"{strength:g}")
+            some = f"{self.probe} drawn images, seed {seed}" if len(good) > self.probe else "all images"
+            found["probe"] = w, b, f"L-BFGS probe, l2 chosen on a fifth, of {some}, reference {fingerprint(reference)}"
+        if embed.model.library == "open_clip" and embed.model.project is None:
+            for name, templates in self.prompts.items():
+                key = hashlib.sha256(json.dumps([embed.weights, templates, reference.names]).encode()).hexdigest()[:16]
+                path = embed.folder / f"{embed.name}-text-{key}.npy"
+                if not path.exists():
+                    words = train.text_weights(embed.model, self.config, reference.names, embed.device, templates)
+                    words = words.cpu().numpy()
+                    train.write_atomically(path, lambda temporary, words=words: save_array(temporary, words))
+                w = np.load(path, allow_pickle=False)
+                found[f"zero-shot {name.split()[0]}"] = w, np.zeros(len(w)), f"zero-shot by prompts {name}"
+        return found
+
+
+def true_in_real(split: Split) -> np.ndarray | None:
+    """ReaL's labels: which classes are right for an image, bool [M, C] (a row of none: left out); None without them."""
+    if not split.protocol.get("real"):
+        return None
+    number, found = {name: i for i, name in enumerate(split.classes)}, np.zeros((len(split), len(split.classes)), bool)
+    for row in range(len(split)):
+        found[row, [number[name] for name in split.fields(row).get("real", []) if name in number]] = True
+    return found
+
+
 def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarray, Split], head: np.ndarray | None,
-                         head_classes: list[str], draws: int, seed: int,
-                         groups: dict[str, list[str]] | None = None) -> dict[str, Figure]:
-    """Top-1 of the nearest class mean and of 20 neighbours; top-1 and top-5 of the trained class weights.
+                         head_classes: list[str], draws: int, seed: int, groups: dict[str, list[str]] | None = None,
+                         linear: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
+                         only: list[str] | None = None) -> dict[str, Figure]:
+    """Top-1 of the nearest class mean and of 20 neighbours; top-1 and top-5 of class weights, trained or otherwise.
+
+    Beside each top-1 stands "... ReaL" where the split has ReaL's labels: right is any of them.
 
     Args:
         x: unit embeddings of the split.
@@ -705,48 +943,68 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
         head: class weights [C, D] of the domain, or None.
         head_classes: their names; used where they cover the split's classes (the argmax runs over the split's own).
         groups: classes of the split that stand for several of the reference (ObjectNet), any of which is right.
+        linear: more class weights and biases by name, [C, D] and [C] for the classes of the reference.
+        only: the classes to score, and to choose among (default: all of the split).
     """
     y, other = reference
-    number = {name: i for i, name in enumerate(other.classes)}
-    several = [(groups or {}).get(name, [name]) for name in split.classes]
+    number, classes = {name: i for i, name in enumerate(other.classes)}, split.classes if only is None else only
+    several = [(groups or {}).get(name, [name]) for name in classes]
     if unknown := [name for group in several for name in group if name not in number]:
         raise InputError(f"{split.folder}: class {unknown[0]!r} is not in its reference {other.folder}: prepare the "
                          "split with --reference SPLIT, a split of the same classes")
-    to_reference = np.array([number[name] for name in split.classes])
-    stands_for, kept = np.arange(len(other.classes)), np.zeros(len(other.classes), dtype=bool)
-    for own, group in zip(to_reference, several, strict=True):
-        members = [number[name] for name in group]
-        stands_for[members], kept[members] = own, True
-    rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (split.labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
+    first = np.array([number[name] for name in classes])
+    own, members = np.full(len(other.classes), -1), [np.array([number[name] for name in group]) for group in several]
+    for i, group in enumerate(members):
+        own[group] = i  # the reference's class as one of `classes`
+    place = {name: i for i, name in enumerate(classes)}
+    labels = np.append([place.get(name, -1) for name in split.classes], -1)[split.labels]
+    rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
     itself = split.folder.resolve() == other.folder.resolve()
-    x, labels, truth = x[rows], split.labels[rows], to_reference[split.labels[rows]]
-    y, y_labels = y[good], other.labels[good]
-    means = class_means(y, y_labels, len(other.classes))
-    means[~kept] = 0  # a set of some of the classes is scored among those
-    vote = kept[y_labels]
-    near = nearest_neighbours(x, y[vote], y_labels[vote], len(other.classes), itself)
-    hits = {"nearest-mean top-1": stands_for[nearest_mean(x, means, truth if itself else None)] == truth,
-            "knn top-1": stands_for[near] == truth}
-    place = {name: i for i, name in enumerate(head_classes)}
-    if head is not None and all(name in place for group in several for name in group):
-        w = head[[place[name] for group in several for name in group]]
-        scores = x @ (w / np.maximum(np.linalg.norm(w, axis=1, keepdims=True), 1e-12)).T
-        scores = np.maximum.reduceat(scores, np.cumsum([0, *map(len, several[:-1])]), axis=1)  # the best of each group
-        better = (scores > scores[np.arange(len(x)), labels][:, None]).sum(1)
-        hits |= {"head top-1": better < 1, "head top-5": better < 5}
+    x, truth, real = x[rows], labels[rows], true_in_real(split)
+    vote = good & (own[other.labels] >= 0)
+    y, y_labels = y[vote], other.labels[vote]
+    means = class_means(y, y_labels, len(other.classes))  # 0 without votes: a set of some classes is scored among those
+    answers = {"nearest-mean": own[nearest_mean(x, means, first[truth] if itself else None)],
+               "knn": own[nearest_neighbours(x, y, y_labels, len(other.classes), itself)]}
+    hits = {f"{name} top-1": answer == truth for name, answer in answers.items()}
+    linear = dict(linear or {})
+    if head is not None:
+        lies = {name: i for i, name in enumerate(head_classes)}
+        at = np.array([lies.get(name, -1) for name in other.classes])
+        unit = head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), 1e-12)
+        linear["head"] = (unit[at], np.where(at < 0, -np.inf, 0))
+    flat, starts = np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
+    for name, (w, b) in linear.items():
+        if np.isfinite(b[flat]).all():
+            scores = np.maximum.reduceat(x @ w[flat].T + b[flat], starts, axis=1)  # the best of each group
+            better = (scores > scores[np.arange(len(x)), truth][:, None]).sum(1)
+            answers[name] = scores.argmax(1)
+            hits |= {f"{name} top-1": better < 1, f"{name} top-5": better < 5}
+    chances = {metric: min((5 if metric.endswith("5") else 1) / len(classes), 1) for metric in hits}
+    everywhere = np.ones(len(x), dtype=bool)
+    counted = dict.fromkeys(hits, everywhere)
+    if real is not None:
+        real = real[rows][:, [split.classes.index(name) for name in classes]]
+        for name, answer in answers.items():
+            hits[f"{name} ReaL"], counted[f"{name} ReaL"] = real[np.arange(len(x)), answer], real.any(1)
+            chances[f"{name} ReaL"] = float(real.sum(1)[real.any(1)].mean() / len(classes))
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
-        return {name: weighted_mean(hit.astype(float), weights) for name, hit in hits.items()}
+        return {name: weighted_mean(hit[counted[name]].astype(float), None if weights is None else
+                                    weights[counted[name]]) for name, hit in hits.items() if counted[name].any()}
 
-    return intervals(statistic, bootstrap_counts(labels, draws, seed), len(x))
+    found = intervals(statistic, bootstrap_counts(truth, draws, seed))
+    for name, figure in found.items():
+        figure.count, figure.chance = int(counted[name].sum()), chances[name]
+    return found
 
 
 # ---------------------------------------------------------------- one yardstick for all
 
 
-def score_pairs(x: np.ndarray, split: Split, draws: int, seed: int, count: int = 5000) -> dict[str, Figure]:
+def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count: int = 5000) -> dict[str, Figure]:
     """Same/different AUC and d' on matched numbers of random pairs: one yardstick for every kind of split."""
-    labels = np.where(np.isfinite(x[:, 0]), split.labels, -1)
+    labels = np.where(np.isfinite(x[:, 0]), labels, -1)
     pairs = matched_pairs(labels, count, seed)
     if not len(pairs):
         return {}
@@ -925,17 +1183,33 @@ def describe_protocol(split: Split, rule: str, flip: bool) -> str:
     return ", ".join(parts + ["out of distribution"] * bool(split.protocol.get("ood")))
 
 
+def scopes_of(split: Split, trained: list[str]) -> list[tuple[list[str] | None, str, str]]:
+    """What of a classification split is scored: all of it; and the classes that a run never saw, among themselves.
+
+    Returns:
+        Classes (None: all), a prefix of the metrics and an addition to the rule of each.
+    """
+    groups, known = split.protocol.get("groups") or {}, set(trained)
+    unseen = [name for name in split.classes if known.isdisjoint(groups.get(name, [name]))]
+    if not trained or len(unseen) < 2:
+        return [(None, "", "")]
+    which = hashlib.sha256(json.dumps(unseen).encode()).hexdigest()[:8]
+    return [(None, "", ""), (unseen, "unseen-class ", f", open set of {len(unseen)} classes not trained on {which}")]
+
+
 def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int, seed: int,
-          without: dict[str, np.ndarray] | None = None) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict]:
+          readouts: Readouts, without: dict[str, np.ndarray] | None = None
+          ) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict]:
     """Score one backbone on test splits.
 
     Args:
+        readouts: of classification.
         without: rows to leave out, by "domain/split".
 
     Returns:
         By "domain/split": figures {rule: {metric: Figure}}, the customary rule first, and curves to draw.
     """
-    figures, curves = {}, {}
+    figures, curves, fitted = {}, {}, {}
     for split in splits:
         x, protocol, curve, found = embed.raw(split), split.protocol["name"], {}, {}
         key, bad = f"{split.domain}/{split.name}", int((~np.isfinite(x[:, 0])).sum())
@@ -947,8 +1221,7 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             found, curve = score_templates(x, split, draws, seed)
         normalise(x)
         if protocol == "verification":
-            rule = f"{split.protocol['folds']} folds, exact thresholds, strict FAR"
-            found[rule], curve = score_verification(x, split, draws, seed)
+            found, curve = score_verification(x, split, draws, seed)
         elif protocol in ("reid", "identification"):
             for variant in variants_of(split):
                 rule = variant
@@ -965,12 +1238,27 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             if run is not None and split.domain in run.classes:
                 start, end = run.class_ranges[split.domain]
                 head, classes = run.head[start:end].numpy(), run.classes[split.domain]
-            rule = f"20 neighbours at T 0.07, reference {fingerprint(reference)}"
-            found[rule] = score_classification(x, split, (embed(reference), reference), head, classes, draws, seed,
-                                               split.protocol.get("groups"))
+            y = embed(reference)
+            if reference.name not in fitted:
+                fitted[reference.name] = readouts.fit(embed, y, reference, seed)
+            linear = {name: parts for name, parts in fitted[reference.name].items()
+                      if name != "probe" or reference.folder != split.folder}  # a probe knows what it was fitted to
+            for only, prefix, which in scopes_of(split, readouts.trained):
+                by_metric = score_classification(
+                    x, split, (y, reference), head, classes, draws, seed, split.protocol.get("groups"),
+                    {name: (w, b) for name, (w, b, _) in linear.items()}, only)
+                for metric, figure in by_metric.items():
+                    rule = linear.get(metric.rpartition(" ")[0], [f"20 neighbours at T 0.07, reference "
+                                                                  f"{fingerprint(reference)}"])[-1]
+                    found.setdefault(rule + which, {})[prefix + metric] = figure
+                if only is not None:
+                    labels = np.where(np.isin(split.labels, [split.classes.index(name) for name in only]),
+                                      split.labels, -1)
+                    pairs = score_pairs(x, labels, draws, seed)
+                    found[f"random pairs, seed {seed}{which}"] = {prefix + m: f for m, f in pairs.items()}
         elif not found:
             raise InputError(f"{split.folder}: protocol {protocol!r} is not known to this version")
-        figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split, draws, seed)}
+        figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split.labels, draws, seed)}
         curves[key] = curve
         if bad:
             print(f"  {key}: {bad} unreadable images left out")
@@ -988,10 +1276,11 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
         by_weights = {weights: {rule: dict(by_metric) for rule, by_metric in found[key].items()}
                       for weights, found in figures.items()}
         if split.protocol["name"] == "classification" and len(by_weights) == 2:
-            before, after = (next(iter(by_weights[w].values())) for w in ("foundation", "tuned"))
-            for metric in ("nearest-mean top-1", "knn top-1"):
-                if kept := retention(before[metric], after[metric], chance(split, metric)):
-                    after[f"retention of {metric}"] = kept
+            for rule, before in by_weights["foundation"].items():  # what both have: never the trained class weights
+                after = by_weights["tuned"].get(rule, {})
+                for metric in [m for m in before if m in after and math.isfinite(before[m].chance)]:
+                    if kept := retention(before[metric], after[metric], before[metric].chance):
+                        after[f"retention of {metric}"] = kept
         for weights, by_rule in by_weights.items():
             for rule, found in by_rule.items():
                 protocol = describe_protocol(split, rule, flip)
@@ -1342,6 +1631,51 @@ def draw_bars(plt, path: Path, rows: list[Row], splits: list[Split],
     plt.close(figure)
 
 
+Tile = tuple[Split, int, str, str]  # split, row, colour of the frame, caption
+
+
+def draw_sheet(path: Path, lines: list[list[Tile | None]], side: int = 96) -> None:
+    """Images in lines, each framed under its caption, as PNG; None: a gap."""
+    from PIL import Image, ImageDraw
+
+    frame, text, gap = 3, 13, 12
+    outer = side + 2 * frame
+    wide, high = outer + 2, outer + text + 4
+    width = max(sum(gap if tile is None else wide for tile in line) for line in lines)
+    sheet = Image.new("RGB", (width, high * len(lines)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for top, line in zip(range(0, high * len(lines), high), lines, strict=True):
+        left = 0
+        for tile in line:
+            if tile is not None:
+                split, row, colour, caption = tile
+                draw.text((left, top), caption, fill="black")
+                draw.rectangle((left, top + text, left + outer - 1, top + text + outer - 1), colour)
+                image = Image.fromarray(split.image(row).permute(1, 2, 0).numpy()).resize((side, side))
+                sheet.paste(image, (left + frame, top + text + frame))
+            left += gap if tile is None else wide
+    train.write_atomically(path, lambda temporary: sheet.save(temporary, "PNG"))
+    people = {tile[0].domain for line in lines for tile in line if tile} != {"object"}
+    print(f"{path}" + ": shows people; pass it on only as the licence of the data allows" * people)
+
+
+def draw_search(folder: Path, split: Split, x: np.ndarray, seed: int, probes: int = 12, top: int = 10) -> None:
+    """sheet-DOMAIN-SPLIT.png: drawn probes, each with the images nearest to it, framed as right or wrong."""
+    member = make_members([split], [x], probes, seed)[0]
+    mates, lines = member.mates(member), []
+    for probe in member.probes:
+        right, ignored = mates(probe)
+        scores = take_rows(x, member.gallery) @ x[probe]
+        scores[ignored] = -np.inf
+        nearest = np.argsort(-scores, kind="stable")[: min(top, len(scores) - len(ignored))]
+        hits = np.isin(nearest, right)
+        lines.append([(split, int(probe), "#000000", "probe"), None,
+                      *((split, int(member.gallery[place]), HIT if hit else MISS, f"{rank}: {scores[place]:.3f}")
+                        for rank, (place, hit) in enumerate(zip(nearest, hits, strict=True), 1))])
+    if lines:
+        draw_sheet(folder / f"sheet-{split.domain}-{split.name}.png", lines)
+
+
 # ---------------------------------------------------------------- comparing runs
 
 
@@ -1614,8 +1948,13 @@ def nearest_rows(x: np.ndarray, y: np.ndarray, block: int = 1024) -> tuple[np.nd
     return best, cosine
 
 
-def find_leaks(embed: Embedder, splits: list[Split], training: list[Split], threshold: float) -> list[dict]:
-    """The images of test splits whose nearest training image, of any domain, is as near as the threshold."""
+def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
+               threshold: float) -> tuple[list[dict], list[tuple[Tile, Tile]]]:
+    """The images of test splits whose nearest training image, of any domain, is as near as the threshold.
+
+    Returns:
+        A row for each, the nearest first, and the two images of each, to draw.
+    """
     nearest: dict = {}  # by test split, row: cosine, training split, its row
     for source in training:
         y = embed(source)
@@ -1629,13 +1968,14 @@ def find_leaks(embed: Embedder, splits: list[Split], training: list[Split], thre
     def describe(split: Split, row: int) -> tuple[str, str]:
         return split.jpeg(row)[0], split.classes[split.labels[row]] if split.labels[row] >= 0 else ""
 
-    by_name, table = {f"{split.domain}/{split.name}": split for split in splits}, []
-    for (name, row), (cosine, source, other) in nearest.items():
+    by_name, table, images = {f"{split.domain}/{split.name}": split for split in splits}, [], []
+    for (name, row), (cosine, source, other) in sorted(nearest.items(), key=lambda leak: -leak[1][0]):
         (key, identity), (train_key, train_identity) = describe(by_name[name], row), describe(source, other)
         table.append({"split": name, "row": row, "key": key, "identity": identity, "cosine": cosine,
                       "train_split": f"{source.domain}/{source.name}", "train_key": train_key,
                       "train_identity": train_identity})
-    return sorted(table, key=lambda leak: -leak["cosine"])
+        images.append(((by_name[name], row, MISS, f"{key}  {cosine:.3f}"), (source, other, "#000000", train_key)))
+    return table, images
 
 
 # ---------------------------------------------------------------- a user's own pictures
@@ -1702,6 +2042,15 @@ def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
 # ---------------------------------------------------------------- the job
 
 
+def make_embedder(load: Callable[[], Backbone], weights: str, folder: Path, options: dict,
+                  ranks: Ranks = Ranks()) -> Embedder:  # noqa: B008
+    """An embedder by the options that evaluate.py and analyze.py share; `folder`: of the run's results."""
+    shared = bool(options["cache"]) and weights == "foundation"
+    return Embedder(load(), weights, Path(options["cache"]) if shared else folder / "embeddings",
+                    train.pick_device(options["device"]), options["batch"], options["workers"], options["flip"], shared,
+                    ranks)
+
+
 def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: str) -> list[Split]:
     """The test splits to score: all that have a protocol, or those named as domain/split."""
     everything = {f"{domain}/{name}": split for domain in root for name, split in root[domain].items()}
@@ -1722,8 +2071,21 @@ def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: s
     return sorted(scored.values(), key=lambda s: (DOMAINS.index(s.domain), bool(s.protocol.get("ood")), s.name))
 
 
-def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str]:
-    """Name, output folder, run (if any), {"foundation" and/or "tuned": loader} and the data root of the options."""
+def add_references(splits: list[Split], root: dict[str, dict[str, Split]]) -> list[Split]:
+    """Test splits and the splits that class means and neighbours of them come from, each once."""
+    references = [root[split.domain].get(split.protocol.get("reference")) for split in splits]
+    return list({split.folder: split for split in [*references, *splits] if split is not None}.values())
+
+
+def leave(ranks: Ranks) -> None:
+    """End a process of several at once: gloo's threads now and then abort an interpreter that is torn down."""
+    if ranks.world > 1:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
+
+
+def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str, dict]:
+    """Name, output folder, run (if any), loaders of the foundation and the tuned backbone, data root, its options."""
     if options["run"]:
         for key in ("backbone", "model", "image_size", "out"):
             if options[key]:
@@ -1732,7 +2094,7 @@ def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callabl
         models = {"foundation": lambda: train.load_foundation(run), "tuned": lambda: train.load_tuned(run)}
         if not options["foundation"]:
             del models["foundation"]
-        return run.folder.name, run.folder, run, models, options["data"] or run.config["data"]
+        return run.folder.name, run.folder, run, models, options["data"] or run.config["data"], run.config
     if not options["model"] and not options["backbone"]:
         raise InputError("what is to be scored? give --run RUN, or --model NAME for an untouched backbone")
     config = {key: options[key] for key in ("backbone", "size", "model", "weights", "image_size")}
@@ -1740,7 +2102,8 @@ def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callabl
     train.resolve_backbone(config)  # refuses an unknown name before anything is read
     name = (options["model"] or f"{options['backbone']}-{options['size']}").replace("/", "_") + "-foundation"
     folder = Path(options["out"] or f"runs/{name}")
-    return name, folder, None, {"foundation": lambda: train.load_backbone(config).eval()}, options["data"] or "data"
+    models = {"foundation": lambda: train.load_backbone(config).eval()}
+    return name, folder, None, models, options["data"] or "data", config
 
 
 def model_options(command):
@@ -1752,7 +2115,10 @@ def model_options(command):
         click.option("--flip/--no-flip", default=True, help="Add the embedding of the mirrored image."),
         click.option("--batch", type=click.IntRange(1), default=64, help="Images per forward pass."),
         click.option("--workers", type=click.IntRange(0), default=train.LOADERS, help="Loader processes."),
-        click.option("--device", default="auto", help="auto, cpu or cuda."),
+        click.option("--cache", metavar="DIR",
+                     help="Keep the embeddings of untouched backbones here, for all runs that share one (default: with "
+                          "each run)."),
+        click.option("--device", default="auto", help="auto, cpu or cuda; under torchrun each process takes its own."),
         click.option("--seed", type=click.IntRange(0), default=0, help="Of every random draw."),
         click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error."),
     ]):
@@ -1773,6 +2139,13 @@ def model_options(command):
 @click.option("--image-size", type=click.IntRange(16), help="Input side in pixels.")
 @click.option("--out", metavar="DIR", help="Without --run: folder for the results (default: runs/NAME-foundation).")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
+@click.option("--prompts", default="1,7,80", metavar="SETS",
+              help="Zero-shot classification by CLIP: shipped sets of prompts, by number, or files with a template a "
+                   "line, {} for the class name; '' for none.")
+@click.option("--probe", type=click.IntRange(0), default=50_000, metavar="N",
+              help="Fit the linear probe to at most N images of a reference split (0: no probe).")
+@click.option("--sheet", is_flag=True,
+              help="Draw probes of each split with the ten images nearest to them: sheet-DOMAIN-SPLIT.png.")
 @click.option("--crowd", type=click.IntRange(0), default=5000,
               help="Probes of a domain that are searched among all domains at once (0: none).")
 @click.option("--humans", type=click.Path(path_type=Path), multiple=True, metavar="FILE.csv",
@@ -1786,21 +2159,29 @@ def main(context: click.Context, **options) -> int | None:
     if context.invoked_subcommand:
         train.refuse_options(context)
         return None
-    name, folder, run, models, data = open_models(options)
+    name, folder, run, models, data, config = open_models(options)
+    trained = run.classes.get("object", []) if run else []
+    readouts = Readouts(read_prompts(options["prompts"]), options["probe"], config, trained)
     root = open_root(Path(data))
     splits = choose_splits(root, options["splits"], data)
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
     published = report.read_published()
     datasets = report.datasets_of(list(by_name), options["published"], published)
     ratings = read_ratings(list(options["humans"]), by_name) if options["humans"] else []
-    device, out = train.pick_device(options["device"]), folder / "eval"
+    ranks, out = train.join_ranks(options), folder / "eval"
     out.mkdir(parents=True, exist_ok=True)
+    embedders = {weights: make_embedder(load, weights, out, options, ranks) for weights, load in models.items()}
+    for embed in embedders.values():  # all of it first, by all ranks: what follows is the first one's alone
+        for split in add_references(splits, root):
+            embed.prepare(split)
+        embed.ranks = Ranks()
+    if ranks.rank:
+        leave(ranks)
     figures, curves, unified, people = {}, {}, {}, {}
     crowd = choose_crowd(splits) if options["crowd"] else []
-    for weights, load in models.items():
-        embed = Embedder(load(), weights, out / "embeddings", device, options["batch"], options["workers"],
-                         options["flip"])
-        found = score(embed, splits, root, run if weights == "tuned" else None, options["bootstrap"], options["seed"])
+    for weights, embed in embedders.items():
+        found = score(embed, splits, root, run if weights == "tuned" else None, options["bootstrap"], options["seed"],
+                      readouts)
         figures[weights], curves[weights] = found
         if crowd:
             members = make_members(crowd, [embed(split) for split in crowd], options["crowd"], options["seed"])
@@ -1825,6 +2206,8 @@ def main(context: click.Context, **options) -> int | None:
             report.draw_stages(out / "stages.png", stages)
             middle += ["", "![AUC after each stage](stages.png)"]
     report.write_report(out, make_report(rows, splits, options["flip"], middle))
+    for split in splits if options["sheet"] else []:
+        draw_search(out, split, embed(split), options["seed"])
     for (domain, split), pair in headlines(rows).items():
         print(f"{domain + '/' + split:22s} {next(iter(pair.values())).metric:20s} "
               + "   ".join(f"{weights} {show_value(row)}" for weights, row in pair.items()))
@@ -1837,6 +2220,7 @@ def main(context: click.Context, **options) -> int | None:
             print(f"{domain:22s} {lead.metric:30s} {weights} {show_value(lead)}: {human_verdict(lead)}")
     print(f"written: {out}/report.html, report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
+    leave(ranks)
     return 0
 
 
@@ -1905,6 +2289,7 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
 @click.option("--by", type=click.Choice(["foundation", "tuned"]), default="foundation",
               help="Whose embeddings find the leaks: fine-tuning draws together what is merely alike.")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
+@click.option("--sheet", is_flag=True, help="Draw the nearest pairs, test image and training image: leaks-sheet.png.")
 def leaks(**options) -> int:
     if not options["run"]:
         raise InputError("whose training images? give --run RUN")
@@ -1915,14 +2300,12 @@ def leaks(**options) -> int:
     training = [root[domain]["train"] for domain in run.config["domains"] if "train" in root.get(domain, {})]
     if not training:
         raise InputError(f"{data}: none of the run's training splits is there: name the data root that holds them")
-    device = train.pick_device(options["device"])
 
     def embedder(weights: str) -> Embedder:
         load = train.load_foundation if weights == "foundation" else train.load_tuned
-        return Embedder(load(run), weights, out / "embeddings", device, options["batch"], options["workers"],
-                        options["flip"])
+        return make_embedder(lambda: load(run), weights, out, options)
 
-    found = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
+    found, images = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
     if not found:
         print(f"no test image has a training image at a cosine of {options['threshold']:g} or more")
         return 0
@@ -1931,9 +2314,13 @@ def leaks(**options) -> int:
         without.setdefault(leak["split"], []).append(leak["row"])
     touched = [split for split in splits if f"{split.domain}/{split.name}" in without]
     write_csv(out / "leaks.csv", found)
+    if options["sheet"]:  # the nearest 96, four pairs a line
+        draw_sheet(out / "leaks-sheet.png", [[tile for pair in images[i : i + 4] for tile in (*pair, None)]
+                                             for i in range(0, min(len(images), 96), 4)])
     embed, table = embedder("tuned"), []
     for left_out in ({}, without):
-        figures, _ = score(embed, touched, root, run, options["bootstrap"], options["seed"], left_out)
+        figures, _ = score(embed, touched, root, run, options["bootstrap"], options["seed"],
+                           Readouts({}, 0, run.config, []), left_out)
         for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, options["flip"]):
             leaked = len(left_out.get(f"{row.domain}/{row.split}", []))
             row.protocol += f", without {leaked} leaked at {options['threshold']:g} by {options['by']}" * (leaked > 0)
@@ -1945,6 +2332,22 @@ def leaks(**options) -> int:
         print(f"{name:22s} {len(rows):,} leaked; all {whole}   without them {rest}")
     print(f"written: {out}/leaks.csv, leaks.json")
     return 0
+
+
+@main.command(help="Time and memory of the largest cases beside plain numpy and scikit-learn, on generated embeddings.")
+@click.option("--cases", default="reid,pairs,curve,search,million", metavar="NAMES",
+              help="Which: re-identification, listed pairs of templates, ROC, and 1:N in 100,000 or 1,000,000.")
+@click.option("--scale", type=click.FloatRange(0.001, 1), default=1.0, help="Of all sizes.")
+@click.option("--rounds", type=click.IntRange(1), default=3, help="Turns that the ways of a case take; of the median.")
+@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there, too.")
+@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
+def bench(cases: str, scale: float, rounds: int, path: Path | None) -> int:
+    import evaluate_bench  # here, because it builds on this module
+
+    names = cases.split(",")
+    if unknown := [name for name in names if name not in evaluate_bench.CASES]:
+        raise InputError(f"--cases {unknown[0]}: there are {', '.join(evaluate_bench.CASES)}")
+    return evaluate_bench.bench(names, scale, rounds, path)
 
 
 @main.command(help="Write unit embeddings of your own pictures, prepared and embedded as evaluation does it.")

@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -999,14 +999,16 @@ def init_head(model: Backbone, splits: list[Split], config: dict, device: torch.
 
 
 @torch.no_grad()
-def text_weights(model: Backbone, config: dict, names: list[str], device: torch.device) -> torch.Tensor:
-    """Unit CLIP embeddings [C, D] of one prompt per class name."""
+def text_weights(model: Backbone, config: dict, names: list[str], device: torch.device,
+                 templates: Sequence[str] = ("a photo of a {}.",)) -> torch.Tensor:
+    """Unit CLIP embeddings [C, D] of class names: each the mean of those of its prompts, {} being the name."""
     import open_clip
 
     name = resolve_backbone(config)[1]
     tokenizer = open_clip.get_tokenizer("ViT-B-32" if name == "tiny" else name)
-    prompts = tokenizer([f"a photo of a {name.replace('_', ' ')}." for name in names]).to(device)
-    return F.normalize(torch.cat([model.net.encode_text(part) for part in prompts.split(256)]).float(), dim=1)
+    prompts = tokenizer([text.replace("{}", name.replace("_", " ")) for text in templates for name in names])
+    x = torch.cat([model.net.encode_text(part.to(device)).float() for part in prompts.split(256)])
+    return F.normalize(F.normalize(x, dim=1).view(len(templates), len(names), -1).mean(0), dim=1)
 
 
 # ---------------------------------------------------------------- run folder

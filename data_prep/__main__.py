@@ -267,6 +267,7 @@ def reference_option(command):
 @cli.command(help=objects.imagenet.__doc__)
 @source_options
 @reference_option
+@click.option("--real", type=FOLDER, metavar="FILE", help="A validation split: real.json with the labels of ReaL.")
 def imagenet(**options) -> None:
     prepare(objects.imagenet, **options)
 

@@ -5,6 +5,7 @@ number, where a set uses numbers, is the rank of the wnid among the sorted thous
 """
 
 import glob
+import hashlib
 import io
 import json
 import re
@@ -25,6 +26,8 @@ from data_prep.archives import members
 from data_prep.folders import image_suffixes
 from data_prep.lists import below, images_of, read_json, read_lines, read_table
 from data_prep.shards import BadImage, Record, Source
+
+LARGEST_LABELS = 2**24  # bytes of a list of labels; ReaL's has 630,000
 
 
 @cache
@@ -70,14 +73,41 @@ def need_objects(domain: str, train: bool = False) -> None:
         raise InputError("this is a test set, not to be trained on: write it to another <split>, or add --part test")
 
 
-def imagenet(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
+def read_real(path: Path) -> list[list[str]]:
+    """ReaL's labels: the wnids that are right for the validation images 1..50000, of some none.
+
+    Source: Beyer et al. 2020, real.json: a list of lists of class numbers.
+    """
+    try:
+        if path.stat().st_size > LARGEST_LABELS:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
+        table = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--real {path}: not ReaL's real.json ({error})") from error
+    wnids = imagenet_wnids()
+    if not isinstance(table, list) or not table:
+        raise InputError(f"--real {path}: want a list with the class numbers of each validation image")
+    for i, row in enumerate(table):
+        if not isinstance(row, list) or not all(type(k) is int and 0 <= k < len(wnids) for k in row):
+            raise InputError(f"--real {path}: entry {i}: want a list of class numbers 0..999, found {str(row)[:60]}")
+    return [[wnids[k] for k in row] for row in table]
+
+
+def with_real(read: Callable[[], bytes], wnids: list[str]) -> tuple[bytes, dict]:
+    """An image and, for its JSON, the classes that ReaL finds in it."""
+    return read(), {"real": wnids}
+
+
+def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, real: Path | None = None) -> Source:
     """ImageNet-1k: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`, or Kaggle's `ILSVRC/Data/CLS-LOC/{train,val}`.
 
     Kaggle's `val` is flat; its classes stand in `LOC_val_solution.csv` beside `ILSVRC`. 1,281,167 training and 50,000
-    validation images of 1,000 classes; any subset of them is taken as it is. Source: the image-net.org and Kaggle
-    layouts.
+    validation images of 1,000 classes; any subset of them is taken as it is. --real adds the labels of ReaL, of which
+    an image may have several, or none. Source: the image-net.org and Kaggle layouts.
     """
     need_objects(domain)
+    if real and train:
+        raise InputError("--real: these are labels of the validation images: leave it out of a training split")
     part = "train" if train else "val"
     kaggle = f"ILSVRC/Data/CLS-LOC/{part}"
     files = below(src, "ImageNet has train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or ILSVRC/Data/CLS-LOC", kaggle, part)
@@ -103,7 +133,17 @@ def imagenet(src: Path, domain: str, train: bool, reference: str | None = None) 
         for _, line in read_lines(src, files, "LOC_synset_mapping.txt"):
             wnid, _, name = line.partition(" ")
             names[wnid] = name
-    return split_of(records, domain, train, skipped, names | imagenet_classes(), reference)
+    extra = {}
+    if real:
+        labels = read_real(real)
+        for i, record in enumerate(records):
+            number = re.search(r"ILSVRC2012_val_(\d{8})\.\w+$", record.name)
+            if not number or not 1 <= int(number[1]) <= len(labels):
+                raise InputError(f"--real {real}: {record.name}: not named like ILSVRC2012_val_00000001, up to the "
+                                 f"{len(labels):,} images of the list")
+            records[i] = replace(record, read=partial(with_real, record.read, labels[int(number[1]) - 1]))
+        extra = {"real": hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16]}
+    return split_of(records, domain, train, skipped, names | imagenet_classes(), reference, **extra)
 
 
 def known(wnid: str, src: Path) -> str:

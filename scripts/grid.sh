@@ -64,10 +64,12 @@ run_cell() {  # called where `set -e` is off: every step says what follows its f
         [ $code = 0 ] || [ ! -e "$run/STOP" ] || code=75
         [ $code = 0 ] || return $code
     fi
-    [ "$run/eval/results.json" -nt "$run/done.json" ] || python evaluate.py --run "$run" $EVALUATE || return
+    [ "$run/eval/results.json" -nt "$run/done.json" ] || python evaluate.py --run "$run" \
+        --cache "$OUT/embeddings" $EVALUATE || return  # the untouched backbone is embedded once for all cells
     case $3 in
         *-*) ;;  # an expert's components serve nobody else
-        *) [ "$run/analysis/analysis.json" -nt "$run/eval/results.json" ] || python analyze.py --run "$run" $ANALYZE ;;
+        *) [ "$run/analysis/analysis.json" -nt "$run/eval/results.json" ] || python analyze.py --run "$run" \
+            --cache "$OUT/embeddings" $ANALYZE ;;
     esac
 }
 

@@ -14,7 +14,7 @@ for schedule in A B; do
         --batch 64 --images "$images" --lr 2e-4 --head-lr 1e-3 --layer-decay 1 --margin-ramp 0.3 \
         --crop-scale object=0.5,face_hq=0.9,face_lq=0.9,body=0.7 --scale object=30,face_hq=32,face_lq=32,body=32 \
         --margin-additive object=0,face_hq=0.2,face_lq=0.2,body=0.2 --out "$run" --resume
-    python evaluate.py --run "$run"
-    python analyze.py --run "$run"
+    python evaluate.py --run "$run" --cache "$out/embeddings"
+    python analyze.py --run "$run" --cache "$out/embeddings"
 done
 python analyze.py claims "$out"
