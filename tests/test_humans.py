@@ -688,7 +688,7 @@ def test_the_page_of_a_report_escapes_what_it_is_told(tmp_path):
 
 def test_score_distributions_count_every_pair():
     class Pairs:
-        labels, folder = np.array([0, 0, 1, 1]), "fake"
+        labels, folder, protocol = np.array([0, 0, 1, 1]), "fake", {"folds": 2}
 
         def column(self, name):
             return np.array([[0, 1, 1, 0], [2, 3, 1, 1], [0, 2, 0, 0], [1, 3, 0, 1]])
