@@ -373,6 +373,8 @@ def verify(directory: Path, workers: int) -> None:
 @debug_option
 def show(directory: Path, out: Path | None, rows: int, columns: int) -> None:
     split = Split(directory)
+    if not len(split.classes):
+        raise InputError(f"{directory}: no classes to show")
     side, text = min(split.size, 128), 14
     chosen = np.unique(np.linspace(0, len(split.classes) - 1, min(rows, len(split.classes)), dtype=int))
     sheet = Image.new("RGB", (columns * (side + 2), len(chosen) * (side + text + 4)), "white")
@@ -387,7 +389,10 @@ def show(directory: Path, out: Path | None, rows: int, columns: int) -> None:
                 tile = Image.new("RGB", (side, side), "red")
             sheet.paste(tile, (c * (side + 2), top + text))
     out = out or directory / "contact-sheet.png"
-    sheet.save(out)
+    try:
+        sheet.save(out)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out {out}: cannot be written ({error})") from error
     print(f"{out}: {len(chosen)} of {len(split.classes):,} classes")
 
 

@@ -18,13 +18,11 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from PIL import Image
-
 from data_prep import InputError
 from data_prep.archives import members
 from data_prep.folders import image_suffixes
 from data_prep.lists import below, images_of, read_json, read_lines, read_table
-from data_prep.shards import BadImage, Record, Source
+from data_prep.shards import BadImage, Record, Source, open_image
 
 
 @cache
@@ -168,12 +166,11 @@ def imagenet_v2(src: Path, domain: str, train: bool, reference: str | None = Non
 
 def inside_border(read: Callable[[], bytes], border: int) -> bytes:
     """An image without its outermost pixels, as PNG."""
-    try:
-        image = Image.open(io.BytesIO(read()))
-        image = image.convert("RGB").crop((border, border, image.width - border, image.height - border))
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... by format
-        raise BadImage("unreadable image") from error
+    image, _ = open_image(read())
+    if min(image.size) <= 2 * border:
+        raise BadImage("nothing inside its border")
     out = io.BytesIO()
+    image = image.convert("RGB").crop((border, border, image.width - border, image.height - border))
     image.save(out, "PNG", compress_level=0)  # decoded again at once
     return out.getvalue()
 

@@ -350,7 +350,7 @@ def test_a_model_is_trained_on_a_merged_split(tmp_path):
     made(root / "one", [(f"{i % 5}", None, 0) for i in range(20)], size=32)
     made(root / "two", [(f"{i % 4}", None, 0) for i in range(12)], size=32)
     run_here("merge", root / "one", root / "two", "--out", root / "train")
-    made(root / "test", [(f"t{i % 4}", None, i // 4) for i in range(8)], {"name": "verification"}, 32,
+    made(root / "test", [(f"t{i % 4}", None, i // 4) for i in range(8)], {"name": "verification", "folds": 1}, 32,
          pairs=[(0, 4, 1, 0), (0, 1, 0, 0)])
     run = tmp_path / "run"
     script("train.py", *TINY, "--schedule", "B", "--domains", "body", "--data", tmp_path / "data", "--out", run)
