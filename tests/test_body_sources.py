@@ -69,6 +69,7 @@ def msmt17_files(version: int) -> dict:
 PRCC = {f"prcc/rgb/{name}": None for name in [
     "train/001/A_cropped_rgb001.jpg", "train/001/B_cropped_rgb002.jpg", "train/001/C_cropped_rgb003.jpg",
     "train/002/A_cropped_rgb004.jpg", "val/001/A_cropped_rgb009.jpg",
+    "val/001/C_cropped_rgb010.jpg", "val/001/B_cropped_rgb011.jpg", "val/002/A_cropped_rgb012.jpg",
     "test/A/003/cropped_rgb001.jpg", "test/A/003/cropped_rgb002.jpg", "test/A/004/cropped_rgb003.jpg",
     "test/A/004/cropped_rgb004.jpg", "test/B/003/cropped_rgb001.jpg", "test/C/003/cropped_rgb001.jpg",
     "test/C/004/cropped_rgb001.jpg"]} | {"prcc/sketch/train/001/A_cropped_rgb001.jpg": None}  # fmt: skip
@@ -81,6 +82,8 @@ LTCC = {f"LTCC_ReID/{name}": None for name in [
 
 DEEPCHANGE = {
     "train-set": ["P1_C16_1_20190101.jpg,1,0,0", "P1_C16_2_20190102.jpg,2", "P2_C1_1_20190103.jpg,3"],
+    "val-set-query": ["P3_C1_1_20190104.jpg,20"],
+    "val-set-gallery": ["P3_C1_1_20190105.jpg,20", "P3_C1_2_20190106.jpg,21", "P4_C1_2_20190106.jpg,22"],
     "test-set-query": ["P7_C4_1_20190104.jpg,10,5", "P8_C4_1_20190105.jpg,11"],
     "test-set-gallery": ["P7_C4_1_20190106.jpg,10", "P7_C4_2_20190107.jpg,12", "P8_C5_1_20190108.jpg,13"],
 }  # fmt: skip
@@ -156,6 +159,24 @@ def test_prcc(tmp_path):
     same = prepared("prcc", src / "prcc", tmp_path / "d/body/prcc-sc", "--variant", "same-clothes")
     assert same.protocol["variants"][0] == "same-clothes"
     assert columns(same, "label", "clothes", "role") == [[0, 0, 1, 1, 0], [0, 0, 2, 2, 0], [1] * 4 + [0]]
+
+
+def test_validation_images_are_test_splits_of_their_own(tmp_path, capsys):
+    options = ["--val", "--part", "test"]
+    train = prepared("prcc", write_files(tmp_path / "prcc", PRCC), tmp_path / "d/body/train")
+    prcc = prepared("prcc", tmp_path / "prcc", tmp_path / "d/body/val", *options)
+    assert prcc.classes == train.classes == ["001", "002"]  # in PRCC the same people, which is said
+    assert "WARNING: train and test overlap, 2 identities are in train too" in capsys.readouterr().out
+    assert columns(prcc, "label", "camera", "role") == [[0, 0, 1], [0, 2, 0], [1, 0, 1]]
+    assert prcc.protocol["variants"][0] == "cross-clothes"
+    # the probe (C of 001, at 10 degrees) is nearer to its mate (0), or to the other person's A
+    assert scored(prcc, 0, 10, 40)["mAP"] == 1 and scored(prcc, 0, 10, 15)["mAP"] == 0.5
+    same = prepared("prcc", tmp_path / "prcc", tmp_path / "d/body/val-same", *options, "--variant", "same-clothes")
+    assert columns(same, "camera") == [[0, 1, 0]]
+    deep = prepared("deepchange", write_files(tmp_path / "deep", deepchange_files()), tmp_path / "d/body/deep", "--val")
+    assert deep.classes == ["0003", "0004"] and columns(deep, "camera", "role") == [[20, 20, 21, 22], [0, 1, 1, 1]]
+    # of the probe's mates one is of its own tracklet, and the other person comes before the other mate: 1/2
+    assert scored(deep, 0, 0, 20, 10)["mAP"] == 0.5
 
 
 def test_ltcc(tmp_path):
@@ -258,6 +279,9 @@ def test_validation_images_are_not_test_images(tmp_path):
     src = write_files(tmp_path / "src", msmt17_files(1))
     with pytest.raises(InputError, match="--with-val adds to the training images"):
         run_here("msmt17", "--src", src, "--out", tmp_path / "d/body/test", "--with-val")
+    for source in ("prcc", "deepchange"):
+        with pytest.raises(InputError, match="--val makes a test split"):
+            run_here(source, "--src", src, "--out", tmp_path / "d/body/train", "--val")
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):

@@ -602,6 +602,14 @@ def test_every_source_is_listed_with_its_layout_and_its_own_options(capsys):
     assert listed == sorted(expected) and {"folder", "lfw", "market", "parquet"} < set(listed)
     assert not {"bench", "demo", "merge", "verify"} & set(listed)
     text = " ".join(" ".join(lines).split())
+    for numbers in ("5,822,653 of 85,742", "501,195 images of 10,572", "4,235,242 of 205,990", "12,720,066 of 617,970",
+                    "42,474,557 of 2,059,906", "6,000 pairs, cfp_fp and cfp_ff 7,000", "6,000 pairs in 10 folds",
+                    "3,728 probes, 4,443 matches, 153,428 distractors", "227,630 images, 12,115 templates, 8,010,270",
+                    "469,375 images, 23,124 templates, 15,658,489", "1,772 and 1,759 templates, 19,593 probes",
+                    "12,936 training images; 3,368 queries, 15,913", "16,522, 2,228 and 17,661", "32,621", "17,896",
+                    "A 3,384, B 3,543, C 3,873", "9,576", "75,083", "17,527 queries", "1,281,167 training and 50,000",
+                    "10,000 images, 10 of each", "7,500 images of 200", "30,000 images of 200", "50,889", "113 of its"):
+        assert numbers in text, numbers
     assert "list_{train,val,query,gallery}.txt" in text and "11,659 queries, 82,161 gallery images" in text
     assert "options: --pairs" in text and "--holdout" not in text and max(map(len, lines)) <= 120
 
