@@ -33,7 +33,7 @@ def market(src: Path, domain: str, train: bool) -> Source:
     which its authors have withdrawn, has the same layout: 16,522, 2,228 and 17,661, no junk.
     Source: the torchreid and fast-reid readers of the two.
     """
-    skipped, records, endings, files = Counter(), [], image_suffixes(), members(src)
+    skipped, records, endings, files = Counter(), [], image_suffixes(), list(members(src))
     for name, role in (("bounding_box_train", None),) if train else (("query", 0), ("bounding_box_test", 1)):
         inside = [m for m in files if m.name.startswith(f"{name}/") and m.name.count("/") == 1]
         if not inside:

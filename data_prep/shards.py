@@ -77,7 +77,10 @@ class Record:
 
 @dataclass
 class Source:
-    """What a source function returns: its images in source order, and how they are to be scored."""
+    """What a source function returns: its images in source order, and how they are to be scored.
+
+    The other fields are read after the records, so a generator may fill `skipped`, `names` and `blocks` as it goes.
+    """
 
     records: Iterable[Record]  # a list, or, for sets that are no list in memory, anything that yields them once
     protocol: dict | None = None  # {"name": ..., options}; None: a training split
