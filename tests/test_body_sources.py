@@ -1,6 +1,7 @@
 """Sources of bodies: a tiny instance of every layout, prepared, verified, read back and scored by a known answer."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import evaluate
 from data_prep import InputError
 from data_prep.shards import Split, verify_split
-from tests.conftest import TINY, prepare_mutated, script
+from tests.conftest import ROOT, TINY, prepare_mutated, script
 from tests.test_data_prep import encode, picture, run_here
 
 # ---------------------------------------------------------------- fixtures
@@ -214,6 +215,31 @@ def test_persons(tmp_path):
     assert worn[0] == worn[2] != worn[3] and worn[1] == worn[5] == -1
     # cy: row 2 is of its camera; the distractor (10) comes before row 3 (20): 1/2. dee: 1
     assert scored(split, 0, 90, 0, 20, 90, 10)["mAP"] == pytest.approx(0.75)
+
+
+def test_the_source_that_the_readme_shows(tmp_path):
+    """The README's code as it stands: prepared by its own command from a zip, verified, read back, scored."""
+    text = (ROOT / "README.md").read_text()
+    code = text.partition("**Your own data set**")[2].partition("```python\n")[2].partition("```")[0]
+    names = ["query/0007_cam1_1.jpg", "gallery/0007_cam1_2.jpg", "gallery/0007_cam2_3.jpg", "gallery/0008_cam2_4.jpg",
+             "gallery/notes.jpg", "train/0001_cam3_5.jpg", "train/0002_cam4_6.jpg", "train/readme.txt"]
+    with zipfile.ZipFile(tmp_path / "Plaza.zip", "w") as archive:
+        for i, name in enumerate(names):
+            archive.writestr(f"Plaza-1.0/{name}", encode(picture(i, 16, 16), quality=90))
+    command = ["-c", code, "plaza", "--src", tmp_path / "Plaza.zip", "--size", "16", "--workers", "2", "--out"]
+    for part in ("plaza", "train"):
+        script(*command, tmp_path / "d/body" / part)
+        assert verify_split(tmp_path / "d/body" / part) == []
+    split, train = Split(tmp_path / "d/body/plaza"), Split(tmp_path / "d/body/train")
+    assert columns(split, "label", "camera", "role") == [[0, 0, 1, 0], [1, 2, 2, 1], [1, 1, 1, 0]]  # by name
+    assert [split.jpeg(row)[1] for row in range(4)] == [encode(picture(i, 16, 16), quality=90) for i in (1, 2, 3, 0)]
+    assert split.index["skipped"] == {"name is not Plaza's": 1}
+    assert split.protocol == {"name": "reid"} and train.protocol is None and train.classes == ["0001", "0002"]
+    # row 0 is of the probe's camera; the other person (20 degrees) comes before its mate (40)
+    assert scored(split, 0, 40, 20, 0)["mAP"] == 0.5
+    assert "Plaza: `train`, `query`, `gallery`" in script("-c", code, "sources").stdout
+    refused = script("-c", code, "plaza", "--src", tmp_path / "d", "--out", tmp_path / "d/body/x", check=2).stderr
+    assert refused.startswith(f"error: --src {tmp_path / 'd'}: no query in it; Plaza has the folders")
 
 
 def test_evaluation_scores_every_variant(tmp_path):

@@ -20,7 +20,7 @@ from PIL import Image
 from data_prep import InputError, shards
 from data_prep.__main__ import cli
 from data_prep.degrade import degrade
-from data_prep.demo import draw_body, draw_face, draw_object
+from data_prep.demo import demo_splits, draw_body, draw_face, draw_object
 from data_prep.faces import lfw, read_pairs
 from data_prep.shards import BadImage, Split, fit_image, open_root, verify_split
 from tests.conftest import ROOT, script
@@ -472,6 +472,10 @@ def test_demo_people_are_the_same_in_both_qualities_and_never_in_train_and_test(
     for domain in ("face_hq", "face_lq", "body"):
         assert not set(root[domain]["train"].classes) & set(root[domain]["test"].classes)
     assert root["face_hq"]["test"].classes == root["face_lq"]["test"].classes
+    drawn = {name: {record.name for record in source.records} for name, (source, _) in demo_splits(0, 0.1).items()}
+    for split in ("train", "test"):  # and no picture is in both, sharp and degraded
+        assert len(drawn[f"face_hq/{split}"]) == len(drawn[f"face_lq/{split}"]) == len(root["face_lq"][split])
+        assert not drawn[f"face_hq/{split}"] & drawn[f"face_lq/{split}"]
     with tarfile.open(root["face_lq"]["test"].folder / "shard-000000.tar") as tar:
         meta = json.loads(tar.extractfile(tar.getmembers()[1]).read())
     assert meta["person"] == f"demo-{meta['identity']}"

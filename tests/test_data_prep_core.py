@@ -21,8 +21,10 @@ from PIL import Image
 
 from data_prep import InputError, bench
 from data_prep.__main__ import cli
+from data_prep.archives import members
 from data_prep.degrade import degrade, gaussian, warp
 from data_prep.demo import draw_face
+from data_prep.folders import folder
 from data_prep.records import Records, draw, first_copies, restrict
 from data_prep.shards import Record, Source, Split, in_parallel, verify_split, write_split
 from data_prep.stats import jpeg_quality, sharpness
@@ -627,6 +629,28 @@ def test_records_take_little_memory(tmp_path):
     tracemalloc.stop()
     assert peak < 60 * n + 200_000 and records[n - 1].name.endswith("image-29999.jpg") and len(records) == n
     assert not list(tmp_path.iterdir())  # the file has no name
+
+
+def test_a_folder_is_walked_in_the_order_of_names_and_one_folder_at_a_time(tmp_path):
+    """2,000 images as a list of records would take over a megabyte."""
+    names = ["a/x.jpg", "a-b/y.jpg", "a.jpg", "a/b/z.jpg", "a/b.jpg", "B/1.jpg", "ä/1.jpg", "a /1.jpg"]
+    for name in names:
+        (tmp_path / "small" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "small" / name).touch()
+    (tmp_path / "small/a/loop").symlink_to(tmp_path / "small")
+    (tmp_path / "small/a/gone.jpg").symlink_to(tmp_path / "nothing")
+    assert [member.name for member in members(tmp_path / "small")] == sorted(names)
+    for i in range(2000):
+        path = tmp_path / "large" / f"class-{i // 50:02d}" / f"image-with-a-long-name-{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    next(iter(folder(tmp_path / "large", "object", True).records))  # what is imported and cached on first use
+    tracemalloc.start()
+    source = folder(tmp_path / "large", "object", True)
+    assert sum(record.identity.startswith("class-") for record in source.records) == 2000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200_000
 
 
 def test_tasks_are_taken_as_workers_come_free():

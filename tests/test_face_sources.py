@@ -607,6 +607,26 @@ def test_evaluate_scores_templates(tmp_path):
     assert all(v == {"rank-1": 1.0, "rank-5": 1.0, "rank-10": 1.0} for v in values.values())  # one template each
 
 
+@pytest.mark.parametrize("source", ["ijb", "tinyface"])
+def test_degraded_splits_keep_what_their_protocol_names(source, tmp_path):
+    """Lists of templates, roles and distractors: the same embeddings have the same figures before and after."""
+    names = ["Probe/31_1.jpg", "Probe/45_2.jpg", "Gallery_Match/31_7.jpg", "Gallery_Match/45_1.jpg",
+             "Gallery_Distractor/x.jpg"]
+    src = (write_ijb(tmp_path / "src") if source == "ijb" else
+           write_images(tmp_path / "src", [f"Testing_Set/{name}" for name in names]))
+    run_here(source, "--src", src, "--out", tmp_path / "d/face_hq/test", "--workers", 1)
+    run_here("degrade", "--src", tmp_path / "d/face_hq/test", "--out", tmp_path / "d/face_lq/test", "--workers", 1)
+    sharp, soft = (Split(tmp_path / f"d/{domain}/test") for domain in ("face_hq", "face_lq"))
+    assert verify_split(soft.folder) == [] and soft.protocol == sharp.protocol and soft.classes == sharp.classes
+    columns = set(sharp.index["columns"])
+    assert columns == set(soft.index["columns"]) and {"ijb": "template_gallery", "tinyface": "role"}[source] in columns
+    for name in columns - {"hash", "offset", "length"}:
+        assert np.array_equal(soft.column(name), sharp.column(name)), name
+    x = np.random.default_rng(0).normal(size=(len(soft), 8)).astype(np.float32)
+    score = evaluate.score_templates if source == "ijb" else evaluate.score_gallery
+    assert repr(score(x, soft, 2, 0)) == repr(score(x, sharp, 2, 0))
+
+
 def write_list(folder: Path, text: str = "k.jpg,l.jpg,1\nk.jpg,m.jpg,0\n") -> Path:
     (folder / "list.csv").write_text(text)
     return folder / "list.csv"

@@ -231,6 +231,19 @@ def test_parquet(tmp_path):
         prepared("parquet", src, tmp_path / "d/object/test", "--files", "test-*")
 
 
+def test_one_parquet_file_is_a_source(tmp_path):
+    """Whatever it is called; its neighbours are not read."""
+    path = parquet_file(tmp_path / "src/part.parquet", [0, 1, 1], names=["a", "b"])
+    parquet_file(tmp_path / "src/train.parquet", [0] * 9)
+    split = prepared("parquet", path, tmp_path / "d/object/train")
+    assert len(split) == 3 and split.counts.tolist() == [1, 2] and split.names == ["a", "b"]
+    # read one row group after the other, and known to the source when the last is read
+    source = objects.parquet(path, "object", True)
+    records = iter(source.records)
+    assert next(records).identity == "0000000" and source.blocks == []
+    assert len(list(records)) == 2 and source.blocks == [0, 2]
+
+
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 def test_parquet_of_plain_bytes_and_words_and_people(kind, tmp_path):
     parquet_file(tmp_path / "src/people-val.parquet", ["ann", "bob", "ann", "cy", None], kind=kind,
