@@ -170,7 +170,7 @@ def list_zip(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             infos = archive.infolist()
     except Exception as error:  # zipfile raises BadZipFile, ValueError, struct.error, UnicodeError, ... by damage
         raise InputError(f"--src {path}: damaged zip ({error}); get a clean copy") from error
-    end = 0
+    end, total = 0, path.stat().st_size
     for info in sorted(infos, key=lambda info: info.header_offset):
         kind = info.external_attr >> 28  # the file type of a Unix mode; 0 where the packer noted none
         why = None
@@ -182,6 +182,8 @@ def list_zip(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             why = f"is packed with method {info.compress_type} (stored and deflated are read)"
         elif info.file_size > max(RATIO_FROM, MAX_RATIO * info.compress_size):
             why = f"is a decompression bomb ({info.compress_size} bytes become {info.file_size})"
+        elif not 0 <= info.header_offset <= total - info.compress_size:
+            why = "reaches beyond the end"
         elif info.header_offset < end:
             why = "overlaps the one before it, as in a decompression bomb"
         if why:
@@ -201,7 +203,9 @@ def list_tar(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
                 if info.offset <= before:
                     raise tarfile.ReadError("its members run in a circle")
                 before = info.offset
-                if why := refusal(info, total):
+                if not 0 <= info.size <= total - info.offset_data:
+                    raise tarfile.ReadError(f"{info.name!r} reaches beyond the end")
+                if why := refusal(info):
                     raise InputError(f"--src {path}: member {info.name!r} {why}: refused")
                 if info.isreg():
                     yield info.name, (info.offset_data, info.size)
@@ -215,12 +219,10 @@ def list_tar(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
                          "is the download complete?") from error
 
 
-def refusal(info: tarfile.TarInfo, total: int) -> str | None:
-    """Why a member of a tar of `total` bytes is not read; None where it is."""
+def refusal(info: tarfile.TarInfo) -> str | None:
+    """Why a member of a tar must not be read; None where it may."""
     if info.issym() or info.islnk():
         return "is a link"
     if not (info.isdir() or info.isreg()):
         return "is a device"
-    if info.issparse():
-        return "is a sparse file"
-    return None if 0 <= info.size <= total - info.offset_data else "reaches beyond the end"
+    return "is a sparse file" if info.issparse() else None

@@ -1,4 +1,4 @@
-"""The demo corpus: faces, the same faces degraded, whole bodies and objects, all drawn by this file.
+"""The demo corpus: faces, degraded faces of the same people, their bodies, and objects, all drawn by this file.
 
 What makes an identity is fixed per person or class (the shape of a face, of a body, of a silhouette); everything else
 varies from picture to picture (pose, expression, light, clothes, camera, texture), so that only the identity helps.

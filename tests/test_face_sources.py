@@ -92,6 +92,13 @@ def overlapping_zip(path: Path) -> None:
         archive.filelist[1].header_offset = 0
 
 
+def endless_zip(path: Path) -> None:
+    """A member of 2⁶³ bytes, as only the directory of the zip says."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("c0/1.jpg", b"x")
+        archive.filelist[0].compress_size = archive.filelist[0].file_size = 1 << 63
+
+
 def tar_of(path: Path, name: str = "c0/1.jpg", kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0) -> None:
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.size = kind, link, size
@@ -129,6 +136,7 @@ BAD_ARCHIVES = {
     "secret.zip": (lambda p: zip_of(p, flag=1), "member 'c0/1.jpg' is encrypted"),
     "bomb.zip": (lambda p: zip_of(p, data=bytes(1 << 25)), "is a decompression bomb"),
     "overlap.zip": (overlapping_zip, "member 'c0/2.jpg' overlaps"),
+    "endless.zip": (endless_zip, "member 'c0/1.jpg' reaches beyond the end"),
     "cut.zip": (lambda p: (zip_of(p), os.truncate(p, 40)), "damaged zip"),
     "parent.tar": (lambda p: tar_of(p, "../evil.jpg"), "member '../evil.jpg' points out"),
     "root.tar": (lambda p: tar_of(p, "/evil.jpg"), "member '/evil.jpg' points out"),

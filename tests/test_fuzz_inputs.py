@@ -164,7 +164,7 @@ def test_the_table_of_sources_is_complete():
 def test_damaged_images_of_every_source_are_counted(tmp_path):
     """Three quarters of the images are damaged: a verified split of the others, or one line; nothing else is written.
 
-    At least 400 damaged images.
+    More than 400 damaged images.
     """
     (tmp_path / "pairs.txt").write_text(PAIRS)
     (tmp_path / "pairs.csv").write_text("".join(f"P_0/P_0_0001.jpg,P_{p}/P_{p}_000{i}.jpg,{int(p == 0)}\n"
@@ -430,8 +430,7 @@ def test_a_column_that_cannot_be_is_named(name, array, words, tmp_path):
     np.save(train / f"index/{name}.npy", array, allow_pickle=True)
     with pytest.raises(InputError) as error:
         Split(train).column(name)
-    assert words in error.value.message and f"index/{name}.npy" in error.value.message.replace("index:", "index/"
-                                                                                              f"{name}.npy")
+    assert words in error.value.message and str(train / "index") in error.value.message
 
 
 @pytest.mark.parametrize("command", ["verify", "train.py", "evaluate.py"])
