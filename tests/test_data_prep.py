@@ -426,6 +426,20 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     assert "Traceback" in result.stderr
 
 
+def test_names_that_are_no_text_are_classes_as_others(tmp_path):
+    """A folder called b"a\\xff" can be printed and comes back from the index."""
+    for part in ("train", "test"):
+        (tmp_path / "src" / os.fsdecode(b"a\xff")).mkdir(parents=True, exist_ok=True)
+        for i in range(2):
+            (tmp_path / "src" / os.fsdecode(b"a\xff") / f"{i}.jpg").write_bytes(encode(picture(i, 24, 24)))
+        strict = "import sys; sys.argv[0] = 'data_prep'; sys.stdout.reconfigure(encoding='utf-8', errors='strict'); " \
+                 "from data_prep.__main__ import cli, run_command; run_command(cli)"
+        result = script("-c", strict, "folder", "--src", tmp_path / "src", "--out", tmp_path / "d/face_hq" / part,
+                        "--workers", "1")
+    assert "1 identities are in train too: a\\udcff" in result.stdout
+    assert Split(tmp_path / "d/face_hq/train").classes == [os.fsdecode(b"a\xff")]
+
+
 def test_ctrl_c_leaves_what_is_done(tmp_path):
     src = class_folders(tmp_path / "src", classes=6, images=60, width=900, height=900)
     out = tmp_path / "d/object/train"
