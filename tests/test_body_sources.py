@@ -237,7 +237,6 @@ def test_the_source_that_the_readme_shows(tmp_path):
     assert split.protocol == {"name": "reid"} and train.protocol is None and train.classes == ["0001", "0002"]
     # row 0 is of the probe's camera; the other person (20 degrees) comes before its mate (40)
     assert scored(split, 0, 40, 20, 0)["mAP"] == 0.5
-    assert "Plaza: `train`, `query`, `gallery`" in script("-c", code, "sources").stdout
     refused = script("-c", code, "plaza", "--src", tmp_path / "d", "--out", tmp_path / "d/body/x", check=2).stderr
     assert refused.startswith(f"error: --src {tmp_path / 'd'}: no query in it; Plaza has the folders")
 
