@@ -18,6 +18,7 @@ def run_command(command: click.Command) -> None:
 
     A command's return value, where it is an int, becomes the exit code.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names, and so classes, need not be text
     try:
         code = command.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)

@@ -163,11 +163,6 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
     report(out, index, len(source.records) + sum(source.skipped.values()))
 
 
-def summary(source) -> str:
-    """The help of a source: its docstring without the expected counts and the reference."""
-    return source.__doc__.split("Expected:")[0].split("Source:")[0]
-
-
 @cli.command(help="Class folders: src/<class or person>/**/image. " + folders.folder.__doc__.split("\n\n")[1])
 @source_options
 @click.option("--names", type=click.Path(path_type=Path), help="File of folder<TAB>name lines: names for prompts.")
@@ -178,45 +173,45 @@ def folder(**options) -> None:
     prepare(folders.folder, **options)
 
 
-@cli.command(help=summary(faces.lfw))
+@cli.command(help=faces.lfw.__doc__)
 @source_options
 @click.option("--pairs", type=click.Path(path_type=Path), help="pairs.txt in the format of LFW.")
 def lfw(**options) -> None:
     prepare(faces.lfw, **options)
 
 
-@cli.command(help=summary(faces.pairs))
+@cli.command(help=faces.pairs.__doc__)
 @source_options
 @click.option("--pairs", type=click.Path(path_type=Path), required=True, metavar="FILE|FP|FF", help="List of pairs.")
 def pairs(**options) -> None:
     prepare(faces.pairs, **options)
 
 
-@cli.command(help=summary(faces.ijb))
+@cli.command(help=faces.ijb.__doc__)
 @source_options
 def ijb(**options) -> None:
     prepare(faces.ijb, **options)
 
 
-@cli.command(help=summary(faces.tinyface))
+@cli.command(help=faces.tinyface.__doc__)
 @source_options
 def tinyface(**options) -> None:
     prepare(faces.tinyface, **options)
 
 
-@cli.command(help=summary(insightface.recordio))
+@cli.command(help=insightface.recordio.__doc__)
 @source_options
 def recordio(**options) -> None:
     prepare(insightface.recordio, **options)
 
 
-@cli.command("bin", help=summary(insightface.bin))
+@cli.command("bin", help=insightface.bin.__doc__)
 @source_options
 def bin_(**options) -> None:
     prepare(insightface.bin, **options)
 
 
-@cli.command(help=summary(bodies.market))
+@cli.command(help=bodies.market.__doc__)
 @source_options
 def market(**options) -> None:
     prepare(bodies.market, **options)
@@ -229,8 +224,15 @@ def msmt17(**options) -> None:
     prepare(bodies.msmt17, **options)
 
 
+def val_option(command):
+    """--val of the sets that have validation images beside those of the test."""
+    option = click.option("--val", is_flag=True, help="Make the test split of the validation images instead.")
+    return option(command)
+
+
 @cli.command(help=bodies.prcc.__doc__)
 @source_options
+@val_option
 @click.option("--variant", type=click.Choice(["cross-clothes", "same-clothes"]), default="cross-clothes",
               help="Probes of a test split: camera C or camera B.")
 def prcc(**options) -> None:
@@ -245,6 +247,7 @@ def ltcc(**options) -> None:
 
 @cli.command(help=bodies.deepchange.__doc__)
 @source_options
+@val_option
 def deepchange(**options) -> None:
     prepare(bodies.deepchange, **options)
 
@@ -375,6 +378,8 @@ def verify(directory: Path, workers: int) -> None:
 @debug_option
 def show(directory: Path, out: Path | None, rows: int, columns: int) -> None:
     split = Split(directory)
+    if not len(split.classes):
+        raise InputError(f"{directory}: no classes to show")
     side, text = min(split.size, 128), 14
     chosen = np.unique(np.linspace(0, len(split.classes) - 1, min(rows, len(split.classes)), dtype=int))
     sheet = Image.new("RGB", (columns * (side + 2), len(chosen) * (side + text + 4)), "white")
@@ -389,7 +394,10 @@ def show(directory: Path, out: Path | None, rows: int, columns: int) -> None:
                 tile = Image.new("RGB", (side, side), "red")
             sheet.paste(tile, (c * (side + 2), top + text))
     out = out or directory / "contact-sheet.png"
-    sheet.save(out)
+    try:
+        sheet.save(out)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--out {out}: cannot be written ({error})") from error
     print(f"{out}: {len(chosen)} of {len(split.classes):,} classes")
 
 

@@ -29,10 +29,11 @@ def market(src: Path, domain: str, train: bool) -> Source:
     """Market-1501: `bounding_box_train`, or `query` and `bounding_box_test`; files `0002_c1s1_000451_03.jpg`.
 
     Person -1 is junk and left out; person 0000 is a distractor: it stays in the gallery, as nobody's match. Cameras
-    count from 0. Expected: 12,936 training images; 3,368 queries, 15,913 in the gallery, 3,819 junk.
-    Source: the torchreid and fast-reid readers of Market-1501.
+    count from 0. Expected: 12,936 training images; 3,368 queries, 15,913 in the gallery, 3,819 junk. DukeMTMC-reID,
+    which its authors have withdrawn, has the same layout: 16,522, 2,228 and 17,661, no junk.
+    Source: the torchreid and fast-reid readers of the two.
     """
-    skipped, records, endings, files = Counter(), [], image_suffixes(), members(src)
+    skipped, records, endings, files = Counter(), [], image_suffixes(), list(members(src))
     for name, role in (("bounding_box_train", None),) if train else (("query", 0), ("bounding_box_test", 1)):
         inside = [m for m in files if m.name.startswith(f"{name}/") and m.name.count("/") == 1]
         if not inside:
@@ -100,22 +101,33 @@ def msmt17(src: Path, domain: str, train: bool, with_val: bool = False) -> Sourc
     return reid(src, records, train)
 
 
-PRCC_TRAIN = re.compile(r"train/(?P<person>\d+)/(?P<camera>[ABC])_[^/]*")
-PRCC_TEST = re.compile(r"test/(?P<camera>[ABC])/(?P<person>\d+)/[^/]*")
+def need_test(train: bool, val: bool) -> None:
+    """InputError where a set's validation images would become a training split."""
+    if train and val:
+        raise InputError("--val makes a test split of the validation images: add --part test or leave it out")
 
 
-def prcc(src: Path, domain: str, train: bool, variant: str = "cross-clothes") -> Source:
-    """PRCC: `rgb/train/<person>/{A,B,C}_*.jpg` and `rgb/test/{A,B,C}/<person>/*.jpg`; A, B, C are the cameras.
+PRCC_NAMES = {
+    "train": re.compile(r"train/(?P<person>\d+)/(?P<camera>[ABC])_[^/]*"),
+    "val": re.compile(r"val/(?P<person>\d+)/(?P<camera>[ABC])_[^/]*"),
+    "test": re.compile(r"test/(?P<camera>[ABC])/(?P<person>\d+)/[^/]*"),
+}
+
+
+def prcc(src: Path, domain: str, train: bool, variant: str = "cross-clothes", val: bool = False) -> Source:
+    """PRCC: `rgb/{train,val}/<person>/{A,B,C}_*.jpg` and `rgb/test/{A,B,C}/<person>/*.jpg`; A, B, C are the cameras.
 
     A is the gallery; probes are C (cross-clothes) or B (same-clothes: A and B show one outfit), each a split of
     its own. The whole gallery is searched (multi-shot, as in published comparisons); the set's own protocol
-    is single-shot. 17,896 training images of 150 people; A 3,384, B 3,543, C 3,873 images of 71 others.
+    is single-shot. The validation images (--val) show the people of the training images. 17,896 training and 5,002
+    validation images of 150 people; A 3,384, B 3,543, C 3,873 images of 71 others.
     Source: the reader of Simple-CCReID.
     """
-    part = "train" if train else "test"
-    files = below(src, "PRCC has rgb/train/<person>/A_*.jpg and rgb/test/{A,B,C}/<person>/*.jpg", f"rgb/{part}")
+    need_test(train, val)
+    part = "train" if train else "val" if val else "test"
+    files = below(src, "PRCC has rgb/{train,val}/<person>/A_*.jpg and rgb/test/{A,B,C}/<person>/*.jpg", f"rgb/{part}")
     files = {name.removeprefix("rgb/"): member for name, member in files.items()}
-    found, skipped = images_of(files, PRCC_TRAIN if train else PRCC_TEST, "PRCC", (f"{part}/",))
+    found, skipped = images_of(files, PRCC_NAMES[part], "PRCC", (f"{part}/",))
     clothes = number((m["person"], m["camera"] == "C") for m, _ in found)
     probe = {"cross-clothes": "C", "same-clothes": "B"}[variant]
     records = [Record(member.read, member.name, m["person"], camera="ABC".index(m["camera"]),
@@ -148,16 +160,19 @@ DEEPCHANGE_LINE = re.compile(r"(?P<name>P(?P<person>\d{1,9})_C\d+_(?P<outfit>[^_
                              r"(?P<tracklet>\d{1,9})(,.*)?")
 
 
-def deepchange(src: Path, domain: str, train: bool) -> Source:
-    """DeepChange: `train-set`, `test-set-query`, `test-set-gallery`, each with its list `<folder>-bbox.txt`.
+def deepchange(src: Path, domain: str, train: bool, val: bool = False) -> Source:
+    """DeepChange: `train-set`, `{test,val}-set-{query,gallery}`, each with its list `<folder>-bbox.txt`.
 
     A line is `P<person>_C<camera>_<outfit>_*.jpg,<tracklet>`. The column camera holds the TRACKLET: by the set's own
-    rule a match of the probe's camera counts unless it is of the same tracklet. 75,083 training images, 17,527 queries,
-    62,956 gallery images. Source: the reader of Simple-CCReID.
+    rule a match of the probe's camera counts unless it is of the same tracklet. 75,083 training images of 450 people;
+    17,527 queries and 62,956 gallery images of 521 others; with --val 4,976 and 17,865 of 150 more.
+    Source: the reader of Simple-CCReID.
     """
-    folders = ("train-set",) if train else ("test-set-query", "test-set-gallery")
-    files = below(src, "DeepChange has train-set, test-set-query, test-set-gallery, each with <folder>-bbox.txt",
-                  f"{folders[0]}-bbox.txt")
+    need_test(train, val)
+    part = "val" if val else "test"
+    folders = ("train-set",) if train else (f"{part}-set-query", f"{part}-set-gallery")
+    files = below(src, "DeepChange has train-set, {test,val}-set-query, {test,val}-set-gallery, each with "
+                       "<folder>-bbox.txt", f"{folders[0]}-bbox.txt")
     records, outfits = [], []
     for role, folder in enumerate(folders):
         for where, line in read_lines(src, files, f"{folder}-bbox.txt"):

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from data_prep import DOMAINS
-from data_prep.shards import OPTIONAL, BadImage, Record, Source, Split, open_split
+from data_prep.shards import OPTIONAL, TABLES, BadImage, Record, Source, Split, open_split
 
 
 def filter_image(x: Tensor, kernel: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def degraded_sample(folder: Path, row: int, severity: tuple[float, float], seed:
 
 
 def degraded_split(split: Split, severity: tuple[float, float], seed: int, quality: int) -> Source:
-    """A source of degraded copies of a split: same identities, columns and protocol.
+    """A source of degraded copies of a split: same identities, columns, protocol and lists that the protocol names.
 
     Args:
         split: of sharp images.
@@ -181,10 +181,14 @@ def degraded_split(split: Split, severity: tuple[float, float], seed: int, quali
                          f"{split.domain}/{split.name}/{fields.get('key')}",
                          split.classes[label] if label >= 0 else None, person=fields.get("person"), **optional)
 
-    protocol = split.protocol and {k: v for k, v in split.protocol.items() if k not in ("pairs", "pairs_lost")}
-    pairs = split.column("pairs").tolist() if "pairs" in split.index["columns"] else []
+    listed = set(TABLES) & set(split.index["columns"])
+    # rows of pairs are counted anew where images are lost; templates are named by their numbers, which stay
+    drop = ("pairs", "pairs_lost") if "pairs" in listed else ()
+    protocol = split.protocol and {key: value for key, value in split.protocol.items() if key not in drop}
+    pairs = split.column("pairs").tolist() if "pairs" in listed else []
+    tables = {name: np.array(split.column(name)) for name in sorted(listed - {"pairs"})}
     names = dict(zip(split.classes, split.names, strict=True))
-    return Source(records(), protocol, pairs, names=names)
+    return Source(records(), protocol, pairs, names=names, tables=tables)
 
 
 def draw_ladder(path: Path, images: list[Tensor], seed: int, steps: int = 6) -> None:

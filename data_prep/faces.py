@@ -6,7 +6,7 @@ import math
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -60,15 +60,16 @@ def lfw(src: Path, domain: str, train: bool, pairs: Path | None = None) -> Sourc
     A test split is verified on the pairs, by fold. Expected: 13,233 images of 5,749 people; 6,000 pairs in 10 folds.
     Source: Huang et al. 2007; facenet, `src/lfw.py`.
     """
-    images, skipped = scan(src)
-    records = [Record(member.read, member.name, name) for name, member in images]
+    skipped = Counter()
     if train:
         if pairs is not None:
             raise InputError("--pairs goes with a test split: add --part test or leave it out")
-        return Source(records, skipped=skipped)
+        return Source((Record(file.read, file.name, name) for name, file in scan(src, skipped)), skipped=skipped)
     if pairs is None:
         raise InputError("lfw: a test split needs --pairs pairs.txt; without one use the source `folder`, which is "
                          "scored as identification")
+    images = list(scan(src, skipped))
+    records = [Record(member.read, member.name, name) for name, member in images]
     place = {PurePosixPath(member.name).stem: i for i, (_, member) in enumerate(images)}
     listed = []
     for left, right, same, fold, line in read_pairs(pairs):
@@ -366,19 +367,21 @@ def ijb(src: Path, domain: str, train: bool) -> Source:
     galleries, probes = lists.values()
     subjects = {template: subject for found in galleries + probes for template, subject in found.items()}
     people = template_people({t for _, t, _ in images}, pairs[pairs[:, 2] == 1, :2].tolist(), subjects)
-    records = []
-    for name, template, media in images:
-        member = files.get(f"{crops}/{name}")
-        if member is None or (crops == "loose_crop" and name not in faces):
-            raise InputError(f"{stem}face_tid_mid.txt names {name!r}, which is not in {crops}" if member is None else
-                             f"{stem}name_5pts_score.txt: no landmarks for {name!r}, without which a loose crop cannot "
-                             "be aligned")
-        *points, score = faces.get(name, (None,))
-        read = partial(align, member.read, tuple(points)) if crops == "loose_crop" else member.read
-        records.append(Record(read, member.name, people[template], template=template, media=media, quality=score))
+
+    def records() -> Iterator[Record]:
+        for name, template, media in images:
+            member = files.get(f"{crops}/{name}")
+            if member is None or (crops == "loose_crop" and name not in faces):
+                raise InputError(f"{stem}face_tid_mid.txt names {name!r}, which is not in {crops}" if member is None
+                                 else f"{stem}name_5pts_score.txt: no landmarks for {name!r}, without which a loose "
+                                 "crop cannot be aligned")
+            *points, score = faces.get(name, (None,))
+            read = partial(align, member.read, tuple(points)) if crops == "loose_crop" else member.read
+            yield Record(read, member.name, people[template], template=template, media=media, quality=score)
+
     tables = {"template_pairs": pairs}
     if galleries and probes:
         tables["template_gallery"] = np.array([(t, g) for g, found in enumerate(galleries) for t in sorted(found)])
         tables["template_probes"] = np.array([[t] for found in probes for t in sorted(found)])
     protocol = {"name": "templates", "pairs": len(pairs), "galleries": len(galleries) if probes else 0}
-    return Source(records, protocol, tables=tables)
+    return Source(records(), protocol, tables=tables)

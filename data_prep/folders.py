@@ -1,6 +1,7 @@
 """Sources of class folders: one folder a class or person, images anywhere below it (ImageFolder layout)."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -15,9 +16,9 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in READABLE)
 
 
-def scan(src: Path) -> tuple[list[tuple[str, Member]], Counter]:
-    """All images below src as (class folder, file), sorted, and the files left out by reason."""
-    images, skipped, endings = [], Counter(), image_suffixes()
+def scan(src: Path, skipped: Counter) -> Iterator[tuple[str, Member]]:
+    """All images below src as (class folder, file), sorted; files left out are counted in `skipped` by reason."""
+    endings = image_suffixes()
     for member in members(src):
         top, slash, _ = member.name.partition("/")
         if PurePosixPath(member.name).suffix.lower() not in endings:
@@ -25,8 +26,7 @@ def scan(src: Path) -> tuple[list[tuple[str, Member]], Counter]:
         elif not slash:
             skipped["not in a class folder"] += 1
         else:
-            images.append((top, member))
-    return images, skipped
+            yield top, member
 
 
 def search_roles(identities: list[str]) -> list[int]:
@@ -66,11 +66,15 @@ def folder(src: Path, domain: str, train: bool, names: Path | None = None, refer
     """
     if (ood or reference) and (train or domain != "object"):
         raise InputError("--reference and --ood say how a test split of objects is scored: leave them out here")
-    images, skipped = scan(src)
-    search = not train and domain != "object"
-    roles = search_roles([name for name, _ in images]) if search else [None] * len(images)
-    records = [Record(member.read, member.name, name, role=role)
-               for (name, member), role in zip(images, roles, strict=True)]
+    skipped = Counter()
+    images = scan(src, skipped)
+    if train or domain == "object":
+        records = (Record(member.read, member.name, name) for name, member in images)
+    else:
+        images = list(images)
+        roles = search_roles([name for name, _ in images])
+        records = [Record(member.read, member.name, name, role=role)
+                   for (name, member), role in zip(images, roles, strict=True)]
     protocol = None
     if not train:
         classification = {"name": "classification", "reference": reference or "train", "ood": ood}

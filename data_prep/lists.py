@@ -8,7 +8,7 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from data_prep import InputError
@@ -16,8 +16,8 @@ from data_prep.archives import Member, members
 from data_prep.folders import image_suffixes
 
 
-def below(src: Path, layout: str, *landmarks: str) -> dict[str, Member]:
-    """The members of the folder that holds a landmark, by their names from there.
+def place_of(src: Path, layout: str, *landmarks: str) -> tuple[str, str]:
+    """Where a data set begins below src: what comes before its names, and the landmark that tells.
 
     Data sets are unpacked with and without the folders they were packed in, so a landmark (a file or a folder) may lie
     at any depth; the first landmark that there is counts, at its highest place.
@@ -25,30 +25,43 @@ def below(src: Path, layout: str, *landmarks: str) -> dict[str, Member]:
     Raises:
         InputError: there is none below src; `layout` says what should be.
     """
-    files = members(src)
-    for landmark in landmarks:
-        places = ((file.name, f"/{file.name}/".find(f"/{landmark}/")) for file in files)
-        tops = {name[:start] for name, start in places if start >= 0}
-        if tops:
-            top = min(tops, key=lambda name: (name.count("/"), name))
-            return {file.name[len(top):]: file for file in files if file.name.startswith(top)}
+    tops = {landmark: set() for landmark in landmarks}
+    for file in members(src):
+        for landmark, found in tops.items():
+            if (start := f"/{file.name}/".find(f"/{landmark}/")) >= 0:
+                found.add(file.name[:start])
+    for landmark, found in tops.items():
+        if found:
+            return min(found, key=lambda name: (name.count("/"), name)), landmark
     raise InputError(f"--src {src}: no {landmarks[0]} in it; {layout}")
 
 
-def images_of(files: dict[str, Member], pattern: re.Pattern, kind: str, folders: tuple[str, ...] = ("",)
-              ) -> tuple[list[tuple[re.Match, Member]], Counter]:
-    """The images in these folders whose whole name fits the pattern, and how many files were left out, by reason."""
-    found, skipped, endings = [], Counter(), image_suffixes()
-    for name, member in files.items():
+def below(src: Path, layout: str, *landmarks: str) -> dict[str, Member]:
+    """The members of the data set that a landmark tells, by their names in it; see `place_of`."""
+    top, _ = place_of(src, layout, *landmarks)
+    return {file.name[len(top):]: file for file in members(src) if file.name.startswith(top)}
+
+
+def match_images(files: Iterable[tuple[str, Member]], pattern: re.Pattern, kind: str, skipped: Counter,
+                 folders: tuple[str, ...] = ("",)) -> Iterator[tuple[re.Match, Member]]:
+    """The images in these folders whose whole name fits the pattern; others are counted in `skipped` by reason."""
+    endings = image_suffixes()
+    for name, member in files:
         if not name.startswith(folders):
             continue
         if PurePosixPath(name).suffix.lower() not in endings:
             skipped["not an image by its name"] += 1
         elif match := pattern.fullmatch(name):
-            found.append((match, member))
+            yield match, member
         else:
             skipped[f"name is not {kind}'s"] += 1
-    return found, skipped
+
+
+def images_of(files: dict[str, Member], pattern: re.Pattern, kind: str, folders: tuple[str, ...] = ("",)
+              ) -> tuple[list[tuple[re.Match, Member]], Counter]:
+    """As `match_images`, all at once, and what was left out."""
+    skipped = Counter()
+    return list(match_images(files.items(), pattern, kind, skipped, folders)), skipped
 
 
 def read_text(src: Path, files: dict[str, Member], name: str) -> str:

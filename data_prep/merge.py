@@ -26,7 +26,8 @@ def person_of(split: Split) -> list[str | None]:
     people: list[str | None] = [None] * len(split.classes)
     rows = [(label, row) for label, row in zip(labels.tolist(), first.tolist(), strict=True) if label >= 0]
     for label, row in tqdm(rows, desc=f"people of {split.name}", unit="class", disable=None):
-        people[label] = split.fields(row).get("person")
+        person = split.fields(row).get("person")
+        people[label] = person if isinstance(person, str) else None
     return people
 
 
@@ -172,8 +173,9 @@ def verify_merged(split: Split, workers: int) -> list[str]:
         same_names = split.index["provenance"]["options"]["same_names"] == "True"
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder}/index.json: does not say what was merged; merge the parts again") from error
+    splits = check_parts(folder, parts, same_names)  # first: a split that names itself would be verified without end
     problems = [problem for part in parts for problem in verify_split(part, workers)]
-    index, columns = merged(folder, check_parts(folder, parts, same_names), same_names)
+    index, columns = merged(folder, splits, same_names)
     again = "differs from what its parts give: merge them again"
     problems += [f"{folder}/index.json: {key} {again}" for key in index if index[key] != split.index.get(key)]
     problems += [f"{folder}/index/{name}.npy: {again}" for name, values in columns.items()

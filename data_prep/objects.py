@@ -11,7 +11,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cache, lru_cache, partial
@@ -19,13 +19,11 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from PIL import Image
-
 from data_prep import InputError
 from data_prep.archives import members
-from data_prep.folders import image_suffixes
-from data_prep.lists import below, images_of, read_json, read_lines, read_table
-from data_prep.shards import BadImage, Record, Source
+from data_prep.folders import image_suffixes, search_roles
+from data_prep.lists import below, images_of, match_images, place_of, read_json, read_lines, read_table
+from data_prep.shards import BadImage, Record, Source, open_image
 
 LARGEST_LABELS = 2**24  # bytes of a list of labels; ReaL's has 630,000
 
@@ -45,9 +43,12 @@ def imagenet_wnids() -> list[str]:
     return list(imagenet_classes())
 
 
-def split_of(records: list[Record], domain: str, train: bool, skipped: Counter, names: dict[str, str],
+def split_of(records: Iterable[Record], domain: str, train: bool, skipped: Counter, names: dict[str, str],
              reference: str | None = None, ood: bool = False, **protocol) -> Source:
-    """Labelled images as a split: for training, or scored as classification (objects) or identification (people)."""
+    """Labelled images as a split: for training, or scored as classification (objects) or identification (people).
+
+    `records` may be an iterator that fills `skipped` and `names` as it goes.
+    """
     if (ood or reference) and (train or domain != "object"):
         raise InputError("--reference and --ood say how a test split of objects is scored: leave them out here")
     if train:
@@ -55,10 +56,9 @@ def split_of(records: list[Record], domain: str, train: bool, skipped: Counter, 
     if domain == "object":
         classification = {"name": "classification", "reference": reference or "train", "ood": ood, **protocol}
         return Source(records, classification, skipped=skipped, names=names)
-    count, seen = Counter(record.identity for record in records), Counter()
-    for i, record in enumerate(records):  # as class folders: the first image is the gallery, the others are probes
-        records[i] = replace(record, role=0 if seen[record.identity] else 1 if count[record.identity] > 1 else 2)
-        seen[record.identity] += 1
+    records = list(records)
+    roles = search_roles([record.identity for record in records])
+    records = [replace(record, role=role) for record, role in zip(records, roles, strict=True)]
     return Source(records, {"name": "identification"}, skipped=skipped, names=names)
 
 
@@ -71,6 +71,9 @@ def need_objects(domain: str, train: bool = False) -> None:
         raise InputError(f"these are objects, not {domain}: write them to DATA/object/<split>")
     if train:
         raise InputError("this is a test set, not to be trained on: write it to another <split>, or add --part test")
+
+
+KAGGLE_LISTS = ("LOC_val_solution.csv", "LOC_synset_mapping.txt")
 
 
 def read_real(path: Path) -> list[list[str]]:
@@ -109,41 +112,41 @@ def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, 
     if real and train:
         raise InputError("--real: these are labels of the validation images: leave it out of a training split")
     part = "train" if train else "val"
-    kaggle = f"ILSVRC/Data/CLS-LOC/{part}"
-    files = below(src, "ImageNet has train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or ILSVRC/Data/CLS-LOC", kaggle, part)
-    folder = kaggle if any(name.startswith(f"{kaggle}/") for name in files) else part
+    top, folder = place_of(src, "ImageNet has train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or ILSVRC/Data/CLS-LOC",
+                           f"ILSVRC/Data/CLS-LOC/{part}", part)
+    lists = {file.name[len(top):]: file for file in members(src) if file.name in (f"{top}{n}" for n in KAGGLE_LISTS)}
+    solution, mapping = (name if name in lists else None for name in KAGGLE_LISTS)
+    wnids, names, skipped = {}, {}, Counter()
+    columns = ("ImageId", "PredictionString")
+    for where, row in read_table(src, lists, solution, columns) if solution and not train else ():
+        wnids[row["ImageId"]] = row["PredictionString"].partition(" ")[0]
+        if not re.fullmatch(r"n\d{8}", wnids[row["ImageId"]]):
+            raise InputError(f"{where}: want a wnid like n01440764 first, found {row['PredictionString'][:40]!r}")
+    for _, line in read_lines(src, lists, mapping) if mapping else ():
+        wnid, _, names[wnid] = line.partition(" ")
     pattern = re.compile(rf"{folder}/(?:(?P<wnid>n\d{{8}})/)?(?P<image>[^/]+)\.\w+")
-    found, skipped = images_of(files, pattern, "ImageNet", (f"{folder}/",))
-    wnids = {}
-    if not all(m["wnid"] for m, _ in found):
-        if "LOC_val_solution.csv" not in files:
-            raise InputError(f"--src {src}: images of {part} are not in wnid folders; put LOC_val_solution.csv beside "
-                             f"{folder.partition('/')[0]}, which says their classes")
-        for where, row in read_table(src, files, "LOC_val_solution.csv", ("ImageId", "PredictionString")):
-            wnids[row["ImageId"]] = row["PredictionString"].partition(" ")[0]
-            if not re.fullmatch(r"n\d{8}", wnids[row["ImageId"]]):
-                raise InputError(f"{where}: want a wnid like n01440764 first, found {row['PredictionString'][:40]!r}")
-    records = []
-    for m, member in found:
-        if not (wnid := m["wnid"] or wnids.get(m["image"])):
-            raise InputError(f"{src}/{member.name}: neither in a wnid folder nor in LOC_val_solution.csv")
-        records.append(Record(member.read, member.name, wnid))
-    names = {}
-    if "LOC_synset_mapping.txt" in files:
-        for _, line in read_lines(src, files, "LOC_synset_mapping.txt"):
-            wnid, _, name = line.partition(" ")
-            names[wnid] = name
-    extra = {}
+    extra, labels = {}, read_real(real) if real else []
     if real:
-        labels = read_real(real)
-        for i, record in enumerate(records):
-            number = re.search(r"ILSVRC2012_val_(\d{8})\.\w+$", record.name)
-            if not number or not 1 <= int(number[1]) <= len(labels):
-                raise InputError(f"--real {real}: {record.name}: not named like ILSVRC2012_val_00000001, up to the "
-                                 f"{len(labels):,} images of the list")
-            records[i] = replace(record, read=partial(with_real, record.read, labels[int(number[1]) - 1]))
         extra = {"real": hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16]}
-    return split_of(records, domain, train, skipped, names | imagenet_classes(), reference, **extra)
+
+    def records() -> Iterator[Record]:
+        files = ((file.name[len(top):], file) for file in members(src) if file.name.startswith(top))
+        for m, member in match_images(files, pattern, "ImageNet", skipped, (f"{folder}/",)):
+            wnid, read = m["wnid"] or wnids.get(m["image"]), member.read
+            if not wnid and solution:
+                raise InputError(f"{src}/{member.name}: neither in a wnid folder nor in {solution}")
+            if not wnid:
+                raise InputError(f"--src {src}: images of {part} are not in wnid folders; put {KAGGLE_LISTS[0]} beside "
+                                 f"{folder.partition('/')[0]}, which says their classes")
+            if real:
+                number = re.fullmatch(r"ILSVRC2012_val_(\d{8})", m["image"])
+                if not number or not 1 <= int(number[1]) <= len(labels):
+                    raise InputError(f"--real {real}: {member.name}: not named like ILSVRC2012_val_00000001, up to the "
+                                     f"{len(labels):,} images of the list")
+                read = partial(with_real, read, labels[int(number[1]) - 1])
+            yield Record(read, member.name, wnid)
+
+    return split_of(records(), domain, train, skipped, names | imagenet_classes(), reference, **extra)
 
 
 def known(wnid: str, src: Path) -> str:
@@ -208,12 +211,11 @@ def imagenet_v2(src: Path, domain: str, train: bool, reference: str | None = Non
 
 def inside_border(read: Callable[[], bytes], border: int) -> bytes:
     """An image without its outermost pixels, as PNG."""
-    try:
-        image = Image.open(io.BytesIO(read()))
-        image = image.convert("RGB").crop((border, border, image.width - border, image.height - border))
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... by format
-        raise BadImage("unreadable image") from error
+    image, _ = open_image(read())
+    if min(image.size) <= 2 * border:
+        raise BadImage("nothing inside its border")
     out = io.BytesIO()
+    image = image.convert("RGB").crop((border, border, image.width - border, image.height - border))
     image.save(out, "PNG", compress_level=0)  # decoded again at once
     return out.getvalue()
 
@@ -299,39 +301,51 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
             ood: bool = False) -> Source:
     """Hugging Face parquet: files like `data/train-00000-of-00294.parquet` with images and labels as columns.
 
-    An image is a struct with `bytes`, or bytes; a label is a number (below 0: none) or a word. The names of numbered
-    classes come from the schema's metadata, where the `datasets` library puts them. Row groups are read one at a time,
-    and a training split is shuffled by runs of 128 rows. imagenet-1k: 1,281,167 and 50,000 images (--wnids).
+    --src is their folder, or one file. An image is a struct with `bytes`, or bytes; a label is a number (below 0: none)
+    or a word. The names of numbered classes come from the schema's metadata, where the `datasets` library puts them.
+    Row groups are read one at a time, and a training split is shuffled by runs of 128 rows. imagenet-1k: 1,281,167 and
+    50,000 images (--wnids).
     """
-    if not src.is_dir():
-        raise InputError(f"--src {src}: want the folder that holds the parquet files (they are not read in archives)")
-    listed = [file.name for file in members(src) if file.name.endswith(".parquet")]
-    patterns = [files] if files else ["*train*"] if train else ["*val*", "*test*"]
-    chosen = next((fit for p in patterns if (fit := [n for n in listed if fnmatch(PurePosixPath(n).name, p)])), None)
-    if not chosen:
-        there = f"there are {', '.join(listed[:3])}{', ...' * (len(listed) > 3)}" if listed else "there are none at all"
-        raise InputError(f"--src {src}: no parquet file like {' or '.join(patterns)}; {there}; --files PATTERN chooses")
-    records, names, skipped, blocks = [], {}, Counter(), []
-    for name in chosen:
-        column, labels, found = parquet_labels(src / name, image_column, label_column)
-        names |= found
-        for group, values in enumerate(labels):
-            first = len(records)
-            for row, label in enumerate(values):
-                where = f"{name}, row group {group}, row {row}"
-                identity = class_of(label, wnids, f"{src}/{where}")
-                if identity is None:
-                    skipped["no label"] += 1
-                else:
-                    read = partial(parquet_image, str(src / name), column, group, row)
-                    records.append(Record(read, where, identity))
-            blocks += range(first, len(records), RUN)
-    source = split_of(records, domain, train, skipped, imagenet_classes() if wnids else names, reference, ood)
+    if src.is_file() and src.suffix == ".parquet":
+        src, chosen = src.parent, [src.name]
+    elif src.is_dir():
+        chosen = choose_files(src, [files] if files else ["*train*"] if train else ["*val*", "*test*"])
+    else:
+        raise InputError(f"--src {src}: want a .parquet file or the folder that holds them (they are not read in "
+                         "archives)")
+    names, skipped, blocks = {}, Counter(), []
+
+    def records() -> Iterator[Record]:
+        count = 0
+        for name in chosen:
+            for group, (column, values) in enumerate(parquet_labels(src / name, image_column, label_column, names)):
+                first = count
+                for row, label in enumerate(values):
+                    where = f"{name}, row group {group}, row {row}"
+                    identity = class_of(label, wnids, f"{src}/{where}")
+                    if identity is None:
+                        skipped["no label"] += 1
+                    else:
+                        yield Record(partial(parquet_image, str(src / name), column, group, row), where, identity)
+                        count += 1
+                blocks.extend(range(first, count, RUN))
+
+    source = split_of(records(), domain, train, skipped, imagenet_classes() if wnids else names, reference, ood)
     return replace(source, blocks=blocks)
 
 
-def parquet_labels(path: Path, image: str, label: str) -> tuple[str, list[list], dict[str, str]]:
-    """The column of the encoded images, the labels of every row group, and the names of numbered classes, if any."""
+def choose_files(src: Path, patterns: list[str]) -> list[str]:
+    """The parquet files below src whose names fit the first pattern that any fits."""
+    listed = [file.name for file in members(src) if file.name.endswith(".parquet")]
+    for pattern in patterns:
+        if chosen := [name for name in listed if fnmatch(PurePosixPath(name).name, pattern)]:
+            return chosen
+    there = f"there are {', '.join(listed[:3])}{', ...' * (len(listed) > 3)}" if listed else "there are none at all"
+    raise InputError(f"--src {src}: no parquet file like {' or '.join(patterns)}; {there}; --files PATTERN chooses")
+
+
+def parquet_labels(path: Path, image: str, label: str, names: dict[str, str]) -> Iterator[tuple[str, list]]:
+    """For every row group the column of the encoded images and the labels; names of numbered classes go to `names`."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -339,20 +353,22 @@ def parquet_labels(path: Path, image: str, label: str) -> tuple[str, list[list],
         with ParquetFile(path, pre_buffer=False) as file:
             schema = file.schema_arrow
             types = {field.name: field.type for field in schema}
-            labels = [file.read_row_group(group, columns=[label], use_threads=False).column(0).to_pylist()
-                      for group in range(file.num_row_groups)] if label in types else []
+            for option, column in (("image", image), ("label", label)):
+                if column not in types:
+                    raise InputError(f"{path}: no column {column!r}; it has {', '.join(types)[:200]}; "
+                                     f"--{option}-column names another")
+            kind = types[image]
+            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+                image = f"{image}.bytes"
+            elif not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+                raise InputError(f"{path}: column {image!r} is {str(kind)[:60]}; want bytes, or a struct with bytes")
+            names |= class_names(schema.metadata, label)
+            for group in range(file.num_row_groups):
+                yield image, file.read_row_group(group, columns=[label], use_threads=False).column(0).to_pylist()
+    except InputError:
+        raise
     except Exception as error:  # Arrow raises its own errors and Python's alike
         raise InputError(f"{path}: not a readable parquet file ({one_line(error)})") from error
-    for option, column in (("image", image), ("label", label)):
-        if column not in types:
-            raise InputError(f"{path}: no column {column!r}; it has {', '.join(types)[:200]}; --{option}-column names "
-                             "another")
-    kind = types[image]
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        image = f"{image}.bytes"
-    elif not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise InputError(f"{path}: column {image!r} is {str(kind)[:60]}; want bytes, or a struct with bytes")
-    return image, labels, class_names(schema.metadata, label)
 
 
 def class_names(metadata: dict[bytes, bytes] | None, column: str) -> dict[str, str]:
@@ -491,25 +507,28 @@ def webdataset(src: str, domain: str, train: bool, label_key: str = "label", wni
     opens (read twice: once for the labels, then image by image). A label is a number (below 0: none) or a word. Source:
     the format of the webdataset library.
     """
-    records, skipped, endings = [], Counter(), image_suffixes()
-    for url in list_tars(src):
-        with open_tar(url) as file:
-            files = ((PurePosixPath(name), offset, size) for name, offset, size in tar_files(file, url))
-            for key, parts in groupby(files, lambda part: part[0].parent / part[0].name.partition(".")[0]):
-                fields = {name.name.partition(".")[2].lower(): (offset, size) for name, offset, size in parts}
-                image = next((field for field in fields if f".{field}" in endings), None)
-                if image is None:
-                    skipped["sample without an image"] += 1
-                    continue
-                label = field_label(file, url, fields, label_key)
-                if (identity := class_of(label, wnids, f"{url}: {key}")) is None:
-                    skipped["no label"] += 1
-                elif fields[image][1] > LARGEST_IMAGE:
-                    skipped[f"larger than {LARGEST_IMAGE >> 20} MiB"] += 1
-                else:
-                    records.append(Record(partial(read_range, url, *fields[image]), f"{url}: {key}", identity))
+    urls, skipped, endings = list_tars(src), Counter(), image_suffixes()
+
+    def records() -> Iterator[Record]:
+        for url in urls:
+            with open_tar(url) as file:
+                files = ((PurePosixPath(name), offset, size) for name, offset, size in tar_files(file, url))
+                for key, parts in groupby(files, lambda part: part[0].parent / part[0].name.partition(".")[0]):
+                    fields = {name.name.partition(".")[2].lower(): (offset, size) for name, offset, size in parts}
+                    image = next((field for field in fields if f".{field}" in endings), None)
+                    if image is None:
+                        skipped["sample without an image"] += 1
+                        continue
+                    label = field_label(file, url, fields, label_key)
+                    if (identity := class_of(label, wnids, f"{url}: {key}")) is None:
+                        skipped["no label"] += 1
+                    elif fields[image][1] > LARGEST_IMAGE:
+                        skipped[f"larger than {LARGEST_IMAGE >> 20} MiB"] += 1
+                    else:
+                        yield Record(partial(read_range, url, *fields[image]), f"{url}: {key}", identity)
+
     names = imagenet_classes() if wnids else {}
-    return split_of(records, domain, train, skipped, names, reference, ood)
+    return split_of(records(), domain, train, skipped, names, reference, ood)
 
 
 def field_label(file: BinaryIO, where: str, fields: dict[str, tuple[int, int]], key: str) -> object:

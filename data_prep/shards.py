@@ -77,7 +77,10 @@ class Record:
 
 @dataclass
 class Source:
-    """What a source function returns: its images in source order, and how they are to be scored."""
+    """What a source function returns: its images in source order, and how they are to be scored.
+
+    The other fields are read after the records, so a generator may fill `skipped`, `names` and `blocks` as it goes.
+    """
 
     records: Iterable[Record]  # a list, or, for sets that are no list in memory, anything that yields them once
     protocol: dict | None = None  # {"name": ..., options}; None: a training split
@@ -95,14 +98,33 @@ def open_image(data: bytes) -> tuple[Image.Image, bool]:
     """A decoded image, and whether its EXIF data say that it is to be turned; BadImage where there is none."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged tags
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=READABLE)
-        image.load()  # a truncated file ends here, not in training
-        return image, image.getexif().get(0x0112, 1) != 1
+            image.load()  # a truncated file ends here, not in training
+            return image, image.getexif().get(0x0112, 1) != 1
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS // 1_000_000} million pixels") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... by format
         raise BadImage("unreadable image") from error
+
+
+def jpeg_sides(data: bytes | bytearray) -> tuple[int, int] | None:
+    """Width and height as the header of a JPEG announces them; None where it is damaged.
+
+    To be asked before anything is decoded: a decoder allocates what the header says, and fills up what is missing, so
+    that 600 damaged bytes would cost gigabytes and a minute. Segments that have no length, and stray bytes, do not
+    come before the frame header; libjpeg would pass over them and might read another header than this function.
+    """
+    try:
+        at = 2
+        while data[at] == 0xFF and (marker := data[at + 1]) != 0x01 and not 0xD0 <= marker <= 0xDA and marker >= 0xC0:
+            if marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC):
+                return data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
+            at += 2 + (data[at + 2] << 8 | data[at + 3])
+    except IndexError:
+        pass
+    return None
 
 
 def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
@@ -120,7 +142,7 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
     """
     image, turned = open_image(data)
     plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not image.info.get("progressive") and not turned
-    if plain and image.size == (size, size):
+    if plain and jpeg_sides(data) == image.size == (size, size):  # the first is what readers of the shard go by
         return data
     image = ImageOps.exif_transpose(image) if turned else image
     if image.mode.startswith("I"):  # 16 bits a channel: Pillow's own conversion would cut instead of scale
@@ -448,15 +470,53 @@ def read_index(folder: Path) -> dict:
     except FileNotFoundError:
         raise InputError(f"{folder}: no index.json: not a split, or its preparation did not finish "
                          "(run the same command again)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); prepare the split again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         found = index.get("format") if isinstance(index, dict) else type(index).__name__
-        raise InputError(f"{path}: format is {found!r}, not {FORMAT!r}; prepare the split with this version")
-    wanted = {"domain", "split", "size", "samples", "classes", "names", "shards", "protocol", "provenance"}
-    if missing := wanted - set(index):
+        raise InputError(f"{path}: format is {str(found)[:60]!r}, not {FORMAT!r}; prepare the split with this version")
+    if missing := {*INDEX, "protocol"} - set(index):
         raise InputError(f"{path}: lacks {sorted(missing)[0]!r}; prepare the split again")
+    wrong = [key for key, kind in INDEX.items() if not fits(index[key], kind)]
+    wrong += ["merged"] * (not fits(index.get("merged", []), [{"split": str}]))
+    wrong += ["protocol"] * (not (index["protocol"] is None or fits_protocol(index["protocol"])))
+    if not wrong:
+        sound = {"domain": index["domain"] in DOMAINS, "size": 0 < index["size"] < 1 << 16,
+                 "names": len(index["names"]) == len(index["classes"]),
+                 "columns": {*index["columns"]} <= {"shard", "offset", "length", "label", "hash", *OPTIONAL, *TABLES}}
+        wrong = [key for key, good in sound.items() if not good]
+    if wrong:
+        raise InputError(f"{path}: {wrong[0]!r} is not what it should be; prepare the split again")
     return index
+
+
+# what readers rely on: a type, a list of such things, or an object with at least these fields
+INDEX = {
+    "domain": str, "split": str, "size": int, "samples": int, "classes": [str], "names": [str], "columns": [str],
+    "shards": [{"file": str, "bytes": int, "samples": int, "sha256": str}], "provenance": {"source": str, "plan": str},
+}
+
+
+def fits(value: object, kind: type | list | dict) -> bool:
+    """Whether a value from a JSON file is of a kind; a number also has to be one that an array can hold."""
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], kind[key]) for key in kind)
+    if kind == [str]:  # there may be millions of classes
+        return isinstance(value, list) and set(map(type, value)) <= {str}
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(one, kind[0]) for one in value)
+    return type(value) is kind and (kind is not int or 0 <= value < 1 << 62)
+
+
+def fits_protocol(protocol: object) -> bool:
+    """Whether a protocol has a name, and the fields that an evaluation by it reads are of their kinds."""
+    if not fits(protocol, {"name": str}):
+        return False
+    needed = {"verification": {"folds": int}, "classification": {"reference": str}}.get(protocol["name"], {})
+    optional = {"ood": bool, "groups": {}, "variants": [str], "draws": int}
+    kinds = needed | {key: kind for key, kind in optional.items() if key in protocol}
+    return (fits(protocol, kinds) and protocol.get("variants") != [] and 1 <= protocol.get("draws", 1) <= 10_000
+            and all(fits(group, [str]) for group in protocol.get("groups", {}).values()))
 
 
 SHARD = re.compile(r"(\.\./(?!\.)[^/\0]+/)?shard-\d{6}\.tar")  # a split's own, or, where it is merged, a neighbour's
@@ -481,7 +541,7 @@ class Split:
         )  # still mapped, but plain arrays: to look one number up in a memmap takes a microsecond
         self.files: dict[int, int] = {}  # shard -> file descriptor
         again = "prepare the split again, or find what differs with `python -m data_prep verify`"
-        sizes = np.array([shard["bytes"] for shard in self.index["shards"]])
+        sizes = np.array([shard["bytes"] for shard in self.index["shards"]], dtype=np.int64)
         for shard in self.index["shards"]:
             if not SHARD.fullmatch(shard["file"]):
                 raise InputError(f"{self.folder}/index.json: {shard['file'][:80]!r} is no name of a shard; {again}")
@@ -491,8 +551,11 @@ class Split:
             if path.stat().st_size != shard["bytes"]:
                 raise InputError(f"{path}: {path.stat().st_size} bytes, its index says {shard['bytes']}: truncated or "
                                  f"replaced; {again}")
+        if sum(shard["samples"] for shard in self.index["shards"]) != len(self):
+            raise InputError(f"{self.folder}/index.json: its shards do not add up to {len(self)} samples; {again}")
+        # in this form no sum can overflow
         if len(self) and (not 0 <= self.shard.min() <= self.shard.max() < len(sizes) or self.offset.min() < 512
-                          or (self.offset + self.length > sizes[self.shard]).any()):
+                          or self.length.min() < 1 or (self.length > sizes[self.shard] - self.offset).any()):
             raise InputError(f"{self.folder}/index: rows that lie outside the shards; {again}")
         if len(self) and not -1 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise InputError(f"{self.folder}/index/label.npy: labels outside -1..{len(self.classes) - 1}; {again}")
@@ -508,10 +571,19 @@ class Split:
         path = self.folder / "index" / f"{name}.npy"
         try:
             column = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: column {name!r} cannot be read ({error}); prepare the split again") from error
-        if name not in TABLES and column.shape != (len(self),):
-            raise InputError(f"{path}: {column.shape} rows for {len(self)} samples; prepare the split again")
+            found = f"{column.dtype} {list(column.shape)}"
+        except Exception as error:  # NumPy raises OSError, ValueError, EOFError, SyntaxError, TokenError, ... by damage
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{path}: column {name!r} cannot be read ({reason}); prepare the split again") from error
+        kind = np.dtype({"hash": np.uint64, "quality": np.float64}.get(name, np.int64))
+        width = TABLES[name].count(",") + 1 if name in TABLES else None
+        if column.dtype != kind or column.shape != ((*column.shape[:1], width) if width else (len(self),)):
+            wanted = f"[rows, {width}]: {TABLES[name]}" if width else f"[{len(self)}], one a sample"
+            raise InputError(f"{path}: holds {found}, want {kind} {wanted}; prepare the split again")
+        if name == "quality" and not np.isfinite(column).all():
+            raise InputError(f"{path}: numbers that are no quality; prepare the split again")
+        if name == "pairs" and len(column) and not 0 <= column[:, :2].min() <= column[:, :2].max() < len(self):
+            raise InputError(f"{path}: pairs name rows outside 0..{len(self) - 1}; prepare the split again")
         return column
 
     @property
@@ -554,7 +626,7 @@ class Split:
         try:
             info = tarfile.TarInfo.frombuf(block[: tarfile.BLOCKSIZE], "utf-8", "strict")
             return dict(json.loads(block[tarfile.BLOCKSIZE : tarfile.BLOCKSIZE + info.size]))
-        except (tarfile.HeaderError, TypeError, ValueError) as error:
+        except (tarfile.HeaderError, TypeError, ValueError, RecursionError) as error:
             raise InputError(f"{self.folder}: row {row} has no readable JSON; find what is damaged with `python -m "
                              "data_prep verify`") from error
 
@@ -566,15 +638,15 @@ class Split:
         """
         data = bytearray(int(self.length[row]))
         read = os.preadv(self.open_shard(int(self.shard[row])), (data,), int(self.offset[row]))
+        sides = jpeg_sides(data) if read == len(data) else None
+        if sides not in (None, (self.size, self.size)):
+            raise BadImage(f"{self.jpeg(row)[0]}: {sides[0]}x{sides[1]} pixels, not {self.size}x{self.size}")
         try:
-            image = decoder()(data) if read == len(data) else None
+            image = decoder()(data) if sides else None
         except (RuntimeError, ValueError):
             image = None
         if image is None:
             raise BadImage(f"{self.jpeg(row)[0]}: not a readable JPEG")
-        if image.shape[1:] != (self.size, self.size):
-            raise BadImage(f"{self.jpeg(row)[0]}: {image.shape[2]}x{image.shape[1]} pixels, not "
-                           f"{self.size}x{self.size}")
         return image
 
 
@@ -628,10 +700,10 @@ def verify_shard(folder: Path, number: int) -> list[str]:
     rows = np.arange(*np.searchsorted(split.shard, (number, number + 1)))
     columns = {name: split.column(name) for name in OPTIONAL if name in split.index["columns"]}
     try:
-        with tarfile.open(path) as tar:
-            members = tar.getmembers()
+        with tarfile.open(path, "r:") as tar:
+            members = list(islice(tar, 2 * len(rows) + 1))  # those of a damaged tar may run in a circle
             if len(members) != 2 * len(rows):
-                return [*problems, f"{path}: {len(members)} members for {len(rows)} samples"]
+                return [*problems, f"{path}: its members do not fit the {len(rows)} samples of the index"]
             for row, image, meta in zip(rows, members[::2], members[1::2], strict=True):
                 key = image.name.removesuffix(".jpg")
                 if image.name != f"{key}.jpg" or meta.name != f"{key}.json" or not key.isdigit():
@@ -640,7 +712,7 @@ def verify_shard(folder: Path, number: int) -> list[str]:
                 if (image.offset_data, image.size) != (split.offset[row], split.length[row]):
                     problems.append(f"{path}: {image.name} is not where the index says")
                     continue
-                fields = json.loads(tar.extractfile(meta).read())
+                fields = split.fields(row)
                 label = int(split.labels[row])
                 expected = {"key": key, "domain": split.domain, "label": label,
                             "identity": split.classes[label] if label >= 0 else None}
@@ -651,8 +723,10 @@ def verify_shard(folder: Path, number: int) -> list[str]:
                     split.image(row)
                 except BadImage as error:
                     problems.append(f"{path}: {error}")
-    except (tarfile.TarError, ValueError, OSError) as error:
-        problems.append(f"{path}: not a readable tar ({error})")
+    except InputError as error:
+        problems.append(error.message)
+    except Exception as error:  # tarfile raises TarError, ValueError, IndexError, OverflowError, ... by damage
+        problems.append(f"{path}: not a readable tar ({' '.join(str(error).split())[:200]})")
     return problems
 
 
@@ -662,10 +736,8 @@ def verify_protocol(split: Split) -> list[str]:
     problems = []
     if name == "verification":
         pairs = split.column("pairs")
-        if pairs.ndim != 2 or pairs.shape[1] != 4 or not len(pairs):
-            return [f"{split.folder}: verification needs pairs [P, 4], found {pairs.shape}"]
-        if pairs[:, :2].min() < 0 or pairs[:, :2].max() >= len(split):
-            return [f"{split.folder}: pairs name rows outside 0..{len(split) - 1}"]
+        if not len(pairs):
+            return [f"{split.folder}: verification needs pairs"]
         a, b = split.labels[pairs[:, 0]], split.labels[pairs[:, 1]]
         wrong = int(((a == b) != (pairs[:, 2] == 1)).sum())
         problems += [f"{split.folder}: {wrong} pairs contradict the labels"] * (wrong > 0)
@@ -689,9 +761,9 @@ def verify_templates(split: Split) -> list[str]:
         problems.append(f"{split.folder}: images of one template have several labels")
     for name in ("template_pairs", "template_gallery", "template_probes"):
         if name in split.index["columns"]:
-            table, width = split.column(name), TABLES[name].count(",") + 1
-            if table.ndim != 2 or table.shape[1] != width or not len(table):
-                problems.append(f"{split.folder}: {name} is {table.shape}, want [rows, {width}]: {TABLES[name]}")
+            table = split.column(name)
+            if not len(table):
+                problems.append(f"{split.folder}: {name} is empty")
                 continue
             place = np.searchsorted(ids, table[:, :2]).clip(max=len(ids) - 1)
             known = (ids[place] == table[:, :2]).all(1)
@@ -714,12 +786,10 @@ def verify_split(folder: Path, workers: int = 1) -> list[str]:
     numbers = range(len(split.index["shards"]))
     problems = verify_protocol(split)
     counts = [shard["samples"] for shard in split.index["shards"]]
-    if sum(counts) != len(split):
-        problems.append(f"{folder}: the shard table does not add up to {len(split)} samples")
-    elif not np.array_equal(split.shard, np.repeat(numbers, counts)):
+    if not np.array_equal(split.shard, np.repeat(numbers, counts)):
         problems.append(f"{folder}/index/shard.npy: rows are not in the order of the shard table")
-    with ProcessPoolExecutor(max(min(workers, len(numbers)), 1), PROCESSES, start_worker, (os.getpid(),)) as pool:
-        results = pool.map(verify_shard, [folder] * len(numbers), numbers)
-        for found in tqdm(results, desc=f"verify {folder}", total=len(numbers), unit="shard", disable=None):
-            problems += found
+    open_split.cache_clear()  # the folder may have changed since it was opened here; workers inherit what is open
+    results = in_parallel(verify_shard, ((folder, number) for number in numbers), min(workers, len(numbers)), True)
+    for found in tqdm(results, desc=f"verify {folder}", total=len(numbers), unit="shard", disable=None):
+        problems += found
     return problems

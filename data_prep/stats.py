@@ -26,7 +26,7 @@ def table_sums() -> np.ndarray:
 def jpeg_quality(data: bytes) -> int | None:
     """The quality 1..100 whose table is nearest to that of a JPEG; None where it has none that can be read."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             table = image.quantization[0]
     except Exception:  # as wherever Pillow reads a stranger's file
         return None

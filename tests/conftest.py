@@ -5,8 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
+import numpy as np
 import pytest
 import torch
+
+from data_prep import InputError
+from data_prep.__main__ import cli
+from data_prep.objects import row_group
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: without a GPU they run through the interpreter
@@ -25,6 +31,55 @@ def script(*arguments, check: int | None = 0, **options) -> subprocess.Completed
     )
     assert check is None or result.returncode == check, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+# ---------------------------------------------------------------- accidents
+
+SPLICES = [b"../../../evil.jpg", b"/etc/passwd", b"\0", b"\xff\xfe", b'"', b",", b"\n", b" ", b"9" * 400, b"-1", b"\r",
+           b"\xe2\x80\xa8", b"_" * 50, b"A" * 3000, b"\n" * 20]
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """The data after one to three accidents: a byte changed, a piece cut, doubled, swapped or spliced in."""
+    for _ in range(rng.integers(1, 4)):
+        i, j = sorted(rng.integers(0, len(data) + 1, 2).tolist())
+        kind = rng.integers(5)
+        if kind == 0 and i < len(data):
+            data = data[:i] + bytes([rng.integers(256)]) + data[i + 1 :]
+        elif kind == 1:
+            data = data[:i] + data[j:]
+        elif kind == 2:
+            data = data[:j] + data[i:j] + data[j:]
+        elif kind == 3:
+            data = data[:i] + SPLICES[rng.integers(len(SPLICES))] + data[i:]
+        else:
+            data = data[i:] + data[:i]
+    return data
+
+
+def prepare_mutated(source: str, src: Path, name: str, cases: int, split: str) -> int:
+    """Prepare `src` with its file `name` mutated, so many times; returns how often that was refused.
+
+    Asserts that every refusal is one line of bad input and that nothing is written but DATA/<split>. `src` must lie
+    two folders below one that is otherwise empty.
+
+    Args:
+        split: "domain/split" to write.
+    """
+    whole, rng, root, refused = (src / name).read_bytes(), np.random.default_rng(0), src.parent.parent, 0
+    for case in range(cases):
+        (src / name).write_bytes(mutated(whole, rng))
+        row_group.cache_clear()
+        before = {path: path.read_bytes() for path in src.parent.rglob("*") if path.is_file()}
+        try:
+            cli.main([source, "--src", str(src), "--out", str(root / "out" / str(case) / split), "--size", "8",
+                      "--workers", "1"], standalone_mode=False)
+        except click.ClickException as error:
+            assert isinstance(error, InputError) and 0 < len(error.message) < 700 and "\n" not in error.message
+            refused += 1
+        assert {path: path.read_bytes() for path in src.parent.rglob("*") if path.is_file()} == before
+    assert {path.name for path in root.iterdir()} <= {src.parent.name, "out"}
+    return refused
 
 
 @pytest.fixture(scope="session")

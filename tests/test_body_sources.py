@@ -1,17 +1,17 @@
 """Sources of bodies: a tiny instance of every layout, prepared, verified, read back and scored by a known answer."""
 
 import json
+import zipfile
 from pathlib import Path
 
-import click
 import numpy as np
 import pytest
 
 import evaluate
 from data_prep import InputError
 from data_prep.shards import Split, verify_split
-from tests.conftest import TINY, script
-from tests.test_data_prep import encode, files_of, picture, run_here
+from tests.conftest import ROOT, TINY, prepare_mutated, script
+from tests.test_data_prep import encode, picture, run_here
 
 # ---------------------------------------------------------------- fixtures
 
@@ -70,6 +70,7 @@ def msmt17_files(version: int) -> dict:
 PRCC = {f"prcc/rgb/{name}": None for name in [
     "train/001/A_cropped_rgb001.jpg", "train/001/B_cropped_rgb002.jpg", "train/001/C_cropped_rgb003.jpg",
     "train/002/A_cropped_rgb004.jpg", "val/001/A_cropped_rgb009.jpg",
+    "val/001/C_cropped_rgb010.jpg", "val/001/B_cropped_rgb011.jpg", "val/002/A_cropped_rgb012.jpg",
     "test/A/003/cropped_rgb001.jpg", "test/A/003/cropped_rgb002.jpg", "test/A/004/cropped_rgb003.jpg",
     "test/A/004/cropped_rgb004.jpg", "test/B/003/cropped_rgb001.jpg", "test/C/003/cropped_rgb001.jpg",
     "test/C/004/cropped_rgb001.jpg"]} | {"prcc/sketch/train/001/A_cropped_rgb001.jpg": None}  # fmt: skip
@@ -82,6 +83,8 @@ LTCC = {f"LTCC_ReID/{name}": None for name in [
 
 DEEPCHANGE = {
     "train-set": ["P1_C16_1_20190101.jpg,1,0,0", "P1_C16_2_20190102.jpg,2", "P2_C1_1_20190103.jpg,3"],
+    "val-set-query": ["P3_C1_1_20190104.jpg,20"],
+    "val-set-gallery": ["P3_C1_1_20190105.jpg,20", "P3_C1_2_20190106.jpg,21", "P4_C1_2_20190106.jpg,22"],
     "test-set-query": ["P7_C4_1_20190104.jpg,10,5", "P8_C4_1_20190105.jpg,11"],
     "test-set-gallery": ["P7_C4_1_20190106.jpg,10", "P7_C4_2_20190107.jpg,12", "P8_C5_1_20190108.jpg,13"],
 }  # fmt: skip
@@ -159,6 +162,24 @@ def test_prcc(tmp_path):
     assert columns(same, "label", "clothes", "role") == [[0, 0, 1, 1, 0], [0, 0, 2, 2, 0], [1] * 4 + [0]]
 
 
+def test_validation_images_are_test_splits_of_their_own(tmp_path, capsys):
+    options = ["--val", "--part", "test"]
+    train = prepared("prcc", write_files(tmp_path / "prcc", PRCC), tmp_path / "d/body/train")
+    prcc = prepared("prcc", tmp_path / "prcc", tmp_path / "d/body/val", *options)
+    assert prcc.classes == train.classes == ["001", "002"]  # in PRCC the same people, which is said
+    assert "WARNING: train and test overlap, 2 identities are in train too" in capsys.readouterr().out
+    assert columns(prcc, "label", "camera", "role") == [[0, 0, 1], [0, 2, 0], [1, 0, 1]]
+    assert prcc.protocol["variants"][0] == "cross-clothes"
+    # the probe (C of 001, at 10 degrees) is nearer to its mate (0), or to the other person's A
+    assert scored(prcc, 0, 10, 40)["mAP"] == 1 and scored(prcc, 0, 10, 15)["mAP"] == 0.5
+    same = prepared("prcc", tmp_path / "prcc", tmp_path / "d/body/val-same", *options, "--variant", "same-clothes")
+    assert columns(same, "camera") == [[0, 1, 0]]
+    deep = prepared("deepchange", write_files(tmp_path / "deep", deepchange_files()), tmp_path / "d/body/deep", "--val")
+    assert deep.classes == ["0003", "0004"] and columns(deep, "camera", "role") == [[20, 20, 21, 22], [0, 1, 1, 1]]
+    # of the probe's mates one is of its own tracklet, and the other person comes before the other mate: 1/2
+    assert scored(deep, 0, 0, 20, 10)["mAP"] == 0.5
+
+
 def test_ltcc(tmp_path):
     src = write_files(tmp_path / "src", LTCC)
     train = prepared("ltcc", src, tmp_path / "d/body/train")
@@ -194,6 +215,30 @@ def test_persons(tmp_path):
     assert worn[0] == worn[2] != worn[3] and worn[1] == worn[5] == -1
     # cy: row 2 is of its camera; the distractor (10) comes before row 3 (20): 1/2. dee: 1
     assert scored(split, 0, 90, 0, 20, 90, 10)["mAP"] == pytest.approx(0.75)
+
+
+def test_the_source_that_the_readme_shows(tmp_path):
+    """The README's code as it stands: prepared by its own command from a zip, verified, read back, scored."""
+    text = (ROOT / "README.md").read_text()
+    code = text.partition("**Your own data set**")[2].partition("```python\n")[2].partition("```")[0]
+    names = ["query/0007_cam1_1.jpg", "gallery/0007_cam1_2.jpg", "gallery/0007_cam2_3.jpg", "gallery/0008_cam2_4.jpg",
+             "gallery/notes.jpg", "train/0001_cam3_5.jpg", "train/0002_cam4_6.jpg", "train/readme.txt"]
+    with zipfile.ZipFile(tmp_path / "Plaza.zip", "w") as archive:
+        for i, name in enumerate(names):
+            archive.writestr(f"Plaza-1.0/{name}", encode(picture(i, 16, 16), quality=90))
+    command = ["-c", code, "plaza", "--src", tmp_path / "Plaza.zip", "--size", "16", "--workers", "2", "--out"]
+    for part in ("plaza", "train"):
+        script(*command, tmp_path / "d/body" / part)
+        assert verify_split(tmp_path / "d/body" / part) == []
+    split, train = Split(tmp_path / "d/body/plaza"), Split(tmp_path / "d/body/train")
+    assert columns(split, "label", "camera", "role") == [[0, 0, 1, 0], [1, 2, 2, 1], [1, 1, 1, 0]]  # by name
+    assert [split.jpeg(row)[1] for row in range(4)] == [encode(picture(i, 16, 16), quality=90) for i in (1, 2, 3, 0)]
+    assert split.index["skipped"] == {"name is not Plaza's": 1}
+    assert split.protocol == {"name": "reid"} and train.protocol is None and train.classes == ["0001", "0002"]
+    # row 0 is of the probe's camera; the other person (20 degrees) comes before its mate (40)
+    assert scored(split, 0, 40, 20, 0)["mAP"] == 0.5
+    refused = script("-c", code, "plaza", "--src", tmp_path / "d", "--out", tmp_path / "d/body/x", check=2).stderr
+    assert refused.startswith(f"error: --src {tmp_path / 'd'}: no query in it; Plaza has the folders")
 
 
 def test_evaluation_scores_every_variant(tmp_path):
@@ -259,6 +304,9 @@ def test_validation_images_are_not_test_images(tmp_path):
     src = write_files(tmp_path / "src", msmt17_files(1))
     with pytest.raises(InputError, match="--with-val adds to the training images"):
         run_here("msmt17", "--src", src, "--out", tmp_path / "d/body/test", "--with-val")
+    for source in ("prcc", "deepchange"):
+        with pytest.raises(InputError, match="--val makes a test split"):
+            run_here(source, "--src", src, "--out", tmp_path / "d/body/train", "--val")
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
@@ -270,46 +318,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
 
 # ---------------------------------------------------------------- mutated lists
 
-SPLICES = [b"../../../evil.jpg", b"/etc/passwd", b"\0", b"\xff\xfe", b'"', b",", b"\n", b" ", b"9" * 400, b"-1", b"\r",
-           b"\xe2\x80\xa8", b"_" * 50, b"A" * 3000, b"\n" * 20]
-
-
-def mutated(data: bytes, rng: np.random.Generator) -> bytes:
-    """The data after one to three accidents: a byte changed, a piece cut, doubled, swapped or spliced in."""
-    for _ in range(rng.integers(1, 4)):
-        i, j = sorted(rng.integers(0, len(data) + 1, 2).tolist())
-        kind = rng.integers(5)
-        if kind == 0 and i < len(data):
-            data = data[:i] + bytes([rng.integers(256)]) + data[i + 1 :]
-        elif kind == 1:
-            data = data[:i] + data[j:]
-        elif kind == 2:
-            data = data[:j] + data[i:j] + data[j:]
-        elif kind == 3:
-            data = data[:i] + SPLICES[rng.integers(len(SPLICES))] + data[i:]
-        else:
-            data = data[i:] + data[:i]
-    return data
-
-
 @pytest.mark.parametrize("source, name, files", [
     ("msmt17", "MSMT17_V2/list_gallery.txt", msmt17_files(2)), ("persons", "persons.csv", persons_files()),
     ("deepchange", "DeepChangeDataset/test-set-query-bbox.txt", deepchange_files()),
 ])  # fmt: skip
 def test_mutated_lists_end_in_one_line_and_touch_nothing_else(source, name, files, tmp_path, monkeypatch):
-    src = write_files(tmp_path / "a" / "b" / "src", files)
-    whole, rng, refused = (src / name).read_bytes(), np.random.default_rng(0), 0
+    src = write_files(tmp_path / "b" / "src", files)
     monkeypatch.chdir(src)
-    for case in range(120):
-        out = tmp_path / "a" / "out" / str(case) / "body" / "test"
-        (src / name).write_bytes(mutated(whole, rng))
-        before = files_of(tmp_path / "a" / "b")
-        try:
-            run_here(source, "--src", src, "--out", out, "--size", 8, "--workers", 1)
-        except click.ClickException as error:
-            assert isinstance(error, InputError) and error.message and len(error.message) < 600
-            refused += 1
-        assert files_of(tmp_path / "a" / "b") == before
-    assert 20 < refused < 120  # the loop meets both good and bad lists
-    assert sorted(p.name for p in tmp_path.iterdir()) + sorted(p.name for p in (tmp_path / "a").iterdir()) == [
-        "a", "b", "out"]
+    assert 20 < prepare_mutated(source, src, name, 120, "body/test") < 120  # the loop meets both good and bad lists

@@ -20,7 +20,7 @@ from PIL import Image
 from data_prep import InputError, shards
 from data_prep.__main__ import cli
 from data_prep.degrade import degrade
-from data_prep.demo import draw_body, draw_face, draw_object
+from data_prep.demo import demo_splits, draw_body, draw_face, draw_object
 from data_prep.faces import lfw, read_pairs
 from data_prep.shards import BadImage, Split, fit_image, open_root, verify_split
 from tests.conftest import ROOT, script
@@ -246,7 +246,7 @@ def damage_index(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage, words", [
     (damage_truncate, "shard-000001.tar: 3000 bytes, its index says"), (damage_missing, "shard-000002.tar: missing"),
-    (damage_label_range, "labels outside -1..2"), (damage_column, "14,) rows for 15 samples"),
+    (damage_label_range, "labels outside -1..2"), (damage_column, "holds int64 [14], want int64 [15]"),
     (damage_pickle, "column 'label' cannot be read"), (damage_index, "index.json: cannot be read"),
 ])  # fmt: skip
 def test_a_split_that_disagrees_with_itself_is_refused_when_opened(damage, words, small):
@@ -426,6 +426,20 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     assert "Traceback" in result.stderr
 
 
+def test_names_that_are_no_text_are_classes_as_others(tmp_path):
+    """A folder called b"a\\xff" can be printed and comes back from the index."""
+    for part in ("train", "test"):
+        (tmp_path / "src" / os.fsdecode(b"a\xff")).mkdir(parents=True, exist_ok=True)
+        for i in range(2):
+            (tmp_path / "src" / os.fsdecode(b"a\xff") / f"{i}.jpg").write_bytes(encode(picture(i, 24, 24)))
+        strict = "import sys; sys.argv[0] = 'data_prep'; sys.stdout.reconfigure(encoding='utf-8', errors='strict'); " \
+                 "from data_prep.__main__ import cli, run_command; run_command(cli)"
+        result = script("-c", strict, "folder", "--src", tmp_path / "src", "--out", tmp_path / "d/face_hq" / part,
+                        "--workers", "1")
+    assert "1 identities are in train too: a\\udcff" in result.stdout
+    assert Split(tmp_path / "d/face_hq/train").classes == [os.fsdecode(b"a\xff")]
+
+
 def test_ctrl_c_leaves_what_is_done(tmp_path):
     src = class_folders(tmp_path / "src", classes=6, images=60, width=900, height=900)
     out = tmp_path / "d/object/train"
@@ -472,6 +486,10 @@ def test_demo_people_are_the_same_in_both_qualities_and_never_in_train_and_test(
     for domain in ("face_hq", "face_lq", "body"):
         assert not set(root[domain]["train"].classes) & set(root[domain]["test"].classes)
     assert root["face_hq"]["test"].classes == root["face_lq"]["test"].classes
+    drawn = {name: {record.name for record in source.records} for name, (source, _) in demo_splits(0, 0.1).items()}
+    for split in ("train", "test"):  # and no picture is in both, sharp and degraded
+        assert len(drawn[f"face_hq/{split}"]) == len(drawn[f"face_lq/{split}"]) == len(root["face_lq"][split])
+        assert not drawn[f"face_hq/{split}"] & drawn[f"face_lq/{split}"]
     with tarfile.open(root["face_lq"]["test"].folder / "shard-000000.tar") as tar:
         meta = json.loads(tar.extractfile(tar.getmembers()[1]).read())
     assert meta["person"] == f"demo-{meta['identity']}"

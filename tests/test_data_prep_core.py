@@ -21,8 +21,10 @@ from PIL import Image
 
 from data_prep import InputError, bench
 from data_prep.__main__ import cli
+from data_prep.archives import members
 from data_prep.degrade import degrade, gaussian, warp
 from data_prep.demo import draw_face
+from data_prep.folders import folder
 from data_prep.records import Records, draw, first_copies, restrict
 from data_prep.shards import Record, Source, Split, in_parallel, verify_split, write_split
 from data_prep.stats import jpeg_quality, sharpness
@@ -350,7 +352,7 @@ def test_a_model_is_trained_on_a_merged_split(tmp_path):
     made(root / "one", [(f"{i % 5}", None, 0) for i in range(20)], size=32)
     made(root / "two", [(f"{i % 4}", None, 0) for i in range(12)], size=32)
     run_here("merge", root / "one", root / "two", "--out", root / "train")
-    made(root / "test", [(f"t{i % 4}", None, i // 4) for i in range(8)], {"name": "verification"}, 32,
+    made(root / "test", [(f"t{i % 4}", None, i // 4) for i in range(8)], {"name": "verification", "folds": 1}, 32,
          pairs=[(0, 4, 1, 0), (0, 1, 0, 0)])
     run = tmp_path / "run"
     script("train.py", *TINY, "--schedule", "B", "--domains", "body", "--data", tmp_path / "data", "--out", run)
@@ -602,6 +604,14 @@ def test_every_source_is_listed_with_its_layout_and_its_own_options(capsys):
     assert listed == sorted(expected) and {"folder", "lfw", "market", "parquet"} < set(listed)
     assert not {"bench", "demo", "merge", "verify"} & set(listed)
     text = " ".join(" ".join(lines).split())
+    for numbers in ("5,822,653 of 85,742", "501,195 images of 10,572", "4,235,242 of 205,990", "12,720,066 of 617,970",
+                    "42,474,557 of 2,059,906", "6,000 pairs, cfp_fp and cfp_ff 7,000", "6,000 pairs in 10 folds",
+                    "3,728 probes, 4,443 matches, 153,428 distractors", "227,630 images, 12,115 templates, 8,010,270",
+                    "469,375 images, 23,124 templates, 15,658,489", "1,772 and 1,759 templates, 19,593 probes",
+                    "12,936 training images; 3,368 queries, 15,913", "16,522, 2,228 and 17,661", "32,621", "17,896",
+                    "A 3,384, B 3,543, C 3,873", "9,576", "75,083", "17,527 queries", "1,281,167 training and 50,000",
+                    "10,000 images, 10 of each", "7,500 images of 200", "30,000 images of 200", "50,889", "113 of its"):
+        assert numbers in text, numbers
     assert "list_{train,val,query,gallery}.txt" in text and "11,659 queries, 82,161 gallery images" in text
     assert "options: --pairs" in text and "--holdout" not in text and max(map(len, lines)) <= 120
 
@@ -619,6 +629,28 @@ def test_records_take_little_memory(tmp_path):
     tracemalloc.stop()
     assert peak < 60 * n + 200_000 and records[n - 1].name.endswith("image-29999.jpg") and len(records) == n
     assert not list(tmp_path.iterdir())  # the file has no name
+
+
+def test_a_folder_is_walked_in_the_order_of_names_and_one_folder_at_a_time(tmp_path):
+    """2,000 images as a list of records would take over a megabyte."""
+    names = ["a/x.jpg", "a-b/y.jpg", "a.jpg", "a/b/z.jpg", "a/b.jpg", "B/1.jpg", "ä/1.jpg", "a /1.jpg"]
+    for name in names:
+        (tmp_path / "small" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "small" / name).touch()
+    (tmp_path / "small/a/loop").symlink_to(tmp_path / "small")
+    (tmp_path / "small/a/gone.jpg").symlink_to(tmp_path / "nothing")
+    assert [member.name for member in members(tmp_path / "small")] == sorted(names)
+    for i in range(2000):
+        path = tmp_path / "large" / f"class-{i // 50:02d}" / f"image-with-a-long-name-{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    next(iter(folder(tmp_path / "large", "object", True).records))  # what is imported and cached on first use
+    tracemalloc.start()
+    source = folder(tmp_path / "large", "object", True)
+    assert sum(record.identity.startswith("class-") for record in source.records) == 2000
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200_000
 
 
 def test_tasks_are_taken_as_workers_come_free():

@@ -92,6 +92,13 @@ def overlapping_zip(path: Path) -> None:
         archive.filelist[1].header_offset = 0
 
 
+def endless_zip(path: Path) -> None:
+    """A member of 2⁶³ bytes, as only the directory of the zip says."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("c0/1.jpg", b"x")
+        archive.filelist[0].compress_size = archive.filelist[0].file_size = 1 << 63
+
+
 def tar_of(path: Path, name: str = "c0/1.jpg", kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0) -> None:
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.size = kind, link, size
@@ -129,6 +136,7 @@ BAD_ARCHIVES = {
     "secret.zip": (lambda p: zip_of(p, flag=1), "member 'c0/1.jpg' is encrypted"),
     "bomb.zip": (lambda p: zip_of(p, data=bytes(1 << 25)), "is a decompression bomb"),
     "overlap.zip": (overlapping_zip, "member 'c0/2.jpg' overlaps"),
+    "endless.zip": (endless_zip, "member 'c0/1.jpg' reaches beyond the end"),
     "cut.zip": (lambda p: (zip_of(p), os.truncate(p, 40)), "damaged zip"),
     "parent.tar": (lambda p: tar_of(p, "../evil.jpg"), "member '../evil.jpg' points out"),
     "root.tar": (lambda p: tar_of(p, "/evil.jpg"), "member '/evil.jpg' points out"),
@@ -581,13 +589,17 @@ def test_verify_reads_the_lists_of_templates(tmp_path):
     run_here("ijb", "--src", write_ijb(tmp_path / "src"), "--out", tmp_path / "d/face_lq/ijbc")
     index = tmp_path / "d/face_lq/ijbc/index"
     for name, array, words in (("template_pairs", np.array([[1, 4000, 1]]), "1 template pairs contradict the labels"),
-                               ("template_pairs", np.zeros((2, 2)), r"want \[rows, 3\]"),
+                               ("template_pairs", np.zeros((2, 2), int), r"want int64 \[rows, 3\]"),
                                ("template_gallery", np.array([[5, 0]]), "names no template"),
                                ("template", np.arange(7) // 3, "one template have several labels"),
                                ("quality", np.full(7, 0.5), "quality is 0.15")):
         before = (index / f"{name}.npy").read_bytes()
         np.save(index / f"{name}.npy", array)
-        assert any(re.search(words, problem) for problem in verify_split(index.parent)), words
+        try:
+            problems = verify_split(index.parent)
+        except InputError as error:
+            problems = [error.message]
+        assert any(re.search(words, problem) for problem in problems), words
         (index / f"{name}.npy").write_bytes(before)
     assert verify_split(index.parent) == []
 
@@ -601,6 +613,26 @@ def test_evaluate_scores_templates(tmp_path):
     values = {rule: {name: figure.value for name, figure in figures.items()} for rule, figures in found.items()}
     assert len(values) == 2 and all(rule.startswith("1:N in 2 galleries") for rule in values)
     assert all(v == {"rank-1": 1.0, "rank-5": 1.0, "rank-10": 1.0} for v in values.values())  # one template each
+
+
+@pytest.mark.parametrize("source", ["ijb", "tinyface"])
+def test_degraded_splits_keep_what_their_protocol_names(source, tmp_path):
+    """Lists of templates, roles and distractors: the same embeddings have the same figures before and after."""
+    names = ["Probe/31_1.jpg", "Probe/45_2.jpg", "Gallery_Match/31_7.jpg", "Gallery_Match/45_1.jpg",
+             "Gallery_Distractor/x.jpg"]
+    src = (write_ijb(tmp_path / "src") if source == "ijb" else
+           write_images(tmp_path / "src", [f"Testing_Set/{name}" for name in names]))
+    run_here(source, "--src", src, "--out", tmp_path / "d/face_hq/test", "--workers", 1)
+    run_here("degrade", "--src", tmp_path / "d/face_hq/test", "--out", tmp_path / "d/face_lq/test", "--workers", 1)
+    sharp, soft = (Split(tmp_path / f"d/{domain}/test") for domain in ("face_hq", "face_lq"))
+    assert verify_split(soft.folder) == [] and soft.protocol == sharp.protocol and soft.classes == sharp.classes
+    columns = set(sharp.index["columns"])
+    assert columns == set(soft.index["columns"]) and {"ijb": "template_gallery", "tinyface": "role"}[source] in columns
+    for name in columns - {"hash", "offset", "length"}:
+        assert np.array_equal(soft.column(name), sharp.column(name)), name
+    x = np.random.default_rng(0).normal(size=(len(soft), 8)).astype(np.float32)
+    score = evaluate.score_templates if source == "ijb" else evaluate.score_gallery
+    assert repr(score(x, soft, 2, 0)) == repr(score(x, sharp, 2, 0))
 
 
 def write_list(folder: Path, text: str = "k.jpg,l.jpg,1\nk.jpg,m.jpg,0\n") -> Path:

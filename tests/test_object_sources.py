@@ -7,7 +7,6 @@ import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,9 +17,9 @@ import evaluate
 from data_prep import InputError, objects
 from data_prep.objects import imagenet_classes
 from data_prep.shards import Split, random_order, verify_split
-from tests.conftest import TINY, script
-from tests.test_body_sources import at_degrees, mutated, write_files
-from tests.test_data_prep import encode, files_of, picture, run_here
+from tests.conftest import TINY, prepare_mutated, script
+from tests.test_body_sources import at_degrees, write_files
+from tests.test_data_prep import encode, picture, run_here
 
 TENCH, GOLDFISH, SHARK, HEN = "n01440764", "n01443537", "n01484850", "n01514859"  # classes 0, 1, 2 and 8 of ImageNet
 
@@ -230,6 +229,19 @@ def test_parquet(tmp_path):
     assert identities(wnids) == [TENCH, "n01491361", GOLDFISH] and wnids.names[0] == "tench" and wnids.protocol["ood"]
     with pytest.raises(InputError, match="2 left out: no label"):
         prepared("parquet", src, tmp_path / "d/object/test", "--files", "test-*")
+
+
+def test_one_parquet_file_is_a_source(tmp_path):
+    """Whatever it is called; its neighbours are not read."""
+    path = parquet_file(tmp_path / "src/part.parquet", [0, 1, 1], names=["a", "b"])
+    parquet_file(tmp_path / "src/train.parquet", [0] * 9)
+    split = prepared("parquet", path, tmp_path / "d/object/train")
+    assert len(split) == 3 and split.counts.tolist() == [1, 2] and split.names == ["a", "b"]
+    # read one row group after the other, and known to the source when the last is read
+    source = objects.parquet(path, "object", True)
+    records = iter(source.records)
+    assert next(records).identity == "0000000" and source.blocks == []
+    assert len(list(records)) == 2 and source.blocks == [0, 2]
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
@@ -499,25 +511,11 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
                                                  ("imagenet", "LOC_val_solution.csv", 60),
                                                  ("objectnet", f"{MAP}objectnet_to_imagenet_1k.json", 60)])  # fmt: skip
 def test_mutated_files_end_in_one_line_and_touch_nothing_else(source, name, cases, tmp_path, monkeypatch):
-    src = tmp_path / "a" / "b" / "src"
+    src = tmp_path / "b" / "src"
     write_files(src, {"imagenet": KAGGLE, "objectnet": objectnet_files()}.get(source, {"keep.txt": "x"}))
     if source == "webdataset":
         tar_of(src / name, samples(0, 5))
     elif source == "parquet":
         parquet_file(src / name, [0, 1, 2, 1, 0], names=["a", "b", "c"])
-    whole, rng, refused = (src / name).read_bytes(), np.random.default_rng(0), 0
     monkeypatch.chdir(src)
-    for case in range(cases):
-        out = tmp_path / "a" / "out" / str(case) / "object" / "val"
-        (src / name).write_bytes(mutated(whole, rng))
-        objects.row_group.cache_clear()
-        before = files_of(tmp_path / "a" / "b")
-        try:
-            run_here(source, "--src", src, "--out", out, "--size", 8, "--workers", 1)
-        except click.ClickException as error:
-            assert isinstance(error, InputError) and error.message and len(error.message) < 700
-            refused += 1
-        assert files_of(tmp_path / "a" / "b") == before
-    assert 5 < refused < cases  # the loop meets both good and bad files
-    assert sorted(p.name for p in tmp_path.iterdir()) + sorted(p.name for p in (tmp_path / "a").iterdir()) == [
-        "a", "b", "out"]
+    assert 5 < prepare_mutated(source, src, name, cases, "object/val") < cases  # the loop meets both good and bad files
