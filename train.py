@@ -25,6 +25,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -1112,7 +1113,8 @@ def load_run(folder: Path, allow_partial: bool = False) -> Run:
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no run: it has no config.json; train one with `python train.py --out {folder}`")
-    if not (folder / "done.json").is_file() and not allow_partial:
+    whole = (folder / "done.json").is_file() or folder.resolve().parent.name == "checkpoints"  # of --keep
+    if not whole and not allow_partial:
         raise InputError(f"{folder} has not finished (no done.json): continue it with --resume or pass --allow-partial")
     config = read_json(folder / "config.json")
     if missing := {"backbone", "model", "size", "image_size", "embed_dim", "seed", "domains", "data",
@@ -1203,6 +1205,58 @@ def averaged(job: "Job") -> Iterator[None]:
         parameter.data, average.data = average.data, parameter.data
 
 
+def export_weights(job: "Job", folder: Path) -> None:
+    """Write what the run is for: its weights, or their running averages."""
+    with averaged(job):
+        head = whole_head(job.head.detach(), job)
+        if job.ranks.rank == 0:
+            save_weights(folder, job.model, head, job.splits)
+
+
+def kept_steps(run: Path) -> dict[int, Path]:
+    """The checkpoints that --keep left in a run, by step."""
+    found = ((folder.name.removeprefix("step-"), folder) for folder in (run / "checkpoints").glob("step-*"))
+    return dict(sorted((int(step), folder) for step, folder in found if step.isdigit()))
+
+
+def keep_checkpoint(job: "Job", step: int) -> None:
+    """--keep: RUN/checkpoints/step-NNNNNNNN, a run folder of its own. What is too old goes when it is complete.
+
+    The newest ones stay, and the best by the mean AUC of --eval-every, to which the link `best` leads.
+    """
+    folder = job.folder / "checkpoints" / f"step-{step:08d}"
+    scratch = folder.with_suffix(".tmp")
+    if job.ranks.rank == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    try:
+        export_weights(job, scratch)
+        if job.ranks.rank == 0:
+            counts = dict(zip(job.config["domains"], job.plan[:step].sum((0, 1)).tolist(), strict=True))
+            config = read_json(job.folder / "config.json") | {"steps": step, "counts": counts}
+            write_json(scratch / "config.json", config)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it could write its state
+            os.replace(scratch, folder)
+            drop_checkpoints(job.folder, job.config["keep"])
+    finally:
+        if job.ranks.rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+    job.ranks.wait()
+
+
+def drop_checkpoints(run: Path, keep: int) -> None:
+    """Leave the newest `keep` checkpoints of a run and the best one, and point `best` at that."""
+    steps, link = kept_steps(run), run / "checkpoints" / "best"
+    scores = {look["step"]: np.mean([*look["auc"].values()]) for look in read_lines(run / "probe.jsonl") if look["auc"]}
+    best = max((step for step in steps if step in scores), key=scores.get, default=None)
+    if best is not None:
+        (fresh := link.with_suffix(".tmp")).unlink(missing_ok=True)
+        fresh.symlink_to(steps[best].name)
+        os.replace(fresh, link)
+    for step in [step for step in list(steps)[:-keep] if step != best]:
+        shutil.rmtree(steps[step])
+
+
 def save_checkpoint(job: "Job", step: int) -> None:
     """Write the weights, then last/state.pt: everything that step `step` starts from, whatever the number of ranks.
 
@@ -1214,10 +1268,7 @@ def save_checkpoint(job: "Job", step: int) -> None:
         state["state"][last] = {key: whole_head(v, job) if v.ndim else v for key, v in state["state"][last].items()}
     head = whole_head(job.head.detach(), job)
     average = None if job.ema is None else [*job.ema[:-1], whole_head(job.ema[-1], job)]
-    with averaged(job):
-        best = whole_head(job.head.detach(), job)
-        if ranks.rank == 0:
-            save_weights(folder, job.model, best, job.splits)
+    export_weights(job, folder)
     if ranks.rank == 0:
         (folder / "last").mkdir(exist_ok=True)
         state = {"step": step, "model": job.model.state_dict(), "head": head, "optimizer": state,
@@ -1227,8 +1278,8 @@ def save_checkpoint(job: "Job", step: int) -> None:
 
 
 def load_checkpoint(job: "Job") -> int:
-    """Restore what save_checkpoint wrote; returns the next step. The logs are cut back to that step."""
-    folder, path = job.folder, job.folder / "last" / "state.pt"
+    """Restore what save_checkpoint wrote; returns the next step."""
+    path = job.folder / "last" / "state.pt"
     rows = slice(None) if job.rows is None else job.rows.cpu()
     try:
         state = torch.load(path, "cpu", weights_only=True)
@@ -1248,11 +1299,17 @@ def load_checkpoint(job: "Job") -> int:
     if job.norms is not None:
         job.norms.copy_(state["norms"])
     job.tally.update(state["tally"])
-    for log in (folder / name for name in LOGS if (folder / name).exists() and job.ranks.rank == 0):
-        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-        kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= state["step"])
-        write_atomically(log, lambda path, kept=kept: path.write_text(kept))
     return state["step"]
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Cut what a run left about steps after `step`, where it goes on: they come again."""
+    for log in (folder / name for name in LOGS if (folder / name).exists()):
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+        kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
+        write_atomically(log, lambda path, kept=kept: path.write_text(kept))
+    for late in [place for number, place in kept_steps(folder).items() if number > step]:
+        shutil.rmtree(late)
 
 
 class StopRequest:
@@ -1451,7 +1508,7 @@ def describe_sources(splits: list[Split]) -> dict[str, dict]:
 NOT_OPTIONS = {"recipe", "role", "steps", "counts", "git_commit", "argv", "versions", "shards",
                "sources"}  # of config.json
 FREE_ON_RESUME = {"workers", "device", "cache", "compile", "grad_checkpointing", "shard_head", "log_every",
-                  "save_every", "resume", "data", "out", "max_skipped", "max_bad", "config", "recipe"}
+                  "save_every", "keep", "resume", "data", "out", "max_skipped", "max_bad", "config", "recipe"}
 
 
 def find_run(config: dict, splits: list[Split]) -> str:
@@ -1559,13 +1616,12 @@ def set_up(config: dict) -> Job | None:
     if (folder / "last" / "state.pt").exists():
         job.first = load_checkpoint(job)
     else:
-        if ranks.rank == 0:
-            for name in LOGS:
-                (folder / name).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         whole = init_head(model, splits, config, device, ranks)
         head.data.copy_(whole if rows is None else whole[rows])
         if job.ema is not None:
             job.ema[-1].copy_(head.data)
+    if ranks.rank == 0:
+        forget_after(folder, job.first or -1)  # -1: a run that was killed before its first checkpoint
     return job
 
 
@@ -1858,6 +1914,8 @@ def run_steps(job: Job) -> int:
         if fixed and (done % config["eval_every"] == 0 or done == steps):
             look_at_fixed_images(job, fixed, board, done)
             forward.train()
+        if config["keep"] and (done % (config["eval_every"] or config["save_every"]) == 0 or done == steps):
+            keep_checkpoint(job, done)
         if ending or done % config["save_every"] == 0 or done == steps:
             job.save(done)
         if ending:
@@ -2566,6 +2624,9 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
 @click.option("--eval-every", type=click.IntRange(0), default=0,
               help="Steps between same/different AUCs of 2,000 fixed images per domain; 0: never.")
 @click.option("--save-every", type=click.IntRange(1), default=500, help="Steps between checkpoints.")
+@click.option("--keep", type=click.IntRange(0), default=0,
+              help="Checkpoints of the weights that stay in RUN/checkpoints, one per --eval-every (else --save-every): "
+                   "the newest, and besides the best by --eval-every; 0: none.")
 @click.option("--max-skipped", type=click.IntRange(0), default=10, help="Non-finite steps in a row that stop the run.")
 @click.option("--max-bad", type=click.FloatRange(0, 1), default=0.001,
               help="Share of damaged images above which the run stops.")
