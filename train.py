@@ -1053,9 +1053,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except Exception as error:  # torch and safetensors report a full disk in ways of their own
+    except Exception as error:  # torch and safetensors report a full disk in ways of their own, or not at all
+        free = shutil.disk_usage(path.parent).free >> 20 if path.parent.is_dir() else 0
         temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}); what was saved before is intact") from error
+        raise InputError(f"{path}: cannot be written ({error}; {free:,} MiB free there); what was saved before is "
+                         "intact") from error
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -1856,8 +1858,12 @@ def append(path: Path, record: dict) -> None:
             return [plain(v) for v in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    with open(path, "a") as file:
-        file.write(json.dumps(plain(record)) + "\n")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(plain(record)) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}); the last checkpoint is intact: make room, then "
+                         "continue with --resume") from error
 
 
 def look_at_fixed_images(job: Job, splits: list[Split], board, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,7 +16,7 @@ import torch
 import evaluate
 import train
 from data_prep import InputError
-from tests.conftest import ROOT, TINY, script
+from tests.conftest import ROOT, TINY
 from tests.test_recipes import stop_at
 from tests.test_train import LONG, assert_same_weights, log_of, run_here, start, uninterrupted, wait_for_step
 
@@ -155,3 +156,112 @@ def test_what_cannot_be_watched(arguments, words, tiny_run):
     arguments = [str(tiny_run) if word == "RUN" else word for word in arguments]
     with pytest.raises(InputError, match=words):
         evaluate.main.main([*arguments, "--watch"], standalone_mode=False)
+
+
+# ---------------------------------------------------------------- what ends a run early
+
+
+@pytest.fixture(scope="module")
+def half(demo_root, tmp_path_factory) -> Path:
+    """LONG, interrupted right after the checkpoint of step 10."""
+    run = tmp_path_factory.mktemp("half") / "run"
+    stop_at(run, [*LONG, "--data", demo_root], 10)
+    return run
+
+
+# argv: which write of which file ends the process by kill -9, when half of it is written or after it
+KILLED_WHILE_WRITING = """
+import os, signal, sys, train
+name, number, half = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1) == "half"
+write, seen = train.write_atomically, 0
+
+def fatal(path, fill):
+    global seen
+    seen += path.name == name
+    if seen != number:
+        return write(path, fill)
+    def part(temporary):
+        fill(temporary)
+        os.truncate(temporary, temporary.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, part if half else fill)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+train.write_atomically = fatal
+train.run_command(train.main)
+"""
+
+
+def test_killed_while_a_checkpoint_is_written(uninterrupted, half, demo_root, tmp_path):
+    """In the middle of the weights, between them and the state, in the middle of the state, right after it."""
+    shutil.copytree(half, run := tmp_path / "run")
+    places = [("model.safetensors", 1, "half", 10), ("head.safetensors", 2, "after", 15),
+              ("state.pt", 2, "half", 20), ("state.pt", 1, "after", 25)]
+    for workers, (name, number, where, expected) in enumerate(places):
+        arguments = [*LONG, "--data", demo_root, "--out", run, "--resume", "--workers", workers % 3]
+        result = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, name, str(number), where,
+                                 *map(str, arguments)], cwd=ROOT, capture_output=True, timeout=300,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert torch.load(run / "last/state.pt", weights_only=True)["step"] == expected
+        train.load_tuned(train.load_run(run, allow_partial=True))  # the weights are whole, whichever they are
+    run_here(*LONG, "--data", demo_root, "--out", run, "--resume")
+    assert_same_weights(uninterrupted, run)
+    assert [r["step"] for r in log_of(run)] == [r["step"] for r in log_of(uninterrupted)]
+    assert not list(run.rglob("*.tmp"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 60 MB: four checkpoints."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", place]).returncode:
+        pytest.skip("only root may mount a small disk; the limit on the size of files is tested without")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def assert_one_line(err: str, words: str) -> None:
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and re.search(words, lines[0]) and "intact" in lines[0] and "Traceback" not in err, err
+
+
+def test_a_disk_that_fills_up(uninterrupted, demo_root, small_disk):
+    """Whatever is written first is refused: the run ends in one line, and goes on where there is room again."""
+    run = small_disk / "run"
+    process = start(*LONG, "--data", demo_root, "--out", run)
+    wait_for_step(run, 5, process)
+    with open(small_disk / "filler", "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(1 << 12))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, out + err
+    assert_one_line(err, r"No space left on device|; 0 MiB free there")
+    (small_disk / "filler").unlink()
+    step = torch.load(run / "last/state.pt", weights_only=True)["step"] if (run / "last/state.pt").exists() else 0
+    assert step < 60 and not (run / "done.json").exists()
+    run_here(*LONG, "--data", demo_root, "--out", run, "--resume")
+    assert_same_weights(uninterrupted, run)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
+def test_a_checkpoint_that_cannot_be_written(file, uninterrupted, half, demo_root, tmp_path):
+    """Files may not grow beyond a size: of the weights, or of the state, which is larger."""
+    shutil.copytree(half, run := tmp_path / "run")
+    sizes = {path.name: path.stat().st_size for path in (run / "model.safetensors", run / "last/state.pt")}
+    limit = sizes["model.safetensors"] // 2 if file == "model.safetensors" else sum(sizes.values()) // 2
+    assert sizes["model.safetensors"] < limit < sizes["state.pt"] or file == "model.safetensors"
+    before = {path: path.read_bytes() for path in (run / "model.safetensors", run / "last/state.pt")}
+    result = subprocess.run([sys.executable, "train.py", *map(str, [*LONG, "--data", demo_root, "--out", run,
+                                                                    "--resume"])],
+                            cwd=ROOT, capture_output=True, text=True, timeout=300,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert result.returncode == 2, result.stderr
+    assert_one_line(result.stderr, f"{file}: cannot be written")
+    for path, content in before.items():
+        assert path.name == "model.safetensors" != file or path.read_bytes() == content
+    assert torch.load(run / "last/state.pt", weights_only=True)["step"] == 10 and not list(run.rglob("*.tmp"))
+    run_here(*LONG, "--data", demo_root, "--out", run, "--resume")
+    assert_same_weights(uninterrupted, run)
