@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -494,14 +495,29 @@ def as_it_is(item):
     return item
 
 
-def load(dataset: Stream | Batches, first: int, workers: int, pin: bool) -> Iterator:
+def load(dataset: torch.utils.data.Dataset, first: int, workers: int, pin: bool) -> Iterator:
     """The items of a data set from number `first` on, decoded ahead by worker processes."""
-    # a generator of its own: a loader draws one number at its start, after which a resumed run would drop other paths
     return iter(torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers, pin_memory=pin,
-        generator=torch.Generator(),
         worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None, collate_fn=as_it_is,
     ))
+
+
+class Finished(torch.utils.data.Dataset):
+    """The chunks of a stream with their finished images, for a step on the CPU: made by the loader processes."""
+
+    def __init__(self, stream: Stream, cache: list[torch.Tensor] | None, model: Backbone) -> None:
+        self.stream, self.cache = stream, cache
+        self.look = SimpleNamespace(image_size=model.image_size, mean=model.mean, std=model.std)
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, c: int) -> Chunk:
+        chunk = self.stream[c]
+        if self.cache is not None:
+            chunk = dataclasses.replace(chunk, banks=self.cache)
+        return dataclasses.replace(chunk, banks=[], images=to_images(chunk, self.look, torch.device("cpu")))
 
 
 def to_images(chunk: Chunk, model: Backbone, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -1736,10 +1752,10 @@ def to_device(job: Job, chunks: Iterable[Chunk]) -> Iterator[tuple]:
         for line in chunk.bad:
             tqdm.write(f"damaged image replaced: {line}", file=sys.stderr)
         job.tally["bad"] += len(chunk.bad)
-        if job.cache is not None:
-            chunk = from_cache(job, chunk)
-        images = to_images(chunk, job.model, job.device)
-        yield images, *(v.to(job.device, non_blocking=True) for v in (chunk.label, chunk.domain))
+        if chunk.images is None:
+            chunk = chunk if job.cache is None else from_cache(job, chunk)
+            chunk.images = to_images(chunk, job.model, job.device)
+        yield chunk.images, *(v.to(job.device, non_blocking=True) for v in (chunk.label, chunk.domain))
 
 
 def make_stream(job: Job) -> Stream:
@@ -1753,6 +1769,12 @@ def make_stream(job: Job) -> Stream:
                   crop=per_domain(config, "crop_scale"), severity=severity if config["degrade"] else None,
                   rank=job.ranks.rank, world=job.ranks.world, readable=readable,
                   **{name: per_domain(config, name) for name in ("flip", "color", "erase")})
+
+
+def load_steps(job: Job, stream: Stream, first: int) -> Iterator[Chunk]:
+    """The chunks of the run from number `first` on."""
+    on_gpu = job.device.type == "cuda"  # there the device makes the images, of fewer bytes
+    return load(stream if on_gpu else Finished(stream, job.cache, job.model), first, job.config["workers"], on_gpu)
 
 
 def make_forward(job: Job) -> nn.Module:
@@ -1888,7 +1910,7 @@ def run_steps(job: Job) -> int:
     config, steps, tally, ranks = job.config, job.steps, job.tally, job.ranks
     stream = make_stream(job)
     passes = stream.per_batch * job.plan.shape[1]
-    chunks = load(stream, job.first * passes, config["workers"], job.device.type == "cuda")
+    chunks = load_steps(job, stream, job.first * passes)
     board = None
     if ranks.rank == 0:
         from torch.utils.tensorboard import SummaryWriter
@@ -2364,7 +2386,7 @@ def bench_steps(job: Job, rounds: int, count: int) -> dict[str, list[float]]:
     """
     stream = make_stream(job)
     passes = stream.per_batch * job.plan.shape[1]
-    chunks = load(stream, 0, job.config["workers"], job.device.type == "cuda")
+    chunks = load_steps(job, stream, 0)
     options = loss_options(job.config, [len(split.classes) for split in job.splits], job.device, job.ranks)
     forward, step, found = make_forward(job), itertools.count(), {"real": [], "fixed": [], "bare": [], "log": []}
     forward.train()
