@@ -2442,6 +2442,8 @@ def bench_run(config: dict, rounds: int, count: int, path: Path | None) -> int:
         job, found = set_up(config), {}
         memory = peak_memory(lambda: found.update(bench_steps(job, rounds, count)), job.device)
         size = min(config["micro_batch"] or config["batch"], job.plan[0][0].sum())
+        if config["grad_checkpointing"]:
+            job.model.net.set_grad_checkpointing(False)  # what is computed twice counts once
         with FlopCounterMode(display=False) as counter:
             job.model(torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)).sum().backward()
         flops = counter.get_total_flops() * config["batch"]
