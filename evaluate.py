@@ -6,6 +6,7 @@
     python evaluate.py --model tf_efficientnet_lite0 --weights FILE           # an untouched backbone, without a run
     torchrun --nproc-per-node 8 -- evaluate.py --run runs/NAME                # eight GPUs embed, the first scores
     python evaluate.py --run runs/NAME --humans anna.csv --humans ben.csv     # beside people, on the same trials
+    python evaluate.py --run runs/NAME --watch                                # every --keep checkpoint as it appears
     python evaluate.py compare runs/A-s0 runs/A-s1 runs/B-s0                 # paired differences; seeds are averaged
     python evaluate.py compare runs/B --experts runs/face runs/body          # non-inferiority to your own experts
     python evaluate.py leaks --run runs/NAME --threshold 0.95                # test images that training nearly repeats
@@ -32,7 +33,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -63,6 +66,7 @@ COLOURS = {"foundation": "#999999", "tuned": "#0072B2", "people": "#E69F00"}  # 
 SCORE_BINS = np.linspace(-1, 1, 51)  # of the score distributions
 
 PART = 2048  # images, about, that an interrupted embedding loses at most
+PATIENCE = 5.0  # seconds between looks at a run that trains (--watch)
 
 # ---------------------------------------------------------------- embeddings
 
@@ -2090,6 +2094,8 @@ def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callabl
         for key in ("backbone", "model", "image_size", "out"):
             if options[key]:
                 raise InputError(f"--{key.replace('_', '-')} describes an untouched backbone: leave it out with --run")
+        if options["watch"]:
+            watch(Path(options["run"]), options)  # then the run is complete
         run = train.load_run(Path(options["run"]), options["allow_partial"])
         models = {"foundation": lambda: train.load_foundation(run), "tuned": lambda: train.load_tuned(run)}
         if not options["foundation"]:
@@ -2104,6 +2110,79 @@ def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callabl
     folder = Path(options["out"] or f"runs/{name}")
     models = {"foundation": lambda: train.load_backbone(config).eval()}
     return name, folder, None, models, options["data"] or "data", config
+
+
+def watch(folder: Path, options: dict) -> None:
+    """--watch: score every checkpoint that --keep leaves, once, as it appears, until the run is complete.
+
+    RUN/eval/watch.csv gets their rows, each with its step (0: the untouched backbone), watch.png the headlines.
+    """
+    if not (folder / "config.json").is_file() or not (config := train.read_json(folder / "config.json")).get("keep"):
+        raise InputError(f"--watch: {folder} is no run that keeps checkpoints: train it with --keep N")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: one line, and what is written stays
+    out, data = folder / "eval", options["data"] or config["data"]
+    root, prompts, table = open_root(Path(data)), read_prompts(options["prompts"]), []
+    splits = choose_splits(root, options["splits"], data)
+    out.mkdir(exist_ok=True)
+    if (out / "watch.csv").exists():  # stopped before: goes on
+        with open(out / "watch.csv", newline="") as file:
+            table = list(csv.DictReader(file))
+    complete = False
+    while not complete:
+        complete = (folder / "done.json").exists()  # asked first: what came before it is still scored
+        known = {int(row["step"]) for row in table}
+        there = {step: place for step, place in train.kept_steps(folder).items() if step not in known}
+        if options["foundation"] and there and 0 not in known:
+            there = {0: next(iter(there.values())), **there}
+        for step, place in there.items():
+            try:
+                run = train.load_run(place)
+                model = train.load_tuned(run) if step else train.load_foundation(run)
+            except InputError:
+                if not place.exists():  # older than --keep allows by now
+                    continue
+                raise
+            name = "watched" if step else "foundation"
+            embed = make_embedder(lambda model=model: model, name, out, options)
+            readouts = Readouts(prompts, options["probe"], run.config, run.classes.get("object", []))
+            figures, _ = score(embed, splits, root, run if step else None, options["bootstrap"], options["seed"],
+                               readouts)
+            rows = [row for row, _ in make_rows(folder.name, splits, {"tuned" if step else "foundation": figures},
+                                                options["flip"])]
+            table += [{"step": step} | asdict(row) for row in rows]
+            write_csv(out / "watch.csv", table)
+            draw_watch(out / "watch.png", table)
+            print(f"step {step}: " + "   ".join(f"{'/'.join(key)} {show_value(next(iter(pair.values())))}"
+                                                for key, pair in headlines(rows).items()), flush=True)
+        if not complete:
+            time.sleep(PATIENCE)
+
+
+def draw_watch(path: Path, table: list[dict]) -> None:
+    """The headline of every split over the steps of training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    points: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for line in sorted(table, key=lambda line: int(line["step"])):
+        row = Row(**{key: value for key, value in line.items() if key != "step"})
+        if row.headline:
+            label = f"{row.domain}/{row.split}", row.metric
+            points.setdefault(label, []).append((int(line["step"]), 100 * float(row.value)))
+    figure, ax = plt.subplots(figsize=(7, 4))
+    drawn: list[str] = []  # a domain's second split is dashed, its third dotted
+    for (name, metric), values in points.items():
+        domain = name.split("/")[0]
+        ax.plot(*zip(*dict(reversed(values)).items(), strict=True), marker=".", label=f"{name}, {metric}",
+                color=train.COLOURS[domain], ls=("-", "--", ":")[drawn.count(domain) % 3])
+        drawn.append(domain)
+    ax.set(xlabel="step", ylabel="percent")
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    train.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png",
+                                                                 bbox_inches="tight"))
+    plt.close(figure)
 
 
 def model_options(command):
@@ -2132,6 +2211,8 @@ def model_options(command):
 @click.option("--splits", metavar="NAMES",
               help="Comma-separated domain/split: the results then hold these alone (default: all).")
 @click.option("--foundation/--no-foundation", default=True, help="Score the untouched backbone too.")
+@click.option("--watch", is_flag=True,
+              help="Score the checkpoints of train.py --keep as they appear (watch.csv, watch.png), then the run.")
 @click.option("--backbone", type=click.Choice(list(train.BACKBONES)), help="Without --run: an untouched backbone.")
 @click.option("--size", type=click.Choice(train.SIZES), default="large", help="Its size.")
 @click.option("--model", metavar="NAME", help="Any timm or open_clip model instead of --backbone.")
@@ -2159,6 +2240,8 @@ def main(context: click.Context, **options) -> int | None:
     if context.invoked_subcommand:
         train.refuse_options(context)
         return None
+    if options["watch"] and not options["run"]:
+        raise InputError("--watch follows a run: give --run RUN")
     name, folder, run, models, data, config = open_models(options)
     trained = run.classes.get("object", []) if run else []
     readouts = Readouts(read_prompts(options["prompts"]), options["probe"], config, trained)

@@ -25,6 +25,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,6 +37,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -50,11 +52,12 @@ from data_prep import DOMAINS, InputError, run_command
 from data_prep.shards import Split, open_root
 from data_prep.stream import Batches, Chunk, Stream
 from kernels.gather import gather_interleaved
-from kernels.margin_loss import Shard, margin_loss, merge_over
+from kernels.margin_loss import Shard, margin_loss, merge_over, sample_classes
 
 ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py claims`
 SIZES = ("tiny", "small", "base", "large")
 LOADERS = min(8, max((os.cpu_count() or 2) - 1, 1))  # default number of loader processes
+MANY_CLASSES = 10_000  # from so many on a domain's classes are sampled where --sample-classes names no domain
 LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # of a run, one record a line, each with its step
 COLOURS = {"object": "#0072B2", "face_hq": "#D55E00", "face_lq": "#E69F00", "body": "#009E73"}  # Okabe and Ito's
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
@@ -492,14 +495,29 @@ def as_it_is(item):
     return item
 
 
-def load(dataset: Stream | Batches, first: int, workers: int, pin: bool) -> Iterator:
+def load(dataset: torch.utils.data.Dataset, first: int, workers: int, pin: bool) -> Iterator:
     """The items of a data set from number `first` on, decoded ahead by worker processes."""
-    # a generator of its own: a loader draws one number at its start, after which a resumed run would drop other paths
     return iter(torch.utils.data.DataLoader(
         dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers, pin_memory=pin,
-        generator=torch.Generator(),
         worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None, collate_fn=as_it_is,
     ))
+
+
+class Finished(torch.utils.data.Dataset):
+    """The chunks of a stream with their finished images, for a step on the CPU: made by the loader processes."""
+
+    def __init__(self, stream: Stream, cache: list[torch.Tensor] | None, model: Backbone) -> None:
+        self.stream, self.cache = stream, cache
+        self.look = SimpleNamespace(image_size=model.image_size, mean=model.mean, std=model.std)
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, c: int) -> Chunk:
+        chunk = self.stream[c]
+        if self.cache is not None:
+            chunk = dataclasses.replace(chunk, banks=self.cache)
+        return dataclasses.replace(chunk, banks=[], images=to_images(chunk, self.look, torch.device("cpu")))
 
 
 def to_images(chunk: Chunk, model: Backbone, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -572,6 +590,31 @@ def head_slices(class_counts: list[int], rank: int, world: int) -> tuple[torch.T
     return torch.cat(rows), ranges, Shard(tuple(start), tuple(class_counts), merge_over())
 
 
+def own_draw(drawn: torch.Tensor, ranges: list[tuple[int, int]], class_counts: list[int], rank: int,
+             world: int) -> tuple[torch.Tensor, list[tuple[int, int]], Shard]:
+    """What lies in this rank's slices of the classes that a step draws: Partial FC with a sharded head.
+
+    Every rank draws the same classes of the whole head, so that a step does not depend on the number of ranks.
+
+    Args:
+        drawn: int64 [C'] rows of the whole head, ascending in every domain.
+        ranges: of every domain, within `drawn`.
+
+    Returns:
+        As `head_slices`, for the drawn classes; the rows count within this rank's part of the head.
+    """
+    rows, own, start, whole, here, end = [], [], [], 0, 0, 0
+    for (first, last), count in zip(ranges, class_counts, strict=True):
+        low, high = count * rank // world, count * (rank + 1) // world
+        numbers = drawn[first:last] - whole
+        i, j = torch.searchsorted(numbers, torch.tensor([low, high])).tolist()
+        rows.append(numbers[i:j] - low + here)
+        own.append((end, end + j - i))
+        start.append(i)
+        whole, here, end = whole + count, here + high - low, end + j - i
+    return torch.cat(rows), own, Shard(tuple(start), tuple(b - a for a, b in ranges), merge_over())
+
+
 class GatherSamples(torch.autograd.Function):
     """Embeddings [b, D] of every rank, one after the other [world b, D]; their gradients are summed over the ranks."""
 
@@ -585,10 +628,12 @@ class GatherSamples(torch.autograd.Function):
         return ctx.ranks.sum(gradient.contiguous())[ctx.rows], None
 
 
-def gather_rows(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+def gather_rows(x: torch.Tensor, ranks: Ranks, group=None) -> torch.Tensor:
     """Tensors [b, ...] of equal shape from every rank as one [world b, ...]."""
+    if ranks.world == 1:
+        return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks.world)]
-    torch.distributed.all_gather(parts, x.contiguous())
+    torch.distributed.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts)
 
 
@@ -602,7 +647,8 @@ def ramp(progress: float, fraction: float) -> float:
 
 LIMITS = {"scale": (1e-3, 1e6), "margin_additive": (0, 2), "margin_angular": (0, math.pi), "margin_adaptive": (0, 10),
           "label_smoothing": (0, 1), "domain_weight": (0, 1e6), "crop_scale": (0.01, 1), "flip": (0, 1),
-          "color": (0, 1), "erase": (0, 1), "mix": (0, 1e12)}  # of options with a value per domain
+          "color": (0, 1), "erase": (0, 1), "mix": (0, 1e12),
+          "sample_classes": (1e-6, 1)}  # of options with a value per domain
 # The losses that --loss knows by name, as their authors set them: parameter -> (option that it stands for, value).
 # What is not named is 0; the scale stays as --scale has it unless s says otherwise.
 LOSSES = {
@@ -684,7 +730,7 @@ def loss_options(config: dict, class_counts: list[int], device: torch.device, ra
     values = {name: torch.tensor(per_domain(config, name), device=device)
               for name in ("scale", *MARGINS, "domain_weight", "label_smoothing")}
     reduction = "sample" if config["coupling"] == "sample" else "domain"
-    return values | {"class_ranges": ranges, "num_domains": len(class_counts), "reduction": reduction,
+    return values | {"rows": None, "class_ranges": ranges, "num_domains": len(class_counts), "reduction": reduction,
                      "gradient": config["margin_gradient"].replace("-", "_"), "extension": config["margin_extension"],
                      "shard": shard if sharded else None}
 
@@ -742,7 +788,7 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
         batches: (images, labels [B], domains [B]) of the step: any split of it gives the same gradients to rounding.
             Label -1 counts for nothing.
         counts: [K] samples per domain in the whole step, the denominators n_d.
-        options: from `loss_options`.
+        options: from `loss_options`, or for the classes of this step from `draw_classes`.
         margin: factor on both margins, 0..1.
         negatives: "own" (softmax over the domain's classes) or "all" (over every row of the head).
         tune_backbone: False trains the class weights alone.
@@ -758,7 +804,7 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
     """
     K, device, shard = len(counts), head.device, options.get("shard")
     options = options | {name: options[name] * margin for name in ("margin_angular", "margin_additive")}
-    adaptive = options.pop("margin_adaptive")
+    adaptive, _ = options.pop("margin_adaptive"), options.pop("rows")
     first = torch.tensor([start for start, _ in options["class_ranges"]], device=device)
     if negatives == "all":
         options["class_ranges"] = [(0, len(head))] * K
@@ -1025,9 +1071,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except Exception as error:  # torch and safetensors report a full disk in ways of their own
+    except Exception as error:  # torch and safetensors report a full disk in ways of their own, or not at all
+        free = shutil.disk_usage(path.parent).free >> 20 if path.parent.is_dir() else 0
         temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}); what was saved before is intact") from error
+        raise InputError(f"{path}: cannot be written ({error}; {free:,} MiB free there); what was saved before is "
+                         "intact") from error
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -1085,7 +1133,8 @@ def load_run(folder: Path, allow_partial: bool = False) -> Run:
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no run: it has no config.json; train one with `python train.py --out {folder}`")
-    if not (folder / "done.json").is_file() and not allow_partial:
+    whole = (folder / "done.json").is_file() or folder.resolve().parent.name == "checkpoints"  # of --keep
+    if not whole and not allow_partial:
         raise InputError(f"{folder} has not finished (no done.json): continue it with --resume or pass --allow-partial")
     config = read_json(folder / "config.json")
     if missing := {"backbone", "model", "size", "image_size", "embed_dim", "seed", "domains", "data",
@@ -1176,6 +1225,58 @@ def averaged(job: "Job") -> Iterator[None]:
         parameter.data, average.data = average.data, parameter.data
 
 
+def export_weights(job: "Job", folder: Path) -> None:
+    """Write what the run is for: its weights, or their running averages."""
+    with averaged(job):
+        head = whole_head(job.head.detach(), job)
+        if job.ranks.rank == 0:
+            save_weights(folder, job.model, head, job.splits)
+
+
+def kept_steps(run: Path) -> dict[int, Path]:
+    """The checkpoints that --keep left in a run, by step."""
+    found = ((folder.name.removeprefix("step-"), folder) for folder in (run / "checkpoints").glob("step-*"))
+    return dict(sorted((int(step), folder) for step, folder in found if step.isdigit()))
+
+
+def keep_checkpoint(job: "Job", step: int) -> None:
+    """--keep: RUN/checkpoints/step-NNNNNNNN, a run folder of its own. What is too old goes when it is complete.
+
+    The newest ones stay, and the best by the mean AUC of --eval-every, to which the link `best` leads.
+    """
+    folder = job.folder / "checkpoints" / f"step-{step:08d}"
+    scratch = folder.with_suffix(".tmp")
+    if job.ranks.rank == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    try:
+        export_weights(job, scratch)
+        if job.ranks.rank == 0:
+            counts = dict(zip(job.config["domains"], job.plan[:step].sum((0, 1)).tolist(), strict=True))
+            config = read_json(job.folder / "config.json") | {"steps": step, "counts": counts}
+            write_json(scratch / "config.json", config)
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it could write its state
+            os.replace(scratch, folder)
+            drop_checkpoints(job.folder, job.config["keep"])
+    finally:
+        if job.ranks.rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+    job.ranks.wait()
+
+
+def drop_checkpoints(run: Path, keep: int) -> None:
+    """Leave the newest `keep` checkpoints of a run and the best one, and point `best` at that."""
+    steps, link = kept_steps(run), run / "checkpoints" / "best"
+    scores = {look["step"]: np.mean([*look["auc"].values()]) for look in read_lines(run / "probe.jsonl") if look["auc"]}
+    best = max((step for step in steps if step in scores), key=scores.get, default=None)
+    if best is not None:
+        (fresh := link.with_suffix(".tmp")).unlink(missing_ok=True)
+        fresh.symlink_to(steps[best].name)
+        os.replace(fresh, link)
+    for step in [step for step in list(steps)[:-keep] if step != best]:
+        shutil.rmtree(steps[step])
+
+
 def save_checkpoint(job: "Job", step: int) -> None:
     """Write the weights, then last/state.pt: everything that step `step` starts from, whatever the number of ranks.
 
@@ -1185,26 +1286,20 @@ def save_checkpoint(job: "Job", step: int) -> None:
     last = max(state["state"], default=None)  # the class weights: last group, last number
     if last is not None:
         state["state"][last] = {key: whole_head(v, job) if v.ndim else v for key, v in state["state"][last].items()}
-    head, rng = whole_head(job.head.detach(), job), [torch.get_rng_state()]
+    head = whole_head(job.head.detach(), job)
     average = None if job.ema is None else [*job.ema[:-1], whole_head(job.ema[-1], job)]
-    with averaged(job):
-        best = whole_head(job.head.detach(), job)
-        if ranks.rank == 0:
-            save_weights(folder, job.model, best, job.splits)
-    if ranks.world > 1:
-        rng = [None] * ranks.world
-        torch.distributed.all_gather_object(rng, torch.get_rng_state(), group=ranks.control)
+    export_weights(job, folder)
     if ranks.rank == 0:
         (folder / "last").mkdir(exist_ok=True)
-        state = {"step": step, "model": job.model.state_dict(), "head": head, "optimizer": state, "rng": rng,
+        state = {"step": step, "model": job.model.state_dict(), "head": head, "optimizer": state,
                  "tally": job.tally, "health": job.health, "ema": average, "norms": job.norms}
         write_atomically(folder / "last" / "state.pt", lambda path: torch.save(state, path))
     ranks.wait()
 
 
 def load_checkpoint(job: "Job") -> int:
-    """Restore what save_checkpoint wrote; returns the next step. The logs are cut back to that step."""
-    folder, path = job.folder, job.folder / "last" / "state.pt"
+    """Restore what save_checkpoint wrote; returns the next step."""
+    path = job.folder / "last" / "state.pt"
     rows = slice(None) if job.rows is None else job.rows.cpu()
     try:
         state = torch.load(path, "cpu", weights_only=True)
@@ -1223,14 +1318,18 @@ def load_checkpoint(job: "Job") -> int:
     job.health.copy_(state["health"])
     if job.norms is not None:
         job.norms.copy_(state["norms"])
-    if len(state["rng"]) == job.ranks.world:  # else the ranks keep the state that their number gave them
-        torch.set_rng_state(state["rng"][job.ranks.rank])
     job.tally.update(state["tally"])
-    for log in (folder / name for name in LOGS if (folder / name).exists() and job.ranks.rank == 0):
-        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-        kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= state["step"])
-        write_atomically(log, lambda path, kept=kept: path.write_text(kept))
     return state["step"]
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Cut what a run left about steps after `step`, where it goes on: they come again."""
+    for log in (folder / name for name in LOGS if (folder / name).exists()):
+        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
+        kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
+        write_atomically(log, lambda path, kept=kept: path.write_text(kept))
+    for late in [place for number, place in kept_steps(folder).items() if number > step]:
+        shutil.rmtree(late)
 
 
 class StopRequest:
@@ -1388,8 +1487,10 @@ def describe_plan(config: dict, splits: list[Split], plan: np.ndarray, steps: in
     print(f"{config['out']}: schedule {config['schedule']}, {steps} steps of {config['batch']} images")
     if config.get("recipe"):
         print(f"  recipe of {config['backbone']}: " + ", ".join(f"{k}={v:g}" for k, v in config["recipe"].items()))
-    for split, loss in zip(splits, describe_losses(config), strict=True):
+    shares = class_shares(config, [len(split.classes) for split in splits])
+    for split, loss, share in zip(splits, describe_losses(config), shares, strict=True):
         seen = counts[split.domain]
+        loss += f" over {share:g} of the classes a step" if share < 1 else ""
         passes = seen / len(split)
         warning = "  WARNING: above 50 passes, expect memorisation" if passes > 50 else ""
         print(f"  {split.domain:8s} {len(split):9,d} images of {len(split.classes):7,d} classes: {seen:10,d} drawn, "
@@ -1397,6 +1498,9 @@ def describe_plan(config: dict, splits: list[Split], plan: np.ndarray, steps: in
     print(f"  learning rate {config['lr']:g} at the top of the backbone, x {config['layer_decay']:g} per layer "
           f"downwards, class weights {config['head_lr']:g}; warm-up {config['warmup']:.0%}, cosine to x "
           f"{config['min_lr']:g}; not scaled with the batch or the number of processes")
+    if "=" not in str(config["sample_classes"]) and float(config["sample_classes"]) < min(shares):
+        print(f"  --sample-classes: no domain has {MANY_CLASSES:,} classes, all are used; to draw from fewer name the "
+              "domains: object=1,...")
     return counts
 
 
@@ -1424,7 +1528,7 @@ def describe_sources(splits: list[Split]) -> dict[str, dict]:
 NOT_OPTIONS = {"recipe", "role", "steps", "counts", "git_commit", "argv", "versions", "shards",
                "sources"}  # of config.json
 FREE_ON_RESUME = {"workers", "device", "cache", "compile", "grad_checkpointing", "shard_head", "log_every",
-                  "save_every", "resume", "data", "out", "max_skipped", "max_bad", "config", "recipe"}
+                  "save_every", "keep", "resume", "data", "out", "max_skipped", "max_bad", "config", "recipe"}
 
 
 def find_run(config: dict, splits: list[Split]) -> str:
@@ -1525,8 +1629,6 @@ def set_up(config: dict) -> Job | None:
     tally = {"skipped": 0, "bad": 0, "collapsed_at": None, "seconds": 0.0}
     job = Job(config, folder, device, ranks, splits, plan.reshape(steps, schedule.batches_per_step, len(splits)), model,
               head, rows, optimizer, tally, torch.zeros(2, dtype=torch.int64, device=device))
-    if ranks.world > 1:
-        torch.manual_seed(config["seed"] * ranks.world + ranks.rank)  # dropped paths differ between the ranks
     if any(per_domain(config, "margin_adaptive")):
         job.norms = torch.zeros(len(splits), 3, dtype=torch.float64, device=device)
     if config["ema"]:
@@ -1534,13 +1636,12 @@ def set_up(config: dict) -> Job | None:
     if (folder / "last" / "state.pt").exists():
         job.first = load_checkpoint(job)
     else:
-        if ranks.rank == 0:
-            for name in LOGS:
-                (folder / name).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         whole = init_head(model, splits, config, device, ranks)
         head.data.copy_(whole if rows is None else whole[rows])
         if job.ema is not None:
             job.ema[-1].copy_(head.data)
+    if ranks.rank == 0:
+        forget_after(folder, job.first or -1)  # -1: a run that was killed before its first checkpoint
     return job
 
 
@@ -1586,16 +1687,77 @@ def from_cache(job: Job, chunk: Chunk) -> Chunk:
     return dataclasses.replace(chunk, banks=banks, row=row)
 
 
-def receive(job: Job, chunks: Iterator[Chunk], count: int) -> Iterator[tuple]:
-    """The next `count` micro-batches on the device: (images, labels, domains)."""
-    for chunk in itertools.islice(chunks, count):
+def class_shares(config: dict, class_counts: list[int]) -> list[float]:
+    """Share of each domain's class weights that a step draws (--sample-classes); one number: of domains with many."""
+    named = "=" in str(config["sample_classes"])
+    return [share if named or count >= MANY_CLASSES else 1.0
+            for share, count in zip(per_domain(config, "sample_classes"), class_counts, strict=True)]
+
+
+def draw_classes(job: Job, chunks: list[Chunk], step: int, sharded: bool) -> dict:
+    """Partial FC: the step's classes, as what `loss_options` says of all; renumbers the labels of the step's chunks.
+
+    One draw for the whole step, whose samples all find their class in it: micro-batches and ranks change nothing. On
+    the CPU, where the labels are, before anything is sent to the device.
+    """
+    counts, ranks = [len(split.classes) for split in job.splits], job.ranks
+    ends = itertools.accumulate(counts)
+    labels, domains = (gather_rows(torch.cat([getattr(chunk, name) for chunk in chunks]), ranks, ranks.control)
+                       for name in ("label", "domain"))
+    valid = labels >= 0
+    rows, labels[valid], ranges = sample_classes(
+        labels[valid], domains[valid], [(end - count, end) for count, end in zip(counts, ends, strict=True)],
+        class_shares(job.config, counts), seed=job.config["seed"], step=step, minimum=0)
+    own = labels.chunk(ranks.world)[ranks.rank].split([len(chunk.label) for chunk in chunks])
+    for chunk, label in zip(chunks, own, strict=True):
+        chunk.label = label
+    rows, ranges, shard = own_draw(rows, ranges, counts, *((ranks.rank, ranks.world) if sharded else (0, 1)))
+    # unpinned, a copy of this size would wait for the device
+    rows = rows.pin_memory() if job.device.type == "cuda" else rows
+    return {"rows": rows.to(job.device, non_blocking=True), "class_ranges": ranges, "shard": shard if sharded else None}
+
+
+@contextlib.contextmanager
+def drawn(job: Job, rows: torch.Tensor | None) -> Iterator[None]:
+    """Inside, the class weights and their moments are those of `rows` alone: the others neither decay nor move.
+
+    The number of steps in Adam's bias correction is that of the run, as in torch's SparseAdam.
+    """
+    if rows is None:
+        yield
+        return
+    weight, state = job.head.data, job.optimizer.state[job.head]
+    whole = {key: v for key, v in state.items() if v.ndim}
+    job.head.data = weight[rows]
+    state.update({key: v[rows] for key, v in whole.items()})
+    yield
+    weight[rows] = job.head.data
+    for key in [key for key, v in state.items() if v.ndim]:
+        moments = whole.get(key, torch.zeros_like(weight))  # none before the first step
+        moments[rows] = state[key]
+        state[key] = moments
+    job.head.data = weight
+
+
+def receive(job: Job, chunks: Iterator[Chunk], step: int, options: dict, passes: int) -> tuple[Iterator[tuple], dict]:
+    """The next `passes` micro-batches, see `to_device`, and the loss's options with the classes of this step."""
+    part = itertools.islice(chunks, passes)
+    if min(class_shares(job.config, [len(split.classes) for split in job.splits])) < 1:
+        part = list(part)
+        options = options | draw_classes(job, part, step, options["shard"] is not None)
+    return to_device(job, part), options
+
+
+def to_device(job: Job, chunks: Iterable[Chunk]) -> Iterator[tuple]:
+    """Micro-batches on the device, one by one: (images, labels, domains)."""
+    for chunk in chunks:
         for line in chunk.bad:
             tqdm.write(f"damaged image replaced: {line}", file=sys.stderr)
         job.tally["bad"] += len(chunk.bad)
-        if job.cache is not None:
-            chunk = from_cache(job, chunk)
-        images = to_images(chunk, job.model, job.device)
-        yield images, *(v.to(job.device, non_blocking=True) for v in (chunk.label, chunk.domain))
+        if chunk.images is None:
+            chunk = chunk if job.cache is None else from_cache(job, chunk)
+            chunk.images = to_images(chunk, job.model, job.device)
+        yield chunk.images, *(v.to(job.device, non_blocking=True) for v in (chunk.label, chunk.domain))
 
 
 def make_stream(job: Job) -> Stream:
@@ -1609,6 +1771,12 @@ def make_stream(job: Job) -> Stream:
                   crop=per_domain(config, "crop_scale"), severity=severity if config["degrade"] else None,
                   rank=job.ranks.rank, world=job.ranks.world, readable=readable,
                   **{name: per_domain(config, name) for name in ("flip", "color", "erase")})
+
+
+def load_steps(job: Job, stream: Stream, first: int) -> Iterator[Chunk]:
+    """The chunks of the run from number `first` on."""
+    on_gpu = job.device.type == "cuda"  # there the device makes the images, of fewer bytes
+    return load(stream if on_gpu else Finished(stream, job.cache, job.model), first, job.config["workers"], on_gpu)
 
 
 def make_forward(job: Job) -> nn.Module:
@@ -1629,7 +1797,7 @@ def make_forward(job: Job) -> nn.Module:
 
 
 @torch.no_grad()
-def update(job: Job, step: int, norm: torch.Tensor) -> torch.Tensor:
+def update(job: Job, norm: torch.Tensor) -> torch.Tensor:
     """Take the optimiser step unless the gradient is not finite; decided on the device, nobody waits for it.
 
     Returns 1 for a step that was taken, else 0.
@@ -1639,19 +1807,26 @@ def update(job: Job, step: int, norm: torch.Tensor) -> torch.Tensor:
     job.optimizer.step()
     job.health[0] += ~finite
     job.health[1] = (job.health[1] + 1) * ~finite
+    return finite.float()
+
+
+@torch.no_grad()
+def follow(job: Job, step: int, taken: torch.Tensor) -> None:
+    """--ema: the running averages take up the weights after a step, unless it was skipped."""
     if job.ema is not None:
         t = step + 1 - job.health[0]  # steps taken; decay as Karras et al. warm it up
-        pull = (1 - ((1 + t) / (10 + t)).clamp(max=job.config["ema"])) * finite
+        pull = (1 - ((1 + t) / (10 + t)).clamp(max=job.config["ema"])) * taken
         away = torch._foreach_sub([p.detach() for p in job.parameters], job.ema)
         torch._foreach_mul_(away, pull.to(away[0].dtype))
         torch._foreach_add_(job.ema, away)
-    return finite.float()
 
 
 def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int, options: dict,
               passes: int) -> dict[str, torch.Tensor]:
     """One optimiser step: gradients of its batches, clipping, update. Nothing in it waits for the device."""
     config, frozen = job.config, slice(*options["class_ranges"][0]) if job.config["freeze_text_head"] else slice(0)
+    # dropped paths are keyed by (seed, step, rank), so that no state of a generator has to be kept
+    torch.manual_seed(int(np.random.SeedSequence((config["seed"], step, job.ranks.rank)).generate_state(1)[0]))
     factor = rate(step, job.steps, config["warmup"], config["min_lr"])
     for group in job.optimizer.param_groups:
         group["lr"] = factor * group["scale"]
@@ -1659,17 +1834,19 @@ def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int,
     look = tune_backbone and config["conflict_every"] > 0 and step % config["conflict_every"] == 0
     by_domain = [[] for _ in job.splits] if tune_backbone and (look or config["coupling"] == "pcgrad") else None
     counts = torch.from_numpy(job.plan[step].sum(0)).to(job.device, non_blocking=True)
-    total = accumulate(forward, job.head, batches, counts, options, negatives=config["negatives"], ranks=job.ranks,
-                       margin=ramp(step / job.steps, config["margin_ramp"]), tune_backbone=tune_backbone,
-                       passes=passes, by_domain=by_domain, norms=job.norms)
-    if by_domain is not None:
-        couple(job, by_domain, step, look)
-    job.head.grad[frozen] = 0  # --freeze-text-head: object comes first
-    total["grad_norm"] = gradient_norm(job.parameters, job.head, options["shard"] is not None, job.ranks)
-    nn.utils.clip_grads_with_norm_(job.parameters, config["clip"] or math.inf, total["grad_norm"])
-    total["finite"] = update(job, step, total["grad_norm"])
+    with drawn(job, options["rows"]):
+        total = accumulate(forward, job.head, batches, counts, options, negatives=config["negatives"], ranks=job.ranks,
+                           margin=ramp(step / job.steps, config["margin_ramp"]), tune_backbone=tune_backbone,
+                           passes=passes, by_domain=by_domain, norms=job.norms)
+        if by_domain is not None:
+            couple(job, by_domain, step, look)
+        job.head.grad[frozen] = 0  # --freeze-text-head: object comes first
+        total["grad_norm"] = gradient_norm(job.parameters, job.head, options["shard"] is not None, job.ranks)
+        nn.utils.clip_grads_with_norm_(job.parameters, config["clip"] or math.inf, total["grad_norm"])
+        total["finite"] = update(job, total["grad_norm"])
+        job.optimizer.zero_grad(set_to_none=True)
+    follow(job, step, total["finite"])
     learn_norms(job, total["norms"], total["finite"])
-    job.optimizer.zero_grad(set_to_none=True)
     return total
 
 
@@ -1705,8 +1882,12 @@ def append(path: Path, record: dict) -> None:
             return [plain(v) for v in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    with open(path, "a") as file:
-        file.write(json.dumps(plain(record)) + "\n")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(plain(record)) + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}); the last checkpoint is intact: make room, then "
+                         "continue with --resume") from error
 
 
 def look_at_fixed_images(job: Job, splits: list[Split], board, step: int) -> None:
@@ -1731,7 +1912,7 @@ def run_steps(job: Job) -> int:
     config, steps, tally, ranks = job.config, job.steps, job.tally, job.ranks
     stream = make_stream(job)
     passes = stream.per_batch * job.plan.shape[1]
-    chunks = load(stream, job.first * passes, config["workers"], job.device.type == "cuda")
+    chunks = load_steps(job, stream, job.first * passes)
     board = None
     if ranks.rank == 0:
         from torch.utils.tensorboard import SummaryWriter
@@ -1750,7 +1931,8 @@ def run_steps(job: Job) -> int:
     bar = tqdm(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train",
                disable=True if ranks.rank else None)
     for step in bar:
-        window.append(take_step(job, forward, receive(job, chunks, passes), step, options, passes))
+        batches, now = receive(job, chunks, step, options, passes)
+        window.append(take_step(job, forward, batches, step, now, passes))
         tally["seconds"], done = time.time() - started, step + 1
         ending = ranks.any(bool(stop)) and done < steps
         if done % config["log_every"] == 0 or done == steps or ending:
@@ -1762,6 +1944,8 @@ def run_steps(job: Job) -> int:
         if fixed and (done % config["eval_every"] == 0 or done == steps):
             look_at_fixed_images(job, fixed, board, done)
             forward.train()
+        if config["keep"] and (done % (config["eval_every"] or config["save_every"]) == 0 or done == steps):
+            keep_checkpoint(job, done)
         if ending or done % config["save_every"] == 0 or done == steps:
             job.save(done)
         if ending:
@@ -2204,11 +2388,12 @@ def bench_steps(job: Job, rounds: int, count: int) -> dict[str, list[float]]:
     """
     stream = make_stream(job)
     passes = stream.per_batch * job.plan.shape[1]
-    chunks = load(stream, 0, job.config["workers"], job.device.type == "cuda")
+    chunks = load_steps(job, stream, 0)
     options = loss_options(job.config, [len(split.classes) for split in job.splits], job.device, job.ranks)
     forward, step, found = make_forward(job), itertools.count(), {"real": [], "fixed": [], "bare": [], "log": []}
     forward.train()
-    fixed = [tuple(v.clone() for v in batch) for batch in receive(job, chunks, passes)]
+    batches, drawn_once = receive(job, chunks, 0, options, passes)
+    fixed = [tuple(v.clone() for v in batch) for batch in batches]
     late = round(job.config["head_warmup"] * job.steps) + job.steps // 2  # past the warm-up of the head
 
     def bare() -> None:
@@ -2216,6 +2401,13 @@ def bench_steps(job: Job, rounds: int, count: int) -> dict[str, list[float]]:
             forward(images).float().sum().backward()
         job.optimizer.step()
         job.optimizer.zero_grad(set_to_none=True)
+
+    def train_on(batches: Iterable[tuple], now: int, options: dict) -> None:
+        window.append(take_step(job, forward, batches, now, options, passes))
+
+    def real(now: int) -> None:
+        batches, drawn_now = receive(job, chunks, now, options, passes)
+        train_on(batches, now, drawn_now)
 
     def timed(run: Callable) -> float:
         start = time.perf_counter()
@@ -2231,12 +2423,8 @@ def bench_steps(job: Job, rounds: int, count: int) -> dict[str, list[float]]:
             spent = []
             for _ in range(skip + count):
                 now = min(late + next(step) % 8, job.steps - 1)
-                if kind == "bare":
-                    spent.append(timed(bare))
-                    continue
-                batches = receive(job, chunks, passes) if kind == "real" else iter(fixed)
-                spent.append(timed(lambda b=batches, now=now: window.append(take_step(job, forward, b, now, options,
-                                                                                      passes))))
+                spent.append(timed({"real": lambda now=now: real(now), "bare": bare,
+                                    "fixed": lambda now=now: train_on(iter(fixed), now, drawn_once)}[kind]))
             found[kind].append(spent[skip:])
         found["log"].append([timed(lambda: log_window(job, None, window, late + 1))])
         window.clear()
@@ -2256,6 +2444,8 @@ def bench_run(config: dict, rounds: int, count: int, path: Path | None) -> int:
         job, found = set_up(config), {}
         memory = peak_memory(lambda: found.update(bench_steps(job, rounds, count)), job.device)
         size = min(config["micro_batch"] or config["batch"], job.plan[0][0].sum())
+        if config["grad_checkpointing"]:
+            job.model.net.set_grad_checkpointing(False)  # what is computed twice counts once
         with FlopCounterMode(display=False) as counter:
             job.model(torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)).sum().backward()
         flops = counter.get_total_flops() * config["batch"]
@@ -2390,6 +2580,9 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
               help="Weight of a domain in the loss: one number or NAME=NUMBER,...")
 @click.option("--negatives", type=click.Choice(["own", "all"]), default="own",
               help="Softmax over the domain's own classes or over every class.")
+@click.option("--sample-classes", default="1", metavar="NUMBERS",
+              help="Partial FC: share of the class weights that a step draws, those of its samples among them; one "
+                   f"number: of domains with {MANY_CLASSES:,} classes or more; 1: all.")
 @click.option("--loss", metavar="LOSSES",
               help="arcface, cosface, adaface or softmax, per domain: 'face_hq=arcface:m=0.5,s=64;body=cosface'.")
 @click.option("--scale", default="object=30,face_hq=64,face_lq=64,body=64", metavar="NUMBERS",
@@ -2463,6 +2656,9 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
 @click.option("--eval-every", type=click.IntRange(0), default=0,
               help="Steps between same/different AUCs of 2,000 fixed images per domain; 0: never.")
 @click.option("--save-every", type=click.IntRange(1), default=500, help="Steps between checkpoints.")
+@click.option("--keep", type=click.IntRange(0), default=0,
+              help="Checkpoints of the weights that stay in RUN/checkpoints, one per --eval-every (else --save-every): "
+                   "the newest, and besides the best by --eval-every; 0: none.")
 @click.option("--max-skipped", type=click.IntRange(0), default=10, help="Non-finite steps in a row that stop the run.")
 @click.option("--max-bad", type=click.FloatRange(0, 1), default=0.001,
               help="Share of damaged images above which the run stops.")

@@ -124,6 +124,7 @@ class Chunk:
     bad: list[str]  # what had to be replaced: "domain/split key: reason"
     color: torch.Tensor | None = None  # float32 [B, 3], factors of `change_colors`; None: no domain has any
     erase: torch.Tensor | None = None  # float32 [B, 4], patches of `erase_patches`
+    images: torch.Tensor | None = None  # [B, 3, S, S], where the finished batch was made with the chunk
 
     def pin_memory(self) -> "Chunk":
         """Called by the DataLoader where CUDA copies without waiting."""

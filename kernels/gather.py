@@ -33,27 +33,36 @@ def gather_interleaved_reference(
     banks: list[Tensor], domain: Tensor, row: Tensor, *, size: int, mean, std, boxes: Tensor | None = None,
     flip: Tensor | None = None, dtype: torch.dtype = torch.bfloat16, channels_last: bool = True,
 ) -> Tensor:
-    """The definition of `gather_interleaved`, computed bank by bank in float32 (float64 for float64 output)."""
+    """The definition of `gather_interleaved`, computed bank by bank in float32 (float64 for float64 output).
+
+    Each axis is one batched matrix product, over lines that hold their pixels' colours side by side as the banks do:
+    what lies last in memory is never three numbers wide, and the result is channels-last as it comes.
+    """
     work = torch.promote_types(dtype, torch.float32)
     device = banks[0].device
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty(len(domain), 3, size, size, dtype=dtype, device=device, memory_format=layout)
-    mean, std = (torch.as_tensor(v, dtype=work, device=device).view(1, 3, 1, 1) for v in (mean, std))
+    out = torch.empty(len(domain), size, size * 3, dtype=dtype, device=device)
+    mean, std = (torch.as_tensor(v, dtype=work, device=device).repeat(size) for v in (mean, std))  # of a line
     for k, bank in enumerate(banks):
         places = (domain == k).nonzero().flatten()
         if not len(places):
             continue
-        H, W = bank.shape[1:3]
-        x = bank[row[places]].permute(0, 3, 1, 2).to(work)
+        x, (H, W) = bank[row[places]], bank.shape[1:3]  # [n, H, W, 3]
+        mirrored = None if flip is None else flip[places, None, None]
         if boxes is not None or (size, size) != (H, W):
             whole = torch.tensor([0, 0, W, H], dtype=work, device=device).expand(len(places), 4)
             x0, y0, x1, y1 = (whole if boxes is None else boxes[places].to(work)).unbind(1)
-            x = torch.einsum("bsw,bchw->bchs", resample_weights(x0, x1, W, size), x)
-            x = torch.einsum("bth,bchs->bcts", resample_weights(y0, y1, H, size), x)
-        if flip is not None:
-            x = torch.where(flip[places].view(-1, 1, 1, 1), x.flip(3), x)
-        out[places] = ((x / 255 - mean) / std).to(dtype)
-    return out
+            across, down = resample_weights(x0, x1, W, size), resample_weights(y0, y1, H, size)
+            if flip is not None:
+                across = torch.where(mirrored, across.flip(1), across)
+            x = x.transpose(1, 2).to(work, memory_format=torch.contiguous_format)
+            x = torch.bmm(across, x.flatten(2)).unflatten(2, (H, 3))  # [n, size, H, 3]
+            x = torch.bmm(down, x.transpose(1, 2).flatten(2))  # [n, size, size * 3]
+        else:
+            x = x.to(work)
+            x = (x if flip is None else torch.where(mirrored[..., None], x.flip(2), x)).flatten(2)
+        out[places] = torch.addcmul(-mean / std, x, 1 / (255 * std)).to(dtype)  # (x / 255 - mean) / std
+    out = out.unflatten(2, (size, 3)).permute(0, 3, 1, 2)
+    return out if channels_last else out.contiguous()
 
 
 # ---------------------------------------------------------------- public

@@ -227,8 +227,8 @@ def margin_loss_reference(
 
 
 def sample_classes(
-    labels: Tensor, domains: Tensor, class_ranges: list[tuple[int, int]], fraction: float, *, seed: int, step: int,
-    minimum: int = 10_000,
+    labels: Tensor, domains: Tensor, class_ranges: list[tuple[int, int]], fraction: float | list[float], *, seed: int,
+    step: int, minimum: int = 10_000,
 ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
     """A step's class rows for Partial FC: of every large domain the classes of its samples and random others.
 
@@ -239,7 +239,8 @@ def sample_classes(
         labels: int64 [N], counted from the start of the sample's range; -1: ignored.
         domains: int64 [N] in 0..K-1.
         class_ranges: K pairs of rows of the whole weight.
-        fraction: of a domain's classes to keep, in (0, 1]; at least N of them, so that every sample's class is there.
+        fraction: of a domain's classes to keep, in (0, 1], a number or K; at least N of them, so that every sample's
+            class is there.
         seed: of the run.
         step: of the optimiser.
         minimum: domains with fewer classes are kept whole.
@@ -252,12 +253,13 @@ def sample_classes(
 
     Source: Partial FC, arXiv 2203.15565, section 3.2.
     """
-    if not 0 < fraction <= 1:
+    fractions = [fraction] * len(class_ranges) if isinstance(fraction, int | float) else fraction
+    if not all(0 < share <= 1 for share in fractions):
         raise ValueError(f"fraction={fraction}: want 0 < fraction <= 1")
     device, rows, ranges, out, end = labels.device, [], [], labels.clone(), 0
     for k, (first, last) in enumerate(class_ranges):
         size = last - first
-        keep = min(max(math.ceil(fraction * size), len(labels)), size) if size >= minimum else size
+        keep = min(max(math.ceil(fractions[k] * size), len(labels)), size) if size >= minimum else size
         if keep == size:
             drawn = torch.arange(size, device=device)
         else:

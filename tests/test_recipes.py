@@ -314,6 +314,19 @@ def test_drop_path_acts_in_training_alone_and_grows_upwards(family):
     assert not torch.allclose(x[0], x[1:], rtol=1e-3)  # each sample by itself
 
 
+@pytest.mark.parametrize("family, lora", [("clip", 0), ("clip", 2), ("eva02", 0), ("dinov3", 0)])
+def test_attention_is_fused_and_patches_are_read_channels_last(family, lora):
+    """torch's scaled_dot_product_attention, which picks the fast kernel of the device, in every family."""
+    model = backbone(family, lora=lora)[0].to(memory_format=torch.channels_last).train()
+    images = torch.zeros(1, 3, *[model.image_size] * 2).contiguous(memory_format=torch.channels_last)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as seen:
+        model(images)
+    names = {event.key for event in seen.key_averages()}
+    assert "aten::scaled_dot_product_attention" in names and "aten::softmax" not in names
+    patches = next(p for p in model.parameters() if p.ndim == 4 and p.shape[1] == 3)
+    assert patches.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_a_network_without_branches_to_drop_is_refused():
     config = SETTINGS | {"backbone": None, "model": "resnet18", "image_size": 32, "drop_path": 0.1}
     with pytest.raises(InputError, match=r"--drop-path 0.1: this network has no residual branches to drop: leave it"):

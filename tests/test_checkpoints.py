@@ -1,0 +1,267 @@
+"""What a run keeps: --keep, and that nothing which ends a run early costs more than the steps since its checkpoint."""
+
+import csv
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train
+from data_prep import InputError
+from tests.conftest import ROOT, TINY
+from tests.test_recipes import stop_at
+from tests.test_train import LONG, assert_same_weights, log_of, run_here, start, uninterrupted, wait_for_step
+
+__all__ = ["uninterrupted"]  # the fixture: LONG from start to end
+
+SHORT = [*TINY, "--images", "160", "--save-every", "2", "--domains", "object,body"]  # 10 steps
+
+
+def kept(run: Path) -> list[int]:
+    return [int(folder.name.removeprefix("step-")) for folder in sorted((run / "checkpoints").glob("step-*"))]
+
+
+# ---------------------------------------------------------------- --keep
+
+
+def test_the_newest_checkpoints_stay_and_are_runs_of_their_own(demo_root, tmp_path):
+    run = tmp_path / "run"
+    run_here(*SHORT, "--data", demo_root, "--out", run, "--keep", "2", "--ema", "0.5")
+    assert kept(run) == [8, 10] and not (run / "checkpoints/best").exists()
+    assert_same_weights(run / "checkpoints/step-00000010", run)
+    stop_at(tmp_path / "eight", [*SHORT, "--data", demo_root, "--ema", "0.5"], 8)
+    assert_same_weights(run / "checkpoints/step-00000008", tmp_path / "eight")
+    found = train.load_run(run / "checkpoints/step-00000008")  # without --allow-partial: it is whole as it is
+    assert found.config["steps"] == 8 and sum(found.config["counts"].values()) == 8 * 16
+    assert train.load_tuned(found).dim == 64
+
+
+def test_the_best_by_the_look_at_fixed_images_stays(demo_root, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.6, 0.8, 0.7, 0.6])  # before step 1, after 3, 6, 9 and 10
+    monkeypatch.setattr(train, "probe", lambda *_: {"object/val": 0.5, "body/test": next(scores)})
+    run_here(*SHORT, "--data", demo_root, "--out", tmp_path / "run", "--keep", "1", "--eval-every", "3")
+    assert kept(tmp_path / "run") == [6, 10]
+    best = tmp_path / "run/checkpoints/best"
+    assert best.resolve().name == "step-00000006" and train.load_run(best).config["steps"] == 6
+
+
+def test_what_is_kept_is_cut_back_with_the_logs(demo_root, tmp_path):
+    """Killed after step 6 was kept and before the state of step 6 was written: it goes on from step 4."""
+    common, run = [*SHORT, "--data", demo_root, "--keep", "9"], tmp_path / "run"
+    stop_at(run, common, 4)
+    shutil.copytree(run / "checkpoints/step-00000004", run / "checkpoints/step-00000006")
+    (run / "checkpoints/step-00000008.tmp").mkdir()
+    run_here(*common, "--out", run, "--resume")
+    assert kept(run) == [2, 4, 6, 8, 10] and not list((run / "checkpoints").glob("*.tmp"))
+    run_here(*common, "--out", tmp_path / "whole")
+    for step in kept(run):
+        name = f"checkpoints/step-{step:08d}"
+        assert_same_weights(run / name, tmp_path / "whole" / name)
+
+
+def test_older_ones_go_only_when_the_new_one_is_complete(demo_root, tmp_path, monkeypatch):
+    save, run = train.save_weights, tmp_path / "run"
+
+    def full_disk(folder, *rest):
+        if folder.name == "step-00000006.tmp":
+            (folder / "model.safetensors").write_text("half")
+            raise InputError(f"{folder}: cannot be written (No space left on device)")
+        save(folder, *rest)
+
+    monkeypatch.setattr(train, "save_weights", full_disk)
+    with pytest.raises(InputError, match="No space left"):
+        run_here(*SHORT, "--data", demo_root, "--out", run, "--keep", "1")
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    train.load_tuned(train.load_run(run / "checkpoints/step-00000004"))
+
+
+# ---------------------------------------------------------------- evaluate.py --watch
+
+WATCH = ["--watch", "--splits", "object/val,body/test", "--bootstrap", "2", "--workers", "0", "--crowd", "0"]
+
+
+def watched(run: Path) -> dict[int, list[dict]]:
+    with open(run / "eval/watch.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {step: [row for row in rows if int(row["step"]) == step] for step in sorted({int(r["step"]) for r in rows})}
+
+
+def test_checkpoints_are_scored_as_they_appear_each_once(demo_root, tmp_path, monkeypatch):
+    """What appears while others are scored, between two looks, and together with the end of the run."""
+    whole, run, seen = tmp_path / "whole", tmp_path / "run", []
+    run_here(*SHORT, "--data", demo_root, "--out", whole, "--keep", "9")
+    shutil.copytree(whole, run, ignore=lambda folder, names: [n for n in names if n in ("checkpoints", "done.json")])
+    shutil.copytree(whole / "checkpoints/step-00000002", run / "checkpoints/step-00000002")
+    (run / "checkpoints/step-00000004.tmp").mkdir()  # not complete: no business of ours
+    made = evaluate.make_rows
+    monkeypatch.setattr(evaluate, "make_rows", lambda *a: seen.append(a) or made(*a))
+
+    def later(_: float) -> None:
+        if not (run / "checkpoints/step-00000006").exists():
+            shutil.copytree(whole / "checkpoints/step-00000006", run / "checkpoints/step-00000006")
+        else:
+            shutil.copytree(whole / "checkpoints/step-00000010", run / "checkpoints/step-00000010")
+            shutil.rmtree(run / "checkpoints/step-00000002")  # an old one goes
+            shutil.copy(whole / "done.json", run / "done.json")
+
+    monkeypatch.setattr(evaluate.time, "sleep", later)
+    evaluate.main.main(["--run", str(run), *WATCH], standalone_mode=False)
+    rows = watched(run)
+    assert list(rows) == [0, 2, 6, 10] and len(seen) == 5  # the fifth: the run itself
+    assert {row["weights"] for row in rows[0]} == {"foundation"} and {row["weights"] for row in rows[6]} == {"tuned"}
+    final = {(r.domain, r.split, r.protocol, r.metric): r.value for r in evaluate.read_rows(run / "eval")
+             if r.weights == "tuned" and not r.metric.startswith("retention")}
+    last = {(r["domain"], r["split"], r["protocol"], r["metric"]): float(r["value"]) for r in rows[10]}
+    assert last == pytest.approx(final) and last and (run / "eval/watch.png").stat().st_size > 5000
+    assert [r["value"] for r in rows[2]] != [r["value"] for r in rows[10]]
+    evaluate.main.main(["--run", str(run), *WATCH], standalone_mode=False)  # complete and scored: only the run again
+    assert len(seen) == 6 and watched(run) == rows
+
+
+def test_a_watch_ends_in_one_line_and_goes_on(demo_root, tmp_path):
+    run = tmp_path / "run"
+    run_here(*SHORT, "--data", demo_root, "--out", run, "--keep", "9")
+    (run / "done.json").unlink()
+    (run / "checkpoints/step-00000010").rename(tmp_path / "held")
+    for number, first in ((signal.SIGTERM, "step 0: "), (signal.SIGINT, "step 10: ")):
+        process = subprocess.Popen([sys.executable, "evaluate.py", "--run", str(run), *WATCH], cwd=ROOT, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        line = process.stdout.readline()
+        if number == signal.SIGTERM:  # the second one is waiting, and has scored nothing again
+            for _ in range(4):
+                process.stdout.readline()
+            (tmp_path / "held").rename(run / "checkpoints/step-00000010")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and err.strip().splitlines()[-1] == "interrupted", err
+        assert line.startswith(first) and "Traceback" not in err
+    assert list(watched(run)) == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--run", "RUN"], "is no run that keeps checkpoints: train it with --keep N"),
+    (["--model", "test_vit"], "--watch follows a run: give --run RUN"),
+    (["--run", "RUN", "--backbone", "clip"], "--backbone describes an untouched backbone"),
+])  # fmt: skip
+def test_what_cannot_be_watched(arguments, words, tiny_run):
+    arguments = [str(tiny_run) if word == "RUN" else word for word in arguments]
+    with pytest.raises(InputError, match=words):
+        evaluate.main.main([*arguments, "--watch"], standalone_mode=False)
+
+
+# ---------------------------------------------------------------- what ends a run early
+
+
+@pytest.fixture(scope="module")
+def half(demo_root, tmp_path_factory) -> Path:
+    """LONG, interrupted right after the checkpoint of step 10."""
+    run = tmp_path_factory.mktemp("half") / "run"
+    stop_at(run, [*LONG, "--data", demo_root], 10)
+    return run
+
+
+# argv: which write of which file ends the process by kill -9, when half of it is written or after it
+KILLED_WHILE_WRITING = """
+import os, signal, sys, train
+name, number, half = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1) == "half"
+write, seen = train.write_atomically, 0
+
+def fatal(path, fill):
+    global seen
+    seen += path.name == name
+    if seen != number:
+        return write(path, fill)
+    def part(temporary):
+        fill(temporary)
+        os.truncate(temporary, temporary.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, part if half else fill)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+train.write_atomically = fatal
+train.run_command(train.main)
+"""
+
+
+def test_killed_while_a_checkpoint_is_written(uninterrupted, half, demo_root, tmp_path):
+    """In the middle of the weights, between them and the state, in the middle of the state, right after it."""
+    shutil.copytree(half, run := tmp_path / "run")
+    places = [("model.safetensors", 1, "half", 10), ("head.safetensors", 2, "after", 15),
+              ("state.pt", 2, "half", 20), ("state.pt", 1, "after", 25)]
+    for workers, (name, number, where, expected) in enumerate(places):
+        arguments = [*LONG, "--data", demo_root, "--out", run, "--resume", "--workers", workers % 3]
+        result = subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, name, str(number), where,
+                                 *map(str, arguments)], cwd=ROOT, capture_output=True, timeout=300,
+                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        assert torch.load(run / "last/state.pt", weights_only=True)["step"] == expected
+        train.load_tuned(train.load_run(run, allow_partial=True))  # the weights are whole, whichever they are
+    run_here(*LONG, "--data", demo_root, "--out", run, "--resume")
+    assert_same_weights(uninterrupted, run)
+    assert [r["step"] for r in log_of(run)] == [r["step"] for r in log_of(uninterrupted)]
+    assert not list(run.rglob("*.tmp"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 60 MB: four checkpoints."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", place]).returncode:
+        pytest.skip("only root may mount a small disk; the limit on the size of files is tested without")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def assert_one_line(err: str, words: str) -> None:
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and re.search(words, lines[0]) and "intact" in lines[0] and "Traceback" not in err, err
+
+
+def test_a_disk_that_fills_up(uninterrupted, demo_root, small_disk):
+    """Whatever is written first is refused: the run ends in one line, and goes on where there is room again."""
+    run = small_disk / "run"
+    process = start(*LONG, "--data", demo_root, "--out", run)
+    wait_for_step(run, 5, process)
+    with open(small_disk / "filler", "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(1 << 12))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, out + err
+    assert_one_line(err, r"No space left on device|; 0 MiB free there")
+    (small_disk / "filler").unlink()
+    step = torch.load(run / "last/state.pt", weights_only=True)["step"] if (run / "last/state.pt").exists() else 0
+    assert step < 60 and not (run / "done.json").exists()
+    run_here(*LONG, "--data", demo_root, "--out", run, "--resume")
+    assert_same_weights(uninterrupted, run)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
+def test_a_checkpoint_that_cannot_be_written(file, uninterrupted, half, demo_root, tmp_path):
+    """Files may not grow beyond a size: of the weights, or of the state, which is larger."""
+    shutil.copytree(half, run := tmp_path / "run")
+    sizes = {path.name: path.stat().st_size for path in (run / "model.safetensors", run / "last/state.pt")}
+    limit = sizes["model.safetensors"] // 2 if file == "model.safetensors" else sum(sizes.values()) // 2
+    assert sizes["model.safetensors"] < limit < sizes["state.pt"] or file == "model.safetensors"
+    before = {path: path.read_bytes() for path in (run / "model.safetensors", run / "last/state.pt")}
+    result = subprocess.run([sys.executable, "train.py", *map(str, [*LONG, "--data", demo_root, "--out", run,
+                                                                    "--resume"])],
+                            cwd=ROOT, capture_output=True, text=True, timeout=300,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert result.returncode == 2, result.stderr
+    assert_one_line(result.stderr, f"{file}: cannot be written")
+    for path, content in before.items():
+        assert path.name == "model.safetensors" != file or path.read_bytes() == content
+    assert torch.load(run / "last/state.pt", weights_only=True)["step"] == 10 and not list(run.rglob("*.tmp"))
+    run_here(*LONG, "--data", demo_root, "--out", run, "--resume")
+    assert_same_weights(uninterrupted, run)
