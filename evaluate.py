@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 -- evaluate.py --run runs/NAME                # eight GPUs embed, the first scores
     python evaluate.py compare runs/A-s0 runs/A-s1 runs/B-s0                 # paired differences; seeds are averaged
     python evaluate.py leaks --run runs/NAME --threshold 0.95                # test images that training nearly repeats
-    python evaluate.py bench --cases reid --json bench.json                  # large cases, beside numpy and scikit-learn
+    python evaluate.py bench --cases reid --json bench.json                  # large cases beside numpy and scikit-learn
     python evaluate.py embed photos/ --run runs/NAME --domain face_hq         # embeddings of your own pictures
 
 The protocol in a split's index.json decides the metrics. RUN/eval/ then holds results.json and results.csv (one row a
