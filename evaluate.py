@@ -10,6 +10,7 @@
     python evaluate.py compare runs/A-s0 runs/A-s1 runs/B-s0                 # paired differences; seeds are averaged
     python evaluate.py compare runs/B --experts runs/face runs/body          # non-inferiority to your own experts
     python evaluate.py leaks --run runs/NAME --threshold 0.95                # test images that training nearly repeats
+    python evaluate.py bench --cases reid --json bench.json                  # large cases beside numpy and scikit-learn
     python evaluate.py embed photos/ --run runs/NAME --domain face_hq         # embeddings of your own pictures
 
 The protocol in a split's index.json decides the metrics. RUN/eval/ then holds results.json and results.csv (one row a
@@ -274,12 +275,17 @@ def roc(scores: np.ndarray, same: np.ndarray, weights: np.ndarray | None = None)
         same: bool [P], genuine pairs.
         weights: [P], default 1.
     """
-    order = np.argsort(-scores, kind="stable")
-    w = np.ones(len(scores)) if weights is None else weights[order].astype(float)
-    genuine, impostor = np.cumsum(w * same[order]), np.cumsum(w * ~same[order])
-    last = np.append(np.diff(scores[order]) != 0, True)  # ties are accepted together
-    with np.errstate(invalid="ignore"):
-        tar, far = genuine[last] / genuine[-1], impostor[last] / impostor[-1]
+    order = np.argsort(-scores)  # not stable, and faster for it: ties are accepted together
+    ordered, accepted = scores[order], same[order]
+    last = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)
+    if weights is None:
+        genuine = np.cumsum(accepted)[last]
+        impostor = last + 1 - genuine
+    else:
+        w = weights[order].astype(float)
+        genuine, impostor = np.cumsum(w * accepted)[last], np.cumsum(w * ~accepted)[last]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        tar, far = genuine / genuine[-1], impostor / impostor[-1]
     return np.concatenate([[0.0], far]), np.concatenate([[0.0], tar])
 
 
@@ -454,7 +460,8 @@ def score_listed(x: np.ndarray, left: np.ndarray, right: np.ndarray, block: int 
     for start in range(0, len(lefts), block):
         some = lefts[start : start + block]
         pairs = order[first[start] : first[start + len(some)]]
-        scores[pairs] = (x[some] @ x.T)[np.searchsorted(some, left[pairs]), right[pairs]]
+        rows = np.repeat(np.arange(len(some)), np.diff(first[start : start + len(some) + 1]))
+        scores[pairs] = (x[some] @ x.T)[rows, right[pairs]]
     return scores
 
 

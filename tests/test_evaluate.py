@@ -283,7 +283,7 @@ def test_a_subset_of_the_classes_is_scored_among_those(demo_root):
     assert "head top-1" not in evaluate.score_classification(x, split, (y, reference), head, ["a"], 0, 0)
     # a split of two classes whose means both point away: the classes that it lacks must not win with a cosine of 0
     rows = np.flatnonzero(split.labels < 2)
-    part = SimpleNamespace(labels=split.labels[rows], classes=split.classes[:2], folder=split.folder)
+    part = SimpleNamespace(labels=split.labels[rows], classes=split.classes[:2], folder=split.folder, protocol={})
     found = evaluate.score_classification(-x[rows], part, (y, reference), None, [], 0, 0)
     assert found["nearest-mean top-1"].value == 0  # each takes the other of the two, never a third
     means = evaluate.class_means(y, reference.labels, len(reference.classes))

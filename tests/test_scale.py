@@ -107,7 +107,7 @@ def test_two_processes_embed_as_one(run, tmp_path):
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]  # --: it would take --run
     result = script(*two, "evaluate.py", *options[:1], tmp_path / "two", *options[2:])
     names = sorted(path.name for path in (run / "eval/embeddings").glob("*.npy"))
-    assert len(names) == 6 and names == sorted(p.name for p in (tmp_path / "two/eval/embeddings").glob("*.npy"))
+    assert len(names) == 12 and names == sorted(p.name for p in (tmp_path / "two/eval/embeddings").glob("*.npy"))
     for name in names:
         one, two = (np.load(folder / "eval/embeddings" / name) for folder in (run, tmp_path / "two"))
         np.testing.assert_array_equal(one, two)
