@@ -85,7 +85,8 @@ def test_older_ones_go_only_when_the_new_one_is_complete(demo_root, tmp_path, mo
 
 # ---------------------------------------------------------------- evaluate.py --watch
 
-WATCH = ["--watch", "--splits", "object/val,body/test", "--bootstrap", "2", "--workers", "0", "--crowd", "0", "--probe", "0"]
+WATCH = ["--watch", "--splits", "object/val,body/test", "--bootstrap", "2", "--workers", "0", "--crowd", "0",
+         "--probe", "0"]
 
 
 def watched(run: Path) -> dict[int, list[dict]]:
