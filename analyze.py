@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import click
@@ -197,13 +198,14 @@ def hits_by_k(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int],
         device: of the computation.
         size: scores held at once (default: what fits the cache of a core; on a GPU 2**26).
     """
-    size = size or (1 << 18 if torch.device(device).type == "cpu" else 1 << 26)
+    size = size or (1 << 19 if torch.device(device).type == "cpu" else 1 << 26)
     q, g = (torch.as_tensor(x, device=device) for x in (probe, gallery))
     columns = torch.tensor(ks, device=device) - 1
     length = g.square().cumsum(1, dtype=torch.float64).sqrt().clamp(min=1e-12).to(g.dtype)  # [m, D]
     inverse, by_coordinate = (1 / length[:, columns]).T.contiguous(), g.T.contiguous()
     hits = torch.empty(len(ks), len(q), dtype=torch.bool, device=device)
     block = max(1, min(size // len(g), len(q)))
+    buffers = torch.empty(2, block, len(g), dtype=q.dtype, device=device)
     for first in range(0, len(q), block):
         rows = slice(first, first + block)
         x, parts = q[rows], [np.concatenate(pair) for pair in zip(task.mates[rows], task.ignored[rows], strict=True)]
@@ -214,9 +216,9 @@ def hits_by_k(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int],
             best = torch.maximum(best, path * inverse[:, right].T)
         lead = x.square().cumsum(1, dtype=torch.float64).sqrt()[:, columns].to(x.dtype) * TIE
         best, x = (best - lead).T, x.T.contiguous()
-        scores = torch.zeros(len(parts), len(g), dtype=x.dtype, device=device)
+        scores, cosine = buffers[:, : len(parts)]
+        scores.zero_()
         scores[np.repeat(np.arange(len(parts)), [len(part) for part in parts]), np.concatenate(parts)] = -torch.inf
-        cosine = torch.empty_like(scores)
         for i, (a, b) in enumerate(zip([0, *ks], ks, strict=False)):
             if b == a + 1:
                 scores.addr_(x[a], by_coordinate[a])
@@ -788,11 +790,11 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
 
 
 def save_figure(figure, path: Path, handles: list | None = None, columns: int = 4) -> None:
-    """Write PATH.pdf and PATH.png, with one legend below all axes."""
+    """Write PATH.pdf and PATH.png, with one legend above all axes."""
     import matplotlib.pyplot as plt
 
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
     for ending in (".pdf", ".png"):
         figure.savefig(path.with_name(path.name + ending), dpi=200)
     plt.close(figure)
@@ -816,14 +818,15 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str]) -> None:
     """The grid of transfer curves: rows are the task whose components are used, columns the task that uses them."""
     from matplotlib.lines import Line2D
 
-    kinds = {"components": (BLUE, "-", "components of the row's task"),
-             "own": (BLACK, ":", "the column's own components"),
-             "foundation": (GREY, "-", "components of the untouched backbone"),
-             "pooled": (GREEN, "-.", "pooled components of all tasks"),
-             "random": (RED, "--", f"random subspaces ({RANDOM_SEEDS}, range)"),
-             "bottom": (PURPLE, (0, (3, 1, 1, 1)), "last k components")}
+    kinds = {"components": (BLUE, "-", "first k of the row's task"),
+             "own": (BLACK, ":", "of the column's own"),
+             "foundation": (GREY, "-", "of the untouched backbone"),
+             "own mean": (SKY, "-", "centred by the column's mean"),
+             "pooled": (GREEN, "-.", "of all tasks pooled"),
+             "random": (RED, "--", f"random ({RANDOM_SEEDS}, range)"),
+             "bottom": (PURPLE, (0, (3, 1, 1, 1)), "last k of the row's task")}
     K = len(names)
-    figure, axes = new_figure(K, K, (max(1.75 * K, 4.5), 1.6 * K + 0.9), sharex=True, sharey=True)
+    figure, axes = new_figure(K, K, (max(1.75 * K, 5), 1.6 * K + 1), sharex=True, sharey=True)
     for i, fit in enumerate(names):
         for j, test in enumerate(names):
             ax = axes[i][j]
@@ -831,7 +834,7 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str]) -> None:
                 of = {"own": ("components", test), "random": ("random", None), "pooled": ("pooled", None)}
                 name, origin = of.get(kind, (kind, fit))
                 found = [c for c in curves if (c["kind"], c["test"]) == (name, test) and origin in (None, c["fit"])]
-                if not found or (kind == "own" and fit == test):
+                if not found or (kind in ("own", "own mean") and fit == test):  # the same curve once more
                     continue
                 many = np.array([[percent(v) for v in c["kept"]] for c in found])
                 ax.plot(found[0]["ks"], many.mean(0), color=colour, ls=style, lw=1.4 if kind == "components" else 1)
@@ -849,7 +852,7 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str]) -> None:
                 ax.set_ylabel(f"components of\n{fit}")
     figure.supxlabel("number of components k (dotted: 100)", fontsize=8)
     figure.supylabel("kept of (score − chance), % (dotted: 99)", fontsize=8)
-    save_figure(figure, path, [Line2D([], [], color=c, ls=s, label=label) for c, s, label in kinds.values()], 2)
+    save_figure(figure, path, [Line2D([], [], color=c, ls=s, label=label) for c, s, label in kinds.values()], 3)
 
 
 def draw_deletion(path: Path, curves: list[dict], names: list[str]) -> None:
@@ -861,9 +864,8 @@ def draw_deletion(path: Path, curves: list[dict], names: list[str]) -> None:
         for c in (c for c in curves if (c["kind"], c["test"]) == ("deleted", test)):
             ax.plot(c["ks"], [percent(v) for v in c["kept"]], color=TASK_COLOURS[c["fit"]], lw=1.2)
         ax.axhline(100, color="k", lw=0.6, ls=(0, (1, 2)))
-        ax.set(xscale="log", title=f"scored: {test}")
+        ax.set(xscale="log", title=f"scored: {test}", xlabel="first components deleted")
     axes[0][0].set_ylabel("kept of (score − chance), %")
-    figure.supxlabel("first components deleted", fontsize=8)
     save_figure(figure, path, [Line2D([], [], color=TASK_COLOURS[n], label=f"components of {n}") for n in names])
 
 
@@ -922,8 +924,12 @@ def draw_spectrum(path: Path, components: list[dict], names: list[str]) -> None:
                            (axes[0][2], "task_dprime", "|d′| task − other tasks")):
         for name in names:
             of = [r for r in components if r["weights"] == "tuned" and r["fit"] == r["test"] == name]
-            values = [math.nan if r[key] is None else abs(r[key]) if key == "task_dprime" else r[key] for r in of]
-            ax.plot(range(1, len(values) + 1), values, color=TASK_COLOURS[name], lw=0.7)
+            values = np.array([math.nan if r[key] is None else r[key] for r in of])
+            values = np.abs(values) if key == "task_dprime" else values
+            # single components are noisy: the mean over each of some thirty ranges of equal width on the axis
+            edges = np.unique(np.geomspace(1, len(values) + 1, 31).astype(int))
+            means = [values[a - 1 : b - 1].mean() for a, b in pairwise(edges)]
+            ax.plot(np.sqrt(edges[:-1] * (edges[1:] - 1)), means, color=TASK_COLOURS[name], lw=1.2)
         ax.set(xscale="log", title=title, xlabel="component of the task itself")
     handles = [Line2D([], [], color=TASK_COLOURS[n], label=n) for n in names]
     handles += [Line2D([], [], color="k", ls="-", label="tuned"), Line2D([], [], color="k", ls=":", label="untouched")]
@@ -951,8 +957,10 @@ def draw_map(path: Path, points: list[dict], names: list[str], method: str) -> N
         ax.set_title(f"{name}, by identity")
     for ax in axes[0]:
         ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
     handles = [Line2D([], [], ls="", marker="o", ms=4, color=TASK_COLOURS[n], label=n) for n in names]
-    handles.append(Line2D([], [], ls="", marker="o", ms=3, color="#A0A0A0", label="further identities"))
+    handles.append(Line2D([], [], ls="", marker="o", ms=3, color="#A0A0A0", label="further identities (colours and "
+                          "shapes: eight)"))
     save_figure(figure, path, handles, K + 1)
 
 
@@ -1632,7 +1640,7 @@ def claims(folder: Path, delta: float, retention: float, separable: float, keep:
 @click.option("--dim", type=click.IntRange(2), default=1024, help="Dimensions of the embeddings.")
 @click.option("--shots", type=click.IntRange(2), default=10, help="Images of an identity.")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
-@click.option("--slow", is_flag=True, help="Time the plain definition at one k, too, and extrapolate to all.")
+@click.option("--slow", is_flag=True, help="Time the plain definition, too, at the largest k.")
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the embeddings.")
 def bench(probes: int, dim: int, shots: int, bootstrap: int, slow: bool, device: str, seed: int) -> int:

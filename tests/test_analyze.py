@@ -149,7 +149,8 @@ GOOD = {"values": {"object": 0.6, "body": 0.7}, "foundation": {"object": 0.4, "b
 def test_claim_backbones_needs_all_three():
     families = ["clip", "eva02", "dinov3"]
     one = analyze.claim_backbones(alone(measured("a", **GOOD)), families, 0.01)
-    assert one.verdict == "not measured (no run of eva02, dinov3)" and "a body/test +40.0 [+40.0, +40.0]" in one.measured
+    assert one.verdict == "not measured (no run of eva02, dinov3)"
+    assert "a body/test +40.0 [+40.0, +40.0]" in one.measured
     runs = [measured(b, backbone=b, **GOOD) for b in families]
     assert analyze.claim_backbones(alone(*runs), families, 0.01).verdict == "holds"
     runs[2] = measured("d", backbone="dinov3", values=GOOD["values"])
