@@ -71,7 +71,8 @@ class Task:
 
     def chance(self) -> float:
         """Expected share of hits of a random nearest vector."""
-        return float(np.mean([len(right) / (self.vectors - len(out))
+        m = self.vectors
+        return float(np.mean([len(right) / (m - len(out))
                               for right, out in zip(self.mates, self.ignored, strict=True)]))
 
 
@@ -142,12 +143,11 @@ def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.
     the mean of the projections, and one sweep serves people and objects.)
     """
     base, test = embedded
-    rows = (base if task.domain == "object" else test)[task.gallery]
-    if len(rows) == task.vectors:
-        ordered = np.empty_like(rows)
-        ordered[task.group] = rows
-        return test[task.probe], ordered
-    means = evaluate.class_means(rows, task.group, task.vectors)
+    x, m = base if task.domain == "object" else test, task.vectors
+    means = np.zeros((m, x.shape[1]))
+    for start in range(0, len(task.gallery), 1 << 16):  # by blocks: a copy of a million images would be gigabytes
+        part = slice(start, start + (1 << 16))
+        means += evaluate.class_means(x[task.gallery[part]], task.group[part], m)
     return test[task.probe], means / np.bincount(task.group)[:, None]
 
 
@@ -192,7 +192,7 @@ def hits_by_k(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int],
 
     With one coordinate more, S += q_k g_kᵀ and |g|² += g_k²; the nearest is the largest S / |g|, since a probe's own
     length changes no order. The scores of mates are kept apart (there are few), so that S holds the wrong ones alone
-    and the largest of a row is enough. Memory: a block of scores and thrice the gallery.
+    and the largest of a row is enough. Memory: two blocks of scores, the vectors, and m x len(ks) inverse lengths.
 
     Args:
         device: of the computation.
@@ -201,8 +201,9 @@ def hits_by_k(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int],
     size = size or (1 << 19 if torch.device(device).type == "cpu" else 1 << 26)
     q, g = (torch.as_tensor(x, device=device) for x in (probe, gallery))
     columns = torch.tensor(ks, device=device) - 1
-    length = g.square().cumsum(1, dtype=torch.float64).sqrt().clamp(min=1e-12).to(g.dtype)  # [m, D]
-    inverse, by_coordinate = (1 / length[:, columns]).T.contiguous(), g.T.contiguous()
+    inverse = torch.cat([part.square().cumsum(1, dtype=torch.float64)[:, columns].clamp(min=1e-24).rsqrt().to(g.dtype)
+                         for part in g.split(4096)]).T.contiguous()  # [len(ks), m]
+    by_coordinate = g.T.contiguous()
     hits = torch.empty(len(ks), len(q), dtype=torch.bool, device=device)
     block = max(1, min(size // len(g), len(q)))
     buffers = torch.empty(2, block, len(g), dtype=q.dtype, device=device)
@@ -654,12 +655,13 @@ def sources_of(split: Split, rows: np.ndarray) -> np.ndarray:
 Features = Callable[[Split, np.ndarray], np.ndarray]  # a split and rows of it -> [n, D]
 
 
-def unseen_sources(features: dict[str, Features], tasks: list[Task], fits: list[np.ndarray], others: dict,
-                   n: int, draws: int, seed: int) -> list[dict]:
+def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndarray]], tasks: list[Task],
+                   fits: list[np.ndarray], others: dict, n: int, draws: int, seed: int) -> list[dict]:
     """Recall of a domain on images of a source that the classifier never saw; for domains that have two.
 
     Args:
         features: by space.
+        fitted: by space, per task: features of the rows `fits`.
         tasks: the tasks.
         fits: per task, rows of the training split.
         others: domain -> its test splits and the rows of them that may be used.
@@ -686,8 +688,7 @@ def unseen_sources(features: dict[str, Features], tasks: list[Task], fits: list[
                 continue
             row = {"domain": task.domain, "source": name, "images": len(rows), "spaces": {}}
             for space, of in features.items():
-                parts = [of(t.train, r) for t, r in zip(tasks, fits, strict=True)]
-                parts[d] = parts[d][left]
+                parts = [part[left] if i == d else part for i, part in enumerate(fitted[space])]
                 found = predict("logistic", parts, [of(split, rows)])[0] == d
                 row["spaces"][space] = show(balanced_accuracy([found], [split.labels[rows]], draws, seed))
             table.append(row)
@@ -710,11 +711,11 @@ def measure_separability(features: dict[str, Features], tasks: list[Task], other
     fits = [rng.permutation(task.fit)[:n] for task in tasks]
     probes = [rng.permutation(task.probe)[:n] for task in tasks]
     ids = [task.split.labels[rows] for task, rows in zip(tasks, probes, strict=True)]
-    found = {}
+    found, fitted = {}, {}
     for name, of in tqdm(features.items(), desc="separability", unit="space", disable=None):
-        fit, test = ([of(split, rows) for split, rows in zip(splits, chosen, strict=True)]
-                     for splits, chosen in (([t.train for t in tasks], fits), ([t.split for t in tasks], probes)))
-        found[name] = separability(fit, test, ids, draws, seed)
+        fitted[name] = [of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
+        test = [of(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
+        found[name] = separability(fitted[name], test, ids, draws, seed)
     names = [task.domain for task in tasks]
     spaces = {}
     for name, figures in found.items():
@@ -726,7 +727,7 @@ def measure_separability(features: dict[str, Features], tasks: list[Task], other
             spaces[name]["lead_of_tuned"] = show(minus(found[mine]["logistic"], figures["logistic"]))
     plain = {name: of for name, of in features.items() if not name.endswith("canon")}
     return {"images_per_task": n, "chance": 1 / len(tasks), "spaces": spaces,
-            "unseen_sources": unseen_sources(plain, tasks, fits, others, n, draws, seed)}
+            "unseen_sources": unseen_sources(plain, fitted, tasks, fits, others, n, draws, seed)}
 
 
 # ---------------------------------------------------------------- a map
@@ -1226,8 +1227,11 @@ def read_runs(folder: Path) -> list[Measured]:
         except InputError as error:
             print(f"left out: {error.format_message()}")
             continue
-        runs.append(Measured(home.name, train.read_json(home / "config.json"), found,
-                             train.read_json(analysis) if analysis.exists() else None))
+        known = train.read_json(analysis) if analysis.exists() else None
+        if known is not None and not set(known) >= {"transfer", "separability", "sharing"}:
+            print(f"left out: {analysis} is of another version; run analyze.py on {home} again")
+            known = None
+        runs.append(Measured(home.name, train.read_json(home / "config.json"), found, known))
     if not runs:
         raise InputError(f"{folder}: no evaluated run in it; train runs below it and call evaluate.py on each")
     return runs
@@ -1259,9 +1263,9 @@ def join(verdicts: list[str]) -> str:
     return min(verdicts, key=lambda verdict: next(i for i, start in enumerate(order) if verdict.startswith(start)))
 
 
-def make_claim(claim: str, threshold: str, findings: list[Finding], missing: list[str]) -> Claim:
-    """A line from its findings; `missing`: verdicts "not measured (...)" about what should have been there."""
-    verdicts = [finding.verdict for finding in findings if finding.verdict] + missing
+def make_claim(claim: str, threshold: str, findings: list[Finding], further: list[str]) -> Claim:
+    """A line from its findings. `further`: verdicts about several findings together, or about what is missing."""
+    verdicts = [finding.verdict for finding in findings if finding.verdict] + further
     return Claim(claim, "", "; ".join(map(str, findings)) or "-", threshold, join(verdicts), findings)
 
 
@@ -1348,7 +1352,7 @@ def claim_generalisation(imic: list[Group], least: float) -> Claim:
 
 def claim_forgetting(imic: list[Group], sequential: list[Group], delta: float) -> Claim:
     """Sequential training ends below IMIC on a task that it learned before the last; IMIC falls on none."""
-    findings, missing = [], []
+    findings, further = [], []
     for group in imic:
         for (domain, split), lead in group.leads(group, "tuned", "foundation").items():
             findings.append(judge(f"{group.name} over the untouched backbone {domain}/{split}", lead, -delta))
@@ -1363,26 +1367,25 @@ def claim_forgetting(imic: list[Group], sequential: list[Group], delta: float) -
                     finding.note = f"sequential over the untouched {interval(show(own[key]), '+.1f')}"
                 findings.append(finding)
             if early:
-                missing.append(HOLDS if any(lead.low > 0 for lead in early.values()) else
+                further.append(HOLDS if any(lead.low > 0 for lead in early.values()) else
                                FAILS if all(lead.high <= delta for lead in early.values()) else WIDE)
             else:
-                missing.append("not measured (no figure in common with the sequential run)")
+                further.append("not measured (no figure in common with the sequential run)")
         if not others:
-            missing.append("not measured (no run of --schedule sequential of the same backbone)")
+            further.append("not measured (no run of --schedule sequential of the same backbone)")
         elif not group.leads(group, "tuned", "foundation"):
-            missing.append("not measured (no foundation scores)")
+            further.append("not measured (no foundation scores)")
     return make_claim("Sequential fine-tuning forgets where the interleaved one does not",
                       "an earlier task of the sequential run lower than IMIC's, paired; IMIC nowhere below the "
                       f"untouched backbone by {100 * delta:g} points", findings,
-                      missing or ["not measured (no IMIC run)"])
+                      further or ["not measured (no IMIC run)"])
 
 
 def claim_separable(imic: list[Group], least: float) -> Claim:
     """Logistic regression tells the tasks apart, better than format and the untouched backbone explain."""
     findings, missing = [], []
     for group in imic:
-        value = group.analysed(lambda a: (a["separability"] or {"spaces": {"tuned": {"logistic": {"value": None}}}})
-                               ["spaces"]["tuned"]["logistic"])
+        value = group.analysed(lambda a: a["separability"] and a["separability"]["spaces"]["tuned"]["logistic"])
         if value is None:
             missing.append("not measured (no analysed run of two or more tasks; call analyze.py --run RUN)")
             continue
@@ -1413,13 +1416,13 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
 
 def claim_components(imic: list[Group], least: float) -> Claim:
     """Fewer than 100 components of any task keep every other task's score, and more than other subspaces do."""
-    findings, missing = [], []
+    findings, further = [], []
     for group in imic:
         first = group.runs[0].analysis
         pairs = first["transfer"]["tuned"]["pairs"] if first else []
         across = [(p["fit"], p["test"]) for p in pairs if p["fit"] != p["test"]]
         if not across:
-            missing.append("not measured (no analysed run of two or more tasks; call analyze.py --run RUN)")
+            further.append("not measured (no analysed run of two or more tasks; call analyze.py --run RUN)")
             continue
         found, k = first["transfer"]["tuned"], pairs[0]["k"]
         verdicts, unbeaten, shown = [], {}, []
@@ -1457,12 +1460,12 @@ def claim_components(imic: list[Group], least: float) -> Claim:
             verdict = f"holds, but no better than {' or '.join(names)} {'subspaces' if names == ['random'] else 'PCs'}"
         elif verdict == HOLDS and unbeaten:
             verdict = "not measured (no foundation PCs of the same width)"
-        missing.append(verdict)
+        further.append(verdict)
         shown.sort(key=lambda f: f.value)
         findings += shown
     return make_claim("Fewer than 100 principal components of any task serve all the others",
                       f"above {100 * least:g} % of (score - chance) kept by every pair, leads over random subspaces "
-                      "and foundation PCs above 0, paired", findings, missing or ["not measured (no IMIC run)"])
+                      "and foundation PCs above 0, paired", findings, further or ["not measured (no IMIC run)"])
 
 
 def make_table(runs: list[Measured], delta: float, retention: float, separable: float, keep: float) -> list[Claim]:
@@ -1669,7 +1672,7 @@ def bench(probes: int, dim: int, shots: int, bootstrap: int, slow: bool, device:
     print(f"{probes:,} probes x {probes:,} vectors, {dim} dimensions, on {where}, {torch.get_num_threads()} threads")
     every, controls = list(range(1, dim + 1)), sorted({k for k in GRID if k < dim} | {dim})
     clock("one sweep at every k", lambda: hits_by_k(vectors, vectors, task, every, where))
-    clock(f"one sweep at the {len(controls)} k of a control", lambda: hits_by_k(vectors, vectors, task, controls, where))
+    clock(f"one at the {len(controls)} k of a control", lambda: hits_by_k(vectors, vectors, task, controls, where))
     if slow:
         clock(f"the plain definition at k = {dim}", lambda: hits_one_by_one(vectors, vectors, task, [dim]))
     clock("4 x 4 tasks with every control", lambda: transfer(

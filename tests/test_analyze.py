@@ -368,8 +368,9 @@ def test_a_run_without_draws_is_left_out_and_named(analysed, tiny_run, tmp_path)
     for name in ("a", "b"):
         shutil.copytree(tiny_run, tmp_path / name, ignore=shutil.ignore_patterns("embeddings", "last", "*.safetensors"))
     (tmp_path / "b/eval/draws.npz").unlink()
+    (tmp_path / "a/analysis/analysis.json").write_text("{}")
     out = script("analyze.py", "claims", tmp_path).stdout
-    assert "left out: " in out and "b/eval/draws.npz" in out
+    assert "left out: " in out and "b/eval/draws.npz" in out and "a/analysis/analysis.json is of another version" in out
 
 
 @pytest.mark.parametrize("arguments, words", [

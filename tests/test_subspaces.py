@@ -345,12 +345,12 @@ def test_a_source_that_was_left_out_can_be_mistaken():
 
     tasks = [SimpleNamespace(domain="face_hq", train=mixed), SimpleNamespace(domain="body", train=plain)]
     others = {"face_hq": [(test, np.arange(80))], "body": [(plain, np.arange(50))]}
-    rows = analyze.unseen_sources({"tuned": features}, tasks, [np.arange(120)] * 2, others, 100, 20, 0)
+    fitted = {"tuned": [features(mixed, np.arange(120)), features(plain, np.arange(120))]}
+    rows = analyze.unseen_sources({"tuned": features}, fitted, tasks, [np.arange(120)] * 2, others, 100, 20, 0)
     found = {(r["domain"], r["source"]): r["spaces"]["tuned"]["value"] for r in rows}
     assert set(found) == {("face_hq", "a"), ("face_hq", "b")}  # body has one source alone
     assert found["face_hq", "b"] < 0.2 and found["face_hq", "a"] < 0.9
-    spaces = analyze.separability([features(mixed, np.arange(120)), features(plain, np.arange(120))],
-                                  [features(test, np.arange(80)), features(plain, np.arange(50))],
+    spaces = analyze.separability(fitted["tuned"], [features(test, np.arange(80)), features(plain, np.arange(50))],
                                   [np.arange(80), np.arange(50)], 20, 0)
     assert spaces["logistic"].value > 0.97
     assert analyze.sources_of(fake_split("sketch", ["a", "a"], ood=True), np.arange(2)).tolist() == ["a (sketch)"] * 2
