@@ -15,6 +15,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -186,13 +187,14 @@ def hits_one_by_one(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list
     return hits
 
 
-def hits_by_k(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int], device: torch.device | str = "cpu",
-              size: int | None = None) -> np.ndarray:
+def hits_by_k(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tensor, task: Task, ks: list[int],
+              device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
     """`hits_one_by_one` at the cost of one evaluation of scores and, per k, three passes over a block in the cache.
 
     With one coordinate more, S += q_k g_kᵀ and |g|² += g_k²; the nearest is the largest S / |g|, since a probe's own
     length changes no order. The scores of mates are kept apart (there are few), so that S holds the wrong ones alone
-    and the largest of a row is enough. Memory: two blocks of scores, the vectors, and m x len(ks) inverse lengths.
+    and the largest of a row is enough. Memory: the vectors twice, m x len(ks) inverse lengths, and for each of torch's
+    threads two blocks of scores.
 
     Args:
         device: of the computation.
@@ -206,8 +208,8 @@ def hits_by_k(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int],
     by_coordinate = g.T.contiguous()
     hits = torch.empty(len(ks), len(q), dtype=torch.bool, device=device)
     block = max(1, min(size // len(g), len(q)))
-    buffers = torch.empty(2, block, len(g), dtype=q.dtype, device=device)
-    for first in range(0, len(q), block):
+
+    def sweep(first: int) -> None:
         rows = slice(first, first + block)
         x, parts = q[rows], [np.concatenate(pair) for pair in zip(task.mates[rows], task.ignored[rows], strict=True)]
         best = torch.full((len(x), len(ks)), -torch.inf, dtype=x.dtype, device=device)
@@ -217,9 +219,9 @@ def hits_by_k(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int],
             best = torch.maximum(best, path * inverse[:, right].T)
         lead = x.square().cumsum(1, dtype=torch.float64).sqrt()[:, columns].to(x.dtype) * TIE
         best, x = (best - lead).T, x.T.contiguous()
-        scores, cosine = buffers[:, : len(parts)]
-        scores.zero_()
+        scores = torch.zeros(len(parts), len(g), dtype=x.dtype, device=device)
         scores[np.repeat(np.arange(len(parts)), [len(part) for part in parts]), np.concatenate(parts)] = -torch.inf
+        cosine = torch.empty_like(scores)
         for i, (a, b) in enumerate(zip([0, *ks], ks, strict=False)):
             if b == a + 1:
                 scores.addr_(x[a], by_coordinate[a])
@@ -227,6 +229,16 @@ def hits_by_k(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int],
                 scores.addmm_(x[a:b].T, by_coordinate[a:b])
             torch.mul(scores, inverse[i], out=cosine)
             torch.gt(best[i], cosine.amax(1), out=hits[i, rows])
+
+    # a thread a block: operations as short as these would spend their time waiting for one another's threads
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if q.device.type == "cpu" else threads)
+    try:
+        with ThreadPoolExecutor(threads if q.device.type == "cpu" else 1, initializer=torch.set_num_threads,
+                                initargs=(torch.get_num_threads(),)) as pool:
+            list(pool.map(sweep, range(0, len(q), block)))
+    finally:
+        torch.set_num_threads(threads)
     return hits.cpu().numpy()
 
 
@@ -293,7 +305,8 @@ def measure_curve(kind: str, fit: str, task: Task, vectors: tuple[np.ndarray, np
         basis: [D, D], orthonormal columns.
         counts: [resamplings, n], how often each probe is drawn.
     """
-    rotated = (((x - mean) @ basis).astype(np.float32) for x in vectors)
+    turn = torch.as_tensor(np.ascontiguousarray(basis, dtype=np.float32), device=device)
+    rotated = (torch.as_tensor((x - mean).astype(np.float32), device=device) @ turn for x in vectors)
     hits = hits_by_k(*rotated, task, ks, device).astype(np.float32)
     score, drawn = hits.mean(1, dtype=np.float64), counts @ hits.T / counts.sum(1, keepdims=True)
     chance = task.chance()
@@ -1452,8 +1465,8 @@ def claim_components(imic: list[Group], least: float) -> Claim:
                 elif not lead["low"] > 0:
                     unbeaten.setdefault(name, None)
         verdict = join(verdicts)
-        if k >= found["dim"]:
-            verdict = "not measured (a space of no more than k dimensions)"
+        if found["dim"] <= 100:
+            verdict = f"not measured (a space of {found['dim']} dimensions: 100 components are all of it)"
         elif k >= 100:
             verdict = "not measured (analysed at 100 components or more; call analyze.py --components 99)"
         elif verdict == HOLDS and (names := [n for n in unbeaten if n != "unknown"]):

@@ -317,7 +317,7 @@ def components(kept, random=0.2, foundation=0.2, dim=768, k=99, **more):
     (components(0.99, random=0.0, foundation=0.0), "holds, but no better than random or foundation PCs"),
     (components(0.8), "fails"), (components(0.8, random=0.0), "fails"),
     (components(0.95), "not measured (intervals too wide to decide)"),
-    (components(1.0, dim=64, k=64), "not measured (a space of no more than k dimensions)"),
+    (components(1.0, dim=64, k=16), "not measured (a space of 64 dimensions: 100 components are all of it)"),
     (components(0.99, k=200), "not measured (analysed at 100 components or more; call analyze.py --components 99)"),
 ])  # fmt: skip
 def test_claim_components(analysis, verdict):
@@ -326,7 +326,7 @@ def test_claim_components(analysis, verdict):
     assert claim.verdict == verdict
     assert "object for body" in claim.measured and "rank-limited" in claim.measured
     analysis["transfer"]["tuned"]["pairs"][0]["kept"] = None
-    if "k dimensions" not in verdict and "100" not in verdict:
+    if "100" not in verdict:
         claim = analyze.claim_components(alone(run), 0.95)
         assert claim.verdict.startswith("not measured (a task is not above chance")
 
