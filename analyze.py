@@ -1247,6 +1247,9 @@ def read_runs(folder: Path) -> list[Measured]:
         runs.append(Measured(home.name, train.read_json(home / "config.json"), found, known))
     if not runs:
         raise InputError(f"{folder}: no evaluated run in it; train runs below it and call evaluate.py on each")
+    if len({(table.seed, draws_of(table)) for run in runs for table in run.found.values()}) > 1:
+        print("the runs were resampled differently, so that some cannot be paired: call evaluate.py on all of them "
+              "with the same --seed and --bootstrap")
     return runs
 
 
