@@ -1,31 +1,47 @@
 """What the embedding space of a run looks like, and whether the abstract's claims hold for a folder of runs.
 
-    python analyze.py --run runs/NAME            # transfer of principal components, separability of the tasks
-    python analyze.py claims runs                # one verdict per claim, from every analysed run below runs/
+    python analyze.py --run runs/NAME            # transfer of principal components, separability, sharing, a map
+    python analyze.py claims runs                # one verdict per claim, from every evaluated run below runs/
+    python analyze.py bench                      # how long the transfer takes on this machine
 
-RUN/analysis/ then holds analysis.json, transfer.csv, report.md and the figures transfer.png and separability.png.
-Principal components are fitted on training images whose identities are not among the tested ones.
+RUN/analysis/ then holds analysis.json, report.md, the tables transfer.csv, dprime.csv and map.csv, and the figures
+transfer, deletion, separability, sharing, spectrum and map, each as .pdf and .png. Principal components are fitted on
+training images whose identities are not among the tested ones.
 """
 
+import hashlib
 import json
 import math
+import time
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import click
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import evaluate
 import train
 from data_prep import DOMAINS, InputError, run_command
 from data_prep.shards import ROLES, Split, open_root
+from evaluate import Figure
 
+# numbers of components at which controls are measured; the claim itself is measured at every one
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 99, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 LEVELS = (0.99, 0.95)  # k* is the number of components that keeps so much of what is above chance
 RANDOM_SEEDS = 10
-COLOURS = {"tuned": "#0072B2", "foundation": "#999999", "random": "#D55E00", "pixels": "#009E73"}  # Okabe-Ito
+TIE = 1e-6  # cosines that differ by less are equal: far above rounding in float32, far below what a score can show
+FITTED = 20  # at most so many images per dimension are fitted on: more do not change a covariance, only take time
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (  # Okabe-Ito
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+GREY = "#999999"
+TASK_COLOURS = {"object": BLUE, "face_hq": ORANGE, "face_lq": GREEN, "body": PURPLE}
+SPACE_COLOURS = {"tuned": BLUE, "foundation": GREY, "pixels": GREEN}
 
 # ---------------------------------------------------------------- tasks
 
@@ -34,25 +50,31 @@ COLOURS = {"tuned": "#0072B2", "foundation": "#999999", "random": "#D55E00", "pi
 class Task:
     """What one domain contributes: rows to fit on, and a test on other identities.
 
-    A projection is scored by the share of probes whose nearest gallery vector is `relevant`; for objects the gallery
-    holds class means.
+    A projection is scored by the share of probes whose nearest gallery vector is a mate. The gallery vectors are single
+    images for people, and class means for objects.
     """
 
     domain: str
     split: Split  # the test split
     train: Split
     fit: np.ndarray  # rows of the training split, identities disjoint from the tested ones
-    probe: np.ndarray  # rows of the test split
+    probe: np.ndarray  # rows of the test split, [n]
     gallery: np.ndarray  # rows of the test split (people) or of the training split (objects)
-    group: np.ndarray  # [gallery] the class mean that a gallery row belongs to (objects); all different for people
-    target: np.ndarray  # [probe] label that a hit must have
-    found: np.ndarray  # [groups] label of each gallery vector
-    ignored: np.ndarray | None  # bool [probe, groups]: the probe itself, or its identity under the same camera
+    group: np.ndarray  # [gallery] the gallery vector 0..m-1 that a row is averaged into; all different for people
+    target: np.ndarray  # [n] identity of each probe
+    mates: list[np.ndarray]  # [n] gallery vectors that are right, at least one
+    ignored: list[np.ndarray]  # [n] gallery vectors that do not count: the probe itself, its identity under its camera
+
+    @property
+    def vectors(self) -> int:
+        """Number of gallery vectors, m."""
+        return int(self.group.max()) + 1
 
     def chance(self) -> float:
         """Expected share of hits of a random nearest vector."""
-        allowed = np.ones((len(self.probe), len(self.found)), dtype=bool) if self.ignored is None else ~self.ignored
-        return float((((self.target[:, None] == self.found) & allowed).sum(1) / allowed.sum(1)).mean())
+        m = self.vectors
+        return float(np.mean([len(right) / (m - len(out))
+                              for right, out in zip(self.mates, self.ignored, strict=True)]))
 
 
 def find_splits(splits: dict[str, Split]) -> tuple[Split, Split] | None:
@@ -88,25 +110,46 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
         found = np.unique(label[probe])
         gallery = np.flatnonzero(np.isin(base.labels, found) & readable[0])
         group = np.searchsorted(found, base.labels[gallery])
-        if len(fit) < 2 or len(np.unique(group)) < 2 or len(np.unique(group)) < len(found):
+        if len(fit) < 2 or len(np.unique(group)) < max(2, len(found)):
             return None
-        return Task(domain, test, base, fit, probe, gallery, group, label[probe], found, None)
+        mates = list(np.searchsorted(found, label[probe])[:, None])
+        return Task(domain, test, base, fit, probe, gallery, group, label[probe], mates, [mates[0][:0]] * len(probe))
 
-    roles, cameras = test.optional("role"), test.optional("camera")
+    roles, cameras, labels = test.optional("role"), test.optional("camera"), np.array(test.labels)
     gallery = rows[roles[rows] != ROLES.index("probe")]
     probe = rows[roles[rows] <= ROLES.index("probe")]  # without roles every image is a probe and in the gallery
-    probe = rng.permutation(probe[test.labels[probe] >= 0])[:limit]
-    labels = np.array(test.labels)
-    same = labels[probe][:, None] == labels[gallery]
-    ignored = probe[:, None] == gallery
-    if test.protocol["name"] == "reid":
-        ignored |= same & (cameras[probe][:, None] == cameras[gallery])
-    mated = (same & ~ignored).any(1)
-    probe, ignored = probe[mated], ignored[mated]
-    if len(fit) < 2 or not len(probe):
+    probe = rng.permutation(probe[labels[probe] >= 0])[:limit]
+    same, kept, mates, ignored = evaluate.mates_in(labels[gallery]), [], [], []
+    for row in probe:
+        places = same(labels[row])
+        out = gallery[places] == row
+        if test.protocol["name"] == "reid":
+            out |= cameras[gallery[places]] == cameras[row]
+        if not out.all():
+            kept.append(row)
+            mates.append(places[~out])
+            ignored.append(places[out])
+    if len(fit) < 2 or not kept:
         return None
-    each = np.arange(len(gallery))
-    return Task(domain, test, base, fit, probe, gallery, each, labels[probe], labels[gallery], ignored)
+    probe = np.array(kept)
+    return Task(domain, test, base, fit, probe, gallery, np.arange(len(gallery)), labels[probe], mates, ignored)
+
+
+def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Probe vectors [n, D] and gallery vectors [m, D] of a task, from the unit embeddings of its two splits.
+
+    An object class is the mean of its unit embeddings in the full space, as in `evaluate.class_means`, and is centred
+    and projected as an image is. (Normalising every image anew in each subspace before averaging would weigh it by how
+    little of it the subspace holds, and would cost a pass over the training set for every k. So projecting the mean is
+    the mean of the projections, and one sweep serves people and objects.)
+    """
+    base, test = embedded
+    x, m = base if task.domain == "object" else test, task.vectors
+    means = np.zeros((m, x.shape[1]))
+    for start in range(0, len(task.gallery), 1 << 16):  # by blocks: a copy of a million images would be gigabytes
+        part = slice(start, start + (1 << 16))
+        means += evaluate.class_means(x[task.gallery[part]], task.group[part], m)
+    return test[task.probe], means / np.bincount(task.group)[:, None]
 
 
 # ---------------------------------------------------------------- subspaces
@@ -120,32 +163,83 @@ def principal_components(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
     return mean, vectors[:, ::-1], np.maximum(variances[::-1], 0)
 
 
-def hits_by_k(probe: np.ndarray, gallery: np.ndarray, task: Task, grid: list[int]) -> np.ndarray:
-    """For projected vectors, whether each probe's nearest gallery vector is right with the first k coordinates.
+def hits_one_by_one(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int]) -> np.ndarray:
+    """For projected vectors, whether each probe's nearest gallery vector is a mate with the first k coordinates.
+
+    The definition, as a full evaluation for every k; `hits_by_k` gives the same. A mate must be nearer than every other
+    vector by more than a TIE: with one coordinate every cosine is 1 or -1, and rounding must not choose among them.
 
     Args:
         probe: [n, D] coordinates, largest component first.
-        gallery: [m, D] likewise; averaged by group after normalisation.
-        task: says which gallery vectors are right and which do not count.
-        grid: numbers of coordinates.
+        gallery: [m, D] likewise.
+        task: its mates and ignored vectors.
+        ks: numbers of coordinates, rising.
 
     Returns:
-        bool [len(grid), n].
+        bool [len(ks), n].
     """
-    wrong = task.target[:, None] != task.found
-    hits = []
-    for k in grid:
-        q, g = unit(probe[:, :k]), unit(gallery[:, :k])
-        if task.ignored is None:
-            means = np.zeros((len(task.found), k), dtype=g.dtype)
-            np.add.at(means, task.group, g)
-            g = unit(means)
-        scores = q @ g.T
-        if task.ignored is not None:
-            scores[task.ignored] = -np.inf
-        nearest = scores.argmax(1)
-        hits.append(~wrong[np.arange(len(q)), nearest])
-    return np.array(hits)
+    hits = np.empty((len(ks), len(probe)), dtype=bool)
+    for row, k in zip(hits, ks, strict=True):
+        scores = unit(probe[:, :k]) @ unit(gallery[:, :k]).T
+        for i, (right, out) in enumerate(zip(task.mates, task.ignored, strict=True)):
+            wrong = np.delete(scores[i], np.concatenate([right, out]))
+            row[i] = scores[i, right].max() - wrong.max(initial=-np.inf) > TIE
+    return hits
+
+
+def hits_by_k(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tensor, task: Task, ks: list[int],
+              device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
+    """`hits_one_by_one` at the cost of one evaluation of scores and, per k, three passes over a block in the cache.
+
+    With one coordinate more, S += q_k g_kᵀ and |g|² += g_k²; the nearest is the largest S / |g|, since a probe's own
+    length changes no order. The scores of mates are kept apart (there are few), so that S holds the wrong ones alone
+    and the largest of a row is enough. Memory: the vectors twice, m x len(ks) inverse lengths, and for each of torch's
+    threads two blocks of scores.
+
+    Args:
+        device: of the computation.
+        size: scores held at once (default: what fits the cache of a core; on a GPU 2**26).
+    """
+    size = size or (1 << 19 if torch.device(device).type == "cpu" else 1 << 26)
+    q, g = (torch.as_tensor(x, device=device) for x in (probe, gallery))
+    columns = torch.tensor(ks, device=device) - 1
+    inverse = torch.cat([part.square().cumsum(1, dtype=torch.float64)[:, columns].clamp(min=1e-24).rsqrt().to(g.dtype)
+                         for part in g.split(4096)]).T.contiguous()  # [len(ks), m]
+    by_coordinate = g.T.contiguous()
+    hits = torch.empty(len(ks), len(q), dtype=torch.bool, device=device)
+    block = max(1, min(size // len(g), len(q)))
+
+    def sweep(first: int) -> None:
+        rows = slice(first, first + block)
+        x, parts = q[rows], [np.concatenate(pair) for pair in zip(task.mates[rows], task.ignored[rows], strict=True)]
+        best = torch.full((len(x), len(ks)), -torch.inf, dtype=x.dtype, device=device)
+        for place in range(max(map(len, task.mates[rows]))):  # the probes' first mates, second mates, ...
+            right = [mates[min(place, len(mates) - 1)] for mates in task.mates[rows]]
+            path = (x * g[right]).cumsum(1, dtype=torch.float64)[:, columns].to(x.dtype)
+            best = torch.maximum(best, path * inverse[:, right].T)
+        lead = x.square().cumsum(1, dtype=torch.float64).sqrt()[:, columns].to(x.dtype) * TIE
+        best, x = (best - lead).T, x.T.contiguous()
+        scores = torch.zeros(len(parts), len(g), dtype=x.dtype, device=device)
+        scores[np.repeat(np.arange(len(parts)), [len(part) for part in parts]), np.concatenate(parts)] = -torch.inf
+        cosine = torch.empty_like(scores)
+        for i, (a, b) in enumerate(zip([0, *ks], ks, strict=False)):
+            if b == a + 1:
+                scores.addr_(x[a], by_coordinate[a])
+            else:
+                scores.addmm_(x[a:b].T, by_coordinate[a:b])
+            torch.mul(scores, inverse[i], out=cosine)
+            torch.gt(best[i], cosine.amax(1), out=hits[i, rows])
+
+    # a thread a block: operations as short as these would spend their time waiting for one another's threads
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if q.device.type == "cpu" else threads)
+    try:
+        with ThreadPoolExecutor(threads if q.device.type == "cpu" else 1, initializer=torch.set_num_threads,
+                                initargs=(torch.get_num_threads(),)) as pool:
+            list(pool.map(sweep, range(0, len(q), block)))
+    finally:
+        torch.set_num_threads(threads)
+    return hits.cpu().numpy()
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -158,87 +252,277 @@ def finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def kept(scores: np.ndarray, full: float, chance: float) -> np.ndarray:
+def show(figure: Figure) -> dict[str, float | None]:
+    """A figure for JSON."""
+    return {"value": finite(figure.value), "low": finite(figure.low), "high": finite(figure.high)}
+
+
+def kept(scores: np.ndarray, full: np.ndarray | float, chance: float) -> np.ndarray:
     """(score - chance) / (full - chance); NaN where the full space is not above chance."""
-    return (scores - chance) / (full - chance) if full > chance else np.full(np.shape(scores), np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(full > chance, (scores - chance) / (full - chance), np.nan)
 
 
-def components_needed(share: np.ndarray, grid: list[int], level: float) -> int | None:
-    """k*: the smallest k of the grid from which on every k keeps at least `level`; None: not even the largest."""
-    enough = share >= level
-    if not enough[-1]:
-        return None
-    short = np.flatnonzero(~enough)
-    return grid[int(short[-1]) + 1] if len(short) else grid[0]
+def components_needed(share: np.ndarray, ks: list[int], level: float) -> np.ndarray:
+    """k*: the smallest of ks from which on every larger one keeps at least `level`; NaN: not even the largest.
+
+    Args:
+        share: what is kept, [..., len(ks)].
+
+    Returns:
+        float [...].
+    """
+    short = ~(np.asarray(share) >= level)  # NaN is short, too
+    after = np.where(short.any(-1), len(ks) - short[..., ::-1].argmax(-1), 0)  # one behind the last that is short
+    return np.append(np.asarray(ks, dtype=float), np.nan)[after]
 
 
-def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Task], grid: list[int], headline: int,
-             draws: int, seed: int) -> dict:
-    """Components of every task, used by every task, beside random subspaces.
+@dataclass
+class Curve:
+    """How well the first k coordinates of some basis serve a task."""
+
+    kind: str  # components, own mean, bottom, deleted, pooled, foundation, random
+    fit: str  # the task whose components these are, or the number of a random basis
+    test: str
+    ks: list[int]
+    score: np.ndarray  # [len(ks)]
+    kept: np.ndarray  # [len(ks)]
+    draws: np.ndarray  # of `kept`, [resamplings, len(ks)]
+
+    def at(self, k: int) -> Figure:
+        """What k coordinates keep."""
+        i = self.ks.index(k)
+        return Figure(float(self.kept[i]), self.draws[:, i])
+
+
+def measure_curve(kind: str, fit: str, task: Task, vectors: tuple[np.ndarray, np.ndarray], mean: np.ndarray,
+                  basis: np.ndarray, ks: list[int], counts: np.ndarray, device: torch.device | str) -> Curve:
+    """Centre, rotate, and score the first k coordinates for every k of ks, the last of which is D.
+
+    Args:
+        vectors: probe and gallery vectors.
+        mean: [D], subtracted from both.
+        basis: [D, D], orthonormal columns.
+        counts: [resamplings, n], how often each probe is drawn.
+    """
+    turn = torch.as_tensor(np.ascontiguousarray(basis, dtype=np.float32), device=device)
+    rotated = (torch.as_tensor((x - mean).astype(np.float32), device=device) @ turn for x in vectors)
+    hits = hits_by_k(*rotated, task, ks, device).astype(np.float32)
+    score, drawn = hits.mean(1, dtype=np.float64), counts @ hits.T / counts.sum(1, keepdims=True)
+    chance = task.chance()
+    return Curve(kind, fit, task.domain, ks, score, kept(score, score[-1], chance), kept(drawn, drawn[:, -1:], chance))
+
+
+def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Task], headline: int, draws: int,
+             seed: int, *, foundation: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
+             delete: tuple[int, int] = (0, 0), controls: bool = True, device: torch.device | str = "cpu") -> dict:
+    """Components of every task, used by every task, beside the controls.
 
     Args:
         embedded: domain -> unit embeddings of its training and of its test split.
         tasks: the tasks.
-        grid: numbers of components, the last one D.
-        headline: the k whose figure gets an interval (in the grid).
-        draws: bootstrap resamplings.
+        headline: the k of the claim.
+        draws: bootstrap resamplings, by identity.
         seed: of the sub-sampling and the random subspaces.
+        foundation: embeddings of the untouched backbone, whose components are then used on `embedded`, too.
+        delete: components a <= i < b that are left out, for one more figure (counted from 0; a = b: none).
+        controls: measure all of them; else random subspaces alone.
+        device: of the sweeps.
 
     Returns:
-        "rows": one per (fit task or "random", test task, k): score, kept (share of what is above chance at k = D);
-        "pairs": one per (fit, test): k for each level, kept at the headline k with its interval, raw score;
-        "rank_limited", "images_per_task", "spectrum", "overlap".
+        "curves": dictionaries of `Curve`; "pairs": one per (fit, test): kept at the headline k with its interval, k*
+        for each level with its interval, the raw score (not centred) and that of all components, and the controls;
+        "images_per_task", "rank_limited", "dim", "bases": (mean, components, variances) by domain.
     """
-    rng = np.random.default_rng(seed)
-    n = min(len(task.fit) for task in tasks)
-    D = grid[-1]
+    rng, D = np.random.default_rng(seed), next(iter(embedded.values()))[0].shape[1]
+    n = min(FITTED * D, *(len(task.fit) for task in tasks))
     chosen = {task.domain: rng.permutation(task.fit)[:n] for task in tasks}
     fits = {domain: principal_components(embedded[domain][0][rows]) for domain, rows in chosen.items()}
+    pooled = principal_components(np.concatenate([embedded[domain][0][rows[: max(n // len(tasks), 2)]]
+                                                  for domain, rows in chosen.items()]))
     turns = [np.linalg.qr(np.random.default_rng((seed, i)).standard_normal((D, D)))[0] for i in range(RANDOM_SEEDS)]
-    rows, pairs = [], []
-    bar = tqdm(total=len(tasks) * (len(tasks) + RANDOM_SEEDS), desc="transfer", unit="sweep", disable=None)
+    untouched = {}
+    if foundation and next(iter(foundation.values()))[0].shape[1] == D:
+        untouched = {domain: principal_components(foundation[domain][0][rows])[1] for domain, rows in chosen.items()}
+    every, grid = list(range(1, D + 1)), sorted({k for k in GRID if k < D} | {headline, D})
+    backwards = sorted({*grid, *(D - k for k in grid if k < D)})
+    curves, pairs = [], []
+    per_task = len(tasks) * (1 + 2 * controls + bool(untouched)) + RANDOM_SEEDS + controls
+    bar = tqdm(total=len(tasks) * per_task, desc="transfer", unit="sweep", disable=None)
     for task in tasks:
-        base, test = embedded[task.domain]
-        probe = test[task.probe]
-        gallery = (base if task.domain == "object" else test)[task.gallery]
-        chance = task.chance()
-        raw = float(hits_by_k(probe, gallery, task, [D])[0].mean())
-        control = []
-        for turn in turns:
-            mean = fits[task.domain][0]
-            scores = hits_by_k((probe - mean) @ turn, (gallery - mean) @ turn, task, grid).mean(1)
-            control.append(kept(scores, scores[-1], chance))
-            rows += [{"fit": f"random {len(control) - 1}", "test": task.domain, "k": k, "score": float(s),
-                      "kept": finite(c)} for k, s, c in zip(grid, scores, control[-1], strict=True)]
+        vectors = vectors_of(task, embedded[task.domain])
+        counts = np.array(list(evaluate.bootstrap_counts(task.target, draws, seed)), dtype=np.float32)
+        counts = counts.reshape(draws, len(task.probe))
+        identity, chance = np.eye(D), task.chance()
+
+        def measure(kind: str, fit: str, mean: np.ndarray, basis: np.ndarray, ks: list[int], task=task,
+                    vectors=vectors, counts=counts) -> Curve:
             bar.update()
-        at_headline = grid.index(headline)
-        random_kept = finite(np.mean([c[at_headline] for c in control]))
+            return measure_curve(kind, fit, task, vectors, mean, basis, ks, counts, device)
+
+        raw = measure_curve("raw", "", task, vectors, np.zeros(D), identity, [D], counts, device).score[0]
+        own = fits[task.domain][0]
+        random = [measure("random", str(i), own, turn, grid) for i, turn in enumerate(turns)]
+        curves += random
+        chance_level = Figure(float(np.mean([c.at(headline).value for c in random])),
+                              np.mean([c.at(headline).draws for c in random], axis=0))
+        mean_random = np.mean([c.kept for c in random], axis=0)
+        if controls:
+            curves.append(measure("pooled", "all", pooled[0], pooled[1], grid))
+            pool = curves[-1].at(headline)
         for other in tasks:
-            mean, vectors, _ = fits[other.domain]
-            hits = hits_by_k((probe - mean) @ vectors, (gallery - mean) @ vectors, task, grid)
-            scores = hits.mean(1)
-            share = kept(scores, scores[-1], chance)
-            rows += [{"fit": other.domain, "test": task.domain, "k": k, "score": float(s), "kept": finite(c)}
-                     for k, s, c in zip(grid, scores, share, strict=True)]
-
-            def statistic(weights: np.ndarray | None, part=hits[at_headline], full=hits[-1], chance=chance) -> dict:
-                a, b = (evaluate.weighted_mean(hit.astype(float), weights) for hit in (part, full))
-                return {"kept": float(kept(np.array(a), b, chance))}
-
-            found = evaluate.intervals(statistic, evaluate.bootstrap_counts(task.target, draws, seed))["kept"]
-            pairs.append({"fit": other.domain, "test": task.domain, "chance": chance, "raw": raw,
-                          "full": float(scores[-1]), "k": headline, "kept": finite(found.value),
-                          "low": finite(found.low), "high": finite(found.high), "random": random_kept,
-                          **{f"k{100 * level:g}": components_needed(share, grid, level) for level in LEVELS}})
-            bar.update()
+            mean, basis, _ = fits[other.domain]
+            curve = measure("components", other.domain, mean, basis, every)
+            curves.append(curve)
+            found = curve.at(headline)
+            pair = {"fit": other.domain, "test": task.domain, "chance": chance, "raw": raw, "full": curve.score[-1],
+                    "k": headline, "kept": finite(found.value), "low": finite(found.low), "high": finite(found.high),
+                    "random": show(chance_level), "over_random": show(minus(found, chance_level))}
+            for level in LEVELS:
+                needed = Figure(float(components_needed(curve.kept, every, level)),
+                                components_needed(curve.draws, every, level))
+                pair[f"k{100 * level:g}"] = show(needed)
+                pair[f"k{100 * level:g}_random"] = finite(components_needed(mean_random, grid, level))
+            if untouched:
+                curves.append(measure("foundation", other.domain, mean, untouched[other.domain], grid))
+                theirs = curves[-1].at(headline)
+                pair |= {"foundation": show(theirs), "over_foundation": show(minus(found, theirs))}
+            if controls:
+                pair["pooled"] = show(pool)
+                bottom = measure("bottom", other.domain, mean, basis[:, ::-1], backwards)
+                curves += [take(bottom, "bottom", grid), reverse(bottom, grid)]
+                pair["bottom"] = show(bottom.at(headline))
+                curves.append(measure("own mean", other.domain, own, basis, grid))
+                pair["own_mean"] = show(curves[-1].at(headline))
+            if delete[1] > delete[0]:
+                a, b = delete
+                rest = np.concatenate([basis[:, :a], basis[:, b:], basis[:, a:b]], axis=1)
+                less = measure_curve("", "", task, vectors, mean, rest, [D - (b - a), D], counts, device)
+                pair["deleted"] = {"from": a, "to": b} | show(less.at(D - (b - a)))
+            pairs.append(pair)
     bar.close()
-    overlap = {a: {b: float(np.square(fits[a][1][:, :headline].T @ fits[b][1][:, :headline]).sum() / headline)
-                   for b in fits} for a in fits}
-    spectrum = {name: {"participation_ratio": float(v.sum() ** 2 / np.square(v).sum()),
-                       "components_for_90": int(np.searchsorted(np.cumsum(v) / v.sum(), 0.9) + 1)}
-                for name, (_, _, v) in fits.items()}
-    return {"rows": rows, "pairs": pairs, "images_per_task": n, "rank_limited": n < 5 * D, "dim": D,
-            "overlap": overlap, "overlap_chance": headline / D, "spectrum": spectrum}
+    return {"curves": curves, "pairs": pairs, "images_per_task": n, "rank_limited": n < 5 * D, "dim": D, "bases": fits}
+
+
+def minus(a: Figure, b: Figure) -> Figure:
+    """The difference of two figures with paired resamplings."""
+    return Figure(a.value - b.value, a.draws - b.draws, a.count)
+
+
+def take(curve: Curve, kind: str, ks: list[int]) -> Curve:
+    """A curve at some of its ks."""
+    at = [curve.ks.index(k) for k in ks]
+    return Curve(kind, curve.fit, curve.test, ks, curve.score[at], curve.kept[at], curve.draws[:, at])
+
+
+def reverse(bottom: Curve, grid: list[int]) -> Curve:
+    """Deleting the first k components is keeping the last D - k."""
+    D = grid[-1]
+    ks = [k for k in grid if k < D]
+    curve = take(bottom, "deleted", [D - k for k in ks])
+    curve.ks = ks
+    return curve
+
+
+# ---------------------------------------------------------------- what tasks share
+
+
+def participation_ratio(variances: np.ndarray) -> float:
+    """(Σ λ)² / Σ λ²: how many dimensions carry the variance."""
+    return float(variances.sum() ** 2 / np.square(variances).sum())
+
+
+def principal_angles(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Angles between two subspaces, degrees, rising; a and b hold orthonormal columns [D, k]."""
+    return np.degrees(np.arccos(np.clip(np.linalg.svd(a.T @ b, compute_uv=False), 0, 1)))
+
+
+def subspace_overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """|AᵀB|² / k of orthonormal columns [D, k]: the mean squared cosine of the principal angles; by chance k / D."""
+    return float(np.square(a.T @ b).sum() / a.shape[1])
+
+
+def debiased_cka(x: np.ndarray, y: np.ndarray) -> float:
+    """Linear centred kernel alignment of two embeddings [n, D] and [n, E] of the same n > 3 images.
+
+    Source: Kornblith et al. 2019 with the unbiased HSIC of Song et al. 2012: 0, not a positive number, is expected of
+    unrelated embeddings. A few outliers can dominate it (Davari et al. 2023).
+    """
+    n, grams = len(x), []
+    for z in (x.astype(np.float64), y.astype(np.float64)):
+        gram = z @ z.T
+        np.fill_diagonal(gram, 0)
+        grams.append(gram)
+
+    def hsic(k: np.ndarray, l: np.ndarray) -> float:
+        return ((k * l).sum() + k.sum() * l.sum() / ((n - 1) * (n - 2)) - 2 * (k.sum(0) @ l.sum(0)) / (n - 2))
+
+    k, l = grams
+    return float(hsic(k, l) / math.sqrt(hsic(k, k) * hsic(l, l)))
+
+
+def scatter_ratio(x: np.ndarray, labels: np.ndarray) -> float:
+    """Scatter of class means about the mean, over scatter of images about their class mean; x [n, D]."""
+    labels = np.unique(labels, return_inverse=True)[1]
+    size = np.bincount(labels)
+    means = evaluate.class_means(x, labels, len(size)) / size[:, None]
+    between = (size * np.square(means - x.mean(0, dtype=np.float64)).sum(1)).sum()
+    return float(between / np.square(x - means[labels]).sum())
+
+
+def d_primes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(mean a - mean b) / √((var a + var b) / 2) of each column of [n, D] and [m, D]; NaN where nothing varies."""
+    spread = np.sqrt((a.var(0) + b.var(0)) / 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(spread > 0, (a.mean(0) - b.mean(0)) / spread, np.nan)
+
+
+def measure_components(embedded: dict, tasks: list[Task], bases: dict, seed: int, pairs: int = 4000) -> list[dict]:
+    """What each single component of each task says about the tasks and about identities.
+
+    Returns:
+        Rows fit, component (from 1), test, variance (share), task d' (probes of `test` against those of the others) and
+        identity d' (products of coordinates, a component's part of the cosine, of pairs of one person and of two).
+    """
+    rows = []
+    drawn = {task.domain: train.matched_pairs(task.target, pairs, seed) for task in tasks}
+    for fit, (mean, basis, variances) in bases.items():
+        z = {task.domain: (embedded[task.domain][1][task.probe] - mean) @ basis for task in tasks}
+        for test, own in z.items():
+            rest = [other for name, other in z.items() if name != test]
+            apart = d_primes(own, np.concatenate(rest)) if rest else np.full(len(mean), np.nan)
+            left, right = own[drawn[test][:, 0]], own[drawn[test][:, 1]]
+            half = len(left) // 2
+            known = d_primes(*np.split(left * right, [half])) if half else np.full(len(mean), np.nan)
+            rows += [{"fit": fit, "component": i + 1, "test": test, "variance": v, "task_dprime": finite(t),
+                      "identity_dprime": finite(p)}
+                     for i, (v, t, p) in enumerate(zip(variances / variances.sum(), apart, known, strict=True))]
+    return rows
+
+
+def measure_sharing(embedded: dict, tasks: list[Task], bases: dict, headline: int) -> dict:
+    """Overlap, angles, explained variance and mean cosines of every pair of tasks; spectrum and scatter of each."""
+    table, by_task, means = [], {}, {}
+    for task in tasks:
+        _, _, variances = bases[task.domain]
+        x = embedded[task.domain][1][task.probe]
+        total = np.cumsum(variances) / variances.sum()
+        means[task.domain] = x.mean(0, dtype=np.float64)
+        by_task[task.domain] = {
+            "participation_ratio": participation_ratio(variances),
+            **{f"components_for_{share}": int(np.searchsorted(total, share / 100) + 1) for share in (50, 90, 95)},
+            "scatter_ratio": finite(scatter_ratio(x, task.target))}
+    for a, (_, first, _) in bases.items():
+        for b, (_, second, variances) in bases.items():
+            u, v = first[:, :headline], second[:, :headline]
+            angles = principal_angles(u, v)
+            covered = (variances * np.square(u.T @ second).sum(0)).sum() / variances.sum()
+            cosine = means[a] @ means[b] / np.linalg.norm(means[a]) / np.linalg.norm(means[b])
+            table.append({"a": a, "b": b, "overlap": subspace_overlap(u, v), "smallest_angle": float(angles[0]),
+                          "median_angle": float(np.median(angles)), "largest_angle": float(angles[-1]),
+                          "explained": float(covered), "mean_cosine": float(cosine)})
+    D = len(next(iter(bases.values()))[0])
+    return {"k": headline, "chance": headline / D, "pairs": table, "tasks": by_task}
 
 
 # ---------------------------------------------------------------- separability
@@ -261,61 +545,247 @@ def pixel_statistics(split: Split, rows: np.ndarray) -> np.ndarray:
     return result
 
 
-def separability(train_x: list[np.ndarray], test_x: list[np.ndarray], test_ids: list[np.ndarray], draws: int,
-                 seed: int) -> dict[str, dict]:
-    """Balanced accuracy of telling the tasks apart, by logistic regression and by LDA, on unseen identities.
+def crop_padding(image: torch.Tensor, tolerance: float = 8, least: float = 0.5) -> torch.Tensor:
+    """An image [3, H, W] without plain lines at its borders, such as padding; at least half of each side stays.
 
     Args:
-        train_x: per task [n_d, D], to fit on.
-        test_x: per task [m_d, D], of other identities.
-        test_ids: per task [m_d], identities for the bootstrap.
-        draws, seed: of the bootstrap.
-
-    Returns:
-        {"logistic" and "lda": {"value", "low", "high"}}.
+        image: values 0..255.
+        tolerance: standard deviation up to which a line of pixels is plain: padding is no longer exact after JPEG.
+        least: share of either side that stays.
     """
+    ends = []
+    for axis in (1, 2):
+        spread = image.float().std(3 - axis).amax(0)  # [lines]
+        busy = torch.nonzero(spread > tolerance).flatten().tolist() or [0, len(spread) - 1]
+        most = int(len(spread) * (1 - least) / 2)
+        # two lines more: at the edge of what was padded, JPEG has mixed the two
+        low = min(busy[0] + 2 * (busy[0] > 0), most)
+        after = len(spread) - 1 - busy[-1]
+        ends.append(slice(low, len(spread) - min(after + 2 * (after > 0), most)))
+    return image[:, ends[0], ends[1]]
+
+
+class Canon:
+    """Rows of a split in the one format of the control: plain borders cropped, squashed, `side` pixels of detail.
+
+    It is read as a split is. What still tells domains apart is not their aspect ratio, padding, size or sharpness (but
+    for images that have less than `side` pixels of detail to begin with).
+    """
+
+    def __init__(self, split: Split, rows: np.ndarray, side: int, size: int = 128) -> None:
+        self.split, self.rows, self.side, self.size = split, rows, side, size
+        self.folder, self.domain = split.folder, split.domain
+        chosen = hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest()[:8]
+        self.name = f"{split.name}-canon{side}-{chosen}"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def jpeg(self, row: int) -> tuple[str, bytes]:
+        """Key and bytes of the split's own image."""
+        return self.split.jpeg(int(self.rows[row]))
+
+    def image(self, row: int) -> torch.Tensor:
+        """uint8 [3, size, size]; BadImage where the split's own image is damaged."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2.functional import resize
+
+        x = crop_padding(self.split.image(int(self.rows[row]))).float()
+        small = resize(x, [self.side] * 2, antialias=True)
+        return resize(small, [self.size] * 2, InterpolationMode.BICUBIC).clamp(0, 255).round().to(torch.uint8)
+
+
+def make_classifier(name: str):
+    """A linear classifier on standardised features: "logistic" (multinomial) or "lda"."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    y, truth = (np.repeat(np.arange(len(parts)), [len(p) for p in parts]) for parts in (train_x, test_x))
-    ids = np.unique([f"{task} {i}" for task, part in enumerate(test_ids) for i in part], return_inverse=True)[1]
-    x, test = np.concatenate(train_x).astype(np.float64), np.concatenate(test_x).astype(np.float64)
+    model = LogisticRegression(max_iter=500) if name == "logistic" else \
+        LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+    return make_pipeline(StandardScaler(), model)
+
+
+def predict(name: str, fit: list[np.ndarray], test: list[np.ndarray]) -> list[np.ndarray]:
+    """The task that a classifier fitted on `fit` ([n_d, D] per task) sees in each row of `test` ([m_d, D])."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "did not converge": the accuracy says what was reached
+        model = make_classifier(name).fit(np.concatenate(fit).astype(np.float64),
+                                          np.repeat(np.arange(len(fit)), [len(part) for part in fit]))
+        found = model.predict(np.concatenate(test).astype(np.float64))
+    return np.split(found, np.cumsum([len(part) for part in test])[:-1])
+
+
+def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int, seed: int) -> Figure:
+    """Mean over tasks of the share of right answers, resampled by identity.
+
+    Args:
+        right: bool [m_d] per task.
+        ids: [m_d] per task; equal numbers of two tasks are two identities.
+    """
+    names = np.unique([f"{task} {i}" for task, part in enumerate(ids) for i in part], return_inverse=True)[1]
+    ends = np.cumsum([len(part) for part in right])[:-1]
+
+    def statistic(weights: np.ndarray | None) -> dict[str, float]:
+        parts = [None] * len(right) if weights is None else np.split(weights, ends)
+        return {"value": float(np.mean([evaluate.weighted_mean(hit.astype(float), w)
+                                        for hit, w in zip(right, parts, strict=True)]))}
+
+    return evaluate.intervals(statistic, evaluate.bootstrap_counts(names, draws, seed), len(names))["value"]
+
+
+def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.ndarray], draws: int,
+                 seed: int) -> dict[str, Figure]:
+    """Balanced accuracy of telling the tasks apart, on unseen identities.
+
+    Args:
+        fit: per task [n_d, D].
+        test: per task [m_d, D], of other identities.
+        ids: per task [m_d], identities for the bootstrap.
+
+    Returns:
+        "logistic", "lda", and "a/b" for every pair of tasks by number (logistic).
+    """
     result = {}
-    for name, model in (("logistic", LogisticRegression(max_iter=500)),
-                        ("lda", LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"))):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "did not converge": the accuracy says what was reached
-            right = make_pipeline(StandardScaler(), model).fit(x, y).predict(test) == truth
-
-        def statistic(weights: np.ndarray | None, right=right) -> dict[str, float]:
-            per_task = [evaluate.weighted_mean(right[truth == k].astype(float), None if weights is None else
-                                               weights[truth == k]) for k in range(len(test_x))]
-            return {"value": float(np.mean(per_task))}
-
-        found = evaluate.intervals(statistic, evaluate.bootstrap_counts(ids, draws, seed))["value"]
-        result[name] = {"value": found.value, "low": found.low, "high": found.high}
+    for name in ("logistic", "lda"):
+        right = [found == k for k, found in enumerate(predict(name, fit, test))]
+        result[name] = balanced_accuracy(right, ids, draws, seed)
+    for a in range(len(fit)):
+        for b in range(a + 1, len(fit)):
+            found = predict("logistic", [fit[a], fit[b]], [test[a], test[b]])
+            result[f"{a}/{b}"] = balanced_accuracy([found[0] == 0, found[1] == 1], [ids[a], ids[b]], draws, seed)
     return result
 
 
-def measure_separability(embedded: dict[str, dict], tasks: list[Task], draws: int, seed: int, limit: int) -> dict:
-    """`separability` in every space and, as a control, on pixel statistics of the same images; chance is 1 / tasks."""
+def sources_of(split: Split, rows: np.ndarray) -> np.ndarray:
+    """Where each image comes from, [n] names: the source that its JSON names.
+
+    Out of distribution the split's name is part of it: photographs and sketches that one adapter prepared are two.
+    """
+    source = split.index["provenance"]["source"]
+    names = [split.fields(int(row))["source"] for row in rows] if source == "merge" else [source] * len(rows)
+    mark = f" ({split.name})" if split.protocol and split.protocol.get("ood") else ""
+    return np.array([name + mark for name in names])
+
+
+Features = Callable[[Split, np.ndarray], np.ndarray]  # a split and rows of it -> [n, D]
+
+
+def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndarray]], tasks: list[Task],
+                   fits: list[np.ndarray], others: dict, n: int, draws: int, seed: int) -> list[dict]:
+    """Recall of a domain on images of a source that the classifier never saw; for domains that have two.
+
+    Args:
+        features: by space.
+        fitted: by space, per task: features of the rows `fits`.
+        tasks: the tasks.
+        fits: per task, rows of the training split.
+        others: domain -> its test splits and the rows of them that may be used.
+        n: at most so many images a source.
+        draws, seed: of the bootstrap.
+
+    Returns:
+        Rows domain, source, images, and per space value, low, high.
+    """
+    rng, table = np.random.default_rng(seed), []
+    known = [sources_of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
+    for d, task in enumerate(tasks):
+        candidates: dict[str, tuple[Split, np.ndarray]] = {}
+        for split, rows in others[task.domain]:
+            rows = rng.permutation(rows)[:n]
+            names = sources_of(split, rows)
+            for name in np.unique(names):
+                candidates.setdefault(name, (split, rows[names == name]))
+        for name in np.unique(known[d]):
+            candidates.setdefault(name, (task.train, fits[d][known[d] == name]))
+        for name, (split, rows) in candidates.items():
+            left = known[d] != name
+            if len(candidates) < 2 or left.sum() < 2:
+                continue
+            row = {"domain": task.domain, "source": name, "images": len(rows), "spaces": {}}
+            for space, of in features.items():
+                parts = [part[left] if i == d else part for i, part in enumerate(fitted[space])]
+                found = predict("logistic", parts, [of(split, rows)])[0] == d
+                row["spaces"][space] = show(balanced_accuracy([found], [split.labels[rows]], draws, seed))
+            table.append(row)
+    return table
+
+
+def measure_separability(features: dict[str, Features], tasks: list[Task], others: dict, draws: int, seed: int,
+                         limit: int) -> dict:
+    """`separability` in every space; chance is 1 / tasks.
+
+    Args:
+        features: by space: tuned, foundation, pixels, and the same with " canon".
+        tasks: the tasks.
+        others: see `unseen_sources`.
+        draws, seed: of the bootstrap.
+        limit: images a task at most.
+    """
     rng = np.random.default_rng(seed)
     n = min(limit, *(len(task.fit) for task in tasks), *(len(task.probe) for task in tasks))
     fits = [rng.permutation(task.fit)[:n] for task in tasks]
     probes = [rng.permutation(task.probe)[:n] for task in tasks]
     ids = [task.split.labels[rows] for task, rows in zip(tasks, probes, strict=True)]
-    spaces = {weights: ([splits[task.domain][0][rows] for task, rows in zip(tasks, fits, strict=True)],
-                        [splits[task.domain][1][rows] for task, rows in zip(tasks, probes, strict=True)])
-              for weights, splits in embedded.items()}
-    spaces["pixels"] = tuple([pixel_statistics(split, part) for split, part in zip(splits, rows, strict=True)]
-                             for splits, rows in (([t.train for t in tasks], fits), ([t.split for t in tasks], probes)))
-    result = {name: separability(fit, probe, ids, draws, seed) for name, (fit, probe) in spaces.items()}
-    return {"images_per_task": n, "chance": 1 / len(tasks), "spaces": result}
+    found, fitted = {}, {}
+    for name, of in tqdm(features.items(), desc="separability", unit="space", disable=None):
+        fitted[name] = [of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
+        test = [of(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
+        found[name] = separability(fitted[name], test, ids, draws, seed)
+    names = [task.domain for task in tasks]
+    spaces = {}
+    for name, figures in found.items():
+        pairwise = {"/".join(names[int(i)] for i in key.split("/")): show(figure)
+                    for key, figure in figures.items() if "/" in key}
+        spaces[name] = {"logistic": show(figures["logistic"]), "lda": show(figures["lda"]), "pairwise": pairwise}
+        mine = "tuned canon" if name.endswith("canon") else "tuned"
+        if name != mine:
+            spaces[name]["lead_of_tuned"] = show(minus(found[mine]["logistic"], figures["logistic"]))
+    plain = {name: of for name, of in features.items() if not name.endswith("canon")}
+    return {"images_per_task": n, "chance": 1 / len(tasks), "spaces": spaces,
+            "unseen_sources": unseen_sources(plain, fitted, tasks, fits, others, n, draws, seed)}
 
 
-# ---------------------------------------------------------------- output
+# ---------------------------------------------------------------- a map
+
+
+def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most: int = 500) -> list[dict]:
+    """Two coordinates for test images of every task: rows x, y, task, identity (a number, -1: not among the shown).
+
+    Up to half of a task's points are kept for its eight identities with the most images: else none could be seen.
+
+    Args:
+        embedded: domain -> unit embeddings of its training and of its test split.
+        tasks: the tasks.
+        method: "pca" (of the points themselves) or "tsne" (of their first 50 components; distances between clusters
+            mean nothing there).
+        seed: of the choice and of t-SNE.
+        most: points a task.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    rng, points, rows = np.random.default_rng(seed), [], []
+    for task in tasks:
+        count = np.bincount(task.target)
+        known = np.argsort(-count, kind="stable")[:8]
+        shown = np.concatenate([np.flatnonzero(task.target == identity)[: most // 16] for identity in known])
+        others = rng.permutation(np.setdiff1d(np.arange(len(task.target)), shown))[: most - len(shown)]
+        for i in [*shown, *others]:
+            points.append(embedded[task.domain][1][task.probe[i]])
+            place = np.flatnonzero(known == task.target[i])
+            rows.append({"task": task.domain, "identity": int(place[0]) if len(place) else -1})
+    x = np.array(points, dtype=np.float64)
+    if method == "tsne" and len(x) >= 10:
+        x = PCA(min(50, *x.shape), random_state=seed).fit_transform(x)
+        x = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed).fit_transform(x)
+    else:
+        x = PCA(2, random_state=seed).fit_transform(x)
+    return [{"x": float(a), "y": float(b), **row} for (a, b), row in zip(x, rows, strict=True)]
+
+
+# ---------------------------------------------------------------- figures
 
 
 def percent(value: float | None) -> float:
@@ -323,115 +793,348 @@ def percent(value: float | None) -> float:
     return math.nan if value is None else 100 * value
 
 
-def draw_transfer(path: Path, analysis: dict, domains: list[str], headline: int) -> None:
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
+    """A figure and its axes [rows, columns]; size in inches, as printed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # fonttype 42: text stays text in a PDF
+    matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8,
+                                "xtick.labelsize": 7, "ytick.labelsize": 7, "pdf.fonttype": 42,
+                                "axes.spines.top": False, "axes.spines.right": False})
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+
+
+def save_figure(figure, path: Path, handles: list | None = None, columns: int = 4) -> None:
+    """Write PATH.pdf and PATH.png, with one legend above all axes."""
+    import matplotlib.pyplot as plt
+
+    if handles:
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
+    for ending in (".pdf", ".png"):
+        figure.savefig(path.with_name(path.name + ending), dpi=200)
+    plt.close(figure)
+
+
+def heat_map(ax, values: np.ndarray, names: list[str], title: str, limits: tuple[float, float], form: str) -> None:
+    """A matrix with its numbers written in; NaN stays white."""
+    ax.imshow(values, cmap="cividis", vmin=limits[0], vmax=limits[1])
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            if np.isfinite(value):
+                dark = value < limits[0] + 0.55 * (limits[1] - limits[0])
+                ax.text(j, i, format(value, form), ha="center", va="center", color="white" if dark else "black")
+    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_title(title)
+    ax.spines[:].set_visible(False)
+
+
+def draw_transfer(path: Path, curves: list[dict], names: list[str]) -> None:
     """The grid of transfer curves: rows are the task whose components are used, columns the task that uses them."""
-    import matplotlib
+    from matplotlib.lines import Line2D
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    K = len(domains)
-    figure, axes = plt.subplots(K, K, figsize=(2.7 * K + 0.6, 2.3 * K + 0.6), sharex=True, sharey=True, squeeze=False)
-    for i, fit in enumerate(domains):
-        for j, test in enumerate(domains):
+    kinds = {"components": (BLUE, "-", "first k of the row's task"),
+             "own": (BLACK, ":", "of the column's own"),
+             "foundation": (GREY, "-", "of the untouched backbone"),
+             "own mean": (SKY, "-", "centred by the column's mean"),
+             "pooled": (GREEN, "-.", "of all tasks pooled"),
+             "random": (RED, "--", f"random ({RANDOM_SEEDS}, range)"),
+             "bottom": (PURPLE, (0, (3, 1, 1, 1)), "last k of the row's task")}
+    K = len(names)
+    figure, axes = new_figure(K, K, (max(1.75 * K, 5), 1.6 * K + 1), sharex=True, sharey=True)
+    for i, fit in enumerate(names):
+        for j, test in enumerate(names):
             ax = axes[i][j]
-            for weights, result in analysis["transfer"].items():
-                rows = [r for r in result["rows"] if r["test"] == test]
-                curve = [(r["k"], percent(r["kept"])) for r in rows if r["fit"] == fit]
-                ax.plot(*zip(*curve, strict=True), color=COLOURS[weights], label=f"{weights}: PCs", marker=".", ms=4)
-                if weights == "tuned" or len(analysis["transfer"]) == 1:
-                    ks = sorted({r["k"] for r in rows})
-                    random = np.array([[percent(r["kept"]) for r in rows if r["k"] == k and "random" in r["fit"]]
-                                       for k in ks])
-                    ax.plot(ks, random.mean(1), color=COLOURS["random"], ls="--", label=f"{weights}: random subspaces")
-                    ax.fill_between(ks, random.min(1), random.max(1), color=COLOURS["random"], alpha=0.2, lw=0)
-            ax.axhline(99, color="k", lw=0.6, ls=":")
-            ax.axvline(headline, color="k", lw=0.6, ls=":")
-            ax.set(xscale="log", ylim=(-5, 115))
+            for kind, (colour, style, _) in kinds.items():
+                of = {"own": ("components", test), "random": ("random", None), "pooled": ("pooled", None)}
+                name, origin = of.get(kind, (kind, fit))
+                found = [c for c in curves if (c["kind"], c["test"]) == (name, test) and origin in (None, c["fit"])]
+                if not found or (kind in ("own", "own mean") and fit == test):  # the same curve once more
+                    continue
+                many = np.array([[percent(v) for v in c["kept"]] for c in found])
+                ax.plot(found[0]["ks"], many.mean(0), color=colour, ls=style, lw=1.4 if kind == "components" else 1)
+                if kind == "random":
+                    ax.fill_between(found[0]["ks"], many.min(0), many.max(0), color=colour, alpha=0.25, lw=0)
+                if kind == "components":
+                    band = [[percent(v) for v in found[0][end]] for end in ("low", "high")]
+                    ax.fill_between(found[0]["ks"], *band, color=colour, alpha=0.2, lw=0)
+            ax.axhline(99, color="k", lw=0.6, ls=(0, (1, 2)))
+            ax.axvline(100, color="k", lw=0.6, ls=(0, (1, 2)))
+            ax.set(xscale="log", ylim=(-10, 112), xlim=(1, curves[0]["ks"][-1]))
             if i == 0:
-                ax.set_title(f"used by {test}", fontsize=9)
+                ax.set_title(f"used by {test}")
             if j == 0:
-                ax.set_ylabel(f"PCs of {fit}\nkept, %", fontsize=9)
-            if i == K - 1:
-                ax.set_xlabel("components k", fontsize=9)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", bbox_to_anchor=(0.5, 0.91), ncols=3,
-                  fontsize=9, frameon=False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+                ax.set_ylabel(f"components of\n{fit}")
+    figure.supxlabel("number of components k (dotted: 100)", fontsize=8)
+    figure.supylabel("kept of (score − chance), % (dotted: 99)", fontsize=8)
+    save_figure(figure, path, [Line2D([], [], color=c, ls=s, label=label) for c, s, label in kinds.values()], 3)
 
 
-def draw_separability(path: Path, result: dict) -> None:
-    """Balanced accuracy of telling the tasks apart: each space beside the pixel statistics and chance."""
-    import matplotlib
+def draw_deletion(path: Path, curves: list[dict], names: list[str]) -> None:
+    """What is left of each task without the first k components of each task."""
+    from matplotlib.lines import Line2D
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    figure, axes = new_figure(1, len(names), (max(1.75 * len(names), 4.5), 2.3), sharey=True)
+    for ax, test in zip(axes[0], names, strict=True):
+        for c in (c for c in curves if (c["kind"], c["test"]) == ("deleted", test)):
+            ax.plot(c["ks"], [percent(v) for v in c["kept"]], color=TASK_COLOURS[c["fit"]], lw=1.2)
+        ax.axhline(100, color="k", lw=0.6, ls=(0, (1, 2)))
+        ax.set(xscale="log", title=f"scored: {test}", xlabel="first components deleted")
+    axes[0][0].set_ylabel("kept of (score − chance), %")
+    save_figure(figure, path, [Line2D([], [], color=TASK_COLOURS[n], label=f"components of {n}") for n in names])
 
-    figure, ax = plt.subplots(figsize=(5, 3.2))
-    for i, (name, by_model) in enumerate(result["spaces"].items()):
-        for j, (model, v) in enumerate(by_model.items()):
+
+def draw_separability(path: Path, result: dict, names: list[str]) -> None:
+    """Balanced accuracy of telling the tasks apart: each space beside its controls; and every pair of tasks."""
+    from matplotlib.patches import Patch
+
+    spaces = result["spaces"]
+    figure, axes = new_figure(1, 2, (7, 2.8), width_ratios=[1.5, 1])
+    ax, labels = axes[0][0], []
+    for i, (name, found) in enumerate(spaces.items()):
+        base = name.removesuffix(" canon")
+        for j, model in enumerate(("logistic", "lda")):
+            v = found[model]
             error = [[100 * max(v["value"] - v["low"], 0)], [100 * max(v["high"] - v["value"], 0)]]
-            ax.bar(i + 0.38 * (j - 0.5), 100 * v["value"], 0.36, yerr=error, capsize=3, color=COLOURS[name],
-                   hatch="//" if j else None, edgecolor="white", label=model if i == 0 else None)
-    ax.axhline(100 * result["chance"], color="k", ls=":", lw=1, label="chance")
-    names = ["pixel statistics" if name == "pixels" else name for name in result["spaces"]]
-    ax.set_xticks(range(len(names)), names)
-    ax.set(ylim=(0, 105), ylabel="balanced accuracy, %")
-    ax.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, 1.14), frameon=False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+            ax.bar(i + 0.38 * (j - 0.5), 100 * v["value"], 0.36, yerr=error, capsize=2, color=SPACE_COLOURS[base],
+                   hatch="////" if j else None, edgecolor="white", error_kw={"lw": 0.8})
+        base = {"pixels": "pixel\nstatistics", "foundation": "untouched"}.get(base, base)
+        labels.append(base + ("\n(one format)" if name.endswith("canon") else ""))
+    ax.axhline(100 * result["chance"], color="k", ls=":", lw=1)
+    ax.set_xticks(range(len(spaces)), labels, fontsize=6.5)
+    ax.set(ylim=(0, 105), ylabel="balanced accuracy, %",
+           title=f"all tasks (dotted: chance {100 * result['chance']:.0f})")
+    matrix = np.full((len(names), len(names)), np.nan)
+    for key, v in spaces["tuned"]["pairwise"].items():
+        a, b = (names.index(name) for name in key.split("/"))
+        matrix[a, b] = matrix[b, a] = 100 * v["value"]
+    heat_map(axes[0][1], matrix, names, "pairs of tasks, tuned (logistic), %", (50, 100), ".1f")
+    save_figure(figure, path, [Patch(facecolor="#666666", edgecolor="white", label="logistic regression"),
+                               Patch(facecolor="#666666", edgecolor="white", hatch="////", label="LDA")])
 
 
-def write_analysis(folder: Path, name: str, analysis: dict) -> str:
-    """analysis.json, transfer.csv, report.md and the figures; returns the report."""
+def draw_sharing(path: Path, result: dict, names: list[str]) -> None:
+    """Overlap of the tasks' subspaces, the variance that they explain of each other, the cosines of their means."""
+    figure, axes = new_figure(1, 3, (7, 2.7))
+    panels = {"overlap": f"overlap, k = {result['k']} (chance {result['chance']:.2f})",
+              "explained": "variance of column\nexplained by row", "mean_cosine": "cosine of the task means"}
+    for ax, (key, title) in zip(axes[0], panels.items(), strict=True):
+        values = np.array([p[key] for p in result["pairs"]]).reshape(len(names), len(names))
+        heat_map(ax, values, names, title, (-1 if key == "mean_cosine" else 0, 1), ".2f")
+    save_figure(figure, path)
+
+
+def draw_spectrum(path: Path, components: list[dict], names: list[str]) -> None:
+    """Cumulative variance of each task; and what single components of a task say about its identities and the task."""
+    from matplotlib.lines import Line2D
+
+    figure, axes = new_figure(1, 3, (7, 2.6))
+    for weights, style in (("foundation", ":"), ("tuned", "-")):
+        for name in names:
+            total = 100 * np.cumsum([r["variance"] for r in components
+                                     if r["weights"] == weights and r["fit"] == r["test"] == name])
+            axes[0][0].plot(np.arange(1, len(total) + 1), total, color=TASK_COLOURS[name], ls=style, lw=1.2)
+    axes[0][0].set(xscale="log", ylim=(0, 101), title="variance of the first k, %", xlabel="components k")
+    for ax, key, title in ((axes[0][1], "identity_dprime", "d′ same − different identity"),
+                           (axes[0][2], "task_dprime", "|d′| task − other tasks")):
+        for name in names:
+            of = [r for r in components if r["weights"] == "tuned" and r["fit"] == r["test"] == name]
+            values = np.array([math.nan if r[key] is None else r[key] for r in of])
+            values = np.abs(values) if key == "task_dprime" else values
+            # single components are noisy: the mean over each of some thirty ranges of equal width on the axis
+            edges = np.unique(np.geomspace(1, len(values) + 1, 31).astype(int))
+            means = [values[a - 1 : b - 1].mean() for a, b in pairwise(edges)]
+            ax.plot(np.sqrt(edges[:-1] * (edges[1:] - 1)), means, color=TASK_COLOURS[name], lw=1.2)
+        ax.set(xscale="log", title=title, xlabel="component of the task itself")
+    handles = [Line2D([], [], color=TASK_COLOURS[n], label=n) for n in names]
+    handles += [Line2D([], [], color="k", ls="-", label="tuned"), Line2D([], [], color="k", ls=":", label="untouched")]
+    save_figure(figure, path, handles, 6)
+
+
+def draw_map(path: Path, points: list[dict], names: list[str], method: str) -> None:
+    """The map coloured by task; beside it each task alone with its most frequent identities in colour."""
+    from matplotlib.lines import Line2D
+
+    title = {"tsne": "t-SNE", "pca": "PCA"}[method]
+    K = len(names)
+    figure, axes = new_figure(1, K + 1, (1.75 * (K + 1), 2.3), sharex=True, sharey=True)
+    xy = np.array([(p["x"], p["y"]) for p in points])
+    task, identity = np.array([p["task"] for p in points]), np.array([p["identity"] for p in points])
+    colours, markers = [BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE], "o^sDvP*X"
+    for name in names:
+        axes[0][0].scatter(*xy[task == name].T, s=3, color=TASK_COLOURS[name], lw=0)
+    axes[0][0].set_title(f"{title}, by task")
+    for ax, name in zip(axes[0][1:], names, strict=True):
+        ax.scatter(*xy[task != name].T, s=1, color="#E5E5E5", lw=0)
+        ax.scatter(*xy[(task == name) & (identity < 0)].T, s=2, color="#A0A0A0", lw=0)
+        for i, (colour, marker) in enumerate(zip(colours, markers, strict=True)):
+            ax.scatter(*xy[(task == name) & (identity == i)].T, s=9, color=colour, marker=marker, lw=0)
+        ax.set_title(f"{name}, by identity")
+    for ax in axes[0]:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    handles = [Line2D([], [], ls="", marker="o", ms=4, color=TASK_COLOURS[n], label=n) for n in names]
+    handles.append(Line2D([], [], ls="", marker="o", ms=3, color="#A0A0A0", label="further identities (colours and "
+                          "shapes: eight)"))
+    save_figure(figure, path, handles, K + 1)
+
+
+# ---------------------------------------------------------------- report
+
+
+def interval(found: dict | None, form: str = ".1f", factor: float = 100) -> str:
+    """A figure with its interval, in percent; "-" where there is none."""
+    if not found or found["value"] is None:
+        return "-"
+    ends = [format(factor * found[end], form) if found[end] is not None else "-" for end in ("value", "low", "high")]
+    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
+
+
+def report_transfer(result: dict, weights: str) -> list[str]:
+    """Lines about the transfer of one set of weights."""
+    headline = result["pairs"][0]["k"]
+    note = f" **Rank-limited**: fewer than 5 x {result['dim']} images." if result["rank_limited"] else ""
+    lines = [f"### {weights}", "",
+             f"{result['images_per_task']} images a task, {result['dim']} dimensions, k = {headline}.{note}", ""]
+    columns = {"random": "random", "foundation": "untouched PCs", "pooled": "pooled", "bottom": "last k",
+               "own_mean": "own mean", "deleted": "range deleted"}
+    there = {key: name for key, name in columns.items() if key in result["pairs"][0]}
+    head = ["PCs of", "used by", "raw", "all", "kept at k", "k99", "k95", "k99 random", *there.values(),
+            "lead over random", *(["lead over untouched PCs"] if "foundation" in there else [])]
+    lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for p in result["pairs"]:
+        random = p["k99_random"]
+        cells = [p["fit"], p["test"], f"{100 * p['raw']:.1f}", f"{100 * p['full']:.1f}",
+                 interval({"value": p["kept"], "low": p["low"], "high": p["high"]}), interval(p["k99"], ".0f", 1),
+                 interval(p["k95"], ".0f", 1), "-" if random is None else f"{random:.0f}",
+                 *(f"{percent(p[key]['value']):.1f}" for key in there), interval(p["over_random"], "+.1f"),
+                 *([interval(p["over_foundation"], "+.1f")] if "foundation" in there else [])]
+        lines.append(f"| {' | '.join(cells)} |")
+    if "deleted" in there:
+        cut = result["pairs"][0]["deleted"]
+        lines += ["", f"Range deleted: without components {cut['from'] + 1} to {cut['to']} of the fitted task."]
+    return [*lines, ""]
+
+
+def report_separability(result: dict) -> list[str]:
+    """Lines about the linear separability of the tasks."""
+    lines = ["## Linear separability of the tasks", "",
+             f"Balanced accuracy on unseen identities, {result['images_per_task']} images a task, chance "
+             f"{100 * result['chance']:.0f}. Pixel statistics know nothing of what an image shows; \"canon\": all "
+             "images brought to one format first. Only what the tuned space leads by, paired by identity, is its own.",
+             "",
+             "| space | logistic regression | LDA | lead of tuned |", "| --- | --- | --- | --- |"]
+    for space, found in result["spaces"].items():
+        lines.append(f"| {space} | {interval(found['logistic'])} | {interval(found['lda'])} | "
+                     f"{interval(found.get('lead_of_tuned'), '+.1f')} |")
+    pairwise = {key: v for key, v in result["spaces"]["tuned"]["pairwise"].items() if result["chance"] < 0.5}
+    if pairwise:
+        lines += ["", "Pairs of tasks, logistic regression:", "", f"| pair | {' | '.join(result['spaces'])} |",
+                  "| --- " * (len(result["spaces"]) + 1) + "|"]
+        lines += [f"| {key} | " + " | ".join(f"{percent(found['pairwise'][key]['value']):.1f}"
+                                            for found in result["spaces"].values()) + " |" for key in pairwise]
+    if unseen := result["unseen_sources"]:
+        names = list(unseen[0]["spaces"])
+        lines += ["", "Images of a source that was left out of training, taken for their own task:", "",
+                  f"| task | source | images | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
+        lines += [f"| {row['domain']} | {row['source']} | {row['images']:,} | "
+                  + " | ".join(interval(row["spaces"][name]) for name in names) + " |" for row in unseen]
+    return [*lines, ""]
+
+
+def report_sharing(result: dict[str, dict], cka: dict[str, float | None]) -> list[str]:
+    """Lines about what the tasks share, before and after."""
+    lines = ["## What the tasks share", "",
+             "Participation ratio: how many dimensions carry the variance. Scatter: of class means about the mean, "
+             "over images about their class mean. CKA: debiased, linear, of the same images before and after "
+             "fine-tuning.",
+             "", "| space | task | participation ratio | PCs for 50 / 90 / 95 % | scatter | CKA with the untouched |",
+             "| --- | --- | --- | --- | --- | --- |"]
+    for weights, found in result.items():
+        for name, t in found["tasks"].items():
+            counts = " / ".join(str(t[f"components_for_{share}"]) for share in (50, 90, 95))
+            alike = f"{cka[name]:.2f}" if weights == "tuned" and cka.get(name) is not None else ""
+            lines.append(f"| {weights} | {name} | {t['participation_ratio']:.1f} | {counts} | "
+                         f"{t['scatter_ratio'] or math.nan:.2f} | {alike} |")
+    found = result["tuned"]
+    if len(found["tasks"]) > 1:
+        lines += ["", f"The first {found['k']} components of two tasks, tuned; by chance their overlap is "
+                  f"{found['chance']:.2f}:", "",
+                  "| a | b | overlap | angles: smallest, median, largest | variance of b in a | cosine of means |",
+                  "| --- | --- | --- | --- | --- | --- |"]
+        lines += [f"| {p['a']} | {p['b']} | {p['overlap']:.2f} | {p['smallest_angle']:.0f}°, {p['median_angle']:.0f}°, "
+                  f"{p['largest_angle']:.0f}° | {p['explained']:.2f} | {p['mean_cosine']:.2f} |"
+                  for p in found["pairs"] if p["a"] != p["b"]]
+    return [*lines, ""]
+
+
+def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], components: list[dict],
+                   points: list[dict]) -> str:
+    """analysis.json, the tables, report.md and the figures; returns the report.
+
+    Args:
+        folder: RUN/analysis.
+        analysis: the summary, all of analysis.json.
+        curves: by weights, what `to_row` made.
+        components: what `measure_components` found, with the weights.
+        points: of the map.
+    """
     domains, headline = analysis["domains"], analysis["transfer"]["tuned"]["pairs"][0]["k"]
     folder.mkdir(parents=True, exist_ok=True)
     train.write_json(folder / "analysis.json", analysis)
-
-    evaluate.write_csv(folder / "transfer.csv", [{"weights": weights, **row}
-                                                 for weights, result in analysis["transfer"].items()
-                                                 for row in result["rows"]])
-    lines = [f"# {name}", "", "## Transfer of principal components", "",
-             f"Share of (score - chance) that the first {headline} components of one task keep for another, with its "
-             "95 % interval; the score is rank-1 for people and the nearest class mean for objects, on identities that "
-             "the components were not fitted on (nan: even all components are not above chance). All: every component; "
-             "raw: without centring. k99 and k95: components "
-             "from which on 99 % and 95 % are kept. Random: the same share for random subspaces.", ""]
+    evaluate.write_csv(folder / "transfer.csv", [
+        {"weights": weights, "kind": c["kind"], "fit": c["fit"], "test": c["test"], "k": k, "score": score, "kept": v,
+         "low": low, "high": high} for weights, rows in curves.items() for c in rows
+        for k, score, v, low, high in zip(*(c[key] for key in ("ks", "score", "kept", "low", "high")), strict=True)])
+    evaluate.write_csv(folder / "dprime.csv", components)
+    evaluate.write_csv(folder / "map.csv", points)
+    lines = [f"# {analysis['run']}", "", "## Transfer of principal components", "",
+             f"Share of (score - chance) that the first {headline} components of one task keep for another, in percent "
+             "with 95 % intervals, resampled by identity; the score is rank-1 for people and the nearest class mean "
+             "for objects, on identities that the components were not fitted on (-: even all components are not above "
+             "chance). Vectors are centred by the mean of the task that was fitted on. All: every component; raw: "
+             "without centring. k99 and k95: from so many components on 99 % and 95 % are kept. Controls at k: random "
+             "subspaces, components of the untouched backbone, of all tasks pooled, the last k; own mean: centred by "
+             "the mean of the task that is scored. A claim about components means something where they lead.", ""]
     for weights, result in analysis["transfer"].items():
-        note = f" **Rank-limited**: {result['images_per_task']} images a task are fewer than 5 x {result['dim']}." \
-            if result["rank_limited"] else ""
-        lines += [f"### {weights}", "",
-                  f"{result['images_per_task']} images a task, {result['dim']} dimensions.{note}", "",
-                  "| PCs of | used by | raw | all | kept at k | k99 | k95 | random at k |",
-                  "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-        for p in result["pairs"]:
-            lines.append(f"| {p['fit']} | {p['test']} | {100 * p['raw']:.1f} | {100 * p['full']:.1f} | "
-                         f"{percent(p['kept']):.1f} [{percent(p['low']):.1f}, {percent(p['high']):.1f}] | "
-                         f"{p['k99'] or '-'} | {p['k95'] or '-'} | {percent(p['random']):.1f} |")
-        overlap = [f"{a} and {b} {result['overlap'][a][b]:.2f}"
-                   for i, a in enumerate(domains) for b in domains[i + 1 :]]
-        if overlap:
-            lines += ["", f"Overlap of the first {headline} components, chance {result['overlap_chance']:.2f}: "
-                      + "; ".join(overlap) + "."]
-        lines.append("")
-    if separable := analysis["separability"]:
-        lines += ["## Linear separability of the tasks", "",
-                  f"Balanced accuracy on unseen identities, {separable['images_per_task']} images a task, chance "
-                  f"{100 * separable['chance']:.0f}. Pixel statistics know nothing of what an image shows: only what "
-                  "is above them is more than the format of the sets.", "", "| space | logistic regression | LDA |",
-                  "| --- | --- | --- |"]
-        for space, by_model in separable["spaces"].items():
-            cells = [f"{100 * v['value']:.1f} [{100 * v['low']:.1f}, {100 * v['high']:.1f}]" for v in by_model.values()]
-            lines.append(f"| {space} | {cells[0]} | {cells[1]} |")
-    report = "\n".join(lines) + "\n"
+        lines += report_transfer(result, weights)
+    if analysis["separability"]:
+        lines += report_separability(analysis["separability"])
+        draw_separability(folder / "separability", analysis["separability"], domains)
+    lines += report_sharing(analysis["sharing"], analysis["cka"])
+    report = "\n".join(lines)
     train.write_atomically(folder / "report.md", lambda path: path.write_text(report))
-    draw_transfer(folder / "transfer.png", analysis, domains, headline)
-    if separable:
-        draw_separability(folder / "separability.png", separable)
+    draw_transfer(folder / "transfer", curves["tuned"], domains)
+    draw_deletion(folder / "deletion", curves["tuned"], domains)
+    draw_sharing(folder / "sharing", analysis["sharing"]["tuned"], domains)
+    draw_spectrum(folder / "spectrum", components, domains)
+    draw_map(folder / "map", points, domains, analysis["map"])
     return report
 
 
 # ---------------------------------------------------------------- claims
+
+HOLDS, FAILS, WIDE = "holds", "fails", "not measured (intervals too wide to decide)"
+
+
+@dataclass
+class Finding:
+    """One measured number behind a claim, and what it says about it."""
+
+    what: str
+    value: float | None
+    low: float | None
+    high: float | None
+    verdict: str
+    form: str = "+.1f"  # in percent
+    note: str = ""
+
+    def __str__(self) -> str:
+        figure = interval({"value": self.value, "low": self.low, "high": self.high}, self.form)
+        return f"{self.what} {figure}{f' ({self.note})' if self.note else ''}"
 
 
 @dataclass
@@ -439,9 +1142,11 @@ class Claim:
     """One line of the claims table."""
 
     claim: str
+    backbones: str  # which the line is about
     measured: str
     threshold: str
-    verdict: str  # "holds", "holds, but ...", "fails" or "not measured (why)"
+    verdict: str  # "holds", "holds, but no better than ...", "fails" or "not measured (why)"
+    findings: list[Finding]
 
 
 @dataclass
@@ -450,22 +1155,79 @@ class Measured:
 
     name: str
     config: dict
-    rows: list[evaluate.Row]
+    found: dict[str, evaluate.Scored]  # by weights: "tuned", "foundation"
     analysis: dict | None
 
     @property
     def family(self) -> str:
-        return self.config["backbone"] or self.config["model"]
+        """The backbone; one that began from random weights is nobody's foundation model."""
+        name = self.config["backbone"] or self.config["model"]
+        return name if self.config["weights"] != "none" else f"{name} from a random start"
 
     @property
     def start(self) -> tuple:
         """What two runs must share to be compared: the untouched backbone and its input."""
         return tuple(self.config[key] for key in ("backbone", "size", "model", "weights", "image_size", "embed_dim"))
 
-    def headline(self, weights: str) -> dict[tuple[str, str], evaluate.Row]:
-        """(domain, split) -> headline row, of the trained domains, in distribution."""
-        return {key: pair[weights] for key, pair in evaluate.headlines(self.rows).items()
-                if weights in pair and key[0] in self.config["domains"] and not pair[weights].out_of_distribution}
+
+@dataclass
+class Group:
+    """Runs that differ in their seed alone."""
+
+    runs: list[Measured]
+
+    @property
+    def name(self) -> str:
+        many = len(self.runs)
+        return self.runs[0].name + (f" and {many - 1} more seed{'s' * (many > 2)}" if many > 1 else "")
+
+    @property
+    def config(self) -> dict:
+        return self.runs[0].config
+
+    @property
+    def start(self) -> tuple:
+        return self.runs[0].start
+
+    @property
+    def last(self) -> str:
+        """The domain that a sequential run learned last."""
+        return (self.config["order"] or self.config["domains"])[-1]
+
+    def rows(self, weights: str, wanted: Callable[[evaluate.Row], bool]) -> dict[tuple, Figure]:
+        """Figures that all seeds have, averaged over them, by (domain, split, metric, protocol)."""
+        tables = [run.found[weights] for run in self.runs if weights in run.found]
+        if len(tables) < len(self.runs) or len({(t.seed, draws_of(t)) for t in tables}) > 1:
+            return {}
+        return {key: evaluate.aggregate(tables, key) for key, (row, _) in tables[0].found.items()
+                if wanted(row) and all(key in table.found for table in tables)}
+
+    def headline(self, weights: str) -> dict[tuple, Figure]:
+        """The figure that stands for each trained domain's test split, in distribution."""
+        rows = self.rows(weights, lambda row: row.headline and not row.out_of_distribution
+                         and row.domain in self.config["domains"])
+        first: dict = {}  # the customary rule of a split comes first
+        return {key: figure for key, figure in rows.items() if first.setdefault(key[:2], key) == key}
+
+    def leads(self, other: "Group", mine: str = "tuned", theirs: str = "tuned") -> dict[tuple, Figure]:
+        """By domain and split, how far this group is above another, paired by person; none if resampled differently."""
+        a, b = self.headline(mine), other.headline(theirs)
+        seeds = [group.runs[0].found[weights].seed for group, weights in ((self, mine), (other, theirs))
+                 if weights in group.runs[0].found]
+        return {key[:2]: minus(a[key], b[key]) for key in a
+                if key in b and len(set(seeds)) == 1 and len(a[key].draws) == len(b[key].draws)}
+
+    def analysed(self, of: Callable[[dict], dict | None]) -> dict | None:
+        """A figure {"value", "low", "high"} of the analyses, averaged over the seeds; None where one lacks it."""
+        found = [of(run.analysis) if run.analysis else None for run in self.runs]
+        if any(f is None or f["value"] is None for f in found):
+            return None
+        return {end: float(np.mean([f[end] for f in found])) for end in ("value", "low", "high")}
+
+
+def draws_of(scored: evaluate.Scored) -> int:
+    """Number of resamplings."""
+    return len(next(iter(scored.found.values()))[1])
 
 
 def read_runs(folder: Path) -> list[Measured]:
@@ -473,180 +1235,382 @@ def read_runs(folder: Path) -> list[Measured]:
     runs = []
     for path in sorted(folder.glob("*/eval/results.json")):
         home = path.parent.parent
-        if (home / "config.json").exists():
-            analysis = home / "analysis" / "analysis.json"
-            runs.append(Measured(home.name, train.read_json(home / "config.json"), evaluate.read_rows(path.parent),
-                                 train.read_json(analysis) if analysis.exists() else None))
+        if not (home / "config.json").exists():
+            continue
+        analysis = home / "analysis" / "analysis.json"
+        try:
+            weights = {row.weights for row in evaluate.read_rows(path.parent)}
+            found = {name: evaluate.read_scored(home, name) for name in sorted(weights)}
+        except InputError as error:
+            print(f"left out: {error.format_message()}")
+            continue
+        known = train.read_json(analysis) if analysis.exists() else None
+        if known is not None and not set(known) >= {"transfer", "separability", "sharing"}:
+            print(f"left out: {analysis} is of another version; run analyze.py on {home} again")
+            known = None
+        runs.append(Measured(home.name, train.read_json(home / "config.json"), found, known))
     if not runs:
         raise InputError(f"{folder}: no evaluated run in it; train runs below it and call evaluate.py on each")
+    if len({(table.seed, draws_of(table)) for run in runs for table in run.found.values()}) > 1:
+        print("the runs were resampled differently, so that some cannot be paired: call evaluate.py on all of them "
+              "with the same --seed and --bootstrap")
     return runs
 
 
+def group_runs(runs: list[Measured]) -> list[Group]:
+    """Runs of one recipe and different seeds together, in the order of the first."""
+    groups: dict[str, list[Measured]] = {}
+    for run in runs:
+        groups.setdefault(next(iter(run.found.values())).recipe, []).append(run)
+    return [Group(members) for members in groups.values()]
+
+
+def decide(low: float | None, high: float | None, least: float) -> str:
+    """Whether something is above `least`, by its 95 % interval."""
+    if low is None or high is None or not math.isfinite(low + high):
+        return "not measured (not above chance)"
+    return HOLDS if low > least else FAILS if high <= least else WIDE
+
+
+def judge(what: str, figure: Figure, least: float, form: str = "+.1f") -> Finding:
+    """A finding that holds where the figure is above `least`."""
+    return Finding(what, *show(figure).values(), decide(figure.low, figure.high, least), form)
+
+
 def join(verdicts: list[str]) -> str:
-    """The weakest of several verdicts."""
+    """The weakest of several verdicts: one failure is enough, and what was not measured does not hold."""
     order = ["fails", "not measured", "holds, but", "holds"]
     return min(verdicts, key=lambda verdict: next(i for i, start in enumerate(order) if verdict.startswith(start)))
 
 
-def claim_backbones(unified: list[Measured]) -> Claim:
-    """Every task of a unified run is above the untouched backbone, with disjoint intervals, in all three families."""
-    said, verdicts = [], []
-    for family in train.BACKBONES:
-        runs = [run for run in unified if run.family == family]
-        for run in runs:
-            before, after = run.headline("foundation"), run.headline("tuned")
-            better = [after[key].low > before[key].high for key in after if key in before]
-            said.append(f"{run.name}: {sum(better)} of {len(better)} tasks above the foundation")
-            verdicts.append("not measured (no foundation scores)" if not better else
-                            "holds" if all(better) else "fails")
-        if not runs:
-            verdicts.append(f"not measured (no run of {family})")
-    return Claim("Works on CLIP, EVA-02 and DINOv3", "; ".join(said) or "-", "all tasks, disjoint 95 % intervals",
-                 join(verdicts))
+def make_claim(claim: str, threshold: str, findings: list[Finding], further: list[str]) -> Claim:
+    """A line from its findings. `further`: verdicts about several findings together, or about what is missing."""
+    verdicts = [finding.verdict for finding in findings if finding.verdict] + further
+    return Claim(claim, "", "; ".join(map(str, findings)) or "-", threshold, join(verdicts), findings)
 
 
-def matched(run: Measured, expert: Measured, domain: str) -> bool:
-    """Whether both saw about as many images of the domain (within a quarter)."""
-    return 0.75 <= expert.config["counts"][domain] / max(run.config["counts"][domain], 1) <= 1.25
+def claim_backbones(imic: list[Group], families: list[str], delta: float) -> Claim:
+    """In every family, people are recognised better than by the untouched backbone, and objects not worse."""
+    findings = []
+    absent = [family for family in families if all(group.runs[0].family != family for group in imic)]
+    missing = [f"not measured (no run of {', '.join(absent)})"] if absent else []
+    for group in imic:
+        leads = group.leads(group, "tuned", "foundation")
+        for (domain, split), lead in leads.items():
+            findings.append(judge(f"{group.name} {domain}/{split}", lead, -delta if domain == "object" else 0))
+        if not leads:
+            missing.append("not measured (no foundation scores; run evaluate.py without --no-foundation)")
+    return make_claim(f"Works on {', '.join(families)}",
+                      f"lead over the untouched backbone above 0 (objects: above -{100 * delta:g} points), paired",
+                      findings, missing)
 
 
-def claim_experts(unified: list[Measured], experts: list[Measured], delta: float) -> Claim:
-    """A unified run is not worse than the expert of each task by more than delta."""
-    said, verdicts = [], []
-    for run in unified:
-        for key, row in run.headline("tuned").items():
-            rivals = [e.headline("tuned")[key] for e in experts
-                      if e.start == run.start and key in e.headline("tuned") and matched(run, e, key[0])]
-            for rival in rivals:
-                difference = row.value - rival.value
-                error = math.hypot(row.value - row.low, rival.high - rival.value)
-                said.append(f"{run.name} {key[0]} {100 * difference:+.1f}")
-                verdicts.append("holds" if difference - error >= -delta else
-                                "fails" if difference + error < -delta else
-                                "not measured (intervals too wide to decide)")
-    if not verdicts:
-        verdicts = ["not measured (no expert run, --domains NAME, of the same backbone and number of images)"]
-    return Claim("On par with domain experts on all tasks at once", "; ".join(said) or "-",
-                 f"difference above -{100 * delta:g} points at 95 %", join(verdicts))
+def kinds_of_match(group: Group, expert: Group, domain: str) -> list[str]:
+    """How an expert's images match a unified run's, within a quarter: "exposure" (of its domain), "images" (of all)."""
+    seen, counts = expert.config["counts"][domain], group.config["counts"]
+    return [kind for kind, count in (("exposure", counts[domain]), ("images", sum(counts.values())))
+            if 0.75 <= seen / max(count, 1) <= 1.25]
 
 
-def claim_generalisation(unified: list[Measured], least: float) -> Claim:
+def claim_experts(imic: list[Group], experts: list[Group], delta: float) -> Claim:
+    """A unified run is not worse than the expert of any task by more than delta.
+
+    The verdict rests on experts that saw their domain as often as the unified run did, where there are any; else on
+    those that saw as many images in all. Either is listed.
+    """
+    findings, missing = [], []
+    for group in imic:
+        domains = group.config["domains"]
+        if len(domains) < len(DOMAINS):
+            missing.append(f"not measured ({group.name} learned {len(domains)} of {len(DOMAINS)} tasks)")
+        for domain in domains:
+            rivals = [(kind, e) for e in experts if e.start == group.start and e.config["domains"] == [domain]
+                      for kind in kinds_of_match(group, e, domain)]
+            deciding = "exposure" if any(kind == "exposure" for kind, _ in rivals) else "images"
+            found = []
+            for kind, expert in rivals:
+                for key, lead in group.leads(expert).items():
+                    found.append(judge(f"{group.name} against {expert.name} {'/'.join(key)}", lead, -delta))
+                    found[-1].note = f"matched in {kind}"
+                    if kind != deciding:
+                        found[-1].note, found[-1].verdict = f"matched in {kind}, for information", ""
+            findings += found
+            if not any(f.verdict for f in found):
+                missing.append(f"not measured (no expert run, --domains {domain}, of the same backbone and number of "
+                               "images, evaluated alike)")
+    missing = missing or ([] if imic else ["not measured (no IMIC run)"])
+    return make_claim("On par with domain experts on all four tasks at once",
+                      f"lead above -{100 * delta:g} points on every task, paired", findings, missing)
+
+
+def claim_humans(imic: list[Group]) -> Claim:
+    """The model is above the human raters of the same trials, over all tasks together."""
+    findings = []
+    for group in imic:
+        rows = group.rows("tuned", lambda row: "minus human" in row.metric or "raters beaten" in row.metric)
+        for (domain, split, metric, _), figure in rows.items():
+            overall = domain in ("everything", "all") and "minus human" in metric
+            finding = judge(f"{group.name} {domain} {metric}", figure, 0, "+.1f" if "minus" in metric else ".1f")
+            if not overall:  # single tasks and shares are told, and decide nothing
+                finding.verdict, finding.what = "", f"{group.name} {domain}/{split} {metric}"
+            findings.append(finding)
+    missing = [] if any(f.verdict for f in findings) else ["not measured (no human trials: evaluate.py --humans)"]
+    return make_claim("More accurate than humans at multi-tasking", "model minus humans, all tasks together, above 0",
+                      findings, missing)
+
+
+def claim_generalisation(imic: list[Group], least: float) -> Claim:
     """Retention on out-of-distribution splits, where the untouched backbone is above chance."""
-    said, verdicts = [], []
-    for run in unified:
-        for row in run.rows:
-            if row.out_of_distribution and row.metric == f"retention of {evaluate.HEADLINE['classification']}":
-                said.append(f"{run.name} {row.domain}/{row.split} {100 * row.value:.0f} % "
-                            f"[{100 * row.low:.0f}, {100 * row.high:.0f}]")
-                verdicts.append("holds" if row.low >= least else "fails" if row.high < least else
-                                "not measured (intervals too wide to decide)")
-    if not verdicts:
-        verdicts = ["not measured (no out-of-distribution split on which the foundation beats chance)"]
-    return Claim("Generalisation outside the training distribution is not substantially harmed", "; ".join(said) or "-",
-                 f"retention at least {100 * least:g} %", join(verdicts))
+    metric = f"retention of {evaluate.HEADLINE['classification']}"
+    findings = [judge(f"{group.name} {domain}/{split}", figure, least, ".0f") for group in imic
+                for (domain, split, _, _), figure in
+                group.rows("tuned", lambda row: row.out_of_distribution and row.metric == metric).items()]
+    missing = [] if findings else ["not measured (no out-of-distribution split on which the foundation beats chance)"]
+    return make_claim("Generalisation outside the training distribution is not substantially harmed",
+                      f"retention above {100 * least:g} %", findings, missing)
 
 
-def claim_forgetting(unified: list[Measured], sequential: list[Measured]) -> Claim:
-    """A sequential run is below the unified one of the same backbone on a task that it learned before the last."""
-    said, verdicts = [], []
-    for run in unified:
-        for other in (s for s in sequential if s.start == run.start and s.config["domains"] == run.config["domains"]):
-            mine, theirs = run.headline("tuned"), other.headline("tuned")
-            last = (other.config["order"] or other.config["domains"])[-1]
-            early = [key for key in mine if key in theirs and key[0] != last]
-            lost = [key for key in early if theirs[key].high < mine[key].low]
-            said.append(f"{run.name} against {other.name}: " +
-                        ", ".join(f"{d} {100 * (theirs[d, s].value - mine[d, s].value):+.1f}" for d, s in early))
-            verdicts.append("holds" if lost else "fails")
-    return Claim("Sequential fine-tuning forgets where the interleaved one does not", "; ".join(said) or "-",
-                 "an earlier task lower, disjoint 95 % intervals",
-                 join(verdicts or ["not measured (no run of --schedule sequential of the same backbone)"]))
+def claim_forgetting(imic: list[Group], sequential: list[Group], delta: float) -> Claim:
+    """Sequential training ends below IMIC on a task that it learned before the last; IMIC falls on none."""
+    findings, further = [], []
+    for group in imic:
+        for (domain, split), lead in group.leads(group, "tuned", "foundation").items():
+            findings.append(judge(f"{group.name} over the untouched backbone {domain}/{split}", lead, -delta))
+        others = [s for s in sequential if s.start == group.start and s.config["domains"] == group.config["domains"]]
+        for other in others:
+            early = {key: lead for key, lead in group.leads(other).items() if key[0] != other.last}
+            own = other.leads(other, "tuned", "foundation")
+            for key, lead in early.items():
+                finding = judge(f"{group.name} over {other.name} {'/'.join(key)}", lead, 0)
+                finding.verdict = ""  # one task that is forgotten is enough, see below
+                if key in own:
+                    finding.note = f"sequential over the untouched {interval(show(own[key]), '+.1f')}"
+                findings.append(finding)
+            if early:
+                further.append(HOLDS if any(lead.low > 0 for lead in early.values()) else
+                               FAILS if all(lead.high <= delta for lead in early.values()) else WIDE)
+            else:
+                further.append("not measured (no figure in common with the sequential run)")
+        if not others:
+            further.append("not measured (no run of --schedule sequential of the same backbone)")
+        elif not group.leads(group, "tuned", "foundation"):
+            further.append("not measured (no foundation scores)")
+    return make_claim("Sequential fine-tuning forgets where the interleaved one does not",
+                      "an earlier task of the sequential run lower than IMIC's, paired; IMIC nowhere below the "
+                      f"untouched backbone by {100 * delta:g} points", findings,
+                      further or ["not measured (no IMIC run)"])
 
 
-def claim_separable(unified: list[Measured], least: float) -> Claim:
-    """Logistic regression tells the tasks apart, better than pixel statistics do."""
-    said, verdicts = [], []
-    for run in unified:
-        if run.analysis and run.analysis["separability"]:
-            spaces = {name: v["logistic"] for name, v in run.analysis["separability"]["spaces"].items()}
-            tuned, pixels = spaces["tuned"], spaces["pixels"]
-            said.append(f"{run.name} {100 * tuned['value']:.1f} (foundation {100 * spaces['foundation']['value']:.1f}, "
-                        f"pixel statistics {100 * pixels['value']:.1f})")
-            verdicts.append("fails" if tuned["low"] < least else "holds" if tuned["low"] > pixels["high"] else
-                            "holds, but no better than pixel statistics")
-    return Claim("The tasks are linearly separable", "; ".join(said) or "-",
-                 f"balanced accuracy above {100 * least:g} %",
-                 join(verdicts or ["not measured (no analysed unified run; call analyze.py --run RUN)"]))
-
-
-def claim_components(unified: list[Measured], least: float) -> Claim:
-    """Fewer than 100 components of any task keep the other tasks' scores, and more of them than random ones do."""
-    said, verdicts = [], []
-    for run in unified:
-        if not run.analysis:
+def claim_separable(imic: list[Group], least: float) -> Claim:
+    """Logistic regression tells the tasks apart, better than format and the untouched backbone explain."""
+    findings, missing = [], []
+    for group in imic:
+        value = group.analysed(lambda a: a["separability"] and a["separability"]["spaces"]["tuned"]["logistic"])
+        if value is None:
+            missing.append("not measured (no analysed run of two or more tasks; call analyze.py --run RUN)")
             continue
-        found = run.analysis["transfer"]["tuned"]
-        pairs = [p for p in found["pairs"] if p["fit"] != p["test"]]
-        if any(p["kept"] is None for p in pairs):
-            verdicts.append("not measured (a task is not above chance in the full space)")
-        elif pairs:
-            worst = min(pairs, key=lambda p: p["kept"])
-            said.append(f"{run.name}: {100 * worst['kept']:.1f} % [{100 * worst['low']:.1f}, "
-                        f"{100 * worst['high']:.1f}] at k = {worst['k']} of {found['dim']}, worst pair {worst['fit']} "
-                        f"for {worst['test']} (random {100 * worst['random']:.1f} %)"
-                        + (", rank-limited" if found["rank_limited"] else ""))
-            better = all(p["low"] > p["random"] for p in pairs)
-            verdicts.append("not measured (a space of no more than k dimensions)" if worst["k"] >= found["dim"] else
-                            "fails" if worst["kept"] < least else "holds" if better else
-                            "holds, but no better than random subspaces")
-    return Claim("Fewer than 100 principal components of any task serve all the others", "; ".join(said) or "-",
-                 f"at least {100 * least:g} % of (score - chance) kept",
-                 join(verdicts or ["not measured (no analysed unified run of two or more tasks)"]))
+        finding = Finding(f"{group.name} balanced accuracy", *value.values(),
+                          decide(value["low"], value["high"], least), ".1f")
+        findings.append(finding)
+        unbeaten, unknown = [], False
+        controls = {"pixels": "pixel statistics", "foundation": "the untouched backbone",
+                    "pixels canon": "pixel statistics in one format",
+                    "foundation canon": "the untouched backbone in one format"}
+        for key, name in controls.items():
+            lead = group.analysed(lambda a, key=key: a["separability"]["spaces"].get(key, {}).get("lead_of_tuned"))
+            if lead is None:
+                unknown = True
+                continue
+            findings.append(Finding(f"lead over {name}", *lead.values(), ""))
+            if not lead["low"] > 0:
+                unbeaten.append(name)
+        if finding.verdict == HOLDS:
+            if unbeaten:
+                finding.verdict = f"holds, but no better than {' or '.join(unbeaten)}"
+            elif unknown:
+                finding.verdict = "not measured (no matched-format control; call analyze.py --run RUN --canon 32)"
+    return make_claim("The tasks are linearly separable (beyond format)",
+                      f"balanced accuracy above {100 * least:g} %, leads over every control above 0, paired", findings,
+                      missing or ([] if imic else ["not measured (no IMIC run)"]))
+
+
+def claim_components(imic: list[Group], least: float) -> Claim:
+    """Fewer than 100 components of any task keep every other task's score, and more than other subspaces do."""
+    findings, further = [], []
+    for group in imic:
+        first = group.runs[0].analysis
+        pairs = first["transfer"]["tuned"]["pairs"] if first else []
+        across = [(p["fit"], p["test"]) for p in pairs if p["fit"] != p["test"]]
+        if not across:
+            further.append("not measured (no analysed run of two or more tasks; call analyze.py --run RUN)")
+            continue
+        found, k = first["transfer"]["tuned"], pairs[0]["k"]
+        verdicts, unbeaten, shown = [], {}, []
+        for fit, test in across:
+
+            def of(name: str | None, fit=fit, test=test) -> Callable[[dict], dict | None]:
+                def get(analysis: dict) -> dict | None:
+                    pair = next((p for p in analysis["transfer"]["tuned"]["pairs"]
+                                 if (p["fit"], p["test"]) == (fit, test)), None)
+                    if pair is None:
+                        return None
+                    return pair.get(name) if name else {"value": pair["kept"], "low": pair["low"], "high": pair["high"]}
+                return get
+
+            value = group.analysed(of(None))
+            if value is None:
+                verdicts.append("not measured (a task is not above chance in the full space)")
+                continue
+            verdicts.append(decide(value["low"], value["high"], least))
+            needed = group.analysed(of("k95"))
+            shown.append(Finding(f"{group.name}: {fit} for {test}, k = {k} of {found['dim']}", *value.values(), "",
+                                 ".1f", f"k95 {interval(needed, '.0f', 1)}" + ", rank-limited" * found["rank_limited"]))
+            for key, name in (("over_random", "random"), ("over_foundation", "foundation")):
+                lead = group.analysed(of(key))
+                if lead is None:
+                    unbeaten.setdefault("unknown" if key == "over_foundation" else name, None)
+                elif not lead["low"] > 0:
+                    unbeaten.setdefault(name, None)
+        verdict = join(verdicts)
+        if found["dim"] <= 100:
+            verdict = f"not measured (a space of {found['dim']} dimensions: 100 components are all of it)"
+        elif k >= 100:
+            verdict = "not measured (analysed at 100 components or more; call analyze.py --components 99)"
+        elif verdict == HOLDS and (names := [n for n in unbeaten if n != "unknown"]):
+            verdict = f"holds, but no better than {' or '.join(names)} {'subspaces' if names == ['random'] else 'PCs'}"
+        elif verdict == HOLDS and unbeaten:
+            verdict = "not measured (no foundation PCs of the same width)"
+        further.append(verdict)
+        shown.sort(key=lambda f: f.value)
+        findings += shown
+    return make_claim("Fewer than 100 principal components of any task serve all the others",
+                      f"above {100 * least:g} % of (score - chance) kept by every pair, leads over random subspaces "
+                      "and foundation PCs above 0, paired", findings, further or ["not measured (no IMIC run)"])
+
+
+def make_table(runs: list[Measured], delta: float, retention: float, separable: float, keep: float) -> list[Claim]:
+    """The claims about the paper's three backbones; then, for each other one, what was measured on it."""
+    groups, paper = group_runs(runs), list(train.BACKBONES)
+    others = sorted({run.family for run in runs} - set(paper))
+    table = []
+    for families in (paper, *([name] for name in others)):
+        here = [group for group in groups if group.runs[0].family in families]
+        by_role = {role: [g for g in here if g.config["role"] == role] for role in train.ROLES}
+        imic = [g for g in by_role["unified"] if g.config["schedule"] in ("A", "B")]  # `alternate` is a baseline
+        if families is not paper and not imic:
+            continue
+        claims = [claim_backbones(imic, families, delta), claim_experts(imic, by_role["expert"], delta),
+                  claim_humans(imic), claim_generalisation(imic, retention),
+                  claim_forgetting(imic, by_role["sequential"], delta), claim_separable(imic, separable),
+                  claim_components(imic, keep)]
+        for claim in claims:
+            claim.backbones = ", ".join(families) if families is paper else f"{families[0]} (not one of the paper's)"
+        table += claims
+    return table
 
 
 # ---------------------------------------------------------------- the job
 
 
+def to_row(curve: Curve) -> dict:
+    """A curve for JSON, with 95 % intervals."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a column of NaN has no quantile
+        low, high = np.nanquantile(curve.draws, [0.025, 0.975], axis=0)
+    row = {"kind": curve.kind, "fit": curve.fit, "test": curve.test, "ks": curve.ks}
+    named = {"score": curve.score, "kept": curve.kept, "low": low, "high": high}
+    return row | {name: [None if v is None else round(v, 6) for v in map(finite, values)]
+                  for name, values in named.items()}
+
+
 def analyse(options: dict) -> int:
     """Analyse one run and write RUN/analysis."""
     run = train.load_run(Path(options["run"]), options["allow_partial"])
-    data = options["data"] or run.config["data"]
-    root = open_root(Path(data))
-    pairs = {domain: find_splits(root.get(domain, {})) for domain in run.config["domains"]}
-    pairs = {domain: pair for domain, pair in pairs.items() if pair}
-    if not pairs:
+    data, seed, draws = options["data"] or run.config["data"], options["seed"], options["bootstrap"]
+    root, device = open_root(Path(data)), train.pick_device(options["device"])
+    splits = {domain: find_splits(root.get(domain, {})) for domain in run.config["domains"]}
+    splits = {domain: pair for domain, pair in splits.items() if pair}
+    if not splits:
         raise InputError(f"{data}: none of {', '.join(run.config['domains'])} has both a training and a test split: "
                          "nothing to analyse")
-    embedded: dict[str, dict] = {}
+    delete = parse_range(options["delete"])
+    embedders, embedded = {}, {}
     for weights, load in (("foundation", train.load_foundation), ("tuned", train.load_tuned)):
-        embed = evaluate.make_embedder(lambda load=load: load(run), weights, run.folder / "eval", options)
-        embedded[weights] = {domain: tuple(embed(split) for split in pair) for domain, pair in pairs.items()}
+        embedders[weights] = evaluate.make_embedder(lambda load=load: load(run), weights, run.folder / "eval", options)
+        embedded[weights] = {domain: tuple(map(embedders[weights], pair)) for domain, pair in splits.items()}
     tasks = []
-    for domain, (base, test) in pairs.items():
+    for domain, (base, test) in splits.items():
         readable = tuple(np.isfinite(x[:, 0]) for x in embedded["tuned"][domain])
         if bad := sum(int((~good).sum()) for good in readable):
             print(f"  {domain}: {bad} unreadable images left out")
-        if task := make_task(base, test, readable, options["limit"], options["seed"]):
+        if task := make_task(base, test, readable, options["limit"], seed):
             tasks.append(task)
         else:
             print(f"  {domain}: too few identities to fit on some and test others; left out")
     if not tasks:
         raise InputError(f"{data}: no domain has enough identities to fit on some and test others: nothing to analyse")
     result: dict = {"run": run.folder.name, "domains": [task.domain for task in tasks], "transfer": {},
-                    "separability": None}
+                    "separability": None, "sharing": {}, "cka": {}, "map": options["map"]}
+    curves, components = {}, []
     for weights, spaces in embedded.items():
-        D = next(iter(spaces.values()))[0].shape[1]
-        headline = min(options["components"], D)
-        grid = sorted({k for k in GRID if k < D} | {headline, D})
-        result["transfer"][weights] = transfer(spaces, tasks, grid, headline, options["bootstrap"], options["seed"])
+        headline = min(options["components"], next(iter(spaces.values()))[0].shape[1])
+        tuned = weights == "tuned"
+        found = transfer(spaces, tasks, headline, draws, seed, foundation=embedded["foundation"] if tuned else None,
+                         delete=delete, controls=tuned, device=device)
+        bases = found.pop("bases")
+        curves[weights] = [to_row(curve) for curve in found.pop("curves")]
+        result["transfer"][weights] = found
+        result["sharing"][weights] = measure_sharing(spaces, tasks, bases, headline)
+        components += [{"weights": weights, **row} for row in measure_components(spaces, tasks, bases, seed)]
+    for task in tasks:
+        before, after = (embedded[weights][task.domain][1][task.probe[:4000]] for weights in ("foundation", "tuned"))
+        result["cka"][task.domain] = finite(debiased_cka(before, after)) if len(before) > 3 else None
     if len(tasks) > 1:
-        result["separability"] = measure_separability(embedded, tasks, options["bootstrap"], options["seed"],
-                                                      options["limit"])
+        features, others = make_features(embedders, embedded, splits, options["canon"]), {}
+        for task in tasks:
+            tests = [s for s in root[task.domain].values() if s.protocol and s.name != task.split.name]
+            others[task.domain] = [(task.split, task.probe)] + [
+                (s, np.flatnonzero(np.isfinite(embedders["tuned"](s)[:, 0]) & (s.labels >= 0))) for s in tests]
+        result["separability"] = measure_separability(features, tasks, others, draws, seed, options["limit"])
+    points = draw_up_map(embedded["tuned"], tasks, options["map"], seed)
     folder = run.folder / "analysis"
-    print(write_analysis(folder, run.folder.name, result))
-    print(f"written: {folder}/report.md, analysis.json, transfer.csv and figures; "
+    print(write_analysis(folder, result, curves, components, points))
+    print(f"written: {folder}/report.md, analysis.json, tables and figures; "
           f"next: python analyze.py claims {run.folder.parent}")
     return 0
+
+
+def make_features(embedders: dict, embedded: dict, splits: dict, side: int) -> dict[str, Features]:
+    """The spaces in which tasks are told apart: both backbones and pixel statistics, as they are and in one format."""
+
+    def embeddings(weights: str) -> Features:
+        known = {s.folder: x for domain, pair in splits.items()
+                 for s, x in zip(pair, embedded[weights][domain], strict=True)}
+        return lambda split, rows: (known[split.folder] if split.folder in known else embedders[weights](split))[rows]
+
+    def in_one_format(weights: str) -> Features:
+        return lambda split, rows: embedders[weights](Canon(split, rows, side))
+
+    def pixels_in_one_format(split: Split, rows: np.ndarray) -> np.ndarray:
+        return pixel_statistics(Canon(split, rows, side), np.arange(len(rows)))
+
+    spaces: dict[str, Features] = {weights: embeddings(weights) for weights in ("tuned", "foundation")}
+    spaces["pixels"] = pixel_statistics
+    if side:
+        spaces |= {f"{weights} canon": in_one_format(weights) for weights in ("tuned", "foundation")}
+        spaces["pixels canon"] = pixels_in_one_format
+    return spaces
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """The a and b of "a:b", components from a (counted from 0) to before b."""
+    try:
+        a, b = map(int, text.split(":"))
+    except ValueError:
+        a, b = -1, -1
+    if not 0 <= a <= b:
+        raise InputError(f"--delete {text}: want A:B, components from A (counted from 0) to before B, such as 0:10")
+    return a, b
 
 
 @click.group(invoke_without_command=True, context_settings={"show_default": True, "max_content_width": 120},
@@ -655,9 +1619,15 @@ def analyse(options: dict) -> int:
 @click.option("--components", type=click.IntRange(1), default=99, help="The k of the claim: fewer than 100.")
 @click.option("--limit", type=click.IntRange(10), default=2000, help="At most so many probes per task.")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
+@click.option("--delete", default="0:10", metavar="A:B",
+              help="Also score without the components A (from 0) to before B; 0:0: do not.")
+@click.option("--canon", type=click.IntRange(0, 128), default=32,
+              help="Pixels of detail of the matched-format control of separability; 0: leave it out.")
+@click.option("--map", type=click.Choice(["tsne", "pca"]), default="tsne", help="How the map is drawn up.")
 @click.pass_context
 def main(context: click.Context, **options) -> int | None:
     if context.invoked_subcommand:
+        train.refuse_options(context)
         return None
     if not options["run"]:
         raise InputError("what is to be analysed? give --run RUN, or `claims RUNS_FOLDER`")
@@ -666,33 +1636,66 @@ def main(context: click.Context, **options) -> int | None:
 
 @main.command(help="Turn the runs of a folder into one verdict per claim of the paper's abstract.")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--delta", type=click.FloatRange(0, 1), default=0.01, help="Margin of non-inferiority to experts.")
+@click.option("--delta", type=click.FloatRange(0, 1), default=0.01,
+              help="Margin of non-inferiority: to experts, and to the untouched backbone.")
 @click.option("--retention", type=click.FloatRange(0), default=0.95, help="Least retention out of distribution.")
 @click.option("--separable", type=click.FloatRange(0, 1), default=0.95, help="Least balanced accuracy.")
 @click.option("--keep", type=click.FloatRange(0, 1), default=0.95, help="Least share that the components keep.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
 def claims(folder: Path, delta: float, retention: float, separable: float, keep: float) -> int:
-    runs = read_runs(folder)
-    by_role = {role: [run for run in runs if run.config["role"] == role] for role in train.ROLES}
-    unified = by_role["unified"]
-    table = [
-        claim_backbones(unified),
-        claim_experts(unified, by_role["expert"], delta),
-        Claim("More accurate than humans at multi-tasking", "-", "-", "not measured (no human figures on these sets)"),
-        claim_generalisation(unified, retention),
-        claim_forgetting(unified, by_role["sequential"]),
-        claim_separable(unified, separable),
-        claim_components(unified, keep),
-    ]
-    lines = ["| claim | measured | threshold | verdict |", "| --- | --- | --- | --- |"]
-    lines += [f"| {c.claim} | {c.measured} | {c.threshold} | {c.verdict} |" for c in table]
+    table = make_table(read_runs(folder), delta, retention, separable, keep)
+    lines = ["| claim | backbones | measured | threshold | verdict |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {c.claim} | {c.backbones} | {c.measured} | {c.threshold} | {c.verdict} |" for c in table]
     rows = [asdict(claim) for claim in table]
     train.write_atomically(folder / "claims.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
     train.write_atomically(folder / "claims.md", lambda path: path.write_text("\n".join(lines) + "\n"))
-    evaluate.write_csv(folder / "claims.csv", rows)
+    evaluate.write_csv(folder / "claims.csv", [{k: v for k, v in row.items() if k != "findings"} for row in rows])
     for claim in table:
-        print(f"{claim.claim}\n    {claim.verdict}\n    measured: {claim.measured}; threshold: {claim.threshold}")
+        print(f"{claim.claim} [{claim.backbones}]\n    {claim.verdict}\n    measured: {claim.measured}\n"
+              f"    threshold: {claim.threshold}")
     print(f"written: {folder}/claims.md, claims.json, claims.csv")
+    return 0
+
+
+@main.command(help="Time the transfer of four tasks, all controls, on random embeddings.")
+@click.option("--probes", type=click.IntRange(10), default=10_000, help="Probes of a task, and its gallery.")
+@click.option("--dim", type=click.IntRange(2), default=1024, help="Dimensions of the embeddings.")
+@click.option("--shots", type=click.IntRange(2), default=10, help="Images of an identity.")
+@click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
+@click.option("--slow", is_flag=True, help="Time the plain definition, too, at the largest k.")
+@click.option("--device", default="auto", help="auto, cpu or cuda.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the embeddings.")
+def bench(probes: int, dim: int, shots: int, bootstrap: int, slow: bool, device: str, seed: int) -> int:
+    rng, where = np.random.default_rng(seed), train.pick_device(device)
+    ids = np.arange(probes) // shots
+    people, each, embedded, tasks = ids.max() + 1, np.arange(probes), {}, []
+    mates = [np.setdiff1d(np.arange(i * shots, min((i + 1) * shots, probes)), [row]) for row, i in enumerate(ids)]
+    if probes % shots == 1:
+        raise InputError(f"--probes {probes} --shots {shots}: the last identity would have one image alone")
+    for domain in DOMAINS:
+        scale = 1 / np.sqrt(1 + np.arange(dim))  # a falling spectrum
+        parts = [unit((rng.standard_normal((people, dim))[ids] + rng.standard_normal((probes, dim))) * scale)
+                 for _ in range(2)]
+        embedded[domain] = tuple(part.astype(np.float32) for part in parts)
+        # scored as people are, objects too: a gallery of single images is the dearest case
+        tasks.append(Task(domain + "*", None, None, each, each, each, each, ids, mates, list(each[:, None])))
+    embedded = {f"{domain}*": parts for domain, parts in embedded.items()}
+    task = tasks[0]
+    vectors = embedded[task.domain][1].astype(np.float32)
+
+    def clock(what: str, work: Callable[[], object]) -> None:
+        start, busy = time.perf_counter(), time.process_time()
+        work()
+        print(f"{what}: {time.perf_counter() - start:.1f} s, {time.process_time() - busy:.1f} s of CPU", flush=True)
+
+    print(f"{probes:,} probes x {probes:,} vectors, {dim} dimensions, on {where}, {torch.get_num_threads()} threads")
+    every, controls = list(range(1, dim + 1)), sorted({k for k in GRID if k < dim} | {dim})
+    clock("one sweep at every k", lambda: hits_by_k(vectors, vectors, task, every, where))
+    clock(f"one at the {len(controls)} k of a control", lambda: hits_by_k(vectors, vectors, task, controls, where))
+    if slow:
+        clock(f"the plain definition at k = {dim}", lambda: hits_one_by_one(vectors, vectors, task, [dim]))
+    clock("4 x 4 tasks with every control", lambda: transfer(
+        embedded, tasks, min(99, dim), bootstrap, seed, foundation=embedded, delete=(0, 1), device=where))
     return 0
 
 
