@@ -1785,17 +1785,19 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
         reference = aggregate(groups[0], key)
         for group in groups:
             figure, values = aggregate(group, key), [scored.found[key][0].value for scored in group]
-            lead = Figure(figure.value - reference.value, figure.draws - reference.draws)
+            with np.errstate(invalid="ignore"):  # a resampling without errors has an infinite d', of both
+                lead = Figure(figure.value - reference.value, figure.draws - reference.draws)
             spread = float(np.std(values, ddof=1)) if len(group) > 1 else None
             row = dict(zip(("domain", "split", "metric", "protocol"), key, strict=True))
             row |= {"runs": " ".join(scored.folder.resolve().name for scored in group),
                     "weights": group[0].found[key][0].weights, "seeds": len(group), "value": figure.value,
-                    "low": figure.low, "high": figure.high, "seed_sd": spread, "count": figure.count}
+                    "low": figure.low, "high": figure.high, "seed_sd": spread, "count": figure.count,
+                    "headline": group[0].found[key][0].headline}
             if group is not groups[0]:
                 row |= {"difference": lead.value, "difference_low": lead.low, "difference_high": lead.high}
             table.append({"difference": None, "difference_low": None, "difference_high": None} | row)
     order = ("domain", "split", "metric", "protocol", "runs", "weights", "seeds", "value", "low", "high", "seed_sd",
-             "difference", "difference_low", "difference_high", "count")
+             "difference", "difference_low", "difference_high", "headline", "count")
     return [{name: row[name] for name in order} for row in table]
 
 
@@ -1911,6 +1913,48 @@ def draw_experts(path: Path, table: list[dict]) -> None:
     ax.set_xlabel("run - expert, points, 95 % interval")
     ax.legend(fontsize=8)
     figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None:
+    """A panel for each headline: every run, or mean over seeds, with its interval; grey: the untouched backbone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels: dict[tuple[str, str], list[dict]] = {}
+    for row in table:
+        if row["headline"] or not any(row["headline"] for row in table):
+            known = panels.setdefault((row["domain"], row["split"]), [])
+            if not known or (known[0]["metric"], known[0]["protocol"]) == (row["metric"], row["protocol"]):
+                known.append(row)  # the customary rule is first
+    before = {(row.domain, row.split, row.metric): row.value for row in untouched}
+    names = [row["runs"].split() for row in next(iter(panels.values()))]
+    labels = [(f"{group[0].rpartition('-s')[0] or group[0]}, {len(group)} seeds" if len(group) > 1 else group[0])
+              + (f" ({row['weights']})" if row["weights"] != "tuned" else "")
+              for group, row in zip(names, next(iter(panels.values())), strict=True)]
+    wide = min(len(panels), 4)
+    high = -(-len(panels) // wide)
+    figure, axes = plt.subplots(high, wide, figsize=(2 + 2.6 * wide, high * (0.9 + 0.24 * len(labels))), squeeze=False,
+                                sharey=True, layout="constrained")
+    for ax, ((domain, split), rows) in zip(axes.flat, panels.items(), strict=False):
+        scale = 1 if "d-prime" in rows[0]["metric"] else 100
+        for i, row in enumerate(rows):
+            error = np.maximum([[row["value"] - row["low"]], [row["high"] - row["value"]]], 0)
+            ax.errorbar(scale * row["value"], i, xerr=scale * error, fmt="o", ms=4, capsize=2,
+                        color=train.COLOURS.get(domain, "black"))
+        if (domain, split, rows[0]["metric"]) in before:
+            ax.axvline(scale * before[domain, split, rows[0]["metric"]], color=COLOURS["foundation"], lw=2, zorder=0)
+        ax.set_title(f"{domain}/{split}\n{rows[0]['metric']}", fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.grid(axis="x", lw=0.4)
+    axes[0][0].set_yticks(range(len(labels)), labels)
+    axes[0][0].set_ylim(len(labels) - 0.5, -0.5)
+    for ax in list(axes.flat)[len(panels):]:
+        ax.set_axis_off()
+    figure.supxlabel("percent, 95 % interval" + "; grey: the untouched backbone" * bool(before), fontsize=9)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -2323,12 +2367,12 @@ def main(context: click.Context, **options) -> int | None:
 @click.option("--splits", metavar="NAMES", help="Comma-separated domain/split (default: all that the runs share).")
 @click.option("--experts", is_flag=True,
               help="The runs after the first (and its seeds) are its experts: the same backbone and number of images, "
-                   "one domain each. Writes comparison.png too.")
+                   "one domain each.")
 @click.option("--delta", type=click.FloatRange(0, 1, min_open=True), default=0.01,
               help="With --experts: a difference that does not matter; of an expert above 0.9 at most a tenth of its "
                    "error.")
 @click.option("--out", type=click.Path(path_type=Path), default="comparison", metavar="DIR",
-              help="Folder for comparison.json, .csv and .md.")
+              help="Folder for comparison.md, .csv, .json and .png.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
 @click.pass_context
 def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None, splits: str | None, experts: bool,
@@ -2363,10 +2407,16 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
     text = show_experts(table, first[0].config["domains"]) if experts else show_comparison(table)
     if experts:
         draw_experts(out / "comparison.png", table)
+    else:
+        shown = [row.weights for row, _ in first[0].found.values()]
+        untouched = [row for row in read_rows(first[0].folder / "eval") if row.weights == "foundation"]
+        draw_comparison(out / "comparison.png", table, untouched if "foundation" not in shown else [])
     train.write_atomically(out / "comparison.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
     write_csv(out / "comparison.csv", table)
     train.write_atomically(out / "comparison.md", lambda path: path.write_text(text))
-    print(text + f"written: {out}/comparison.json, .csv and .md")
+    if not experts:  # every figure is in the files; a terminal gets those that stand for their protocols
+        text = show_comparison([row for row in table if row["headline"]] or table)
+    print(text + f"written: {out}/comparison.md, .csv, .json and .png")
     return 0
 
 

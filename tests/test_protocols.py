@@ -492,7 +492,9 @@ def test_compare_as_a_script(tiny_run, tmp_path):
     lead = next(r for r in rows if (r["split"], r["metric"], r["weights"]) == ("test", "mAP", "tuned"))
     before, after = (next(r["value"] for r in rows if (r["metric"], r["weights"]) == ("mAP", w))
                      for w in ("foundation", "tuned"))
-    assert lead["difference"] == pytest.approx(after - before) and "| body/test | mAP |" in result.stdout
+    assert lead["difference"] == pytest.approx(after - before) and "| body/test | rank-1 |" in result.stdout
+    assert "| body/test | mAP |" in (tmp_path / "c/comparison.md").read_text() and "| mAP |" not in result.stdout
+    assert (tmp_path / "c/comparison.png").stat().st_size > 5000
     assert {r["split"] for r in rows} == {"test", "everything"}
     failed = script("evaluate.py", "compare", tmp_path / "none", check=2)
     assert failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
