@@ -39,6 +39,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -644,17 +645,14 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
         size: scores held at once.
     """
     other = x if other is None else other
-    found = Search([], *np.full((3, len(probes)), -np.inf))
+    found = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
     block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
     scores = np.empty((block, len(gallery)), dtype=x.dtype)  # one buffer: fresh pages cost as much as the product
-    for start in range(0, len(probes), block):
-        rows = probes[start : start + block]
-        queries = x[rows]
-        for left in range(0, len(gallery), 1 << 16):
-            part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
-            np.matmul(queries, part.T, out=scores[: len(rows), left : left + len(part)])
-        for i, (probe, s) in enumerate(zip(rows, scores, strict=False), start):
-            right, ignored = mates(probe)
+
+    def rank(start: int, part: range) -> None:
+        for i in part:
+            s = scores[i - start]
+            right, ignored = mates(probes[i])
             own = np.sort(s[right])[::-1]
             s[right], s[ignored] = -np.inf, -np.inf
             if len(own) < 12:
@@ -663,8 +661,19 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
             else:
                 s.sort()
                 above, found.wrong[i] = len(s) - np.searchsorted(s, own, side="left"), s[-1]
-            found.ranks.append(np.arange(1, len(own) + 1) + above)
-            found.own[i], found.first[i] = (own[0], found.ranks[-1][0]) if len(own) else (-np.inf, np.inf)
+            found.ranks[i] = np.arange(1, len(own) + 1) + above
+            found.own[i], found.first[i] = (own[0], found.ranks[i][0]) if len(own) else (-np.inf, np.inf)
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:  # numpy counts and sorts outside the interpreter's lock
+        for start in range(0, len(probes), block):
+            rows = probes[start : start + block]
+            queries = x[rows]
+            for left in range(0, len(gallery), 1 << 16):
+                part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
+                np.matmul(queries, part.T, out=scores[: len(rows), left : left + len(part)])
+            stops = np.linspace(start, start + len(rows), threads + 1).astype(int)
+            list(pool.map(lambda a, b, start=start: rank(start, range(a, b)), stops[:-1], stops[1:]))
     return found
 
 

