@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The small-scale study: one small foundation fine-tuned on all four tasks by schedules A and B, one task after another
 # (sequential), in turn (alternate), and on each task alone (experts: matched in images, and in exposure to their task);
-# everything scored, analysed and turned into verdicts on the abstract's claims: OUT/summary.md, OUT/claims.md.
+# everything scored, analysed and turned into verdicts on the abstract's claims: OUT/summary.md, OUT/claims.md and
+# OUT/comparison.
 #   scripts/study.sh DATA_ROOT WEIGHTS
 # DATA_ROOT   prepared splits: face_hq, face_lq, body and object, each with a train split (see scripts/prepare_real.sh)
 # WEIGHTS     safetensors file of MODEL
@@ -28,3 +29,4 @@ export TRAIN="--weights $2 --image-size $SIDE --batch 64 --lr 2e-4 --head-lr 1e-
     --margin-additive object=0,face_hq=0.2,face_lq=0.2,body=0.2 --cache ram --workers 0 ${TRAIN:-}"
 export SEQUENTIAL="--eval-every $((IMAGES / 64 / 4)) ${SEQUENTIAL:-}"  # at the end of each of the four stages
 scripts/grid.sh
+python evaluate.py compare $(scripts/grid.sh list | cut -f2) --out "$OUT/comparison"

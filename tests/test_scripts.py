@@ -185,6 +185,7 @@ def test_the_study_on_the_demo_corpus(demo_root, tmp_path):
     assert [path.name for path in (tmp_path / "out").glob("test_*")] == ["test_efficientnet-sequential-s0"]
     looks = (tmp_path / "out/test_efficientnet-sequential-s0/probe.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in looks] == [0, 1, 2, 3, 4]
+    assert (tmp_path / "out/comparison/comparison.png").stat().st_size > 5000
     assert "| test_efficientnet-sequential |" in (tmp_path / "out/summary.md").read_text()
     assert (tmp_path / "out/claims.md").exists()
 
