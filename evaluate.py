@@ -17,7 +17,7 @@ The protocol in a split's index.json decides the metrics. RUN/eval/ then holds r
 figure), report.md and report.html (the same, in one file), figures, and the embeddings, which are computed once.
 
 --humans adds, for each set of weights, rows with a protocol that begins with "human trials": of each split that people
-rated, and of domain "everything" (the mean over the domains: multi-tasking), where they rated several:
+rated, and of domain "all" (the mean over the domains: multi-tasking), where they rated several:
     AUC on human trials           the model's, on the trials of each rater, mean over raters
     human AUC (mean of raters)
     AUC of rater NAME
@@ -1452,7 +1452,7 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
 
 def make_human_rows(run: str, ratings: list[Rating], splits: dict[str, Split], figures: dict[str, dict],
                     flip: bool) -> Results:
-    """The rows of `score_humans`, by weights: of each split, and of domain "everything"."""
+    """The rows of `score_humans`, by weights: of each split, and of domain "all"."""
     rows: Results = []
     for weights, found in figures.items():
         for place, by_metric in found.items():
@@ -1461,8 +1461,8 @@ def make_human_rows(run: str, ratings: list[Rating], splits: dict[str, Split], f
                                               for r in some)).encode()).hexdigest()[:8]
             sets = " + ".join(f"{name} {fingerprint(splits[name])}" for name in sorted({r.split for r in some}))
             protocol = f"human trials, ratings {told}, sets {sets}, {'flip' if flip else 'no flip'}"
-            domain, _, split = place.partition("/")
-            rows += rows_of(run, weights, domain, split or "human trials", protocol, by_metric)
+            domain, split = ("all", "human trials") if place == "everything" else place.split("/")
+            rows += rows_of(run, weights, domain, split, protocol, by_metric)
     return rows
 
 
@@ -1494,7 +1494,7 @@ def show_humans(rows: list[Row]) -> list[str]:
         for weights, by_metric in by_weights.items():
             each = [row.value for metric, row in by_metric.items() if metric.startswith("AUC of rater ")]
             people, lead = by_metric["human AUC (mean of raters)"], by_metric["model minus human AUC"]
-            name = domain if domain == "everything" else f"{domain}/{split}"
+            name = "everything" if domain == "all" else f"{domain}/{split}"
             reach = f"{100 * min(each):.1f} to {100 * max(each):.1f}"
             lines.append(f"| {name} | {people.count} | {len(each)} | {show_value(people)} ({reach}) | {weights} "
                          f"| {show_value(by_metric['AUC on human trials'])} | {show_value(lead)} "
@@ -1618,7 +1618,7 @@ def draw_bars(plt, path: Path, rows: list[Row], splits: list[Split],
         first = next(iter(by_weights.values()))
         pair = {weights: found["AUC on human trials"] for weights, found in by_weights.items()}
         raters = [row.value for metric, row in first.items() if metric.startswith("AUC of rater ")]
-        groups.append((f"{domain}\n{split if domain != 'everything' else ''}\nAUC on\nhuman trials",
+        groups.append((f"{domain}\n{split if domain != 'all' else ''}\nAUC on\nhuman trials",
                        pair | {"people": first["human AUC (mean of raters)"]}, 0.5, [], raters))
 
     names = [weights for weights in COLOURS if any(weights in pair for _, pair, *_ in groups)]
@@ -1810,10 +1810,14 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
     return [{name: row[name] for name in order} for row in table]
 
 
-def same_start(run: dict, expert: dict) -> bool:
-    """Whether two configurations begin with the same untouched backbone and input."""
-    return all(run.get(key) == expert.get(key)
-               for key in ("backbone", "size", "model", "weights", "image_size", "embed_dim"))
+def start_of(config: dict) -> tuple:
+    """What two runs must share to be compared: the untouched backbone and its input."""
+    return tuple(config.get(key) for key in ("backbone", "size", "model", "weights", "image_size", "embed_dim"))
+
+
+def as_many(seen: int, wanted: int) -> bool:
+    """Whether an expert saw as many images as it should, within a quarter."""
+    return 0.75 <= seen / max(wanted, 1) <= 1.25
 
 
 def find_expertise(run: Scored, expert: Scored) -> str:
@@ -1826,11 +1830,11 @@ def find_expertise(run: Scored, expert: Scored) -> str:
     if domain not in run.config.get("domains", []):
         raise InputError(f"{run.folder} was not trained on {domain}, the task of the expert {expert.folder}: leave it "
                          "out")
-    if not same_start(run.config, expert.config):
+    if start_of(run.config) != start_of(expert.config):
         raise InputError(f"{expert.folder} starts from another backbone, weights or input size than {run.folder}: "
                          "train the expert like the run")
     own, theirs = run.config["counts"][domain], expert.config["counts"][domain]
-    if not 0.75 <= theirs / max(own, 1) <= 1.25:
+    if not as_many(theirs, own):
         raise InputError(f"{expert.folder} saw {theirs:,} images of {domain}, {run.folder} {own:,}: not the same "
                          f"number (within a quarter); train the expert with --images {own}")
     return domain
@@ -2360,7 +2364,8 @@ def main(context: click.Context, **options) -> int | None:
     for (domain, _), by_weights in human_rows(rows).items():
         for weights, found in by_weights.items():
             lead = found["model minus human AUC"]
-            print(f"{domain:22s} {lead.metric:30s} {weights} {show_value(lead)}: {human_verdict(lead)}")
+            print(f"{'everything' if domain == 'all' else domain:22s} {lead.metric:30s} {weights} {show_value(lead)}: "
+                  f"{human_verdict(lead)}")
     print(f"written: {out}/report.html, report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
     leave(ranks)

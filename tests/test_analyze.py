@@ -218,7 +218,7 @@ def test_seeds_are_averaged_and_other_recipes_are_not():
 
 
 def test_claim_humans():
-    def run(metric, value, domain="everything"):
+    def run(metric, value, domain="all"):
         return alone(measured("a", values=ALL, rows=[evaluate.Row("a", "tuned", domain, "trials", "humans", metric,
                                                                    value, 0, 1, 50)]))
 

@@ -278,10 +278,10 @@ def test_a_page_is_rated_resumed_and_read_back(browser, trials, demo_root, tiny_
           "--crowd", 0)
     found = {(r["weights"], r["domain"], r["metric"]): r for r in json.loads(
         (tmp_path / "run/eval/results.json").read_text()) if r["protocol"].startswith("human trials")}
-    assert found["tuned", "everything", f"AUC of rater {name}"]["value"] == 1  # rated without a mistake
-    other_auc = found["tuned", "everything", "AUC of rater b"]["value"]
-    assert found["tuned", "everything", "human AUC (mean of raters)"]["value"] == pytest.approx((1 + other_auc) / 2)
-    assert {domain for _, domain, _ in found} == {"object", "face_hq", "face_lq", "body", "everything"}
+    assert found["tuned", "all", f"AUC of rater {name}"]["value"] == 1  # rated without a mistake
+    other_auc = found["tuned", "all", "AUC of rater b"]["value"]
+    assert found["tuned", "all", "human AUC (mean of raters)"]["value"] == pytest.approx((1 + other_auc) / 2)
+    assert {domain for _, domain, _ in found} == {"object", "face_hq", "face_lq", "body", "all"}
     assert "everything             model minus human AUC" in capsys.readouterr().out
     text = (tmp_path / "run/eval/report.md").read_text()
     assert "| everything | 24 | 2 |" in text and "| face_hq/test | 6 | 2 | " in text
