@@ -66,6 +66,7 @@ FPIRS = (1e-1, 1e-2)
 HIT, MISS = "#009E73", "#D55E00"  # frames of what is right and wrong
 COLOURS = {"foundation": "#999999", "tuned": "#0072B2", "people": "#E69F00"}  # Okabe-Ito
 SCORE_BINS = np.linspace(-1, 1, 51)  # of the score distributions
+BINS = 50 * 1300  # of the scores of long lists of pairs, 3e-5 wide: whole numbers of them make the above
 
 PART = 2048  # images, about, that an interrupted embedding loses at most
 PATIENCE = 5.0  # seconds between looks at a run that trains (--watch)
@@ -256,6 +257,12 @@ def retention(before: Figure, after: Figure, chance: float) -> Figure | None:
     with np.errstate(divide="ignore", invalid="ignore"):
         return Figure((after.value - chance) / (before.value - chance),
                       (after.draws - chance) / (before.draws - chance), after.count)
+
+
+def gap(clean: Figure, shifted: Figure, seed: int) -> Figure:
+    """What is lost from clean to shifted images; the two sets are resampled each for itself."""
+    return Figure(clean.value - shifted.value, clean.draws - np.random.default_rng(seed).permutation(shifted.draws),
+                  shifted.count)
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray | None) -> float:
@@ -450,20 +457,61 @@ def pool_templates(x: np.ndarray, split: Split, quality: np.ndarray) -> Template
     return found
 
 
-def score_listed(x: np.ndarray, left: np.ndarray, right: np.ndarray, block: int = 256) -> np.ndarray:
-    """Inner products float32 [P] of listed pairs of rows of x, by blocks of left rows times all rows.
+def score_listed(x: np.ndarray, left: np.ndarray, right: np.ndarray, block: int = 256,
+                 device: torch.device | str = "cpu") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places in the list and inner products float32 of listed pairs of rows of x, some at a time, each pair once.
 
-    Lists of templates name the same ones thousands of times: to gather both sides pair by pair moves far more memory.
+    By blocks of left rows times all rows: lists of templates name the same ones thousands of times, and to gather both
+    sides pair by pair moves far more memory.
     """
-    order, scores = np.argsort(left, kind="stable"), np.empty(len(left), dtype=np.float32)
-    lefts, first = np.unique(left[order], return_index=True)
-    first = np.append(first, len(order))
+    order = np.argsort(left, kind="stable")
+    lefts, size = np.unique(left, return_counts=True)
+    first = np.concatenate([[0], np.cumsum(size)])
+    x = torch.from_numpy(x).to(device)
     for start in range(0, len(lefts), block):
         some = lefts[start : start + block]
         pairs = order[first[start] : first[start + len(some)]]
-        rows = np.repeat(np.arange(len(some)), np.diff(first[start : start + len(some) + 1]))
-        scores[pairs] = (x[some] @ x.T)[rows, right[pairs]]
-    return scores
+        rows = np.repeat(np.arange(len(some)), size[start : start + len(some)])
+        scores = x[torch.from_numpy(some).to(device)] @ x.T
+        places = torch.from_numpy(rows * len(x) + right[pairs]).to(device)
+        yield pairs, scores.flatten()[places].cpu().numpy()
+
+
+@dataclass
+class Scores:
+    """What a long list of pairs scored, in bounded memory: each score in a bin, and the highest in full."""
+
+    bins: np.ndarray  # int64 [2, BINS + 1]: impostors and genuine pairs by cosine; first those never accepted
+    pairs: np.ndarray  # [n] places in the list of those kept, the highest score first
+    scores: np.ndarray  # float32 [n] theirs
+    whole: bool  # all are kept
+
+
+def collect_scores(listed: Iterator[tuple[np.ndarray, np.ndarray]], same: np.ndarray, need: int) -> Scores:
+    """Bin the scores of `score_listed`; keep every pair that scores as high as the `need`-th highest impostor.
+
+    Args:
+        listed: places in the list, and cosines; below -1: a pair that is never accepted.
+        same: bool [P], genuine pairs.
+    """
+    bins, least, kept, held, limit = np.zeros((2, BINS + 1), dtype=np.int64), 0, [], 0, 2 * need
+    for pairs, scores in listed:
+        at = np.where(scores < -1.5, 0, np.clip((scores + 1) * (BINS / 2), 0, BINS - 1).astype(np.int64) + 1)
+        bins += np.bincount(same[pairs] * (BINS + 1) + at, minlength=2 * (BINS + 1)).reshape(2, -1)
+        # the bin of the need-th highest impostor so far can only rise: what is below it will not be needed
+        above = np.cumsum(bins[0, ::-1])
+        least = BINS - int(np.searchsorted(above, need)) if above[-1] >= need else 0
+        high = at >= least
+        kept.append((pairs[high], scores[high], at[high]))
+        held += int(high.sum())
+        if held > limit:
+            kept = [tuple(column[part[2] >= least] for column in part) for part in kept]
+            held = sum(len(part[0]) for part in kept)
+            limit = 2 * max(need, held)
+    pairs, scores, at = (np.concatenate(column) for column in zip(*kept, strict=True))
+    pairs, scores = pairs[at >= least], scores[at >= least]
+    order = np.argsort(-scores, kind="stable")
+    return Scores(bins, pairs[order], scores[order], least == 0)
 
 
 @dataclass
@@ -475,28 +523,23 @@ class Tail:
     corner: np.ndarray  # bool [points]: also a point of scikit-learn's roc_curve, which drops some
 
 
-def find_tail(scores: np.ndarray, same: np.ndarray, target: float) -> Tail:
-    """The part of the ROC that decides TAR at every FAR up to `target`.
+def find_tail(found: Scores, same: np.ndarray, target: float) -> Tail | None:
+    """The part of the ROC that decides TAR at every FAR up to `target`; None where too few scores were kept.
 
     Points without a genuine pair of their own are kept only where scikit-learn keeps them: where the steps to the
     neighbouring thresholds differ. The rule of the nearest FAR depends on that, to the last digit.
     """
-    impostors = scores[~same]
-    for count in (min(int(1.5 * target * len(impostors)) + 2, len(impostors)), len(impostors)):
-        whole = count == len(impostors)
-        least = -np.inf if whole else np.partition(impostors, len(impostors) - count)[len(impostors) - count]
-        pairs = np.flatnonzero(scores >= least)
-        pairs = pairs[np.argsort(-scores[pairs], kind="stable")]
-        last = np.flatnonzero(np.append(np.diff(scores[pairs]) != 0, True))  # ties are accepted together
-        genuine, false = np.cumsum(same[pairs])[last], np.cumsum(~same[pairs])[last]
-        corner = np.ones(len(last), dtype=bool)
-        corner[1:-1] = (np.diff(genuine, 2) != 0) | (np.diff(false, 2) != 0)
-        corner[-1] = whole  # else its neighbour below is not known
-        if whole or (corner & (false >= target * len(impostors))).any():
-            break
+    last = np.flatnonzero(np.append(np.diff(found.scores) != 0, True))  # ties are accepted together
+    matched = same[found.pairs]
+    genuine, false = np.cumsum(matched)[last], np.cumsum(~matched)[last]
+    corner = np.ones(len(last), dtype=bool)
+    corner[1:-1] = (np.diff(genuine, 2) != 0) | (np.diff(false, 2) != 0)
+    corner[-1] = found.whole  # else its neighbour below is not known
+    if not found.whole and not (corner & (false >= target * found.bins[0].sum())).any():
+        return None
     kept = corner | (np.diff(genuine, prepend=0) > 0)
     ends = last[kept]
-    return Tail(pairs[: ends[-1] + 1], np.append(0, ends[:-1] + 1), corner[kept])
+    return Tail(found.pairs[: ends[-1] + 1], np.append(0, ends[:-1] + 1), corner[kept])
 
 
 def tar_at_nearest_far(far: np.ndarray, tar: np.ndarray, target: float) -> float:
@@ -505,26 +548,37 @@ def tar_at_nearest_far(far: np.ndarray, tar: np.ndarray, target: float) -> float
     return float(tar[np.flatnonzero(gap == gap.min())[-1]])
 
 
-def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int,
-                         seed: int) -> dict[str, dict[str, Figure]]:
-    """TAR@FAR of listed pairs of templates, by rule for the FAR ("nearest", "strict").
+def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, seed: int,
+                         device: torch.device | str = "cpu") -> tuple[dict[str, dict[str, Figure]], dict]:
+    """TAR@FAR of listed pairs of templates, by rule for the FAR ("nearest", "strict"), and curves to draw.
 
     Only FARs of which the list has an impostor to spare. A pair with a template that is not enrolled is never accepted.
     """
     left, right = templates.places(pairs[:, 0]), templates.places(pairs[:, 1])
     same = np.array(pairs[:, 2] == 1)
-    scores = score_listed(templates.vectors, left, right)
-    scores[~(templates.enrolled[left] & templates.enrolled[right])] = -2  # below every cosine
     _, identity = np.unique(templates.identity, return_inverse=True)
-    people, a, b = int(identity.max()) + 1, identity[left], identity[right]
-    genuine_of = np.bincount(a[same], minlength=people)
-    ones = np.ones(int((~same).sum()), dtype=np.int32)
-    impostors_of = scipy.sparse.csr_array((ones, (a[~same], b[~same])), shape=(people, people))  # adds up
-    targets = [far for far in FARS if far * len(ones) >= 1]
-    if not targets or len(ones) == len(pairs):
-        return {}
-    tail = find_tail(scores, same, max(targets))
-    a, b, same = a[tail.pairs], b[tail.pairs], same[tail.pairs]
+    identity = identity.astype(np.int32)
+    people, others = int(identity.max()) + 1, int((~same).sum())
+    targets = [far for far in FARS if far * others >= 1]
+    if not targets or others == len(pairs):
+        return {}, {}
+    genuine_of = np.bincount(identity[left[same]], minlength=people)
+    impostors_of = scipy.sparse.csr_array((people, people), dtype=np.int32)
+    for start in range(0, len(pairs), 1 << 22):  # how often two people are compared, added up bit by bit
+        part = slice(start, start + (1 << 22))
+        a, b = (identity[side[part][~same[part]]] for side in (left, right))
+        impostors_of += scipy.sparse.csr_array((np.ones(len(a), dtype=np.int32), (a, b)), shape=(people, people))
+
+    def listed() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for places, scores in score_listed(templates.vectors, left, right, device=device):
+            scores[~(templates.enrolled[left[places]] & templates.enrolled[right[places]])] = -2  # below every cosine
+            yield places, scores
+
+    for need in (int(1.5 * max(targets) * others) + 2, others + 1):  # all of them where many scores are equal
+        scores = collect_scores(listed(), same, need)
+        if tail := find_tail(scores, same, max(targets)):
+            break
+    a, b, same = identity[left[tail.pairs]], identity[right[tail.pairs]], same[tail.pairs]
 
     def roc_of(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """FAR and TAR at the tail's points when each person is there so many times."""
@@ -542,11 +596,23 @@ def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int,
         return nearest | {("strict", f): tar_at_far(far, tar, f) for f in targets}
 
     found = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs))
-    return {rule: {f"tar@far={far:g}": found[rule, far] for far in targets} for rule in ("nearest", "strict")}
+    figures = {rule: {f"tar@far={far:g}": found[rule, far] for far in targets} for rule in ("nearest", "strict")}
+    return figures, draw_from_bins(scores.bins, *roc_of(np.ones(people, dtype=np.int64)))
+
+
+def draw_from_bins(bins: np.ndarray, far: np.ndarray, tar: np.ndarray, points: int = 2000) -> dict:
+    """What is drawn of a long list of pairs: its ROC, exact as far as the tail goes, then from the bins; its scores."""
+    impostor, genuine = (np.cumsum(kind[::-1]) / max(kind.sum(), 1) for kind in bins)
+    below = impostor > far[-1]
+    far, tar = np.append(far, impostor[below]), np.append(tar, genuine[below])
+    grid = np.geomspace(max(far[far > 0].min(), 1e-7), 1, points)
+    some = np.unique(np.concatenate([[0, len(far) - 1], np.searchsorted(far, grid, side="right") - 1]))
+    wide = bins[:, 1:].reshape(2, len(SCORE_BINS) - 1, -1).sum(2)
+    return {"far": far[some], "tar": tar[some], "same": wide[1], "different": wide[0]}
 
 
 def score_template_search(templates: Templates, galleries: list[np.ndarray], probes: np.ndarray, draws: int,
-                          seed: int) -> dict[str, Figure]:
+                          seed: int, device: torch.device | str = "cpu") -> dict[str, Figure]:
     """Rank-k and TPIR@FPIR of probe templates in each gallery for itself.
 
     Hits at a rank are added over the galleries and divided by all probes (each has its mate in one of them); TPIR is
@@ -559,7 +625,8 @@ def score_template_search(templates: Templates, galleries: list[np.ndarray], pro
         rows = templates.places(gallery)
         rows = rows[templates.enrolled[rows]]
         same = mates_in(templates.identity[rows])
-        search = search_gallery(templates.vectors, probes, rows, lambda p, same=same: (same(templates.identity[p]), []))
+        search = search_gallery(templates.vectors, probes, rows, lambda p, same=same: (same(templates.identity[p]), []),
+                                device=device)
         search.own[lost], search.first[lost], search.wrong[lost] = -np.inf, np.inf, -2
         searches.append((search, np.isfinite(search.own) | lost))
     supported = [f for f in FPIRS if all((~mated).sum() * f >= 1 and mated.any() for _, mated in searches)]
@@ -574,33 +641,35 @@ def score_template_search(templates: Templates, galleries: list[np.ndarray], pro
     return intervals(statistic, bootstrap_counts(templates.identity[probes], draws, seed), len(probes))
 
 
-def score_templates(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
+def score_templates(x: np.ndarray, split: Split, draws: int, seed: int,
+                    device: torch.device | str = "cpu") -> tuple[dict, dict]:
     """1:1 and 1:N figures of a template set, by rule, with and without the detector's score as a weight.
 
     Args:
         x: embeddings [M, D], not normalised.
 
     Returns:
-        {rule: {metric: Figure}}, the customary one first, and nothing to draw.
+        {rule: {metric: Figure}}, the customary one first, and to draw, of that one: as `score_verification`.
     """
-    columns, found = split.index["columns"], {}
+    columns, found, curve = split.index["columns"], {}, {}
     poolings = {"norm": np.ones(len(split), dtype=np.float32)}
     if "quality" in columns:
         poolings = {"norm x detector score": np.maximum(split.column("quality"), 0)} | poolings
     for pooling, quality in poolings.items():
         templates, how = pool_templates(x, split, quality), f"means of media weighted by {pooling}"
         if "template_pairs" in columns:
-            by_rule = score_template_pairs(templates, split.column("template_pairs"), draws, seed)
+            by_rule, drawn = score_template_pairs(templates, split.column("template_pairs"), draws, seed, device)
+            curve = curve or drawn
             found |= {f"1:1, {how}, {rule} FAR": figures for rule, figures in by_rule.items()}
         if {"template_gallery", "template_probes"} <= set(columns):
             listed, probes = split.column("template_gallery"), split.column("template_probes")[:, 0]
             galleries = [listed[listed[:, 1] == g, 0] for g in np.unique(listed[:, 1])]
             rule = f"1:N in {len(galleries)} galleries, {how}, TPIR above the floor(N x FPIR)-th non-mate"
-            found[rule] = score_template_search(templates, galleries, probes, draws, seed)
+            found[rule] = score_template_search(templates, galleries, probes, draws, seed, device)
     if not any(found.values()):
         raise InputError(f"{split.folder}: its lists support no figure: {1 / max(FARS):g} impostor pairs and a genuine "
                          "one, or a gallery and probes, are the least")
-    return found, {}
+    return found, curve
 
 
 # ---------------------------------------------------------------- identification, re-identification
@@ -630,11 +699,11 @@ def take_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, size: int = 1 << 27,
-                   other: np.ndarray | None = None) -> Search:
+                   other: np.ndarray | None = None, device: torch.device | str = "cpu") -> Search:
     """Search every probe in a gallery by blocks of the score matrix, without ever ordering the gallery's items.
 
     Only the ranks of mates matter: 1 + how many others score as high or higher. For a few mates they are counted; for
-    more, one sort of the row's values (no argsort: several times dearer) serves all.
+    more, one sort of the row's values (as dear as a dozen counts of 2,000 values, a hundred of 20,000) serves all.
 
     Args:
         x: unit vectors [M, D].
@@ -643,10 +712,14 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
             by block.
         mates: row of a probe -> places in `gallery` that are right, and places that are neither right nor wrong.
         size: scores held at once.
+        device: of the products and of the counting, where it is not the CPU.
     """
     other = x if other is None else other
+    if torch.device(device).type != "cpu":
+        return search_on(torch.device(device), x, probes, gallery, mates, size, other)
     found = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
     block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
+    few = int(np.clip(len(gallery) // 200, 12, 200))
     scores = np.empty((block, len(gallery)), dtype=x.dtype)  # one buffer: fresh pages cost as much as the product
 
     def rank(start: int, part: range) -> None:
@@ -655,7 +728,7 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
             right, ignored = mates(probes[i])
             own = np.sort(s[right])[::-1]
             s[right], s[ignored] = -np.inf, -np.inf
-            if len(own) < 12:
+            if len(own) < few:
                 above = np.array([np.count_nonzero(s >= score) for score in own], dtype=np.int64)
                 found.wrong[i] = s.max(initial=-np.inf)
             else:
@@ -677,6 +750,51 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
     return found
 
 
+def search_on(device: torch.device, x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, size: int,
+              other: np.ndarray) -> Search:
+    """`search_gallery` on an accelerator that holds the gallery: the same, to the rounding of a score."""
+    found = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
+    block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
+    items = torch.empty(len(gallery), x.shape[1], dtype=torch.from_numpy(x[:0]).dtype, device=device)
+    for left in range(0, len(gallery), 1 << 16):
+        part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
+        items[left : left + len(part)] = torch.from_numpy(np.ascontiguousarray(part)).to(device)
+
+    for start in range(0, len(probes), block):
+        rows = probes[start : start + block]
+        right, ignored = zip(*(mates(probe) for probe in rows), strict=True)
+        scores = torch.from_numpy(x[rows]).to(device) @ items.T
+
+        def cells(lists: tuple) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+            """Row and column of each listed place, and its number in its list."""
+            sizes = [len(places) for places in lists]
+            row, column = np.repeat(np.arange(len(lists)), sizes), np.concatenate(lists).astype(np.int64)
+            within = np.arange(len(row)) - np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+            return torch.from_numpy(row).to(device), torch.from_numpy(column).to(device), within
+
+        row, column, within = cells(right)
+        most = max(map(len, right), default=0)
+        own = torch.full((len(rows), most), -torch.inf, dtype=scores.dtype, device=device)
+        own[row, torch.from_numpy(within).to(device)] = scores[row, column]
+        scores[row, column] = -torch.inf
+        row, column, _ = cells(ignored)
+        scores[row, column] = -torch.inf
+        if len(gallery):
+            found.wrong[start : start + len(rows)] = scores.amax(1).cpu().numpy()
+        own = own.sort(1, descending=True).values
+        if most < 12:
+            above = [(scores >= own[:, j : j + 1]).sum(1) for j in range(most)]
+            above = torch.stack(above, 1) if most else own
+        else:
+            above = len(gallery) - torch.searchsorted(scores.sort(1).values, own)
+        own, above = own.cpu().numpy(), above.cpu().numpy()
+        for i, places in enumerate(right, start):
+            ranks = np.arange(1, len(places) + 1) + above[i - start, : len(places)]
+            found.ranks[i] = ranks.astype(np.int64)
+            found.own[i], found.first[i] = (own[i - start, 0], ranks[0]) if len(ranks) else (-np.inf, np.inf)
+    return found
+
+
 def tpir_at_fpir(search: Search, mated: np.ndarray, target: float, weights: np.ndarray | None = None) -> float:
     """Share of the mated probes whose mate comes first and scores above a threshold that others rarely pass.
 
@@ -693,21 +811,37 @@ def tpir_at_fpir(search: Search, mated: np.ndarray, target: float, weights: np.n
     return weighted_mean(hit[mated].astype(float), w[mated])
 
 
-def average_precision(ranks: np.ndarray) -> float:
-    """(1/R) Σ i / r_i, r_i the rank of the i-th of R relevant items (rectangle rule, as torchreid and fast-reid)."""
-    return float((np.arange(1, len(ranks) + 1) / ranks).mean())
+def number_mates(ranks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All probes' ranks in a row, the number 1.. of each within its probe, where a probe begins, how many it has."""
+    size = np.array([len(r) for r in ranks])
+    start = np.append(0, np.cumsum(size)[:-1])
+    flat = np.concatenate(ranks)
+    return flat, np.arange(1, len(flat) + 1) - np.repeat(start, size), start, size
 
 
-def trapezoid_precision(ranks: np.ndarray) -> float:
+def average_precision(ranks: list[np.ndarray]) -> np.ndarray:
+    """(1/R) Σ i / r_i, r_i the rank of the i-th of a probe's R relevant items (rectangle rule: torchreid, fast-reid).
+
+    Args:
+        ranks: of each probe's relevant items, at least one, ascending from 1.
+
+    Returns:
+        [n], of each probe.
+    """
+    r, i, start, size = number_mates(ranks)
+    return np.add.reduceat(i / r, start) / size
+
+
+def trapezoid_precision(ranks: list[np.ndarray]) -> np.ndarray:
     """(1/R) Σ (i / r_i + (i - 1) / (r_i - 1)) / 2, the second term 1 where r_i = 1 (Market-1501's own evaluation)."""
-    i = np.arange(1, len(ranks) + 1)
-    before = np.where(ranks > 1, (i - 1) / np.maximum(ranks - 1, 1), 1.0)
-    return float((i / ranks + before).mean() / 2)
+    r, i, start, size = number_mates(ranks)
+    before = np.where(r > 1, (i - 1) / np.maximum(r - 1, 1), 1.0)
+    return np.add.reduceat((i / r + before) / 2, start) / size
 
 
-def inverse_negative_penalty(ranks: np.ndarray) -> float:
+def inverse_negative_penalty(ranks: list[np.ndarray]) -> np.ndarray:
     """R / r_R, how early the last relevant item is found (INP; its mean over probes is mINP; Ye et al. 2021)."""
-    return len(ranks) / float(ranks[-1])
+    return np.array([len(r) / float(r[-1]) for r in ranks])
 
 
 def gallery_rule(split: Split, gallery: np.ndarray, variant: str) -> Callable:
@@ -747,7 +881,8 @@ def variants_of(split: Split) -> list[str]:
     return split.protocol.get("variants", ["general" if split.protocol["name"] == "reid" else "whole gallery"])
 
 
-def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: str | None = None) -> tuple[dict, dict]:
+def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: str | None = None,
+                  device: torch.device | str = "cpu") -> tuple[dict, dict]:
     """CMC (and mAP, mINP for re-identification) of a split's probes against its gallery and distractors.
 
     Re-identification ignores gallery items of the same identity and camera (Market-1501), or as the variant says.
@@ -761,7 +896,7 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
         galleries = [g[places] for places in draw_galleries(split.labels[g], split.protocol.get("draws", 10), seed)]
     else:
         galleries = [g]
-    searches = [search_gallery(x, q, rows, gallery_rule(split, rows, variant)) for rows in galleries]
+    searches = [search_gallery(x, q, rows, gallery_rule(split, rows, variant), device=device) for rows in galleries]
     counted = np.all([np.isfinite(search.first) for search in searches], axis=0)
     if not counted.any():
         raise InputError(f"{split.folder}: no probe has a mate in the gallery: nothing to score")
@@ -769,7 +904,7 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
     per_probe = {f"rank-{k}": (first <= k).mean(0) for k in ks}
     if reid and not single:
         ranks = [r for r in searches[0].ranks if len(r)]
-        per_probe |= {name: np.array([of(r) for r in ranks]) for name, of in (
+        per_probe |= {name: of(ranks) for name, of in (
             ("mAP", average_precision), ("mAP trapezoid", trapezoid_precision), ("mINP", inverse_negative_penalty))}
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
@@ -799,35 +934,66 @@ def class_means(x: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
 def nearest_mean(x: np.ndarray, means: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
     """Class with the nearest mean direction, int [n]. `own` [n]: x is among the sums of its class; leave it out."""
     length = np.linalg.norm(means, axis=1)
-    scores = x @ (means / np.maximum(length, 1e-12)[:, None]).T
-    scores[:, length < 1e-9] = -np.inf  # a class without images must not win with its cosine of 0
-    if own is not None:
-        without = means[own] - x
-        length = np.linalg.norm(without, axis=1)
-        cosine = (x * without).sum(1) / np.maximum(length, 1e-12)
-        scores[np.arange(len(x)), own] = np.where(length < 1e-6, -np.inf, cosine)
-    return scores.argmax(1)
+    directions, found = means / np.maximum(length, 1e-12)[:, None], np.empty(len(x), dtype=np.int64)
+    for start in range(0, len(x), 1024):
+        part = slice(start, start + 1024)
+        scores = x[part] @ directions.T
+        scores[:, length < 1e-9] = -np.inf  # a class without images must not win with its cosine of 0
+        if own is not None:
+            without = means[own[part]] - x[part]
+            size = np.linalg.norm(without, axis=1)
+            cosine = (x[part] * without).sum(1) / np.maximum(size, 1e-12)
+            scores[np.arange(len(scores)), own[part]] = np.where(size < 1e-6, -np.inf, cosine)
+        found[part] = scores.argmax(1)
+    return found
 
 
-def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray, classes: int, same: bool,
-                       k: int = 20, temperature: float = 0.07, block: int = 512) -> np.ndarray:
+def nearest_rows(x: np.ndarray, y: np.ndarray, k: int = 1, itself: bool = False, device: torch.device | str = "cpu",
+                 block: int = 1024, width: int = 1 << 16) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest rows of y for each unit row of x, the nearest first: rows int64 and cosines float32, [n, k].
+
+    A row of NaN finds nothing and is not found: -1 and -inf, as where y has fewer than k rows.
+
+    Args:
+        itself: x is y; a row does not find itself.
+        block, width: rows of x and of y whose scores are held at once.
+    """
+    rows, cosines = np.full((len(x), k), -1), np.full((len(x), k), -np.inf, dtype=np.float32)
+    good = np.flatnonzero(np.isfinite(x[:, 0]))
+    for start in range(0, len(good), block):
+        some = good[start : start + block]
+        queries, own = torch.from_numpy(x[some]).to(device), torch.from_numpy(some).to(device)
+        best = torch.full((len(some), k), -torch.inf, dtype=queries.dtype, device=device)
+        place = torch.full((len(some), k), -1, device=device)
+        for left in range(0, len(y), width):
+            part = torch.from_numpy(y[left : left + width]).to(device)
+            scores = queries @ part.T
+            scores[:, ~part[:, 0].isfinite()] = -torch.inf
+            if itself:
+                here = torch.nonzero((own >= left) & (own < left + len(part))).flatten()
+                scores[here, own[here] - left] = -torch.inf
+            top, at = scores.topk(min(k, len(part)), 1)
+            best, order = torch.cat([best, top], 1).topk(k, 1)
+            place = torch.cat([place, left + at], 1).gather(1, order)
+        place[best == -torch.inf] = -1
+        rows[some], cosines[some] = place.cpu().numpy(), best.cpu().numpy()
+    return rows, cosines
+
+
+def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray, classes: int, same: bool, k: int = 20,
+                       temperature: float = 0.07, device: torch.device | str = "cpu") -> np.ndarray:
     """Class by a vote of the k nearest of `reference`, weighted exp(cos / T), int [n] (DINO's eval_knn).
 
     `same`: x is the reference itself; a sample does not vote for itself.
     """
-    k = min(k, len(reference) - same)
-    found = []
-    for start in range(0, len(x), block):
-        scores = x[start : start + block] @ reference.T
-        rows = np.arange(len(scores))
-        if same:
-            scores[rows, start + rows] = -np.inf
-        top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-        votes = np.zeros((len(scores), classes))
-        weight = np.exp((np.take_along_axis(scores, top, 1) - 1) / temperature)
-        np.add.at(votes, (rows[:, None], labels[top]), weight)
-        found.append(votes.argmax(1))
-    return np.concatenate(found)
+    top, cosine = nearest_rows(x, reference, min(k, len(reference) - same), same, device)
+    weight, votes = np.exp((cosine.astype(float) - 1) / temperature), np.empty(len(x), dtype=np.int64)
+    for start in range(0, len(x), 1024):  # of thousands of classes each
+        some = slice(start, start + 1024)
+        tally = np.zeros((len(top[some]), classes))
+        np.add.at(tally, (np.arange(len(tally))[:, None], labels[top[some]]), weight[some])
+        votes[some] = tally.argmax(1)
+    return votes
 
 
 def fit_probe(y: np.ndarray, labels: np.ndarray, classes: int, device: torch.device,
@@ -951,7 +1117,7 @@ def true_in_real(split: Split) -> np.ndarray | None:
 def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarray, Split], head: np.ndarray | None,
                          head_classes: list[str], draws: int, seed: int, groups: dict[str, list[str]] | None = None,
                          linear: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
-                         only: list[str] | None = None) -> dict[str, Figure]:
+                         only: list[str] | None = None, device: torch.device | str = "cpu") -> dict[str, Figure]:
     """Top-1 of the nearest class mean and of 20 neighbours; top-1 and top-5 of class weights, trained or otherwise.
 
     Beside each top-1 stands "... ReaL" where the split has ReaL's labels: right is any of them.
@@ -976,7 +1142,9 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     own, members = np.full(len(other.classes), -1), [np.array([number[name] for name in group]) for group in several]
     for i, group in enumerate(members):
         own[group] = i  # the reference's class as one of `classes`
-    place = {name: i for i, name in enumerate(classes)}
+    # the split's classes may be those of the reference, of which several are one here
+    place = {name: int(i) for name, i in zip(other.classes, own, strict=True)} | {name: i for i, name in
+                                                                                 enumerate(classes)}
     labels = np.append([place.get(name, -1) for name in split.classes], -1)[split.labels]
     rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
     itself = split.folder.resolve() == other.folder.resolve()
@@ -985,7 +1153,7 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     y, y_labels = y[vote], other.labels[vote]
     means = class_means(y, y_labels, len(other.classes))  # 0 without votes: a set of some classes is scored among those
     answers = {"nearest-mean": own[nearest_mean(x, means, first[truth] if itself else None)],
-               "knn": own[nearest_neighbours(x, y, y_labels, len(other.classes), itself)]}
+               "knn": own[nearest_neighbours(x, y, y_labels, len(other.classes), itself, device=device)]}
     hits = {f"{name} top-1": answer == truth for name, answer in answers.items()}
     linear = dict(linear or {})
     if head is not None:
@@ -996,15 +1164,20 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     flat, starts = np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
     for name, (w, b) in linear.items():
         if np.isfinite(b[flat]).all():
-            scores = np.maximum.reduceat(x @ w[flat].T + b[flat], starts, axis=1)  # the best of each group
-            better = (scores > scores[np.arange(len(x)), truth][:, None]).sum(1)
-            answers[name] = scores.argmax(1)
+            better, answers[name] = np.empty((2, len(x)), dtype=np.int64)
+            for start in range(0, len(x), 1024):
+                part = slice(start, start + 1024)
+                scores = np.maximum.reduceat(x[part] @ w[flat].T + b[flat], starts, axis=1)  # the best of each group
+                own = scores[np.arange(len(scores)), truth[part]]
+                better[part], answers[name][part] = (scores > own[:, None]).sum(1), scores.argmax(1)
             hits |= {f"{name} top-1": better < 1, f"{name} top-5": better < 5}
     chances = {metric: min((5 if metric.endswith("5") else 1) / len(classes), 1) for metric in hits}
     everywhere = np.ones(len(x), dtype=bool)
     counted = dict.fromkeys(hits, everywhere)
     if real is not None:
-        real = real[rows][:, [split.classes.index(name) for name in classes]]
+        column = {name: i for i, name in enumerate(split.classes)}
+        real = np.stack([real[rows][:, [column[name] for name in group if name in column]].any(1)
+                         for group in several], 1)
         for name, answer in answers.items():
             hits[f"{name} ReaL"], counted[f"{name} ReaL"] = real[np.arange(len(x)), answer], real.any(1)
             chances[f"{name} ReaL"] = float(real.sum(1)[real.any(1)].mean() / len(classes))
@@ -1105,14 +1278,16 @@ def make_members(splits: list[Split], embeddings: list[np.ndarray], limit: int, 
     return members
 
 
-def score_unified(members: list[Member], draws: int, seed: int) -> dict[str, dict[str, Figure]]:
+def score_unified(members: list[Member], draws: int, seed: int,
+                  device: torch.device | str = "cpu") -> dict[str, dict[str, Figure]]:
     """Probes of every domain against the galleries of all domains together; ties count against the probe.
 
     A hit on the same person in another domain is right. By domain, over its probes with a mate in their own gallery:
     rank-1 alone and in the crowd, and the shares whose nearest vector is of each domain; "rank-1 in D" over those with
     a mate in D, against D's gallery. Under "all": the average and the worst of the domains.
     """
-    found = [[search_gallery(a.x, a.probes, b.gallery, a.mates(b), other=b.x) for b in members] for a in members]
+    found = [[search_gallery(a.x, a.probes, b.gallery, a.mates(b), other=b.x, device=device) for b in members]
+             for a in members]
     hits: dict[tuple[str, str], tuple[int, np.ndarray, np.ndarray]] = {}  # member, its probes that count, their values
     domains = [member.split.domain for member in members]
     for i, (row, domain) in enumerate(zip(found, domains, strict=True)):
@@ -1203,6 +1378,18 @@ def describe_protocol(split: Split, rule: str, flip: bool) -> str:
     return ", ".join(parts + ["out of distribution"] * bool(split.protocol.get("ood")))
 
 
+def clean_of(split: Split, splits: list[Split]) -> Split | None:
+    """Whose images an out-of-distribution split of objects shifts: its reference, or what has the same reference."""
+    if not split.protocol.get("ood"):
+        return None
+    alike = [other for other in splits if other.domain == split.domain and other.folder != split.folder
+             and other.protocol["name"] == "classification"]
+    of = split.protocol["reference"]
+    return next((other for other in alike if other.name == of),
+                next((other for other in alike if not other.protocol.get("ood")
+                      and other.protocol["reference"] == of), None)) if split.name != of else None
+
+
 def scopes_of(split: Split, trained: list[str]) -> list[tuple[list[str] | None, str, str]]:
     """What of a classification split is scored: all of it; and the classes that a run never saw, among themselves.
 
@@ -1238,7 +1425,7 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             raise InputError(f"{split.folder}: no image left to score: all are unreadable or leaked; leave the split "
                              "out with --splits")
         if protocol == "templates":
-            found, curve = score_templates(x, split, draws, seed)
+            found, curve = score_templates(x, split, draws, seed, embed.device)
         normalise(x)
         if protocol == "verification":
             found, curve = score_verification(x, split, draws, seed)
@@ -1247,7 +1434,7 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
                 rule = variant
                 if variant.endswith("single-shot"):
                     rule += f" in {split.protocol.get('draws', 10)} drawn galleries, seed {seed}"
-                found[rule], drawn = score_gallery(x, split, draws, seed, variant)
+                found[rule], drawn = score_gallery(x, split, draws, seed, variant, embed.device)
                 curve = curve or drawn
         elif protocol == "classification":
             reference = root[split.domain].get(split.protocol["reference"])
@@ -1266,11 +1453,19 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             for only, prefix, which in scopes_of(split, readouts.trained):
                 by_metric = score_classification(
                     x, split, (y, reference), head, classes, draws, seed, split.protocol.get("groups"),
-                    {name: (w, b) for name, (w, b, _) in linear.items()}, only)
+                    {name: (w, b) for name, (w, b, _) in linear.items()}, only, embed.device)
                 for metric, figure in by_metric.items():
                     rule = linear.get(metric.rpartition(" ")[0], [f"20 neighbours at T 0.07, reference "
                                                                   f"{fingerprint(reference)}"])[-1]
                     found.setdefault(rule + which, {})[prefix + metric] = figure
+                if only is None and (clean := clean_of(split, splits)):
+                    before = score_classification(
+                        embed(clean), clean, (y, reference), head, classes, draws, seed, split.protocol.get("groups"),
+                        {name: (w, b) for name, (w, b, _) in linear.items()
+                         if name != "probe" or reference.folder != clean.folder}, split.classes, embed.device)
+                    gaps = found.setdefault(f"clean is {clean.name} {fingerprint(clean)} by the same classes", {})
+                    for metric in [metric for metric in by_metric if metric in before]:
+                        gaps[f"gap of {metric}"] = gap(before[metric], by_metric[metric], seed)
                 if only is not None:
                     labels = np.where(np.isin(split.labels, [split.classes.index(name) for name in only]),
                                       split.labels, -1)
@@ -1998,24 +2193,6 @@ def show_comparison(table: list[dict]) -> str:
 # ---------------------------------------------------------------- leaks
 
 
-def nearest_rows(x: np.ndarray, y: np.ndarray, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest row of y and its cosine for unit rows of x, [n] each; -1 and -inf for a row of NaN."""
-    best, cosine = np.full(len(x), -1), np.full(len(x), -np.inf)
-    good = np.flatnonzero(np.isfinite(x[:, 0]))
-    for left in range(0, len(y), 1 << 16):
-        part = y[left : left + (1 << 16)]
-        bad = ~np.isfinite(part[:, 0])
-        for start in range(0, len(good), block):
-            rows = good[start : start + block]
-            scores = x[rows] @ part.T
-            scores[:, bad] = -np.inf
-            nearest = scores.argmax(1)
-            top = scores[np.arange(len(rows)), nearest]
-            better = top > cosine[rows]
-            best[rows[better]], cosine[rows[better]] = left + nearest[better], top[better]
-    return best, cosine
-
-
 def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
                threshold: float) -> tuple[list[dict], list[tuple[Tile, Tile]]]:
     """The images of test splits whose nearest training image, of any domain, is as near as the threshold.
@@ -2027,7 +2204,7 @@ def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
     for source in training:
         y = embed(source)
         for split in splits:
-            rows, cosines = nearest_rows(embed(split), y)
+            rows, cosines = (found[:, 0] for found in nearest_rows(embed(split), y, device=embed.device))
             for row in np.flatnonzero(cosines >= threshold):
                 key = (f"{split.domain}/{split.name}", int(row))
                 if key not in nearest or cosines[row] > nearest[key][0]:
@@ -2332,7 +2509,7 @@ def main(context: click.Context, **options) -> int | None:
         figures[weights], curves[weights] = found
         if crowd:
             members = make_members(crowd, [embed(split) for split in crowd], options["crowd"], options["seed"])
-            unified[weights] = score_unified(members, options["bootstrap"], options["seed"])
+            unified[weights] = score_unified(members, options["bootstrap"], options["seed"], embed.device)
         if ratings:
             rated = {name: embed(by_name[name]) for name in {rating.split for rating in ratings}}
             people[weights] = score_humans(ratings, by_name, rated, options["bootstrap"], options["seed"])

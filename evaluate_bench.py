@@ -115,7 +115,7 @@ def make_ijbc(scale: float) -> dict:
 
 def pairs_here(templates: evaluate.Templates, pairs: np.ndarray) -> dict[str, float]:
     """With 20 resamplings, which the other way does not have."""
-    figures = evaluate.score_template_pairs(templates, pairs, 20, 0)["nearest"]
+    figures = evaluate.score_template_pairs(templates, pairs, 20, 0)[0]["nearest"]
     return {name: figure.value for name, figure in figures.items()}
 
 

@@ -169,6 +169,14 @@ def test_groups_equal_a_literal_projection():
         projected = np.stack([logits[:, [int(n[1:]) for n in groups.get(c, [c])]].max(1) for c in classes], 1)
         literal = (projected.argmax(1) == split.labels).mean()
         assert scored(split, x, train, y, head, names)[metric] == pytest.approx(literal)
+    # images of the reference's own classes among the same four, as the gap to clean images needs them
+    clean = SimpleNamespace(classes=names, labels=rng.integers(0, 12, 300), folder=Path("c"), protocol={})
+    found = evaluate.score_classification(x, clean, (y, train), head, names, 2, 0, groups, only=classes)
+    stands = {int(n[1:]): i for i, c in enumerate(classes) for n in groups.get(c, [c])}
+    rows = np.flatnonzero(np.isin(clean.labels, list(stands)))
+    truth = np.array([stands[label] for label in clean.labels[rows]])
+    assert len(stands) == 7 and found["head top-1"].count == len(rows)
+    assert found["head top-1"].value == pytest.approx((projected[rows].argmax(1) == truth).mean())
 
 
 def test_evaluation_of_the_whole_family(tmp_path):
@@ -188,6 +196,20 @@ def test_evaluation_of_the_whole_family(tmp_path):
               for row in rows if row["metric"] == "nearest-mean top-1"}
     assert counts == {"val": (False, 14), "a": (True, 2), "objectnet": (True, 5)}
     assert all(row["protocol"].startswith("classification, ") for row in rows)
+    # val among the two classes that imagenet-a has here, by hand
+    val, base, other = (Split(root / name) for name in ("val", "train", "a"))
+    x, y, z = (evaluate.normalise(np.load(tmp_path / f"run/eval/embeddings/foundation-object-{name}.npy"))
+               for name in ("val", "train", "a"))
+    means = np.stack([y[base.labels == base.classes.index(name)].sum(0) for name in other.classes])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    mine = np.isin(val.labels, [val.classes.index(name) for name in other.classes])
+    clean = np.mean([other.classes[(means @ v).argmax()] == val.classes[label]
+                     for v, label in zip(x[mine], val.labels[mine], strict=True)])
+    shifted = np.mean([(means @ v).argmax() == label for v, label in zip(z, other.labels, strict=True)])
+    gaps = {(row["split"], row["metric"]): row for row in rows if row["metric"].startswith("gap of ")}
+    row = gaps["a", "gap of nearest-mean top-1"]
+    assert row["value"] == pytest.approx(clean - shifted) and "clean is val imagenet" in row["protocol"]
+    assert {split for split, _ in gaps} == {"a", "objectnet"} and ("a", "gap of probe top-1") in gaps
 
 
 # ---------------------------------------------------------------- parquet

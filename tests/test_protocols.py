@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_curve
 
 import evaluate
@@ -82,6 +83,45 @@ def literal_tpr(scores, same, targets):
     return [tpr[min(zip(abs(fpr - t), range(len(fpr)), strict=True))[1]] for t in targets]
 
 
+def in_parts(scores, size=97):
+    """Pairs as `score_listed` hands them out: some at a time, in another order; cosines."""
+    order = np.random.default_rng(0).permutation(len(scores))
+    for start in range(0, len(scores), size):
+        yield order[start : start + size], (scores / 32).astype(np.float32)[order[start : start + size]]
+
+
+def tail_of(scores, same, target):
+    """As `score_template_pairs` finds it: from the highest impostors, or from all pairs where these do not do."""
+    others = int((~same).sum())
+    for need in (int(1.5 * target * others) + 2, others + 1):
+        if tail := evaluate.find_tail(evaluate.collect_scores(in_parts(scores), same, need), same, target):
+            return tail
+    raise AssertionError("no tail")
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("need", [1, 20, 700, 4000, 4001])
+def test_collected_scores_are_the_highest_in_full_and_all_in_bins(need, ties):
+    rng = np.random.default_rng(need)
+    same = np.arange(5000) % 5 == 0  # 4,000 impostors
+    scores = (rng.integers(-9, 10, 5000) if ties else 9 * rng.normal(size=5000)) + 8.0 * same
+    scores[rng.random(5000) < 0.02] = -64  # a cosine of -2: never accepted
+    cosine = (scores / 32).astype(np.float32)
+    found = evaluate.collect_scores(in_parts(scores), same, need)
+    assert found.bins.sum(1).tolist() == [4000, 1000] and found.bins[:, 0].sum() == (scores == -64).sum()
+    assert (np.diff(found.scores) <= 0).all() and (cosine[found.pairs] == found.scores).all()
+    least = -2 if need > 4000 else np.sort(cosine[~same])[-need]
+    assert set(np.flatnonzero(cosine >= least)) <= set(found.pairs) and len(set(found.pairs)) == len(found.pairs)
+    assert found.whole == (len(found.pairs) == 5000)
+    if need < 4000:
+        assert len(found.pairs) < 5000  # what is below is let go
+    edges = np.linspace(-1, 1, evaluate.BINS + 1)
+    for kind in (0, 1):
+        expected = np.histogram(np.clip(cosine[(same == kind) & (cosine > -1.5)], -1, 1), edges)[0]
+        # a cosine at an edge may fall to either side of it
+        assert np.abs(np.cumsum(found.bins[kind, 1:]) - np.cumsum(expected)).max() <= (400 if ties else 2)
+
+
 @pytest.mark.parametrize("decimals", [None, 2, 1])  # rounded: ties, also along diagonals of the curve
 @pytest.mark.parametrize("separation", [0, 2, 20])  # 20: a curve of three points
 @pytest.mark.parametrize("seed", range(3))
@@ -91,7 +131,7 @@ def test_tar_at_far_equals_scikit_learn_by_both_rules(decimals, separation, seed
     scores = (rng.normal(size=4000) + separation * same).astype(np.float32)
     scores = scores if decimals is None else scores.round(decimals)
     targets = [0.1, 0.03, 0.01, 0.001]
-    tail = evaluate.find_tail(scores, same, max(targets))
+    tail = tail_of(scores, same, max(targets))
     ends = np.append(tail.start[1:], len(tail.pairs)) - 1
     accepted = same[tail.pairs]
     far = np.append(0, np.cumsum(~accepted)[ends]) / (~same).sum()
@@ -106,7 +146,7 @@ def test_tar_at_far_equals_scikit_learn_by_both_rules(decimals, separation, seed
 def test_nearest_and_strict_far_by_hand():
     # g i g i i g, as thresholds fall: (FAR, TAR) = (0, 1/3) (1/3, 1/3) (1/3, 2/3) (2/3, 2/3) (1, 2/3) (1, 1)
     scores, same = np.arange(6, 0, -1.0), np.array([1, 0, 1, 0, 0, 1], dtype=bool)
-    tail = evaluate.find_tail(scores, same, 1.0)
+    tail = tail_of(scores, same, 1.0)
     far, tar = np.array([0, 0, 1, 1, 2, 3, 3]) / 3, np.array([0, 1, 1, 2, 2, 2, 3]) / 3
     assert tail.pairs.tolist() == [0, 1, 2, 3, 4, 5]
     assert evaluate.tar_at_nearest_far(far, tar, 0.3) == pytest.approx(2 / 3)  # 1/3 is nearer than 0, though above 0.3
@@ -134,9 +174,12 @@ def test_the_bootstrap_of_templates_equals_repeated_people():
     x, split = template_case(5)
     templates = evaluate.pool_templates(x, split, np.ones(len(x)))
     pairs = split.column("template_pairs")
-    found = evaluate.score_template_pairs(templates, pairs, 3, 7)["strict"]["tar@far=0.01"]
+    found = evaluate.score_template_pairs(templates, pairs, 3, 7)[0]["strict"]["tar@far=0.01"]
     a, b = (templates.places(column) for column in pairs[:, :2].T)
-    scores, same = evaluate.score_listed(templates.vectors, a, b), pairs[:, 2] == 1
+    scores, same = np.empty(len(pairs), dtype=np.float32), pairs[:, 2] == 1
+    for places, some in evaluate.score_listed(templates.vectors, a, b, block=5):
+        scores[places] = some
+    np.testing.assert_allclose(scores, (templates.vectors[a] * templates.vectors[b]).sum(1), atol=1e-6)
     for draw, counts in zip(found.draws, evaluate.bootstrap_counts(np.arange(12), 3, 7), strict=True):
         left, right = counts[templates.identity[a]], counts[templates.identity[b]]
         far, tar = evaluate.roc(scores, same, np.where(same, left, left * right))
@@ -150,7 +193,7 @@ def test_a_template_without_images_is_never_accepted():
     split = FakeTemplates([0, 0, 1], template=np.array([1, 2, 3]), media=np.array([1, 2, 3]), template_pairs=pairs)
     templates = evaluate.pool_templates(x, split, np.ones(3))
     assert templates.enrolled.tolist() == [True, True, True, False] and templates.identity.tolist() == [0, 0, 1, 0]
-    found = evaluate.score_template_pairs(templates, pairs, 2, 0)
+    found, _ = evaluate.score_template_pairs(templates, pairs, 2, 0)
     assert found["strict"]["tar@far=0.1"].value == 0.5 and found["nearest"]["tar@far=0.1"].value == 0.5
     few = FakeTemplates([0, 0, 1], template=np.array([1, 2, 3]), media=np.array([1, 2, 3]), template_pairs=pairs[:2])
     with pytest.raises(InputError, match="its lists support no figure"):
@@ -194,6 +237,29 @@ def test_template_search_equals_a_literal_transcription(seed):
     hits, tpir = sum(h for h, _ in both) / probes, np.mean([t for _, t in both], axis=0)
     assert {k: f.value for k, f in found.items()} == pytest.approx(
         dict(zip(["rank-1", "rank-5", "rank-10", "tpir@fpir=0.1", "tpir@fpir=0.01"], [*hits, *tpir], strict=True)))
+
+
+@pytest.mark.parametrize("people", [300, 60, 4])  # without a mate now and then; a few; so many that a sort serves all
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_search_on_a_device_is_the_same(people, ties):
+    rng = np.random.default_rng(people)
+    labels, cameras = rng.integers(0, people, 700), rng.integers(0, 3, 700)
+    x = rng.integers(-2, 3, size=(700, 4)).astype(np.float32) if ties else unit(rng.normal(size=(700, 9)))
+    probes, gallery = rng.permutation(700)[:200], np.sort(rng.permutation(700)[:450])
+
+    def mates(probe):
+        places = np.flatnonzero(labels[gallery] == labels[probe])
+        same = cameras[gallery[places]] == cameras[probe]
+        return places[~same], places[same]
+
+    here = evaluate.search_gallery(x, probes, gallery, mates)
+    there = evaluate.search_on(torch.device("cpu"), x, probes, gallery, mates, 450 * 64, x)
+    assert [ranks.tolist() for ranks in here.ranks] == [ranks.tolist() for ranks in there.ranks]
+    np.testing.assert_array_equal(here.first, there.first)
+    np.testing.assert_allclose(here.own, there.own, rtol=1e-6)
+    np.testing.assert_allclose(here.wrong, there.wrong, rtol=1e-6)
+    assert np.isinf(here.first).any() or people < 300
+    assert max(map(len, here.ranks)) >= 12 or people > 4
 
 
 def test_tpir_by_hand():
@@ -507,12 +573,17 @@ def test_nearest_rows_equal_a_full_matrix():
     rng = np.random.default_rng(0)
     x, y = unit(rng.normal(size=(50, 5))), unit(rng.normal(size=(90, 5)))
     x[3], y[:10] = np.nan, np.nan
-    rows, cosines = evaluate.nearest_rows(x, y, 7)
-    scores = np.nan_to_num(x @ y.T, nan=-np.inf)
-    good = np.arange(50) != 3
-    np.testing.assert_array_equal(rows[good], scores.argmax(1)[good])
-    np.testing.assert_allclose(cosines[good], scores.max(1)[good])
-    assert rows[3] == -1 and cosines[3] == -np.inf
+    scores, good = np.nan_to_num(x @ y.T, nan=-np.inf), np.arange(50) != 3
+    for k in (1, 4, 85):  # 80 can be found
+        rows, cosines = evaluate.nearest_rows(x, y, k, block=7, width=31)
+        order = np.argsort(-scores, axis=1)[:, :k]
+        np.testing.assert_array_equal(rows[good, :80], order[good, :80])
+        np.testing.assert_allclose(cosines[good], np.take_along_axis(scores, order, 1)[good], rtol=1e-6)
+        assert (rows[3] == -1).all() and (cosines[3] == -np.inf).all() and (rows[:, 80:] == -1).all()
+    rows, _ = evaluate.nearest_rows(y, y, 2, itself=True, block=7, width=31)
+    inner = y @ y.T
+    np.fill_diagonal(inner, -np.inf)
+    np.testing.assert_array_equal(rows[10:], np.argsort(-np.nan_to_num(inner, nan=-np.inf), axis=1)[10:, :2])
 
 
 def test_leaked_images_are_listed_and_left_out(demo_root, tiny_run, tmp_path):

@@ -21,6 +21,7 @@ from data_prep import InputError
 from data_prep.shards import Record, Source, Split, open_root, verify_split, write_split
 from tests.conftest import ROOT, script
 from tests.test_evaluate import FakeSplit, run_here, unit
+from tests.test_protocols import tail_of
 
 OPTIONS = ["--bootstrap", "5", "--workers", "0", "--device", "cpu"]
 
@@ -441,7 +442,7 @@ def test_gaussian_scores_have_the_rates_that_theory_gives():
     assert np.trapezoid(tar, far) == pytest.approx(norm.cdf(d / np.sqrt(2)), abs=0.001)
     assert evaluate.d_prime(scores, same) == pytest.approx(d, abs=0.005)
     assert evaluate.equal_error_rate(far, tar) == pytest.approx(norm.cdf(-d / 2), abs=0.001)
-    tail = evaluate.find_tail(scores, same, 0.1)
+    tail = tail_of(scores, same, 0.1)
     ends = np.append(tail.start[1:], len(tail.pairs)) - 1
     accepted = same[tail.pairs]
     tail_far, tail_tar = np.cumsum(~accepted)[ends] / n, np.cumsum(accepted)[ends] / n
