@@ -1826,7 +1826,10 @@ def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int,
     """One optimiser step: gradients of its batches, clipping, update. Nothing in it waits for the device."""
     config, frozen = job.config, slice(*options["class_ranges"][0]) if job.config["freeze_text_head"] else slice(0)
     # dropped paths are keyed by (seed, step, rank), so that no state of a generator has to be kept
-    torch.manual_seed(int(np.random.SeedSequence((config["seed"], step, job.ranks.rank)).generate_state(1)[0]))
+    key = int(np.random.SeedSequence((config["seed"], step, job.ranks.rank)).generate_state(1)[0])
+    torch.default_generator.manual_seed(key)  # torch.manual_seed formats a stack for each kind of GPU that is not there
+    if job.device.type == "cuda":
+        torch.cuda.manual_seed(key)
     factor = rate(step, job.steps, config["warmup"], config["min_lr"])
     for group in job.optimizer.param_groups:
         group["lr"] = factor * group["scale"]

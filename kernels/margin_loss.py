@@ -193,10 +193,11 @@ def margin_loss_reference(
     # the sum of nothing, still part of the graph: a call without a valid sample gives loss 0 and gradients 0
     loss = embeddings[:0].to(dtype).sum() + weight[:0].to(dtype).sum()
     rows_of, parts = [], []
+    directions, classes = unit(embeddings.to(dtype)), unit(weight.to(dtype))
     for k, (start, end) in enumerate(class_ranges):
         rows = ((domains == k) & valid).nonzero().flatten()
         rows_of.append(rows)
-        x, w = unit(embeddings[rows].to(dtype)), unit(weight[start:end].to(dtype))
+        x, w = directions[rows], classes[start:end]
         label = labels[rows] - first[k]
         here = (label >= 0) & (label < len(w))
         cos = (x * (w[label.clamp(0, len(w) - 1)] if len(w) else torch.zeros_like(x))).sum(1)
