@@ -41,7 +41,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 
 import click
@@ -719,9 +719,10 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
     if torch.device(device).type != "cpu":
         return search_on(torch.device(device), x, probes, gallery, mates, size, other)
     found = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
-    block = int(np.clip(size // 2 // max(len(gallery), 1), 1, 1024))
+    block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
     few = int(np.clip(len(gallery) // 200, 12, 200))
-    buffers = np.empty((2, block, len(gallery)), dtype=x.dtype)  # kept: fresh pages cost as much as the product
+    lanes = 2 if 2 * block * len(gallery) <= size else 1  # two: a block is multiplied while the other is counted
+    buffers = np.empty((lanes, block, len(gallery)), dtype=x.dtype)  # kept: fresh pages cost as much as the product
 
     def rank(scores: np.ndarray, start: int, part: range) -> None:
         for i in part:
@@ -738,19 +739,19 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
             found.ranks[i] = np.arange(1, len(own) + 1) + above
             found.own[i], found.first[i] = (own[0], found.ranks[i][0]) if len(own) else (-np.inf, np.inf)
 
-    threads, busy = torch.get_num_threads(), [[], []]
+    threads, busy = torch.get_num_threads(), [[] for _ in range(lanes)]
     with ThreadPoolExecutor(threads) as pool:  # numpy counts and sorts outside the interpreter's lock
         for number, start in enumerate(range(0, len(probes), block)):
-            scores, rows = buffers[number % 2], probes[start : start + block]
-            for task in busy[number % 2]:
+            scores, rows = buffers[number % lanes], probes[start : start + block]
+            for task in busy[number % lanes]:
                 task.result()
             queries = x[rows]
             for left in range(0, len(gallery), 1 << 16):
                 part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
                 np.matmul(queries, part.T, out=scores[: len(rows), left : left + len(part)])
             stops = np.linspace(start, start + len(rows), threads + 1).astype(int)
-            busy[number % 2] = [pool.submit(rank, scores, start, range(*ends)) for ends in pairwise(stops)]
-        for task in [*busy[0], *busy[1]]:
+            busy[number % lanes] = [pool.submit(rank, scores, start, range(*ends)) for ends in pairwise(stops)]
+        for task in chain(*busy):
             task.result()
     return found
 

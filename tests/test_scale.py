@@ -356,10 +356,13 @@ def test_the_benchmark_compares_ways_that_agree(tmp_path):
 def test_a_search_holds_a_block_at_a_time(monkeypatch):
     """Whatever the gallery: at most `size` scores, in one piece."""
     rng, made, real = np.random.default_rng(0), [], np.empty
-    x = unit(rng.normal(size=(3000, 8))).astype(np.float32)
+    x = rng.integers(-9, 10, size=(3000, 8)).astype(np.float32)  # products without any rounding
     monkeypatch.setattr(np, "empty", lambda shape, *a, **k: (made.append(np.prod(shape)), real(shape, *a, **k))[1])
-    evaluate.search_gallery(x, np.arange(1000), np.arange(1000, 3000), lambda p: (np.array([p]), []), size=10_000)
-    assert made == [8000]  # two blocks of two rows: one is scored while the other is counted
+    probes, gallery = np.arange(2500), np.arange(2000, 3000)
+    found = [evaluate.search_gallery(x, probes, gallery, lambda p: (np.array([p % 1000]), []), size)
+             for size in (10_000, 5_000_000)]  # ten rows at a time; two blocks of 1024 rows, turn and turn about
+    assert made == [10_000, 2 * 1024 * 1000]
+    assert (found[0].first == found[1].first).all() and len(set(found[0].first)) > 500
 
 
 # ---------------------------------------------------------------- adversarial cases
