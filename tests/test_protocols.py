@@ -156,7 +156,7 @@ def test_nearest_and_strict_far_by_hand():
 @pytest.mark.parametrize("seed", range(2))
 def test_template_verification_from_end_to_end(seed):
     x, split = template_case(seed)
-    found, _ = evaluate.score_templates(x, split, 20, 0)
+    found, curve = evaluate.score_templates(x, split, 20, 0)
     pooled = literal_pooling(x, np.ones(len(x)), split.column("template"), split.column("media"))
     pairs = split.column("template_pairs")
     scores = np.array([pooled[a] @ pooled[b] for a, b, _ in pairs])
@@ -167,6 +167,16 @@ def test_template_verification_from_end_to_end(seed):
     assert [found[rule][m].value for m in metrics] == pytest.approx(
         literal_tpr(scores, pairs[:, 2] == 1, [0.1, 0.01, 0.001]), abs=0.01)  # float32 may swap near ties
     assert not any(rule.startswith("1:N") for rule in found)
+    # what is drawn is the curve of the customary pooling, and all scores
+    pooled = literal_pooling(x, split.column("quality"), split.column("template"), split.column("media"))
+    scores, same = np.array([pooled[a] @ pooled[b] for a, b, _ in pairs]), pairs[:, 2] == 1
+    far, tar = evaluate.roc(scores, same)
+    exact = [evaluate.tar_at_far(far, tar, f) for f in curve["far"]]
+    np.testing.assert_allclose(curve["tar"][1:], exact[1:], atol=0.01)  # the first is where nothing is accepted
+    assert (np.diff(curve["far"]) >= 0).all() and curve["far"][-1] == curve["tar"][-1] == 1
+    for kind, mask in (("same", same), ("different", ~same)):
+        expected = np.histogram(scores[mask], evaluate.SCORE_BINS)[0]
+        assert curve[kind].sum() == mask.sum() and np.abs(curve[kind] - expected).max() <= 2
 
 
 def test_the_bootstrap_of_templates_equals_repeated_people():
