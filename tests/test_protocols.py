@@ -196,11 +196,13 @@ def test_the_bootstrap_of_templates_equals_repeated_people():
         assert draw == pytest.approx(evaluate.tar_at_far(far, tar, 0.01), abs=1e-12)
 
 
-def test_a_template_without_images_is_never_accepted():
+@pytest.mark.parametrize("first", [0, 1 << 25])  # numbers looked up in a table, and too large for one
+def test_a_template_without_images_is_never_accepted(first):
     # genuine: 1-2 alike, 1-9 lost; impostors 1-3 ten times and 2-9: TAR is 1/2 at every FAR, and 9 belongs to person 0
     x = np.array([[1, 0], [1, 0], [0, 1]], dtype=np.float32)
-    pairs = np.array([[1, 2, 1], [1, 9, 1], [3, 9, 0], *[[1, 3, 0]] * 10])
-    split = FakeTemplates([0, 0, 1], template=np.array([1, 2, 3]), media=np.array([1, 2, 3]), template_pairs=pairs)
+    pairs = np.array([[1, 2, 1], [1, 9, 1], [3, 9, 0], *[[1, 3, 0]] * 10]) + [first, first, 0]
+    split = FakeTemplates([0, 0, 1], template=np.array([1, 2, 3]) + first, media=np.array([1, 2, 3]),
+                          template_pairs=pairs)
     templates = evaluate.pool_templates(x, split, np.ones(3))
     assert templates.enrolled.tolist() == [True, True, True, False] and templates.identity.tolist() == [0, 0, 1, 0]
     found, _ = evaluate.score_template_pairs(templates, pairs, 2, 0)
