@@ -423,7 +423,7 @@ class Templates:
 
     def places(self, ids: np.ndarray) -> np.ndarray:
         """Where templates stand in these arrays."""
-        if len(self.ids) and 0 <= self.ids[0] and self.ids[-1] < 1 << 24:  # numbers like IJB's: ten times as fast
+        if len(self.ids) and self.ids[0] >= 0 and self.ids[-1] < 1 << 24:  # numbers like IJB's: ten times as fast
             place = np.zeros(self.ids[-1] + 1, dtype=np.int32)
             place[self.ids] = np.arange(len(self.ids))
             return place[ids]

@@ -200,7 +200,7 @@ def test_the_bootstrap_of_templates_equals_repeated_people():
 def test_a_template_without_images_is_never_accepted(first):
     # genuine: 1-2 alike, 1-9 lost; impostors 1-3 ten times and 2-9: TAR is 1/2 at every FAR, and 9 belongs to person 0
     x = np.array([[1, 0], [1, 0], [0, 1]], dtype=np.float32)
-    pairs = np.array([[1, 2, 1], [1, 9, 1], [3, 9, 0], *[[1, 3, 0]] * 10]) + [first, first, 0]
+    pairs = np.array([[1, 2, 1], [1, 9, 1], [3, 9, 0], *[[1, 3, 0]] * 10]) + np.array([first, first, 0])
     split = FakeTemplates([0, 0, 1], template=np.array([1, 2, 3]) + first, media=np.array([1, 2, 3]),
                           template_pairs=pairs)
     templates = evaluate.pool_templates(x, split, np.ones(3))
