@@ -56,7 +56,8 @@ from kernels.margin_loss import Shard, margin_loss, merge_over, sample_classes
 
 ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py claims`
 SIZES = ("tiny", "small", "base", "large")
-LOADERS = min(8, max((os.cpu_count() or 2) - 1, 1))  # default number of loader processes
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+LOADERS = min(16, max(CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, 1))  # default number of loader processes
 MANY_CLASSES = 10_000  # from so many on a domain's classes are sampled where --sample-classes names no domain
 LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # of a run, one record a line, each with its step
 COLOURS = {"object": "#0072B2", "face_hq": "#D55E00", "face_lq": "#E69F00", "body": "#009E73"}  # Okabe and Ito's
@@ -563,10 +564,13 @@ def join_ranks(config: dict) -> Ranks:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return Ranks()
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise InputError(f"WORLD_SIZE is {world} and {missing[0]} is not set: start several processes by torchrun, or "
+                         "unset WORLD_SIZE")
     device = pick_device(config["device"])
     if device.type == "cuda":
         config["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(config["device"])
+        torch.cuda.set_device(pick_device(config["device"]))
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = Ranks(torch.distributed.get_rank(), world, torch.distributed.new_group(backend="gloo"))
     if ranks.rank:  # one voice
@@ -730,9 +734,10 @@ def loss_options(config: dict, class_counts: list[int], device: torch.device, ra
     values = {name: torch.tensor(per_domain(config, name), device=device)
               for name in ("scale", *MARGINS, "domain_weight", "label_smoothing")}
     reduction = "sample" if config["coupling"] == "sample" else "domain"
-    return values | {"rows": None, "class_ranges": ranges, "num_domains": len(class_counts), "reduction": reduction,
-                     "gradient": config["margin_gradient"].replace("-", "_"), "extension": config["margin_extension"],
-                     "shard": shard if sharded else None}
+    first = torch.tensor([start for start, _ in ranges], device=device)
+    return values | {"rows": None, "class_ranges": ranges, "first": first, "num_domains": len(class_counts),
+                     "reduction": reduction, "gradient": config["margin_gradient"].replace("-", "_"),
+                     "extension": config["margin_extension"], "shard": shard if sharded else None}
 
 
 def lengths_of(x: torch.Tensor) -> torch.Tensor:
@@ -776,7 +781,7 @@ def learn_norms(job: "Job", sums: torch.Tensor, taken: torch.Tensor) -> None:
 def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], counts: torch.Tensor, options: dict, *,
                margin: float = 1.0, negatives: str = "own", tune_backbone: bool = True, ranks: Ranks = Ranks(),
                passes: int = 1, by_domain: list[list[torch.Tensor]] | None = None,
-               norms: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+               there: list[list[int]] | None = None, norms: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Add the gradients of one optimiser step, batch by batch, to `.grad` of the backbone and of the class weights.
 
     With several ranks every one of them holds the gradients of the whole step afterwards (of a sharded head: of its own
@@ -796,6 +801,7 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
         passes: number of `batches`; the ranks add up their gradients in the last one.
         by_domain: K lists; they are filled with each domain's own gradient of the model's trainable parameters, by a
             backward pass for each, and `.grad` of the backbone is left alone.
+        there: the domains that each of the `batches` may hold (None: all): others need no backward pass.
         norms: [K, 3] statistics from before the step, where a domain has AdaFace's margins; see `Job.norms`.
 
     Returns:
@@ -805,7 +811,7 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
     K, device, shard = len(counts), head.device, options.get("shard")
     options = options | {name: options[name] * margin for name in ("margin_angular", "margin_additive")}
     adaptive, _ = options.pop("margin_adaptive"), options.pop("rows")
-    first = torch.tensor([start for start, _ in options["class_ranges"]], device=device)
+    first = options.pop("first")
     if negatives == "all":
         options["class_ranges"] = [(0, len(head))] * K
     total = {"loss": torch.zeros((), device=device), "direction": torch.zeros(head.shape[1], device=device)}
@@ -833,10 +839,11 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
             if by_domain is None or not tune_backbone:
                 (result.loss * ranks.world).backward()  # DistributedDataParallel averages over the ranks
             else:
-                for k, own_gradients in enumerate(by_domain):
-                    part = margin_loss(own, head, torch.where(of == k, target, -1), of, domain_count=counts,
-                                       **options | values).loss
-                    add_gradients(own_gradients, part * ranks.world, model, head, keep=k + 1 < K)
+                some = range(K) if there is None else there[number - 1]
+                for k in some:
+                    part = result.loss if len(some) == 1 else margin_loss(
+                        own, head, torch.where(of == k, target, -1), of, domain_count=counts, **options | values).loss
+                    add_gradients(by_domain[k], part * ranks.world, model, head, keep=k != some[-1])
         share = 1.0 if shard is None else 1.0 / ranks.world  # a sharded head gives every rank the loss of all
         total["loss"] += result.loss.detach() * share
         total["loss_by_domain"] += result.per_domain.nan_to_num(0.0) * share
@@ -1034,7 +1041,7 @@ def init_head(model: Backbone, splits: list[Split], config: dict, device: torch.
         place = np.arange(len(order)) - np.searchsorted(split.labels[order], split.labels[order])
         rows = np.sort(order[place < config["head_init_images"]])[ranks.rank :: ranks.world]
         total = torch.zeros(len(split.classes), model.dim, device=device)
-        parts = embed_rows(model, split, rows, device, config["micro_batch"] or 64)
+        parts = embed_rows(model, split, rows, device, config["micro_batch"] or 64, config["workers"])
         with tqdm(total=len(rows), desc=f"class means {split.domain}", unit="img",
                   disable=True if ranks.rank else None) as bar:
             for used, x in parts:
@@ -1171,7 +1178,10 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: want auto, cpu, cuda or cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    return torch.device(name)
+    device = torch.device(name)
+    if (device.index or 0) >= max(torch.cuda.device_count(), 1):
+        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
+    return device
 
 
 def draw_samples(path: Path, stream: Stream, model: Backbone, cache: list[torch.Tensor] | None = None,
@@ -1325,8 +1335,7 @@ def load_checkpoint(job: "Job") -> int:
 def forget_after(folder: Path, step: int) -> None:
     """Cut what a run left about steps after `step`, where it goes on: they come again."""
     for log in (folder / name for name in LOGS if (folder / name).exists()):
-        lines = [line for line in log.read_text().splitlines() if line.endswith("}")]
-        kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
+        kept = "".join(f"{json.dumps(record)}\n" for record in read_lines(log) if record["step"] <= step)
         write_atomically(log, lambda path, kept=kept: path.write_text(kept))
     for late in [place for number, place in kept_steps(folder).items() if number > step]:
         shutil.rmtree(late)
@@ -1336,10 +1345,7 @@ class StopRequest:
     """Set by SIGTERM, SIGINT or a file RUN/STOP: the run ends after the current step. A second signal exits at once."""
 
     def __init__(self, folder: Path, ranks: Ranks = Ranks()) -> None:
-        self.file, self.reason = folder / "STOP", ""
-        if ranks.rank == 0:
-            self.file.unlink(missing_ok=True)
-        ranks.wait()
+        self.file, self.reason = folder / "STOP" if ranks.rank == 0 else None, ""  # one looks and tells the others
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
@@ -1349,7 +1355,7 @@ class StopRequest:
         self.reason = signal.Signals(number).name
 
     def __bool__(self) -> bool:
-        if not self.reason and self.file.exists():
+        if not self.reason and self.file and self.file.exists():
             self.reason = "file STOP"
         return bool(self.reason)
 
@@ -1367,6 +1373,9 @@ def check_options(config: dict) -> None:
         config["order"] = order
     if config["weights"] not in ("pretrained", "none"):
         config["weights"] = str(Path(config["weights"]).resolve())  # a run is read from other folders too
+    for name, value in config.items():  # no range of numbers refuses NaN
+        if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and name != "head_lr")):
+            raise InputError(f"--{name.replace('_', '-')} {value}: want a finite number")
     if config["images"] and config["epochs"]:
         raise InputError("--images and --epochs both say how long to train: give one of them")
     if config["model"] and config["backbone"]:
@@ -1390,6 +1399,13 @@ def check_options(config: dict) -> None:
         raise InputError("--shard-head deals out every domain's classes by themselves: not with --negatives all")
     if config["degrade"] and "face_lq" not in config["domains"]:
         raise InputError("--degrade acts on face_lq, which is not among --domains")
+    # what the runs of a batch may share is no error where it has nothing to do
+    if config["conflict_every"] and (len(config["domains"]) == 1 or config["schedule"] in ("alternate", "sequential")):
+        print("  --conflict-every: every step has one domain here: nothing conflicts, so it is off")
+        config["conflict_every"] = 0
+    if config["head_init"] == "text" and "object" not in config["domains"]:
+        print("  --head-init text: no object among the domains; the others start at class means")
+        config["head_init"] = "means"
     if config["loss"]:
         name_losses(config)
     for name in LIMITS:
@@ -1559,6 +1575,7 @@ class Job:
     ranks: Ranks
     splits: list[Split]
     plan: np.ndarray  # int64 [steps, batches per step, K]: images of each domain
+    counts: torch.Tensor  # int64 [steps, K] on the device: the same of whole steps
     model: Backbone
     head: nn.Parameter  # [C, D]; with --shard-head this rank's rows
     rows: torch.Tensor | None  # int64, which these are; None: all
@@ -1569,10 +1586,17 @@ class Job:
     norms: torch.Tensor | None = None  # float64 [K, 3]: running n, sum, sum of squares of embedding lengths (AdaFace)
     cache: list[torch.Tensor] | None = None  # per domain, every image of its split
     first: int = 0  # the next step
+    bad: int = 0  # damaged images of this rank since the last log line
 
     @property
     def steps(self) -> int:
         return len(self.plan)
+
+    @property
+    def half(self) -> bool:
+        """Whether the backbone computes in bfloat16 (--precision)."""
+        precision, cuda = self.config["precision"], self.device.type == "cuda"
+        return precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -1603,32 +1627,45 @@ def set_up(config: dict) -> Job | None:
     asked = config["device"]
     ranks = join_ranks(config)
     device, config["device"] = pick_device(config["device"]), asked
+    if ranks.rank == 0 and (folder / "STOP").exists():  # of an earlier start; one that comes from now on counts
+        (folder / "STOP").unlink()
     if schedule.images_per_batch < ranks.world:
         raise InputError(f"batches of {schedule.images_per_batch} images cannot be dealt to {ranks.world} processes: "
                          "raise --batch or start fewer")
+    if device.index:
+        torch.cuda.set_device(device)  # kernels and generators go by the current device
     torch.set_float32_matmul_precision("high")
     counts = describe_plan(config, splits, plan, steps)
     model = load_backbone(config)
     choose_trained(model, config)
     if config["grad_checkpointing"]:
-        model.net.set_grad_checkpointing(True)
+        try:
+            model.net.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError, NotImplementedError) as error:
+            raise InputError(f"--grad-checkpointing: {resolve_backbone(config)[1]} has none: leave it out") from error
     model = model.to(device, memory_format=torch.channels_last)
     for split in splits:
         if model.image_size > split.size:
             print(f"  {split.domain}/{split.name}: images of {split.size} px are enlarged to {model.image_size} px")
     if found == "nothing" and ranks.rank == 0:
         role = ROLES[1 if len(splits) == 1 else 2 if config["schedule"] == "sequential" else 0]
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {folder}: cannot be made a folder ({error}); choose another") from error
         write_json(folder / "config.json",
                    config | {"role": role, "steps": steps, "counts": counts, **provenance(splits)})
     classes = [len(split.classes) for split in splits]
     sharded = config["shard_head"] and ranks.world > 1
+    if config["shard_head"] and not sharded:
+        print("  --shard-head: one process holds all class weights")
     rows = head_slices(classes, ranks.rank, ranks.world)[0].to(device) if sharded else None
     head = nn.Parameter(torch.zeros(len(rows) if sharded else sum(classes), model.dim, device=device))
     optimizer = make_optimizer(model, head, config)
     tally = {"skipped": 0, "bad": 0, "collapsed_at": None, "seconds": 0.0}
-    job = Job(config, folder, device, ranks, splits, plan.reshape(steps, schedule.batches_per_step, len(splits)), model,
-              head, rows, optimizer, tally, torch.zeros(2, dtype=torch.int64, device=device))
+    plan = plan.reshape(steps, schedule.batches_per_step, len(splits))
+    job = Job(config, folder, device, ranks, splits, plan, torch.from_numpy(plan.sum(1)).to(device), model, head, rows,
+              optimizer, tally, torch.zeros(2, dtype=torch.int64, device=device))
     if any(per_domain(config, "margin_adaptive")):
         job.norms = torch.zeros(len(splits), 3, dtype=torch.float64, device=device)
     if config["ema"]:
@@ -1649,15 +1686,23 @@ def free_bytes(device: torch.device) -> int:
     """Memory that is left on a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, IndexError, ValueError):  # what Linux would give back counts as free
+        free[0] = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) << 10
+    with contextlib.suppress(OSError, ValueError):  # a limit of the job's own (SLURM, a container)
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(min(free), 0)
 
 
 def fill_cache(job: Job) -> list[np.ndarray]:
     """Decode every image once and keep it (--cache); returns per domain which rows could be read."""
     place = job.device if job.config["cache"] == "gpu" else torch.device("cpu")
     need, have = sum(len(split) * 3 * split.size**2 for split in job.splits), free_bytes(place)
-    if need > 0.8 * have:
-        raise InputError(f"--cache {job.config['cache']}: the images take {need / 2**30:.1f} GiB decoded and "
+    copies = 1 if place.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if job.ranks.any(need * copies > 0.8 * have):  # nobody begins before all have looked
+        each = f" for each of {copies} processes here" * (copies > 1)
+        raise InputError(f"--cache {job.config['cache']}: the images take {need / 2**30:.1f} GiB decoded{each} and "
                          f"{have / 2**30:.1f} GiB are free: leave --cache out, or prepare smaller images (--size)")
     job.cache, readable = [], []
     for split in job.splits:
@@ -1713,8 +1758,10 @@ def draw_classes(job: Job, chunks: list[Chunk], step: int, sharded: bool) -> dic
         chunk.label = label
     rows, ranges, shard = own_draw(rows, ranges, counts, *((ranks.rank, ranks.world) if sharded else (0, 1)))
     # unpinned, a copy of this size would wait for the device
-    rows = rows.pin_memory() if job.device.type == "cuda" else rows
-    return {"rows": rows.to(job.device, non_blocking=True), "class_ranges": ranges, "shard": shard if sharded else None}
+    first = torch.tensor([start for start, _ in ranges])
+    rows, first = (v.pin_memory() if job.device.type == "cuda" else v for v in (rows, first))
+    return {"rows": rows.to(job.device, non_blocking=True), "first": first.to(job.device, non_blocking=True),
+            "class_ranges": ranges, "shard": shard if sharded else None}
 
 
 @contextlib.contextmanager
@@ -1733,7 +1780,7 @@ def drawn(job: Job, rows: torch.Tensor | None) -> Iterator[None]:
     yield
     weight[rows] = job.head.data
     for key in [key for key, v in state.items() if v.ndim]:
-        moments = whole.get(key, torch.zeros_like(weight))  # none before the first step
+        moments = whole[key] if key in whole else torch.zeros_like(weight)  # none before the first step
         moments[rows] = state[key]
         state[key] = moments
     job.head.data = weight
@@ -1753,10 +1800,12 @@ def to_device(job: Job, chunks: Iterable[Chunk]) -> Iterator[tuple]:
     for chunk in chunks:
         for line in chunk.bad:
             tqdm.write(f"damaged image replaced: {line}", file=sys.stderr)
-        job.tally["bad"] += len(chunk.bad)
+        job.bad += len(chunk.bad)
         if chunk.images is None:
             chunk = chunk if job.cache is None else from_cache(job, chunk)
-            chunk.images = to_images(chunk, job.model, job.device)
+            # what autocast would make of them; colours are changed in float32
+            half = job.half and chunk.color is None
+            chunk.images = to_images(chunk, job.model, job.device, torch.bfloat16 if half else torch.float32)
         yield chunk.images, *(v.to(job.device, non_blocking=True) for v in (chunk.label, chunk.domain))
 
 
@@ -1781,9 +1830,7 @@ def load_steps(job: Job, stream: Stream, first: int) -> Iterator[Chunk]:
 
 def make_forward(job: Job) -> nn.Module:
     """The backbone in the precision of the run, compiled and spread over the ranks where that is asked for."""
-    forward = Precise(job.model, job.config["precision"], job.device)
-    if job.config["compile"]:
-        forward.compile()
+    forward = Precise(job.model, job.half, job.device)
     if job.ranks.world > 1:
         # what never gets a gradient must not be waited for
         images = torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)
@@ -1791,6 +1838,11 @@ def make_forward(job: Job) -> nn.Module:
         for parameter in job.model.parameters():
             parameter.requires_grad_(parameter.grad is not None)
         job.optimizer.zero_grad(set_to_none=True)
+    if job.config["compile"]:
+        if job.config["conflict_every"] or job.config["coupling"] == "pcgrad":
+            torch._functorch.config.donated_buffer = False  # their backward passes keep the graph
+        forward.compile(dynamic=False)  # batches have one size, but for a smaller last part
+    if job.ranks.world > 1:
         forward = nn.parallel.DistributedDataParallel(
             forward, device_ids=[job.device] if job.device.type == "cuda" else None, broadcast_buffers=False)
     return forward
@@ -1836,14 +1888,16 @@ def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int,
     tune_backbone = step >= round(config["head_warmup"] * job.steps)
     look = tune_backbone and config["conflict_every"] > 0 and step % config["conflict_every"] == 0
     by_domain = [[] for _ in job.splits] if tune_backbone and (look or config["coupling"] == "pcgrad") else None
-    counts = torch.from_numpy(job.plan[step].sum(0)).to(job.device, non_blocking=True)
+    counts = job.counts[step]
+    per_batch = passes // len(job.plan[step])
+    there = [np.flatnonzero(images).tolist() for images in job.plan[step] for _ in range(per_batch)]
     with drawn(job, options["rows"]):
         total = accumulate(forward, job.head, batches, counts, options, negatives=config["negatives"], ranks=job.ranks,
                            margin=ramp(step / job.steps, config["margin_ramp"]), tune_backbone=tune_backbone,
-                           passes=passes, by_domain=by_domain, norms=job.norms)
+                           passes=passes, by_domain=by_domain, there=there, norms=job.norms)
         if by_domain is not None:
             couple(job, by_domain, step, look)
-        job.head.grad[frozen] = 0  # --freeze-text-head: object comes first
+        job.head.grad[frozen].zero_()  # --freeze-text-head: object comes first
         total["grad_norm"] = gradient_norm(job.parameters, job.head, options["shard"] is not None, job.ranks)
         nn.utils.clip_grads_with_norm_(job.parameters, config["clip"] or math.inf, total["grad_norm"])
         total["finite"] = update(job, total["grad_norm"])
@@ -1856,9 +1910,13 @@ def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int,
 def couple(job: Job, by_domain: list[list[torch.Tensor]], step: int, look: bool) -> None:
     """From each domain's gradient to the step's: their sum, or PCGrad's; `look`: write down how they conflict."""
     named = [(name, p) for name, p in job.model.named_parameters() if p.requires_grad]
-    for gradients in by_domain:
-        for gradient in gradients:
-            job.ranks.sum(gradient).div_(job.ranks.world)
+    for k, gradients in enumerate(by_domain):
+        if not gradients:  # a domain without an image in this step
+            by_domain[k] = gradients = [torch.zeros_like(p) for _, p in named]
+        if job.ranks.world > 1:  # all at once: hundreds of small sums would each wait for the network
+            whole = job.ranks.sum(torch.cat([gradient.flatten() for gradient in gradients])) / job.ranks.world
+            parts = whole.split([gradient.numel() for gradient in gradients])
+            by_domain[k] = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
     if job.config["coupling"] == "pcgrad":
         whole = project_conflicts(by_domain, job.config["seed"], step)
     else:
@@ -1969,14 +2027,12 @@ def run_steps(job: Job) -> int:
 class Precise(nn.Module):
     """The model's forward pass in the precision of --precision."""
 
-    def __init__(self, model: Backbone, precision: str, device: torch.device) -> None:
+    def __init__(self, model: Backbone, half: bool, device: torch.device) -> None:
         super().__init__()
-        self.model, self.device = model, device.type
-        self.bf16 = precision == "bf16" or (precision == "auto" and self.device == "cuda"
-                                            and torch.cuda.is_bf16_supported())
+        self.model, self.half, self.device = model, half, device.type
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
             return self.model(images)
 
 
@@ -2021,6 +2077,10 @@ def log_window(job: Job, board, window: list[dict], done: int) -> dict:
         job.tally["collapsed_at"] = done
         tqdm.write(f"WARNING: step {done}: the embeddings have COLLAPSED (mean pairwise cosine "
                    f"{record['mean_cosine']:.4f}): lower --lr or take --head-init means", file=sys.stderr)
+    bad = torch.tensor(job.bad)
+    if job.ranks.world > 1:
+        torch.distributed.all_reduce(bad, group=job.ranks.control)
+    job.tally["bad"], job.bad = job.tally["bad"] + int(bad), 0
     record |= {key: value for key, value in job.tally.items() if key != "start"}
     if board is not None:
         append(job.folder / "log.jsonl", record)
@@ -2052,8 +2112,12 @@ def summarise(total: dict[str, torch.Tensor], domains: list[str]) -> dict:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The records of a .jsonl file of a run; none where it does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The records of a .jsonl file of a run; none where it does not exist, and not a line that was cut."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def write_report(job: Job) -> None:
@@ -2494,6 +2558,7 @@ def settle_options(context: click.Context, config: dict) -> None:
         if said.get(name) == "COMMANDLINE" and said.get(rival) == "DEFAULT_MAP":  # what --config says in another way
             config[rival] = None
     refuse_two_voices(config, said)
+    refuse_idle(config, said)
     fill_recipe(config, said)
 
 
@@ -2517,6 +2582,20 @@ def refuse_two_voices(config: dict, said: dict[str, str]) -> None:
                              "of them")
 
 
+def refuse_idle(config: dict, said: dict[str, str]) -> None:
+    """Options on the command line that would do nothing."""
+    for name, idle, why in (
+        ("order", config["schedule"] != "sequential", "orders the blocks of --schedule sequential"),
+        ("degrade_severity", not config["degrade"], "goes with --degrade"),
+        ("degrade_ramp", not config["degrade"], "goes with --degrade"),
+        ("size", bool(config["model"]), "is a size of --backbone, and --model says it in its name"),
+        ("head_init_images", config["head_init"] == "random", "counts the images of class means"),
+        ("mix_temperature", bool(config["mix"]), "makes the shares that --mix gives"),
+    ):
+        if idle and said[name] == "COMMANDLINE":
+            raise InputError(f"--{name.replace('_', '-')} {why}: leave it out")
+
+
 def read_config(context: click.Context, _parameter, path: str | None) -> str | None:
     """--config FILE: its options become the defaults, so that the command line still wins."""
     if path is None:
@@ -2529,7 +2608,11 @@ def read_config(context: click.Context, _parameter, path: str | None) -> str | N
     known = {parameter.name for parameter in context.command.params}
     if unknown := set(values) - known - NOT_OPTIONS:
         raise InputError(f"--config {path}: no option {sorted(unknown)[0]!r}")
-    joined = {key: ",".join(value) if isinstance(value, list) else value for key, value in values.items()}
+    for key, value in values.items():
+        if isinstance(value, list) and key in known and not all(isinstance(part, str) for part in value):
+            raise InputError(f"--config {path}: {key} is {value}: want text as on the command line")
+    joined = {key: ",".join(value) if isinstance(value, list) and key in known else value
+              for key, value in values.items()}
     context.default_map = {key: joined[key] for key in known & set(joined) - {"out", "resume", "config"}}
     return path
 
@@ -2642,7 +2725,8 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
               help="Gradient norm above which a step is scaled down; 0: never.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto",
               help="bf16 autocast of the backbone; auto: where CUDA has it.")
-@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of the start, the data order and every draw.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0,
+              help="Seed of the start, the data order and every draw.")
 @click.option("--shuffle-window", type=click.IntRange(1), default=8,
               help="Shards among which the order of an epoch is shuffled.")
 @click.option("--workers", type=click.IntRange(0), default=LOADERS, help="Loader processes.")
@@ -2672,8 +2756,12 @@ def main(context: click.Context, **config) -> int | None:
         refuse_options(context)
         return None
     settle_options(context, config)
-    job = set_up(config)
-    code = run_steps(job) if job else 0
+    try:
+        job = set_up(config)
+        code = run_steps(job) if job else 0
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --micro-batch, or add "
+                         "--grad-checkpointing; go on with --resume") from error
     if job and job.ranks.world > 1:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)  # all is written; gloo's threads now and then abort an interpreter that is torn down

@@ -88,13 +88,19 @@ def random_patch(u: np.ndarray, chance: float) -> tuple[float, float, float, flo
     return x, y, x + w, y + h
 
 
+@functools.lru_cache
+def constant(values: tuple[float, float, float], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A value for each channel, [3, 1, 1]; sent to a GPU once, because a copy of a list waits for it."""
+    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
+
+
 def change_colors(pixels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
     """Brightness, contrast and saturation of images [B, 3, S, S], RGB 0..1, times `factors` [B, 3] (1: as it is).
 
     As torchvision's ColorJitter has them, without hue and always in this order.
     """
     brightness, contrast, saturation = factors.to(pixels)[:, :, None, None, None].unbind(1)
-    luma = torch.tensor([0.2989, 0.587, 0.114], device=pixels.device, dtype=pixels.dtype).view(3, 1, 1)
+    luma = constant((0.2989, 0.587, 0.114), pixels.device, pixels.dtype)
     pixels = (pixels * brightness).clamp(0, 1)
     mean = (pixels * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
     pixels = torch.lerp(mean.expand_as(pixels), pixels, contrast).clamp(0, 1)
@@ -147,7 +153,7 @@ class Chunk:
         """
         if self.color is not None:
             factors = self.color.to(images.device, non_blocking=True)
-            mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype).view(3, 1, 1) for v in (mean, std))
+            mean, std = (constant(tuple(v), images.device, images.dtype) for v in (mean, std))
             changed = (change_colors(images * std + mean, factors) - mean) / std
             images = torch.where((factors != 1).any(1)[:, None, None, None], changed, images)  # others keep their bits
         return images if self.erase is None else erase_patches(images, self.erase)
@@ -195,6 +201,7 @@ class Stream(torch.utils.data.Dataset):
         most = math.ceil(int(plan[0].sum()) / world)
         self.micro = min(micro_batch or most, most)
         self.per_batch = math.ceil(most / self.micro)  # chunks
+        self.micro = math.ceil(most / self.per_batch)  # of one size, or nearly: compiled code fits one size
         self.starts = np.cumsum(plan, axis=0) - plan
         sizes = [[shard["samples"] for shard in split.index["shards"]] for split in splits]
         self.orders = [Order(n, seed, DOMAINS.index(s.domain), window) for n, s in zip(sizes, splits, strict=True)]

@@ -1,0 +1,178 @@
+"""What a training step must not do: wait for the device, compile again, differentiate what is not there."""
+
+import json
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data_prep.stream
+import train
+from data_prep import InputError
+from tests.conftest import ROOT, TINY, script
+from tests.test_coupling import lines
+
+
+def run_here(*arguments) -> None:
+    assert train.main([str(a) for a in arguments], standalone_mode=False) == 0
+
+
+class Waits(TorchDispatchMode):
+    """Notes what would make the CPU wait for a GPU: values read back, shapes that depend on values, lists sent."""
+
+    KINDS = ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        mask = name == "index" and any(v is not None and v.dtype == torch.bool for v in arguments[1])
+        if name in self.KINDS or mask:
+            frames = [frame for frame in traceback.extract_stack() if "/tests/" not in frame.filename]
+            place = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if str(ROOT) in f.filename and ".venv" not in
+                     f.filename][-1:]
+            self.found.append(f"{name} {place}")
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("more", [(), ("--negatives", "all"), ("--ema", "0.9"), ("--loss", "adaface")])
+def test_a_step_never_waits_for_the_device(demo_root, tmp_path, monkeypatch, more):
+    """All that would be on a GPU but for the loss, whose own kernels take that place there."""
+    inside, found, loss, taken = Waits(), [], train.margin_loss, train.take_step
+
+    def apart(*arguments, **options):
+        before = len(inside.found)
+        result = loss(*arguments, **options)
+        del inside.found[before:]
+        return result
+
+    def watched(job, forward, batches, step, options, passes):
+        batches = [tuple(v for v in batch) for batch in batches]
+        with inside:
+            result = taken(job, forward, iter(batches), step, options, passes)
+        if step:  # the first may build what is kept
+            found.extend(inside.found)
+        inside.found.clear()
+        return result
+
+    monkeypatch.setattr(train, "margin_loss", apart)
+    monkeypatch.setattr(train, "take_step", watched)
+    run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", *more)
+    # AdamW on the CPU asks for nothing either; the backward pass of the reference loss may index by numbers
+    assert found == []
+
+
+def test_colours_send_no_list_to_the_device():
+    chunk = data_prep.stream.Chunk([], *[torch.zeros(2, dtype=torch.int64)] * 3, torch.zeros(2, 4),
+                                   torch.zeros(2, dtype=torch.bool), [], color=torch.full((2, 3), 1.1))
+    chunk.augment(torch.zeros(2, 3, 4, 4), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    with Waits() as inside:
+        chunk.augment(torch.zeros(2, 3, 4, 4), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    assert inside.found == []
+
+
+@pytest.mark.parametrize("schedule, extra", [("A", ("--coupling", "pcgrad")), ("B", ())])
+def test_compiled_backbones_are_compiled_once_and_looked_into(demo_root, tmp_path, monkeypatch, schedule, extra):
+    """With the looks at conflicts, whose backward passes keep the graph, between ordinary steps."""
+    compiled, real = [], torch.nn.Module.compile
+
+    def backend(graph, example):
+        compiled.append([tuple(v.shape) for v in example if isinstance(v, torch.Tensor) and v.ndim == 4][-1:])
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(
+        self, backend=aot_autograd(fw_compiler=backend), **options))
+    torch._dynamo.reset()
+    try:
+        run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--schedule", schedule, *extra, "--compile",
+                 "--conflict-every", "2", "--head-warmup", "0.17", "--images", "96")  # an ordinary step comes first
+    finally:
+        torch._dynamo.reset()
+    assert [line["step"] for line in lines(tmp_path / "run/conflict.jsonl")] == [3, 5]
+    assert 1 <= len(compiled) <= 4, compiled  # forward and backward of one shape, and of a graph that is kept
+
+
+def test_a_domain_that_is_not_there_costs_no_backward_pass(demo_root, tmp_path, monkeypatch):
+    calls, real = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--schedule", "A", "--coupling", "pcgrad",
+             "--head-warmup", "0")
+    assert len(calls) == 4 * 4  # four steps of four batches, a domain each
+
+
+def test_a_stop_during_the_start_is_kept(demo_root, tmp_path, monkeypatch):
+    run, real = tmp_path / "run", train.init_head
+
+    def slow(*arguments):
+        (run / "STOP").touch()
+        return real(*arguments)
+
+    run.mkdir()
+    (run / "STOP").touch()  # an older one says nothing
+    run_here(*TINY, "--data", demo_root, "--out", run, "--images", "32")
+    assert (run / "done.json").exists() and not (run / "STOP").exists()
+    monkeypatch.setattr(train, "init_head", slow)
+    out = tmp_path / "other"
+    run = out
+    assert train.main([*map(str, (*TINY, "--data", demo_root, "--out", out))], standalone_mode=False) == train.STOPPED
+    assert lines(out / "log.jsonl")[-1]["step"] == 1
+
+
+def test_a_cut_line_of_a_log_is_left_out(tmp_path):
+    log = tmp_path / "probe.jsonl"
+    log.write_text('{"step": 2, "auc": {}}\n{"step": 4, "auc": {"object/val": 0.5}\n')
+    train.forget_after(tmp_path, 4)
+    assert log.read_text() == '{"step": 2, "auc": {}}\n'
+
+
+@pytest.mark.parametrize("options, words", [
+    (("--epochs", "inf"), "--epochs inf: want a finite number"),
+    (("--lr", "nan"), "--lr nan: want a finite number"),
+    (("--order", "body,object,face_hq,face_lq"), "--order orders the blocks of --schedule sequential"),
+    (("--degrade-severity", "0.5"), "--degrade-severity goes with --degrade"),
+    (("--device", "cuda:99"), "--device cuda"),
+])
+def test_what_means_nothing_is_refused(demo_root, tmp_path, options, words):
+    options = [*TINY, "--data", demo_root, "--out", tmp_path / "run", *options]
+    if "--epochs" in options:
+        del options[options.index("--images") : options.index("--images") + 2]
+    with pytest.raises(InputError) as error:
+        train.main([str(a) for a in options], standalone_mode=False)
+    assert error.value.message.startswith(words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_starts_that_are_refused_in_one_line(demo_root, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "config.json").write_text(json.dumps({"scale": [1, 2]}))
+    for options, words in ((("--out", tmp_path / "file" / "x"), "cannot be made a folder"),
+                           (("--config", tmp_path / "config.json"), "scale is [1, 2]: want text")):
+        failed = script("train.py", *TINY, "--data", demo_root, "--out", tmp_path / "run", *options, check=2)
+        assert words in failed.stderr and "Traceback" not in failed.stderr
+
+
+def test_the_cache_counts_every_process_of_the_machine(demo_root, tmp_path, monkeypatch):
+    need = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(train, "free_bytes", lambda device: (need.append(1), 30 << 20)[1])
+    with pytest.raises(InputError, match="for each of 4 processes here"):
+        run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--cache", "ram")
+    assert need and train.free_bytes.__name__ == "<lambda>"
+
+
+def test_free_memory_counts_what_linux_would_give_back():
+    free = train.free_bytes(torch.device("cpu"))
+    assert 64 << 20 < free < 1 << 50
+
+
+def test_a_run_of_one_domain_says_that_nothing_conflicts(demo_root, tmp_path, capsys):
+    run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--domains", "body", "--conflict-every", "1",
+             "--shard-head", "--images", "32")
+    said = capsys.readouterr().out
+    assert "nothing conflicts" in said and "one process holds all class weights" in said
+    assert not (tmp_path / "run/conflict.jsonl").exists()
