@@ -942,7 +942,10 @@ def class_means(x: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 def nearest_mean(x: np.ndarray, means: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
-    """Class with the nearest mean direction, int [n]. `own` [n]: x is among the sums of its class; leave it out."""
+    """Class with the nearest mean direction, int [n]; -1 where no class has an image.
+
+    `own` [n]: x is among the sums of its class; leave it out.
+    """
     length = np.linalg.norm(means, axis=1)
     directions, found = means / np.maximum(length, 1e-12)[:, None], np.empty(len(x), dtype=np.int64)
     for start in range(0, len(x), 1024):
@@ -954,7 +957,7 @@ def nearest_mean(x: np.ndarray, means: np.ndarray, own: np.ndarray | None = None
             size = np.linalg.norm(without, axis=1)
             cosine = (x[part] * without).sum(1) / np.maximum(size, 1e-12)
             scores[np.arange(len(scores)), own[part]] = np.where(size < 1e-6, -np.inf, cosine)
-        found[part] = scores.argmax(1)
+        found[part] = np.where(np.isfinite(scores).any(1), scores.argmax(1), -1)
     return found
 
 
@@ -992,17 +995,19 @@ def nearest_rows(x: np.ndarray, y: np.ndarray, k: int = 1, itself: bool = False,
 
 def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray, classes: int, same: bool, k: int = 20,
                        temperature: float = 0.07, device: torch.device | str = "cpu") -> np.ndarray:
-    """Class by a vote of the k nearest of `reference`, weighted exp(cos / T), int [n] (DINO's eval_knn).
+    """Class by a vote of the k nearest of `reference`, weighted exp(cos / T), int [n]; -1 where none votes.
+
+    Source: DINO's eval_knn.
 
     `same`: x is the reference itself; a sample does not vote for itself.
     """
-    top, cosine = nearest_rows(x, reference, min(k, len(reference) - same), same, device)
+    top, cosine = nearest_rows(x, reference, min(k, max(len(reference) - same, 0)), same, device)
     weight, votes = np.exp((cosine.astype(float) - 1) / temperature), np.empty(len(x), dtype=np.int64)
     for start in range(0, len(x), 1024):  # of thousands of classes each
         some = slice(start, start + 1024)
         tally = np.zeros((len(top[some]), classes))
         np.add.at(tally, (np.arange(len(tally))[:, None], labels[top[some]]), weight[some])
-        votes[some] = tally.argmax(1)
+        votes[some] = np.where((top[some] >= 0).any(1), tally.argmax(1), -1)
     return votes
 
 
@@ -1130,6 +1135,7 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
                          only: list[str] | None = None, device: torch.device | str = "cpu") -> dict[str, Figure]:
     """Top-1 of the nearest class mean and of 20 neighbours; top-1 and top-5 of class weights, trained or otherwise.
 
+    Of classes with equal scores the first is the answer, as of argmax; where no image votes, there is none: a miss.
     Beside each top-1 stands "... ReaL" where the split has ReaL's labels: right is any of them.
 
     Args:
@@ -1157,11 +1163,15 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
                                                                                  enumerate(classes)}
     labels = np.append([place.get(name, -1) for name in split.classes], -1)[split.labels]
     rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
+    if not good.any():
+        raise InputError(f"{other.folder}: no readable image with a class, and {split.folder} is scored by them: prepare "
+                         "that reference again, or leave the split out with --splits")
     itself = split.folder.resolve() == other.folder.resolve()
     x, truth, real = x[rows], labels[rows], true_in_real(split)
     vote = good & (own[other.labels] >= 0)
     y, y_labels = y[vote], other.labels[vote]
     means = class_means(y, y_labels, len(other.classes))  # 0 without votes: a set of some classes is scored among those
+    own = np.append(own, -1)  # of no answer
     answers = {"nearest-mean": own[nearest_mean(x, means, first[truth] if itself else None)],
                "knn": own[nearest_neighbours(x, y, y_labels, len(other.classes), itself, device=device)]}
     hits = {f"{name} top-1": answer == truth for name, answer in answers.items()}
@@ -1174,13 +1184,15 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     flat, starts = np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
     for name, (w, b) in linear.items():
         if np.isfinite(b[flat]).all():
-            better, answers[name] = np.empty((2, len(x)), dtype=np.int64)
+            before, answers[name] = np.empty((2, len(x)), dtype=np.int64)  # before: classes that rank above the truth
             for start in range(0, len(x), 1024):
                 part = slice(start, start + 1024)
                 scores = np.maximum.reduceat(x[part] @ w[flat].T + b[flat], starts, axis=1)  # the best of each group
-                own = scores[np.arange(len(scores)), truth[part]]
-                better[part], answers[name][part] = (scores > own[:, None]).sum(1), scores.argmax(1)
-            hits |= {f"{name} top-1": better < 1, f"{name} top-5": better < 5}
+                right = scores[np.arange(len(scores)), truth[part], None]
+                lower = np.arange(len(classes)) < truth[part, None]
+                before[part] = ((scores > right) | ((scores == right) & lower)).sum(1)
+                answers[name][part] = scores.argmax(1)
+            hits |= {f"{name} top-1": before < 1, f"{name} top-5": before < 5}
     chances = {metric: min((5 if metric.endswith("5") else 1) / len(classes), 1) for metric in hits}
     everywhere = np.ones(len(x), dtype=bool)
     counted = dict.fromkeys(hits, everywhere)
@@ -1189,7 +1201,8 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
         real = np.stack([real[rows][:, [column[name] for name in group if name in column]].any(1)
                          for group in several], 1)
         for name, answer in answers.items():
-            hits[f"{name} ReaL"], counted[f"{name} ReaL"] = real[np.arange(len(x)), answer], real.any(1)
+            hits[f"{name} ReaL"] = real[np.arange(len(x)), answer] & (answer >= 0)
+            counted[f"{name} ReaL"] = real.any(1)
             chances[f"{name} ReaL"] = float(real.sum(1)[real.any(1)].mean() / len(classes))
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
