@@ -1402,15 +1402,24 @@ def describe_protocol(split: Split, rule: str, flip: bool) -> str:
 
 
 def clean_of(split: Split, splits: list[Split]) -> Split | None:
-    """Whose images an out-of-distribution split of objects shifts: its reference, or what has the same reference."""
-    if not split.protocol.get("ood"):
+    """Whose images an out-of-distribution split of objects shifts: its reference, or what has the same reference.
+
+    It has images of every class that the split has images of; None where no such split is scored.
+    """
+    of, groups = split.protocol.get("reference"), split.protocol.get("groups") or {}
+    if not split.protocol.get("ood") or split.name == of:
         return None
+    wanted = [{name, *groups.get(name, [])} for name, count in zip(split.classes, split.counts, strict=True) if count]
+
+    def covers(other: Split) -> bool:
+        there = {name for name, count in zip(other.classes, other.counts, strict=True) if count}
+        return not any(there.isdisjoint(group) for group in wanted)
+
     alike = [other for other in splits if other.domain == split.domain and other.folder != split.folder
-             and other.protocol["name"] == "classification"]
-    of = split.protocol["reference"]
+             and other.protocol["name"] == "classification" and covers(other)]
     return next((other for other in alike if other.name == of),
                 next((other for other in alike if not other.protocol.get("ood")
-                      and other.protocol["reference"] == of), None)) if split.name != of else None
+                      and other.protocol["reference"] == of), None))
 
 
 def scopes_of(split: Split, trained: list[str]) -> list[tuple[list[str] | None, str, str]]:
@@ -1477,18 +1486,20 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
                 by_metric = score_classification(
                     x, split, (y, reference), head, classes, draws, seed, split.protocol.get("groups"),
                     {name: (w, b) for name, (w, b, _) in linear.items()}, only, embed.device)
+                rules = {metric: linear.get(metric.rpartition(" ")[0], [f"20 neighbours at T 0.07, reference "
+                                                                        f"{fingerprint(reference)}"])[-1]
+                         for metric in by_metric}
                 for metric, figure in by_metric.items():
-                    rule = linear.get(metric.rpartition(" ")[0], [f"20 neighbours at T 0.07, reference "
-                                                                  f"{fingerprint(reference)}"])[-1]
-                    found.setdefault(rule + which, {})[prefix + metric] = figure
+                    found.setdefault(rules[metric] + which, {})[prefix + metric] = figure
                 if only is None and (clean := clean_of(split, splits)):
                     before = score_classification(
                         embed(clean), clean, (y, reference), head, classes, draws, seed, split.protocol.get("groups"),
                         {name: (w, b) for name, (w, b, _) in linear.items()
                          if name != "probe" or reference.folder != clean.folder}, split.classes, embed.device)
-                    gaps = found.setdefault(f"clean is {clean.name} {fingerprint(clean)} by the same classes", {})
+                    same = f"clean is {clean.name} {fingerprint(clean)} by the same classes"
                     for metric in [metric for metric in by_metric if metric in before]:
-                        gaps[f"gap of {metric}"] = gap(before[metric], by_metric[metric], seed)
+                        found.setdefault(f"{same}, {rules[metric]}", {})[f"gap of {metric}"] = gap(
+                            before[metric], by_metric[metric], seed)
                 if only is not None:
                     labels = np.where(np.isin(split.labels, [split.classes.index(name) for name in only]),
                                       split.labels, -1)
@@ -2071,7 +2082,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
 
     Non-inferior: the lower end of the paired 95 % interval of run - expert lies above -margin; inferior: its upper end
     lies below; else undecided. (The lower end of a two-sided interval: a test at 2.5 %.) Metrics are those that are
-    shares and better when higher.
+    shares and better when higher: no d', EER, retention, gap to clean images or spread over folds.
     """
     table = []
     for group in groups:
@@ -2079,7 +2090,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
         for one in [*runs, *group]:
             found = {key: pair for key, pair in one.found.items() if key[0] == domain and key[1] != "everything"
                      and not key[3].startswith("human trials")
-                     and not any(word in key[2] for word in ("d-prime", "eer", "retention"))}
+                     and not any(word in key[2] for word in ("d-prime", "eer", "retention", "gap of ", "accuracy sd"))}
             kept.append(replace(one, found=found))
         if any(not one.found for one in kept):
             raise InputError(f"{group[0].folder} and {runs[0].folder}: no figures of {domain}: run evaluate.py on both")

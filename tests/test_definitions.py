@@ -82,7 +82,7 @@ def test_a_reference_without_an_image_of_the_split_s_classes_votes_for_none():
 
 def test_an_unreadable_reference_is_named():
     split, train = classified([0, 1], ["a", "b"], "val"), classified([0, 1], ["a", "b"], "train")
-    with pytest.raises(InputError, match="^train: no readable image") as error:
+    with pytest.raises(InputError, match=r"^train: no readable image") as error:
         evaluate.score_classification(np.eye(2), split, (np.full((2, 2), np.nan), train), None, [], 0, 0)
     assert "\n" not in error.value.message
 
@@ -92,3 +92,66 @@ def test_no_answer_is_not_right_by_real(monkeypatch):
     monkeypatch.setattr(evaluate, "true_in_real", lambda split: np.array([[True, False], [False, True]]))
     found = evaluate.score_classification(np.eye(2), split, (np.eye(2), train), None, [], 0, 0)
     assert found["knn ReaL"].value == found["nearest-mean ReaL"].value == 0 and found["knn ReaL"].count == 2
+
+
+# ---------------------------------------------------------------- gaps between clean and shifted images
+
+
+def test_clean_images_are_of_all_the_shifted_classes():
+    train, shifted = classified([0], ["a"], "train"), classified([0, 1, 1], ["a", "b", "c"], "r", ood=True)
+    other, some, empty, whole = (classified(labels, classes, name) for labels, classes, name in (
+        ([0, 0], ["x"], "other"), ([0, 0], ["a"], "some"), ([0, 0], ["a", "b"], "empty"),
+        ([0, 1], ["b", "a"], "whole")))
+    assert evaluate.clean_of(shifted, [shifted, other]) is None  # none of them: once a division by zero
+    assert evaluate.clean_of(shifted, [shifted, some, empty]) is None
+    assert evaluate.clean_of(shifted, [shifted, other, some, empty, whole]) is whole  # c has no image to compare
+    assert evaluate.clean_of(shifted, [train, whole]) is whole  # the reference lacks b
+    assert evaluate.clean_of(whole, [shifted, some]) is None  # not shifted
+    grouped = classified([0, 1], ["a", "b"], "objectnet", ood=True, groups={"a": ["d", "e"]})
+    fine = classified([0, 1], ["e", "b"], "fine")
+    assert evaluate.clean_of(grouped, [grouped, some, fine]) is fine and evaluate.clean_of(shifted, [fine]) is None
+
+
+def test_gaps_name_their_readout():
+    """Through score(), by an embedder that knows the answers: two classes, one of three shifted images lost."""
+    train, val, r = (classified(labels, ["a", "b"], name, **more) for labels, name, more in (
+        ([0, 1], "train", {}), ([0, 1], "val", {}), ([0, 1, 1], "r", {"ood": True})))
+    for split in (train, val, r):
+        split.index = {"provenance": {"source": split.name, "plan": "0123456789"}}
+    vectors = {"train": np.eye(2), "val": np.eye(2), "r": np.eye(2)[[0, 1, 0]]}
+
+    class Known:
+        device, name = torch.device("cpu"), "tuned"
+
+        def raw(self, split):
+            return vectors[split.name].astype(np.float32)
+
+        __call__ = raw
+
+    def gaps(rule):
+        readouts = SimpleNamespace(trained=[], fit=lambda *_: {"probe": (np.eye(2), np.zeros(2), rule)})
+        root = {"object": {"train": train, "val": val, "r": r}}
+        return evaluate.score(Known(), [val, r], root, None, 2, 0, readouts)[0]["object/r"]
+
+    found = gaps("probe by rule A")
+    clean = "clean is val val 01234567 by the same classes"
+    for readout, rule in (("knn", "20 neighbours at T 0.07, reference train 01234567"), ("probe", "probe by rule A")):
+        assert found[rule][f"{readout} top-1"].value == pytest.approx(2 / 3)
+        assert found[f"{clean}, {rule}"][f"gap of {readout} top-1"].value == pytest.approx(1 / 3)
+    assert f"{clean}, probe by rule A" not in gaps("probe by rule B")
+
+
+def test_experts_are_held_against_what_is_better_when_higher():
+    config = {"domains": ["object"], "counts": {"object": 10}}
+    metrics = {"knn top-1": 0.8, "head top-5": 0.9, "tar@far=0.01": 0.5, "mAP": 0.4, "accuracy": 0.9, "pair auc": 0.9,
+               "gap of knn top-1": 0.3, "accuracy sd": 0.1, "eer": 0.2, "d-prime": 2.0, "pair d-prime": 2.0,
+               "retention of knn top-1": 0.9, "unseen-class knn top-1": 0.5, "retention of unseen-class knn top-1": 0.9}
+
+    def made(name):
+        rows = {("object", "val", m, "p"): (evaluate.Row(name, "tuned", "object", "val", "p", m, v, v, v, 5),
+                                            np.full(3, v)) for m, v in metrics.items()}
+        return evaluate.Scored(Path(name), config, 0, rows)
+
+    table = evaluate.compare_experts([made("run")], [[made("expert")]], set(), 0.01)
+    assert [row["metric"] for row in table] == ["knn top-1", "head top-5", "tar@far=0.01", "mAP", "accuracy",
+                                                "pair auc", "unseen-class knn top-1"]
