@@ -418,7 +418,7 @@ class Templates:
 
     ids: np.ndarray  # int64 [T], ascending: every template that has an image or is listed
     vectors: np.ndarray  # unit float32 [T, D]; zeros where not enrolled
-    identity: np.ndarray  # int64 [T]; a template without images whose person no genuine pair tells has one of its own
+    identity: np.ndarray  # int64 [T]; below 0, and its own, where neither images nor a genuine pair tell the person
     enrolled: np.ndarray  # bool [T]: has a readable image
 
     def places(self, ids: np.ndarray) -> np.ndarray:
@@ -444,20 +444,22 @@ def pool_templates(x: np.ndarray, split: Split, quality: np.ndarray) -> Template
     tables = {"template_pairs": 2, "template_gallery": 1, "template_probes": 1}  # columns that name templates
     listed = [split.column(name)[:, :n].ravel() for name, n in tables.items() if name in split.index["columns"]]
     ids = np.unique(np.concatenate([template[template >= 0], *listed]))
-    rows = np.flatnonzero(np.isfinite(x[:, 0]) & (template >= 0))
-    place = np.searchsorted(ids, template[rows])
+    listed = np.flatnonzero(template >= 0)
+    named = np.searchsorted(ids, template[listed])
+    good = np.isfinite(x[listed, 0])
+    rows, place = listed[good], named[good]
     _, medium, size = np.unique(place * (int(media.max()) + 2) + media[rows] + 1, return_inverse=True,
                                 return_counts=True)
     weight = (quality[rows] / size[medium]).astype(np.float32)
     vectors = normalise(scipy.sparse.csr_array((weight, (place, rows)), shape=(len(ids), len(x))) @ x)
-    enrolled, identity = np.zeros(len(ids), dtype=bool), np.arange(len(ids)) + len(split.classes)
-    enrolled[place], identity[place] = True, split.labels[rows]
-    found = Templates(ids, vectors, identity, enrolled)
-    if "template_pairs" in split.index["columns"] and not enrolled.all():
+    enrolled, identity = np.zeros(len(ids), dtype=bool), -2 - np.arange(len(ids))
+    enrolled[place], identity[named] = True, split.labels[listed]  # unreadable images tell whose it is, too
+    found, told = Templates(ids, vectors, identity, enrolled), np.isin(np.arange(len(ids)), named)
+    if "template_pairs" in split.index["columns"] and not told.all():
         pairs = split.column("template_pairs")
         left, right = (found.places(column) for column in pairs[pairs[:, 2] == 1, :2].T)
         for a, b in ((left, right), (right, left)):
-            known = ~enrolled[a] & enrolled[b]
+            known = ~told[a] & told[b]
             identity[a[known]] = identity[b[known]]
     return found
 
@@ -621,19 +623,21 @@ def score_template_search(templates: Templates, galleries: list[np.ndarray], pro
     """Rank-k and TPIR@FPIR of probe templates in each gallery for itself.
 
     Hits at a rank are added over the galleries and divided by all probes (each has its mate in one of them); TPIR is
-    the mean over galleries. A probe that is not enrolled counts as a miss.
+    the mean over galleries. Mated is a probe whose person a gallery lists, enrolled or not: where either of the two is
+    not enrolled, it counts as a miss. So does, in every gallery, a probe that is not enrolled and of unknown person.
     Source: insightface, `ijb_evals.py`, evaluation_1N.
     """
     probes, searches = templates.places(probes), []
-    lost = ~templates.enrolled[probes]
-    for gallery in galleries:
+    lost, people = ~templates.enrolled[probes], templates.identity[probes]
+    mated = [np.isin(people, templates.identity[templates.places(gallery)]) & (people >= 0) for gallery in galleries]
+    for gallery, listed in zip(galleries, mated, strict=True):
         rows = templates.places(gallery)
         rows = rows[templates.enrolled[rows]]
         same = mates_in(templates.identity[rows])
         search = search_gallery(templates.vectors, probes, rows, lambda p, same=same: (same(templates.identity[p]), []),
                                 device=device)
         search.own[lost], search.first[lost], search.wrong[lost] = -np.inf, np.inf, -2
-        searches.append((search, np.isfinite(search.own) | lost))
+        searches.append((search, listed | (lost & (people < 0))))
     supported = [f for f in FPIRS if all((~mated).sum() * f >= 1 and mated.any() for _, mated in searches)]
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
@@ -895,8 +899,10 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
                   device: torch.device | str = "cpu") -> tuple[dict, dict]:
     """CMC (and mAP, mINP for re-identification) of a split's probes against its gallery and distractors.
 
-    Re-identification ignores gallery items of the same identity and camera (Market-1501), or as the variant says.
-    Probes without a relevant item left are not counted, but for the TPIR of identification, whose threshold they set.
+    Re-identification ignores gallery items of the same identity and camera (Market-1501), or as the variant says; a
+    probe without a relevant item left is not counted. In identification a probe is mated if the gallery lists its
+    identity, and misses where all those images are unreadable; the others set the threshold of TPIR. Unreadable probes
+    are left out.
     """
     variant = variant or variants_of(split)[0]
     roles, good, reid = split.optional("role"), np.isfinite(x[:, 0]), split.protocol["name"] == "reid"
@@ -907,7 +913,8 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
     else:
         galleries = [g]
     searches = [search_gallery(x, q, rows, gallery_rule(split, rows, variant), device=device) for rows in galleries]
-    counted = np.all([np.isfinite(search.first) for search in searches], axis=0)
+    counted = (np.all([np.isfinite(search.first) for search in searches], axis=0) if reid else
+               np.isin(split.labels[q], split.labels[roles > 0]) & (split.labels[q] >= 0))
     if not counted.any():
         raise InputError(f"{split.folder}: no probe has a mate in the gallery: nothing to score")
     first = np.array([search.first for search in searches])[:, counted]
@@ -1164,8 +1171,8 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     labels = np.append([place.get(name, -1) for name in split.classes], -1)[split.labels]
     rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
     if not good.any():
-        raise InputError(f"{other.folder}: no readable image with a class, and {split.folder} is scored by them: prepare "
-                         "that reference again, or leave the split out with --splits")
+        raise InputError(f"{other.folder}: no readable image with a class, and {split.folder} is scored by them: "
+                         "prepare that reference again, or leave the split out with --splits")
     itself = split.folder.resolve() == other.folder.resolve()
     x, truth, real = x[rows], labels[rows], true_in_real(split)
     vote = good & (own[other.labels] >= 0)

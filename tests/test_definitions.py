@@ -49,8 +49,8 @@ def test_top_5_equals_a_stable_sort():
     rng = np.random.default_rng(0)
     classes, truth = [f"{i:02}" for i in range(12)], rng.integers(0, 12, 300)
     x, w = rng.integers(-1, 2, (300, 3)).astype(float), rng.integers(-1, 2, (12, 3)).astype(float)
-    found = evaluate.score_classification(x, classified(truth, classes, "val"), (x, classified(truth, classes, "train")),
-                                          None, [], 0, 0, linear={"probe": (w, np.zeros(12))})
+    val, train = (classified(truth, classes, name) for name in ("val", "train"))
+    found = evaluate.score_classification(x, val, (x, train), None, [], 0, 0, linear={"probe": (w, np.zeros(12))})
     order = np.argsort(-(x @ w.T), axis=1, kind="stable")
     for k in (1, 5):
         assert found[f"probe top-{k}"].value == pytest.approx((order[:, :k] == truth[:, None]).any(1).mean())
@@ -155,3 +155,72 @@ def test_experts_are_held_against_what_is_better_when_higher():
     table = evaluate.compare_experts([made("run")], [[made("expert")]], set(), 0.01)
     assert [row["metric"] for row in table] == ["knn top-1", "head top-5", "tar@far=0.01", "mAP", "accuracy",
                                                 "pair auc", "unseen-class knn top-1"]
+
+
+# ---------------------------------------------------------------- mates that are lost
+
+
+def literal_lost(x, labels, roles, fpir):
+    """Identification as NIST counts it: (rank-1, TPIR) where a mate that was not enrolled is a miss."""
+    listed, hits, found, strangers = set(labels[roles > 0]) - {-1}, [], [], []
+    gallery = [g for g in np.flatnonzero(roles > 0) if np.isfinite(x[g, 0])]
+    for p in np.flatnonzero((roles == 0) & np.isfinite(x[:, 0])):
+        scores = sorted(((x[g] @ x[p], labels[g] == labels[p]) for g in gallery), reverse=True)
+        if labels[p] in listed:
+            hits.append(scores[0][1])
+            found.append(scores[0])
+        else:
+            strangers.append(scores[0][0])
+    threshold = sorted(strangers, reverse=True)[max(int(len(strangers) * fpir) - 1, 0)]
+    return np.mean(hits), np.mean([mate and score > threshold for score, mate in found])
+
+
+def test_a_probe_whose_mate_is_unreadable_is_a_miss_and_no_stranger():
+    # at degrees; gallery: A 0, B 90 (unreadable), probes: A 10, B 1, ten strangers from 30 on
+    degrees = np.deg2rad([0, 90, 10, 1, *range(30, 40)])
+    x = np.stack([np.cos(degrees), np.sin(degrees)], 1)
+    x[1] = np.nan
+    labels, roles = np.array([0, 1, 0, 1, *[-1] * 10]), np.array([1, 1, 0, 0, *[0] * 10])
+    found, _ = evaluate.score_gallery(x, FakeSplit(labels, {"name": "identification"}, role=roles), 0, 0)
+    # A's probe is found above the nearest stranger, at cos 30; as a stranger, B's at cos 1 would keep it out
+    assert {name: (f.value, f.count) for name, f in found.items()} == {
+        "rank-1": (0.5, 2), "rank-5": (0.5, 2), "rank-20": (0.5, 2), "tpir@fpir=0.1": (0.5, 12)}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_identification_with_unreadable_images_equals_a_literal_count(seed):
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(20), np.arange(40), -np.ones(30, int)])
+    roles = np.repeat([1, 0, 2], [20, 40, 30])
+    x = unit(rng.normal(size=(90, 5)) + 2 * rng.normal(size=(41, 5))[labels])
+    x[rng.permutation(20)[:5]] = np.nan
+    x[20 + rng.permutation(40)[:5]] = np.nan
+    found, _ = evaluate.score_gallery(x, FakeSplit(labels, {"name": "identification"}, role=roles), 0, 0)
+    assert (found["rank-1"].value, found["tpir@fpir=0.1"].value) == pytest.approx(literal_lost(x, labels, roles, 0.1))
+
+
+def test_re_identification_still_leaves_probes_without_a_relevant_item_uncounted():
+    x = unit(np.array([[1, 0], [0, 1], [1, 0.1], [0.1, 1.0]]))
+    x[3] = np.nan
+    split = FakeSplit([0, 1, 0, 1], {"name": "reid"}, role=np.array([0, 0, 1, 1]), camera=np.array([0, 0, 1, 1]))
+    assert evaluate.score_gallery(x, split, 0, 0)[0]["rank-1"].count == 1
+
+
+def test_templates_whose_mates_are_not_enrolled():
+    """Gallery 1: A at 0 degrees, B unreadable; gallery 2: C at 180, E at 270."""
+    # probes 4 to 7: A 10, B 1, C unreadable, E 265; 8 to 17: A; 18 to 27: E; 99 has no image, nobody knows whose it is
+    degrees = np.deg2rad([0, 90, 180, 270, 10, 1, 185, 265, *range(20, 30), *range(30, 40)])
+    x = np.stack([np.cos(degrees), np.sin(degrees)], 1).astype(np.float32)
+    x[[1, 6]] = np.nan
+    labels, probes = [0, 1, 2, 3, 0, 1, 2, 3, *[0] * 10, *[3] * 10], np.array([*range(4, 28), 99])
+    split = FakeTemplates(labels, template=np.arange(28), media=np.arange(28), template_probes=probes[:, None],
+                          template_gallery=np.array([[0, 0], [1, 0], [2, 1], [3, 1]]))
+    templates = evaluate.pool_templates(x, split, np.ones(28))
+    assert np.flatnonzero(~templates.enrolled).tolist() == [1, 6, 28]
+    assert templates.identity[:28].tolist() == labels and templates.identity[28] < -1
+    found = evaluate.score_template_search(templates, [np.array([0, 1]), np.array([2, 3])], probes, 0, 0)
+    # found: A's 11 and E's 11 of 25. TPIR in gallery 1: the nearest of 12 strangers (C, E's) scores cos 30, A's more;
+    # B and 99 are missed: 11/13. In gallery 2: the nearest of 12 strangers (A's, B) scores cos 91, E's at 265 more,
+    # E's from 30 on at most cos 120; C and 99 are missed: 1/13
+    assert {name: f.value for name, f in found.items()} == pytest.approx({
+        "rank-1": 22 / 25, "rank-5": 22 / 25, "rank-10": 22 / 25, "tpir@fpir=0.1": 6 / 13})
