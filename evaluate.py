@@ -299,7 +299,9 @@ def roc(scores: np.ndarray, same: np.ndarray, weights: np.ndarray | None = None)
 
 
 def tar_at_far(far: np.ndarray, tar: np.ndarray, target: float) -> float:
-    """The largest TAR whose FAR does not exceed the target (strict rule, no interpolation)."""
+    """The largest TAR whose FAR does not exceed the target (strict rule, no interpolation); NaN of one kind alone."""
+    if math.isnan(far[-1] + tar[-1]):
+        return math.nan  # a resampling without genuine pairs or without impostors
     return float(tar[np.searchsorted(far, target * (1 + 1e-9), side="right") - 1])
 
 
@@ -379,13 +381,13 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
         {rule: {metric: Figure}}, the exact thresholds first, and to draw: the ROC, and how many scores of either kind
         fall into each of SCORE_BINS.
     """
-    pairs = split.column("pairs")
+    pairs, folded = np.array(split.column("pairs")), f"{split.protocol['folds']} folds"
+    if len(np.unique(pairs[:, 3])) == 1:  # dealt before any pair is left out: the same folds for every run
+        pairs[:, 3], folded = np.arange(len(pairs)) % 10, "10 folds, dealt"
     pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
-    left, right, same, folds = pairs[:, 0], pairs[:, 1], pairs[:, 2] == 1, np.array(pairs[:, 3])
+    left, right, same, folds = pairs[:, 0], pairs[:, 1], pairs[:, 2] == 1, pairs[:, 3]
     if same.all() or not same.any():
         raise InputError(f"{split.folder}: its pairs are all genuine or all impostors: nothing to verify")
-    if len(np.unique(folds)) == 1:
-        folds = np.arange(len(pairs)) % 10
     scores = (x[left] * x[right]).sum(1)
     a, b = split.labels[left], split.labels[right]
 
@@ -402,7 +404,6 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
 
     far, tar = roc(scores, same)
     spread = {kind: np.histogram(scores[mask], SCORE_BINS)[0] for kind, mask in (("same", same), ("different", ~same))}
-    folded = f"{split.protocol['folds']} folds"
     found = {f"{folded}, exact thresholds, strict FAR": intervals(statistic, pair_weights(), len(pairs)),
              f"{folded}, thresholds 0 to 4 by 0.01 on the squared distance": intervals(
                  lambda w: grid_accuracy(scores, same, folds, w), pair_weights(), len(pairs))}
@@ -551,6 +552,8 @@ def find_tail(found: Scores, same: np.ndarray, target: float) -> Tail | None:
 
 def tar_at_nearest_far(far: np.ndarray, tar: np.ndarray, target: float) -> float:
     """The TAR at the FAR nearest to the target, of several the last (insightface's rule; may exceed the target)."""
+    if math.isnan(far[-1] + tar[-1]):
+        return math.nan
     gap = np.abs(far - target)
     return float(tar[np.flatnonzero(gap == gap.min())[-1]])
 
@@ -581,30 +584,38 @@ def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, se
             scores[~(templates.enrolled[left[places]] & templates.enrolled[right[places]])] = -2  # below every cosine
             yield places, scores
 
-    for need in (int(1.5 * max(targets) * others) + 2, others + 1):  # all of them where many scores are equal
+    def resample(tail: Tail) -> tuple[dict[tuple[str, float], Figure], tuple[np.ndarray, np.ndarray], float]:
+        """Figures by rule and FAR, the ROC, and the least FAR at which a resampling's tail ends."""
+        a, b, matched = identity[left[tail.pairs]], identity[right[tail.pairs]], same[tail.pairs]
+        corner, ends = np.append(True, tail.corner), []
+
+        def roc_of(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            """FAR and TAR at the tail's points when each person is there so many times; NaN without pairs of a kind."""
+            once = counts[a]
+            genuine = np.add.reduceat(np.where(matched, once, 0), tail.start)
+            false = np.add.reduceat(np.where(matched, 0, once * counts[b]), tail.start)
+            total, impostors = counts @ genuine_of, counts @ (impostors_of @ counts)
+            return (np.append(0, np.cumsum(false)) / (impostors or math.nan),
+                    np.append(0, np.cumsum(genuine)) / (total or math.nan))
+
+        def statistic(counts: np.ndarray | None) -> dict[str, float]:
+            far, tar = roc_of(np.ones(people, dtype=np.int64) if counts is None else counts)
+            ends.append(far[corner][-1])
+            nearest = {("nearest", f): tar_at_nearest_far(far[corner], tar[corner], f) for f in targets}
+            return nearest | {("strict", f): tar_at_far(far, tar, f) for f in targets}
+
+        found = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs))
+        return found, roc_of(np.ones(people, dtype=np.int64)), np.nanmin(ends)
+
+    # all of them where many scores are equal, or where a resampling lacks the people of the highest impostors
+    for need in (int(1.5 * max(targets) * others) + 2, others + 1):
         scores = collect_scores(listed(), same, need)
         if tail := find_tail(scores, same, max(targets)):
-            break
-    a, b, same = identity[left[tail.pairs]], identity[right[tail.pairs]], same[tail.pairs]
-
-    def roc_of(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """FAR and TAR at the tail's points when each person is there so many times."""
-        once = counts[a]
-        genuine = np.add.reduceat(np.where(same, once, 0), tail.start)
-        false = np.add.reduceat(np.where(same, 0, once * counts[b]), tail.start)
-        total, others = counts @ genuine_of, counts @ (impostors_of @ counts)
-        return (np.append(0, np.cumsum(false)) / max(others, 1), np.append(0, np.cumsum(genuine)) / max(total, 1))
-
-    corner = np.append(True, tail.corner)
-
-    def statistic(counts: np.ndarray | None) -> dict[str, float]:
-        far, tar = roc_of(np.ones(people, dtype=np.int64) if counts is None else counts)
-        nearest = {("nearest", f): tar_at_nearest_far(far[corner], tar[corner], f) for f in targets}
-        return nearest | {("strict", f): tar_at_far(far, tar, f) for f in targets}
-
-    found = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs))
+            found, curve, end = resample(tail)
+            if scores.whole or end > max(targets):
+                break
     figures = {rule: {f"tar@far={far:g}": found[rule, far] for far in targets} for rule in ("nearest", "strict")}
-    return figures, draw_from_bins(scores.bins, *roc_of(np.ones(people, dtype=np.int64)))
+    return figures, draw_from_bins(scores.bins, *curve)
 
 
 def draw_from_bins(bins: np.ndarray, far: np.ndarray, tar: np.ndarray, points: int = 2000) -> dict:
@@ -1023,7 +1034,7 @@ def fit_probe(y: np.ndarray, labels: np.ndarray, classes: int, device: torch.dev
     """A linear probe: multinomial logistic regression by L-BFGS, without any draw.
 
     The regularisation is chosen on every fifth image of each class, from the strongest on while that gets better, and
-    the probe then fitted to all images.
+    the probe then fitted to all images. With one image a class there is nothing to choose on: it is the strongest.
 
     Args:
         y: embeddings float32 [n, D]; centred and scaled here to a variance of 1 on average.
@@ -1065,8 +1076,8 @@ def fit_probe(y: np.ndarray, labels: np.ndarray, classes: int, device: torch.dev
         return found.x
 
     rest, test, best = np.flatnonzero(~held), torch.from_numpy(np.flatnonzero(held)).to(device), (-1.0, strengths[0])
-    flat = np.zeros(classes * (y.shape[1] + 1))
-    for strength in strengths:
+    start = flat = np.zeros(classes * (y.shape[1] + 1))
+    for strength in strengths if len(rest) else ():
         flat = fit(rest, strength, flat)
         w = torch.from_numpy(flat.reshape(classes, -1)).float().to(device)
         right = float(((z[test] @ w[:, :-1].T + w[:, -1]).argmax(1) == target[test]).float().mean())

@@ -3,7 +3,6 @@
 Each against a case computed by hand or a slow literal transcription.
 """
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +12,6 @@ import torch
 
 import evaluate
 from data_prep import InputError
-from evaluate import Figure
 from tests.test_evaluate import FakeSplit, unit
 from tests.test_protocols import FakeTemplates
 
@@ -224,3 +222,103 @@ def test_templates_whose_mates_are_not_enrolled():
     # E's from 30 on at most cos 120; C and 99 are missed: 1/13
     assert {name: f.value for name, f in found.items()} == pytest.approx({
         "rank-1": 22 / 25, "rank-5": 22 / 25, "rank-10": 22 / 25, "tpir@fpir=0.1": 6 / 13})
+
+
+# ---------------------------------------------------------------- pairs: folds, resamplings of one kind, short tails
+
+
+def paired(pairs, folds, count):
+    return FakeSplit(np.arange(count) // 2, {"name": "verification", "folds": folds}, pairs=np.array(pairs))
+
+
+def test_folds_that_are_dealt_say_so_and_do_not_hang_on_what_is_readable():
+    rng = np.random.default_rng(0)
+    x = unit(np.repeat(rng.normal(size=(40, 3)), 2, axis=0) + 0.7 * rng.normal(size=(80, 3)))
+    pairs = [(2 * (i // 2), 2 * (i // 2) + 1 if i % 2 else (2 * i + 7) % 80, i % 2, 0) for i in range(80)]
+    exact = "10 folds, dealt, exact thresholds, strict FAR"
+    assert list(evaluate.score_verification(x, paired(pairs, 1, 80), 0, 0)[0]) == [
+        exact, "10 folds, dealt, thresholds 0 to 4 by 0.01 on the squared distance"]
+    given = [(a, b, same, i % 10) for i, (a, b, same, _) in enumerate(pairs)]
+    x[[0, 1, 31]] = np.nan
+    one, ten = (evaluate.score_verification(x, paired(listed, folds, 80), 3, 0)[0]
+                for listed, folds in ((pairs, 1), (given, 10)))
+    for rule, figures in ten.items():
+        for name, figure in figures.items():
+            dealt = one[rule.replace("10 folds", "10 folds, dealt")][name]
+            assert (dealt.value, dealt.count, *dealt.draws) == (figure.value, figure.count, *figure.draws)
+    assert "10 folds, exact thresholds, strict FAR" in ten and figures["accuracy"].count < 80
+
+
+def test_tar_at_far_of_one_kind_alone_is_not_known():
+    scores, same = np.array([3.0, 2, 1]), np.array([True, False, True])
+    for weights in ([1, 0, 1], [0, 1, 0]):  # no impostor; no genuine pair
+        curve = evaluate.roc(scores, same, np.array(weights))
+        assert np.isnan([evaluate.tar_at_far(*curve, 0.1), evaluate.tar_at_nearest_far(*curve, 0.1)]).all()
+
+
+@pytest.mark.parametrize("genuine_first", [True, False])
+def test_resamplings_of_templates_without_a_kind_of_pairs_do_not_count(genuine_first):
+    # a genuine pair of person 0, ten impostor pairs of 0 and 1. Where the genuine pair scores highest, TAR is 1 in
+    # every resampling that has both people; else it is 0
+    degrees = np.deg2rad([0, 10, 90] if genuine_first else [0, 90, 10])
+    x = np.stack([np.cos(degrees), np.sin(degrees)], 1).astype(np.float32)
+    split = FakeTemplates([0, 0, 1], template=np.arange(3), media=np.arange(3))
+    pairs = np.array([[0, 1, 1], *[[0, 2, 0]] * 10])
+    found, _ = evaluate.score_template_pairs(evaluate.pool_templates(x, split, np.ones(3)), pairs, 40, 0)
+    for rule in ("nearest", "strict"):
+        figure = found[rule]["tar@far=0.1"]
+        both = np.array([counts.min() > 0 for counts in evaluate.bootstrap_counts(np.arange(2), 40, 0)])
+        assert 0 < both.sum() < 40 and np.isnan(figure.draws[~both]).all()
+        assert figure.low == figure.value == figure.high == genuine_first
+
+
+def test_the_interval_with_a_hub_person_equals_that_of_the_whole_list(monkeypatch):
+    """Person 0 is alike everybody: a resampling without 0 has none of the highest impostors."""
+    rng, people = np.random.default_rng(0), 30
+    centres = unit(rng.normal(size=(people, 64)))
+    centres[:, 0] = 1.0  # what all share, and 0 has nothing else
+    centres[0] = np.eye(64)[0]
+    x = unit(np.repeat(unit(centres), 2, axis=0) + 0.12 * rng.normal(size=(2 * people, 64)))
+    x[:2] = centres[0]
+    labels = np.arange(2 * people) // 2
+    hub = [(a, b, 0) for a in (0, 1) for b in range(2, 2 * people)]
+    rest = [(a, b, 0) for a, b in rng.integers(2, 2 * people, (600, 2)) if labels[a] != labels[b]]
+    pairs = np.array([(2 * i, 2 * i + 1, 1) for i in range(people)] + hub + rest)
+    split = FakeTemplates(labels, template=np.arange(2 * people), media=np.arange(2 * people))
+    templates = evaluate.pool_templates(x.astype(np.float32), split, np.ones(2 * people))
+    found, _ = evaluate.score_template_pairs(templates, pairs, 60, 3)
+    scores = np.empty(len(pairs), dtype=np.float32)
+    for places, some in evaluate.score_listed(templates.vectors, pairs[:, 0], pairs[:, 1]):
+        scores[places] = some
+    same, left = pairs[:, 2] == 1, []
+    for target in (0.1, 0.01):
+        expected = []
+        for counts in evaluate.bootstrap_counts(np.arange(people), 60, 3):
+            a, b = counts[labels[pairs[:, 0]]], counts[labels[pairs[:, 1]]]
+            expected.append(evaluate.tar_at_far(*evaluate.roc(scores, same, np.where(same, a, a * b)), target))
+            left.append(counts[0])
+        np.testing.assert_allclose(found["strict"][f"tar@far={target:g}"].draws, expected, atol=1e-12)
+    assert 0 in left and np.ptp(expected) > 0
+    collect = evaluate.collect_scores
+    monkeypatch.setattr(evaluate, "collect_scores", lambda listed, same, need: collect(listed, same, len(pairs)))
+    whole, _ = evaluate.score_template_pairs(templates, pairs, 60, 3)
+    for rule, figures in whole.items():
+        for name, figure in figures.items():
+            assert (figure.value, *figure.draws) == (found[rule][name].value, *found[rule][name].draws)
+
+
+# ---------------------------------------------------------------- the linear probe
+
+
+def test_a_probe_of_one_image_a_class_is_fitted_without_a_choice():
+    y = np.eye(3, dtype=np.float32)
+    w, b, strength = evaluate.fit_probe(y, np.arange(3), 3, torch.device("cpu"), (0.5, 0.1))
+    assert strength == 0.5 and (y @ w.T + b).argmax(1).tolist() == [0, 1, 2]
+    # the minimum of mean cross-entropy + 0.25 |W|², by slow descent
+    z = torch.from_numpy((y - y.mean(0)) / np.sqrt(y.var(0).mean()))
+    v = torch.zeros(3, 4, requires_grad=True)
+    for _ in range(3000):
+        loss = torch.nn.functional.cross_entropy(z @ v[:, :3].T + v[:, 3], torch.arange(3))
+        (gradient,) = torch.autograd.grad(loss + 0.25 * (v[:, :3] ** 2).sum(), v)
+        v = (v - 0.3 * gradient).detach().requires_grad_()
+    np.testing.assert_allclose(y @ w.T + b, (z @ v[:, :3].T + v[:, 3]).detach().numpy(), atol=2e-3)
