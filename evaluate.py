@@ -299,7 +299,9 @@ def roc(scores: np.ndarray, same: np.ndarray, weights: np.ndarray | None = None)
 
 
 def tar_at_far(far: np.ndarray, tar: np.ndarray, target: float) -> float:
-    """The largest TAR whose FAR does not exceed the target (strict rule, no interpolation)."""
+    """The largest TAR whose FAR does not exceed the target (strict rule, no interpolation); NaN of one kind alone."""
+    if math.isnan(far[-1] + tar[-1]):
+        return math.nan  # a resampling without genuine pairs or without impostors
     return float(tar[np.searchsorted(far, target * (1 + 1e-9), side="right") - 1])
 
 
@@ -379,13 +381,13 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
         {rule: {metric: Figure}}, the exact thresholds first, and to draw: the ROC, and how many scores of either kind
         fall into each of SCORE_BINS.
     """
-    pairs = split.column("pairs")
+    pairs, folded = np.array(split.column("pairs")), f"{split.protocol['folds']} folds"
+    if len(np.unique(pairs[:, 3])) == 1:  # dealt before any pair is left out: the same folds for every run
+        pairs[:, 3], folded = np.arange(len(pairs)) % 10, "10 folds, dealt"
     pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
-    left, right, same, folds = pairs[:, 0], pairs[:, 1], pairs[:, 2] == 1, np.array(pairs[:, 3])
+    left, right, same, folds = pairs[:, 0], pairs[:, 1], pairs[:, 2] == 1, pairs[:, 3]
     if same.all() or not same.any():
         raise InputError(f"{split.folder}: its pairs are all genuine or all impostors: nothing to verify")
-    if len(np.unique(folds)) == 1:
-        folds = np.arange(len(pairs)) % 10
     scores = (x[left] * x[right]).sum(1)
     a, b = split.labels[left], split.labels[right]
 
@@ -402,7 +404,6 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
 
     far, tar = roc(scores, same)
     spread = {kind: np.histogram(scores[mask], SCORE_BINS)[0] for kind, mask in (("same", same), ("different", ~same))}
-    folded = f"{split.protocol['folds']} folds"
     found = {f"{folded}, exact thresholds, strict FAR": intervals(statistic, pair_weights(), len(pairs)),
              f"{folded}, thresholds 0 to 4 by 0.01 on the squared distance": intervals(
                  lambda w: grid_accuracy(scores, same, folds, w), pair_weights(), len(pairs))}
@@ -418,7 +419,7 @@ class Templates:
 
     ids: np.ndarray  # int64 [T], ascending: every template that has an image or is listed
     vectors: np.ndarray  # unit float32 [T, D]; zeros where not enrolled
-    identity: np.ndarray  # int64 [T]; a template without images whose person no genuine pair tells has one of its own
+    identity: np.ndarray  # int64 [T]; below 0, and its own, where neither images nor a genuine pair tell the person
     enrolled: np.ndarray  # bool [T]: has a readable image
 
     def places(self, ids: np.ndarray) -> np.ndarray:
@@ -444,20 +445,22 @@ def pool_templates(x: np.ndarray, split: Split, quality: np.ndarray) -> Template
     tables = {"template_pairs": 2, "template_gallery": 1, "template_probes": 1}  # columns that name templates
     listed = [split.column(name)[:, :n].ravel() for name, n in tables.items() if name in split.index["columns"]]
     ids = np.unique(np.concatenate([template[template >= 0], *listed]))
-    rows = np.flatnonzero(np.isfinite(x[:, 0]) & (template >= 0))
-    place = np.searchsorted(ids, template[rows])
+    listed = np.flatnonzero(template >= 0)
+    named = np.searchsorted(ids, template[listed])
+    good = np.isfinite(x[listed, 0])
+    rows, place = listed[good], named[good]
     _, medium, size = np.unique(place * (int(media.max()) + 2) + media[rows] + 1, return_inverse=True,
                                 return_counts=True)
     weight = (quality[rows] / size[medium]).astype(np.float32)
     vectors = normalise(scipy.sparse.csr_array((weight, (place, rows)), shape=(len(ids), len(x))) @ x)
-    enrolled, identity = np.zeros(len(ids), dtype=bool), np.arange(len(ids)) + len(split.classes)
-    enrolled[place], identity[place] = True, split.labels[rows]
-    found = Templates(ids, vectors, identity, enrolled)
-    if "template_pairs" in split.index["columns"] and not enrolled.all():
+    enrolled, identity = np.zeros(len(ids), dtype=bool), -2 - np.arange(len(ids))
+    enrolled[place], identity[named] = True, split.labels[listed]  # unreadable images tell whose it is, too
+    found, told = Templates(ids, vectors, identity, enrolled), np.isin(np.arange(len(ids)), named)
+    if "template_pairs" in split.index["columns"] and not told.all():
         pairs = split.column("template_pairs")
         left, right = (found.places(column) for column in pairs[pairs[:, 2] == 1, :2].T)
         for a, b in ((left, right), (right, left)):
-            known = ~enrolled[a] & enrolled[b]
+            known = ~told[a] & told[b]
             identity[a[known]] = identity[b[known]]
     return found
 
@@ -549,6 +552,8 @@ def find_tail(found: Scores, same: np.ndarray, target: float) -> Tail | None:
 
 def tar_at_nearest_far(far: np.ndarray, tar: np.ndarray, target: float) -> float:
     """The TAR at the FAR nearest to the target, of several the last (insightface's rule; may exceed the target)."""
+    if math.isnan(far[-1] + tar[-1]):
+        return math.nan
     gap = np.abs(far - target)
     return float(tar[np.flatnonzero(gap == gap.min())[-1]])
 
@@ -579,30 +584,38 @@ def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, se
             scores[~(templates.enrolled[left[places]] & templates.enrolled[right[places]])] = -2  # below every cosine
             yield places, scores
 
-    for need in (int(1.5 * max(targets) * others) + 2, others + 1):  # all of them where many scores are equal
+    def resample(tail: Tail) -> tuple[dict[tuple[str, float], Figure], tuple[np.ndarray, np.ndarray], float]:
+        """Figures by rule and FAR, the ROC, and the least FAR at which a resampling's tail ends."""
+        a, b, matched = identity[left[tail.pairs]], identity[right[tail.pairs]], same[tail.pairs]
+        corner, ends = np.append(True, tail.corner), []
+
+        def roc_of(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            """FAR and TAR at the tail's points when each person is there so many times; NaN without pairs of a kind."""
+            once = counts[a]
+            genuine = np.add.reduceat(np.where(matched, once, 0), tail.start)
+            false = np.add.reduceat(np.where(matched, 0, once * counts[b]), tail.start)
+            total, impostors = counts @ genuine_of, counts @ (impostors_of @ counts)
+            return (np.append(0, np.cumsum(false)) / (impostors or math.nan),
+                    np.append(0, np.cumsum(genuine)) / (total or math.nan))
+
+        def statistic(counts: np.ndarray | None) -> dict[str, float]:
+            far, tar = roc_of(np.ones(people, dtype=np.int64) if counts is None else counts)
+            ends.append(far[corner][-1])
+            nearest = {("nearest", f): tar_at_nearest_far(far[corner], tar[corner], f) for f in targets}
+            return nearest | {("strict", f): tar_at_far(far, tar, f) for f in targets}
+
+        found = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs))
+        return found, roc_of(np.ones(people, dtype=np.int64)), np.nanmin(ends)
+
+    # all of them where many scores are equal, or where a resampling lacks the people of the highest impostors
+    for need in (int(1.5 * max(targets) * others) + 2, others + 1):
         scores = collect_scores(listed(), same, need)
         if tail := find_tail(scores, same, max(targets)):
-            break
-    a, b, same = identity[left[tail.pairs]], identity[right[tail.pairs]], same[tail.pairs]
-
-    def roc_of(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """FAR and TAR at the tail's points when each person is there so many times."""
-        once = counts[a]
-        genuine = np.add.reduceat(np.where(same, once, 0), tail.start)
-        false = np.add.reduceat(np.where(same, 0, once * counts[b]), tail.start)
-        total, others = counts @ genuine_of, counts @ (impostors_of @ counts)
-        return (np.append(0, np.cumsum(false)) / max(others, 1), np.append(0, np.cumsum(genuine)) / max(total, 1))
-
-    corner = np.append(True, tail.corner)
-
-    def statistic(counts: np.ndarray | None) -> dict[str, float]:
-        far, tar = roc_of(np.ones(people, dtype=np.int64) if counts is None else counts)
-        nearest = {("nearest", f): tar_at_nearest_far(far[corner], tar[corner], f) for f in targets}
-        return nearest | {("strict", f): tar_at_far(far, tar, f) for f in targets}
-
-    found = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs))
+            found, curve, end = resample(tail)
+            if scores.whole or end > max(targets):
+                break
     figures = {rule: {f"tar@far={far:g}": found[rule, far] for far in targets} for rule in ("nearest", "strict")}
-    return figures, draw_from_bins(scores.bins, *roc_of(np.ones(people, dtype=np.int64)))
+    return figures, draw_from_bins(scores.bins, *curve)
 
 
 def draw_from_bins(bins: np.ndarray, far: np.ndarray, tar: np.ndarray, points: int = 2000) -> dict:
@@ -621,19 +634,21 @@ def score_template_search(templates: Templates, galleries: list[np.ndarray], pro
     """Rank-k and TPIR@FPIR of probe templates in each gallery for itself.
 
     Hits at a rank are added over the galleries and divided by all probes (each has its mate in one of them); TPIR is
-    the mean over galleries. A probe that is not enrolled counts as a miss.
+    the mean over galleries. Mated is a probe whose person a gallery lists, enrolled or not: where either of the two is
+    not enrolled, it counts as a miss. So does, in every gallery, a probe that is not enrolled and of unknown person.
     Source: insightface, `ijb_evals.py`, evaluation_1N.
     """
     probes, searches = templates.places(probes), []
-    lost = ~templates.enrolled[probes]
-    for gallery in galleries:
+    lost, people = ~templates.enrolled[probes], templates.identity[probes]
+    mated = [np.isin(people, templates.identity[templates.places(gallery)]) & (people >= 0) for gallery in galleries]
+    for gallery, listed in zip(galleries, mated, strict=True):
         rows = templates.places(gallery)
         rows = rows[templates.enrolled[rows]]
         same = mates_in(templates.identity[rows])
         search = search_gallery(templates.vectors, probes, rows, lambda p, same=same: (same(templates.identity[p]), []),
                                 device=device)
         search.own[lost], search.first[lost], search.wrong[lost] = -np.inf, np.inf, -2
-        searches.append((search, np.isfinite(search.own) | lost))
+        searches.append((search, listed | (lost & (people < 0))))
     supported = [f for f in FPIRS if all((~mated).sum() * f >= 1 and mated.any() for _, mated in searches)]
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
@@ -895,8 +910,10 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
                   device: torch.device | str = "cpu") -> tuple[dict, dict]:
     """CMC (and mAP, mINP for re-identification) of a split's probes against its gallery and distractors.
 
-    Re-identification ignores gallery items of the same identity and camera (Market-1501), or as the variant says.
-    Probes without a relevant item left are not counted, but for the TPIR of identification, whose threshold they set.
+    Re-identification ignores gallery items of the same identity and camera (Market-1501), or as the variant says; a
+    probe without a relevant item left is not counted. In identification a probe is mated if the gallery lists its
+    identity, and misses where all those images are unreadable; the others set the threshold of TPIR. Unreadable probes
+    are left out.
     """
     variant = variant or variants_of(split)[0]
     roles, good, reid = split.optional("role"), np.isfinite(x[:, 0]), split.protocol["name"] == "reid"
@@ -907,7 +924,8 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
     else:
         galleries = [g]
     searches = [search_gallery(x, q, rows, gallery_rule(split, rows, variant), device=device) for rows in galleries]
-    counted = np.all([np.isfinite(search.first) for search in searches], axis=0)
+    counted = (np.all([np.isfinite(search.first) for search in searches], axis=0) if reid else
+               np.isin(split.labels[q], split.labels[roles > 0]) & (split.labels[q] >= 0))
     if not counted.any():
         raise InputError(f"{split.folder}: no probe has a mate in the gallery: nothing to score")
     first = np.array([search.first for search in searches])[:, counted]
@@ -942,7 +960,10 @@ def class_means(x: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 def nearest_mean(x: np.ndarray, means: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
-    """Class with the nearest mean direction, int [n]. `own` [n]: x is among the sums of its class; leave it out."""
+    """Class with the nearest mean direction, int [n]; -1 where no class has an image.
+
+    `own` [n]: x is among the sums of its class; leave it out.
+    """
     length = np.linalg.norm(means, axis=1)
     directions, found = means / np.maximum(length, 1e-12)[:, None], np.empty(len(x), dtype=np.int64)
     for start in range(0, len(x), 1024):
@@ -954,7 +975,7 @@ def nearest_mean(x: np.ndarray, means: np.ndarray, own: np.ndarray | None = None
             size = np.linalg.norm(without, axis=1)
             cosine = (x[part] * without).sum(1) / np.maximum(size, 1e-12)
             scores[np.arange(len(scores)), own[part]] = np.where(size < 1e-6, -np.inf, cosine)
-        found[part] = scores.argmax(1)
+        found[part] = np.where(np.isfinite(scores).any(1), scores.argmax(1), -1)
     return found
 
 
@@ -992,17 +1013,19 @@ def nearest_rows(x: np.ndarray, y: np.ndarray, k: int = 1, itself: bool = False,
 
 def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray, classes: int, same: bool, k: int = 20,
                        temperature: float = 0.07, device: torch.device | str = "cpu") -> np.ndarray:
-    """Class by a vote of the k nearest of `reference`, weighted exp(cos / T), int [n] (DINO's eval_knn).
+    """Class by a vote of the k nearest of `reference`, weighted exp(cos / T), int [n]; -1 where none votes.
+
+    Source: DINO's eval_knn.
 
     `same`: x is the reference itself; a sample does not vote for itself.
     """
-    top, cosine = nearest_rows(x, reference, min(k, len(reference) - same), same, device)
+    top, cosine = nearest_rows(x, reference, min(k, max(len(reference) - same, 0)), same, device)
     weight, votes = np.exp((cosine.astype(float) - 1) / temperature), np.empty(len(x), dtype=np.int64)
     for start in range(0, len(x), 1024):  # of thousands of classes each
         some = slice(start, start + 1024)
         tally = np.zeros((len(top[some]), classes))
         np.add.at(tally, (np.arange(len(tally))[:, None], labels[top[some]]), weight[some])
-        votes[some] = tally.argmax(1)
+        votes[some] = np.where((top[some] >= 0).any(1), tally.argmax(1), -1)
     return votes
 
 
@@ -1011,7 +1034,7 @@ def fit_probe(y: np.ndarray, labels: np.ndarray, classes: int, device: torch.dev
     """A linear probe: multinomial logistic regression by L-BFGS, without any draw.
 
     The regularisation is chosen on every fifth image of each class, from the strongest on while that gets better, and
-    the probe then fitted to all images.
+    the probe then fitted to all images. With one image a class there is nothing to choose on: it is the strongest.
 
     Args:
         y: embeddings float32 [n, D]; centred and scaled here to a variance of 1 on average.
@@ -1053,8 +1076,8 @@ def fit_probe(y: np.ndarray, labels: np.ndarray, classes: int, device: torch.dev
         return found.x
 
     rest, test, best = np.flatnonzero(~held), torch.from_numpy(np.flatnonzero(held)).to(device), (-1.0, strengths[0])
-    flat = np.zeros(classes * (y.shape[1] + 1))
-    for strength in strengths:
+    start = flat = np.zeros(classes * (y.shape[1] + 1))
+    for strength in strengths if len(rest) else ():
         flat = fit(rest, strength, flat)
         w = torch.from_numpy(flat.reshape(classes, -1)).float().to(device)
         right = float(((z[test] @ w[:, :-1].T + w[:, -1]).argmax(1) == target[test]).float().mean())
@@ -1130,6 +1153,7 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
                          only: list[str] | None = None, device: torch.device | str = "cpu") -> dict[str, Figure]:
     """Top-1 of the nearest class mean and of 20 neighbours; top-1 and top-5 of class weights, trained or otherwise.
 
+    Of classes with equal scores the first is the answer, as of argmax; where no image votes, there is none: a miss.
     Beside each top-1 stands "... ReaL" where the split has ReaL's labels: right is any of them.
 
     Args:
@@ -1157,11 +1181,15 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
                                                                                  enumerate(classes)}
     labels = np.append([place.get(name, -1) for name in split.classes], -1)[split.labels]
     rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
+    if not good.any():
+        raise InputError(f"{other.folder}: no readable image with a class, and {split.folder} is scored by them: "
+                         "prepare that reference again, or leave the split out with --splits")
     itself = split.folder.resolve() == other.folder.resolve()
     x, truth, real = x[rows], labels[rows], true_in_real(split)
     vote = good & (own[other.labels] >= 0)
     y, y_labels = y[vote], other.labels[vote]
     means = class_means(y, y_labels, len(other.classes))  # 0 without votes: a set of some classes is scored among those
+    own = np.append(own, -1)  # of no answer
     answers = {"nearest-mean": own[nearest_mean(x, means, first[truth] if itself else None)],
                "knn": own[nearest_neighbours(x, y, y_labels, len(other.classes), itself, device=device)]}
     hits = {f"{name} top-1": answer == truth for name, answer in answers.items()}
@@ -1174,13 +1202,15 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     flat, starts = np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
     for name, (w, b) in linear.items():
         if np.isfinite(b[flat]).all():
-            better, answers[name] = np.empty((2, len(x)), dtype=np.int64)
+            before, answers[name] = np.empty((2, len(x)), dtype=np.int64)  # before: classes that rank above the truth
             for start in range(0, len(x), 1024):
                 part = slice(start, start + 1024)
                 scores = np.maximum.reduceat(x[part] @ w[flat].T + b[flat], starts, axis=1)  # the best of each group
-                own = scores[np.arange(len(scores)), truth[part]]
-                better[part], answers[name][part] = (scores > own[:, None]).sum(1), scores.argmax(1)
-            hits |= {f"{name} top-1": better < 1, f"{name} top-5": better < 5}
+                right = scores[np.arange(len(scores)), truth[part], None]
+                lower = np.arange(len(classes)) < truth[part, None]
+                before[part] = ((scores > right) | ((scores == right) & lower)).sum(1)
+                answers[name][part] = scores.argmax(1)
+            hits |= {f"{name} top-1": before < 1, f"{name} top-5": before < 5}
     chances = {metric: min((5 if metric.endswith("5") else 1) / len(classes), 1) for metric in hits}
     everywhere = np.ones(len(x), dtype=bool)
     counted = dict.fromkeys(hits, everywhere)
@@ -1189,7 +1219,8 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
         real = np.stack([real[rows][:, [column[name] for name in group if name in column]].any(1)
                          for group in several], 1)
         for name, answer in answers.items():
-            hits[f"{name} ReaL"], counted[f"{name} ReaL"] = real[np.arange(len(x)), answer], real.any(1)
+            hits[f"{name} ReaL"] = real[np.arange(len(x)), answer] & (answer >= 0)
+            counted[f"{name} ReaL"] = real.any(1)
             chances[f"{name} ReaL"] = float(real.sum(1)[real.any(1)].mean() / len(classes))
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
@@ -1389,15 +1420,24 @@ def describe_protocol(split: Split, rule: str, flip: bool) -> str:
 
 
 def clean_of(split: Split, splits: list[Split]) -> Split | None:
-    """Whose images an out-of-distribution split of objects shifts: its reference, or what has the same reference."""
-    if not split.protocol.get("ood"):
+    """Whose images an out-of-distribution split of objects shifts: its reference, or what has the same reference.
+
+    It has images of every class that the split has images of; None where no such split is scored.
+    """
+    of, groups = split.protocol.get("reference"), split.protocol.get("groups") or {}
+    if not split.protocol.get("ood") or split.name == of:
         return None
+    wanted = [{name, *groups.get(name, [])} for name, count in zip(split.classes, split.counts, strict=True) if count]
+
+    def covers(other: Split) -> bool:
+        there = {name for name, count in zip(other.classes, other.counts, strict=True) if count}
+        return not any(there.isdisjoint(group) for group in wanted)
+
     alike = [other for other in splits if other.domain == split.domain and other.folder != split.folder
-             and other.protocol["name"] == "classification"]
-    of = split.protocol["reference"]
+             and other.protocol["name"] == "classification" and covers(other)]
     return next((other for other in alike if other.name == of),
                 next((other for other in alike if not other.protocol.get("ood")
-                      and other.protocol["reference"] == of), None)) if split.name != of else None
+                      and other.protocol["reference"] == of), None))
 
 
 def scopes_of(split: Split, trained: list[str]) -> list[tuple[list[str] | None, str, str]]:
@@ -1464,18 +1504,20 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
                 by_metric = score_classification(
                     x, split, (y, reference), head, classes, draws, seed, split.protocol.get("groups"),
                     {name: (w, b) for name, (w, b, _) in linear.items()}, only, embed.device)
+                rules = {metric: linear.get(metric.rpartition(" ")[0], [f"20 neighbours at T 0.07, reference "
+                                                                        f"{fingerprint(reference)}"])[-1]
+                         for metric in by_metric}
                 for metric, figure in by_metric.items():
-                    rule = linear.get(metric.rpartition(" ")[0], [f"20 neighbours at T 0.07, reference "
-                                                                  f"{fingerprint(reference)}"])[-1]
-                    found.setdefault(rule + which, {})[prefix + metric] = figure
+                    found.setdefault(rules[metric] + which, {})[prefix + metric] = figure
                 if only is None and (clean := clean_of(split, splits)):
                     before = score_classification(
                         embed(clean), clean, (y, reference), head, classes, draws, seed, split.protocol.get("groups"),
                         {name: (w, b) for name, (w, b, _) in linear.items()
                          if name != "probe" or reference.folder != clean.folder}, split.classes, embed.device)
-                    gaps = found.setdefault(f"clean is {clean.name} {fingerprint(clean)} by the same classes", {})
+                    same = f"clean is {clean.name} {fingerprint(clean)} by the same classes"
                     for metric in [metric for metric in by_metric if metric in before]:
-                        gaps[f"gap of {metric}"] = gap(before[metric], by_metric[metric], seed)
+                        found.setdefault(f"{same}, {rules[metric]}", {})[f"gap of {metric}"] = gap(
+                            before[metric], by_metric[metric], seed)
                 if only is not None:
                     labels = np.where(np.isin(split.labels, [split.classes.index(name) for name in only]),
                                       split.labels, -1)
@@ -2058,7 +2100,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
 
     Non-inferior: the lower end of the paired 95 % interval of run - expert lies above -margin; inferior: its upper end
     lies below; else undecided. (The lower end of a two-sided interval: a test at 2.5 %.) Metrics are those that are
-    shares and better when higher.
+    shares and better when higher: no d', EER, retention, gap to clean images or spread over folds.
     """
     table = []
     for group in groups:
@@ -2066,7 +2108,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
         for one in [*runs, *group]:
             found = {key: pair for key, pair in one.found.items() if key[0] == domain and key[1] != "everything"
                      and not key[3].startswith("human trials")
-                     and not any(word in key[2] for word in ("d-prime", "eer", "retention"))}
+                     and not any(word in key[2] for word in ("d-prime", "eer", "retention", "gap of ", "accuracy sd"))}
             kept.append(replace(one, found=found))
         if any(not one.found for one in kept):
             raise InputError(f"{group[0].folder} and {runs[0].folder}: no figures of {domain}: run evaluate.py on both")
