@@ -15,6 +15,7 @@ from torch import nn
 
 import backbones
 import train
+import train_bench
 from data_prep import DOMAINS, InputError
 from data_prep.shards import open_root
 from data_prep.stream import Stream, change_colors, erase_patches, interleave
@@ -542,7 +543,7 @@ def test_what_each_backbone_gets(arguments, expected, monkeypatch):
 
 def test_bench_times_the_step_of_training(monkeypatch):
     found = []
-    monkeypatch.setattr(train, "bench_run", lambda config, *_: found.append(config))
+    monkeypatch.setattr(train_bench, "bench_run", lambda config, *_: found.append(config))
     run_here("bench", "--backbone", "eva02", "--lr", 1e-4)
     assert found[0]["drop_path"] == 0.15 and found[0]["lr"] == 1e-4
     with pytest.raises(InputError, match="--loss and --margin-angular both set margins"):
