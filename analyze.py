@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import backbones
 import evaluate
 import train
 from data_prep import DOMAINS, InputError, run_command
@@ -1491,7 +1492,7 @@ def claim_components(imic: list[Group], least: float) -> Claim:
 
 def make_table(runs: list[Measured], delta: float, retention: float, separable: float, keep: float) -> list[Claim]:
     """The claims about the paper's three backbones; then, for each other one, what was measured on it."""
-    groups, paper = group_runs(runs), list(train.BACKBONES)
+    groups, paper = group_runs(runs), list(backbones.BACKBONES)
     others = sorted({run.family for run in runs} - set(paper))
     table = []
     for families in (paper, *([name] for name in others)):

@@ -51,13 +51,15 @@ import scipy.sparse
 import torch
 from tqdm import tqdm
 
+import backbones
 import report
 import train
+from backbones import Backbone
 from data_prep import DOMAINS, InputError, run_command
 from data_prep.folders import image_suffixes
 from data_prep.shards import ROLES, BadImage, Split, fit_image, open_root
 from data_prep.trials import Rating, read_ratings
-from train import Backbone, Ranks, Run, matched_pairs
+from train import Ranks, Run, matched_pairs
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
@@ -2398,10 +2400,10 @@ def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callabl
         raise InputError("what is to be scored? give --run RUN, or --model NAME for an untouched backbone")
     config = {key: options[key] for key in ("backbone", "size", "model", "weights", "image_size")}
     config |= {"embed_dim": 0, "seed": options["seed"]}
-    train.resolve_backbone(config)  # refuses an unknown name before anything is read
+    backbones.resolve_backbone(config)  # refuses an unknown name before anything is read
     name = (options["model"] or f"{options['backbone']}-{options['size']}").replace("/", "_") + "-foundation"
     folder = Path(options["out"] or f"runs/{name}")
-    models = {"foundation": lambda: train.load_backbone(config).eval()}
+    models = {"foundation": lambda: backbones.load_backbone(config).eval()}
     return name, folder, None, models, options["data"] or "data", config
 
 
@@ -2506,8 +2508,8 @@ def model_options(command):
 @click.option("--foundation/--no-foundation", default=True, help="Score the untouched backbone too.")
 @click.option("--watch", is_flag=True,
               help="Score the checkpoints of train.py --keep as they appear (watch.csv, watch.png), then the run.")
-@click.option("--backbone", type=click.Choice(list(train.BACKBONES)), help="Without --run: an untouched backbone.")
-@click.option("--size", type=click.Choice(train.SIZES), default="large", help="Its size.")
+@click.option("--backbone", type=click.Choice(list(backbones.BACKBONES)), help="Without --run: an untouched backbone.")
+@click.option("--size", type=click.Choice(backbones.SIZES), default="large", help="Its size.")
 @click.option("--model", metavar="NAME", help="Any timm or open_clip model instead of --backbone.")
 @click.option("--weights", default="pretrained", metavar="WHICH", help="'pretrained', 'none' or a FILE.")
 @click.option("--image-size", type=click.IntRange(16), help="Input side in pixels.")

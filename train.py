@@ -15,24 +15,17 @@ L = sum_i w_d(i) l_i / (K n_d(i)), whatever the schedule. What is written into r
 
 import contextlib
 import dataclasses
-import difflib
-import hashlib
-import importlib.util
 import itertools
 import json
-import logging
 import math
 import os
 import platform
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -44,10 +37,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from backbones import (
+    BACKBONES,
+    RECIPES,
+    SIZES,
+    Backbone,
+    choose_trained,
+    fill_weights,
+    library_state,
+    load_backbone,
+    resolve_backbone,
+)
 from data_prep import DOMAINS, InputError, run_command
 from data_prep.shards import Split, open_root
 from data_prep.stream import Batches, Chunk, Stream
@@ -55,367 +59,12 @@ from kernels.gather import gather_interleaved
 from kernels.margin_loss import Shard, margin_loss, merge_over, sample_classes
 
 ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py claims`
-SIZES = ("tiny", "small", "base", "large")
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
 LOADERS = min(16, max(CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, 1))  # default number of loader processes
 MANY_CLASSES = 10_000  # from so many on a domain's classes are sampled where --sample-classes names no domain
 LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # of a run, one record a line, each with its step
 COLOURS = {"object": "#0072B2", "face_hq": "#D55E00", "face_lq": "#E69F00", "body": "#009E73"}  # Okabe and Ito's
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
-
-# ---------------------------------------------------------------- backbones
-
-# Family -> size -> (library, name, pretrained tag or None), and the input size where --image-size is not given.
-BACKBONES = {
-    "clip": {
-        "tiny": ("open_clip", "tiny", None),
-        "small": ("open_clip", "ViT-B-32-quickgelu", "openai"),
-        "base": ("open_clip", "ViT-B-16-quickgelu", "openai"),
-        "large": ("open_clip", "ViT-L-14-quickgelu", "openai"),
-    },
-    "eva02": {
-        "tiny": ("timm", "eva02_tiny_patch14_336.mim_in22k_ft_in1k", ""),
-        "small": ("timm", "eva02_small_patch14_336.mim_in22k_ft_in1k", ""),
-        "base": ("timm", "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", ""),
-        "large": ("timm", "eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", ""),
-    },
-    "dinov3": {
-        "tiny": ("timm", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", ""),
-        "small": ("timm", "vit_small_patch16_dinov3.lvd1689m", ""),
-        "base": ("timm", "vit_base_patch16_dinov3.lvd1689m", ""),
-        "large": ("timm", "vit_large_patch16_dinov3.lvd1689m", ""),
-    },
-}
-IMAGE_SIZE = {"clip": 224, "eva02": 224, "dinov3": 256}
-# How each foundation is fine-tuned: fills the options that neither the command line nor --config gave, where weights
-# are loaded; from a random start the options' own defaults hold. The loss and the augmentations are not in it: a grid
-# over backbones compares them on the same task. What all share is in the defaults: AdamW, class weights at 1e-3
-# (arcface_torch's ViTs), gradients clipped at 1, a cosine to 1 % after 5 % of warm-up.
-RECIPES = {
-    "clip": {
-        "lr": 2e-5,  # with the decay 4e-6 on average over the blocks; CLIP-ReID trains all of CLIP at 5e-6, batch 64
-        "layer_decay": 0.8,  # EVA-02's for large models, 0.8 to 0.85
-        "drop_path": 0.0,  # neither CLIP's training nor CLIP-ReID drops any
-        "weight_decay": 0.05,  # FRoundation's; CLIP's own was 0.2, CLIP-ReID's 1e-4
-    },
-    "eva02": {  # the authors' ImageNet fine-tuning of the same weights, batch 512 (EVA-02/asuka/README.md)
-        "lr": 2e-5,
-        "layer_decay": 0.85,
-        "drop_path": 0.15,
-        "weight_decay": 0.05,
-        "warmup": 0.1,  # 2 of 20 epochs
-    },
-    "eva02-base": {"lr": 5e-5, "layer_decay": 0.8},  # as above, for the base size
-    "dinov3": {
-        "lr": 1e-5,  # DeiT III fine-tunes base to huge at it; for DINOv2 users found 1e-5 to 1e-7 (dinov2#252)
-        "layer_decay": 0.8,  # as above
-        "drop_path": 0.1,  # below EVA-02's 0.15 and DeiT III's 0.2 and more: we train for fewer epochs
-        "weight_decay": 0.05,  # EVA-02's; DeiT III has 0.1
-    },
-    # On top of the backbone's with --lora: FRoundation, CLIP and DINOv2 on faces, batch 512. Every block alike, and so
-    # few parameters need no dropped paths.
-    "lora": {"lr": 1e-4, "layer_decay": 1.0, "drop_path": 0.0},
-}
-# CLIP in miniature, for the demo and the tests: no weights of it exist. Its image tower is a ConvNeXt, as in OpenCLIP's
-# convnext models, because a transformer learns next to nothing from scratch in the minutes of a demo.
-TINY_CLIP = {
-    "embed_dim": 64,
-    "vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64},
-    "text_cfg": {"layers": 2, "width": 64, "heads": 2, "context_length": 77, "vocab_size": 49408},
-}
-
-
-class Backbone(nn.Module):
-    """An image tower of timm or open_clip with what it needs to know about its input.
-
-    Attributes: dim (width D of the embedding), image_size (pixels), mean and std (per RGB channel, images scaled to
-    0..1), interpolation ("bilinear" or "bicubic"), net (the library's own module, with its own key names).
-    """
-
-    def __init__(self, net: nn.Module, library: str, embed_dim: int, image_size: int) -> None:
-        super().__init__()
-        self.net, self.library, self.image_size = net, library, image_size
-        if library == "open_clip":
-            import open_clip
-
-            settings = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
-                        "interpolation": "bicubic"} | open_clip.get_model_preprocess_cfg(net)
-            net.requires_grad_(False)
-            net.visual.requires_grad_(True)  # the text tower stays as it is: it keeps zero-shot alive
-        else:
-            import timm
-
-            settings = timm.data.resolve_model_data_config(net)
-        with torch.no_grad():  # networks of different origin name their width differently: look at what comes out
-            probe = torch.zeros(1, 3, image_size, image_size)
-            width = (net.eval().encode_image(probe) if library == "open_clip" else net.eval()(probe)).shape[1]
-        self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
-        self.interpolation = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
-        self.dim = embed_dim or width
-        self.project = nn.Linear(width, embed_dim, bias=False) if embed_dim else None
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Embed normalised images [B, 3, S, S] to [B, D], not L2-normalised."""
-        x = self.net.encode_image(images) if self.library == "open_clip" else self.net(images)
-        return x if self.project is None else self.project(x)
-
-    def train(self, mode: bool = True) -> "Backbone":
-        """As nn.Module.train, but BatchNorm keeps its statistics: no layer may mix the samples of a batch."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-        return self
-
-    def layers(self) -> dict[str, int]:
-        """Trainable parameter -> depth, 0 at the input; projections count as the top. For layer-wise learning rates."""
-        from timm.models._manipulate import group_with_matcher
-
-        tower, prefix = self.net, "net."
-        if self.library == "open_clip" and hasattr(self.net.visual, "trunk"):  # a network of timm's inside CLIP
-            tower, prefix = self.net.visual.trunk, "net.visual.trunk."
-        if tower is self.net and self.library == "open_clip":
-            matcher = {
-                "stem": r"^visual\.(?:conv1|class_embedding|positional_embedding|ln_pre)",
-                "blocks": [(r"^visual\.transformer\.resblocks\.(\d+)", None), (r".", (99999,))],
-            }
-        else:
-            matcher = tower.group_matcher(coarse=False)
-        named = [(name, p) for name, p in tower.named_parameters() if p.requires_grad]
-        depth = {prefix + n: d for n, d in group_with_matcher(iter(named), matcher, reverse=True).items()}
-        deepest = max(depth.values(), default=0)
-        return {name: depth.get(name, deepest) for name, p in self.named_parameters() if p.requires_grad}
-
-
-def resolve_backbone(config: dict) -> tuple[str, str, str | None]:
-    """(library, model name, pretrained tag: None where no weights exist) of --backbone and --size, or of --model."""
-    import open_clip
-    import timm
-
-    if not config["model"]:
-        return BACKBONES[config["backbone"]][config["size"]]
-    name, _, tag = config["model"].partition("/")
-    if timm.is_model(name):
-        return "timm", name, ""
-    if name in open_clip.list_models():
-        return "open_clip", name, tag or None
-    close = difflib.get_close_matches(name, [*timm.list_models(), *open_clip.list_models()], n=3)
-    hint = f"; near it: {', '.join(close)}" if close else "; any timm or open_clip name will do"
-    raise InputError(f"--model: neither timm nor open_clip knows {name!r}{hint}")
-
-
-def build_network(library: str, name: str, image_size: int | None, **pretrained) -> nn.Module:
-    """The library's own module without a classifier, at an input size (None: the model's own)."""
-    if library == "open_clip":
-        import open_clip
-
-        if name == "tiny":
-            vision = TINY_CLIP["vision_cfg"] | ({"image_size": image_size} if image_size else {})
-            return open_clip.CLIP(**TINY_CLIP | {"vision_cfg": open_clip.CLIPVisionCfg(**vision),
-                                                 "text_cfg": open_clip.CLIPTextCfg(**TINY_CLIP["text_cfg"])})
-        return open_clip.create_model(name, force_image_size=image_size, **pretrained)
-    import timm
-
-    # timm pools DINOv3's tokens by default; its authors use the class token
-    token = {"global_pool": "token"} if name.startswith("vit_") and "dinov3" in name else {}
-    options = pretrained | {"num_classes": 0} | token
-    try:
-        return timm.create_model(name, **options, **({"img_size": image_size} if image_size else {}))
-    except TypeError:  # convolutional networks take any size and no such argument
-        return timm.create_model(name, **options)
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from a safetensors file or from a .pt/.bin file that holds tensors only."""
-    if not path.is_file():
-        raise InputError(f"--weights: no file {path}; give 'pretrained', 'none' or a safetensors/pt file")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"--weights {path}: not a file of plain tensors ({type(error).__name__}); want safetensors "
-                         "or a .pt that torch.load(weights_only=True) reads") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"--weights {path}: holds no dictionary of tensors")
-    return {key.removeprefix("module."): value.float() for key, value in state.items()}
-
-
-def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], path: Path) -> None:
-    """Load a state dict strictly, with position embeddings resampled and classifiers of other sizes left out."""
-    try:
-        if library == "open_clip":
-            from open_clip.model import resize_pos_embed
-
-            resize_pos_embed(state, net)
-        else:
-            classifiers = net.default_cfg.get("classifier") or ()
-            for classifier in [classifiers] if isinstance(classifiers, str) else classifiers:
-                state = {key: value for key, value in state.items() if not key.startswith(f"{classifier}.")}
-            convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
-            state = convert(state, net) if convert else state
-        # BatchNorm's step counters carry nothing while its statistics stay frozen, and some exports drop them
-        state = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")} | state
-        expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
-        given = {key: tuple(value.shape) for key, value in state.items()}
-        wrong = [f"{key} is missing" for key in expected if key not in given]
-        wrong += [f"{key} is not part of the model" for key in given if key not in expected]
-        wrong += [f"{k} is {given[k]}, not {expected[k]}" for k in expected if k in given and expected[k] != given[k]]
-    except (KeyError, RuntimeError, AttributeError, IndexError, ValueError):
-        # the library's own conversion met keys that it does not know: name those
-        expected = net.state_dict().keys()
-        wrong = [f"{key} is missing" for key in expected if key not in state]
-        wrong += [f"{key} is not part of the model" for key in state if key not in expected]
-    if wrong:
-        raise InputError(
-            f"--weights {path}: not the weights of this architecture: {'; '.join(wrong[:4])}"
-            + (f"; and {len(wrong) - 4} more keys" if len(wrong) > 4 else "")
-        )
-    net.load_state_dict(state)
-
-
-def load_backbone(config: dict) -> Backbone:
-    """Build the untouched backbone of a configuration.
-
-    Args:
-        config: the keys backbone, size, model, weights ("pretrained", "none" or a file), image_size (None: the
-            family's default), embed_dim (0: none) and seed (a random start is a function of it).
-
-    Raises:
-        InputError: unknown model, weights that cannot be had, or weights of another architecture.
-    """
-    library, name, tag = resolve_backbone(config)
-    size = config["image_size"] or (None if config["model"] else IMAGE_SIZE[config["backbone"]])
-    torch.manual_seed(config["seed"])
-    logging.disable(logging.ERROR)  # the hub clients' own pages about what ends here in one line
-    try:
-        if config["weights"] == "pretrained":
-            net = download_network(config, library, name, size, tag)
-        else:
-            net = build_network(library, name, size)
-            if config["weights"] != "none":
-                fill_weights(net, library, read_weights(Path(config["weights"])), Path(config["weights"]))
-        if size is None:
-            import timm
-
-            is_clip = library == "open_clip"
-            size = net.visual.image_size if is_clip else timm.data.resolve_model_data_config(net)["input_size"][-1]
-            size = size[0] if isinstance(size, tuple) else size
-        return Backbone(net, library, config["embed_dim"], size)
-    except (AssertionError, ValueError, RuntimeError) as error:
-        what = f"--image-size {config['image_size']}" if config["image_size"] else f"input size {size}"
-        raise InputError(f"{what} does not fit {name}: {str(error).splitlines()[0]}") from error
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def download_network(config: dict, library: str, name: str, size: int | None, tag: str | None) -> nn.Module:
-    """The network with its published weights, from the libraries' hubs or their cache."""
-    if tag is None:
-        which = config["model"] or f"{config['backbone']} {config['size']}"
-        more = " or, for OpenCLIP's, --model NAME/TAG" if library == "open_clip" and config["model"] else ""
-        raise InputError(f"{which} has no weights to download: give --weights none or --weights FILE{more}")
-    try:
-        fail_fast_offline()
-        return build_network(library, name, size, pretrained=tag or True)
-    except Exception as error:  # the hub clients raise a dozen kinds
-        raise InputError(
-            f"the weights of {name} cannot be downloaded ({str(error).splitlines()[0][:120]}): fetch them on a "
-            "machine with network and give --weights FILE, or start at random with --weights none"
-        ) from error
-
-
-def fail_fast_offline() -> None:
-    """Without a route to the hub use its cache at once, instead of a minute of retries and a page of warnings."""
-    import huggingface_hub.constants as hub
-
-    try:
-        socket.getaddrinfo(hub.ENDPOINT.split("//")[-1].split("/")[0], 443)
-    except OSError:
-        hub.HF_HUB_OFFLINE = True
-
-
-# ---------------------------------------------------------------- what of the backbone is trained
-
-
-class LowRank(nn.Module):
-    """A matrix [out, in] plus a product of two thin ones that starts at 0: W + 16/√r · up @ down (rsLoRA).
-
-    Source: arXiv 2106.09685 (LoRA), 2312.03732 (the √r); FRoundation's alpha of 16. As a parametrisation of torch's it
-    reaches the fused projections of every library alike, nn.MultiheadAttention's too, which hold no Linear to wrap.
-    """
-
-    def __init__(self, weight: torch.Tensor, rank: int) -> None:
-        super().__init__()
-        self.down = nn.Parameter(torch.empty(rank, weight.shape[1]))
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
-        self.scale = 16 / math.sqrt(rank)
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(weight.device.type, enabled=False):  # in bf16 it would not be the matrix that is exported
-            return weight + self.scale * (self.up @ self.down)
-
-
-def choose_trained(model: Backbone, config: dict) -> None:
-    """Apply --drop-path, --freeze-blocks and --lora to an untouched backbone; its outputs stay what they were."""
-    if config["drop_path"]:
-        add_drop_path(model, config["drop_path"])
-    if frozen := config["freeze_blocks"]:
-        layers = model.layers()
-        if frozen >= (deepest := max(layers.values())):
-            raise InputError(f"--freeze-blocks {frozen}: this network has {deepest} levels and trains the last: "
-                             f"take up to {deepest - 1}, or --head-warmup 1, which trains the class weights alone")
-        for name, parameter in model.named_parameters():
-            if layers.get(name, deepest) <= frozen:  # 0 is what comes before the first block
-                parameter.requires_grad_(False)
-    if config["lora"]:
-        add_low_rank(model, config["lora"])
-
-
-def add_low_rank(model: Backbone, rank: int) -> None:
-    """Freeze the network but for low-rank updates of its attention's query, key and value projections (--lora)."""
-    projection = re.compile(r".*\.(in_proj_weight|(qkv|[qkv]_proj)\.weight)")
-    found = [name for name, p in model.net.named_parameters() if p.requires_grad and projection.fullmatch(name)]
-    model.net.requires_grad_(False)
-    for name in found:
-        path, _, weight = name.rpartition(".")
-        module = model.net.get_submodule(path)
-        nn.utils.parametrize.register_parametrization(module, weight, LowRank(getattr(module, weight), rank))
-    if not found:
-        raise InputError(f"--lora {rank}: this network has no attention projections to adapt: take a transformer, or "
-                         "leave it out")
-
-
-def add_drop_path(model: Backbone, rate: float) -> None:
-    """Stochastic depth: in training a residual branch is left out for a sample, the more often the higher it lies.
-
-    Source: arXiv 1603.09382, linear from 0 at the lowest block to `rate` at the top one. open_clip's towers have no
-    such option; the place of their layer scale, empty in the published models, is the end of the branch.
-    """
-    from timm.layers import DropPath
-
-    tower = model.net.visual if model.library == "open_clip" else model.net
-    ends = ("drop_path", "drop_path1", "drop_path2", "ls_1", "ls_2")
-    blocks = [(module, [end for end in ends if isinstance(getattr(module, end, None), nn.Identity | DropPath)])
-              for module in tower.modules()]
-    blocks = [(module, found) for module, found in blocks if found]
-    if not blocks:
-        raise InputError(f"--drop-path {rate:g}: this network has no residual branches to drop: leave it out")
-    for (module, found), probability in zip(blocks, np.linspace(0, rate, len(blocks)).tolist(), strict=True):
-        for end in found:
-            setattr(module, end, DropPath(probability))
-
-
-def library_state(net: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights under the library's own key names, low-rank updates merged into the matrices that they change."""
-    state = net.state_dict()
-    for key in [key for key in state if key.endswith(".original")]:
-        path, _, name = key.removesuffix(".original").rpartition(".parametrizations.")
-        state[f"{path}.{name}"] = getattr(net.get_submodule(path), name).detach()
-    return {key: value.contiguous() for key, value in state.items() if ".parametrizations." not in key}
-
 
 # ---------------------------------------------------------------- schedule
 
@@ -1184,33 +833,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def draw_samples(path: Path, stream: Stream, model: Backbone, cache: list[torch.Tensor] | None = None,
-                 columns: int = 8) -> None:
-    """The first images as the network sees them, one row a domain: catches colour, crop and label bugs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.mean, model.std))
-    K = len(stream.splits)
-    figure, axes = plt.subplots(K, columns, figsize=(1.4 * columns, 1.7 * K), squeeze=False)
-    for ax in axes.flat:
-        ax.axis("off")
-    for d, split in enumerate(stream.splits):
-        chunk = stream[int((stream.plan[:, d] > 0).argmax()) * stream.per_batch]
-        if cache is not None:
-            chunk = dataclasses.replace(chunk, banks=[bank.cpu() for bank in cache])
-        images = to_images(chunk, model, torch.device("cpu"))
-        for ax, b in zip(axes[d], (chunk.domain == d).nonzero().flatten().tolist(), strict=False):
-            ax.imshow((images[b] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
-            ax.set_title(split.names[int(chunk.label[b])][:16], fontsize=7)
-        axes[d][0].text(-0.15, 0.5, split.domain, transform=axes[d][0].transAxes, rotation=90, va="center", ha="right")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-
-
-
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -1970,6 +1592,8 @@ def look_at_fixed_images(job: Job, splits: list[Split], board, step: int) -> Non
 
 def run_steps(job: Job) -> int:
     """The training loop; returns the exit code."""
+    import train_report  # here, because it builds on this module
+
     config, steps, tally, ranks = job.config, job.steps, job.tally, job.ranks
     stream = make_stream(job)
     passes = stream.per_batch * job.plan.shape[1]
@@ -1980,7 +1604,7 @@ def run_steps(job: Job) -> int:
 
         board = SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
         if not job.first:
-            draw_samples(job.folder / "samples.png", stream, job.model, job.cache)
+            train_report.draw_samples(job.folder / "samples.png", stream, job.model, job.cache)
     options = loss_options(config, [len(split.classes) for split in job.splits], job.device, ranks)
     fixed = probe_splits(config) if config["eval_every"] else []
     if fixed and not job.first:
@@ -2017,7 +1641,7 @@ def run_steps(job: Job) -> int:
     if ending:
         return STOPPED
     if ranks.rank == 0:
-        write_report(job)
+        train_report.write_report(job)
         write_json(job.folder / "done.json", {"steps": steps, "images": steps * config["batch"], **tally})
     print(f"done: {job.folder} in {tally['seconds']:.0f} s; next: python evaluate.py --run {job.folder}")
     ranks.wait()
@@ -2118,425 +1742,6 @@ def read_lines(path: Path) -> list[dict]:
         with contextlib.suppress(ValueError):
             records.append(json.loads(line))
     return records
-
-
-def write_report(job: Job) -> None:
-    """report.md, one page on how the run went, and its figures curves.png and conflict.png."""
-    log, looks, fights = (read_lines(job.folder / f"{name}.jsonl") for name in ("log", "probe", "conflict"))
-    log = [record for record in log if "loss" in record]
-    draw_curves(job.folder / "curves.png", log, looks, job.config["domains"])
-    lines = [f"# {job.folder.name}", "",
-             f"Schedule {job.config['schedule']}, {job.steps} steps of {job.config['batch']} images, "
-             f"{job.tally['seconds'] / 60:.1f} minutes on {job.ranks.world} x {job.device.type}.", "",
-             "| domain | images | passes | loss | top-1 | target cosine | norm |", "|---|---|---|---|---|---|---|"]
-    for name in job.config["domains"]:
-        last = next((r for r in reversed(log) if f"loss/{name}" in r), None)
-        if last:
-            figures = [f"{last[f'{key}/{name}']:.3f}" for key in ("loss", "top1", "target_cosine", "norm")]
-            lines.append(f"| {name} | {last[f'images/{name}']:,} | {last[f'passes/{name}']:.1f} | "
-                         f"{' | '.join(figures)} |")
-    lines += ["", "Loss, top-1 and target cosine are of augmented training images, with the margins of the moment.", "",
-              "![curves](curves.png)"]
-    if looks:
-        lines += ["", "| same/different AUC of fixed images | start | end |", "|---|---|---|"]
-        lines += [f"| {name} | {looks[0]['auc'].get(name, math.nan):.3f} | {value:.3f} |"
-                  for name, value in looks[-1]["auc"].items()]
-    if fights:
-        draw_conflict(job.folder / "conflict.png", fights)
-        mean = {pair: np.mean([f["cosine"][pair] for f in fights if f["cosine"][pair] is not None] or [math.nan])
-                for pair in fights[0]["cosine"]}
-        lines += ["", "Cosines between the domains' gradients on the backbone (mean over the run; below 0 they pull "
-                  "against each other): " + ", ".join(f"{pair} {value:+.2f}" for pair, value in mean.items()), "",
-                  "![conflict](conflict.png)"]
-    if job.tally["skipped"] or job.tally["bad"] or job.tally["collapsed_at"]:
-        lines += ["", f"Skipped steps: {job.tally['skipped']}; damaged images: {job.tally['bad']}; collapsed at: "
-                  f"{job.tally['collapsed_at']}."]
-    write_atomically(job.folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
-
-
-def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[str]) -> None:
-    """Loss, top-1, target cosine per domain and, where --eval-every looked, AUC, over the images seen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    keys = [("loss", "training loss"), ("top1", "training top-1"), ("target_cosine", "cosine to the own class")]
-    figure, axes = plt.subplots(1, len(keys) + bool(looks), figsize=(4 * (len(keys) + bool(looks)), 3), squeeze=False)
-    for ax, (key, title) in zip(axes[0], keys, strict=False):
-        for name in domains:
-            points = [(r["images"], r[f"{key}/{name}"]) for r in log if f"{key}/{name}" in r]
-            ax.plot(*zip(*points, strict=True) if points else ((), ()), label=name, color=COLOURS[name])
-        ax.set(title=title, xlabel="images")
-    if looks:
-        for number, name in enumerate(looks[0]["auc"]):
-            domain = name.split("/")[0]
-            again = domain in [n.split("/")[0] for n in list(looks[0]["auc"])[:number]]
-            axes[0][-1].plot([r["step"] for r in looks], [r["auc"].get(name, math.nan) for r in looks], label=name,
-                             color=COLOURS[domain], ls="--" if again else "-", marker=".")
-        axes[0][-1].set(title="same/different AUC, fixed images", xlabel="step")
-        axes[0][-1].legend(fontsize=7)
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_conflict(path: Path, fights: list[dict]) -> None:
-    """Cosines of the domains' gradients: over the run in the whole backbone, and by layer (mean over the run)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    for pair in fights[0]["cosine"]:
-        values = np.array([[math.nan if v is None else v for v in f["cosine_by_layer"][pair]] for f in fights])
-        seen = ~np.isnan(values).all(0)
-        left.plot([f["step"] for f in fights], [f["cosine"][pair] for f in fights], marker=".", label=pair)
-        right.plot(np.flatnonzero(seen), np.nanmean(values[:, seen], 0), marker=".", label=pair)
-    left.set(title="whole backbone", xlabel="step", ylabel="cosine of two domains' gradients")
-    right.set(title="by layer, mean over the run", xlabel="layer (0: input)")
-    for ax in (left, right):
-        ax.axhline(0, color="0.6", lw=0.8)
-    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-# ---------------------------------------------------------------- export
-
-
-class FromPixels(nn.Module):
-    """A backbone that normalises its images itself: pixels [B, 3, S, S], RGB 0..1 -> embeddings [B, D]."""
-
-    def __init__(self, model: Backbone) -> None:
-        super().__init__()
-        self.model = model
-        self.register_buffer("mean", torch.tensor(model.mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(model.std).view(3, 1, 1))
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model((pixels - self.mean) / self.std)
-
-
-def build_in_library(model: Backbone, config: dict) -> tuple[str, nn.Module]:
-    """The library call that makes the bare network, as code for the model card, and what it returns."""
-    import open_clip
-    import timm
-
-    library, name, _ = resolve_backbone(config)
-    names, options = [name], {}
-    if name == "tiny" and library == "open_clip":
-        build, names = open_clip.CLIP, []
-        options = TINY_CLIP | {"vision_cfg": TINY_CLIP["vision_cfg"] | {"image_size": model.image_size}}
-    elif library == "open_clip":
-        build, options = open_clip.create_model, {"force_image_size": model.image_size}
-    else:
-        build, options = timm.create_model, {"num_classes": 0, "img_size": model.image_size}
-        if isinstance(pool := getattr(model.net, "global_pool", None), str):
-            options["global_pool"] = pool
-    logging.disable(logging.WARNING)  # open_clip's, that the weights are random: they are filled in later
-    try:
-        net = build(*names, **options)
-    except TypeError:  # convolutional networks take any size and no such argument
-        del options["img_size"]
-        net = build(*names, **options)
-    finally:
-        logging.disable(logging.NOTSET)
-    arguments = [repr(name) for name in names] + [f"{key}={value!r}" for key, value in options.items()]
-    return f"{library}.{build.__name__}({', '.join(arguments)})", net
-
-
-def to_safetensors(model: Backbone, config: dict, path: Path) -> tuple[str, Callable]:
-    """Write the weights in the library's own keys; returns code that uses them, and what that code computes."""
-    about = {"mean": model.mean, "std": model.std, "image_size": model.image_size, "interpolation": model.interpolation}
-    net = {key: value.contiguous() for key, value in model.net.state_dict().items()}
-    metadata = {"format": "pt", "preprocessing": json.dumps(about)}
-    write_atomically(path, lambda temporary: save_file(net, temporary, metadata=metadata))
-    call, net = build_in_library(model, config)
-    net.load_state_dict(load_file(path), strict=True)
-    forward = "encode_image" if model.library == "open_clip" else "forward"
-    code = [f"import {model.library}, torch", "from safetensors.torch import load_file", "",
-            f"net = {call}", f"net.load_state_dict(load_file({path.name!r}))",
-            f"mean = torch.tensor({model.mean}).view(3, 1, 1)", f"std = torch.tensor({model.std}).view(3, 1, 1)",
-            f"embeddings = net.eval().{forward}((pixels - mean) / std)"]
-    project = torch.eye(model.dim)
-    if model.project is not None:  # not part of the library's architecture: a file of its own keeps loading strict
-        extra = path.with_name(f"{path.stem}.projection.safetensors")
-        tensors = {"project": model.project.weight.detach().contiguous()}
-        write_atomically(extra, lambda temporary: save_file(tensors, temporary))
-        project = load_file(extra)["project"].T
-        code.append(f"embeddings = embeddings @ load_file({extra.name!r})['project'].T")
-    alone = FromPixels(Backbone(net, model.library, 0, model.image_size)).eval()
-    return "\n".join(code), lambda pixels: alone(pixels) @ project
-
-
-def to_onnx(model: Backbone, config: dict, path: Path) -> tuple[str, Callable]:
-    """Write an ONNX graph from pixels to embeddings for batches of any size; returns as `to_safetensors`."""
-    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]:
-        raise InputError(f"--to onnx needs {' and '.join(missing)}: pip install onnxscript onnxruntime")
-    import onnxruntime
-
-    example = torch.zeros(2, 3, model.image_size, model.image_size)
-    logging.disable(logging.WARNING)  # the exporter's notes to its own authors
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            program = torch.onnx.export(FromPixels(model).eval(), (example,), dynamo=True, verbose=False,
-                                        input_names=["pixels"], output_names=["embeddings"],
-                                        dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:  # of torch.export, the decompositions or the translation
-        raise InputError(f"--to onnx: this network cannot be traced ({type(error).__name__}): take --to safetensors, "
-                         "or see why with --debug") from error
-    finally:
-        logging.disable(logging.NOTSET)
-    program.model.metadata_props["interpolation"] = model.interpolation
-    program.save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    code = ["import onnxruntime", "", f"session = onnxruntime.InferenceSession({path.name!r})",
-            "embeddings = session.run(None, {'pixels': pixels})[0]"]
-    return "\n".join(code), lambda pixels: torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
-
-
-FORMATS = {"safetensors": to_safetensors, "onnx": to_onnx}
-
-
-@torch.no_grad()
-def largest_difference(model: Backbone, embed: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    """Largest absolute difference of a unit embedding's component between a model and its exported form."""
-    generator, worst = torch.Generator().manual_seed(0), []
-    for batch in (1, 3):  # two sizes: a graph may have kept the one that it was traced with
-        pixels = torch.rand(batch, 3, model.image_size, model.image_size, generator=generator)
-        ours, theirs = FromPixels(model)(pixels), embed(pixels)
-        worst.append((F.normalize(ours, dim=1) - F.normalize(theirs, dim=1)).abs().max())
-    return float(torch.stack(worst).max())  # NaN stays NaN
-
-
-@torch.no_grad()
-def mix_with_foundation(run: Run, model: Backbone, alpha: float) -> None:
-    """WiSE-FT (arXiv 2109.01903): weights (1 - alpha) foundation + alpha tuned, in place.
-
-    It often keeps most of what was learnt and brings back much of what was forgotten. The run's own linear layer has
-    no counterpart in the foundation and stays.
-    """
-    if run.config["weights"] == "none":
-        raise InputError(f"--wise-ft: {run.folder} started from random weights, there is no foundation to mix with: "
-                         "leave it out")
-    before = load_foundation(run).net.state_dict()
-    for key, value in model.net.state_dict().items():
-        if value.is_floating_point():
-            value.copy_(torch.lerp(before[key].to(value), value, alpha))
-
-
-def export_run(run: Run, form: str, out: Path | None, tolerance: float, alpha: float = 1.0) -> int:
-    """Write a run's model in another form, with its card, after a check that it still computes the same.
-
-    `alpha` < 1 mixes it with the foundation first.
-
-    Everything is written into a scratch folder and moved only if it passed: what is found under its name is good.
-    """
-    mixed = f"-wise{alpha:g}" if alpha < 1 else ""
-    out = out or run.folder / "export" / f"{run.folder.resolve().name}{mixed}.{form}"
-    if out.suffix != f".{form}":
-        raise InputError(f"--out {out}: want a file that ends in .{form}")
-    if out.exists():
-        raise InputError(f"{out} exists: remove it, or choose another --out")
-    scores = read_scores(run.folder / "eval" / "results.json")
-    model = load_tuned(run)
-    if alpha < 1:
-        mix_with_foundation(run, model, alpha)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
-            code, embed = FORMATS[form](model, run.config, Path(scratch) / out.name)
-            worst = largest_difference(model, embed)
-            verdict = (f"max abs difference of unit embeddings from the run's own: {worst:.1e} "
-                       f"(tolerance {tolerance:g})")
-            if not worst <= tolerance:
-                print(f"error: {out} was not written: {verdict}", file=sys.stderr)
-                return 1
-            card = Path(scratch) / f"{out.name}.md"
-            card.write_text(write_card(run, model, sorted(Path(scratch).iterdir()), code, verdict, scores, alpha))
-            for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == out.name):  # the model last
-                os.replace(file, out.with_name(file.name))
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error}); name a folder that has room and is "
-                         "yours to write to") from error
-    print(f"{out}: {verdict}; model card: {card.name}")
-    return 0
-
-
-def read_scores(path: Path) -> list[dict]:
-    """The rows that evaluate.py wrote; none where the run was not evaluated."""
-    try:
-        rows = json.loads(path.read_text()) if path.exists() else []
-        return [{"name": f"{row['domain']}/{row['split']}", **row} for row in rows]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: damaged ({error}): run evaluate.py again") from error
-
-
-def write_card(run: Run, model: Backbone, files: list[Path], code: str, verdict: str, scores: list[dict],
-               alpha: float = 1.0) -> str:
-    """The model card, Markdown: what the model is, how it is loaded, what it was trained on and how, and its limits."""
-    config, size = run.config, model.image_size
-    library, name, _ = resolve_backbone(config)
-    sources, people = config.get("sources", {}), [domain for domain in run.classes if domain != "object"]
-    lines = [f"# {run.folder.resolve().name}", "",
-             f"{library}'s `{name}`, fine-tuned on {', '.join(run.classes)} in one embedding space of {model.dim} "
-             "dimensions; embeddings are compared by cosine.", "", "## Use", "",
-             f"Input: RGB scaled to 0..1, {size} x {size} pixels, resized with antialiased {model.interpolation} "
-             "interpolation: `pixels`, float32 [B, 3, S, S]. The scores below add the embedding of the mirror image.",
-             "", "```python", code, "```", "", f"Checked on random images: {verdict}.", ""]
-    if alpha < 1:
-        lines += [f"These weights are a mixture: {alpha:g} of the fine-tuned ones, {1 - alpha:g} of the foundation's "
-                  "(WiSE-FT). The scores below are the fine-tuned model's own: this mixture was not scored.", ""]
-    for path in files:
-        with open(path, "rb") as file:
-            lines.append(f"- `{path.name}`: sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}")
-    lines += ["", "## Data", "", "| domain | source | images | classes | drawn in training | passes | shards made as |",
-              "| --- | --- | --- | --- | --- | --- | --- |"]
-    for domain, classes in run.classes.items():
-        source, drawn = sources.get(domain, {}), config["counts"][domain]
-        known = [source.get("source", "not recorded"), f"{source['images']:,}" if source else ""]
-        passes = [f"{drawn / source['images']:.1f}", f"{source['size']} px, {source['fit']}"] if source else ["", ""]
-        lines.append(f"| {' | '.join([domain, *known, f'{len(classes):,}', f'{drawn:,}', *passes])} |")
-    lines += ["", "Shards, by the hash of their plan: "
-              + ", ".join(f"{domain} `{plan[:12]}`" for domain, plan in config["shards"].items()) + ".", "",
-              "## Training", "", f"Code: commit {config['git_commit'] or 'unknown'}, "
-              + ", ".join(f"{package} {number}" for package, number in config["versions"].items())
-              + f". Optimiser steps: {config['steps']:,}. Options:", "", "| option | value |", "| --- | --- |"]
-    left_out = FREE_ON_RESUME | NOT_OPTIONS | ({"size"} if config["model"] else set())
-    for key, value in config.items():
-        if key not in left_out and value is not None and value is not False:
-            shown = Path(value).name if key == "weights" else ",".join(value) if isinstance(value, list) else value
-            lines.append(f"| {key} | {shown} |")
-    lines += ["", "## Scores", ""]
-    if scores:
-        lines += ["Fractions with 95 % intervals over identities; foundation: the backbone before fine-tuning.", "",
-                  "| split | protocol | metric | foundation | tuned | count |", "| --- | --- | --- | --- | --- | --- |"]
-        table: dict = {}
-        for row in scores:
-            table.setdefault((row["name"], row["protocol"], row["metric"]), {})[row["weights"]] = row
-        for key, pair in table.items():
-            cells = [f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" if (r := pair.get(weights)) else ""
-                     for weights in ("foundation", "tuned")]
-            lines.append(f"| {' | '.join([*key, *cells])} | {next(iter(pair.values()))['count']:,} |")
-    else:
-        lines.append("None: the run was exported without an evaluation (`python evaluate.py --run RUN`).")
-    lines += ["", "## Intended use and limits", "", *(CARD_PEOPLE if people else []), *CARD_LIMITS]
-    return "\n".join(lines) + "\n"
-
-
-CARD_PEOPLE = [
-    "- Made for research on recognising people, and objects beside them, with one model. Images of faces and bodies "
-    "are personal data, and embeddings that tell people apart are biometric data: have a legal ground and, as a rule, "
-    "the consent of those pictured before you compute, keep or share them.",
-    "- Not for surveillance, for identifying strangers, or for decisions about people without a human who answers for "
-    "them. A cosine is not proof of identity: set thresholds on your own data, for the error that you can bear.",
-    "- Error rates differ between groups of people, cameras and years; nothing here measures that for your population.",
-]
-CARD_LIMITS = [
-    "- The scores hold for the splits named above and images prepared as theirs; others may do worse.",
-    "- The terms of the untouched weights and of every training set bind this model too: check both before you use or "
-    "pass it on.",
-]
-
-
-# ---------------------------------------------------------------- benchmark
-
-
-def bench_steps(job: Job, rounds: int, count: int) -> dict[str, list[float]]:
-    """Seconds of single steps: with real data, with one batch that lies on the device, and of the bare backbone.
-
-    The bare step is forward, the sum of the embeddings, backward and the optimiser on the same images. The three take
-    turns, `rounds` times `count` steps each; a turn's first steps, which live on what the loader has in store, are not
-    counted.
-    """
-    stream = make_stream(job)
-    passes = stream.per_batch * job.plan.shape[1]
-    chunks = load_steps(job, stream, 0)
-    options = loss_options(job.config, [len(split.classes) for split in job.splits], job.device, job.ranks)
-    forward, step, found = make_forward(job), itertools.count(), {"real": [], "fixed": [], "bare": [], "log": []}
-    forward.train()
-    batches, drawn_once = receive(job, chunks, 0, options, passes)
-    fixed = [tuple(v.clone() for v in batch) for batch in batches]
-    late = round(job.config["head_warmup"] * job.steps) + job.steps // 2  # past the warm-up of the head
-
-    def bare() -> None:
-        for images, *_ in fixed:
-            forward(images).float().sum().backward()
-        job.optimizer.step()
-        job.optimizer.zero_grad(set_to_none=True)
-
-    def train_on(batches: Iterable[tuple], now: int, options: dict) -> None:
-        window.append(take_step(job, forward, batches, now, options, passes))
-
-    def real(now: int) -> None:
-        batches, drawn_now = receive(job, chunks, now, options, passes)
-        train_on(batches, now, drawn_now)
-
-    def timed(run: Callable) -> float:
-        start = time.perf_counter()
-        run()
-        if job.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    store = 4 * max(job.config["workers"], 1) // passes + 1
-    window: list[dict] = []
-    for _ in tqdm(range(rounds + 1), desc="rounds (the first warms up)", disable=None):
-        for kind, skip in (("real", store), ("fixed", 1), ("bare", 1)):
-            spent = []
-            for _ in range(skip + count):
-                now = min(late + next(step) % 8, job.steps - 1)
-                spent.append(timed({"real": lambda now=now: real(now), "bare": bare,
-                                    "fixed": lambda now=now: train_on(iter(fixed), now, drawn_once)}[kind]))
-            found[kind].append(spent[skip:])
-        found["log"].append([timed(lambda: log_window(job, None, window, late + 1))])
-        window.clear()
-    return {kind: [seconds for turn in turns[1:] for seconds in turn] for kind, turns in found.items()}
-
-
-def bench_run(config: dict, rounds: int, count: int, path: Path | None) -> int:
-    """`train.py bench`: print, and write as JSON, where the time of a step goes."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from kernels.bench import ceilings, peak_memory
-
-    with tempfile.TemporaryDirectory() as folder:
-        config |= {"out": folder + "/run", "resume": False, "epochs": None}
-        store = 4 * max(config["workers"], 1) + 2
-        config["images"] = config["batch"] * 4 * (rounds + 1) * (count + store)
-        job, found = set_up(config), {}
-        memory = peak_memory(lambda: found.update(bench_steps(job, rounds, count)), job.device)
-        size = min(config["micro_batch"] or config["batch"], job.plan[0][0].sum())
-        if config["grad_checkpointing"]:
-            job.model.net.set_grad_checkpointing(False)  # what is computed twice counts once
-        with FlopCounterMode(display=False) as counter:
-            job.model(torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)).sum().backward()
-        flops = counter.get_total_flops() * config["batch"]
-        rate_of = ceilings(job.device)["ceiling_tflops"]
-    middle = {kind: float(np.median(seconds)) for kind, seconds in found.items()}
-    real, fixed, bare, log = (middle[kind] for kind in ("real", "fixed", "bare", "log"))
-    device = torch.cuda.get_device_name() if job.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    result = {
-        "device": device,
-        "torch": torch.__version__, "backbone": config["model"] or f"{config['backbone']}-{config['size']}",
-        "schedule": config["schedule"], "batch": config["batch"], "micro_batch": int(size), "cache": config["cache"],
-        "image_size": job.model.image_size, "workers": config["workers"], "compile": config["compile"],
-        "images_per_second": {kind: config["batch"] / middle[kind] for kind in ("real", "fixed", "bare")},
-        "step_ms": {kind: {"median": 1e3 * middle[kind], "p20": 1e3 * float(np.percentile(found[kind], 20)),
-                           "p80": 1e3 * float(np.percentile(found[kind], 80))} for kind in ("real", "fixed", "bare")},
-        "share_of_time": {"input": max(1 - fixed / real, 0.0), "loss": max(1 - bare / fixed, 0.0),
-                          "logging": log / config["log_every"] / real},
-        "real_to_bare": real / bare, "memory_MiB": memory, "gflop_per_image": flops / config["batch"] / 1e9,
-        "matrix_tflops": rate_of, "MFU": flops / real / 1e12 / rate_of,
-    }
-    print(json.dumps(result, indent=2))
-    if path:
-        write_json(path, result)
-    return 0
 
 
 # ---------------------------------------------------------------- options
@@ -2775,13 +1980,15 @@ time of a step goes: real data, one batch on the device, the bare backbone. Take
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there, too.")
 @click.pass_context
 def bench(context: click.Context, rounds: int, count: int, path: Path | None, **config) -> int:
+    import train_bench  # here, because it builds on this module
+
     settle_options(context, config)  # the step that is timed is the step of training
-    return bench_run(config, rounds, count, path)
+    return train_bench.bench_run(config, rounds, count, path)
 
 
 @main.command(help="Write a run's model for others: weights of timm or open_clip, or an ONNX graph; with a model card.")
 @click.option("--run", metavar="RUN", required=True, help="Folder of a finished run.")
-@click.option("--to", type=click.Choice(list(FORMATS)), required=True, help="Form of the model.")
+@click.option("--to", type=click.Choice(["safetensors", "onnx"]), required=True, help="Form of the model.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
               help="File to write, its card beside it (default: RUN/export/NAME.FORM).")
 @click.option("--tolerance", type=click.FloatRange(0), default=1e-4,
@@ -2791,7 +1998,9 @@ def bench(context: click.Context, rounds: int, count: int, path: Path | None, **
 @click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
 def export(run: str, to: str, out: Path | None, tolerance: float, wise_ft: float, allow_partial: bool) -> int:
-    return export_run(load_run(Path(run), allow_partial), to, out, tolerance, wise_ft)
+    import train_export  # here, because it builds on this module
+
+    return train_export.export_run(load_run(Path(run), allow_partial), to, out, tolerance, wise_ft)
 
 
 if __name__ == "__main__":

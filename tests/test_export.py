@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import data_prep.__main__
 import evaluate
 import train
+import train_export
 from data_prep import InputError
 from data_prep.shards import Split
 from tests.conftest import TINY, script
@@ -128,10 +129,10 @@ def test_onnx_computes_the_same_for_any_batch(run_of_each, tmp_path, monkeypatch
 
 def test_a_form_that_computes_something_else_is_not_written(tiny_run, tmp_path, monkeypatch, capsys):
     def spoiled(model, config, path):
-        code, same = train.to_safetensors(model, config, path)
+        code, same = train_export.to_safetensors(model, config, path)
         return code, lambda pixels: same(pixels) + 0.01
 
-    monkeypatch.setitem(train.FORMATS, "safetensors", spoiled)
+    monkeypatch.setitem(train_export.FORMATS, "safetensors", spoiled)
     out = tmp_path / "export" / "model.safetensors"
     assert export("--run", tiny_run, "--to", "safetensors", "--out", out) == 1
     assert "was not written: max abs difference" in capsys.readouterr().err
@@ -140,10 +141,10 @@ def test_a_form_that_computes_something_else_is_not_written(tiny_run, tmp_path, 
 
 def test_the_difference_is_seen_at_every_batch_and_never_hidden_by_nan(tiny_run):
     model = train.load_tuned(train.load_run(tiny_run))
-    whole = train.FromPixels(model)
-    assert train.largest_difference(model, whole) == 0
-    assert train.largest_difference(model, lambda pixels: whole(pixels[:1]).expand(len(pixels), -1)) > 1e-3
-    assert not train.largest_difference(model, lambda pixels: whole(pixels) * float("nan")) <= 1e9
+    whole = train_export.FromPixels(model)
+    assert train_export.largest_difference(model, whole) == 0
+    assert train_export.largest_difference(model, lambda pixels: whole(pixels[:1]).expand(len(pixels), -1)) > 1e-3
+    assert not train_export.largest_difference(model, lambda pixels: whole(pixels) * float("nan")) <= 1e9
 
 
 # ---------------------------------------------------------------- the card
@@ -325,6 +326,11 @@ def test_a_missing_package_is_named(tiny_run, tmp_path, monkeypatch):
     with pytest.raises(click.ClickException, match="needs onnxruntime: pip install onnxscript onnxruntime"):
         export("--run", tiny_run, "--to", "onnx", "--out", tmp_path / "x.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_option_offers_every_form():
+    form = next(parameter for parameter in train.main.commands["export"].params if parameter.name == "to")
+    assert list(form.type.choices) == list(train_export.FORMATS)
 
 
 def test_from_a_shell(tiny_run, tmp_path):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import backbones
 import train
 from data_prep import DOMAINS, InputError
 from data_prep.stream import Order, interleave, random_box
@@ -151,7 +152,7 @@ def test_frozen_batchnorm_makes_samples_independent():
     """No layer may mix the samples of a batch: the invariant above depends on it."""
     config = {"backbone": None, "size": "large", "model": "test_efficientnet", "weights": "none", "image_size": 64,
               "embed_dim": 0, "seed": 0}
-    model = train.load_backbone(config).train()
+    model = backbones.load_backbone(config).train()
     images = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model(images)[:2], model(images[:2]), rtol=1e-4, atol=1e-5)

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import analyze
+import backbones
 import data_prep.__main__
 import evaluate
 import train
@@ -81,7 +82,7 @@ def test_weights_load_strictly_into_the_libraries(tiny_run, demo_root, tmp_path)
     import open_clip
     import timm
 
-    clip = train.build_network("open_clip", "tiny", 32)
+    clip = backbones.build_network("open_clip", "tiny", 32)
     assert isinstance(clip, open_clip.CLIP)
     clip.load_state_dict(load_file(tiny_run / "model.safetensors"), strict=True)
     model = train.load_tuned(train.load_run(tiny_run))
@@ -139,7 +140,7 @@ def test_head_warmup_trains_the_head_alone(demo_root, tmp_path):
 def test_head_starts_at_class_means_and_prompts(demo_root):
     config = {"backbone": "clip", "size": "tiny", "model": None, "weights": "none", "image_size": 32, "embed_dim": 0,
               "seed": 0, "head_init": "means", "head_init_images": 2, "micro_batch": None, "workers": 0}
-    model = train.load_backbone(config).eval()
+    model = backbones.load_backbone(config).eval()
     split = open_root(demo_root)["object"]["train"]
     head = train.init_head(model, [split], config, torch.device("cpu"))
     rows = np.flatnonzero(split.labels == 1)[:2]
@@ -380,7 +381,7 @@ def test_the_other_families_take_a_step(family, demo_root, tmp_path):
 def test_the_width_is_what_comes_out():
     config = {"backbone": None, "size": "large", "model": "mobilenetv3_small_050", "weights": "none", "image_size": 64,
               "embed_dim": 0, "seed": 0}
-    model = train.load_backbone(config)
+    model = backbones.load_backbone(config)
     assert model.dim == model.eval()(torch.zeros(1, 3, 64, 64)).shape[1] != model.net.num_features
 
 
@@ -389,7 +390,7 @@ def test_a_last_batch_of_one_image(demo_root):
               "seed": 0, "head_init": "means", "head_init_images": 3, "micro_batch": 11, "workers": 0}
     split = open_root(demo_root)["object"]["train"]
     assert 3 * len(split.classes) % 11 == 1
-    head = train.init_head(train.load_backbone(config), [split], config, torch.device("cpu"))
+    head = train.init_head(backbones.load_backbone(config), [split], config, torch.device("cpu"))
     assert head.shape == (len(split.classes), 64)
 
 
@@ -402,24 +403,24 @@ def test_loader_processes_can_be_spawned(demo_root):
 
 
 def test_weights_of_another_architecture_name_the_keys(demo_root, tmp_path):
-    clip = train.build_network("open_clip", "tiny", 32).state_dict()
+    clip = backbones.build_network("open_clip", "tiny", 32).state_dict()
     save_file({"stem.weight": torch.zeros(3)}, tmp_path / "wrong.safetensors")
     save_file({**clip, "visual.head.proj.weight": torch.zeros(3, 3)}, tmp_path / "shape.safetensors")
     config = {"backbone": "clip", "size": "tiny", "model": None, "image_size": 32, "embed_dim": 0, "seed": 0}
     with pytest.raises(InputError, match=r"not the weights .* is missing; .* more keys"):
-        train.load_backbone(config | {"weights": str(tmp_path / "wrong.safetensors")})
+        backbones.load_backbone(config | {"weights": str(tmp_path / "wrong.safetensors")})
     with pytest.raises(InputError, match=r"visual.head.proj.weight is \(3, 3\), not \(64, 64\)"):
-        train.load_backbone(config | {"weights": str(tmp_path / "shape.safetensors")})
+        backbones.load_backbone(config | {"weights": str(tmp_path / "shape.safetensors")})
     torch.save({"weight": print}, tmp_path / "pickle.pt")
     with pytest.raises(InputError, match="not a file of plain tensors"):
-        train.load_backbone(config | {"weights": str(tmp_path / "pickle.pt")})
+        backbones.load_backbone(config | {"weights": str(tmp_path / "pickle.pt")})
 
 
 def test_position_embeddings_resample(tmp_path):
     config = {"backbone": None, "size": "large", "model": "vit_tiny_patch16_224", "embed_dim": 0, "seed": 0}
-    small = train.load_backbone(config | {"weights": "none", "image_size": 32})
+    small = backbones.load_backbone(config | {"weights": "none", "image_size": 32})
     save_file(small.net.state_dict(), tmp_path / "vit.safetensors")
-    large = train.load_backbone(config | {"weights": str(tmp_path / "vit.safetensors"), "image_size": 64})
+    large = backbones.load_backbone(config | {"weights": str(tmp_path / "vit.safetensors"), "image_size": 64})
     assert large.net.pos_embed.shape[1] == 17 and torch.equal(large.net.blocks[0].mlp.fc1.weight,
                                                               small.net.blocks[0].mlp.fc1.weight)
 
@@ -559,7 +560,8 @@ def words_read(*names: str) -> set[str]:
     return reader.found
 
 
-STAGES = [(train.main, ["train.py"]), (evaluate.main, ["evaluate.py"]), (analyze.main, ["analyze.py", "evaluate.py"]),
+STAGES = [(train.main, ["train.py", "backbones.py"]), (evaluate.main, ["evaluate.py"]),
+          (analyze.main, ["analyze.py", "evaluate.py"]),
           (data_prep.__main__.cli, sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("data_prep/*.py")))]
 COMMANDS = [(f"{files[0]} {name}", command, files) for top, files in STAGES
             for name, command in [("", top), *getattr(top, "commands", {}).items()]]
