@@ -3,6 +3,8 @@
 What is timed are the steps of training themselves, with the options of training.
 """
 
+import contextlib
+import functools
 import itertools
 import json
 import tempfile
@@ -29,11 +31,11 @@ from train import (
 
 
 def bench_steps(job: Job, rounds: int, count: int) -> dict[str, list[float]]:
-    """Seconds of single steps: with real data, with one batch that lies on the device, and of the bare backbone.
+    """Seconds of a step: with real data, with one batch that lies on the device, and of the bare backbone.
 
     The bare step is forward, the sum of the embeddings, backward and the optimiser on the same images. The three take
     turns, `rounds` times `count` steps each; a turn's first steps, which live on what the loader has in store, are not
-    counted.
+    counted. On a GPU a turn's steps are timed together, because they overlap there as in training.
     """
     stream = make_stream(job)
     passes = stream.per_batch * job.plan.shape[1]
@@ -46,8 +48,9 @@ def bench_steps(job: Job, rounds: int, count: int) -> dict[str, list[float]]:
     late = round(job.config["head_warmup"] * job.steps) + job.steps // 2  # past the warm-up of the head
 
     def bare() -> None:
-        for images, *_ in fixed:
-            forward(images).float().sum().backward()
+        for number, (images, *_) in enumerate(fixed, 1):  # the ranks add up once a step, as in training
+            with contextlib.nullcontext() if number == passes or job.ranks.world == 1 else forward.no_sync():
+                forward(images).float().sum().backward()
         job.optimizer.step()
         job.optimizer.zero_grad(set_to_none=True)
 
@@ -58,23 +61,26 @@ def bench_steps(job: Job, rounds: int, count: int) -> dict[str, list[float]]:
         batches, drawn_now = receive(job, chunks, now, options, passes)
         train_on(batches, now, drawn_now)
 
-    def timed(run: Callable) -> float:
+    def timed(run: Callable, times: int = 1) -> float:
         start = time.perf_counter()
-        run()
+        for _ in range(times):
+            run()
         if job.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / times
+
+    def next_step(kind: str) -> None:
+        now = min(late + next(step) % 8, job.steps - 1)
+        {"real": real, "bare": lambda _: bare(), "fixed": lambda now: train_on(iter(fixed), now, drawn_once)}[kind](now)
 
     store = 4 * max(job.config["workers"], 1) // passes + 1
     window: list[dict] = []
     for _ in tqdm(range(rounds + 1), desc="rounds (the first warms up)", disable=None):
         for kind, skip in (("real", store), ("fixed", 1), ("bare", 1)):
-            spent = []
-            for _ in range(skip + count):
-                now = min(late + next(step) % 8, job.steps - 1)
-                spent.append(timed({"real": lambda now=now: real(now), "bare": bare,
-                                    "fixed": lambda now=now: train_on(iter(fixed), now, drawn_once)}[kind]))
-            found[kind].append(spent[skip:])
+            run = functools.partial(next_step, kind)
+            timed(run, skip)
+            together = count if job.device.type == "cuda" else 1
+            found[kind].append([timed(run, together) for _ in range(count // together)])
         found["log"].append([timed(lambda: log_window(job, None, window, late + 1))])
         window.clear()
     return {kind: [seconds for turn in turns[1:] for seconds in turn] for kind, turns in found.items()}
@@ -98,7 +104,7 @@ def bench_run(config: dict, rounds: int, count: int, path: Path | None) -> int:
         with FlopCounterMode(display=False) as counter:
             job.model(torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)).sum().backward()
         flops = counter.get_total_flops() * config["batch"]
-        rate_of = ceilings(job.device)["ceiling_tflops"]
+        rate_of = ceilings(job.device)["ceiling_tflops"] * job.ranks.world
     middle = {kind: float(np.median(seconds)) for kind, seconds in found.items()}
     real, fixed, bare, log = (middle[kind] for kind in ("real", "fixed", "bare", "log"))
     device = torch.cuda.get_device_name() if job.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -116,6 +122,6 @@ def bench_run(config: dict, rounds: int, count: int, path: Path | None) -> int:
         "matrix_tflops": rate_of, "MFU": flops / real / 1e12 / rate_of,
     }
     print(json.dumps(result, indent=2))
-    if path:
+    if path and job.ranks.rank == 0:
         write_json(path, result)
     return 0
