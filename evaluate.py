@@ -1430,7 +1430,8 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
     for split in splits:
         x, protocol, curve, found = embed.raw(split), split.protocol["name"], {}, {}
         key, bad = f"{split.domain}/{split.name}", int((~np.isfinite(x[:, 0])).sum())
-        x[(without or {}).get(key, [])] = np.nan
+        left_out = (without or {}).get(key, [])
+        x[left_out] = np.nan
         if not np.isfinite(x[:, 0]).any():
             raise InputError(f"{split.folder}: no image left to score: all are unreadable or leaked; leave the split "
                              "out with --splits")
@@ -1458,6 +1459,8 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             y = embed(reference)
             if reference.name not in fitted:
                 fitted[reference.name] = readouts.fit(embed, y, reference, seed)
+            if reference.folder == split.folder:  # row for row the same; another split's rows stay references
+                y[left_out] = np.nan
             linear = {name: parts for name, parts in fitted[reference.name].items()
                       if name != "probe" or reference.folder != split.folder}  # a probe knows what it was fitted to
             for only, prefix, which in scopes_of(split, readouts.trained):
@@ -1725,12 +1728,12 @@ def write_draws(folder: Path, results: Results, seed: int) -> None:
     train.write_atomically(folder / "draws.npz", write)
 
 
-def write_csv(path: Path, table: list[dict]) -> None:
-    """A list of like dictionaries as CSV with a header, atomically."""
+def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> None:
+    """A list of like dictionaries as CSV with a header, atomically; `columns`: of a table that may be empty."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]))
+            writer = csv.DictWriter(file, columns or list(table[0]))
             writer.writeheader()
             writer.writerows(table)
 
@@ -2202,6 +2205,8 @@ def show_comparison(table: list[dict]) -> str:
 
 # ---------------------------------------------------------------- leaks
 
+LEAK = ("split", "row", "key", "identity", "cosine", "train_split", "train_key", "train_identity")  # leaks.csv
+
 
 def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
                threshold: float) -> tuple[list[dict], list[tuple[Tile, Tile]]]:
@@ -2226,9 +2231,8 @@ def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
     by_name, table, images = {f"{split.domain}/{split.name}": split for split in splits}, [], []
     for (name, row), (cosine, source, other) in sorted(nearest.items(), key=lambda leak: -leak[1][0]):
         (key, identity), (train_key, train_identity) = describe(by_name[name], row), describe(source, other)
-        table.append({"split": name, "row": row, "key": key, "identity": identity, "cosine": cosine,
-                      "train_split": f"{source.domain}/{source.name}", "train_key": train_key,
-                      "train_identity": train_identity})
+        values = name, row, key, identity, cosine, f"{source.domain}/{source.name}", train_key, train_identity
+        table.append(dict(zip(LEAK, values, strict=True)))
         images.append(((by_name[name], row, MISS, f"{key}  {cosine:.3f}"), (source, other, "#000000", train_key)))
     return table, images
 
@@ -2297,10 +2301,21 @@ def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
 # ---------------------------------------------------------------- the job
 
 
+def make_folder(path: Path, option: str) -> None:
+    """Make a folder for results, where it is not there; InputError names the option that asked for it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option}: {path} cannot be made a folder ({error.strerror}): choose another, or move "
+                         "away what is there") from error
+
+
 def make_embedder(load: Callable[[], Backbone], weights: str, folder: Path, options: dict,
                   ranks: Ranks = Ranks()) -> Embedder:  # noqa: B008
     """An embedder by the options that evaluate.py and analyze.py share; `folder`: of the run's results."""
     shared = bool(options["cache"]) and weights == "foundation"
+    if shared:
+        make_folder(Path(options["cache"]), "--cache")
     return Embedder(load(), weights, Path(options["cache"]) if shared else folder / "embeddings",
                     train.pick_device(options["device"]), options["batch"], options["workers"], options["flip"], shared,
                     ranks)
@@ -2374,7 +2389,7 @@ def watch(folder: Path, options: dict) -> None:
     out, data = folder / "eval", options["data"] or config["data"]
     root, prompts, table = open_root(Path(data)), read_prompts(options["prompts"]), []
     splits = choose_splits(root, options["splits"], data)
-    out.mkdir(exist_ok=True)
+    make_folder(out, "--run")
     if (out / "watch.csv").exists():  # stopped before: goes on
         with open(out / "watch.csv", newline="") as file:
             table = list(csv.DictReader(file))
@@ -2503,7 +2518,7 @@ def main(context: click.Context, **options) -> int | None:
     datasets = report.datasets_of(list(by_name), options["published"], published)
     ratings = read_ratings(list(options["humans"]), by_name) if options["humans"] else []
     ranks, out = train.join_ranks(options), folder / "eval"
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--run" if run else "--out")
     embedders = {weights: make_embedder(load, weights, out, options, ranks) for weights, load in models.items()}
     for embed in embedders.values():  # all of it first, by all ranks: what follows is the first one's alone
         for split in add_references(splits, root):
@@ -2529,6 +2544,8 @@ def main(context: click.Context, **options) -> int | None:
     rows = [row for row, _ in results]
     write_rows(out, rows)
     write_draws(out, results, options["seed"])
+    for path in [*(out / f"{name}.png" for name in ("roc", "cmc", "scores", "stages")), *out.glob("sheet-*.png")]:
+        path.unlink(missing_ok=True)  # of an evaluation of other splits; a sheet shows people
     others = report.beside(rows, datasets, published)
     middle = [line for title, file in draw_figures(out, rows, curves, splits, others)
               for line in ("", f"![{title}]({file})")]
@@ -2601,10 +2618,7 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
     if experts and not others:
         raise InputError("--experts: want RUN and at least one expert of its domains")
     table = compare_experts(first, others, chosen, delta) if experts else compare_groups([first, *others], chosen)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be made a folder ({error}); choose another") from error
+    make_folder(out, "--out")
     text = show_experts(table, first[0].config["domains"]) if experts else show_comparison(table)
     if experts:
         draw_experts(out / "comparison.png", table)
@@ -2634,6 +2648,8 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
 def leaks(**options) -> int:
     if not options["run"]:
         raise InputError("whose training images? give --run RUN")
+    if math.isnan(options["threshold"]):  # which click's range lets through
+        raise InputError("--threshold nan: want a cosine from -1 to 1")
     run = train.load_run(Path(options["run"]), options["allow_partial"])
     data, out = options["data"] or run.config["data"], run.folder / "eval"
     root = open_root(Path(data))
@@ -2647,6 +2663,10 @@ def leaks(**options) -> int:
         return make_embedder(lambda: load(run), weights, out, options)
 
     found, images = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
+    make_folder(out, "--run")
+    for name in ("leaks.json", "leaks-sheet.png"):  # of other leaks than leaks.csv will list
+        (out / name).unlink(missing_ok=True)
+    write_csv(out / "leaks.csv", found, LEAK)
     if not found:
         print(f"no test image has a training image at a cosine of {options['threshold']:g} or more")
         return 0
@@ -2654,12 +2674,11 @@ def leaks(**options) -> int:
     for leak in found:
         without.setdefault(leak["split"], []).append(leak["row"])
     touched = [split for split in splits if f"{split.domain}/{split.name}" in without]
-    write_csv(out / "leaks.csv", found)
     if options["sheet"]:  # the nearest 96, four pairs a line
         draw_sheet(out / "leaks-sheet.png", [[tile for pair in images[i : i + 4] for tile in (*pair, None)]
                                              for i in range(0, min(len(images), 96), 4)])
-    embed, table = embedder("tuned"), []
-    for left_out in ({}, without):
+    embed, tables = embedder("tuned"), ([], [])
+    for table, left_out in zip(tables, ({}, without), strict=True):
         figures, _ = score(embed, touched, root, run, options["bootstrap"], options["seed"],
                            Readouts({}, 0, run.config, []), left_out)
         for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, options["flip"]):
@@ -2667,10 +2686,13 @@ def leaks(**options) -> int:
             row.protocol += f", without {leaked} leaked at {options['threshold']:g} by {options['by']}" * (leaked > 0)
             table.append(row)
     train.write_atomically(out / "leaks.json", lambda path: path.write_text(
-        json.dumps([asdict(row) for row in table], indent=1) + "\n"))
+        json.dumps([asdict(row) for row in chain(*tables)], indent=1) + "\n"))
+    heads = [headlines(table) for table in tables]
     for name, rows in without.items():
-        whole, rest = (show_value(row) for row in table if f"{row.domain}/{row.split}" == name and row.headline)
-        print(f"{name:22s} {len(rows):,} leaked; all {whole}   without them {rest}")
+        key = tuple(name.split("/"))
+        pair = [show_value(of[key]["tuned"]) for of in heads if key in of]
+        print(f"{name:22s} {len(rows):,} leaked"
+              + ("; all {}   without them {}".format(*pair) if len(pair) == 2 else ""))
     print(f"written: {out}/leaks.csv, leaks.json")
     return 0
 
