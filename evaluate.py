@@ -29,6 +29,7 @@ Their intervals resample the people and things on the pictures, not the raters.
 import contextlib
 import csv
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -40,8 +41,8 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from itertools import chain, pairwise
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain, pairwise, product
 from pathlib import Path
 
 import click
@@ -90,6 +91,16 @@ def save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
+def load_array(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The finite floats of a file, mapped; None where it holds others, or another shape, or is damaged."""
+    try:
+        x = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception:  # NumPy raises OSError, ValueError, EOFError, SyntaxError, TokenError, ... by damage
+        return None
+    whole = isinstance(x, np.ndarray) and x.dtype == np.float32 and x.shape == shape
+    return x if whole and all(np.isfinite(x[i : i + 4096]).all() for i in range(0, len(x), 4096)) else None
+
+
 class Embedder:
     """Embeddings of one backbone, computed once per split and kept in `folder` with a fingerprint.
 
@@ -128,11 +139,17 @@ class Embedder:
         path = self.folder / f"{self.name}-{split.domain}-{split.name}{'-' + key if self.shared else ''}.npy"
         note, parts = path.with_suffix(".json"), path.with_name(f".{path.stem}.{key}.parts")
 
+        def noted() -> bool:
+            try:
+                return path.exists() and json.loads(note.read_text()) == fingerprint
+            except (OSError, ValueError):
+                return False
+
         def known() -> bool:
-            return path in self.made or (path.exists() and note.exists()
-                                         and json.loads(note.read_text()) == fingerprint)
+            return path in self.made or (noted() and load_array(path, (len(split), self.model.dim)) is not None)
 
         if self.ranks.world == 1 and known():
+            self.made.add(path)  # to look for damage once is enough
             return path
         parts.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -141,6 +158,8 @@ class Embedder:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             self.ranks.wait()
             if not known():
+                if self.ranks.rank == 0 and noted():
+                    print(f"  {path}: damaged: its embeddings are computed again")
                 parts.mkdir(exist_ok=True)
                 self.embed_parts(split, parts)
                 self.ranks.wait()
@@ -1105,7 +1124,9 @@ class Readouts:
             for name, templates in self.prompts.items():
                 key = hashlib.sha256(json.dumps([embed.weights, templates, reference.names]).encode()).hexdigest()[:16]
                 path = embed.folder / f"{embed.name}-text-{key}.npy"
-                if not path.exists():
+                if load_array(path, (len(reference.names), y.shape[1])) is None:
+                    if path.exists():
+                        print(f"  {path}: damaged: its embeddings are computed again")
                     words = train.text_weights(embed.model, self.config, reference.names, embed.device, templates)
                     words = words.cpu().numpy()
                     train.write_atomically(path, lambda temporary, words=words: save_array(temporary, words))
@@ -1414,6 +1435,20 @@ def scopes_of(split: Split, trained: list[str]) -> list[tuple[list[str] | None, 
     return [(None, "", ""), (unseen, "unseen-class ", f", open set of {len(unseen)} classes not trained on {which}")]
 
 
+@functools.cache
+def say_once(line: str) -> None:
+    """Print what is the same for every set of weights."""
+    print(line)
+
+
+def unsupported_fars(impostors: int) -> str:
+    """What to say of the FARs that so many impostor pairs cannot tell; "" where they support all."""
+    kept = [far for far in FARS if far * impostors >= 1]
+    lost = [np.format_float_scientific(far, trim="-", exp_digits=1) for far in FARS if far not in kept]
+    return f"{impostors:,} impostor pairs support no FAR{f' below {min(kept):g}' if kept else ''}: " \
+        f"{', '.join(lost)} {'are' if len(lost) > 1 else 'is'} left out" if lost else ""
+
+
 def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int, seed: int,
           readouts: Readouts, without: dict[str, np.ndarray] | None = None
           ) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict]:
@@ -1488,6 +1523,14 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             raise InputError(f"{split.folder}: protocol {protocol!r} is not known to this version")
         figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split.labels, draws, seed)}
         curves[key] = curve
+        table = {"verification": "pairs", "templates": "template_pairs"}.get(protocol)
+        if table in split.index["columns"]:
+            pairs = split.column(table)
+            impostor = pairs[:, 2] == 0
+            if protocol == "verification":  # of templates, those that are not enrolled count too
+                impostor &= np.isfinite(x[pairs[:, :2], 0]).all(1)
+            if line := unsupported_fars(int(impostor.sum())):
+                say_once(f"  {key}: {line}")
         if bad:
             print(f"  {key}: {bad} unreadable images left out")
     return figures, curves
@@ -1549,7 +1592,7 @@ def show_value(row: Row) -> str:
 def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[str]) -> list[str]:
     """The lines of report.md: the headline of every split before and after, what stands between, then every figure."""
     by_name = {(split.domain, split.name): split for split in splits}
-    lines = [f"# {rows[0].run}", "",
+    lines = [f"# {report.literal(rows[0].run)}", "",
              "Percent (d-prime: as it is) with 95 % bootstrap intervals, resampled by identity. Cosine similarity; "
              f"embeddings of the image{' plus its mirror image' if flip else ''}. Foundation: the untouched backbone.",
              "",
@@ -1558,7 +1601,7 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
         split, row = by_name[key], next(iter(pair.values()))
         both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
         change = f"{100 * (pair['tuned'].value - pair['foundation'].value):+.1f}" if len(pair) == 2 else ""
-        label = "/".join(key) + (" (out of distribution)" if row.out_of_distribution else "")
+        label = report.literal("/".join(key)) + (" (out of distribution)" if row.out_of_distribution else "")
         level = f"{100 * chance(split, row.metric):.1f}"
         lines.append(f"| {label} | {row.metric} | {level} | {both[0]} | {both[1]} | {change} |")
     lines += [*middle, "", "## All figures", "",
@@ -1570,8 +1613,9 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
     for (domain, name, protocol, metric), pair in table.items():
         both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
         count = next(iter(pair.values())).count
-        metric = metric.replace("|", "/")  # a rater's name may hold what ends a cell
-        lines.append(f"| {domain}/{name} | {metric} | {both[0]} | {both[1]} | {count:,} | {protocol} |")
+        # names of raters, sources and files of prompts may hold what ends a cell, or is markup
+        name, metric, protocol = map(report.literal, (f"{domain}/{name}", metric, protocol))
+        lines.append(f"| {name} | {metric} | {both[0]} | {both[1]} | {count:,} | {protocol} |")
     return lines
 
 
@@ -1742,12 +1786,18 @@ def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> N
 
 def read_rows(folder: Path) -> list[Row]:
     """The rows of RUN/eval/results.json; InputError where there are none."""
-    path = folder / "results.json"
+    path, kinds = folder / "results.json", {str: str, float: (int, float), int: int}
     try:
-        return [Row(**row) for row in json.loads(path.read_text())]
+        rows = [Row(**row) for row in json.loads(path.read_text())]
+        for (number, row), one in product(enumerate(rows), fields(Row)):
+            value = getattr(row, one.name)
+            finite = not isinstance(value, float) or math.isfinite(value)
+            if not isinstance(value, kinds[one.type]) or isinstance(value, bool) or not finite:
+                raise ValueError(f"row {number}: {one.name} is {str(value)[:80]!r}")
+        return rows
     except FileNotFoundError:
         raise InputError(f"{path}: missing; run `python evaluate.py --run {folder.parent}` first") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); run evaluate.py again") from error
 
 
@@ -2016,6 +2066,19 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
     order = ("domain", "split", "metric", "protocol", "runs", "weights", "seeds", "value", "low", "high", "seed_sd",
              "difference", "difference_low", "difference_high", "headline", "count")
     return [{name: row[name] for name in order} for row in table]
+
+
+def refuse_unshared(names: set[str], groups: list[list[Scored]], experts: bool) -> None:
+    """InputError where --splits names what not all runs have; of experts each is asked for its own domains alone."""
+    first, *others = [set.intersection(*({"/".join(key[:2]) for key in one.found} for one in group))
+                      for group in groups]
+    if experts:
+        others = [set.union(*({name for name in found if name.split("/")[0] in group[0].config.get("domains", [])}
+                              for found, group in zip(others, groups[1:], strict=True)))]
+    shared = set.intersection(first, *others)
+    if unknown := sorted(names - shared):
+        raise InputError(f"the runs have no figure in common on these --splits: {', '.join(unknown)}; they share "
+                         f"{', '.join(sorted(shared)) or 'none'}")
 
 
 def start_of(config: dict) -> tuple:
@@ -2354,11 +2417,17 @@ def leave(ranks: Ranks) -> None:
         os._exit(0)
 
 
-def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str, dict]:
-    """Name, output folder, run (if any), loaders of the foundation and the tuned backbone, data root, its options."""
+def open_models(options: dict, given: set[str]
+                ) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str, dict]:
+    """Name, output folder, run (if any), loaders of the foundation and the tuned backbone, data root, its options.
+
+    Args:
+        options: all of them.
+        given: names of those on the command line.
+    """
     if options["run"]:
-        for key in ("backbone", "model", "image_size", "out"):
-            if options[key]:
+        for key in ("backbone", "size", "model", "weights", "image_size", "out"):
+            if key in given:
                 raise InputError(f"--{key.replace('_', '-')} describes an untouched backbone: leave it out with --run")
         if options["watch"]:
             watch(Path(options["run"]), options)  # then the run is complete
@@ -2369,6 +2438,9 @@ def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callabl
         return run.folder.name, run.folder, run, models, options["data"] or run.config["data"], run.config
     if not options["model"] and not options["backbone"]:
         raise InputError("what is to be scored? give --run RUN, or --model NAME for an untouched backbone")
+    for name, used in (("--no-foundation", not options["foundation"]), ("--allow-partial", options["allow_partial"])):
+        if used:
+            raise InputError(f"{name} describes how a run is scored: give --run RUN, or leave it out")
     config = {key: options[key] for key in ("backbone", "size", "model", "weights", "image_size")}
     config |= {"embed_dim": 0, "seed": options["seed"]}
     train.resolve_backbone(config)  # refuses an unknown name before anything is read
@@ -2508,7 +2580,8 @@ def main(context: click.Context, **options) -> int | None:
         return None
     if options["watch"] and not options["run"]:
         raise InputError("--watch follows a run: give --run RUN")
-    name, folder, run, models, data, config = open_models(options)
+    given = {key for key in options if context.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE}
+    name, folder, run, models, data, config = open_models(options, given)
     trained = run.classes.get("object", []) if run else []
     readouts = Readouts(read_prompts(options["prompts"]), options["probe"], config, trained)
     root = open_root(Path(data))
@@ -2617,6 +2690,7 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
     chosen = set(splits.split(",")) if splits else set()
     if experts and not others:
         raise InputError("--experts: want RUN and at least one expert of its domains")
+    refuse_unshared(chosen, [first, *others], experts)
     table = compare_experts(first, others, chosen, delta) if experts else compare_groups([first, *others], chosen)
     make_folder(out, "--out")
     text = show_experts(table, first[0].config["domains"]) if experts else show_comparison(table)
