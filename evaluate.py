@@ -29,6 +29,7 @@ Their intervals resample the people and things on the pictures, not the raters.
 import contextlib
 import csv
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -40,8 +41,8 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from itertools import chain, pairwise
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain, pairwise, product
 from pathlib import Path
 
 import click
@@ -92,6 +93,16 @@ def save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
+def load_array(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The finite floats of a file, mapped; None where it holds others, or another shape, or is damaged."""
+    try:
+        x = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception:  # NumPy raises OSError, ValueError, EOFError, SyntaxError, TokenError, ... by damage
+        return None
+    whole = isinstance(x, np.ndarray) and x.dtype == np.float32 and x.shape == shape
+    return x if whole and all(np.isfinite(x[i : i + 4096]).all() for i in range(0, len(x), 4096)) else None
+
+
 class Embedder:
     """Embeddings of one backbone, computed once per split and kept in `folder` with a fingerprint.
 
@@ -130,11 +141,17 @@ class Embedder:
         path = self.folder / f"{self.name}-{split.domain}-{split.name}{'-' + key if self.shared else ''}.npy"
         note, parts = path.with_suffix(".json"), path.with_name(f".{path.stem}.{key}.parts")
 
+        def noted() -> bool:
+            try:
+                return path.exists() and json.loads(note.read_text()) == fingerprint
+            except (OSError, ValueError):
+                return False
+
         def known() -> bool:
-            return path in self.made or (path.exists() and note.exists()
-                                         and json.loads(note.read_text()) == fingerprint)
+            return path in self.made or (noted() and load_array(path, (len(split), self.model.dim)) is not None)
 
         if self.ranks.world == 1 and known():
+            self.made.add(path)  # to look for damage once is enough
             return path
         parts.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -143,6 +160,8 @@ class Embedder:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             self.ranks.wait()
             if not known():
+                if self.ranks.rank == 0 and noted():
+                    print(f"  {path}: damaged: its embeddings are computed again")
                 parts.mkdir(exist_ok=True)
                 self.embed_parts(split, parts)
                 self.ranks.wait()
@@ -1130,7 +1149,9 @@ class Readouts:
             for name, templates in self.prompts.items():
                 key = hashlib.sha256(json.dumps([embed.weights, templates, reference.names]).encode()).hexdigest()[:16]
                 path = embed.folder / f"{embed.name}-text-{key}.npy"
-                if not path.exists():
+                if load_array(path, (len(reference.names), y.shape[1])) is None:
+                    if path.exists():
+                        print(f"  {path}: damaged: its embeddings are computed again")
                     words = train.text_weights(embed.model, self.config, reference.names, embed.device, templates)
                     words = words.cpu().numpy()
                     train.write_atomically(path, lambda temporary, words=words: save_array(temporary, words))
@@ -1456,6 +1477,20 @@ def scopes_of(split: Split, trained: list[str]) -> list[tuple[list[str] | None, 
     return [(None, "", ""), (unseen, "unseen-class ", f", open set of {len(unseen)} classes not trained on {which}")]
 
 
+@functools.cache
+def say_once(line: str) -> None:
+    """Print what is the same for every set of weights."""
+    print(line)
+
+
+def unsupported_fars(impostors: int) -> str:
+    """What to say of the FARs that so many impostor pairs cannot tell; "" where they support all."""
+    kept = [far for far in FARS if far * impostors >= 1]
+    lost = [np.format_float_scientific(far, trim="-", exp_digits=1) for far in FARS if far not in kept]
+    return f"{impostors:,} impostor pairs support no FAR{f' below {min(kept):g}' if kept else ''}: " \
+        f"{', '.join(lost)} {'are' if len(lost) > 1 else 'is'} left out" if lost else ""
+
+
 def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int, seed: int,
           readouts: Readouts, without: dict[str, np.ndarray] | None = None
           ) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict]:
@@ -1472,7 +1507,8 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
     for split in splits:
         x, protocol, curve, found = embed.raw(split), split.protocol["name"], {}, {}
         key, bad = f"{split.domain}/{split.name}", int((~np.isfinite(x[:, 0])).sum())
-        x[(without or {}).get(key, [])] = np.nan
+        left_out = (without or {}).get(key, [])
+        x[left_out] = np.nan
         if not np.isfinite(x[:, 0]).any():
             raise InputError(f"{split.folder}: no image left to score: all are unreadable or leaked; leave the split "
                              "out with --splits")
@@ -1500,6 +1536,8 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             y = embed(reference)
             if reference.name not in fitted:
                 fitted[reference.name] = readouts.fit(embed, y, reference, seed)
+            if reference.folder == split.folder:  # row for row the same; another split's rows stay references
+                y[left_out] = np.nan
             linear = {name: parts for name, parts in fitted[reference.name].items()
                       if name != "probe" or reference.folder != split.folder}  # a probe knows what it was fitted to
             for only, prefix, which in scopes_of(split, readouts.trained):
@@ -1529,6 +1567,14 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             raise InputError(f"{split.folder}: protocol {protocol!r} is not known to this version")
         figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split.labels, draws, seed)}
         curves[key] = curve
+        table = {"verification": "pairs", "templates": "template_pairs"}.get(protocol)
+        if table in split.index["columns"]:
+            pairs = split.column(table)
+            impostor = pairs[:, 2] == 0
+            if protocol == "verification":  # of templates, those that are not enrolled count too
+                impostor &= np.isfinite(x[pairs[:, :2], 0]).all(1)
+            if line := unsupported_fars(int(impostor.sum())):
+                say_once(f"  {key}: {line}")
         if bad:
             print(f"  {key}: {bad} unreadable images left out")
     return figures, curves
@@ -1590,7 +1636,7 @@ def show_value(row: Row) -> str:
 def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[str]) -> list[str]:
     """The lines of report.md: the headline of every split before and after, what stands between, then every figure."""
     by_name = {(split.domain, split.name): split for split in splits}
-    lines = [f"# {rows[0].run}", "",
+    lines = [f"# {report.literal(rows[0].run)}", "",
              "Percent (d-prime: as it is) with 95 % bootstrap intervals, resampled by identity. Cosine similarity; "
              f"embeddings of the image{' plus its mirror image' if flip else ''}. Foundation: the untouched backbone.",
              "",
@@ -1599,7 +1645,7 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
         split, row = by_name[key], next(iter(pair.values()))
         both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
         change = f"{100 * (pair['tuned'].value - pair['foundation'].value):+.1f}" if len(pair) == 2 else ""
-        label = "/".join(key) + (" (out of distribution)" if row.out_of_distribution else "")
+        label = report.literal("/".join(key)) + (" (out of distribution)" if row.out_of_distribution else "")
         level = f"{100 * chance(split, row.metric):.1f}"
         lines.append(f"| {label} | {row.metric} | {level} | {both[0]} | {both[1]} | {change} |")
     lines += [*middle, "", "## All figures", "",
@@ -1611,8 +1657,9 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
     for (domain, name, protocol, metric), pair in table.items():
         both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
         count = next(iter(pair.values())).count
-        metric = metric.replace("|", "/")  # a rater's name may hold what ends a cell
-        lines.append(f"| {domain}/{name} | {metric} | {both[0]} | {both[1]} | {count:,} | {protocol} |")
+        # names of raters, sources and files of prompts may hold what ends a cell, or is markup
+        name, metric, protocol = map(report.literal, (f"{domain}/{name}", metric, protocol))
+        lines.append(f"| {name} | {metric} | {both[0]} | {both[1]} | {count:,} | {protocol} |")
     return lines
 
 
@@ -1769,12 +1816,12 @@ def write_draws(folder: Path, results: Results, seed: int) -> None:
     train.write_atomically(folder / "draws.npz", write)
 
 
-def write_csv(path: Path, table: list[dict]) -> None:
-    """A list of like dictionaries as CSV with a header, atomically."""
+def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> None:
+    """A list of like dictionaries as CSV with a header, atomically; `columns`: of a table that may be empty."""
 
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]))
+            writer = csv.DictWriter(file, columns or list(table[0]))
             writer.writeheader()
             writer.writerows(table)
 
@@ -1783,12 +1830,18 @@ def write_csv(path: Path, table: list[dict]) -> None:
 
 def read_rows(folder: Path) -> list[Row]:
     """The rows of RUN/eval/results.json; InputError where there are none."""
-    path = folder / "results.json"
+    path, kinds = folder / "results.json", {str: str, float: (int, float), int: int}
     try:
-        return [Row(**row) for row in json.loads(path.read_text())]
+        rows = [Row(**row) for row in json.loads(path.read_text())]
+        for (number, row), one in product(enumerate(rows), fields(Row)):
+            value = getattr(row, one.name)
+            finite = not isinstance(value, float) or math.isfinite(value)
+            if not isinstance(value, kinds[one.type]) or isinstance(value, bool) or not finite:
+                raise ValueError(f"row {number}: {one.name} is {str(value)[:80]!r}")
+        return rows
     except FileNotFoundError:
         raise InputError(f"{path}: missing; run `python evaluate.py --run {folder.parent}` first") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); run evaluate.py again") from error
 
 
@@ -2059,6 +2112,19 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
     return [{name: row[name] for name in order} for row in table]
 
 
+def refuse_unshared(names: set[str], groups: list[list[Scored]], experts: bool) -> None:
+    """InputError where --splits names what not all runs have; of experts each is asked for its own domains alone."""
+    first, *others = [set.intersection(*({"/".join(key[:2]) for key in one.found} for one in group))
+                      for group in groups]
+    if experts:
+        others = [set.union(*({name for name in found if name.split("/")[0] in group[0].config.get("domains", [])}
+                              for found, group in zip(others, groups[1:], strict=True)))]
+    shared = set.intersection(first, *others)
+    if unknown := sorted(names - shared):
+        raise InputError(f"the runs have no figure in common on these --splits: {', '.join(unknown)}; they share "
+                         f"{', '.join(sorted(shared)) or 'none'}")
+
+
 def start_of(config: dict) -> tuple:
     """What two runs must share to be compared: the untouched backbone and its input."""
     return tuple(config.get(key) for key in ("backbone", "size", "model", "weights", "image_size", "embed_dim"))
@@ -2246,6 +2312,8 @@ def show_comparison(table: list[dict]) -> str:
 
 # ---------------------------------------------------------------- leaks
 
+LEAK = ("split", "row", "key", "identity", "cosine", "train_split", "train_key", "train_identity")  # leaks.csv
+
 
 def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
                threshold: float) -> tuple[list[dict], list[tuple[Tile, Tile]]]:
@@ -2270,9 +2338,8 @@ def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
     by_name, table, images = {f"{split.domain}/{split.name}": split for split in splits}, [], []
     for (name, row), (cosine, source, other) in sorted(nearest.items(), key=lambda leak: -leak[1][0]):
         (key, identity), (train_key, train_identity) = describe(by_name[name], row), describe(source, other)
-        table.append({"split": name, "row": row, "key": key, "identity": identity, "cosine": cosine,
-                      "train_split": f"{source.domain}/{source.name}", "train_key": train_key,
-                      "train_identity": train_identity})
+        values = name, row, key, identity, cosine, f"{source.domain}/{source.name}", train_key, train_identity
+        table.append(dict(zip(LEAK, values, strict=True)))
         images.append(((by_name[name], row, MISS, f"{key}  {cosine:.3f}"), (source, other, "#000000", train_key)))
     return table, images
 
@@ -2341,10 +2408,21 @@ def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
 # ---------------------------------------------------------------- the job
 
 
+def make_folder(path: Path, option: str) -> None:
+    """Make a folder for results, where it is not there; InputError names the option that asked for it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option}: {path} cannot be made a folder ({error.strerror}): choose another, or move "
+                         "away what is there") from error
+
+
 def make_embedder(load: Callable[[], Backbone], weights: str, folder: Path, options: dict,
                   ranks: Ranks = Ranks()) -> Embedder:  # noqa: B008
     """An embedder by the options that evaluate.py and analyze.py share; `folder`: of the run's results."""
     shared = bool(options["cache"]) and weights == "foundation"
+    if shared:
+        make_folder(Path(options["cache"]), "--cache")
     return Embedder(load(), weights, Path(options["cache"]) if shared else folder / "embeddings",
                     train.pick_device(options["device"]), options["batch"], options["workers"], options["flip"], shared,
                     ranks)
@@ -2383,11 +2461,17 @@ def leave(ranks: Ranks) -> None:
         os._exit(0)
 
 
-def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str, dict]:
-    """Name, output folder, run (if any), loaders of the foundation and the tuned backbone, data root, its options."""
+def open_models(options: dict, given: set[str]
+                ) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str, dict]:
+    """Name, output folder, run (if any), loaders of the foundation and the tuned backbone, data root, its options.
+
+    Args:
+        options: all of them.
+        given: names of those on the command line.
+    """
     if options["run"]:
-        for key in ("backbone", "model", "image_size", "out"):
-            if options[key]:
+        for key in ("backbone", "size", "model", "weights", "image_size", "out"):
+            if key in given:
                 raise InputError(f"--{key.replace('_', '-')} describes an untouched backbone: leave it out with --run")
         if options["watch"]:
             watch(Path(options["run"]), options)  # then the run is complete
@@ -2398,6 +2482,9 @@ def open_models(options: dict) -> tuple[str, Path, Run | None, dict[str, Callabl
         return run.folder.name, run.folder, run, models, options["data"] or run.config["data"], run.config
     if not options["model"] and not options["backbone"]:
         raise InputError("what is to be scored? give --run RUN, or --model NAME for an untouched backbone")
+    for name, used in (("--no-foundation", not options["foundation"]), ("--allow-partial", options["allow_partial"])):
+        if used:
+            raise InputError(f"{name} describes how a run is scored: give --run RUN, or leave it out")
     config = {key: options[key] for key in ("backbone", "size", "model", "weights", "image_size")}
     config |= {"embed_dim": 0, "seed": options["seed"]}
     backbones.resolve_backbone(config)  # refuses an unknown name before anything is read
@@ -2418,7 +2505,7 @@ def watch(folder: Path, options: dict) -> None:
     out, data = folder / "eval", options["data"] or config["data"]
     root, prompts, table = open_root(Path(data)), read_prompts(options["prompts"]), []
     splits = choose_splits(root, options["splits"], data)
-    out.mkdir(exist_ok=True)
+    make_folder(out, "--run")
     if (out / "watch.csv").exists():  # stopped before: goes on
         with open(out / "watch.csv", newline="") as file:
             table = list(csv.DictReader(file))
@@ -2537,7 +2624,8 @@ def main(context: click.Context, **options) -> int | None:
         return None
     if options["watch"] and not options["run"]:
         raise InputError("--watch follows a run: give --run RUN")
-    name, folder, run, models, data, config = open_models(options)
+    given = {key for key in options if context.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE}
+    name, folder, run, models, data, config = open_models(options, given)
     trained = run.classes.get("object", []) if run else []
     readouts = Readouts(read_prompts(options["prompts"]), options["probe"], config, trained)
     root = open_root(Path(data))
@@ -2547,7 +2635,7 @@ def main(context: click.Context, **options) -> int | None:
     datasets = report.datasets_of(list(by_name), options["published"], published)
     ratings = read_ratings(list(options["humans"]), by_name) if options["humans"] else []
     ranks, out = train.join_ranks(options), folder / "eval"
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--run" if run else "--out")
     embedders = {weights: make_embedder(load, weights, out, options, ranks) for weights, load in models.items()}
     for embed in embedders.values():  # all of it first, by all ranks: what follows is the first one's alone
         for split in add_references(splits, root):
@@ -2573,6 +2661,8 @@ def main(context: click.Context, **options) -> int | None:
     rows = [row for row, _ in results]
     write_rows(out, rows)
     write_draws(out, results, options["seed"])
+    for path in [*(out / f"{name}.png" for name in ("roc", "cmc", "scores", "stages")), *out.glob("sheet-*.png")]:
+        path.unlink(missing_ok=True)  # of an evaluation of other splits; a sheet shows people
     others = report.beside(rows, datasets, published)
     middle = [line for title, file in draw_figures(out, rows, curves, splits, others)
               for line in ("", f"![{title}]({file})")]
@@ -2644,11 +2734,9 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
     chosen = set(splits.split(",")) if splits else set()
     if experts and not others:
         raise InputError("--experts: want RUN and at least one expert of its domains")
+    refuse_unshared(chosen, [first, *others], experts)
     table = compare_experts(first, others, chosen, delta) if experts else compare_groups([first, *others], chosen)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be made a folder ({error}); choose another") from error
+    make_folder(out, "--out")
     text = show_experts(table, first[0].config["domains"]) if experts else show_comparison(table)
     if experts:
         draw_experts(out / "comparison.png", table)
@@ -2678,6 +2766,8 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
 def leaks(**options) -> int:
     if not options["run"]:
         raise InputError("whose training images? give --run RUN")
+    if math.isnan(options["threshold"]):  # which click's range lets through
+        raise InputError("--threshold nan: want a cosine from -1 to 1")
     run = train.load_run(Path(options["run"]), options["allow_partial"])
     data, out = options["data"] or run.config["data"], run.folder / "eval"
     root = open_root(Path(data))
@@ -2691,6 +2781,10 @@ def leaks(**options) -> int:
         return make_embedder(lambda: load(run), weights, out, options)
 
     found, images = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
+    make_folder(out, "--run")
+    for name in ("leaks.json", "leaks-sheet.png"):  # of other leaks than leaks.csv will list
+        (out / name).unlink(missing_ok=True)
+    write_csv(out / "leaks.csv", found, LEAK)
     if not found:
         print(f"no test image has a training image at a cosine of {options['threshold']:g} or more")
         return 0
@@ -2698,12 +2792,11 @@ def leaks(**options) -> int:
     for leak in found:
         without.setdefault(leak["split"], []).append(leak["row"])
     touched = [split for split in splits if f"{split.domain}/{split.name}" in without]
-    write_csv(out / "leaks.csv", found)
     if options["sheet"]:  # the nearest 96, four pairs a line
         draw_sheet(out / "leaks-sheet.png", [[tile for pair in images[i : i + 4] for tile in (*pair, None)]
                                              for i in range(0, min(len(images), 96), 4)])
-    embed, table = embedder("tuned"), []
-    for left_out in ({}, without):
+    embed, tables = embedder("tuned"), ([], [])
+    for table, left_out in zip(tables, ({}, without), strict=True):
         figures, _ = score(embed, touched, root, run, options["bootstrap"], options["seed"],
                            Readouts({}, 0, run.config, []), left_out)
         for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, options["flip"]):
@@ -2711,10 +2804,13 @@ def leaks(**options) -> int:
             row.protocol += f", without {leaked} leaked at {options['threshold']:g} by {options['by']}" * (leaked > 0)
             table.append(row)
     train.write_atomically(out / "leaks.json", lambda path: path.write_text(
-        json.dumps([asdict(row) for row in table], indent=1) + "\n"))
+        json.dumps([asdict(row) for row in chain(*tables)], indent=1) + "\n"))
+    heads = [headlines(table) for table in tables]
     for name, rows in without.items():
-        whole, rest = (show_value(row) for row in table if f"{row.domain}/{row.split}" == name and row.headline)
-        print(f"{name:22s} {len(rows):,} leaked; all {whole}   without them {rest}")
+        key = tuple(name.split("/"))
+        pair = [show_value(of[key]["tuned"]) for of in heads if key in of]
+        print(f"{name:22s} {len(rows):,} leaked"
+              + ("; all {}   without them {}".format(*pair) if len(pair) == 2 else ""))
     print(f"written: {out}/leaks.csv, leaks.json")
     return 0
 

@@ -217,9 +217,15 @@ th { background: #f2f2f0; } tr:nth-child(even) td { background: #fafaf8; }
 img { max-width: 100%; } code { background: #f2f2f0; padding: 0 .2rem; }"""
 
 
+def literal(name: str) -> str:
+    """A name that somebody chose, as Markdown that shows it as it is."""
+    return re.sub(r"[\\|*!\[\]`<>]", r"\\\g<0>", name)
+
+
 def inline(text: str, folder: Path) -> str:
     """Code, bold and pictures of a line; a picture becomes part of the page."""
-    text = html.escape(text, quote=False)
+    text = re.sub(r"\\(&lt;|&gt;|[\\|*!\[\]`])", lambda sign: sign[1] if len(sign[1]) > 1 else f"&#{ord(sign[1])};",
+                  html.escape(text, quote=False))  # what `literal` wrote
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     text = re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
 
@@ -235,7 +241,7 @@ def to_html(lines: list[str], folder: Path) -> str:
     body, rows = [], []
     for line in [*lines, ""]:
         if line.startswith("|"):
-            rows.append([cell.strip() for cell in line.strip("|").split("|")])
+            rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line[1:-1])])
             continue
         if rows:  # the table is over; its second line is the rule below the head
             table = ["".join(f"<{tag}>{inline(cell, folder)}</{tag}>" for cell in row)
@@ -247,7 +253,7 @@ def to_html(lines: list[str], folder: Path) -> str:
             body.append(f"<h{level}>{inline(heading[2], folder)}</h{level}>")
         elif line:
             body.append(f"<p>{inline(line, folder)}</p>")
-    title = html.escape(lines[0].lstrip("# "))
+    title = html.escape(re.sub(r"\\(.)", r"\1", lines[0].lstrip("# ")))
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
             f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n")
 

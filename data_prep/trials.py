@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import unicodedata
 from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,6 +218,9 @@ def read_ratings(paths: list[Path], splits: dict[str, Split]) -> list[Rating]:
                                      f"{', '.join(splits)}")
                 if not rater.strip():
                     raise InputError(f"{where}: no rater: every line needs a name or a code")
+                if any(unicodedata.category(sign) in ("Cc", "Zl", "Zp") for sign in rater.strip()):
+                    raise InputError(f"{where}: rater {rater[:80]!r}: want a name without line breaks and control "
+                                     "characters")
                 try:
                     rating = float(value)
                 except ValueError:
