@@ -1416,7 +1416,8 @@ def for_information(findings: list[Finding]) -> list[Finding]:
 
 def only(tasks: Iterable[str]) -> list[str]:
     """A verdict where some of the four tasks are missing."""
-    there = [domain for domain in DOMAINS if domain in tasks]
+    known = set(tasks)
+    there = [domain for domain in DOMAINS if domain in known]
     return [f"not measured (only tasks {', '.join(there)})"] if len(there) < len(DOMAINS) else []
 
 
@@ -1499,8 +1500,8 @@ def claim_humans(imic: list[Group]) -> Claim:
         each = group.rows("tuned", lambda row: row.metric.startswith("AUC of rater "))
         raters = len({metric for domain, _, metric, _ in each if domain == "all"})
         tasks = {domain for domain, *_ in rows} - {"all"}
-        below = sorted({domain for (domain, _, metric, _), figure in rows.items()
-                        if domain != "all" and "minus human" in metric and figure.high < 0}, key=DOMAINS.index)
+        worse = {key[0] for key, figure in rows.items() if "minus human" in key[2] and figure.high < 0}
+        below = [domain for domain in DOMAINS if domain in worse]
         thin = only(tasks) if rows else []
         if rows and raters < 2:
             thin.append(f"not measured ({raters or 'no'} rater{'s' * (raters != 1)} of all tasks; two are the least)")

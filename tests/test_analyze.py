@@ -22,12 +22,6 @@ def run_here(*arguments) -> int:
 # ---------------------------------------------------------------- the script
 
 
-@pytest.fixture(scope="module")
-def analysed(tiny_run):
-    script("evaluate.py", "--run", tiny_run, "--bootstrap", "20", "--workers", "0")
-    return script("analyze.py", "--run", tiny_run, "--bootstrap", "20", "--components", "16", "--workers", "0")
-
-
 DOMAINS = ["object", "face_hq", "face_lq", "body"]
 FIGURES = ["transfer", "deletion", "separability", "sharing", "spectrum", "map"]
 
