@@ -96,3 +96,10 @@ def tiny_run(demo_root, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "clip-tiny-B"
     script("train.py", *TINY, "--schedule", "B", "--data", demo_root, "--out", run)
     return run
+
+
+@pytest.fixture(scope="session")
+def analysed(tiny_run) -> subprocess.CompletedProcess:
+    """What analyze.py said about `tiny_run`, which evaluate.py has scored before."""
+    script("evaluate.py", "--run", tiny_run, "--bootstrap", "20", "--workers", "0")
+    return script("analyze.py", "--run", tiny_run, "--bootstrap", "20", "--components", "16", "--workers", "0")

@@ -1,0 +1,305 @@
+"""`analyze.py claims`: no confident verdict on thin evidence, none lost to a damaged run. (More: test_analyze.py.)"""
+
+import csv
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import analyze
+from analyze import FAILS, HOLDS, WIDE, Group, Measured
+from tests.test_analyze import ABOVE, ALL, DOMAINS, GOOD, TWO, alone, components, humans, measured, separable
+
+UNTOUCHED = GOOD["foundation"]
+
+
+def table_of(*runs: Measured) -> dict[str, analyze.Claim]:
+    """The seven claims about the paper's backbones, by their first word."""
+    return {claim.claim.split()[0]: claim for claim in analyze.make_table(list(runs), 0.01, 0.95, 0.95, 0.95)[:7]}
+
+
+def components_of(*analyses: dict) -> analyze.Claim:
+    """The claim about components, from seeds of one recipe."""
+    runs = [measured(f"a{i}", values=ALL, analysis=a, seed=i, lr="a") for i, a in enumerate(analyses)]
+    return analyze.claim_components([Group(runs)], 0.95)
+
+
+def separable_of(analysis: dict) -> analyze.Claim:
+    return analyze.claim_separable(alone(measured("a", values=ALL, analysis=analysis)), 0.95)
+
+
+# ---------------------------------------------------------------- how much was measured
+
+
+@pytest.mark.parametrize("kept, verdict", [(0.99, HOLDS), (0.5, FAILS)])
+def test_components_need_all_twelve_pairs(kept, verdict):
+    assert components_of(components(kept)).verdict == verdict
+    two = components_of(components(kept, tasks=["object", "body"]))
+    assert two.verdict == "not measured (only tasks object, body)"
+    assert (two.value, two.threshold) == (None, None) and "object for body" in two.measured
+    eleven = components(kept)
+    eleven["transfer"]["tuned"]["pairs"].pop(1)
+    assert components_of(eleven).verdict == "not measured (only 11 of 12 pairs of tasks)"
+
+
+@pytest.mark.parametrize("accuracy", [0.99, 0.5])
+def test_separability_needs_all_four_tasks(accuracy):
+    two = separable_of(separable(accuracy, **ABOVE) | {"domains": ["object", "body"]})
+    assert two.verdict == "not measured (only tasks object, body)" and two.value is None
+
+
+def test_a_family_counts_with_all_four_tasks_alone():
+    for body in (0.7, 0.1):
+        two = measured("a", values=TWO["values"] | {"body": body}, foundation=TWO["foundation"])
+        claim = analyze.claim_backbones(alone(two), ["clip"], 0.01)
+        assert claim.verdict == "not measured (only tasks object, body)" and "for information" in claim.measured
+
+
+def test_backbones_are_those_that_were_measured():
+    table = table_of(measured("a", analysis=components(0.99), **GOOD), measured("b", backbone="eva02", **TWO))
+    assert table["Fewer"].verdict == HOLDS and table["Fewer"].backbones == "clip"
+    assert table["More"].backbones == "none of clip, eva02, dinov3"
+
+
+def test_runs_of_four_tasks_decide_and_others_are_told():
+    whole = measured("a", analysis=components(0.99) | separable(0.99, **ABOVE), **GOOD)
+    thin = measured("two", analysis=components(0.5, tasks=["object", "body"]), **TWO)
+    alone_, both = table_of(whole), table_of(whole, thin)
+    for name in ("Works", "Fewer", "The", "Sequential"):
+        assert both[name].verdict == alone_[name].verdict
+        assert "two" not in alone_[name].measured
+    assert "two: object for body" in both["Fewer"].measured and "for information" in both["Fewer"].measured
+    assert (both["Fewer"].value, both["Fewer"].low) == (0.99, 0.97)
+    assert {c.verdict for c in table_of(thin).values()} == {"not measured (only tasks object, body)"}
+
+
+# ---------------------------------------------------------------- forgetting
+
+
+def forgetting(sequential, unified=None, experts=(), lost=None, **more) -> analyze.Claim:
+    run = measured("s", "sequential", values=GOOD["values"] | sequential, foundation=more.pop("foundation", UNTOUCHED),
+                   **more)
+    run.lost = lost or {}
+    return analyze.claim_forgetting(alone(unified or measured("u", **GOOD)), alone(run), alone(*experts), 0.01)
+
+
+NOTHING = "not measured (the sequential run forgot nothing here)"
+
+
+def test_a_sequential_run_that_forgot_nothing_decides_nothing():
+    # below IMIC by 5 points, above the untouched backbone by 15: trained less, not forgotten
+    assert forgetting({"object": 0.55}).verdict == NOTHING
+    assert forgetting({}).verdict == NOTHING  # as good as IMIC: no "fails" either
+    assert forgetting({"body": 0.1}).verdict == NOTHING  # the last task cannot be forgotten
+    fallen = measured("u", values=GOOD["values"] | {"object": 0.2}, foundation=UNTOUCHED)
+    assert forgetting({}, fallen).verdict == NOTHING
+    assert forgetting({"object": 0.3}).verdict == HOLDS
+
+
+def test_what_shows_that_something_was_forgotten():
+    assert forgetting({"object": 0.55}, lost={"object/test": 0.02}).verdict == HOLDS
+    assert forgetting({"object": 0.55}, lost={"object/test": 0.005}).verdict == NOTHING
+    assert forgetting({"object": 0.55}, lost={"body/test": 0.3}).verdict == NOTHING
+    expert = [measured("x", "expert", values={"object": 0.6})]
+    claim = forgetting({"object": 0.55}, experts=expert)
+    assert claim.verdict == HOLDS and "sequential below x" in claim.measured
+    assert (claim.value, claim.threshold) == (pytest.approx(0.05), 0)
+    other = [measured("x", "expert", values={"object": 0.6}, images=4000)]  # four times the exposure: no match
+    assert forgetting({"object": 0.55}, experts=other).verdict == NOTHING
+    assert forgetting({}, foundation=None).verdict.startswith("not measured (the sequential run has neither")
+    # it fell, and IMIC is no better there
+    assert forgetting({}, lost={"object/test": 0.1}).verdict == FAILS
+
+
+def test_forgetting_is_corrected_for_the_number_of_tasks():
+    def run(tail):  # a lead of 5 points that `tail` of the resamplings turn round
+        unified, draws = measured("u", **GOOD), np.full(200, 0.6)
+        draws[: int(200 * tail)] = 0.54
+        key = next(key for key in unified.found["tuned"].found if key[0] == "object")
+        unified.found["tuned"].found[key] = (unified.found["tuned"].found[key][0], draws)
+        return forgetting({"object": 0.55}, unified, lost={"object/test": 0.1}, spread=0).verdict
+
+    assert run(0.0) == HOLDS
+    assert run(0.02) == WIDE  # below 2.5 %, not below a third of it
+
+
+def test_stages_are_read_from_the_looks_of_a_run(tmp_path, capsys):
+    config = {"order": None, "domains": ["object", "body"], "steps": 4}
+    looks = [{"step": step, "auc": {"object/val": a, "body/test": b}}
+             for step, a, b in ((0, 0.6, 0.5), (2, 0.9, 0.5), (4, 0.7, 0.8))]
+    (tmp_path / "probe.jsonl").write_text("\n".join(map(json.dumps, looks)))
+    assert analyze.read_lost(tmp_path, config) == {"object/val": pytest.approx(0.2), "body/test": 0}
+    assert analyze.read_lost(tmp_path, config | {"steps": 6}) == {}  # its end was not looked at
+    (tmp_path / "probe.jsonl").write_text("{")
+    assert analyze.read_lost(tmp_path, config) == {} and "probe.jsonl (damaged" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- components
+
+
+def test_noise_never_fails():
+    """Two tasks of pure noise, four times: no share of it counts, though some intervals lie below the threshold."""
+    n, D, shares = 40, 112, []
+    each, mates = np.arange(n), [np.array([row ^ 1]) for row in range(n)]
+    for seed in (3, 5, 7, 8):
+        rng, tasks, embedded = np.random.default_rng(seed), [], {}
+        for name in ("object*", "body*"):  # scored as people are
+            embedded[name] = tuple(analyze.unit(rng.standard_normal((m, D))).astype(np.float32) for m in (300, n))
+            tasks.append(analyze.Task(name, None, None, np.arange(300), each, each, each, each // 2, mates,
+                                      list(each[:, None])))
+        shares += analyze.transfer(embedded, tasks, 16, 100, seed, controls=False)["pairs"]
+    counted = [p for p in shares if analyze.above_chance(p)]
+    assert len(shares) == 16 and not counted
+    assert any(p["kept"] is not None and p["high"] < 0.95 for p in shares)  # what would have been a failure
+
+
+def test_the_interval_of_the_full_score_decides_where_there_is_one():
+    assert components_of(components(0.5, full=0.3, full_low=0.12)).verdict == FAILS
+    for more in ({"full": 0.8, "full_low": 0.1}, {"full": 0.3}, {"low": None}, {"low": -0.9, "high": 0.4}):
+        claim = components_of(components(0.5, **more))
+        assert claim.verdict.startswith("not measured (the full space is not above chance: object for face_hq")
+
+
+@pytest.mark.parametrize("kept, verdict", [(0.99, HOLDS), (0.5, FAILS)])
+def test_few_images(kept, verdict):
+    for images in (99, 100):  # k + 1 images span k dimensions
+        claim = components_of(components(kept, images=images))
+        assert claim.verdict == f"not measured (rank-limited: {images} images of each task for 768 dimensions)"
+    some, many = components_of(components(kept, images=101)), components_of(components(kept, images=5 * 768))
+    assert some.verdict == many.verdict == verdict
+    assert "; few images for 768 dimensions" in some.measured and "few images" not in many.measured
+
+
+def test_fewer_components_than_99_can_only_hold():
+    assert components_of(components(0.5, k=64)).verdict.startswith("not measured (k = 64 is too few")
+    holds = components_of(components(0.99, k=64))
+    assert holds.verdict == HOLDS
+    assert "k95 40 [40, 40], k99 70 [70, 70]" in holds.measured
+
+
+def test_seeds_analysed_at_different_k_are_not_averaged():
+    claim = components_of(components(0.99, k=64), components(0.2, k=99))
+    assert claim.verdict.startswith("not measured (seeds of a0 and 1 more seed analysed at k = 64 and 99")
+    assert components_of(components(0.99), components(0.98)).verdict == HOLDS
+
+
+# ---------------------------------------------------------------- humans, separability
+
+
+def test_humans_need_four_tasks_and_two_raters():
+    for lead in (0.1, -0.1):
+        assert analyze.claim_humans(humans(lead, tasks=DOMAINS[1:])).verdict == \
+            "not measured (only tasks face_hq, face_lq, body)"
+        assert analyze.claim_humans(humans(lead, raters=1)).verdict == \
+            "not measured (1 rater of all tasks; two are the least)"
+    claim = analyze.claim_humans(humans(raters=3, body=-0.2))
+    assert claim.verdict == "holds, but below people on body" and "3 raters, below people on body" in claim.measured
+
+
+def test_beyond_format_needs_one_format_and_unseen_sources():
+    def run(canon=0.99, **recalls):
+        analysis = separable(0.99, **ABOVE)
+        figure = {"value": canon, "low": canon - 0.005, "high": canon + 0.005}
+        analysis["separability"]["spaces"]["tuned canon"] = {"logistic": figure}
+        analysis["separability"]["unseen_sources"] = [
+            {"domain": "body", "source": name, "spaces": {"tuned": {"value": r, "low": r - 0.01, "high": r + 0.01}}}
+            for name, r in recalls.items()]
+        return separable_of(analysis)
+
+    assert run().verdict == run(a=0.98).verdict == HOLDS
+    assert run(0.9).verdict == "holds, but not in one format"
+    assert run(a=0.98, b=0.4).verdict == "holds, but not on unseen sources"
+    assert "unseen source body/b 40.0" in run(b=0.4).measured
+
+
+# ---------------------------------------------------------------- seeds, numbers, damaged runs
+
+
+def test_a_single_seed_is_told_in_words_and_not_in_the_verdict():
+    runs = [measured(f"{b}{seed}", backbone=b, lr=b, seed=seed, **GOOD)
+            for b in ("clip", "eva02", "dinov3") for seed in (0, 1)]
+    two, one = table_of(*runs)["Works"], table_of(*runs[:5])["Works"]
+    assert (two.verdict, two.told, two.seeds) == (HOLDS, HOLDS, 2)
+    assert (one.verdict, one.told, one.seeds) == (HOLDS, "holds (1 seed)", 1)
+    assert table_of(*runs[:1])["Works"].told == "not measured (no four-task run of eva02, dinov3)"
+    assert replace(one, verdict=FAILS).told == "fails (1 seed)"
+    runs[-1].config["seed"] = 0  # the same run twice is one seed
+    assert table_of(*runs)["Works"].seeds == 1
+
+
+def test_the_deciding_number_stands_beside_the_verdict():
+    runs = [measured(b, backbone=b, **GOOD) for b in ("clip", "eva02")]
+    runs.append(measured("d", backbone="dinov3", values=GOOD["values"] | {"body": 0.2}, foundation=UNTOUCHED))
+    claim = table_of(*runs)["Works"]
+    assert claim.verdict == FAILS and claim.threshold == 0
+    assert (claim.value, claim.low, claim.high) == pytest.approx((-0.1, -0.1, -0.1))
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value))
+
+
+def change_config(change):
+    def of(run: Path) -> None:
+        config = json.loads((run / "config.json").read_text())
+        change(config)
+        write_json(run / "config.json", config)
+    return of
+
+
+def age(name: str):
+    def of(run: Path) -> None:
+        (run / "model.safetensors").write_bytes(b"")
+        now = (run / "model.safetensors").stat().st_mtime
+        for other in ("eval/results.json", "analysis/analysis.json"):
+            os.utime(run / other, (now + 10,) * 2)
+        os.utime(run / name, (now - 10,) * 2)
+    return of
+
+
+def change_analysis(change):
+    def of(run: Path) -> None:
+        path = run / "analysis/analysis.json"
+        analysis = json.loads(path.read_text())
+        change(analysis)
+        write_json(path, analysis)
+    return of
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda run: (run / "done.json").unlink(), "b (not finished)"),
+    (change_config(lambda c: c.pop("role")), "b (config.json lacks 'role')"),
+    (change_config(lambda c: c.update(role="x")), "b (config.json: role 'x' is none of"),
+    (change_config(lambda c: c.update(counts=[])), "b (config.json: domains and counts"),
+    (change_config(lambda c: c.update(backbone=None, model=None)), "b (config.json names no backbone)"),
+    (lambda run: (run / "config.json").write_text("["), "damaged"),
+    (lambda run: write_json(run / "eval/results.json", []), "results.json is empty"),
+    (lambda run: write_json(run / "eval/results.json", {"a": 1}), "results.json: cannot be read"),
+    (lambda run: write_json(run / "eval/results.json", [dict.fromkeys(
+        ("run", "weights", "domain", "split", "protocol", "metric", "value", "low", "high", "count"), 1)]),
+     "results.json is damaged"),
+    (lambda run: (run / "eval/draws.npz").write_bytes(b""), "draws.npz"),
+    (age("eval/results.json"), "b (older than model.safetensors: run evaluate.py on it again)"),
+    (age("analysis/analysis.json"), "analysis.json (older than model.safetensors: run analyze.py on it again)"),
+    (change_analysis(lambda a: a["transfer"]["tuned"]["pairs"][3].pop("kept")), "analysis.json (of another version"),
+    (change_analysis(lambda a: a["transfer"].update(tuned=[])), "analysis.json (of another version"),
+    (change_analysis(lambda a: a["separability"]["spaces"].pop("tuned")), "analysis.json (of another version"),
+    (change_analysis(lambda a: a.pop("domains")), "analysis.json (of another version"),
+])  # fmt: skip
+def test_a_damaged_run_is_named_and_left_out(damage, words, analysed, tiny_run, tmp_path, capsys):
+    for name in ("a", "b"):
+        shutil.copytree(tiny_run, tmp_path / name,
+                        ignore=shutil.ignore_patterns("embeddings", "last", "*.safetensors", "*.png", "*.pdf"))
+    damage(tmp_path / "b")
+    analyze.main.main(["claims", str(tmp_path)], standalone_mode=False)
+    out = capsys.readouterr().out
+    left = [line for line in out.splitlines() if line.startswith("left out: ")]
+    assert len(left) == 1 and str(tmp_path / "b") in left[0] and words in left[0]
+    with open(tmp_path / "claims.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {"value", "low", "high", "threshold", "rule", "measured", "seeds"} < set(rows[0]) and len(rows) == 14
+    assert any("a " in row["measured"] for row in rows)
