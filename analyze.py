@@ -110,7 +110,7 @@ def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: s
             if rest := [s.name for s in splits.values() if s.protocol and s.folder != pair[1].folder]:
                 print(f"  {domain}: tested on {pair[1].name}, not on {', '.join(rest)} (--splits chooses)")
         else:
-            left_out[domain] = f"{where} has no {'test split in distribution' if 'train' in splits else 'split train'}"
+            left_out[domain] = "no test split in distribution" if "train" in splits else "no training split"
     return pairs, left_out
 
 

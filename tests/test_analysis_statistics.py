@@ -217,7 +217,7 @@ def test_a_domain_left_out_is_printed(demo_root, tmp_path, capsys):
     del root["body"]["test"], root["face_hq"]["train"]
     pairs, left_out = analyze.choose_pairs(root, list(root), None, "DATA")
     assert list(pairs) == ["object", "face_lq"] and pairs["object"][1].name == "val"
-    assert left_out == {"face_hq": "DATA has no split train", "body": "DATA has no test split in distribution"}
+    assert left_out == {"face_hq": "no training split", "body": "no test split in distribution"}
     assert "object: tested on val, not on collage (--splits chooses)" in capsys.readouterr().out
     with pytest.raises(InputError, match="the run has no object"):
         analyze.choose_pairs(root, ["face_lq"], "object/val", "DATA")
