@@ -12,6 +12,7 @@ training images whose identities are not among the tested ones.
 import hashlib
 import json
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -31,6 +32,7 @@ import evaluate
 import report
 import train
 from data_prep import DOMAINS, InputError, run_command
+from data_prep.degrade import degrade
 from data_prep.shards import ROLES, Split, open_root
 from evaluate import Figure
 
@@ -40,6 +42,7 @@ LEVELS = (0.99, 0.95)  # k* is the number of components that keeps so much of wh
 RANDOM_SEEDS = 10
 TIE = 1e-6  # cosines that differ by less are equal: far above rounding in float32, far below what a score can show
 FITTED = 20  # at most so many images per dimension are fitted on: more do not change a covariance, only take time
+FEW = 20  # identities below which the bootstrap's intervals are too narrow
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (  # Okabe-Ito
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
 GREY = "#999999"
@@ -79,16 +82,62 @@ class Task:
                               for right, out in zip(self.mates, self.ignored, strict=True)]))
 
 
-def find_splits(splits: dict[str, Split]) -> tuple[Split, Split] | None:
-    """Training split and first test split (in distribution) of a domain, or None where it lacks one."""
-    tests = [s for s in splits.values() if s.protocol and not s.protocol.get("ood")]
+def find_splits(splits: dict[str, Split], test: Split | None = None) -> tuple[Split, Split] | None:
+    """Training split and test split (default: the first in distribution) of a domain, or None where it lacks one."""
+    tests = [test] if test else [s for s in splits.values() if s.protocol and not s.protocol.get("ood")]
     return (splits["train"], tests[0]) if "train" in splits and tests else None
+
+
+def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: str | None, where: str
+                 ) -> tuple[dict[str, tuple[Split, Split]], dict[str, str]]:
+    """Training and test split of each domain; and of the domains that are left out, why.
+
+    Args:
+        root, where: the data root and its name.
+        domains: of the run.
+        names: of --splits; a domain that it does not name is tested on its first split in distribution.
+    """
+    chosen: dict[str, Split] = {}
+    for split in evaluate.choose_splits(root, names, where) if names else []:
+        if split.domain not in domains:
+            raise InputError(f"--splits: {split.domain}/{split.name}: the run has no {split.domain}; it has "
+                             f"{', '.join(domains)}")
+        if split.domain in chosen:
+            raise InputError(f"--splits: two of {split.domain}: one test split of a domain is analysed")
+        chosen[split.domain] = split
+    pairs, left_out = {}, {}
+    for domain in domains:
+        splits = root.get(domain, {})
+        if pair := find_splits(splits, chosen.get(domain)):
+            pairs[domain] = pair
+            if rest := [s.name for s in splits.values() if s.protocol and s.folder != pair[1].folder]:
+                print(f"  {domain}: tested on {pair[1].name}, not on {', '.join(rest)} (--splits chooses)")
+        else:
+            left_out[domain] = "no test split in distribution" if "train" in splits else "no training split"
+    return pairs, left_out
+
+
+class Degraded(Split):
+    """A training split as `train.py --degrade` shows it: each image degraded by up to `severity`, always alike."""
+
+    def __init__(self, folder: Path, severity: float, seed: int) -> None:
+        super().__init__(folder)
+        self.severity, self.seed = severity, seed
+        self.name += f"-degraded{100 * severity:g}-{seed}"  # its embeddings are kept apart
+
+    def __reduce__(self):
+        return Degraded, (self.folder, self.severity, self.seed)
+
+    def image(self, row: int) -> torch.Tensor:
+        rng = np.random.default_rng((self.seed, DOMAINS.index(self.domain), row))
+        return degrade(super().image(row), self.severity * rng.random(), rng)[0]
 
 
 def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray], limit: int, seed: int) -> Task | None:
     """The task of a domain, or None where too little is left to fit or to test.
 
     Classes that are in both splits (objects) are divided: every second one is fitted on, the others are tested.
+    Identities that other tasks test are still among its rows to fit on: see `drop_tested`.
 
     Args:
         base: the training split.
@@ -96,6 +145,9 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
         readable: bool, rows of either split that may be used.
         limit: at most so many probes.
         seed: of their choice.
+
+    Raises:
+        InputError: one identity alone is tested.
     """
     domain, rng = base.domain, np.random.default_rng((seed, DOMAINS.index(base.domain)))
     shared = sorted(set(test.classes) & set(base.classes))
@@ -112,8 +164,9 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
         found = np.unique(label[probe])
         gallery = np.flatnonzero(np.isin(base.labels, found) & readable[0])
         group = np.searchsorted(found, base.labels[gallery])
-        if len(fit) < 2 or len(np.unique(group)) < max(2, len(found)):
+        if len(fit) < 2 or not len(found) or len(np.unique(group)) < len(found):
             return None
+        refuse_one(test, found)
         mates = list(np.searchsorted(found, label[probe])[:, None])
         return Task(domain, test, base, fit, probe, gallery, group, label[probe], mates, [mates[0][:0]] * len(probe))
 
@@ -134,7 +187,33 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
     if len(fit) < 2 or not kept:
         return None
     probe = np.array(kept)
+    refuse_one(test, labels[probe])
     return Task(domain, test, base, fit, probe, gallery, np.arange(len(gallery)), labels[probe], mates, ignored)
+
+
+def refuse_one(test: Split, target: np.ndarray) -> None:
+    """Intervals are over identities: of one alone every resampling is the same, and the interval has no width."""
+    if len(np.unique(target)) < 2:
+        raise InputError(f"{test.folder}: one identity alone can be tested, want at least 2: name another split of "
+                         f"{test.domain} with --splits")
+
+
+def drop_tested(tasks: list[Task], most: int, seed: int) -> None:
+    """Take from the rows that each task is fitted on every identity that ANY task tests: people may be in several.
+
+    Args:
+        tasks: changed in place.
+        most: rows a task at most, drawn at random: more would not be used, and each costs a read.
+        seed: of the draw.
+    """
+    tested = set()
+    for task in tasks:
+        rows = task.probe if task.domain == "object" else np.union1d(task.probe, task.gallery)
+        tested.update(evaluate.name_identities(task.split, rows).tolist())
+    known = np.array(sorted(tested - {""}))
+    for task in tasks:
+        rows = np.sort(np.random.default_rng((seed, DOMAINS.index(task.domain))).permutation(task.fit)[:most])
+        task.fit = rows[~np.isin(evaluate.name_identities(task.train, rows), known)]
 
 
 def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -157,12 +236,14 @@ def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.
 # ---------------------------------------------------------------- subspaces
 
 
-def principal_components(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def principal_components(x: np.ndarray, device: torch.device | str = "cpu"
+                         ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean [D], components as columns [D, D] by falling variance, variances [D] of rows x [n, D] (float64)."""
-    x = x.astype(np.float64)
-    mean = x.mean(0)
-    variances, vectors = np.linalg.eigh((x - mean).T @ (x - mean) / max(len(x) - 1, 1))
-    return mean, vectors[:, ::-1], np.maximum(variances[::-1], 0)
+    rows = torch.as_tensor(x, device=device).double()
+    mean = rows.mean(0)
+    rows = rows - mean
+    variances, vectors = torch.linalg.eigh(rows.T @ rows / max(len(rows) - 1, 1))
+    return mean.cpu().numpy(), vectors.flip(1).cpu().numpy(), variances.flip(0).clamp(min=0).cpu().numpy()
 
 
 def hits_one_by_one(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int]) -> np.ndarray:
@@ -210,19 +291,26 @@ def hits_by_k(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tens
     by_coordinate = g.T.contiguous()
     hits = torch.empty(len(ks), len(q), dtype=torch.bool, device=device)
     block = max(1, min(size // len(g), len(q)))
+    many, flat = np.array([len(mates) for mates in task.mates]), np.concatenate(task.mates)
+    places = (many.cumsum() - many)[:, None] + np.minimum(np.arange(many.max()), many[:, None] - 1)
+    mates = torch.as_tensor(flat[places], device=device)  # [n, most]; who has fewer has the last once more
+    owner = np.repeat(np.arange(len(many)), many + np.array([len(out) for out in task.ignored]))  # rising
+    apart = np.concatenate([part for pair in zip(task.mates, task.ignored, strict=True) for part in pair])
+    apart = torch.as_tensor(np.stack([owner, apart]), device=device)  # vectors that are no wrong ones
 
     def sweep(first: int) -> None:
         rows = slice(first, first + block)
-        x, parts = q[rows], [np.concatenate(pair) for pair in zip(task.mates[rows], task.ignored[rows], strict=True)]
+        x = q[rows]
         best = torch.full((len(x), len(ks)), -torch.inf, dtype=x.dtype, device=device)
-        for place in range(max(map(len, task.mates[rows]))):  # the probes' first mates, second mates, ...
-            right = [mates[min(place, len(mates) - 1)] for mates in task.mates[rows]]
+        for place in range(many[rows].max()):  # the probes' first mates, second mates, ...
+            right = mates[rows, place]
             path = (x * g[right]).cumsum(1, dtype=torch.float64)[:, columns].to(x.dtype)
             best = torch.maximum(best, path * inverse[:, right].T)
         lead = x.square().cumsum(1, dtype=torch.float64).sqrt()[:, columns].to(x.dtype) * TIE
         best, x = (best - lead).T, x.T.contiguous()
-        scores = torch.zeros(len(parts), len(g), dtype=x.dtype, device=device)
-        scores[np.repeat(np.arange(len(parts)), [len(part) for part in parts]), np.concatenate(parts)] = -torch.inf
+        scores = torch.zeros(x.shape[1], len(g), dtype=x.dtype, device=device)
+        mine = apart[:, slice(*np.searchsorted(owner, [first, first + block]))]
+        scores[mine[0] - first, mine[1]] = -torch.inf
         cosine = torch.empty_like(scores)
         for i, (a, b) in enumerate(zip([0, *ks], ks, strict=False)):
             if b == a + 1:
@@ -284,12 +372,13 @@ class Curve:
     """How well the first k coordinates of some basis serve a task."""
 
     kind: str  # components, own mean, bottom, deleted, pooled, foundation, random
-    fit: str  # the task whose components these are, or the number of a random basis
+    fit: str  # the task whose components these are, or whose mean a random basis is used with
     test: str
     ks: list[int]
     score: np.ndarray  # [len(ks)]
     kept: np.ndarray  # [len(ks)]
     draws: np.ndarray  # of `kept`, [resamplings, len(ks)]
+    number: int | None = None  # of a random basis
 
     def at(self, k: int) -> Figure:
         """What k coordinates keep."""
@@ -297,22 +386,30 @@ class Curve:
         return Figure(float(self.kept[i]), self.draws[:, i])
 
 
-def measure_curve(kind: str, fit: str, task: Task, vectors: tuple[np.ndarray, np.ndarray], mean: np.ndarray,
-                  basis: np.ndarray, ks: list[int], counts: np.ndarray, device: torch.device | str) -> Curve:
+def measure_curve(kind: str, fit: str, task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray,
+                  basis: np.ndarray, ks: list[int], counts: np.ndarray | torch.Tensor, device: torch.device | str
+                  ) -> Curve:
     """Centre, rotate, and score the first k coordinates for every k of ks, the last of which is D.
 
     Args:
-        vectors: probe and gallery vectors.
+        vectors: probe and gallery vectors; tensors on the device are not copied.
         mean: [D], subtracted from both.
         basis: [D, D], orthonormal columns.
         counts: [resamplings, n], how often each probe is drawn.
     """
-    turn = torch.as_tensor(np.ascontiguousarray(basis, dtype=np.float32), device=device)
-    rotated = (torch.as_tensor((x - mean).astype(np.float32), device=device) @ turn for x in vectors)
-    hits = hits_by_k(*rotated, task, ks, device).astype(np.float32)
-    score, drawn = hits.mean(1, dtype=np.float64), counts @ hits.T / counts.sum(1, keepdims=True)
+    turn, centre = (to_device(np.ascontiguousarray(x), device) for x in (basis, mean))
+    # centred before they are turned: afterwards the rounding of a large mean would be in every small coordinate
+    rotated = ((to_device(x, device) - centre) @ turn for x in vectors)
+    hits, counts = to_device(hits_by_k(*rotated, task, ks, device), device), to_device(counts, device)
+    score = hits.mean(1, dtype=torch.float64).cpu().numpy()
+    drawn = (counts @ hits.T / counts.sum(1, keepdim=True)).cpu().numpy()  # exact sums: whole numbers below 2**24
     chance = task.chance()
     return Curve(kind, fit, task.domain, ks, score, kept(score, score[-1], chance), kept(drawn, drawn[:, -1:], chance))
+
+
+def to_device(x: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A float32 tensor on the device; one that is already there as it is."""
+    return torch.as_tensor(x, dtype=torch.float32, device=device)
 
 
 def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Task], headline: int, draws: int,
@@ -333,28 +430,30 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
 
     Returns:
         "curves": dictionaries of `Curve`; "pairs": one per (fit, test): kept at the headline k with its interval, k*
-        for each level with its interval, the raw score (not centred) and that of all components, and the controls;
+        for each level with its interval (and on the k of the controls, beside that of random subspaces), the raw score
+        (not centred) and that of all components, identities that are tested, and the controls;
         "images_per_task", "rank_limited", "dim", "bases": (mean, components, variances) by domain.
     """
     rng, D = np.random.default_rng(seed), next(iter(embedded.values()))[0].shape[1]
     n = min(FITTED * D, *(len(task.fit) for task in tasks))
     chosen = {task.domain: rng.permutation(task.fit)[:n] for task in tasks}
-    fits = {domain: principal_components(embedded[domain][0][rows]) for domain, rows in chosen.items()}
+    fits = {domain: principal_components(embedded[domain][0][rows], device) for domain, rows in chosen.items()}
     pooled = principal_components(np.concatenate([embedded[domain][0][rows[: max(n // len(tasks), 2)]]
-                                                  for domain, rows in chosen.items()]))
+                                                  for domain, rows in chosen.items()]), device)
     turns = [np.linalg.qr(np.random.default_rng((seed, i)).standard_normal((D, D)))[0] for i in range(RANDOM_SEEDS)]
     untouched = {}
     if foundation and next(iter(foundation.values()))[0].shape[1] == D:
-        untouched = {domain: principal_components(foundation[domain][0][rows])[1] for domain, rows in chosen.items()}
+        untouched = {domain: principal_components(foundation[domain][0][rows], device)[1]
+                     for domain, rows in chosen.items()}
     every, grid = list(range(1, D + 1)), sorted({k for k in GRID if k < D} | {headline, D})
     backwards = sorted({*grid, *(D - k for k in grid if k < D)})
     curves, pairs = [], []
-    per_task = len(tasks) * (1 + 2 * controls + bool(untouched)) + RANDOM_SEEDS + controls
+    per_task = len(tasks) * (1 + 2 * controls + bool(untouched) + RANDOM_SEEDS) + controls
     bar = tqdm(total=len(tasks) * per_task, desc="transfer", unit="sweep", disable=None)
     for task in tasks:
-        vectors = vectors_of(task, embedded[task.domain])
+        vectors = tuple(to_device(x, device) for x in vectors_of(task, embedded[task.domain]))
         counts = np.array(list(evaluate.bootstrap_counts(task.target, draws, seed)), dtype=np.float32)
-        counts = counts.reshape(draws, len(task.probe))
+        counts = to_device(counts.reshape(draws, len(task.probe)), device)
         identity, chance = np.eye(D), task.chance()
 
         def measure(kind: str, fit: str, mean: np.ndarray, basis: np.ndarray, ks: list[int], task=task,
@@ -364,11 +463,6 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
 
         raw = measure_curve("raw", "", task, vectors, np.zeros(D), identity, [D], counts, device).score[0]
         own = fits[task.domain][0]
-        random = [measure("random", str(i), own, turn, grid) for i, turn in enumerate(turns)]
-        curves += random
-        chance_level = Figure(float(np.mean([c.at(headline).value for c in random])),
-                              np.mean([c.at(headline).draws for c in random], axis=0))
-        mean_random = np.mean([c.kept for c in random], axis=0)
         if controls:
             curves.append(measure("pooled", "all", pooled[0], pooled[1], grid))
             pool = curves[-1].at(headline)
@@ -377,13 +471,23 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
             curve = measure("components", other.domain, mean, basis, every)
             curves.append(curve)
             found = curve.at(headline)
-            pair = {"fit": other.domain, "test": task.domain, "chance": chance, "raw": raw, "full": curve.score[-1],
-                    "k": headline, "kept": finite(found.value), "low": finite(found.low), "high": finite(found.high),
+            # with the same mean as the components: else the control would differ in its centring, too
+            random = [measure("random", other.domain, mean, turn, grid) for turn in turns]
+            for number, one in enumerate(random):
+                one.number = number
+            curves += random
+            chance_level = Figure(float(np.mean([c.at(headline).value for c in random])),
+                                  np.mean([c.at(headline).draws for c in random], axis=0))
+            mean_random, coarse = np.mean([c.kept for c in random], axis=0), take(curve, "", grid).kept
+            pair = {"fit": other.domain, "test": task.domain, "identities": len(np.unique(task.target)),
+                    "chance": chance, "raw": raw, "full": curve.score[-1], "k": headline,
+                    "kept": finite(found.value), "low": finite(found.low), "high": finite(found.high),
                     "random": show(chance_level), "over_random": show(minus(found, chance_level))}
             for level in LEVELS:
                 needed = Figure(float(components_needed(curve.kept, every, level)),
                                 components_needed(curve.draws, every, level))
                 pair[f"k{100 * level:g}"] = show(needed)
+                pair[f"k{100 * level:g}_grid"] = finite(components_needed(coarse, grid, level))
                 pair[f"k{100 * level:g}_random"] = finite(components_needed(mean_random, grid, level))
             if untouched:
                 curves.append(measure("foundation", other.domain, mean, untouched[other.domain], grid))
@@ -604,7 +708,8 @@ def make_classifier(name: str):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    model = LogisticRegression(max_iter=500) if name == "logistic" else \
+    # balanced: of a task with few images the classifier would else seldom think, whatever they look like
+    model = LogisticRegression(max_iter=500, class_weight="balanced") if name == "logistic" else \
         LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
     return make_pipeline(StandardScaler(), model)
 
@@ -624,9 +729,9 @@ def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int
 
     Args:
         right: bool [m_d] per task.
-        ids: [m_d] per task; equal numbers of two tasks are two identities.
+        ids: [m_d] per task, from `evaluate.name_identities`: who is in two tasks is drawn, or not, in both.
     """
-    names = np.unique([f"{task} {i}" for task, part in enumerate(ids) for i in part], return_inverse=True)[1]
+    names = np.unique(np.concatenate(ids), return_inverse=True)[1]
     ends = np.cumsum([len(part) for part in right])[:-1]
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
@@ -644,7 +749,7 @@ def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.nda
     Args:
         fit: per task [n_d, D].
         test: per task [m_d, D], of other identities.
-        ids: per task [m_d], identities for the bootstrap.
+        ids: per task [m_d], identities for the bootstrap (see `balanced_accuracy`).
 
     Returns:
         "logistic", "lda", and "a/b" for every pair of tasks by number (logistic).
@@ -674,13 +779,15 @@ def sources_of(split: Split, rows: np.ndarray) -> np.ndarray:
 Features = Callable[[Split, np.ndarray], np.ndarray]  # a split and rows of it -> [n, D]
 
 
-def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndarray]], tasks: list[Task],
+def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndarray]],
+                   tested: dict[str, list[np.ndarray]], ids: list[np.ndarray], tasks: list[Task],
                    fits: list[np.ndarray], others: dict, n: int, draws: int, seed: int) -> list[dict]:
-    """Recall of a domain on images of a source that the classifier never saw; for domains that have two.
+    """`separability` where the images of one domain are of a source never fitted on; for domains that have two.
 
     Args:
         features: by space.
         fitted: by space, per task: features of the rows `fits`.
+        tested, ids: likewise of the test rows, and who is on them.
         tasks: the tasks.
         fits: per task, rows of the training split.
         others: domain -> its test splits and the rows of them that may be used.
@@ -688,10 +795,12 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
         draws, seed: of the bootstrap.
 
     Returns:
-        Rows domain, source, images, and per space value, low, high.
+        Rows domain, source, images, identities, and per space the balanced accuracy over all tasks (value, low, high)
+        with the recall of the domain itself.
     """
     rng, table = np.random.default_rng(seed), []
     known = [sources_of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
+    people = [evaluate.name_identities(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
     for d, task in enumerate(tasks):
         candidates: dict[str, tuple[Split, np.ndarray]] = {}
         for split, rows in others[task.domain]:
@@ -702,14 +811,20 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
         for name in np.unique(known[d]):
             candidates.setdefault(name, (task.train, fits[d][known[d] == name]))
         for name, (split, rows) in candidates.items():
-            left = known[d] != name
-            if len(candidates) < 2 or left.sum() < 2:
+            left, who = known[d] != name, evaluate.name_identities(split, rows)
+            seen = np.concatenate([part[left] if i == d else part for i, part in enumerate(people)])
+            rows, who = rows[~np.isin(who, seen)], who[~np.isin(who, seen)]
+            if len(candidates) < 2 or left.sum() < 2 or not len(rows):
                 continue
-            row = {"domain": task.domain, "source": name, "images": len(rows), "spaces": {}}
+            row = {"domain": task.domain, "source": name, "images": len(rows), "identities": len(np.unique(who)),
+                   "spaces": {}}
+            names = [who if i == d else part for i, part in enumerate(ids)]
             for space, of in features.items():
                 parts = [part[left] if i == d else part for i, part in enumerate(fitted[space])]
-                found = predict("logistic", parts, [of(split, rows)])[0] == d
-                row["spaces"][space] = show(balanced_accuracy([found], [split.labels[rows]], draws, seed))
+                test = [of(split, rows) if i == d else part for i, part in enumerate(tested[space])]
+                right = [found == i for i, found in enumerate(predict("logistic", parts, test))]
+                row["spaces"][space] = show(balanced_accuracy(right, names, draws, seed)) | {
+                    "recall": float(right[d].mean())}
             table.append(row)
     return table
 
@@ -729,12 +844,12 @@ def measure_separability(features: dict[str, Features], tasks: list[Task], other
     n = min(limit, *(len(task.fit) for task in tasks), *(len(task.probe) for task in tasks))
     fits = [rng.permutation(task.fit)[:n] for task in tasks]
     probes = [rng.permutation(task.probe)[:n] for task in tasks]
-    ids = [task.split.labels[rows] for task, rows in zip(tasks, probes, strict=True)]
-    found, fitted = {}, {}
+    ids = [evaluate.name_identities(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
+    found, fitted, tested = {}, {}, {}
     for name, of in tqdm(features.items(), desc="separability", unit="space", disable=None):
         fitted[name] = [of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
-        test = [of(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
-        found[name] = separability(fitted[name], test, ids, draws, seed)
+        tested[name] = [of(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
+        found[name] = separability(fitted[name], tested[name], ids, draws, seed)
     names = [task.domain for task in tasks]
     spaces = {}
     for name, figures in found.items():
@@ -746,7 +861,8 @@ def measure_separability(features: dict[str, Features], tasks: list[Task], other
             spaces[name]["lead_of_tuned"] = show(minus(found[mine]["logistic"], figures["logistic"]))
     plain = {name: of for name, of in features.items() if not name.endswith("canon")}
     return {"images_per_task": n, "chance": 1 / len(tasks), "spaces": spaces,
-            "unseen_sources": unseen_sources(plain, fitted, tasks, fits, others, n, draws, seed)}
+            "identities": {name: len(np.unique(part)) for name, part in zip(names, ids, strict=True)},
+            "unseen_sources": unseen_sources(plain, fitted, tested, ids, tasks, fits, others, n, draws, seed)}
 
 
 # ---------------------------------------------------------------- a map
@@ -851,7 +967,7 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str]) -> None:
         for j, test in enumerate(names):
             ax = axes[i][j]
             for kind, (colour, style, _) in kinds.items():
-                of = {"own": ("components", test), "random": ("random", None), "pooled": ("pooled", None)}
+                of = {"own": ("components", test), "pooled": ("pooled", None)}
                 name, origin = of.get(kind, (kind, fit))
                 found = [c for c in curves if (c["kind"], c["test"]) == (name, test) and origin in (None, c["fit"])]
                 if not found or (kind in ("own", "own mean") and fit == test):  # the same curve once more
@@ -995,6 +1111,24 @@ def interval(found: dict | None, form: str = ".1f", factor: float = 100) -> str:
     return f"{ends[0]} [{ends[1]}, {ends[2]}]"
 
 
+def mistrust(identities: int) -> str:
+    """What is to be said of an interval from so many identities; nothing if they are enough."""
+    return f"{identities} identities: interval not to be trusted" if identities < FEW else ""
+
+
+def report_tasks(analysis: dict) -> list[str]:
+    """Lines about what was fitted on and tested, and what was not."""
+    lines = ["| task | fitted on | tested on | remarks |", "| --- | --- | --- | --- |"]
+    few = {pair["test"]: mistrust(pair["identities"]) for pair in analysis["transfer"]["tuned"]["pairs"]}
+    for domain, (base, test) in analysis["splits"].items():
+        severity = analysis["degraded"].get(domain)
+        remarks = [few[domain], f"fitted on images degraded as in training (severity up to {severity:g})"
+                   if severity is not None else ""]
+        lines.append(f"| {domain} | {base} | {test} | {'; '.join(filter(None, remarks))} |")
+    lines += [f"| {domain} | - | - | left out: {why} |" for domain, why in analysis["left_out"].items()]
+    return [*lines, ""]
+
+
 def report_transfer(result: dict, weights: str) -> list[str]:
     """Lines about the transfer of one set of weights."""
     headline = result["pairs"][0]["k"]
@@ -1004,17 +1138,19 @@ def report_transfer(result: dict, weights: str) -> list[str]:
     columns = {"random": "random", "foundation": "untouched PCs", "pooled": "pooled", "bottom": "last k",
                "own_mean": "own mean", "deleted": "range deleted"}
     there = {key: name for key, name in columns.items() if key in result["pairs"][0]}
-    head = ["PCs of", "used by", "raw", "all", "kept at k", "k99", "k95", "k99 random", *there.values(),
+    head = ["PCs of", "used by", "raw", "all", "kept at k", "k99", "k95", "k99 / random's", *there.values(),
             "lead over random", *(["lead over untouched PCs"] if "foundation" in there else [])]
     lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for p in result["pairs"]:
-        random = p["k99_random"]
+        coarse = [f"{p[key]:.0f}" if p[key] else "-" for key in ("k99_grid", "k99_random")]
         cells = [p["fit"], p["test"], f"{100 * p['raw']:.1f}", f"{100 * p['full']:.1f}",
                  interval({"value": p["kept"], "low": p["low"], "high": p["high"]}), interval(p["k99"], ".0f", 1),
-                 interval(p["k95"], ".0f", 1), "-" if random is None else f"{random:.0f}",
+                 interval(p["k95"], ".0f", 1), " / ".join(coarse),
                  *(f"{percent(p[key]['value']):.1f}" for key in there), interval(p["over_random"], "+.1f"),
                  *([interval(p["over_foundation"], "+.1f")] if "foundation" in there else [])]
         lines.append(f"| {' | '.join(cells)} |")
+    few = {p["test"]: note for p in result["pairs"] if (note := mistrust(p["identities"]))}
+    lines += ["", *(f"- used by {test}: {note}" for test, note in few.items())] if few else []
     if "deleted" in there:
         cut = result["pairs"][0]["deleted"]
         lines += ["", f"Range deleted: without components {cut['from'] + 1} to {cut['to']} of the fitted task."]
@@ -1032,6 +1168,8 @@ def report_separability(result: dict) -> list[str]:
     for space, found in result["spaces"].items():
         lines.append(f"| {space} | {interval(found['logistic'])} | {interval(found['lda'])} | "
                      f"{interval(found.get('lead_of_tuned'), '+.1f')} |")
+    few = {name: note for name, count in result["identities"].items() if (note := mistrust(count))}
+    lines += ["", *(f"- {name}: {note}" for name, note in few.items())] if few else []
     pairwise = {key: v for key, v in result["spaces"]["tuned"]["pairwise"].items() if result["chance"] < 0.5}
     if pairwise:
         lines += ["", "Pairs of tasks, logistic regression:", "", f"| pair | {' | '.join(result['spaces'])} |",
@@ -1040,10 +1178,14 @@ def report_separability(result: dict) -> list[str]:
                                             for found in result["spaces"].values()) + " |" for key in pairwise]
     if unseen := result["unseen_sources"]:
         names = list(unseen[0]["spaces"])
-        lines += ["", "Images of a source that was left out of training, taken for their own task:", "",
+        lines += ["", "The same with a task's images from a source that the classifier was not fitted on (recall: of "
+                  "these images):", "",
                   f"| task | source | images | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
-        lines += [f"| {row['domain']} | {row['source']} | {row['images']:,} | "
-                  + " | ".join(interval(row["spaces"][name]) for name in names) + " |" for row in unseen]
+        for row in unseen:
+            note = f" ({note})" if (note := mistrust(row["identities"])) else ""
+            cells = [f"{interval(row['spaces'][name])}, recall {100 * row['spaces'][name]['recall']:.1f}"
+                     for name in names]
+            lines.append(f"| {row['domain']} | {row['source']}{note} | {row['images']:,} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
@@ -1088,19 +1230,21 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
     folder.mkdir(parents=True, exist_ok=True)
     train.write_json(folder / "analysis.json", analysis)
     evaluate.write_csv(folder / "transfer.csv", [
-        {"weights": weights, "kind": c["kind"], "fit": c["fit"], "test": c["test"], "k": k, "score": score, "kept": v,
-         "low": low, "high": high} for weights, rows in curves.items() for c in rows
+        {"weights": weights, "kind": c["kind"], "fit": c["fit"], "number": c["number"], "test": c["test"], "k": k,
+         "score": score, "kept": v, "low": low, "high": high} for weights, rows in curves.items() for c in rows
         for k, score, v, low, high in zip(*(c[key] for key in ("ks", "score", "kept", "low", "high")), strict=True)])
     evaluate.write_csv(folder / "dprime.csv", components)
     evaluate.write_csv(folder / "map.csv", points)
-    lines = [f"# {analysis['run']}", "", "## Transfer of principal components", "",
+    lines = [f"# {analysis['run']}", "", *report_tasks(analysis), "## Transfer of principal components", "",
              f"Share of (score - chance) that the first {headline} components of one task keep for another, in percent "
              "with 95 % intervals, resampled by identity; the score is rank-1 for people and the nearest class mean "
              "for objects, on identities that the components were not fitted on (-: even all components are not above "
              "chance). Vectors are centred by the mean of the task that was fitted on. All: every component; raw: "
-             "without centring. k99 and k95: from so many components on 99 % and 95 % are kept. Controls at k: random "
-             "subspaces, components of the untouched backbone, of all tasks pooled, the last k; own mean: centred by "
-             "the mean of the task that is scored. A claim about components means something where they lead.", ""]
+             "without centring. k99 and k95: from so many components on 99 % and 95 % are kept; k99 / random's: "
+             "the components' and that of random subspaces, both at the few k of the controls. Controls at k: random "
+             "subspaces (centred as the components are), components of the untouched backbone, of all tasks pooled, "
+             "the last k; own mean: centred by the mean of the task that is scored. A claim about components means "
+             "something where they lead.", ""]
     for weights, result in analysis["transfer"].items():
         lines += report_transfer(result, weights)
     if analysis["separability"]:
@@ -1800,7 +1944,7 @@ def to_row(curve: Curve) -> dict:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a column of NaN has no quantile
         low, high = np.nanquantile(curve.draws, [0.025, 0.975], axis=0)
-    row = {"kind": curve.kind, "fit": curve.fit, "test": curve.test, "ks": curve.ks}
+    row = {"kind": curve.kind, "fit": curve.fit, "number": curve.number, "test": curve.test, "ks": curve.ks}
     named = {"score": curve.score, "kept": curve.kept, "low": low, "high": high}
     return row | {name: [None if v is None else round(v, 6) for v in map(finite, values)]
                   for name, values in named.items()}
@@ -1811,28 +1955,42 @@ def analyse(options: dict) -> int:
     run = train.load_run(Path(options["run"]), options["allow_partial"])
     data, seed, draws = options["data"] or run.config["data"], options["seed"], options["bootstrap"]
     root, device = open_root(Path(data)), train.pick_device(options["device"])
-    splits = {domain: find_splits(root.get(domain, {})) for domain in run.config["domains"]}
-    splits = {domain: pair for domain, pair in splits.items() if pair}
+    splits, left_out = choose_pairs(root, run.config["domains"], options["splits"], data)
     if not splits:
         raise InputError(f"{data}: none of {', '.join(run.config['domains'])} has both a training and a test split: "
                          "nothing to analyse")
+    degraded = {}
+    if run.config.get("degrade") and "face_lq" in splits:  # the network never saw these images as they are stored
+        degraded["face_lq"] = run.config["degrade_severity"]
+        base, test = splits["face_lq"]
+        splits["face_lq"] = (Degraded(base.folder, degraded["face_lq"], seed), test)
     delete = parse_range(options["delete"])
-    embedders, embedded = {}, {}
-    for weights, load in (("foundation", train.load_foundation), ("tuned", train.load_tuned)):
-        embedders[weights] = evaluate.make_embedder(lambda load=load: load(run), weights, run.folder / "eval", options)
-        embedded[weights] = {domain: tuple(map(embedders[weights], pair)) for domain, pair in splits.items()}
+    embedders = {weights: evaluate.make_embedder(lambda load=load: load(run), weights, run.folder / "eval", options)
+                 for weights, load in (("foundation", train.load_foundation), ("tuned", train.load_tuned))}
+    dims = [embedder.model.dim for embedder in embedders.values()]
+    check_range(delete, min(dims))
+    embedded = {weights: {domain: tuple(map(embedder, pair)) for domain, pair in splits.items()}
+                for weights, embedder in embedders.items()}
     tasks = []
     for domain, (base, test) in splits.items():
-        readable = tuple(np.isfinite(x[:, 0]) for x in embedded["tuned"][domain])
+        readable = tuple(find_readable([spaces[domain][i] for spaces in embedded.values()]) for i in range(2))
         if bad := sum(int((~good).sum()) for good in readable):
             print(f"  {domain}: {bad} unreadable images left out")
         if task := make_task(base, test, readable, options["limit"], seed):
             tasks.append(task)
         else:
-            print(f"  {domain}: too few identities to fit on some and test others; left out")
+            left_out[domain] = "too few identities to fit on some and test others"
+    drop_tested(tasks, FITTED * max(dims), seed)
+    left_out |= {task.domain: "the identities of its training split are all tested" for task in tasks
+                 if len(task.fit) < 2}
+    tasks = [task for task in tasks if task.domain not in left_out]
+    for domain, why in left_out.items():
+        print(f"  {domain}: left out: {why}")
     if not tasks:
         raise InputError(f"{data}: no domain has enough identities to fit on some and test others: nothing to analyse")
-    result: dict = {"run": run.folder.name, "domains": [task.domain for task in tasks], "transfer": {},
+    result: dict = {"run": run.folder.name, "domains": [task.domain for task in tasks],
+                    "splits": {task.domain: [task.train.name, task.split.name] for task in tasks},
+                    "left_out": left_out, "degraded": degraded, "transfer": {},
                     "separability": None, "sharing": {}, "cka": {}, "map": options["map"]}
     curves, components = {}, []
     for weights, spaces in embedded.items():
@@ -1853,7 +2011,8 @@ def analyse(options: dict) -> int:
         for task in tasks:
             tests = [s for s in root[task.domain].values() if s.protocol and s.name != task.split.name]
             others[task.domain] = [(task.split, task.probe)] + [
-                (s, np.flatnonzero(np.isfinite(embedders["tuned"](s)[:, 0]) & (s.labels >= 0))) for s in tests]
+                (s, np.flatnonzero(find_readable([embed(s) for embed in embedders.values()]) & (s.labels >= 0)))
+                for s in tests]
         result["separability"] = measure_separability(features, tasks, others, draws, seed, options["limit"])
     points = draw_up_map(embedded["tuned"], tasks, options["map"], seed)
     folder = run.folder / "analysis"
@@ -1861,6 +2020,11 @@ def analyse(options: dict) -> int:
     print(f"written: {folder}/report.md, analysis.json, tables and figures; "
           f"next: python analyze.py claims {run.folder.parent}")
     return 0
+
+
+def find_readable(spaces: list[np.ndarray]) -> np.ndarray:
+    """Rows, bool [n], that are finite in all embeddings [n, D] of a split: images may have been repaired meanwhile."""
+    return np.logical_and.reduce([np.isfinite(x[:, 0]) for x in spaces])
 
 
 def make_features(embedders: dict, embedded: dict, splits: dict, side: int) -> dict[str, Features]:
@@ -1896,9 +2060,20 @@ def parse_range(text: str) -> tuple[int, int]:
     return a, b
 
 
+def check_range(delete: tuple[int, int], dim: int) -> None:
+    """Refuse components that a space of `dim` does not have, and to delete them all."""
+    a, b = delete
+    if b > dim:
+        raise InputError(f"--delete {a}:{b}: the space has {dim} dimensions, so that the last is {dim - 1}")
+    if b - a == dim:
+        raise InputError(f"--delete {a}:{b}: these are all {dim} dimensions: nothing would be left")
+
+
 @click.group(invoke_without_command=True, context_settings={"show_default": True, "max_content_width": 120},
              help=__doc__.split("\n\n")[0])
 @evaluate.model_options
+@click.option("--splits", metavar="NAMES",
+              help="Comma-separated domain/split to test on, one a domain (default: a domain's first in distribution).")
 @click.option("--components", type=click.IntRange(1), default=99, help="The k of the claim: fewer than 100.")
 @click.option("--limit", type=click.IntRange(10), default=2000, help="At most so many probes per task.")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
@@ -1909,6 +2084,8 @@ def parse_range(text: str) -> tuple[int, int]:
 @click.option("--map", type=click.Choice(["tsne", "pca"]), default="tsne", help="How the map is drawn up.")
 @click.pass_context
 def main(context: click.Context, **options) -> int | None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("analyze.py runs as one process, not under torchrun (evaluate.py can embed on many devices)")
     if context.invoked_subcommand:
         train.refuse_options(context)
         return None

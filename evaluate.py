@@ -1290,12 +1290,16 @@ def choose_crowd(splits: list[Split]) -> list[Split]:
     return list(first.values()) if len(first) > 1 else []
 
 
-def name_identities(split: Split) -> np.ndarray:
-    """Who is on each image, [M]: the person that the source proves across domains, else one of this split alone; ""."""
-    own = np.array([f"{split.domain}/{name}" for name in split.classes] + [""])[split.labels]
+def name_identities(split: Split, rows: np.ndarray | None = None) -> np.ndarray:
+    """Who is on each image, [M]: the person that the source proves across domains, else one of this split alone; "".
+
+    `rows`: of these images alone, as each takes a read.
+    """
+    rows = np.arange(len(split)) if rows is None else rows
+    own = np.array([f"{split.domain}/{name}" for name in split.classes] + [""])[split.labels[rows]]
     if split.domain == "object":
         return own
-    persons = [split.fields(row).get("person") for row in range(len(split))]
+    persons = [split.fields(int(row)).get("person") for row in rows]
     return np.array([name if person is None else f"person {person}" for name, person in zip(own, persons, strict=True)])
 
 
@@ -2579,7 +2583,8 @@ def model_options(command):
         click.option("--cache", metavar="DIR",
                      help="Keep the embeddings of untouched backbones here, for all runs that share one (default: with "
                           "each run)."),
-        click.option("--device", default="auto", help="auto, cpu or cuda; under torchrun each process takes its own."),
+        click.option("--device", default="auto",
+                     help="auto, cpu or cuda; evaluate.py under torchrun: each process takes its own."),
         click.option("--seed", type=click.IntRange(0), default=0, help="Of every random draw."),
         click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error."),
     ]):

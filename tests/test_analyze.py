@@ -12,6 +12,7 @@ import pytest
 import analyze
 import evaluate
 from analyze import Claim, Group, Measured
+from data_prep import InputError
 from tests.conftest import script
 
 
@@ -95,7 +96,8 @@ def test_unreadable_images_and_lone_identities_leave_a_task(demo_root):
     good = np.ones(len(base), bool), np.arange(len(test)) % 3 > 0
     task = analyze.make_task(base, test, good, 2000, 0)
     assert good[1][task.probe].all() and len(task.probe)
-    assert analyze.make_task(base, test, (good[0], test.labels == test.labels[-1]), 2000, 0) is None  # one class
+    with pytest.raises(InputError, match="one identity alone can be tested"):
+        analyze.make_task(base, test, (good[0], test.labels == test.labels[-1]), 2000, 0)  # one class
     base, test = analyze.find_splits(open_root(demo_root)["face_hq"])
     first = np.unique(test.labels, return_index=True)[1]
     alone = np.isin(np.arange(len(test)), first)  # nobody has a second image
@@ -389,6 +391,12 @@ def test_a_run_without_draws_is_left_out_and_named(analysed, tiny_run, tmp_path)
     (["claims", "{none}"], "no evaluated run"), (["--run", "{run}", "--data", "{object}"], "nothing to analyse"),
     (["--run", "{run}", "--components", "0"], "0 is not in the range"),
     (["--run", "{run}", "--delete", "5"], "want A:B"), (["--run", "{run}", "--delete", "5:2"], "want A:B"),
+    (["--run", "{run}", "--delete", "0:200"], "has 64 dimensions"),
+    (["--run", "{run}", "--delete", "60:70"], "has 64 dimensions"),
+    (["--run", "{run}", "--delete", "0:64"], "nothing would be left"),
+    (["--run", "{run}", "--splits", "body/none"], "has no split 'body/none'"),
+    (["--run", "{run}", "--splits", "body/train"], "is a training split"),
+    (["--run", "{run}", "--splits", "object/val,object/collage"], "two of object"),
     (["bench", "--probes", "11"], "one image alone"),
 ])  # fmt: skip
 def test_bad_input(arguments, words, tiny_run, demo_root, tmp_path):

@@ -153,7 +153,7 @@ def test_the_controls_behave_as_they_should(shared):
         assert pair["deleted"]["value"] < 0.05  # without the shared subspace nothing is left
     curves = {(c.kind, c.fit, c.test): c for c in result["curves"]}
     a, b = "object*", "face_hq*"
-    assert sum(kind == "random" for kind, _, _ in curves) == 3 * analyze.RANDOM_SEEDS
+    assert sum(c.kind == "random" for c in result["curves"]) == 3 * 3 * analyze.RANDOM_SEEDS
     deleted, bottom = curves["deleted", a, b], curves["bottom", a, b]
     assert deleted.ks[-1] < D and deleted.at(24).value < 0.1 < 0.8 < deleted.at(1).value
     assert bottom.ks[-1] == D and bottom.kept[-1] == 1
@@ -318,7 +318,7 @@ def test_a_task_apart_by_its_mean_alone_is_separable_and_not_after_centring():
     (basis,) = orthogonal(D, SHARED)
     shift = np.random.default_rng(5).normal(size=D)
     embedded, tasks = planted([basis, basis], offsets=[np.zeros(D), 2.0 * shift / np.linalg.norm(shift)])
-    ids = [np.repeat(np.arange(60), 6)] * 2
+    ids = [np.repeat(np.arange(60), 6), np.repeat(np.arange(60, 120), 6)]
     fit, test = ([embedded[t.domain][i] for t in tasks] for i in (0, 1))
     apart = analyze.separability(fit, test, ids, 50, 0)
     assert set(apart) == {"logistic", "lda", "0/1"} and min(f.value for f in apart.values()) > 0.97
@@ -331,12 +331,13 @@ def test_a_task_apart_by_its_mean_alone_is_separable_and_not_after_centring():
 
 def test_balanced_accuracy_weighs_tasks_alike():
     right = [np.array([True] * 90 + [False] * 10), np.array([False] * 10)]
-    figure = analyze.balanced_accuracy(right, [np.arange(100), np.arange(10)], 100, 0)
+    figure = analyze.balanced_accuracy(right, [np.arange(100), np.arange(100, 110)], 100, 0)
     assert figure.value == pytest.approx(0.45) and figure.low <= 0.45 <= figure.high
 
 
 def fake_split(name: str, sources: list[str], ood: bool = False):
     return SimpleNamespace(name=name, labels=np.arange(len(sources)), protocol={"name": "x", "ood": ood}, folder=name,
+                           domain="body", classes=[f"{name} {i}" for i in range(len(sources))],
                            index={"provenance": {"source": "merge"}}, fields=lambda row: {"source": sources[row]})
 
 
@@ -344,7 +345,7 @@ def test_a_source_that_was_left_out_can_be_mistaken():
     """Domain 0 has two sources of which one looks like domain 1: seen it is told apart, unseen it is not."""
     rng = np.random.default_rng(0)
     mixed = fake_split("train", ["a"] * 60 + ["b"] * 60)
-    plain, test = fake_split("train", ["c"] * 120), fake_split("test", ["a"] * 40 + ["b"] * 40)
+    plain, test = fake_split("plain", ["c"] * 120), fake_split("test", ["a"] * 40 + ["b"] * 40)
     centre = {"a": [0, 0, 0], "b": [9, 0, 1.5], "c": [9, 0, 0]}
     noise = rng.normal(size=(120, 3)) * 0.3
 
@@ -354,12 +355,14 @@ def test_a_source_that_was_left_out_can_be_mistaken():
     tasks = [SimpleNamespace(domain="face_hq", train=mixed), SimpleNamespace(domain="body", train=plain)]
     others = {"face_hq": [(test, np.arange(80))], "body": [(plain, np.arange(50))]}
     fitted = {"tuned": [features(mixed, np.arange(120)), features(plain, np.arange(120))]}
-    rows = analyze.unseen_sources({"tuned": features}, fitted, tasks, [np.arange(120)] * 2, others, 100, 20, 0)
-    found = {(r["domain"], r["source"]): r["spaces"]["tuned"]["value"] for r in rows}
+    tested = {"tuned": [features(test, np.arange(80)), features(plain, np.arange(50))]}
+    ids = [np.arange(80).astype(str), np.arange(100, 150).astype(str)]
+    rows = analyze.unseen_sources({"tuned": features}, fitted, tested, ids, tasks, [np.arange(120)] * 2, others, 100,
+                                  20, 0)
+    found = {(r["domain"], r["source"]): r["spaces"]["tuned"]["recall"] for r in rows}
     assert set(found) == {("face_hq", "a"), ("face_hq", "b")}  # body has one source alone
     assert found["face_hq", "b"] < 0.2 and found["face_hq", "a"] < 0.9
-    spaces = analyze.separability(fitted["tuned"], [features(test, np.arange(80)), features(plain, np.arange(50))],
-                                  [np.arange(80), np.arange(50)], 20, 0)
+    spaces = analyze.separability(fitted["tuned"], tested["tuned"], ids, 20, 0)
     assert spaces["logistic"].value > 0.97
     assert analyze.sources_of(fake_split("sketch", ["a", "a"], ood=True), np.arange(2)).tolist() == ["a (sketch)"] * 2
 
