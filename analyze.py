@@ -378,6 +378,7 @@ class Curve:
     score: np.ndarray  # [len(ks)]
     kept: np.ndarray  # [len(ks)]
     draws: np.ndarray  # of `kept`, [resamplings, len(ks)]
+    full: np.ndarray | None = None  # draws of the score of all components, [resamplings]
     number: int | None = None  # of a random basis
 
     def at(self, k: int) -> Figure:
@@ -404,7 +405,8 @@ def measure_curve(kind: str, fit: str, task: Task, vectors: tuple[np.ndarray | t
     score = hits.mean(1, dtype=torch.float64).cpu().numpy()
     drawn = (counts @ hits.T / counts.sum(1, keepdim=True)).cpu().numpy()  # exact sums: whole numbers below 2**24
     chance = task.chance()
-    return Curve(kind, fit, task.domain, ks, score, kept(score, score[-1], chance), kept(drawn, drawn[:, -1:], chance))
+    return Curve(kind, fit, task.domain, ks, score, kept(score, score[-1], chance), kept(drawn, drawn[:, -1:], chance),
+                 drawn[:, -1])
 
 
 def to_device(x: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -481,6 +483,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
             mean_random, coarse = np.mean([c.kept for c in random], axis=0), take(curve, "", grid).kept
             pair = {"fit": other.domain, "test": task.domain, "identities": len(np.unique(task.target)),
                     "chance": chance, "raw": raw, "full": curve.score[-1], "k": headline,
+                    **dict(zip(("full_low", "full_high"), np.quantile(curve.full, [0.025, 0.975]).tolist(), strict=True)),
                     "kept": finite(found.value), "low": finite(found.low), "high": finite(found.high),
                     "random": show(chance_level), "over_random": show(minus(found, chance_level))}
             for level in LEVELS:
@@ -1812,9 +1815,9 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
 def above_chance(pair: dict) -> bool:
     """Whether the full space is above chance, so that a share of what it is above means something.
 
-    An analysis that lacks the interval of the full score ("full_low") must show it by far: with a share that is known
-    within its own size, and a score of six times chance or halfway from there to perfect. In a gallery of 200 for 200
-    probes, noise hits once and six times in one case of 2000.
+    An analysis of before that interval was kept ("full_low") must show it by far: with a share that is known within
+    its own size, and a score of six times chance or halfway from there to perfect. In a gallery of 200 for 200 probes,
+    noise hits once and six times in one case of 2000.
     """
     if None in (pair["kept"], pair["low"], pair["high"]):
         return False

@@ -957,8 +957,11 @@ def load_checkpoint(job: "Job") -> int:
 def forget_after(folder: Path, step: int) -> None:
     """Cut what a run left about steps after `step`, where it goes on: they come again."""
     for log in (folder / name for name in LOGS if (folder / name).exists()):
-        kept = "".join(f"{json.dumps(record)}\n" for record in read_lines(log) if record["step"] <= step)
-        write_atomically(log, lambda path, kept=kept: path.write_text(kept))
+        kept = []
+        for line in log.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that was cut
+                kept += [line] if json.loads(line)["step"] <= step else []
+        write_atomically(log, lambda path, kept=kept: path.write_text("".join(f"{line}\n" for line in kept)))
     for late in [place for number, place in kept_steps(folder).items() if number > step]:
         shutil.rmtree(late)
 
@@ -1736,12 +1739,8 @@ def summarise(total: dict[str, torch.Tensor], domains: list[str]) -> dict:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The records of a .jsonl file of a run; none where it does not exist, and not a line that was cut."""
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            records.append(json.loads(line))
-    return records
+    """The records of a .jsonl file of a run; none where it does not exist."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 # ---------------------------------------------------------------- options
