@@ -257,7 +257,7 @@ def age(name: str):
         now = (run / "model.safetensors").stat().st_mtime
         for other in ("eval/results.json", "analysis/analysis.json"):
             os.utime(run / other, (now + 10,) * 2)
-        os.utime(run / name, (now - 10,) * 2)
+        os.utime(run / name, (now - 100,) * 2)
     return of
 
 
@@ -281,7 +281,7 @@ def change_analysis(change):
     (lambda run: write_json(run / "eval/results.json", {"a": 1}), "results.json: cannot be read"),
     (lambda run: write_json(run / "eval/results.json", [dict.fromkeys(
         ("run", "weights", "domain", "split", "protocol", "metric", "value", "low", "high", "count"), 1)]),
-     "results.json is damaged"),
+     "results.json: cannot be read (row 0: run is"),
     (lambda run: (run / "eval/draws.npz").write_bytes(b""), "draws.npz"),
     (age("eval/results.json"), "b (older than model.safetensors: run evaluate.py on it again)"),
     (age("analysis/analysis.json"), "analysis.json (older than model.safetensors: run analyze.py on it again)"),
