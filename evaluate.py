@@ -1572,7 +1572,7 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
         figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split.labels, draws, seed)}
         curves[key] = curve
         table = {"verification": "pairs", "templates": "template_pairs"}.get(protocol)
-        if table in split.index["columns"]:
+        if table and table in split.index["columns"]:
             pairs = split.column(table)
             impostor = pairs[:, 2] == 0
             if protocol == "verification":  # of templates, those that are not enrolled count too
