@@ -13,15 +13,20 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# = 2 ] || { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
+for domain in face_hq face_lq body object; do
+    [ -e "$1/$domain/train/index.json" ] || { echo "error: $1: no $domain/train there; see scripts/prepare_real.sh" >&2; exit 2; }
+done
+[ -f "$2" ] || { echo "error: $2: no such file of weights" >&2; exit 2; }
+case $2 in *[[:space:]]*) echo "error: $2: spaces in the path; move the file, or link to it" >&2; exit 2 ;; esac
 export DATA=$1 MODEL=${MODEL:-tf_efficientnet_lite0}
 : "${FORM:=$(python -c 'import torch; print("full" if torch.cuda.is_available() else "reduced")')}"
 case $FORM in
-    full) : "${SEEDS:=0 1 2}" "${SIDE:=112}" "${IMAGES:=57600}" "${JOBS:=4}" ;;
-    reduced) : "${SEEDS:=0}" "${SIDE:=96}" "${IMAGES:=19200}" "${JOBS:=2}" "${OMP_NUM_THREADS:=1}"; export OMP_NUM_THREADS ;;
+    full) : "${SEEDS:=0 1 2}" "${SIDE:=112}" "${IMAGES:=57600}" "${JOBS:=4}" "${OMP_NUM_THREADS:=4}" ;;
+    reduced) : "${SEEDS:=0}" "${SIDE:=96}" "${IMAGES:=19200}" "${JOBS:=2}" "${OMP_NUM_THREADS:=1}" ;;
     *) echo "error: FORM=$FORM: want full or reduced" >&2; exit 2 ;;
 esac
 : "${OUT:=runs/study}"
-export SEEDS IMAGES JOBS OUT
+export SEEDS IMAGES JOBS OUT OMP_NUM_THREADS
 # A small foundation and few images: other rates, scale and margins than the defaults, no layer-wise decay; the
 # same for every cell.
 export TRAIN="--weights $2 --image-size $SIDE --batch 64 --lr 2e-4 --head-lr 1e-3 --layer-decay 1 --margin-ramp 0.3
