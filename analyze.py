@@ -31,7 +31,7 @@ import backbones
 import evaluate
 import report
 import train
-from data_prep import DOMAINS, InputError, run_command
+from data_prep import DOMAINS, InputError, Number, run_command
 from data_prep.degrade import degrade
 from data_prep.shards import ROLES, Split, open_root
 from evaluate import Figure
@@ -2095,11 +2095,11 @@ def main(context: click.Context, **options) -> int | None:
 
 @main.command(help="Turn the runs of a folder into one verdict per claim of the paper's abstract.")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--delta", type=click.FloatRange(0, 1), default=0.01,
+@click.option("--delta", type=Number(0, 1), default=0.01,
               help="Margin of non-inferiority: to experts, and to the untouched backbone.")
-@click.option("--retention", type=click.FloatRange(0), default=0.95, help="Least retention out of distribution.")
-@click.option("--separable", type=click.FloatRange(0, 1), default=0.95, help="Least balanced accuracy.")
-@click.option("--keep", type=click.FloatRange(0, 1), default=0.95, help="Least share that the components keep.")
+@click.option("--retention", type=Number(0), default=0.95, help="Least retention out of distribution.")
+@click.option("--separable", type=Number(0, 1), default=0.95, help="Least balanced accuracy.")
+@click.option("--keep", type=Number(0, 1), default=0.95, help="Least share that the components keep.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
 def claims(folder: Path, delta: float, retention: float, separable: float, keep: float) -> int:
     table = make_table(read_runs(folder), delta, retention, separable, keep)

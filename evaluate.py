@@ -56,7 +56,7 @@ import backbones
 import report
 import train
 from backbones import Backbone
-from data_prep import DOMAINS, InputError, run_command
+from data_prep import DOMAINS, InputError, Number, run_command
 from data_prep.folders import image_suffixes
 from data_prep.shards import ROLES, BadImage, Split, fit_image, open_root
 from data_prep.trials import Rating, read_ratings
@@ -2708,7 +2708,7 @@ def main(context: click.Context, **options) -> int | None:
 @click.option("--experts", is_flag=True,
               help="The runs after the first (and its seeds) are its experts: the same backbone and number of images, "
                    "one domain each.")
-@click.option("--delta", type=click.FloatRange(0, 1, min_open=True), default=0.01,
+@click.option("--delta", type=Number(0, 1, min_open=True), default=0.01,
               help="With --experts: a difference that does not matter; of an expert above 0.9 at most a tenth of its "
                    "error.")
 @click.option("--out", type=click.Path(path_type=Path), default="comparison", metavar="DIR",
@@ -2762,7 +2762,7 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
                    "and leaks.json.")
 @model_options
 @click.option("--splits", metavar="NAMES", help="Comma-separated domain/split (default: all test splits).")
-@click.option("--threshold", type=click.FloatRange(-1, 1), default=0.95,
+@click.option("--threshold", type=Number(-1, 1), default=0.95,
               help="Cosine to the nearest training image from which on a test image counts as leaked.")
 @click.option("--by", type=click.Choice(["foundation", "tuned"]), default="foundation",
               help="Whose embeddings find the leaks: fine-tuning draws together what is merely alike.")
@@ -2771,8 +2771,6 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
 def leaks(**options) -> int:
     if not options["run"]:
         raise InputError("whose training images? give --run RUN")
-    if math.isnan(options["threshold"]):  # which click's range lets through
-        raise InputError("--threshold nan: want a cosine from -1 to 1")
     run = train.load_run(Path(options["run"]), options["allow_partial"])
     data, out = options["data"] or run.config["data"], run.folder / "eval"
     root = open_root(Path(data))
@@ -2823,7 +2821,7 @@ def leaks(**options) -> int:
 @main.command(help="Time and memory of the largest cases beside plain numpy and scikit-learn, on generated embeddings.")
 @click.option("--cases", default="reid,pairs,curve,search,million", metavar="NAMES",
               help="Which: re-identification, listed pairs of templates, ROC, and 1:N in 100,000 or 1,000,000.")
-@click.option("--scale", type=click.FloatRange(0.001, 1), default=1.0, help="Of all sizes.")
+@click.option("--scale", type=Number(0.001, 1), default=1.0, help="Of all sizes.")
 @click.option("--rounds", type=click.IntRange(1), default=3, help="Turns that the ways of a case take; of the median.")
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there, too.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")

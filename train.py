@@ -52,7 +52,7 @@ from backbones import (
     load_backbone,
     resolve_backbone,
 )
-from data_prep import DOMAINS, InputError, run_command
+from data_prep import DOMAINS, InputError, Number, run_command
 from data_prep.shards import Split, open_root
 from data_prep.stream import Batches, Chunk, Stream
 from kernels.gather import gather_interleaved
@@ -998,9 +998,6 @@ def check_options(config: dict) -> None:
         config["order"] = order
     if config["weights"] not in ("pretrained", "none"):
         config["weights"] = str(Path(config["weights"]).resolve())  # a run is read from other folders too
-    for name, value in config.items():  # no range of numbers refuses NaN
-        if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and name != "head_lr")):
-            raise InputError(f"--{name.replace('_', '-')} {value}: want a finite number")
     if config["images"] and config["epochs"]:
         raise InputError("--images and --epochs both say how long to train: give one of them")
     if config["model"] and config["backbone"]:
@@ -1854,10 +1851,10 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
 @click.option("--micro-batch", type=click.IntRange(1),
               help="At most so many images per forward pass (default: the batch).")
 @click.option("--images", type=click.IntRange(1), help="Length of the run in images, all domains together.")
-@click.option("--epochs", type=click.FloatRange(0, min_open=True),
+@click.option("--epochs", type=Number(0, min_open=True),
               help="Length as passes over the largest domain (default: 10).")
 @click.option("--mix", metavar="SHARES", help="Shares of schedule B, e.g. object=1,face_hq=2,face_lq=1,body=1.")
-@click.option("--mix-temperature", type=click.FloatRange(0, 1), default=0.5,
+@click.option("--mix-temperature", type=Number(0, 1), default=0.5,
               help="Shares of schedule B ∝ (images)^T; 0: equal, 1: proportional.")
 @click.option("--mix-ramp", metavar="RAMP",
               help="Let a share move, e.g. 'object:1.0->0.25@0.3' over the first 0.3 of training.")
@@ -1887,12 +1884,12 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
 @click.option("--margin-extension", type=click.Choice(["linear", "clamp"]), default="linear",
               help="Angles beyond 0..π: go on linearly, or clamped without a gradient as AdaFace's own code has it.")
 @click.option("--label-smoothing", default="0", metavar="NUMBERS", help="Label smoothing 0..1, per domain.")
-@click.option("--margin-ramp", type=click.FloatRange(0, 1), default=0.1,
+@click.option("--margin-ramp", type=Number(0, 1), default=0.1,
               help="Margins grow from 0 over this fraction of training; 0: off.")
 @click.option("--degrade", is_flag=True,
               help="Degrade face_lq/train online: for sets of sharp crops, not for natively low-quality ones.")
-@click.option("--degrade-severity", type=click.FloatRange(0, 1), default=1.0, help="Largest severity of --degrade.")
-@click.option("--degrade-ramp", type=click.FloatRange(0, 1), default=0.3,
+@click.option("--degrade-severity", type=Number(0, 1), default=1.0, help="Largest severity of --degrade.")
+@click.option("--degrade-ramp", type=Number(0, 1), default=0.3,
               help="Severity grows from 0 over this fraction of training; 0: off.")
 @click.option("--crop-scale", default="object=0.35,face_hq=0.8,face_lq=0.8,body=0.8", metavar="NUMBERS",
               help="Least area of the random crop, per domain; 1: none.")
@@ -1906,26 +1903,26 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
 @click.option("--head-init-images", type=click.IntRange(1), default=20,
               help="At most so many images per class for the means.")
 @click.option("--freeze-text-head", is_flag=True, help="Keep the object rows of --head-init text as they are.")
-@click.option("--head-warmup", type=click.FloatRange(0, 1), default=0.02,
+@click.option("--head-warmup", type=Number(0, 1), default=0.02,
               help="Fraction of the steps that train the class weights alone, first.")
-@click.option("--lr", type=click.FloatRange(0), default=2e-5,
+@click.option("--lr", type=Number(0), default=2e-5,
               help="Peak learning rate of the top layer of the backbone.")
-@click.option("--head-lr", type=click.FloatRange(0), default=1e-3, help="Peak learning rate of the class weights.")
-@click.option("--layer-decay", type=click.FloatRange(0, 1), default=0.8,
+@click.option("--head-lr", type=Number(0, infinite=True), default=1e-3, help="Peak learning rate of the class weights.")
+@click.option("--layer-decay", type=Number(0, 1), default=0.8,
               help="Factor on the learning rate per layer downwards; 1: none.")
 @click.option("--freeze-blocks", type=click.IntRange(0), default=0,
               help="Lowest blocks that stay as they are, with all below them.")
 @click.option("--lora", type=click.IntRange(0), default=0, metavar="RANK",
               help="Train low-rank updates of the attention's projections instead of the network; 0: off.")
-@click.option("--drop-path", type=click.FloatRange(0, 1, max_open=True), default=0.0,
+@click.option("--drop-path", type=Number(0, 1, max_open=True), default=0.0,
               help="Stochastic depth: chance of dropping the top block's branches, falling to 0 at the lowest.")
-@click.option("--weight-decay", type=click.FloatRange(0), default=0.05,
+@click.option("--weight-decay", type=Number(0), default=0.05,
               help="AdamW weight decay of the backbone's matrices.")
-@click.option("--warmup", type=click.FloatRange(0, 1), default=0.05,
+@click.option("--warmup", type=Number(0, 1), default=0.05,
               help="Fraction of the steps over which the learning rate rises.")
-@click.option("--min-lr", type=click.FloatRange(0, 1), default=0.01,
+@click.option("--min-lr", type=Number(0, 1), default=0.01,
               help="Last learning rate as a fraction of the peak.")
-@click.option("--clip", type=click.FloatRange(0), default=1.0,
+@click.option("--clip", type=Number(0), default=1.0,
               help="Gradient norm above which a step is scaled down; 0: never.")
 @click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto",
               help="bf16 autocast of the backbone; auto: where CUDA has it.")
@@ -1941,7 +1938,7 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
 @click.option("--grad-checkpointing", is_flag=True, help="Recompute activations in backward: less memory, slower.")
 @click.option("--shard-head", is_flag=True,
               help="torchrun: every process holds a slice of each domain's class weights.")
-@click.option("--ema", type=click.FloatRange(0, 1, max_open=True), default=0.0, metavar="DECAY",
+@click.option("--ema", type=Number(0, 1, max_open=True), default=0.0, metavar="DECAY",
               help="Export the running average of the weights, e.g. 0.9998; 0: off.")
 @click.option("--log-every", type=click.IntRange(1), default=10, help="Steps between lines of log.jsonl.")
 @click.option("--eval-every", type=click.IntRange(0), default=0,
@@ -1951,7 +1948,7 @@ PEOPLE = "object=0,face_hq={0},face_lq={0},body={0}".format
               help="Checkpoints of the weights that stay in RUN/checkpoints, one per --eval-every (else --save-every): "
                    "the newest, and besides the best by --eval-every; 0: none.")
 @click.option("--max-skipped", type=click.IntRange(0), default=10, help="Non-finite steps in a row that stop the run.")
-@click.option("--max-bad", type=click.FloatRange(0, 1), default=0.001,
+@click.option("--max-bad", type=Number(0, 1), default=0.001,
               help="Share of damaged images above which the run stops.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
 @click.pass_context
@@ -1990,9 +1987,9 @@ def bench(context: click.Context, rounds: int, count: int, path: Path | None, **
 @click.option("--to", type=click.Choice(["safetensors", "onnx"]), required=True, help="Form of the model.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
               help="File to write, its card beside it (default: RUN/export/NAME.FORM).")
-@click.option("--tolerance", type=click.FloatRange(0), default=1e-4,
+@click.option("--tolerance", type=Number(0), default=1e-4,
               help="Largest difference of a unit embedding's component; beyond it nothing is written (exit code 1).")
-@click.option("--wise-ft", type=click.FloatRange(0, 1), default=1.0, metavar="ALPHA",
+@click.option("--wise-ft", type=Number(0, 1), default=1.0, metavar="ALPHA",
               help="Mix with the foundation: ALPHA of the run's weights, the rest of those it started from; 1: none.")
 @click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")

@@ -1,5 +1,6 @@
 """Data preparation: images in any published layout become uniform, verified shards (`python -m data_prep --help`)."""
 
+import math
 import sys
 
 import click
@@ -11,6 +12,20 @@ class InputError(click.ClickException):
     """Bad input. The message is one line: what is wrong, where, what to do."""
 
     exit_code = 2
+
+
+class Number(click.FloatRange):
+    """A number of an option within a range; NaN, which every range lets through, and infinity are refused."""
+
+    def __init__(self, *limits, infinite: bool = False, **options) -> None:
+        super().__init__(*limits, **options)
+        self.infinite = infinite
+
+    def convert(self, value, parameter, context) -> float:
+        number = super().convert(value, parameter, context)
+        if math.isnan(number) or (math.isinf(number) and not self.infinite):
+            self.fail(f"{value} is not a finite number.", parameter, context)
+        return number
 
 
 def run_command(command: click.Command) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data_prep import DOMAINS, InputError, bodies, faces, folders, insightface, objects, run_command
+from data_prep import DOMAINS, InputError, Number, bodies, faces, folders, insightface, objects, run_command
 from data_prep.degrade import degraded_split, draw_ladder
 from data_prep.demo import SIZE, demo_splits, draw_face
 from data_prep.merge import merge_splits
@@ -67,7 +67,7 @@ def source_options(command, src: click.ParamType | type = FOLDER):
         click.option("--quality", type=click.IntRange(1, 100), default=95, help="Of JPEGs that are written anew."),
         click.option("--list", "listed", type=FOLDER, metavar="FILE",
                      help="Take only these identities or image names, one a line."),
-        click.option("--holdout", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
+        click.option("--holdout", type=Number(0, 1, min_open=True, max_open=True), metavar="SHARE",
                      help="People: share of the identities that training splits leave to test splits. A function of "
                           "--seed and the identity: the same two options give splits that share none."),
         click.option("--min-images", type=click.IntRange(2), metavar="N", help="Leave out identities with fewer."),
@@ -342,7 +342,7 @@ def webdataset(**options) -> None:
 
 @cli.command(help="Draw the demo corpus: faces, degraded faces, bodies and objects, all of our own making.")
 @click.option("--out", type=click.Path(path_type=Path), default="data", help="Data root to write.")
-@click.option("--scale", type=click.FloatRange(0, min_open=True), default=1.0,
+@click.option("--scale", type=Number(0, min_open=True), default=1.0,
               help="Factor on the number of people and classes.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of every picture.")
 @click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes.")
@@ -451,8 +451,8 @@ def merge(splits: tuple[Path, ...], out: Path, same_names: bool) -> None:
                                   "protocol kept, each draw in the sample's JSON; and a picture of the severities.")
 @click.option("--src", type=FOLDER, metavar="SPLIT", help="Split folder of sharp images.")
 @click.option("--out", type=FOLDER, help="Split folder to write, DATA/face_lq/<split>.")
-@click.option("--severity", type=click.FloatRange(0, 1), default=1.0, help="Largest severity, 0 (none) to 1.")
-@click.option("--min-severity", type=click.FloatRange(0, 1), default=0.0,
+@click.option("--severity", type=Number(0, 1), default=1.0, help="Largest severity, 0 (none) to 1.")
+@click.option("--min-severity", type=Number(0, 1), default=0.0,
               help="Least severity; each image's is drawn evenly between the two.")
 @click.option("--ladder", type=FOLDER, metavar="FILE.png",
               help="Draw severities 0 to 1 side by side, for images of --src, or, without it, for faces of the demo.")
@@ -519,7 +519,7 @@ def trials(src: tuple[Path, ...], out: Path, pairs: int, seed: int) -> None:
 @click.option("--images", type=click.IntRange(1), default=8192, help="Images to read.")
 @click.option("--prepared", type=click.IntRange(1), default=4096, help="Images to prepare, of 1.5 times the size.")
 @click.option("--rounds", type=click.IntRange(1), default=5, help="Of writers' turns; four times for readers.")
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.5, help="Of a reader's turn.")
+@click.option("--seconds", type=Number(0, min_open=True), default=0.5, help="Of a reader's turn.")
 @click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes.")
 @click.option("--scratch", type=FOLDER, help="Folder for the shards, on the disk that matters (default: the system's).")
 @click.option("--json", "file", type=FOLDER, metavar="FILE", help="Write every measurement.")

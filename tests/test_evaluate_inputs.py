@@ -8,6 +8,7 @@ import shutil
 from functools import partial
 from types import SimpleNamespace
 
+import click
 import numpy as np
 import pytest
 
@@ -131,7 +132,7 @@ def test_leaks_that_find_nothing_leave_nothing_of_others(demo_root, run, tmp_pat
     assert (run / "eval/leaks.csv").read_text().strip() == (
         "split,row,key,identity,cosine,train_split,train_key,train_identity")
     assert not (run / "eval/leaks.json").exists() and not (run / "eval/leaks-sheet.png").exists()
-    with pytest.raises(InputError, match="--threshold nan: want a cosine from -1 to 1"):
+    with pytest.raises(click.BadParameter, match="nan is not a finite number"):
         leaks_here(run, root, "--threshold", "nan")
 
 
