@@ -836,14 +836,25 @@ def pick_device(name: str) -> torch.device:
 # ---------------------------------------------------------------- checkpoints
 
 
-def whole_head(tensor: torch.Tensor, job: "Job") -> torch.Tensor:
-    """A tensor with one row per class of this rank's slice, with the rows of all ranks."""
+def whole_head(tensor: torch.Tensor, job: "Job") -> torch.Tensor | None:
+    """A tensor with one row per class of this rank's slice, with the rows of all ranks.
+
+    Of a sharded head on rank 0 alone, in the memory of its CPU: no GPU need hold what was sharded for its size.
+    """
     if job.rows is None:
         return tensor
-    whole = torch.zeros(sum(len(split.classes) for split in job.splits), *tensor.shape[1:], dtype=tensor.dtype,
-                        device=tensor.device)
-    whole[job.rows] = tensor
-    return job.ranks.sum(whole)
+    own, ranks, counts = tensor.cpu(), job.ranks, [len(split.classes) for split in job.splits]
+    if ranks.rank:
+        torch.distributed.send(own, 0, group=ranks.control)
+        return None
+    whole = torch.empty(sum(counts), *own.shape[1:], dtype=own.dtype)
+    for rank in range(ranks.world):
+        rows = head_slices(counts, rank, ranks.world)[0]
+        part = own if rank == 0 else torch.empty(len(rows), *own.shape[1:], dtype=own.dtype)
+        if rank:
+            torch.distributed.recv(part, rank, group=ranks.control)
+        whole[rows] = part
+    return whole
 
 
 @contextlib.contextmanager
@@ -934,7 +945,8 @@ def load_checkpoint(job: "Job") -> int:
     path = job.folder / "last" / "state.pt"
     rows = slice(None) if job.rows is None else job.rows.cpu()
     try:
-        state = torch.load(path, "cpu", weights_only=True)
+        # of a sharded head every rank reads its own rows alone
+        state = torch.load(path, "cpu", weights_only=True, mmap=job.rows is not None)
     except Exception as error:  # a damaged zip, a foreign pickle
         what = type(error).__name__
         raise InputError(f"{path}: damaged ({what}): restore it, or start anew in another --out") from error
