@@ -346,7 +346,7 @@ BAD = [
     (["--model", "ViT-B-32"], "--model NAME/TAG"),
     (["--backbone", "clip", "--size", "tiny", "--weights", "none", "--image-size", "16"], "16 does not fit tiny"),
     ([*TINY, "--epochs", "2"], "--images and --epochs both"),
-    ([*TINY, "--order", "object,body"], "--order object,body must name each"),
+    ([*TINY, "--schedule", "sequential", "--order", "object,body"], "--order object,body must name each"),
     ([*TINY, "--domains", "object", "--degrade"], "--degrade acts on face_lq"),
     ([*TINY, "--scale", "object=x"], "--scale 'object=x': want a number"),
     (["--model", "test_vit", "--head-init", "text"], "needs CLIP's text tower"),
