@@ -1801,7 +1801,7 @@ def refuse_idle(config: dict, said: dict[str, str]) -> None:
         ("order", config["schedule"] != "sequential", "orders the blocks of --schedule sequential"),
         ("degrade_severity", not config["degrade"], "goes with --degrade"),
         ("degrade_ramp", not config["degrade"], "goes with --degrade"),
-        ("size", bool(config["model"]) and not config["backbone"], "is a size of --backbone, and --model says it in its name"),
+        ("size", bool(config["model"]) and not config["backbone"], "is a size of --backbone"),
         ("head_init_images", config["head_init"] == "random", "counts the images of class means"),
         ("mix_temperature", bool(config["mix"]), "makes the shares that --mix gives"),
     ):
