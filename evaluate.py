@@ -2412,21 +2412,12 @@ def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
 # ---------------------------------------------------------------- the job
 
 
-def make_folder(path: Path, option: str) -> None:
-    """Make a folder for results, where it is not there; InputError names the option that asked for it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{option}: {path} cannot be made a folder ({error.strerror}): choose another, or move "
-                         "away what is there") from error
-
-
 def make_embedder(load: Callable[[], Backbone], weights: str, folder: Path, options: dict,
                   ranks: Ranks = Ranks()) -> Embedder:  # noqa: B008
     """An embedder by the options that evaluate.py and analyze.py share; `folder`: of the run's results."""
     shared = bool(options["cache"]) and weights == "foundation"
     if shared:
-        make_folder(Path(options["cache"]), "--cache")
+        train.make_folder(Path(options["cache"]), "--cache")
     return Embedder(load(), weights, Path(options["cache"]) if shared else folder / "embeddings",
                     train.pick_device(options["device"]), options["batch"], options["workers"], options["flip"], shared,
                     ranks)
@@ -2509,7 +2500,7 @@ def watch(folder: Path, options: dict) -> None:
     out, data = folder / "eval", options["data"] or config["data"]
     root, prompts, table = open_root(Path(data)), read_prompts(options["prompts"]), []
     splits = choose_splits(root, options["splits"], data)
-    make_folder(out, "--run")
+    train.make_folder(out, "--run")
     if (out / "watch.csv").exists():  # stopped before: goes on
         with open(out / "watch.csv", newline="") as file:
             table = list(csv.DictReader(file))
@@ -2640,7 +2631,7 @@ def main(context: click.Context, **options) -> int | None:
     datasets = report.datasets_of(list(by_name), options["published"], published)
     ratings = read_ratings(list(options["humans"]), by_name) if options["humans"] else []
     ranks, out = train.join_ranks(options), folder / "eval"
-    make_folder(out, "--run" if run else "--out")
+    train.make_folder(out, "--run" if run else "--out")
     embedders = {weights: make_embedder(load, weights, out, options, ranks) for weights, load in models.items()}
     for embed in embedders.values():  # all of it first, by all ranks: what follows is the first one's alone
         for split in add_references(splits, root):
@@ -2741,7 +2732,7 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
         raise InputError("--experts: want RUN and at least one expert of its domains")
     refuse_unshared(chosen, [first, *others], experts)
     table = compare_experts(first, others, chosen, delta) if experts else compare_groups([first, *others], chosen)
-    make_folder(out, "--out")
+    train.make_folder(out, "--out")
     text = show_experts(table, first[0].config["domains"]) if experts else show_comparison(table)
     if experts:
         draw_experts(out / "comparison.png", table)
@@ -2784,7 +2775,7 @@ def leaks(**options) -> int:
         return make_embedder(lambda: load(run), weights, out, options)
 
     found, images = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
-    make_folder(out, "--run")
+    train.make_folder(out, "--run")
     for name in ("leaks.json", "leaks-sheet.png"):  # of other leaks than leaks.csv will list
         (out / name).unlink(missing_ok=True)
     write_csv(out / "leaks.csv", found, LEAK)

@@ -734,6 +734,15 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
                          "intact") from error
 
 
+def make_folder(path: Path, option: str) -> None:
+    """Make a folder for results, where it is not there; InputError names the option that asked for it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option}: {path} cannot be made a folder ({error.strerror}): choose another, or move "
+                         "away what is there") from error
+
+
 def write_json(path: Path, value: dict) -> None:
     """Write JSON for people: indented, atomic."""
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
@@ -1275,7 +1284,7 @@ def set_up(config: dict) -> Job | None:
     if config["grad_checkpointing"]:
         try:
             model.net.set_grad_checkpointing(True)
-        except (AssertionError, AttributeError, NotImplementedError) as error:
+        except AssertionError as error:  # timm's way to say so
             raise InputError(f"--grad-checkpointing: {resolve_backbone(config)[1]} has none: leave it out") from error
     model = model.to(device, memory_format=torch.channels_last)
     for split in splits:
@@ -1283,10 +1292,7 @@ def set_up(config: dict) -> Job | None:
             print(f"  {split.domain}/{split.name}: images of {split.size} px are enlarged to {model.image_size} px")
     if found == "nothing" and ranks.rank == 0:
         role = ROLES[1 if len(splits) == 1 else 2 if config["schedule"] == "sequential" else 0]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"--out {folder}: cannot be made a folder ({error}); choose another") from error
+        make_folder(folder, "--out")
         write_json(folder / "config.json",
                    config | {"role": role, "steps": steps, "counts": counts, **provenance(splits)})
     classes = [len(split.classes) for split in splits]
