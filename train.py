@@ -1556,7 +1556,8 @@ def couple(job: Job, by_domain: list[list[torch.Tensor]], step: int, look: bool)
         if job.ranks.world > 1:  # all at once: hundreds of small sums would each wait for the network
             whole = job.ranks.sum(torch.cat([gradient.flatten() for gradient in gradients])) / job.ranks.world
             parts = whole.split([gradient.numel() for gradient in gradients])
-            by_domain[k] = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+            for part, gradient in zip(parts, gradients, strict=True):
+                gradient.copy_(part.view_as(gradient))  # in its own memory layout, which fused AdamW goes by
     if job.config["coupling"] == "pcgrad":
         whole = project_conflicts(by_domain, job.config["seed"], step)
     else:

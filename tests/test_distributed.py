@@ -201,3 +201,16 @@ def test_a_batch_too_small_for_the_processes_is_one_line(demo_root, tmp_path):
                       check=1)  # torchrun's own exit code
     assert "batches of 2 images cannot be dealt to 3 processes" in result.stderr
     assert 'train.py", line' not in result.stderr
+
+
+def test_pcgrad_on_two_processes_is_that_on_one(demo_root, tmp_path):
+    """Also after the first update: gradients that came back in another memory layout would be taken crosswise."""
+    options = ["train.py", *TINY, "--data", demo_root, "--schedule", "A", "--coupling", "pcgrad", "--head-warmup", "0",
+               "--conflict-every", "1", "--images", "32"]
+    script(*options, "--out", tmp_path / "one")
+    script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options, "--out", tmp_path / "two")
+    one, two = ([json.loads(line) for line in (tmp_path / name / "conflict.jsonl").read_text().splitlines()]
+                for name in ("one", "two"))
+    for a, b in zip(one, two, strict=True):
+        assert b["norm"] == pytest.approx(a["norm"], rel=0.02)
+        assert b["cosine"] == pytest.approx(a["cosine"], abs=0.02)
