@@ -28,7 +28,7 @@ demo: $(READY)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" scripts/demo.sh $(DEMO)
 
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -31,10 +31,13 @@ import backbones
 import evaluate
 import report
 import train
-from data_prep import DOMAINS, InputError, Number, run_command
+from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, Number, run_command
 from data_prep.degrade import degrade
 from data_prep.shards import ROLES, Split, open_root
 from evaluate import Figure
+from run_folder import RUN_ROLES, load_foundation, load_run, load_tuned, read_json, write_atomically, write_json
+from train_options import refuse_options
+from train_ranks import pick_device
 
 # numbers of components at which controls are measured; the claim itself is measured at every one
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 99, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -1002,11 +1005,11 @@ def draw_deletion(path: Path, curves: list[dict], names: list[str]) -> None:
     figure, axes = new_figure(1, len(names), (max(1.75 * len(names), 4.5), 2.3), sharey=True)
     for ax, test in zip(axes[0], names, strict=True):
         for c in (c for c in curves if (c["kind"], c["test"]) == ("deleted", test)):
-            ax.plot(c["ks"], [percent(v) for v in c["kept"]], color=train.COLOURS[c["fit"]], lw=1.2)
+            ax.plot(c["ks"], [percent(v) for v in c["kept"]], color=DOMAIN_COLOURS[c["fit"]], lw=1.2)
         ax.axhline(100, color="k", lw=0.6, ls=(0, (1, 2)))
         ax.set(xscale="log", title=f"scored: {test}", xlabel="first components deleted")
     axes[0][0].set_ylabel("kept of (score − chance), %")
-    save_figure(figure, path, [Line2D([], [], color=train.COLOURS[n], label=f"components of {n}") for n in names])
+    save_figure(figure, path, [Line2D([], [], color=DOMAIN_COLOURS[n], label=f"components of {n}") for n in names])
 
 
 def draw_separability(path: Path, result: dict, names: list[str]) -> None:
@@ -1058,7 +1061,7 @@ def draw_spectrum(path: Path, components: list[dict], names: list[str]) -> None:
         for name in names:
             total = 100 * np.cumsum([r["variance"] for r in components
                                      if r["weights"] == weights and r["fit"] == r["test"] == name])
-            axes[0][0].plot(np.arange(1, len(total) + 1), total, color=train.COLOURS[name], ls=style, lw=1.2)
+            axes[0][0].plot(np.arange(1, len(total) + 1), total, color=DOMAIN_COLOURS[name], ls=style, lw=1.2)
     axes[0][0].set(xscale="log", ylim=(0, 101), title="variance of the first k, %", xlabel="components k")
     for ax, key, title in ((axes[0][1], "identity_dprime", "d′ same − different identity"),
                            (axes[0][2], "task_dprime", "|d′| task − other tasks")):
@@ -1069,9 +1072,9 @@ def draw_spectrum(path: Path, components: list[dict], names: list[str]) -> None:
             # single components are noisy: the mean over each of some thirty ranges of equal width on the axis
             edges = np.unique(np.geomspace(1, len(values) + 1, 31).astype(int))
             means = [values[a - 1 : b - 1].mean() for a, b in pairwise(edges)]
-            ax.plot(np.sqrt(edges[:-1] * (edges[1:] - 1)), means, color=train.COLOURS[name], lw=1.2)
+            ax.plot(np.sqrt(edges[:-1] * (edges[1:] - 1)), means, color=DOMAIN_COLOURS[name], lw=1.2)
         ax.set(xscale="log", title=title, xlabel="component of the task itself")
-    handles = [Line2D([], [], color=train.COLOURS[n], label=n) for n in names]
+    handles = [Line2D([], [], color=DOMAIN_COLOURS[n], label=n) for n in names]
     handles += [Line2D([], [], color="k", ls="-", label="tuned"), Line2D([], [], color="k", ls=":", label="untouched")]
     save_figure(figure, path, handles, 6)
 
@@ -1087,7 +1090,7 @@ def draw_map(path: Path, points: list[dict], names: list[str], method: str) -> N
     task, identity = np.array([p["task"] for p in points]), np.array([p["identity"] for p in points])
     colours, markers = [BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE], "o^sDvP*X"
     for name in names:
-        axes[0][0].scatter(*xy[task == name].T, s=3, color=train.COLOURS[name], lw=0)
+        axes[0][0].scatter(*xy[task == name].T, s=3, color=DOMAIN_COLOURS[name], lw=0)
     axes[0][0].set_title(f"{title}, by task")
     for ax, name in zip(axes[0][1:], names, strict=True):
         ax.scatter(*xy[task != name].T, s=1, color="#E5E5E5", lw=0)
@@ -1098,7 +1101,7 @@ def draw_map(path: Path, points: list[dict], names: list[str], method: str) -> N
     for ax in axes[0]:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    handles = [Line2D([], [], ls="", marker="o", ms=4, color=train.COLOURS[n], label=n) for n in names]
+    handles = [Line2D([], [], ls="", marker="o", ms=4, color=DOMAIN_COLOURS[n], label=n) for n in names]
     handles.append(Line2D([], [], ls="", marker="o", ms=3, color="#A0A0A0", label="further identities (colours and "
                           "shapes: eight)"))
     save_figure(figure, path, handles, K + 1)
@@ -1232,7 +1235,7 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
     """
     domains, headline = analysis["domains"], analysis["transfer"]["tuned"]["pairs"][0]["k"]
     folder.mkdir(parents=True, exist_ok=True)
-    train.write_json(folder / "analysis.json", analysis)
+    write_json(folder / "analysis.json", analysis)
     evaluate.write_csv(folder / "transfer.csv", [
         {"weights": weights, "kind": c["kind"], "fit": c["fit"], "number": c["number"], "test": c["test"], "k": k,
          "score": score, "kept": v, "low": low, "high": high} for weights, rows in curves.items() for c in rows
@@ -1256,7 +1259,7 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
         draw_separability(folder / "separability", analysis["separability"], domains)
     lines += report_sharing(analysis["sharing"], analysis["cka"])
     report = "\n".join(lines)
-    train.write_atomically(folder / "report.md", lambda path: path.write_text(report))
+    write_atomically(folder / "report.md", lambda path: path.write_text(report))
     draw_transfer(folder / "transfer", curves["tuned"], domains)
     draw_deletion(folder / "deletion", curves["tuned"], domains)
     draw_sharing(folder / "sharing", analysis["sharing"]["tuned"], domains)
@@ -1423,7 +1426,7 @@ def check_numbers(found: dict, *names: str, kind: type = int | float | None) -> 
 def read_analysis(path: Path) -> dict:
     """RUN/analysis/analysis.json; InputError where it lacks what the claims rest on."""
     check_newer(path, path.parent.parent / "model.safetensors", "analyze.py")
-    known, ends = train.read_json(path), ("value", "low", "high")
+    known, ends = read_json(path), ("value", "low", "high")
     try:
         transferred, separated = known["transfer"]["tuned"], known["separability"]
         check_numbers(transferred, "dim", "images_per_task", kind=int)
@@ -1469,12 +1472,12 @@ def read_run(home: Path) -> Measured:
     """A run that evaluate.py has scored; InputError where it is not whole."""
     if not (home / "done.json").exists():
         raise InputError("not finished")
-    config = train.read_json(home / "config.json")
+    config = read_json(home / "config.json")
     lacking = {"role", "backbone", "model", "weights", "domains", "schedule", "counts"} - set(config)
     if lacking:
         raise InputError(f"config.json lacks {min(lacking)!r}")
-    if config["role"] not in train.ROLES:
-        raise InputError(f"config.json: role {config['role']!r} is none of {', '.join(train.ROLES)}")
+    if config["role"] not in RUN_ROLES:
+        raise InputError(f"config.json: role {config['role']!r} is none of {', '.join(RUN_ROLES)}")
     if not isinstance(config["backbone"] or config["model"], str):
         raise InputError("config.json names no backbone")
     domains, counts = config["domains"], config["counts"]
@@ -1905,7 +1908,7 @@ def make_table(runs: list[Measured], delta: float, retention: float, separable: 
     table = []
     for families in (paper, *([name] for name in others)):
         here = [group for group in groups if group.family in families]
-        by_role = {role: [g for g in here if g.config["role"] == role] for role in train.ROLES}
+        by_role = {role: [g for g in here if g.config["role"] == role] for role in RUN_ROLES}
         unified = [g for g in by_role["unified"] if g.config["schedule"] in ("A", "B")]  # `alternate` is a baseline
         imic = [g for g in unified if set(g.config["domains"]) == set(DOMAINS)]
         fewer = [g for g in unified if g not in imic]
@@ -1951,9 +1954,9 @@ def to_row(curve: Curve) -> dict:
 
 def analyse(options: dict) -> int:
     """Analyse one run and write RUN/analysis."""
-    run = train.load_run(Path(options["run"]), options["allow_partial"])
+    run = load_run(Path(options["run"]), options["allow_partial"])
     data, seed, draws = options["data"] or run.config["data"], options["seed"], options["bootstrap"]
-    root, device = open_root(Path(data)), train.pick_device(options["device"])
+    root, device = open_root(Path(data)), pick_device(options["device"])
     splits, left_out = choose_pairs(root, run.config["domains"], options["splits"], data)
     if not splits:
         raise InputError(f"{data}: none of {', '.join(run.config['domains'])} has both a training and a test split: "
@@ -1965,7 +1968,7 @@ def analyse(options: dict) -> int:
         splits["face_lq"] = (Degraded(base.folder, degraded["face_lq"], seed), test)
     delete = parse_range(options["delete"])
     embedders = {weights: evaluate.make_embedder(lambda load=load: load(run), weights, run.folder / "eval", options)
-                 for weights, load in (("foundation", train.load_foundation), ("tuned", train.load_tuned))}
+                 for weights, load in (("foundation", load_foundation), ("tuned", load_tuned))}
     dims = [embedder.model.dim for embedder in embedders.values()]
     check_range(delete, min(dims))
     embedded = {weights: {domain: tuple(map(embedder, pair)) for domain, pair in splits.items()}
@@ -2086,7 +2089,7 @@ def main(context: click.Context, **options) -> int | None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("analyze.py runs as one process, not under torchrun (evaluate.py can embed on many devices)")
     if context.invoked_subcommand:
-        train.refuse_options(context)
+        refuse_options(context)
         return None
     if not options["run"]:
         raise InputError("what is to be analysed? give --run RUN, or `claims RUNS_FOLDER`")
@@ -2106,8 +2109,8 @@ def claims(folder: Path, delta: float, retention: float, separable: float, keep:
     lines = ["| claim | backbones | measured | threshold | verdict |", "| --- | --- | --- | --- | --- |"]
     lines += [f"| {c.claim} | {c.backbones} | {c.measured} | {c.rule} | {c.told} |" for c in table]
     rows = [asdict(claim) for claim in table]
-    train.write_atomically(folder / "claims.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
-    train.write_atomically(folder / "claims.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+    write_atomically(folder / "claims.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+    write_atomically(folder / "claims.md", lambda path: path.write_text("\n".join(lines) + "\n"))
     evaluate.write_csv(folder / "claims.csv", [{k: v for k, v in row.items() if k != "findings"} for row in rows])
     for claim in table:
         print(f"{claim.claim} [{claim.backbones}]\n    {claim.told}\n    measured: {claim.measured}\n"
@@ -2125,7 +2128,7 @@ def claims(folder: Path, delta: float, retention: float, separable: float, keep:
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the embeddings.")
 def bench(probes: int, dim: int, shots: int, bootstrap: int, slow: bool, device: str, seed: int) -> int:
-    rng, where = np.random.default_rng(seed), train.pick_device(device)
+    rng, where = np.random.default_rng(seed), pick_device(device)
     ids = np.arange(probes) // shots
     people, each, embedded, tasks = ids.max() + 1, np.arange(probes), {}, []
     mates = [np.setdiff1d(np.arange(i * shots, min((i + 1) * shots, probes)), [row]) for row, i in enumerate(ids)]

@@ -56,11 +56,26 @@ import backbones
 import report
 import train
 from backbones import Backbone
-from data_prep import DOMAINS, InputError, Number, run_command
+from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, Number, run_command
 from data_prep.folders import image_suffixes
 from data_prep.shards import ROLES, BadImage, Split, fit_image, open_root
 from data_prep.trials import Rating, read_ratings
-from train import Ranks, Run, matched_pairs
+from run_folder import (
+    FREE_ON_RESUME,
+    Run,
+    describe_sources,
+    kept_steps,
+    load_foundation,
+    load_run,
+    load_tuned,
+    make_folder,
+    read_json,
+    write_atomically,
+    write_json,
+)
+from train import matched_pairs
+from train_options import LOADERS, refuse_options
+from train_ranks import Ranks, join_ranks, pick_device
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 # the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
@@ -120,7 +135,7 @@ class Embedder:
     """
 
     def __init__(self, model: Backbone, name: str, folder: Path, device: torch.device, batch: int, workers: int,
-                 flip: bool, shared: bool = False, ranks: Ranks = Ranks()) -> None:  # noqa: B008
+                 flip: bool, shared: bool = False, ranks: Ranks = Ranks()) -> None:
         self.model, self.name, self.folder, self.device = model.to(device), name, folder, device
         self.batch, self.workers, self.flip, self.shared, self.ranks = batch, workers, flip, shared, ranks
         self.weights, self.made = hash_weights(model), set()
@@ -167,10 +182,10 @@ class Embedder:
                 self.ranks.wait()
                 if self.ranks.rank == 0:
                     note.unlink(missing_ok=True)
-                    train.write_atomically(path, lambda temporary: self.join_parts(split, parts, temporary))
+                    write_atomically(path, lambda temporary: self.join_parts(split, parts, temporary))
                     # a split with damaged images may be repaired: its embeddings are made anew next time
                     if np.isfinite(np.load(path, mmap_mode="r")[:, 0]).all():
-                        train.write_json(note, fingerprint)
+                        write_json(note, fingerprint)
                     shutil.rmtree(parts)
                 self.ranks.wait()
         self.made.add(path)
@@ -196,7 +211,7 @@ class Embedder:
 
         def finish() -> None:
             nonlocal x, place
-            train.write_atomically(todo[place][1], lambda temporary: save_array(temporary, x))
+            write_atomically(todo[place][1], lambda temporary: save_array(temporary, x))
             place, x = place + 1, blank(place + 1)
 
         parts = train.embed_rows(self.model, split, np.concatenate(rows), self.device, self.batch, self.workers,
@@ -1154,7 +1169,7 @@ class Readouts:
                         print(f"  {path}: damaged: its embeddings are computed again")
                     words = train.text_weights(embed.model, self.config, reference.names, embed.device, templates)
                     words = words.cpu().numpy()
-                    train.write_atomically(path, lambda temporary, words=words: save_array(temporary, words))
+                    write_atomically(path, lambda temporary, words=words: save_array(temporary, words))
                 w = np.load(path, allow_pickle=False)
                 found[f"zero-shot {name.split()[0]}"] = w, np.zeros(len(w)), f"zero-shot by prompts {name}"
         return found
@@ -1805,7 +1820,7 @@ def show_humans(rows: list[Row]) -> list[str]:
 def write_rows(folder: Path, rows: list[Row]) -> None:
     """results.json and results.csv: the same rows."""
     table = [asdict(row) for row in rows]
-    train.write_atomically(folder / "results.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
+    write_atomically(folder / "results.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
 
     write_csv(folder / "results.csv", table)
 
@@ -1817,7 +1832,7 @@ def write_draws(folder: Path, results: Results, seed: int) -> None:
         with open(temporary, "wb") as file:
             np.savez_compressed(file, draws=np.array([draws for _, draws in results], dtype=np.float32), seed=seed)
 
-    train.write_atomically(folder / "draws.npz", write)
+    write_atomically(folder / "draws.npz", write)
 
 
 def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> None:
@@ -1829,7 +1844,7 @@ def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> N
             writer.writeheader()
             writer.writerows(table)
 
-    train.write_atomically(path, write)
+    write_atomically(path, write)
 
 
 def read_rows(folder: Path) -> list[Row]:
@@ -1980,7 +1995,7 @@ def draw_sheet(path: Path, lines: list[list[Tile | None]], side: int = 96) -> No
                 image = Image.fromarray(split.image(row).permute(1, 2, 0).numpy()).resize((side, side))
                 sheet.paste(image, (left + frame, top + text + frame))
             left += gap if tile is None else wide
-    train.write_atomically(path, lambda temporary: sheet.save(temporary, "PNG"))
+    write_atomically(path, lambda temporary: sheet.save(temporary, "PNG"))
     people = {tile[0].domain for line in lines for tile in line if tile} != {"object"}
     print(f"{path}" + ": shows people; pass it on only as the licence of the data allows" * people)
 
@@ -2017,7 +2032,7 @@ class Scored:
     @property
     def recipe(self) -> str:
         """What two runs share that differ in their seed alone; a backbone without a run is only itself."""
-        free = train.FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions"}
+        free = FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions"}
         weights = next(iter(self.found.values()))[0].weights
         if not self.config:
             return str(self.folder.resolve())
@@ -2046,7 +2061,7 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
         raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
                          "--no-foundation")
     config = folder / "config.json"
-    return Scored(folder, train.read_json(config) if config.exists() else {}, seed, found)
+    return Scored(folder, read_json(config) if config.exists() else {}, seed, found)
 
 
 def refuse_unlike(a: Scored, b: Scored, splits: set[str]) -> None:
@@ -2275,7 +2290,7 @@ def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None
         for i, row in enumerate(rows):
             error = np.maximum([[row["value"] - row["low"]], [row["high"] - row["value"]]], 0)
             ax.errorbar(scale * row["value"], i, xerr=scale * error, fmt="o", ms=4, capsize=2,
-                        color=train.COLOURS.get(domain, "black"))
+                        color=DOMAIN_COLOURS.get(domain, "black"))
         if (domain, split, rows[0]["metric"]) in before:
             ax.axvline(scale * before[domain, split, rows[0]["metric"]], color=COLOURS["foundation"], lw=2, zorder=0)
         ax.set_title(f"{domain}/{split}\n{rows[0]['metric']}", fontsize=9)
@@ -2390,7 +2405,7 @@ def find_fitting(run: Run, domain: str | None) -> dict:
     if domain not in run.config["domains"]:
         raise InputError(f"--domain {domain}: the run was trained on {', '.join(run.config['domains'])}: take the one "
                          "whose images are prepared like yours")
-    known = run.config.get("sources") or train.describe_sources(train.open_splits(run.config))
+    known = run.config.get("sources") or describe_sources(train.open_splits(run.config))
     print(f"fitted as {domain}: {known[domain]['size']} px, {known[domain]['fit']}")
     return {key: known[domain][key] for key in ("size", "fit", "quality")}
 
@@ -2406,20 +2421,20 @@ def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
         with open(temporary, "wb") as file:  # given a name, savez would add .npz
             np.savez(file, files=np.array(names), embeddings=x)
 
-    train.write_atomically(path, write)
+    write_atomically(path, write)
 
 
 # ---------------------------------------------------------------- the job
 
 
 def make_embedder(load: Callable[[], Backbone], weights: str, folder: Path, options: dict,
-                  ranks: Ranks = Ranks()) -> Embedder:  # noqa: B008
+                  ranks: Ranks = Ranks()) -> Embedder:
     """An embedder by the options that evaluate.py and analyze.py share; `folder`: of the run's results."""
     shared = bool(options["cache"]) and weights == "foundation"
     if shared:
-        train.make_folder(Path(options["cache"]), "--cache")
+        make_folder(Path(options["cache"]), "--cache")
     return Embedder(load(), weights, Path(options["cache"]) if shared else folder / "embeddings",
-                    train.pick_device(options["device"]), options["batch"], options["workers"], options["flip"], shared,
+                    pick_device(options["device"]), options["batch"], options["workers"], options["flip"], shared,
                     ranks)
 
 
@@ -2470,8 +2485,8 @@ def open_models(options: dict, given: set[str]
                 raise InputError(f"--{key.replace('_', '-')} describes an untouched backbone: leave it out with --run")
         if options["watch"]:
             watch(Path(options["run"]), options)  # then the run is complete
-        run = train.load_run(Path(options["run"]), options["allow_partial"])
-        models = {"foundation": lambda: train.load_foundation(run), "tuned": lambda: train.load_tuned(run)}
+        run = load_run(Path(options["run"]), options["allow_partial"])
+        models = {"foundation": lambda: load_foundation(run), "tuned": lambda: load_tuned(run)}
         if not options["foundation"]:
             del models["foundation"]
         return run.folder.name, run.folder, run, models, options["data"] or run.config["data"], run.config
@@ -2494,13 +2509,13 @@ def watch(folder: Path, options: dict) -> None:
 
     RUN/eval/watch.csv gets their rows, each with its step (0: the untouched backbone), watch.png the headlines.
     """
-    if not (folder / "config.json").is_file() or not (config := train.read_json(folder / "config.json")).get("keep"):
+    if not (folder / "config.json").is_file() or not (config := read_json(folder / "config.json")).get("keep"):
         raise InputError(f"--watch: {folder} is no run that keeps checkpoints: train it with --keep N")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: one line, and what is written stays
     out, data = folder / "eval", options["data"] or config["data"]
     root, prompts, table = open_root(Path(data)), read_prompts(options["prompts"]), []
     splits = choose_splits(root, options["splits"], data)
-    train.make_folder(out, "--run")
+    make_folder(out, "--run")
     if (out / "watch.csv").exists():  # stopped before: goes on
         with open(out / "watch.csv", newline="") as file:
             table = list(csv.DictReader(file))
@@ -2508,13 +2523,13 @@ def watch(folder: Path, options: dict) -> None:
     while not complete:
         complete = (folder / "done.json").exists()  # asked first: what came before it is still scored
         known = {int(row["step"]) for row in table}
-        there = {step: place for step, place in train.kept_steps(folder).items() if step not in known}
+        there = {step: place for step, place in kept_steps(folder).items() if step not in known}
         if options["foundation"] and there and 0 not in known:
             there = {0: next(iter(there.values())), **there}
         for step, place in there.items():
             try:
-                run = train.load_run(place)
-                model = train.load_tuned(run) if step else train.load_foundation(run)
+                run = load_run(place)
+                model = load_tuned(run) if step else load_foundation(run)
             except InputError:
                 if not place.exists():  # older than --keep allows by now
                     continue
@@ -2553,11 +2568,11 @@ def draw_watch(path: Path, table: list[dict]) -> None:
     for (name, metric), values in points.items():
         domain = name.split("/")[0]
         ax.plot(*zip(*dict(reversed(values)).items(), strict=True), marker=".", label=f"{name}, {metric}",
-                color=train.COLOURS[domain], ls=("-", "--", ":")[drawn.count(domain) % 3])
+                color=DOMAIN_COLOURS[domain], ls=("-", "--", ":")[drawn.count(domain) % 3])
         drawn.append(domain)
     ax.set(xlabel="step", ylabel="percent")
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    train.write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png",
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png",
                                                                  bbox_inches="tight"))
     plt.close(figure)
 
@@ -2570,7 +2585,7 @@ def model_options(command):
         click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished."),
         click.option("--flip/--no-flip", default=True, help="Add the embedding of the mirrored image."),
         click.option("--batch", type=click.IntRange(1), default=64, help="Images per forward pass."),
-        click.option("--workers", type=click.IntRange(0), default=train.LOADERS, help="Loader processes."),
+        click.option("--workers", type=click.IntRange(0), default=LOADERS, help="Loader processes."),
         click.option("--cache", metavar="DIR",
                      help="Keep the embeddings of untouched backbones here, for all runs that share one (default: with "
                           "each run)."),
@@ -2616,7 +2631,7 @@ def model_options(command):
 @click.pass_context
 def main(context: click.Context, **options) -> int | None:
     if context.invoked_subcommand:
-        train.refuse_options(context)
+        refuse_options(context)
         return None
     if options["watch"] and not options["run"]:
         raise InputError("--watch follows a run: give --run RUN")
@@ -2630,8 +2645,8 @@ def main(context: click.Context, **options) -> int | None:
     published = report.read_published()
     datasets = report.datasets_of(list(by_name), options["published"], published)
     ratings = read_ratings(list(options["humans"]), by_name) if options["humans"] else []
-    ranks, out = train.join_ranks(options), folder / "eval"
-    train.make_folder(out, "--run" if run else "--out")
+    ranks, out = join_ranks(options), folder / "eval"
+    make_folder(out, "--run" if run else "--out")
     embedders = {weights: make_embedder(load, weights, out, options, ranks) for weights, load in models.items()}
     for embed in embedders.values():  # all of it first, by all ranks: what follows is the first one's alone
         for split in add_references(splits, root):
@@ -2732,7 +2747,7 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
         raise InputError("--experts: want RUN and at least one expert of its domains")
     refuse_unshared(chosen, [first, *others], experts)
     table = compare_experts(first, others, chosen, delta) if experts else compare_groups([first, *others], chosen)
-    train.make_folder(out, "--out")
+    make_folder(out, "--out")
     text = show_experts(table, first[0].config["domains"]) if experts else show_comparison(table)
     if experts:
         draw_experts(out / "comparison.png", table)
@@ -2740,9 +2755,9 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
         shown = [row.weights for row, _ in first[0].found.values()]
         untouched = [row for row in read_rows(first[0].folder / "eval") if row.weights == "foundation"]
         draw_comparison(out / "comparison.png", table, untouched if "foundation" not in shown else [])
-    train.write_atomically(out / "comparison.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
+    write_atomically(out / "comparison.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
     write_csv(out / "comparison.csv", table)
-    train.write_atomically(out / "comparison.md", lambda path: path.write_text(text))
+    write_atomically(out / "comparison.md", lambda path: path.write_text(text))
     if not experts:  # every figure is in the files; a terminal gets those that stand for their protocols
         text = show_comparison([row for row in table if row["headline"]] or table)
     print(text + f"written: {out}/comparison.md, .csv, .json and .png")
@@ -2762,7 +2777,7 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
 def leaks(**options) -> int:
     if not options["run"]:
         raise InputError("whose training images? give --run RUN")
-    run = train.load_run(Path(options["run"]), options["allow_partial"])
+    run = load_run(Path(options["run"]), options["allow_partial"])
     data, out = options["data"] or run.config["data"], run.folder / "eval"
     root = open_root(Path(data))
     splits = choose_splits(root, options["splits"], data)
@@ -2771,11 +2786,11 @@ def leaks(**options) -> int:
         raise InputError(f"{data}: none of the run's training splits is there: name the data root that holds them")
 
     def embedder(weights: str) -> Embedder:
-        load = train.load_foundation if weights == "foundation" else train.load_tuned
+        load = load_foundation if weights == "foundation" else load_tuned
         return make_embedder(lambda: load(run), weights, out, options)
 
     found, images = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
-    train.make_folder(out, "--run")
+    make_folder(out, "--run")
     for name in ("leaks.json", "leaks-sheet.png"):  # of other leaks than leaks.csv will list
         (out / name).unlink(missing_ok=True)
     write_csv(out / "leaks.csv", found, LEAK)
@@ -2797,7 +2812,7 @@ def leaks(**options) -> int:
             leaked = len(left_out.get(f"{row.domain}/{row.split}", []))
             row.protocol += f", without {leaked} leaked at {options['threshold']:g} by {options['by']}" * (leaked > 0)
             table.append(row)
-    train.write_atomically(out / "leaks.json", lambda path: path.write_text(
+    write_atomically(out / "leaks.json", lambda path: path.write_text(
         json.dumps([asdict(row) for row in chain(*tables)], indent=1) + "\n"))
     heads = [headlines(table) for table in tables]
     for name, rows in without.items():
@@ -2835,7 +2850,7 @@ def bench(cases: str, scale: float, rounds: int, path: Path | None) -> int:
 @click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished.")
 @click.option("--flip/--no-flip", default=True, help="Add the embedding of the mirrored image.")
 @click.option("--batch", type=click.IntRange(1), default=64, help="Images per forward pass.")
-@click.option("--workers", type=click.IntRange(0), default=train.LOADERS, help="Loader processes.")
+@click.option("--workers", type=click.IntRange(0), default=LOADERS, help="Loader processes.")
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
 def embed(pictures: tuple[Path, ...], run: str, domain: str | None, out: Path, allow_partial: bool, flip: bool,
@@ -2846,9 +2861,9 @@ def embed(pictures: tuple[Path, ...], run: str, domain: str | None, out: Path, a
         raise InputError(f"{out} exists: remove it, or choose another --out")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: {out.parent}: no such folder; make it, or choose another --out")
-    paths, opened, where = find_pictures(pictures), train.load_run(Path(run), allow_partial), train.pick_device(device)
+    paths, opened, where = find_pictures(pictures), load_run(Path(run), allow_partial), pick_device(device)
     files = Pictures(paths, **find_fitting(opened, domain))
-    model = train.load_tuned(opened).to(where)
+    model = load_tuned(opened).to(where)
     rows, parts = [], []
     with tqdm(total=len(paths), desc="embed", unit="img", disable=None) as bar:
         for good, x in train.embed_rows(model, files, np.arange(len(paths)), where, batch, workers, flip):

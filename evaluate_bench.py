@@ -22,8 +22,8 @@ import numpy as np
 from sklearn.metrics import auc, roc_curve
 
 import evaluate
-import train
 from data_prep import InputError
+from run_folder import write_atomically
 
 D = 512  # width of the embeddings
 
@@ -249,5 +249,5 @@ def bench(names: list[str], scale: float, rounds: int, path: Path | None) -> int
             print(f"{case['case']:36s} {way:13s} {' '.join(times)} {found['peak_MiB']:8,.0f} MiB "
                   f"{found['above_inputs_MiB']:8,.0f} MiB")
     if path:
-        train.write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
     return 0

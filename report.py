@@ -11,8 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import train
 from data_prep import DOMAINS, InputError
+from run_folder import read_lines, write_atomically
 
 PUBLISHED = Path(__file__).parent / "published"  # humans.csv, experts.csv: figures whose source was checked, no others
 
@@ -148,7 +148,7 @@ def read_stages(folder: Path, config: dict) -> Stages | None:
 
     Stage k of K holds the steps s with floor(s K / steps) = k, as train.py plans them.
     """
-    looks = train.read_lines(folder / "probe.jsonl")
+    looks = read_lines(folder / "probe.jsonl")
     if not looks:
         return None
     order, steps = config["order"] or config["domains"], config["steps"]
@@ -260,6 +260,6 @@ def to_html(lines: list[str], folder: Path) -> str:
 
 def write_report(folder: Path, lines: list[str]) -> None:
     """report.md and report.html, the same content; the pictures that it names lie in the folder."""
-    train.write_atomically(folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+    write_atomically(folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
     page = to_html(lines, folder)
-    train.write_atomically(folder / "report.html", lambda path: path.write_text(page))
+    write_atomically(folder / "report.html", lambda path: path.write_text(page))

@@ -16,18 +16,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from train import (
-    Job,
-    load_steps,
-    log_window,
-    loss_options,
-    make_forward,
-    make_stream,
-    receive,
-    set_up,
-    take_step,
-    write_json,
-)
+from run_folder import write_json
+from train import Job, loss_options, make_forward, set_up, take_step
+from train_input import load_steps, make_stream, receive
+from train_report import log_window
 
 
 def bench_steps(job: Job, rounds: int, count: int) -> dict[str, list[float]]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from backbones import TINY_CLIP, Backbone, resolve_backbone
 from data_prep import InputError
-from train import FREE_ON_RESUME, NOT_OPTIONS, Run, load_foundation, load_tuned, write_atomically
+from run_folder import FREE_ON_RESUME, NOT_OPTIONS, Run, load_foundation, load_tuned, write_atomically
 
 
 class FromPixels(nn.Module):

@@ -1,18 +1,27 @@
-"""What a training run leaves to be looked at: its first images, and a page on how it went with its curves.
-
-Nothing here changes the run; the figures are those that train.py logged.
+"""What a training run leaves to be looked at: its log, its first images, and a page on how it went with its curves.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from backbones import Backbone
+from data_prep import DOMAIN_COLOURS, InputError
 from data_prep.stream import Stream
-from train import COLOURS, Job, read_lines, to_images, write_atomically
+from run_folder import append, read_lines, write_atomically
+from train_input import to_images
+from train_schedule import ramp, rate
+
+if TYPE_CHECKING:
+    from train import Job
 
 
 def draw_samples(path: Path, stream: Stream, model: Backbone, cache: list[torch.Tensor] | None = None,
@@ -87,14 +96,14 @@ def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[st
     for ax, (key, title) in zip(axes[0], keys, strict=False):
         for name in domains:
             points = [(r["images"], r[f"{key}/{name}"]) for r in log if f"{key}/{name}" in r]
-            ax.plot(*zip(*points, strict=True) if points else ((), ()), label=name, color=COLOURS[name])
+            ax.plot(*zip(*points, strict=True) if points else ((), ()), label=name, color=DOMAIN_COLOURS[name])
         ax.set(title=title, xlabel="images")
     if looks:
         for number, name in enumerate(looks[0]["auc"]):
             domain = name.split("/")[0]
             again = domain in [n.split("/")[0] for n in list(looks[0]["auc"])[:number]]
             axes[0][-1].plot([r["step"] for r in looks], [r["auc"].get(name, math.nan) for r in looks], label=name,
-                             color=COLOURS[domain], ls="--" if again else "-", marker=".")
+                             color=DOMAIN_COLOURS[domain], ls="--" if again else "-", marker=".")
         axes[0][-1].set(title="same/different AUC, fixed images", xlabel="step")
         axes[0][-1].legend(fontsize=7)
     axes[0][0].legend(fontsize=7)
@@ -124,3 +133,80 @@ def draw_conflict(path: Path, fights: list[dict]) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def log_window(job: Job, board, window: list[dict], done: int) -> dict:
+    """Means over the steps since the last line, into log.jsonl and TensorBoard.
+
+    This is where the CPU waits for the GPU and the ranks for each other; in between nobody does.
+    """
+    config, before = job.config, job.tally.get("logged", 0.0)
+    total = {name: torch.stack([t[name].float() for t in window]) for name in window[0]}
+    for name in ("loss", "loss_by_domain", "cos", "correct", "count", "direction", "norms"):
+        job.ranks.sum(total[name])
+    factor = rate(done - 1, job.steps, config["warmup"], config["min_lr"])
+    record = {"step": done, "images": done * config["batch"], "lr": factor * config["lr"],
+              "head_lr": factor * config["head_lr"], "margin": ramp((done - 1) / job.steps, config["margin_ramp"]),
+              "backbone": done > round(config["head_warmup"] * job.steps)}
+    record |= summarise(total, config["domains"])
+    seen = job.plan[:done].sum((0, 1))
+    for name, split, images in zip(config["domains"], job.splits, seen.tolist(), strict=True):
+        record |= {f"images/{name}": images, f"passes/{name}": images / len(split)}
+    job.tally["skipped"] = int(job.health[0])
+    if skipped := int((total["finite"] == 0).sum()):
+        tqdm.write(f"until step {done}: {skipped} of {len(window)} steps had no finite gradient and were skipped",
+                   file=sys.stderr)
+    record["images_per_second"] = len(window) * config["batch"] / max(job.tally["seconds"] - before, 1e-9)
+    if job.device.type == "cuda":
+        record["memory_GiB"] = torch.cuda.max_memory_allocated(job.device) / 2**30
+    job.tally["logged"] = job.tally["seconds"]
+    if record.get("mean_cosine", 0) > 0.99 and job.tally["collapsed_at"] is None:
+        job.tally["collapsed_at"] = done
+        tqdm.write(f"WARNING: step {done}: the embeddings have COLLAPSED (mean pairwise cosine "
+                   f"{record['mean_cosine']:.4f}): lower --lr or take --head-init means", file=sys.stderr)
+    job.tally["bad"], job.bad = job.tally["bad"] + int(job.ranks.sum(torch.tensor(job.bad))), 0
+    record |= {key: value for key, value in job.tally.items() if key != "start"}
+    if board is not None:
+        append(job.folder / "log.jsonl", record)
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                board.add_scalar(name, value, done)
+    return record
+
+
+def summarise(total: dict[str, torch.Tensor], domains: list[str]) -> dict:
+    """Means over the steps [n, ...] since the last log line, but for skipped ones; domains not drawn are absent."""
+    good = total["finite"] > 0
+    if not good.any():
+        return {}
+    total = {name: values[good] for name, values in total.items()}
+    count = total["count"].sum(0)
+    cosine = torch.stack([mean_pairwise_cosine(d, n.sum()) for d, n in zip(total["direction"], total["count"],
+                                                                            strict=True)]).mean()
+    record = {"loss": float(total["loss"].mean()), "grad_norm": float(total["grad_norm"].mean()),
+              "mean_cosine": float(cosine)}
+    for k, name in enumerate(domains):
+        if count[k] > 0:
+            drawn = (total["count"][:, k] > 0).sum()
+            record[f"loss/{name}"] = float(total["loss_by_domain"][:, k].sum() / drawn)
+            record[f"top1/{name}"] = float(total["correct"][:, k].sum() / count[k])
+            record[f"target_cosine/{name}"] = float(total["cos"][:, k].sum() / count[k])
+            record[f"norm/{name}"] = float(total["norms"][:, k, 1].sum() / count[k])
+    return record
+
+
+def mean_pairwise_cosine(direction: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    """Mean cosine over all pairs of n > 1 embeddings, from the sum of their unit vectors [D]."""
+    return (direction.square().sum() - n) / (n * (n - 1)).clamp(min=1)
+
+
+def check_health(job: Job, done: int) -> None:
+    """Stop a run whose steps or images are bad; its last checkpoint stays."""
+    config, seen = job.config, done * job.config["batch"]
+    job.tally["skipped"], in_a_row = job.health.tolist()
+    if in_a_row > config["max_skipped"]:
+        raise InputError(f"{job.folder}: {in_a_row} steps in a row were not finite; the last good checkpoint is in "
+                         f"{job.folder}/last: lower --lr or raise --warmup")
+    if job.tally["bad"] > config["max_bad"] * max(seen, 1000):
+        raise InputError(f"{job.tally['bad']} damaged images among {seen} exceed --max-bad: check the shards with "
+                         "`python -m data_prep verify DIR`")

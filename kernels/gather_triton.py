@@ -26,7 +26,7 @@ def find_image(b, banks, sizes, domain, row):
     there = (b < 0) & (b >= 0)
     for k in tl.static_range(len(banks)):
         if d == k:
-            there = (r >= 0) & (r < sizes[3 * k])
+            there = (r >= 0) & (r < (sizes[3 * k] - 3) // 2)
             height = sizes[3 * k + 1] + 0 * b
             width = sizes[3 * k + 2] + 0 * b
             image = banks[k] + tl.where(there, r, 0) * height.to(tl.int64) * width * 3
@@ -151,6 +151,15 @@ def resample_images(
 # ---------------------------------------------------------------- host
 
 
+def describe_bank(bank: Tensor) -> tuple[int, int, int]:
+    """2 N + 3, height and width of a bank [N, H, W, 3].
+
+    N changes from step to step. Triton makes another kernel where an integer is 1 or divisible by 16, which an odd
+    number above 1 never is; heights and widths stay and may have their kernel.
+    """
+    return 2 * len(bank) + 3, *bank.shape[1:3]
+
+
 def gather(banks: list[Tensor], domain: Tensor, row: Tensor, size: int, mean, std, boxes: Tensor | None,
            flip: Tensor | None, dtype: torch.dtype, channels_last: bool, flag: Tensor) -> Tensor:
     """`kernels.gather.gather_interleaved` for tensors on one device; `flag` int32 [1] takes the first wrong place."""
@@ -162,7 +171,7 @@ def gather(banks: list[Tensor], domain: Tensor, row: Tensor, size: int, mean, st
     factors = [1 / (255 * float(s)) for s in std]
     shifts = [-float(m) / float(s) for m, s in zip(mean, std, strict=True)]
     banks = tuple(bank.contiguous() for bank in banks)
-    sizes = tuple(side for bank in banks for side in bank.shape[:3])
+    sizes = tuple(number for bank in banks for number in describe_bank(bank))
     flags = {"FLIP": flip is not None, "CHANNELS_LAST": channels_last}
     flip = domain if flip is None else flip.view(torch.uint8)  # never read where FLIP is off
     if boxes is None and all(bank.shape[1:3] == (size, size) for bank in banks):

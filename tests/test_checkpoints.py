@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import evaluate
+import run_folder
 import train
 from data_prep import InputError
+from run_folder import load_run, load_tuned, save_weights
 from tests.conftest import ROOT, TINY
 from tests.test_recipes import stop_at
 from tests.test_train import LONG, assert_same_weights, log_of, run_here, start, uninterrupted, wait_for_step
@@ -39,9 +41,9 @@ def test_the_newest_checkpoints_stay_and_are_runs_of_their_own(demo_root, tmp_pa
     assert_same_weights(run / "checkpoints/step-00000010", run)
     stop_at(tmp_path / "eight", [*SHORT, "--data", demo_root, "--ema", "0.5"], 8)
     assert_same_weights(run / "checkpoints/step-00000008", tmp_path / "eight")
-    found = train.load_run(run / "checkpoints/step-00000008")  # without --allow-partial: it is whole as it is
+    found = load_run(run / "checkpoints/step-00000008")  # without --allow-partial: it is whole as it is
     assert found.config["steps"] == 8 and sum(found.config["counts"].values()) == 8 * 16
-    assert train.load_tuned(found).dim == 64
+    assert load_tuned(found).dim == 64
 
 
 def test_the_best_by_the_look_at_fixed_images_stays(demo_root, tmp_path, monkeypatch):
@@ -50,7 +52,7 @@ def test_the_best_by_the_look_at_fixed_images_stays(demo_root, tmp_path, monkeyp
     run_here(*SHORT, "--data", demo_root, "--out", tmp_path / "run", "--keep", "1", "--eval-every", "3")
     assert kept(tmp_path / "run") == [6, 10]
     best = tmp_path / "run/checkpoints/best"
-    assert best.resolve().name == "step-00000006" and train.load_run(best).config["steps"] == 6
+    assert best.resolve().name == "step-00000006" and load_run(best).config["steps"] == 6
 
 
 def test_what_is_kept_is_cut_back_with_the_logs(demo_root, tmp_path):
@@ -68,7 +70,7 @@ def test_what_is_kept_is_cut_back_with_the_logs(demo_root, tmp_path):
 
 
 def test_older_ones_go_only_when_the_new_one_is_complete(demo_root, tmp_path, monkeypatch):
-    save, run = train.save_weights, tmp_path / "run"
+    save, run = save_weights, tmp_path / "run"
 
     def full_disk(folder, *rest):
         if folder.name == "step-00000006.tmp":
@@ -76,11 +78,11 @@ def test_older_ones_go_only_when_the_new_one_is_complete(demo_root, tmp_path, mo
             raise InputError(f"{folder}: cannot be written (No space left on device)")
         save(folder, *rest)
 
-    monkeypatch.setattr(train, "save_weights", full_disk)
+    monkeypatch.setattr(run_folder, "save_weights", full_disk)
     with pytest.raises(InputError, match="No space left"):
         run_here(*SHORT, "--data", demo_root, "--out", run, "--keep", "1")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
-    train.load_tuned(train.load_run(run / "checkpoints/step-00000004"))
+    load_tuned(load_run(run / "checkpoints/step-00000004"))
 
 
 # ---------------------------------------------------------------- evaluate.py --watch
@@ -174,7 +176,7 @@ def half(demo_root, tmp_path_factory) -> Path:
 KILLED_WHILE_WRITING = """
 import os, signal, sys, train
 name, number, half = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1) == "half"
-write, seen = train.write_atomically, 0
+write, seen = write_atomically, 0
 
 def fatal(path, fill):
     global seen
@@ -188,7 +190,7 @@ def fatal(path, fill):
     write(path, part if half else fill)
     os.kill(os.getpid(), signal.SIGKILL)
 
-train.write_atomically = fatal
+write_atomically = fatal
 train.run_command(train.main)
 """
 
@@ -205,7 +207,7 @@ def test_killed_while_a_checkpoint_is_written(uninterrupted, half, demo_root, tm
                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert result.returncode == -signal.SIGKILL, result.stderr
         assert torch.load(run / "last/state.pt", weights_only=True)["step"] == expected
-        train.load_tuned(train.load_run(run, allow_partial=True))  # the weights are whole, whichever they are
+        load_tuned(load_run(run, allow_partial=True))  # the weights are whole, whichever they are
     run_here(*LONG, "--data", demo_root, "--out", run, "--resume")
     assert_same_weights(uninterrupted, run)
     assert [r["step"] for r in log_of(run)] == [r["step"] for r in log_of(uninterrupted)]

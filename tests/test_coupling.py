@@ -10,10 +10,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train
+import train_input
 from data_prep import InputError
+from run_folder import averaged
 from tests.conftest import TINY, script
 from tests.test_distributed import C, K, make
 from tests.test_schedule import CONFIG, LOSS
+from train_coupling import add_gradients, conflicts, project_conflicts
 
 
 def lines(path) -> list[dict]:
@@ -24,15 +27,15 @@ def test_conflicts_by_hand():
     """Two layers, two domains: (3, 4 | 1) and (-4, 3 | 1) are orthogonal in layer 0, equal in layer 1."""
     a = [torch.tensor([3.0, 4.0]), torch.tensor([[1.0]])]
     b = [torch.tensor([-4.0, 3.0]), torch.tensor([[1.0]])]
-    norms, cosines = train.conflicts([a, b], [0, 1])
+    norms, cosines = conflicts([a, b], [0, 1])
     assert norms[:, 0].tolist() == pytest.approx([5, 1, math.sqrt(26)])
     assert cosines[:, 0, 1].tolist() == pytest.approx([0, 1, 1 / 26]) and cosines[2, 0, 0] == pytest.approx(1)
-    assert train.conflicts([a, [torch.zeros(2), torch.zeros(1, 1)]], [0, 1])[1][2, 0, 1].isnan()
+    assert conflicts([a, [torch.zeros(2), torch.zeros(1, 1)]], [0, 1])[1][2, 0, 1].isnan()
 
 
 def test_pcgrad_is_its_algorithm():
     """Against a transcription in numpy; by hand: (1, 0) and (-1, 1) become (1/2, 1/2) and (0, 1)."""
-    whole = train.project_conflicts([[torch.tensor([1.0, 0.0])], [torch.tensor([-1.0, 1.0])]], seed=0, step=0)
+    whole = project_conflicts([[torch.tensor([1.0, 0.0])], [torch.tensor([-1.0, 1.0])]], seed=0, step=0)
     assert whole[0].tolist() == pytest.approx([0.5, 1.5])
     g = torch.Generator().manual_seed(0)
     gradients = [[torch.randn(3, 2, generator=g, dtype=torch.float64), torch.randn(4, generator=g).double()]
@@ -45,7 +48,7 @@ def test_pcgrad_is_its_algorithm():
             if j != i and own @ flat[j] < 0:
                 own -= own @ flat[j] / (flat[j] @ flat[j]) * flat[j]
         total += own
-    found = train.project_conflicts(gradients, seed=7, step=5)
+    found = project_conflicts(gradients, seed=7, step=5)
     np.testing.assert_allclose(np.concatenate([v.numpy().ravel() for v in found]), total, rtol=1e-12)
 
 
@@ -142,7 +145,7 @@ def test_average_of_the_weights_in_closed_form(demo_root, tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     assert job.health.tolist() == [1, 0]
     inside = job.parameters[-1].detach().clone()
-    with train.averaged(job):
+    with averaged(job):
         torch.testing.assert_close(job.parameters[-1].data, expected[-1], rtol=1e-5, atol=1e-7)
     assert torch.equal(job.parameters[-1], inside)
 
@@ -165,10 +168,10 @@ def test_grad_checkpointing_changes_rounding_at_most(demo_root, tmp_path):
 
 
 def test_a_cache_that_does_not_fit_is_refused(demo_root, tmp_path, monkeypatch):
-    job = train.set_up(run_config(demo_root, tmp_path / "run", "--cache", "ram"))
-    monkeypatch.setattr(train, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(train_input, "free_bytes", lambda device: 1000)
     with pytest.raises(InputError, match=r"--cache ram: the images take .* GiB are free"):
-        train.fill_cache(job)
+        train.set_up(run_config(demo_root, tmp_path / "run", "--cache", "ram"))
+    assert not (tmp_path / "run").exists()  # the same command without --cache then needs no other --out
 
 
 def test_bench_says_where_the_time_goes(demo_root, tmp_path):
@@ -196,5 +199,5 @@ def test_frozen_parameters_are_left_out_of_the_domains_gradients():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
     head, gradients = nn.Parameter(torch.ones(1, 2)), []
-    train.add_gradients(gradients, (model(torch.ones(1, 2)) * head).sum(), model, head, keep=False)
+    add_gradients(gradients, (model(torch.ones(1, 2)) * head).sum(), model, head, keep=False)
     assert len(gradients) == 2 and head.grad is not None

@@ -17,6 +17,7 @@ import train
 from data_prep.stream import interleave
 from tests.conftest import ROOT, TINY, script
 from tests.test_schedule import CONFIG, LOSS
+from train_ranks import Ranks, head_slices
 
 K, C, D = 4, 7, 12
 
@@ -49,11 +50,11 @@ def gradients(rank, world, plan, micro, sharded, coupling, tune_backbone=True):
     """Gradients of a step on this rank: of the backbone, and of the whole head with the rows that are elsewhere 0."""
     model, head, images, labels = make()
     config = CONFIG | LOSS | {"coupling": coupling, "shard_head": sharded}
-    ranks = train.Ranks(rank, world)
+    ranks = Ranks(rank, world)
     options = train.loss_options(config, [C] * K, torch.device("cpu"), ranks)
     rows = torch.arange(K * C)
     if options["shard"] is not None:
-        rows = train.head_slices([C] * K, rank, world)[0]
+        rows = head_slices([C] * K, rank, world)[0]
         head = nn.Parameter(head.data[rows])
     batches = []
     for domain, number, real in deal(plan, rank, world, micro):

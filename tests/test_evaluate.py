@@ -12,10 +12,10 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from sklearn.neighbors import NearestCentroid
 
 import evaluate
-import train
 from data_prep import DOMAINS, InputError
 from data_prep.shards import Split, open_root
 from evaluate import Figure
+from run_folder import load_run, load_tuned
 from tests.conftest import script
 from tests.test_train import spoil_jpeg
 
@@ -371,7 +371,7 @@ def test_embeddings_are_the_backbone_of_both_images(evaluated, tiny_run, demo_ro
     import torch
     from torchvision.transforms.v2.functional import resize
 
-    model, split = train.load_tuned(train.load_run(tiny_run)), open_root(demo_root)["body"]["test"]
+    model, split = load_tuned(load_run(tiny_run)), open_root(demo_root)["body"]["test"]
     x = resize(split.image(3)[None].float(), [32, 32], interpolation=3, antialias=True).clamp(0, 255) / 255
     x = (x - torch.tensor(model.mean).view(3, 1, 1)) / torch.tensor(model.std).view(3, 1, 1)
     with torch.no_grad():

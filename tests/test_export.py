@@ -21,6 +21,7 @@ import train
 import train_export
 from data_prep import InputError
 from data_prep.shards import Split
+from run_folder import load_run, load_tuned
 from tests.conftest import TINY, script
 
 
@@ -66,12 +67,12 @@ def run_of_each(request, tiny_run, tiny_open_clip, demo_root, tmp_path_factory) 
 
 
 def pixels_of(run: Path, batch: int) -> torch.Tensor:
-    side = train.load_run(run).config["image_size"]
+    side = load_run(run).config["image_size"]
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(7))
 
 
 def own_embeddings(run: Path, pixels: torch.Tensor) -> torch.Tensor:
-    model = train.load_tuned(train.load_run(run))
+    model = load_tuned(load_run(run))
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (model.mean, model.std))
     with torch.no_grad():
         return model((pixels - mean) / std)
@@ -140,7 +141,7 @@ def test_a_form_that_computes_something_else_is_not_written(tiny_run, tmp_path, 
 
 
 def test_the_difference_is_seen_at_every_batch_and_never_hidden_by_nan(tiny_run):
-    model = train.load_tuned(train.load_run(tiny_run))
+    model = load_tuned(load_run(tiny_run))
     whole = train_export.FromPixels(model)
     assert train_export.largest_difference(model, whole) == 0
     assert train_export.largest_difference(model, lambda pixels: whole(pixels[:1]).expand(len(pixels), -1)) > 1e-3
@@ -206,7 +207,7 @@ def test_embeddings_equal_those_of_evaluation(tiny_run, demo_root, tmp_path, cap
                                  "--size", str(fitting.size), "--quality", str(fitting.index["quality"]),
                                  "--workers", "1"], standalone_mode=False)
     split = Split(tmp_path / "data" / "body" / "own")
-    model = train.load_tuned(train.load_run(tiny_run))
+    model = load_tuned(load_run(tiny_run))
     evaluation = evaluate.Embedder(model, "tuned", tmp_path / "cache", torch.device("cpu"), 64, 0, flip=True)
     expected = evaluation(split)
 

@@ -112,6 +112,15 @@ def test_banks_of_different_sizes_and_odd_shapes(impl):
 
 
 @pytest.mark.skipif("triton" not in IMPLS, reason="Triton is not installed")
+@pytest.mark.skipif(not find_spec("triton"), reason="no triton")
+def test_the_number_of_images_makes_no_kernel_of_its_own():
+    """It changes from step to step; Triton compiles again where an integer becomes 1 or divisible by 16."""
+    from kernels import gather_triton
+
+    numbers = [gather_triton.describe_bank(torch.zeros(n, 16, 1, 3))[0] for n in range(65)]
+    assert not any(number == 1 or number % 16 == 0 for number in numbers)
+
+
 @pytest.mark.parametrize("size", [8, 5])
 @pytest.mark.parametrize("place, change", [("row", 2), ("row", -1), ("domain", 7), ("domain", -1)])
 def test_wrong_places_on_a_gpu_are_reported_and_read_nothing(place, change, size):

@@ -20,13 +20,14 @@ from sklearn.metrics import roc_auc_score
 
 import evaluate
 import report
-import train
 from data_prep import InputError
 from data_prep.__main__ import cli
 from data_prep.shards import Split
 from data_prep.trials import RATING_COLUMNS, Rating, draw_pairs, draw_trials, find_row, read_ratings
+from run_folder import read_lines
 from tests.conftest import TINY, script
 from tests.test_train import spoil_jpeg
+from train_schedule import make_schedule, plan_batches
 
 CHROMIUM, DRIVER = (next(filter(None, map(shutil.which, names)), None)
                     for names in (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)))
@@ -640,7 +641,7 @@ def test_published_figures_stand_beside_the_data_set_that_they_are_of(tmp_path):
 def test_stages_of_a_sequential_run_by_hand(tmp_path):
     # 10 steps, three domains: the stages end after steps 4, 7 and 10 (floor(3 s / 10) grows at s = 4 and 7)
     config = {"order": ["body", "object", "face_hq"], "domains": ["object", "face_hq", "body"], "steps": 10}
-    plan = train.plan_batches(config | {"schedule": "sequential"}, train.make_schedule("sequential", 3, 8), 10,
+    plan = plan_batches(config | {"schedule": "sequential"}, make_schedule("sequential", 3, 8), 10,
                               np.ones(3) / 3)
     assert [config["domains"][k] for k in plan.argmax(1)] == ["body"] * 4 + ["object"] * 3 + ["face_hq"] * 3
     assert report.read_stages(tmp_path, config) is None
@@ -664,7 +665,7 @@ def test_the_report_of_a_sequential_run_holds_everything(demo_root, tmp_path):
     score("--run", run, "--bootstrap", 5, "--workers", 0, "--no-foundation", "--crowd", 0,
           "--published", "body/test=market1501")
     text, page = ((run / "eval" / name).read_text() for name in ("report.md", "report.html"))
-    looks = train.read_lines(run / "probe.jsonl")
+    looks = read_lines(run / "probe.jsonl")
     end = looks[-1]["auc"]["face_hq/test"]
     assert [look["step"] for look in looks] == [0, 1, 2, 3, 4] and text.count("\n| body | 4 |") == 1
     assert re.search(rf"\| body \| 4 \| [\d.]+ \| {100 * end:.1f} \|", text)

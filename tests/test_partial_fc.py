@@ -17,6 +17,9 @@ from tests.test_distributed import PLANS, C, K, assert_near, deal, make, torchru
 from tests.test_recipes import stop_at
 from tests.test_schedule import CONFIG, LOSS
 from tests.test_train import assert_same_weights, run_here
+from train_input import draw_classes, load, make_stream, receive
+from train_options import class_shares, per_domain
+from train_ranks import Ranks, head_slices
 
 PLAN = PLANS["B, uneven"]
 CLASSES = 40  # a domain: more than the images of a step, so that something is left to draw
@@ -28,11 +31,11 @@ def step(rank: int, world: int, micro: int, sharded: bool, negatives: str) -> tu
     model, _, images, labels = make()
     labels = labels * (CLASSES // C)  # spread over the classes
     weight = torch.randn(K * CLASSES, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ranks, config = train.Ranks(rank, world), PART | {"shard_head": sharded}
+    ranks, config = Ranks(rank, world), PART | {"shard_head": sharded}
     options = train.loss_options(config, [CLASSES] * K, torch.device("cpu"), ranks)
     mine = torch.arange(K * CLASSES)
     if options["shard"] is not None:
-        mine = train.head_slices([CLASSES] * K, rank, world)[0]
+        mine = head_slices([CLASSES] * K, rank, world)[0]
     chunks, pictures = [], []
     for domain, number, real in deal(PLAN, rank, world, micro):
         target = torch.where(torch.tensor(real), labels[domain, number], -1)
@@ -40,7 +43,7 @@ def step(rank: int, world: int, micro: int, sharded: bool, negatives: str) -> tu
         pictures.append(images[domain, number])
     splits = [SimpleNamespace(classes=range(CLASSES))] * K
     job = SimpleNamespace(config=config, ranks=ranks, splits=splits, device=torch.device("cpu"))
-    options |= train.draw_classes(job, chunks, 7, options["shard"] is not None)
+    options |= draw_classes(job, chunks, 7, options["shard"] is not None)
     head = nn.Parameter(weight[mine][options["rows"]])
     batches = [(x, chunk.label, chunk.domain) for x, chunk in zip(pictures, chunks, strict=True)]
     net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
@@ -62,7 +65,7 @@ def reference(negatives: str) -> tuple:
     rows, _, kept = sample_classes(label, torch.tensor(domains), ranges, [0.5, 1, 0.6, 0.1], seed=3, step=7, minimum=0)
     assert [b - a for a, b in kept] == [20, 40, 24, 17]  # 17: as many as there are images in the step
     drawn, loss = set(rows.tolist()), 0.0
-    values = {key: train.per_domain(PART, key) for key in ("scale", "margin_angular", "margin_additive",
+    values = {key: per_domain(PART, key) for key in ("scale", "margin_angular", "margin_additive",
                                                            "domain_weight", "label_smoothing")}
     x = nn.functional.normalize(model(images[domains, numbers]), dim=1)
     for i, d in enumerate(domains):
@@ -127,15 +130,15 @@ def test_classes_that_are_not_drawn_stay_as_they_are(demo_root, tmp_path):
     """Bit for bit: neither decay nor momentum moves them, and what their moments had gathered stays too."""
     config = run_config(demo_root, tmp_path / "run", *FEW, *SOME, "--ema", "0.5")
     job = train.set_up(config)
-    stream = train.make_stream(job)
-    chunks = train.load(stream, 0, 0, False)
+    stream = make_stream(job)
+    chunks = load(stream, 0, 0, False)
     options = train.loss_options(config, [len(s.classes) for s in job.splits], job.device)
     forward, classes = train.make_forward(job), len(job.head)
     state, seen = job.optimizer.state[job.head], torch.zeros(classes, dtype=torch.bool)
     for number in range(6):
         before = job.head.detach().clone()
         moments = {key: v.clone() for key, v in state.items() if v.ndim}
-        batches, now = train.receive(job, chunks, number, options, 1)
+        batches, now = receive(job, chunks, number, options, 1)
         train.take_step(job, forward, batches, number, now, 1)
         drawn = torch.zeros(classes, dtype=torch.bool)
         drawn[now["rows"]] = True
@@ -182,8 +185,8 @@ def test_two_processes_draw_what_one_draws(demo_root, tmp_path):
 
 def test_one_number_is_for_domains_of_many_classes():
     config = {"domains": ["object", "body"], "sample_classes": "0.1"}
-    assert train.class_shares(config, [9_999, 10_000]) == [1.0, 0.1]
-    assert train.class_shares(config | {"sample_classes": "object=0.2,body=1"}, [50, 10_000]) == [0.2, 1.0]
+    assert class_shares(config, [9_999, 10_000]) == [1.0, 0.1]
+    assert class_shares(config | {"sample_classes": "object=0.2,body=1"}, [50, 10_000]) == [0.2, 1.0]
 
 
 @pytest.mark.parametrize("value, words", [("0", "--sample-classes: object is 0"), ("1.5", "--sample-classes: object"),

@@ -19,22 +19,26 @@ import train_bench
 from data_prep import DOMAINS, InputError
 from data_prep.shards import open_root
 from data_prep.stream import Stream, change_colors, erase_patches, interleave
+from run_folder import load_foundation, load_run, load_tuned, save_checkpoint
 from tests.conftest import TINY, script
 from tests.test_distributed import SHORT, C, D, K, assert_near, deal, make, torchrun
 from tests.test_schedule import CONFIG, LOSS
 from tests.test_train import assert_same_weights, log_of, run_here, start, wait_for_step
+from train_input import to_images
+from train_options import MARGINS, PEOPLE, name_losses, per_domain
+from train_ranks import Ranks, head_slices
 
 # ---------------------------------------------------------------- losses by name
 
 NUMBERS = {"domains": list(DOMAINS), "scale": "object=30,face_hq=64,face_lq=64,body=64",
-           "margin_additive": train.PEOPLE(0.35), "margin_angular": "0", "margin_adaptive": "0"}
+           "margin_additive": PEOPLE(0.35), "margin_angular": "0", "margin_adaptive": "0"}
 
 
 def named(loss: str, **more) -> dict[str, list[float]]:
     config = NUMBERS | more | {"loss": loss}
-    train.name_losses(config)
+    name_losses(config)
     assert config["loss"] is None  # the numbers are what is kept
-    return {key: train.per_domain(config, key) for key in ("scale", *train.MARGINS)}
+    return {key: per_domain(config, key) for key in ("scale", *MARGINS)}
 
 
 @pytest.mark.parametrize("loss, scale, additive, angular, adaptive", [
@@ -67,8 +71,8 @@ def test_a_named_loss_trains_as_its_numbers_and_is_replayed(demo_root, tmp_path)
     assert_same_weights(tmp_path / "name", tmp_path / "again")
     run_here("--config", tmp_path / "name/config.json", "--loss", "object=arcface:m=0.3", "--out", tmp_path / "other")
     config = json.loads((tmp_path / "other/config.json").read_text())
-    assert train.per_domain(config, "margin_angular") == [0.3, 0, 0.1, 0]
-    assert train.per_domain(config, "margin_adaptive") == [0, 0.333, 0, 0.333]
+    assert per_domain(config, "margin_angular") == [0.3, 0, 0.1, 0]
+    assert per_domain(config, "margin_adaptive") == [0, 0.333, 0, 0.333]
 
 
 def test_the_gradient_mode_reaches_the_loss(demo_root, tmp_path):
@@ -110,7 +114,7 @@ def test_a_single_sample_has_no_deviation(samples):
 
 
 def test_statistics_are_decayed_sums_and_skipped_steps_leave_them():
-    job = SimpleNamespace(ranks=train.Ranks(), norms=torch.zeros(2, 3, dtype=torch.float64))
+    job = SimpleNamespace(ranks=Ranks(), norms=torch.zeros(2, 3, dtype=torch.float64))
     step = torch.tensor([[3.0, 30.0, 310.0], [0, 0, 0]], dtype=torch.float64)
     train.learn_norms(job, step, torch.tensor(1.0))
     assert job.norms.tolist() == step.tolist()
@@ -127,10 +131,10 @@ STEPS = [[[7, 5, 3, 2]], [[9, 1, 1, 0]], [[4, 4, 4, 4]]]  # a single sample of a
 
 def adaptive_steps(rank: int, world: int, micro: int, sharded: bool) -> list[tuple]:
     """(gradients of the backbone, of the whole head, statistics before) of three steps that share their statistics."""
-    ranks, found = train.Ranks(rank, world), []
+    ranks, found = Ranks(rank, world), []
     config = ADAPTIVE | {"shard_head": sharded}
     options = train.loss_options(config, [C] * K, torch.device("cpu"), ranks)
-    rows = train.head_slices([C] * K, rank, world)[0] if options["shard"] is not None else torch.arange(K * C)
+    rows = head_slices([C] * K, rank, world)[0] if options["shard"] is not None else torch.arange(K * C)
     job = SimpleNamespace(ranks=ranks, norms=torch.zeros(K, 3, dtype=torch.float64))
     for plan in STEPS:
         model, head, images, labels = make()
@@ -352,15 +356,15 @@ def test_a_run_with_all_of_it_resumes_and_exports_plain_weights(demo_root, tmp_p
     assert stop_at(tmp_path / "run", common, 4)["step"] == 4
     run_here(*common, "--out", tmp_path / "run", "--resume")
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
-    run = train.load_run(tmp_path / "run")
-    before, after = train.load_foundation(run).net.state_dict(), train.load_tuned(run).net.state_dict()
+    run = load_run(tmp_path / "run")
+    before, after = load_foundation(run).net.state_dict(), load_tuned(run).net.state_dict()
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert moved == {f"visual.transformer.resblocks.{n}.attn.in_proj_weight" for n in (1, 2)}
 
 
 def stop_at(run: Path, arguments: list, step: int) -> dict:
     """Start a run and interrupt it right after the checkpoint of `step`; returns that state."""
-    save = train.save_checkpoint
+    save = save_checkpoint
 
     def save_and_stop(job, done):
         save(job, done)
@@ -378,8 +382,8 @@ def stop_at(run: Path, arguments: list, step: int) -> dict:
 def test_wise_ft_is_the_line_between_the_foundation_and_the_run(alpha, from_file, tmp_path):
     out = tmp_path / "model.safetensors"
     run_here("export", "--run", from_file, "--to", "safetensors", "--out", out, "--wise-ft", alpha)
-    run, mixed = train.load_run(from_file), load_file(out)
-    before, after = train.load_foundation(run).net.state_dict(), train.load_tuned(run).net.state_dict()
+    run, mixed = load_run(from_file), load_file(out)
+    before, after = load_foundation(run).net.state_dict(), load_tuned(run).net.state_dict()
     for key in before:
         if before[key].is_floating_point():
             torch.testing.assert_close(mixed[key], (1 - alpha) * before[key] + alpha * after[key])
@@ -481,7 +485,7 @@ def test_a_patch_is_erased_where_it_was_drawn():
 def test_a_batch_is_augmented_after_the_gather_and_untouched_domains_keep_their_bits(demo_root):
     model = SimpleNamespace(image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
     plain, stream = stream_of(demo_root), stream_of(demo_root, color=[0.0, 0.5])
-    a, b = (train.to_images(s[0], model, torch.device("cpu")) for s in (plain, stream))
+    a, b = (to_images(s[0], model, torch.device("cpu")) for s in (plain, stream))
     chunk, (mean, std) = stream[0], (torch.tensor(v).view(3, 1, 1) for v in (model.mean, model.std))
     own = chunk.domain == 0
     assert torch.equal(a[own], b[own])

@@ -19,6 +19,7 @@ import evaluate
 import train
 from data_prep import InputError
 from data_prep.shards import Record, Source, Split, open_root, verify_split, write_split
+from run_folder import load_run, load_tuned, read_tensors
 from tests.conftest import ROOT, script
 from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_protocols import tail_of
@@ -40,7 +41,7 @@ def run(tiny_run, tmp_path):
 def embedder(tiny_run, tmp_path, monkeypatch):
     """Embedders of the tuned backbone in parts of 16 images, each into a folder of its own name."""
     monkeypatch.setattr(evaluate, "PART", 16)
-    model = train.load_tuned(train.load_run(tiny_run))
+    model = load_tuned(load_run(tiny_run))
     return lambda name, **more: evaluate.Embedder(model, "tuned", tmp_path / name, torch.device("cpu"), 8, 0, True,
                                                   **more)
 
@@ -252,8 +253,8 @@ def test_bad_prompts(text, words, tmp_path):
 def test_zero_shot_equals_a_literal_mean_over_prompts(tiny_run):
     import open_clip
 
-    run = train.load_run(tiny_run)
-    model, names, templates = train.load_tuned(run), ["red_cup", "dog"], ["a photo of a {}.", "art of the {}."]
+    run = load_run(tiny_run)
+    model, names, templates = load_tuned(run), ["red_cup", "dog"], ["a photo of a {}.", "art of the {}."]
     found = train.text_weights(model, run.config, names, torch.device("cpu"), templates)
     tokenize = open_clip.get_tokenizer("ViT-B-32")
     for name, row in zip(("red cup", "dog"), found, strict=True):
@@ -265,7 +266,7 @@ def test_zero_shot_equals_a_literal_mean_over_prompts(tiny_run):
 
 def test_readouts_of_a_run_and_of_classes_that_it_never_saw(run, demo_root):
     """Two of the object classes are taken from what the run says it was trained on."""
-    head, metadata = train.read_tensors(run / "head.safetensors")
+    head, metadata = read_tensors(run / "head.safetensors")
     classes = json.loads(metadata["classes"])
     unseen = classes["object"][1:3]
     classes["object"] = [name if name not in unseen else f"other {name}" for name in classes["object"]]

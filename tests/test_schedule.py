@@ -11,6 +11,9 @@ import backbones
 import train
 from data_prep import DOMAINS, InputError
 from data_prep.stream import Order, interleave, random_box
+from train_options import per_domain
+from train_report import mean_pairwise_cosine
+from train_schedule import blend_counts, make_schedule, plan_batches, ramp, rate, shares_at
 
 CONFIG = {"schedule": "B", "domains": list(DOMAINS), "order": None, "coupling": "domain", "batch": 64}
 LOSS = {"scale": "object=30,face_hq=64,face_lq=64,body=64",
@@ -22,7 +25,7 @@ LOSS = {"scale": "object=30,face_hq=64,face_lq=64,body=64",
 @given(st.lists(st.floats(0.001, 1.0), min_size=1, max_size=5), st.integers(1, 300))
 def test_blend_counts_are_exact_and_never_negative(weights, batch):
     shares = np.array(weights) / sum(weights)
-    counts = train.blend_counts([shares] * 300, batch)
+    counts = blend_counts([shares] * 300, batch)
     assert (counts >= 0).all() and (counts.sum(1) == batch).all()
     error = np.cumsum(counts, 0) - batch * shares * np.arange(1, 301)[:, None]
     assert np.abs(error).max() < len(shares)  # carried from batch to batch, never drifting
@@ -38,10 +41,10 @@ def test_interleaving_loses_no_image(counts):
 def test_blend_counts_follow_a_ramp():
     ramp = (0, 1.0, 0.25, 0.5)
     shares = np.full(4, 0.25)
-    counts = train.blend_counts([train.shares_at(s / 1000, shares, ramp) for s in range(1000)], 40)
+    counts = blend_counts([shares_at(s / 1000, shares, ramp) for s in range(1000)], 40)
     assert (counts >= 0).all() and (counts.sum(1) == 40).all()
     assert counts[0].tolist() == [40, 0, 0, 0] and (counts[600:] == 10).all()
-    expected = sum(40 * train.shares_at(s / 1000, shares, ramp)[1] for s in range(1000))
+    expected = sum(40 * shares_at(s / 1000, shares, ramp)[1] for s in range(1000))
     assert abs(counts[:, 1].sum() - expected) <= 2
 
 
@@ -49,8 +52,8 @@ def test_plan_of_every_schedule():
     shares = np.full(4, 0.25)
 
     def plan(name, steps):
-        schedule = train.make_schedule(name, 4, 64)
-        return train.plan_batches(CONFIG | {"schedule": name, "order": ["body", "object", "face_lq", "face_hq"]},
+        schedule = make_schedule(name, 4, 64)
+        return plan_batches(CONFIG | {"schedule": name, "order": ["body", "object", "face_lq", "face_hq"]},
                                   schedule, steps, shares)
 
     a = plan("A", 3)
@@ -59,7 +62,7 @@ def test_plan_of_every_schedule():
     assert plan("alternate", 5).argmax(1).tolist() == [0, 1, 2, 3, 0] and (plan("alternate", 5).sum(1) == 64).all()
     assert plan("sequential", 8).argmax(1).tolist() == [3, 3, 0, 0, 2, 2, 1, 1]
     with pytest.raises(InputError, match=r"62 cannot be dealt to 4 domains .* take 60"):
-        train.make_schedule("A", 4, 62)
+        make_schedule("A", 4, 62)
 
 
 def test_interleave_spreads_every_domain_over_the_batch():
@@ -99,18 +102,18 @@ def test_crops_stay_inside_and_keep_their_area():
 
 
 def test_rates_and_ramps_in_closed_form():
-    assert train.rate(0, 100, 0.1, 0.0) == pytest.approx(0.1) and train.rate(50, 100, 0.1, 0.0) == pytest.approx(0.5)
-    assert train.rate(100, 100, 0.1, 0.02) == pytest.approx(0.02)
-    assert [train.ramp(p, 0.5) for p in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 1] and train.ramp(0.0, 0.0) == 1
+    assert rate(0, 100, 0.1, 0.0) == pytest.approx(0.1) and rate(50, 100, 0.1, 0.0) == pytest.approx(0.5)
+    assert rate(100, 100, 0.1, 0.02) == pytest.approx(0.02)
+    assert [ramp(p, 0.5) for p in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 1] and ramp(0.0, 0.0) == 1
 
 
 def test_options_per_domain():
     config = {"domains": ["object", "body"], "scale": "object=1, body=2"}
-    assert train.per_domain(config, "scale") == [1, 2] and train.per_domain({**config, "scale": "3"}, "scale") == [3, 3]
+    assert per_domain(config, "scale") == [1, 2] and per_domain({**config, "scale": "3"}, "scale") == [3, 3]
     cases = [("objects=1,body=2", "no domain 'objects'"), ("object=1", "no value for body"), ("x", "want a number")]
     for bad, words in cases:
         with pytest.raises(InputError, match=words):
-            train.per_domain({**config, "scale": bad}, "scale")
+            per_domain({**config, "scale": bad}, "scale")
 
 
 @pytest.mark.parametrize("coupling", ["domain", "sample"])
@@ -161,4 +164,4 @@ def test_frozen_batchnorm_makes_samples_independent():
 def test_mean_pairwise_cosine():
     x = torch.nn.functional.normalize(torch.randn(7, 5, dtype=torch.float64), dim=1)
     pairs = [float(x[i] @ x[j]) for i in range(7) for j in range(7) if i != j]
-    assert float(train.mean_pairwise_cosine(x.sum(0), torch.tensor(7.0))) == pytest.approx(np.mean(pairs))
+    assert float(mean_pairwise_cosine(x.sum(0), torch.tensor(7.0))) == pytest.approx(np.mean(pairs))

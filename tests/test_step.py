@@ -12,9 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data_prep.stream
 import train
+import train_input
 from data_prep import InputError
+from run_folder import STOPPED, forget_after
 from tests.conftest import ROOT, TINY, script
 from tests.test_coupling import lines
+from train_input import free_bytes
 
 
 def run_here(*arguments) -> None:
@@ -120,14 +123,14 @@ def test_a_stop_during_the_start_is_kept(demo_root, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "init_head", slow)
     out = tmp_path / "other"
     run = out
-    assert train.main([*map(str, (*TINY, "--data", demo_root, "--out", out))], standalone_mode=False) == train.STOPPED
+    assert train.main([*map(str, (*TINY, "--data", demo_root, "--out", out))], standalone_mode=False) == STOPPED
     assert lines(out / "log.jsonl")[-1]["step"] == 1
 
 
 def test_a_cut_line_of_a_log_is_left_out(tmp_path):
     log = tmp_path / "probe.jsonl"
     log.write_text('{"step": 2, "auc": {}}\n{"step": 4, "auc": {"object/val": 0.5}\n')
-    train.forget_after(tmp_path, 4)
+    forget_after(tmp_path, 4)
     assert log.read_text() == '{"step": 2, "auc": {}}\n'
 
 
@@ -159,7 +162,7 @@ def test_more_starts_that_are_refused_in_one_line(demo_root, tmp_path):
 
 def test_the_cache_counts_every_process_of_the_machine(demo_root, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(train, "free_bytes", lambda device: 30 << 20)
+    monkeypatch.setattr(train_input, "free_bytes", lambda device: 30 << 20)
     with pytest.raises(InputError, match="for each of 4 processes here"):
         run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--cache", "ram")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
@@ -167,7 +170,7 @@ def test_the_cache_counts_every_process_of_the_machine(demo_root, tmp_path, monk
 
 
 def test_free_memory_counts_what_linux_would_give_back():
-    free = train.free_bytes(torch.device("cpu"))
+    free = free_bytes(torch.device("cpu"))
     assert 64 << 20 < free < 1 << 50
 
 

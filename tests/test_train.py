@@ -23,11 +23,14 @@ import analyze
 import backbones
 import data_prep.__main__
 import evaluate
+import run_folder
 import train
 from data_prep import InputError
 from data_prep.shards import open_root
 from data_prep.stream import Stream
+from run_folder import STOPPED, load_foundation, load_run, load_tuned, save_checkpoint, write_atomically
 from tests.conftest import ROOT, TINY, script
+from train_ranks import Ranks
 
 
 def run_here(*arguments) -> int:
@@ -72,7 +75,7 @@ def test_a_run_folder_holds_what_the_design_lists(tiny_run, demo_root):
     config = json.loads((tiny_run / "config.json").read_text())
     assert config["role"] == "unified" and config["steps"] == 4 and sum(config["counts"].values()) == 64
     assert set(config["versions"]) >= {"torch", "timm"} and config["domains"] == list(train.DOMAINS)
-    run = train.load_run(tiny_run)
+    run = load_run(tiny_run)
     classes = {d: splits["train"].classes for d, splits in open_root(demo_root).items()}
     assert run.classes == classes and len(run.head) == sum(len(names) for names in classes.values())
     assert run.class_ranges["object"] == (0, len(classes["object"]))
@@ -85,7 +88,7 @@ def test_weights_load_strictly_into_the_libraries(tiny_run, demo_root, tmp_path)
     clip = backbones.build_network("open_clip", "tiny", 32)
     assert isinstance(clip, open_clip.CLIP)
     clip.load_state_dict(load_file(tiny_run / "model.safetensors"), strict=True)
-    model = train.load_tuned(train.load_run(tiny_run))
+    model = load_tuned(load_run(tiny_run))
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(model(images), clip.eval().encode_image(images))
 
@@ -94,16 +97,16 @@ def test_weights_load_strictly_into_the_libraries(tiny_run, demo_root, tmp_path)
              "--out", tmp_path / "vit")
     vit = timm.create_model("test_vit", num_classes=0, img_size=32)
     vit.load_state_dict(load_file(tmp_path / "vit" / "model.safetensors"), strict=True)
-    tuned = train.load_tuned(train.load_run(tmp_path / "vit"))
+    tuned = load_tuned(load_run(tmp_path / "vit"))
     project = load_file(tmp_path / "vit" / "head.safetensors")["project"]
     torch.testing.assert_close(tuned(images), vit.eval()(images) @ project.T)
     assert tuned.dim == 24
 
 
 def test_the_foundation_is_the_same_start(tiny_run):
-    run = train.load_run(tiny_run)
-    first, again = train.load_foundation(run), train.load_foundation(run)
-    tuned = train.load_tuned(run)
+    run = load_run(tiny_run)
+    first, again = load_foundation(run), load_foundation(run)
+    tuned = load_tuned(run)
     pairs = zip(first.net.state_dict().values(), again.net.state_dict().values(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     moved = [k for k, v in first.net.state_dict().items() if not torch.equal(v, tuned.net.state_dict()[k])]
@@ -129,11 +132,11 @@ def test_the_command_line_wins_over_a_config(tiny_run, demo_root, tmp_path):
 
 def test_head_warmup_trains_the_head_alone(demo_root, tmp_path):
     run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--head-warmup", 1)
-    run = train.load_run(tmp_path / "run")
-    before, after = train.load_foundation(run).net.state_dict(), train.load_tuned(run).net.state_dict()
+    run = load_run(tmp_path / "run")
+    before, after = load_foundation(run).net.state_dict(), load_tuned(run).net.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     splits = [open_root(demo_root)[domain]["train"] for domain in train.DOMAINS]
-    start = train.init_head(train.load_foundation(run), splits, run.config, torch.device("cpu"))
+    start = train.init_head(load_foundation(run), splits, run.config, torch.device("cpu"))
     assert not torch.allclose(run.head, start, atol=1e-4)
 
 
@@ -158,9 +161,9 @@ def test_head_starts_at_class_means_and_prompts(demo_root):
 def test_frozen_text_head_stays(demo_root, tmp_path):
     options = ["--head-init", "text", "--freeze-text-head", "--head-lr", "0.1"]
     run_here(*TINY, *options, "--data", demo_root, "--out", tmp_path / "run")
-    run = train.load_run(tmp_path / "run")
+    run = load_run(tmp_path / "run")
     names = run.classes["object"]
-    start = train.text_weights(train.load_foundation(run), run.config, names, torch.device("cpu"))
+    start = train.text_weights(load_foundation(run), run.config, names, torch.device("cpu"))
     torch.testing.assert_close(run.head[: len(names)], start)
     assert run.head[len(names) :].norm(dim=1).sub(1).abs().max() > 1e-3
 
@@ -250,11 +253,11 @@ def test_asked_to_stop_it_saves_exits_75_and_resumes_exactly(how, uninterrupted,
     else:
         process.send_signal(getattr(signal, how))
     out, err = process.communicate(timeout=60)
-    assert process.returncode == train.STOPPED and "--resume" in out, err
+    assert process.returncode == STOPPED and "--resume" in out, err
     assert not (run / "done.json").exists()
     with pytest.raises(InputError, match="has not finished"):
-        train.load_run(run)
-    assert train.load_run(run, allow_partial=True).head.shape[1] == 64
+        load_run(run)
+    assert load_run(run, allow_partial=True).head.shape[1] == 64
     script("train.py", *LONG, "--data", demo_root, "--out", run, "--resume")
     assert_same_weights(uninterrupted, run)
 
@@ -266,7 +269,7 @@ def test_sigterm_to_the_whole_group_saves_too(uninterrupted, demo_root, tmp_path
     wait_for_step(run, 10, process)
     os.killpg(process.pid, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == train.STOPPED and "Traceback" not in err, out + err
+    assert process.returncode == STOPPED and "Traceback" not in err, out + err
     script("train.py", *LONG, "--data", demo_root, "--out", run, "--resume")
     assert_same_weights(uninterrupted, run)
 
@@ -282,12 +285,12 @@ def test_killed_between_the_last_checkpoint_and_done(tiny_run, demo_root, tmp_pa
 def test_weights_are_never_older_than_the_state(demo_root, tmp_path, monkeypatch):
     """Killed while a checkpoint is written: what resume continues from must not be ahead of the weights."""
     order = []
-    monkeypatch.setattr(train, "write_atomically", lambda path, write: order.append(path.name))
+    monkeypatch.setattr(run_folder, "write_atomically", lambda path, write: order.append(path.name))
     model = SimpleNamespace(state_dict=dict, net=SimpleNamespace(state_dict=dict), project=None)
     optimizer = SimpleNamespace(state_dict=lambda: {"state": {}})
-    job = SimpleNamespace(folder=tmp_path, ranks=train.Ranks(), optimizer=optimizer, rows=None, ema=None, model=model,
+    job = SimpleNamespace(folder=tmp_path, ranks=Ranks(), optimizer=optimizer, rows=None, ema=None, model=model,
                           head=torch.zeros(2, 2), splits=[], tally={}, health=None, norms=None)
-    train.save_checkpoint(job, 3)
+    save_checkpoint(job, 3)
     assert order == ["model.safetensors", "head.safetensors", "state.pt"]
 
 
@@ -300,7 +303,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(InputError, match=r"cannot be written .*No space left.* what was saved before is intact"):
-        train.write_atomically(path, full_disk)
+        write_atomically(path, full_disk)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -373,8 +376,8 @@ def test_the_other_families_take_a_step(family, demo_root, tmp_path):
     model = ["--backbone", family, "--size", "tiny", "--weights", "none", "--image-size", side]
     run_here(*model, "--data", demo_root, "--domains", "face_hq,body", "--out", tmp_path / "run", "--batch", 4,
              "--images", 4, "--workers", 0, "--head-init-images", 1, "--head-warmup", 0)
-    run = train.load_run(tmp_path / "run")
-    before, after = (load(run).net.state_dict() for load in (train.load_foundation, train.load_tuned))
+    run = load_run(tmp_path / "run")
+    before, after = (load(run).net.state_dict() for load in (load_foundation, load_tuned))
     assert run.head.shape[1] == 192 and sum(not torch.equal(before[key], after[key]) for key in before) > 50
 
 
@@ -433,7 +436,7 @@ def test_a_damaged_run_folder_is_named_in_one_line(name, tiny_run, demo_root, tm
         if name == "last/state.pt":
             (tmp_path / "run/done.json").unlink()
             run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--resume")
-        train.load_tuned(train.load_run(tmp_path / "run"))
+        load_tuned(load_run(tmp_path / "run"))
     assert name in error.value.message and "restore it" in error.value.message and "\n" not in error.value.message
 
 
