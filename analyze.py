@@ -4,9 +4,9 @@
     python analyze.py claims runs                # one verdict per claim, from every evaluated run below runs/
     python analyze.py bench                      # how long the transfer takes on this machine
 
-RUN/analysis/ then holds analysis.json, report.md, the tables transfer.csv, dprime.csv and map.csv, and the figures
-transfer, deletion, separability, sharing, spectrum and map, each as .pdf and .png. Principal components are fitted on
-training images whose identities are not among the tested ones.
+RUN/analysis/ then holds analysis.json, report.md, the tables transfer.csv, further.csv, importance.csv, dprime.csv and
+map.csv, and the figures transfer, deletion, importance, separability, sharing, spectrum and map, each as .pdf and .png.
+Principal components are fitted on training images whose identities are not among the tested ones.
 """
 
 import hashlib
@@ -274,22 +274,81 @@ def hits_by_k(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tens
               device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
     """`hits_one_by_one` at the cost of one evaluation of scores and, per k, three passes over a block in the cache.
 
-    With one coordinate more, S += q_k g_kᵀ and |g|² += g_k²; the nearest is the largest S / |g|, since a probe's own
-    length changes no order. The scores of mates are kept apart (there are few), so that S holds the wrong ones alone
-    and the largest of a row is enough. Memory: the vectors twice, m x len(ks) inverse lengths, and for each of torch's
-    threads two blocks of scores.
+    With one coordinate more, S += q_k g_kᵀ and |g|² += g_k².
 
     Args:
         device: of the computation.
+        size: see `sweep`.
+    """
+    columns, edges = torch.tensor(ks, device=device) - 1, [0, *ks]
+
+    def sums(products: torch.Tensor) -> torch.Tensor:
+        return products.cumsum(1, dtype=torch.float64)[:, columns]
+
+    def advance(i: int, scores: torch.Tensor, x: torch.Tensor, g: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+        a, b = edges[i : i + 2]
+        return scores.addr_(x[a], g[a]) if b == a + 1 else scores.addmm_(x[a:b].T, g[a:b])
+
+    return sweep(probe, gallery, task, len(ks), sums, advance, device, size)
+
+
+def hits_without_each(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tensor, task: Task, count: int,
+                      device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
+    """Whether each probe's nearest gallery vector is a mate when one of the first `count` coordinates is left out.
+
+    One product of all coordinates, and per coordinate S - q_i g_iᵀ and |g|² - g_i²: `hits_one_by_one` of what is left
+    gives the same.
+
+    Args:
+        probe: [n, D] coordinates.
+        gallery: [m, D] likewise.
+        task: its mates and ignored vectors.
+        count: coordinates that are left out, each alone.
+        device: of the computation.
+        size: see `sweep`.
+
+    Returns:
+        bool [count, n].
+    """
+    def sums(products: torch.Tensor) -> torch.Tensor:
+        return products.sum(1, keepdim=True, dtype=torch.float64) - products[:, :count]
+
+    def advance(i: int, scores: torch.Tensor, x: torch.Tensor, g: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+        if i == 0:
+            scores.addmm_(x.T, g)
+        return torch.addr(scores, x[i], g[i], alpha=-1, out=spare)
+
+    return sweep(probe, gallery, task, count, sums, advance, device, size)
+
+
+def sweep(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tensor, task: Task, steps: int,
+          sums: Callable[[torch.Tensor], torch.Tensor], advance: Callable[..., torch.Tensor],
+          device: torch.device | str, size: int | None) -> np.ndarray:
+    """Score every probe in one subspace after another, by blocks of scores that stay in the cache.
+
+    The nearest vector is the largest S / |g|, since a probe's own length changes no order. The scores of mates are kept
+    apart (there are few), so that S holds the wrong ones alone and the largest of a row is enough. Memory: the vectors
+    twice, m x steps inverse lengths, and for each of torch's threads two blocks of scores.
+
+    Args:
+        probe, gallery: coordinates, [n, D] and [m, D].
+        task: its mates and ignored vectors.
+        steps: number of subspaces.
+        sums: products of coordinates [b, D] -> what they sum to in each subspace, float64 [b, steps].
+        advance: number of the step, scores [b, m] (0 before the first step, which it may change: -inf stays so),
+            coordinates [D, b] and [D, m], a spare block -> the scores of that step.
+        device: of the computation.
         size: scores held at once (default: what fits the cache of a core; on a GPU 2**26).
+
+    Returns:
+        bool [steps, n].
     """
     size = size or (1 << 19 if torch.device(device).type == "cpu" else 1 << 26)
     q, g = (torch.as_tensor(x, device=device) for x in (probe, gallery))
-    columns = torch.tensor(ks, device=device) - 1
-    inverse = torch.cat([part.square().cumsum(1, dtype=torch.float64)[:, columns].clamp(min=1e-24).rsqrt().to(g.dtype)
-                         for part in g.split(4096)]).T.contiguous()  # [len(ks), m]
+    inverse = torch.cat([sums(part.square()).clamp(min=1e-24).rsqrt().to(g.dtype)
+                         for part in g.split(4096)]).T.contiguous()  # [steps, m]
     by_coordinate = g.T.contiguous()
-    hits = torch.empty(len(ks), len(q), dtype=torch.bool, device=device)
+    hits = torch.empty(steps, len(q), dtype=torch.bool, device=device)
     block = max(1, min(size // len(g), len(q)))
     many, flat = np.array([len(mates) for mates in task.mates]), np.concatenate(task.mates)
     places = (many.cumsum() - many)[:, None] + np.minimum(np.arange(many.max()), many[:, None] - 1)
@@ -298,26 +357,21 @@ def hits_by_k(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tens
     apart = np.concatenate([part for pair in zip(task.mates, task.ignored, strict=True) for part in pair])
     apart = torch.as_tensor(np.stack([owner, apart]), device=device)  # vectors that are no wrong ones
 
-    def sweep(first: int) -> None:
+    def score(first: int) -> None:
         rows = slice(first, first + block)
         x = q[rows]
-        best = torch.full((len(x), len(ks)), -torch.inf, dtype=x.dtype, device=device)
+        best = torch.full((len(x), steps), -torch.inf, dtype=x.dtype, device=device)
         for place in range(many[rows].max()):  # the probes' first mates, second mates, ...
             right = mates[rows, place]
-            path = (x * g[right]).cumsum(1, dtype=torch.float64)[:, columns].to(x.dtype)
-            best = torch.maximum(best, path * inverse[:, right].T)
-        lead = x.square().cumsum(1, dtype=torch.float64).sqrt()[:, columns].to(x.dtype) * TIE
+            best = torch.maximum(best, sums(x * g[right]).to(x.dtype) * inverse[:, right].T)
+        lead = sums(x.square()).clamp(min=0).sqrt().to(x.dtype) * TIE
         best, x = (best - lead).T, x.T.contiguous()
         scores = torch.zeros(x.shape[1], len(g), dtype=x.dtype, device=device)
         mine = apart[:, slice(*np.searchsorted(owner, [first, first + block]))]
         scores[mine[0] - first, mine[1]] = -torch.inf
         cosine = torch.empty_like(scores)
-        for i, (a, b) in enumerate(zip([0, *ks], ks, strict=False)):
-            if b == a + 1:
-                scores.addr_(x[a], by_coordinate[a])
-            else:
-                scores.addmm_(x[a:b].T, by_coordinate[a:b])
-            torch.mul(scores, inverse[i], out=cosine)
+        for i in range(steps):
+            torch.mul(advance(i, scores, x, by_coordinate, cosine), inverse[i], out=cosine)
             torch.gt(best[i], cosine.amax(1), out=hits[i, rows])
 
     # a thread a block: operations as short as these would spend their time waiting for one another's threads
@@ -326,7 +380,7 @@ def hits_by_k(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tens
     try:
         with ThreadPoolExecutor(threads if q.device.type == "cpu" else 1, initializer=torch.set_num_threads,
                                 initargs=(torch.get_num_threads(),)) as pool:
-            list(pool.map(sweep, range(0, len(q), block)))
+            list(pool.map(score, range(0, len(q), block)))
     finally:
         torch.set_num_threads(threads)
     return hits.cpu().numpy()
@@ -398,15 +452,45 @@ def measure_curve(kind: str, fit: str, task: Task, vectors: tuple[np.ndarray | t
         basis: [D, D], orthonormal columns.
         counts: [resamplings, n], how often each probe is drawn.
     """
-    turn, centre = (to_device(np.ascontiguousarray(x), device) for x in (basis, mean))
-    # centred before they are turned: afterwards the rounding of a large mean would be in every small coordinate
-    rotated = ((to_device(x, device) - centre) @ turn for x in vectors)
-    hits, counts = to_device(hits_by_k(*rotated, task, ks, device), device), to_device(counts, device)
-    score = hits.mean(1, dtype=torch.float64).cpu().numpy()
-    drawn = (counts @ hits.T / counts.sum(1, keepdim=True)).cpu().numpy()  # exact sums: whole numbers below 2**24
+    score, drawn = resample(hits_by_k(*rotate(vectors, mean, basis, device), task, ks, device), counts, device)
     chance = task.chance()
     return Curve(kind, fit, task.domain, ks, score, kept(score, score[-1], chance), kept(drawn, drawn[:, -1:], chance),
                  drawn[:, -1])
+
+
+def rotate(vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray, basis: np.ndarray,
+           device: torch.device | str) -> tuple[torch.Tensor, ...]:
+    """Coordinates of centred vectors in a basis [D, D]."""
+    turn, centre = (to_device(np.ascontiguousarray(x), device) for x in (basis, mean))
+    # centred before they are turned: afterwards the rounding of a large mean would be in every small coordinate
+    return tuple((to_device(x, device) - centre) @ turn for x in vectors)
+
+
+def resample(hits: np.ndarray, counts: np.ndarray | torch.Tensor, device: torch.device | str
+             ) -> tuple[np.ndarray, np.ndarray]:
+    """Share of hits [steps, n], and the same for each resampling: float64 [steps] and [resamplings, steps]."""
+    hits, counts = to_device(hits, device), to_device(counts, device)
+    drawn = counts @ hits.T / counts.sum(1, keepdim=True)  # exact sums: whole numbers below 2**24
+    return hits.mean(1, dtype=torch.float64).cpu().numpy(), drawn.cpu().numpy()
+
+
+def measure_importance(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray, basis: np.ndarray,
+                       full: Curve, count: int, counts: np.ndarray | torch.Tensor, device: torch.device | str
+                       ) -> dict[str, list[float]]:
+    """What each of the first `count` components is worth: score without it alone - score of all of them.
+
+    Args:
+        vectors, mean, basis, counts: see `measure_curve`.
+        full: a curve of the same mean whose last k is D.
+
+    Returns:
+        "change" by component, with "low" and "high", paired by resampling.
+    """
+    score, drawn = resample(hits_without_each(*rotate(vectors, mean, basis, device), task, count, device), counts,
+                            device)
+    low, high = np.quantile(drawn - full.full[:, None], [0.025, 0.975], axis=0)
+    named = {"change": score - full.score[-1], "low": low, "high": high}
+    return {name: np.round(values, 6).tolist() for name, values in named.items()}
 
 
 def to_device(x: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -416,7 +500,8 @@ def to_device(x: np.ndarray | torch.Tensor, device: torch.device | str) -> torch
 
 def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Task], headline: int, draws: int,
              seed: int, *, foundation: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
-             delete: tuple[int, int] = (0, 0), controls: bool = True, device: torch.device | str = "cpu") -> dict:
+             delete: tuple[int, int] = (0, 0), importance: int = 0, controls: bool = True,
+             device: torch.device | str = "cpu") -> dict:
     """Components of every task, used by every task, beside the controls.
 
     Args:
@@ -427,6 +512,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
         seed: of the sub-sampling and the random subspaces.
         foundation: embeddings of the untouched backbone, whose components are then used on `embedded`, too.
         delete: components a <= i < b that are left out, for one more figure (counted from 0; a = b: none).
+        importance: so many of the first components are left out, each alone; 0: none.
         controls: measure all of them; else random subspaces alone.
         device: of the sweeps.
 
@@ -509,6 +595,9 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                 rest = np.concatenate([basis[:, :a], basis[:, b:], basis[:, a:b]], axis=1)
                 less = measure_curve("", "", task, vectors, mean, rest, [D - (b - a), D], counts, device)
                 pair["deleted"] = {"from": a, "to": b} | show(less.at(D - (b - a)))
+            if importance and D > 1:
+                pair["importance"] = measure_importance(task, vectors, mean, basis, curve, min(importance, D), counts,
+                                                        device)
             pairs.append(pair)
     bar.close()
     return {"curves": curves, "pairs": pairs, "images_per_task": n, "rank_limited": n < 5 * D, "dim": D, "bases": fits}
@@ -1009,6 +1098,21 @@ def draw_deletion(path: Path, curves: list[dict], names: list[str]) -> None:
     save_figure(figure, path, [Line2D([], [], color=train.COLOURS[n], label=f"components of {n}") for n in names])
 
 
+def draw_importance(path: Path, pairs: list[dict], names: list[str]) -> None:
+    """What each task's score changes by without one component of each task."""
+    from matplotlib.lines import Line2D
+
+    figure, axes = new_figure(1, len(names), (max(1.75 * len(names), 4.5), 2.3), sharey=True)
+    for ax, test in zip(axes[0], names, strict=True):
+        for p in (p for p in pairs if p["test"] == test):
+            change = 100 * np.array(p["importance"]["change"])
+            ax.plot(np.arange(1, len(change) + 1), change, color=train.COLOURS[p["fit"]], lw=1, marker=".", ms=2)
+        ax.axhline(0, color="k", lw=0.6, ls=(0, (1, 2)))
+        ax.set(xscale="log", title=f"scored: {test}", xlabel="the component left out")
+    axes[0][0].set_ylabel("change of the score, points")
+    save_figure(figure, path, [Line2D([], [], color=train.COLOURS[n], label=f"components of {n}") for n in names])
+
+
 def draw_separability(path: Path, result: dict, names: list[str]) -> None:
     """Balanced accuracy of telling the tasks apart: each space beside its controls; and every pair of tasks."""
     from matplotlib.patches import Patch
@@ -1155,10 +1259,28 @@ def report_transfer(result: dict, weights: str) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     few = {p["test"]: note for p in result["pairs"] if (note := mistrust(p["identities"]))}
     lines += ["", *(f"- used by {test}: {note}" for test, note in few.items())] if few else []
+    if "importance" in result["pairs"][0]:
+        lines += ["", *report_importance(result["pairs"])]
     if "deleted" in there:
         cut = result["pairs"][0]["deleted"]
         lines += ["", f"Range deleted: without components {cut['from'] + 1} to {cut['to']} of the fitted task."]
     return [*lines, ""]
+
+
+def report_importance(pairs: list[dict]) -> list[str]:
+    """Lines about the components that a score rests on most, and those that it would be better without."""
+    count = len(pairs[0]["importance"]["change"])
+    lines = [f"One component left out at a time, of the first {count}: the three of the largest loss and of the "
+             "largest gain, change of the score in points (intervals of all: importance.csv; the largest of many are "
+             "large by chance, too).", "", "| PCs of | used by | losses: component (change) | gains |",
+             "| --- | --- | --- | --- |"]
+    for p in pairs:
+        change = 100 * np.array(p["importance"]["change"])
+        order = np.argsort(change, kind="stable")
+        ends = [", ".join(f"{i + 1} ({change[i]:+.1f})" for i in part if change[i] * sign > 0) or "-"
+                for part, sign in ((order[:3], -1), (order[::-1][:3], 1))]
+        lines.append(f"| {p['fit']} | {p['test']} | {ends[0]} | {ends[1]} |")
+    return lines
 
 
 def report_separability(result: dict) -> list[str]:
@@ -1230,13 +1352,19 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
         components: what `measure_components` found, with the weights.
         points: of the map.
     """
-    domains, headline = analysis["domains"], analysis["transfer"]["tuned"]["pairs"][0]["k"]
+    domains, pairs = analysis["domains"], analysis["transfer"]["tuned"]["pairs"]
+    headline = pairs[0]["k"]
     folder.mkdir(parents=True, exist_ok=True)
     train.write_json(folder / "analysis.json", analysis)
     evaluate.write_csv(folder / "transfer.csv", [
         {"weights": weights, "kind": c["kind"], "fit": c["fit"], "number": c["number"], "test": c["test"], "k": k,
          "score": score, "kept": v, "low": low, "high": high} for weights, rows in curves.items() for c in rows
         for k, score, v, low, high in zip(*(c[key] for key in ("ks", "score", "kept", "low", "high")), strict=True)])
+    evaluate.write_csv(folder / "importance.csv", [
+        {"fit": p["fit"], "test": p["test"], "component": i, "change": change, "low": low, "high": high}
+        for p in pairs if "importance" in p
+        for i, (change, low, high) in enumerate(zip(*p["importance"].values(), strict=True), 1)],
+        ("fit", "test", "component", "change", "low", "high"))
     evaluate.write_csv(folder / "dprime.csv", components)
     evaluate.write_csv(folder / "map.csv", points)
     lines = [f"# {analysis['run']}", "", *report_tasks(analysis), "## Transfer of principal components", "",
@@ -1259,6 +1387,8 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
     train.write_atomically(folder / "report.md", lambda path: path.write_text(report))
     draw_transfer(folder / "transfer", curves["tuned"], domains)
     draw_deletion(folder / "deletion", curves["tuned"], domains)
+    if "importance" in pairs[0]:
+        draw_importance(folder / "importance", pairs, domains)
     draw_sharing(folder / "sharing", analysis["sharing"]["tuned"], domains)
     draw_spectrum(folder / "spectrum", components, domains)
     draw_map(folder / "map", points, domains, analysis["map"])
@@ -1996,7 +2126,8 @@ def analyse(options: dict) -> int:
         headline = min(options["components"], next(iter(spaces.values()))[0].shape[1])
         tuned = weights == "tuned"
         found = transfer(spaces, tasks, headline, draws, seed, foundation=embedded["foundation"] if tuned else None,
-                         delete=delete, controls=tuned, device=device)
+                         delete=delete, importance=options["importance"] if tuned else 0, controls=tuned,
+                         device=device)
         bases = found.pop("bases")
         curves[weights] = [to_row(curve) for curve in found.pop("curves")]
         result["transfer"][weights] = found
@@ -2078,6 +2209,8 @@ def check_range(delete: tuple[int, int], dim: int) -> None:
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
 @click.option("--delete", default="0:10", metavar="A:B",
               help="Also score without the components A (from 0) to before B; 0:0: do not.")
+@click.option("--importance", type=click.IntRange(0), default=100,
+              help="Also score without each of so many first components, one at a time; 0: do not.")
 @click.option("--canon", type=click.IntRange(0, 128), default=32,
               help="Pixels of detail of the matched-format control of separability; 0: leave it out.")
 @click.option("--map", type=click.Choice(["tsne", "pca"]), default="tsne", help="How the map is drawn up.")
