@@ -41,6 +41,7 @@ GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 99, 128, 192, 256, 384, 51
 LEVELS = (0.99, 0.95)  # k* is the number of components that keeps so much of what is above chance
 RANDOM_SEEDS = 10
 TIE = 1e-6  # cosines that differ by less are equal: far above rounding in float32, far below what a score can show
+FURTHER, FURTHER_PROBES, FURTHER_RANDOM = (10, 30), 2000, 3  # other metrics: ks beside the claim's and D; probes; bases
 FITTED = 20  # at most so many images per dimension are fitted on: more do not change a covariance, only take time
 FEW = 20  # identities below which the bootstrap's intervals are too narrow
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (  # Okabe-Ito
@@ -493,6 +494,46 @@ def measure_importance(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...
     return {name: np.round(values, 6).tolist() for name, values in named.items()}
 
 
+def measure_further(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray, basis: np.ndarray,
+                    ks: list[int], draws: int, seed: int, device: torch.device | str) -> dict[tuple[int, str], Figure]:
+    """A task's other metrics with the first k coordinates, as evaluate.py computes them, by (k, metric).
+
+    Of people rank-5, mAP and mINP; of objects the top 5 class means; of both AUC and TAR at 1 % FAR of equally many
+    random pairs of test images of one identity and of two.
+
+    Args:
+        vectors, mean, basis: see `measure_curve`.
+        ks: numbers of coordinates.
+        draws, seed: of the bootstrap over identities.
+    """
+    probe, gallery = (x.cpu().numpy() for x in rotate((vectors[0][:FURTHER_PROBES], vectors[1]), mean, basis, device))
+    target, every, found = task.target[: len(probe)], np.arange(len(gallery)), {}
+    pairs = train.matched_pairs(target, 5000, seed)
+    for k in ks:
+        q, g = unit(probe[:, :k]), unit(gallery[:, :k])
+        search = evaluate.search_gallery(q, np.arange(len(q)), every, lambda i: (task.mates[i], task.ignored[i]),
+                                         other=g, device=device)
+        values = {"nearest-mean top-5": search.first <= 5} if task.domain == "object" else {
+            "rank-5": search.first <= 5, "mAP": evaluate.average_precision(search.ranks),
+            "mINP": evaluate.inverse_negative_penalty(search.ranks)}
+        figures = evaluate.intervals(
+            lambda w, values=values: {name: evaluate.weighted_mean(of, w) for name, of in values.items()},
+            evaluate.bootstrap_counts(target, draws, seed))
+        if len(pairs):
+            scores, same = (q[pairs[:, 0]] * q[pairs[:, 1]]).sum(1), np.arange(len(pairs)) < len(pairs) // 2
+            order = np.argsort(-scores)  # once here: each resampling sorts them anew, and what is sorted goes faster
+            scores, same, (left, right) = scores[order], same[order], pairs[order].T
+
+            def accept(weights: np.ndarray | None, scores=scores, same=same) -> dict[str, float]:
+                far, tar = evaluate.roc(scores, same, weights)
+                return {"pair auc": float(np.trapezoid(tar, far)), "tar@far=0.01": evaluate.tar_at_far(far, tar, 0.01)}
+
+            figures |= evaluate.intervals(accept, (np.where(same, w[left], w[left] * w[right]) for w in
+                                                   evaluate.bootstrap_counts(target, draws, seed)))
+        found |= {(k, name): figure for name, figure in figures.items()}
+    return found
+
+
 def to_device(x: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """A float32 tensor on the device; one that is already there as it is."""
     return torch.as_tensor(x, dtype=torch.float32, device=device)
@@ -584,6 +625,14 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                 theirs = curves[-1].at(headline)
                 pair |= {"foundation": show(theirs), "over_foundation": show(minus(found, theirs))}
             if controls:
+                few = sorted({k for k in FURTHER if k < D} | {headline, D})
+                further = measure_further(task, vectors, mean, basis, few, draws, seed, device)
+                # all of D random coordinates are the whole space: the same as all components
+                by_chance = [measure_further(task, vectors, mean, turn, [k for k in few if k < D], 0, seed, device)
+                             for turn in turns[:FURTHER_RANDOM]]
+                pair["further"] = [{"metric": metric, "k": k, **show(figure), "random": finite(
+                    np.mean([one[k, metric].value for one in by_chance])) if k < D else None}
+                    for (k, metric), figure in further.items()]
                 pair["pooled"] = show(pool)
                 bottom = measure("bottom", other.domain, mean, basis[:, ::-1], backwards)
                 curves += [take(bottom, "bottom", grid), reverse(bottom, grid)]
@@ -1259,12 +1308,31 @@ def report_transfer(result: dict, weights: str) -> list[str]:
         lines.append(f"| {' | '.join(cells)} |")
     few = {p["test"]: note for p in result["pairs"] if (note := mistrust(p["identities"]))}
     lines += ["", *(f"- used by {test}: {note}" for test, note in few.items())] if few else []
+    if "further" in result["pairs"][0]:
+        lines += ["", *report_further(result["pairs"], result["dim"])]
     if "importance" in result["pairs"][0]:
         lines += ["", *report_importance(result["pairs"])]
     if "deleted" in there:
         cut = result["pairs"][0]["deleted"]
         lines += ["", f"Range deleted: without components {cut['from'] + 1} to {cut['to']} of the fitted task."]
     return [*lines, ""]
+
+
+def report_further(pairs: list[dict], dim: int) -> list[str]:
+    """Lines about the tasks' other metrics in a few subspaces."""
+    ks = sorted({row["k"] for row in pairs[0]["further"]})
+    lines = ["Other metrics with k components, in percent (in brackets: k random dimensions, the mean of "
+             f"{FURTHER_RANDOM}; intervals: further.csv). On an AUC a random subspace keeps nearly everything, so that "
+             "it tells little here; no verdict rests on this table.", "",
+             f"| PCs of | used by | metric | {' | '.join(f'k = {k}' if k < dim else 'all' for k in ks)} |",
+             "| --- " * (len(ks) + 3) + "|"]
+    for p in pairs:
+        rows = {(row["metric"], row["k"]): row for row in p["further"]}
+        for metric in dict.fromkeys(metric for metric, _ in rows):
+            cells = [f"{percent(row['value']):.1f}" + f" ({percent(row['random']):.1f})" * (row["k"] < dim)
+                     for row in (rows[metric, k] for k in ks)]
+            lines.append(f"| {p['fit']} | {p['test']} | {metric} | {' | '.join(cells)} |")
+    return lines
 
 
 def report_importance(pairs: list[dict]) -> list[str]:
@@ -1360,6 +1428,8 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
         {"weights": weights, "kind": c["kind"], "fit": c["fit"], "number": c["number"], "test": c["test"], "k": k,
          "score": score, "kept": v, "low": low, "high": high} for weights, rows in curves.items() for c in rows
         for k, score, v, low, high in zip(*(c[key] for key in ("ks", "score", "kept", "low", "high")), strict=True)])
+    evaluate.write_csv(folder / "further.csv", [{"fit": p["fit"], "test": p["test"]} | row for p in pairs
+                                                for row in p["further"]])
     evaluate.write_csv(folder / "importance.csv", [
         {"fit": p["fit"], "test": p["test"], "component": i, "change": change, "low": low, "high": high}
         for p in pairs if "importance" in p

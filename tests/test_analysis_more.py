@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import analyze
-from tests.test_subspaces import D, orthogonal, pairs_of, sweep_case, task_of
+import evaluate
+from tests.test_subspaces import SHARED, D, orthogonal, pairs_of, planted, sweep_case, task_of
 
 # ---------------------------------------------------------------- components that are left out, each alone
 
@@ -45,3 +47,52 @@ def test_importance_by_hand():
     probe, gallery = np.array([[1.0, 0.2, 0.5]]), np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
     task = analyze.Task("x", None, None, None, None, None, np.arange(2), None, [np.array([0])], [np.zeros(0, int)])
     assert analyze.hits_without_each(probe, gallery, task, 3).ravel().tolist() == [False, True, True]
+
+
+# ---------------------------------------------------------------- the tasks' other metrics
+
+
+@pytest.mark.parametrize("objects", [True, False])
+def test_other_metrics_equal_a_slow_computation(objects):
+    """A few coordinates of a turned and shifted space; literal cosines, scikit-learn's AP and AUC."""
+    probe, gallery, task = sweep_case(np.float64, objects)
+    task.domain, mean, k = "object" if objects else "face_hq", np.full(40, 0.01), 6
+    (basis,) = orthogonal(40, 40)
+    found = analyze.measure_further(task, (probe, gallery), mean, basis, [k, 40], 20, 0, "cpu")
+    q, g = (analyze.unit((x - mean) @ basis[:, :k]) for x in (probe, gallery))
+    values = {"rank-5": [], "mAP": [], "mINP": []}
+    for i, (right, out) in enumerate(zip(task.mates, task.ignored, strict=True)):
+        relevant, scores = np.zeros(len(g)), g @ q[i]
+        relevant[right] = 1
+        scores, relevant = np.delete(scores, out), np.delete(relevant, out)
+        ranks = np.flatnonzero(relevant[np.argsort(-scores)]) + 1
+        values["rank-5"].append(ranks[0] <= 5)
+        values["mAP"].append(average_precision_score(relevant, scores))
+        values["mINP"].append(len(ranks) / ranks[-1])
+    if objects:
+        values = {"nearest-mean top-5": values["rank-5"]}
+    for name, by_hand in values.items():
+        assert found[k, name].value == pytest.approx(np.mean(by_hand), abs=1e-6)
+        draws = [np.average(by_hand, weights=w) for w in evaluate.bootstrap_counts(task.target, 20, 0)]
+        np.testing.assert_allclose(found[k, name].draws, draws, atol=1e-6)
+    pairs = analyze.train.matched_pairs(task.target, 5000, 0)
+    scores, same = (q[pairs[:, 0]] * q[pairs[:, 1]]).sum(1), np.arange(len(pairs)) < len(pairs) / 2
+    assert found[k, "pair auc"].value == pytest.approx(roc_auc_score(same, scores), abs=1e-4)
+    strangers = np.sort(scores[~same])[::-1]
+    by_hand = max(np.mean(scores[same] >= t) for t in scores if np.mean(strangers >= t) <= 0.01)
+    assert found[k, "tar@far=0.01"].value == pytest.approx(by_hand, abs=0.01)
+    like = evaluate.score_pairs(q, task.target, 20, 0)["pair auc"]  # the yardstick of evaluate.py, resamplings included
+    np.testing.assert_allclose(found[k, "pair auc"].draws, like.draws, atol=1e-4)
+    assert {metric for _, metric in found} == {*values, "pair auc", "tar@far=0.01"}
+
+
+def test_other_metrics_stand_beside_random_ones():
+    (basis,) = orthogonal(D, SHARED)
+    embedded, tasks = planted([basis] * 2, inside=1.0)
+    for pair in analyze.transfer(embedded, tasks, 20, 10, 0)["pairs"]:
+        of = {(row["metric"], row["k"]): row for row in pair["further"]}
+        assert {k for _, k in of} == {10, 20, 30, D}
+        assert all((row["random"] is None) == (k == D) for (_, k), row in of.items())
+        assert all(row["low"] <= row["value"] <= row["high"] for row in of.values())
+        assert of["mAP", 20]["value"] > of["mAP", 20]["random"] + 0.1  # 20 directions hold all that was planted
+        assert of["mAP", 20]["value"] == pytest.approx(of["mAP", D]["value"], abs=0.02)
