@@ -843,6 +843,9 @@ class Canon:
         return resize(small, [self.size] * 2, InterpolationMode.BICUBIC).clamp(0, 255).round().to(torch.uint8)
 
 
+CLASSIFIERS = ("logistic", "lda")
+
+
 def make_classifier(name: str):
     """A linear classifier on standardised features: "logistic" (multinomial) or "lda"."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -897,7 +900,7 @@ def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.nda
         "logistic", "lda", and "a/b" for every pair of tasks by number (logistic).
     """
     result = {}
-    for name in ("logistic", "lda"):
+    for name in CLASSIFIERS:
         right = [found == k for k, found in enumerate(predict(name, fit, test))]
         result[name] = balanced_accuracy(right, ids, draws, seed)
     for a in range(len(fit)):
@@ -971,6 +974,76 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
     return table
 
 
+def gather_sources(task: Task, fits: np.ndarray, others: list[tuple[Split, np.ndarray]], n: int,
+                   rng: np.random.Generator) -> dict[str, list[tuple[Split, np.ndarray, np.ndarray]]]:
+    """Images of each source of a domain: splits, rows, and who is on them.
+
+    Args:
+        task: of the domain.
+        fits: rows of its training split.
+        others: its test splits and the rows of them that may be used.
+        n: at most so many images of a source and split.
+        rng: of their choice.
+    """
+    found: dict[str, list[tuple[Split, np.ndarray, np.ndarray]]] = {}
+    for split, rows in [(task.train, fits), *others]:
+        rows = rng.permutation(rows)[:n]
+        names, who = sources_of(split, rows), evaluate.name_identities(split, rows)
+        for name in np.unique(names):
+            found.setdefault(name, []).append((split, rows[names == name], who[names == name]))
+    return found
+
+
+def hold_out(people: list[np.ndarray], rng: np.random.Generator) -> set[str]:
+    """Half of the identities of each source, [images] per source: who is in several is held out of all, or of none."""
+    known: dict[str, bool] = {}
+    for names in sorted((np.unique(part) for part in people), key=len):
+        fresh = rng.permutation([name for name in names if name not in known])
+        missing = len(names) // 2 - sum(known.get(name, False) for name in names)
+        known |= {name: i < missing for i, name in enumerate(fresh)}
+    return {name for name, out in known.items() if out}
+
+
+def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np.ndarray], others: dict, n: int,
+                 draws: int, seed: int) -> dict[str, dict]:
+    """`separability` of the sources WITHIN each domain: what a space knows of how the images were made.
+
+    A linear classifier that tells sources of one domain as well as it tells domains may have told the domains by their
+    sources. Classifiers are fitted on half of the identities, and tested on the others.
+
+    Args:
+        features, tasks, fits, others, n, draws, seed: see `unseen_sources`.
+
+    Returns:
+        By domain: "images" and "identities" by source, "chance", and "spaces" with "logistic" and "lda"; or "why" it
+        was not measured.
+    """
+    rng, result = np.random.default_rng(seed), {}
+    for task, rows in zip(tasks, fits, strict=True):
+        found = gather_sources(task, rows, others[task.domain], n, rng)
+        people = {name: np.concatenate([who for *_, who in parts]) for name, parts in found.items()}
+        out = hold_out(list(people.values()), rng)
+        halves = {name: np.isin(who, list(out)) for name, who in people.items()}
+        usable = [name for name, held in halves.items() if held.any() and not held.all()]
+        if len(usable) < 2:
+            few = sorted(set(found) - set(usable))
+            result[task.domain] = {"why": f"one source alone: {', '.join(found)}" if len(found) < 2 else
+                                   f"too few identities of {', '.join(few)} to fit on some and test others"}
+            continue
+        ids, spaces = [people[name][halves[name]] for name in usable], {}
+        for space, of in features.items():
+            x = [np.concatenate([of(split, part) for split, part, _ in found[name]]) for name in usable]
+            fit = [part[~halves[name]] for name, part in zip(usable, x, strict=True)]
+            test = [part[halves[name]] for name, part in zip(usable, x, strict=True)]
+            spaces[space] = {model: show(balanced_accuracy([answer == i for i, answer in
+                                                            enumerate(predict(model, fit, test))], ids, draws, seed))
+                             for model in CLASSIFIERS}
+        result[task.domain] = {"images": {name: len(people[name]) for name in usable}, "identities":
+                               {name: len(np.unique(people[name])) for name in usable},
+                               "chance": 1 / len(usable), "spaces": spaces}
+    return result
+
+
 def measure_separability(features: dict[str, Features], tasks: list[Task], others: dict, draws: int, seed: int,
                          limit: int) -> dict:
     """`separability` in every space; chance is 1 / tasks.
@@ -1004,7 +1077,8 @@ def measure_separability(features: dict[str, Features], tasks: list[Task], other
     plain = {name: of for name, of in features.items() if not name.endswith("canon")}
     return {"images_per_task": n, "chance": 1 / len(tasks), "spaces": spaces,
             "identities": {name: len(np.unique(part)) for name, part in zip(names, ids, strict=True)},
-            "unseen_sources": unseen_sources(plain, fitted, tested, ids, tasks, fits, others, n, draws, seed)}
+            "unseen_sources": unseen_sources(plain, fitted, tested, ids, tasks, fits, others, n, draws, seed),
+            "sources": tell_sources(plain, tasks, fits, others, n, draws, seed)}
 
 
 # ---------------------------------------------------------------- a map
@@ -1171,7 +1245,7 @@ def draw_separability(path: Path, result: dict, names: list[str]) -> None:
     ax, labels = axes[0][0], []
     for i, (name, found) in enumerate(spaces.items()):
         base = name.removesuffix(" canon")
-        for j, model in enumerate(("logistic", "lda")):
+        for j, model in enumerate(CLASSIFIERS):
             v = found[model]
             error = [[100 * max(v["value"] - v["low"], 0)], [100 * max(v["high"] - v["value"], 0)]]
             ax.bar(i + 0.38 * (j - 0.5), 100 * v["value"], 0.36, yerr=error, capsize=2, color=SPACE_COLOURS[base],
@@ -1380,7 +1454,24 @@ def report_separability(result: dict) -> list[str]:
             cells = [f"{interval(row['spaces'][name])}, recall {100 * row['spaces'][name]['recall']:.1f}"
                      for name in names]
             lines.append(f"| {row['domain']} | {row['source']}{note} | {row['images']:,} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    return [*lines, "", *report_sources(result["sources"], result["spaces"]), ""]
+
+
+def report_sources(result: dict[str, dict], spaces: Iterable[str]) -> list[str]:
+    """Lines about how well the sources within each task are told apart."""
+    names = [name for name in spaces if not name.endswith("canon")]
+    lines = ["The source of an image as the label, within each task, on unseen identities: logistic regression / LDA. "
+             "Where sources are told apart as well as tasks are, tasks may be told by their sources.", "",
+             f"| task | sources (images) | chance | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
+    for domain, found in result.items():
+        if why := found.get("why"):
+            lines.append(f"| {domain} | not measured ({why}) |{' - |' * (len(names) + 1)}")
+            continue
+        sources = [f"{name} ({count:,}" + (f"; {note})" if (note := mistrust(found["identities"][name])) else ")")
+                   for name, count in found["images"].items()]
+        cells = [" / ".join(interval(found["spaces"][name][model]) for model in CLASSIFIERS) for name in names]
+        lines.append(f"| {domain} | {', '.join(sources)} | {100 * found['chance']:.0f} | {' | '.join(cells)} |")
+    return lines
 
 
 def report_sharing(result: dict[str, dict], cka: dict[str, float | None]) -> list[str]:

@@ -1,5 +1,7 @@
 """Further measures of analyze.py on planted structure, or against a slow computation of the same."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -96,3 +98,59 @@ def test_other_metrics_stand_beside_random_ones():
         assert all(row["low"] <= row["value"] <= row["high"] for row in of.values())
         assert of["mAP", 20]["value"] > of["mAP", 20]["random"] + 0.1  # 20 directions hold all that was planted
         assert of["mAP", 20]["value"] == pytest.approx(of["mAP", D]["value"], abs=0.02)
+
+
+# ---------------------------------------------------------------- the source as the label
+
+
+def sourced(name: str, domain: str, sources: list[str], people: list[str]) -> SimpleNamespace:
+    """A split of one image a row, each with its source and person."""
+    return SimpleNamespace(name=name, domain=domain, folder=f"{domain}/{name}", labels=np.arange(len(people)),
+                           classes=people, protocol=None, index={"provenance": {"source": "merge"}},
+                           fields=lambda row: {"source": sources[row], "person": people[row]})
+
+
+def test_the_source_is_found_where_it_is_planted_and_nowhere_else():
+    """Sources a and b differ in one coordinate of "tuned" by 6 standard deviations, in "pixels" by nothing."""
+    rng = np.random.default_rng(0)
+    people = [f"p{i}" for i in range(100) for _ in range(4)]
+    two = sourced("train", "face_hq", ["a", "b"] * 200, people)  # everybody is in both sources
+    one = sourced("train", "body", ["c"] * 400, [f"q{i}" for i in range(400)])
+    noise = rng.normal(size=(400, 8))
+    marked = noise + 6 * (np.arange(400)[:, None] % 2) * (np.arange(8) == 3)
+    tasks = [SimpleNamespace(domain=split.domain, train=split) for split in (two, one)]
+    spaces = {"tuned": lambda split, rows: marked[rows], "pixels": lambda split, rows: noise[rows]}
+    found = analyze.tell_sources(spaces, tasks, [np.arange(400)] * 2, {"face_hq": [], "body": []}, 400, 50, 0)
+    assert found["body"] == {"why": "one source alone: c"}
+    hq = found["face_hq"]
+    assert hq["images"] == {"a": 200, "b": 200} and hq["identities"] == {"a": 100, "b": 100} and hq["chance"] == 0.5
+    for model in ("logistic", "lda"):
+        assert hq["spaces"]["tuned"][model]["value"] > 0.98
+        pixels = hq["spaces"]["pixels"][model]
+        assert pixels["low"] < 0.5 < pixels["high"] and pixels["high"] - pixels["low"] < 0.25
+    report = "\n".join(analyze.report_sources(found, ["tuned", "pixels", "tuned canon"]))
+    assert "| body | not measured (one source alone: c) | - | - | - |" in report
+    assert "| face_hq | a (200), b (200) | 50 | " in report
+
+
+def test_a_person_told_by_name_does_not_tell_the_source():
+    """Each person has a place of her own and one source: known people would give it away, those held out do not."""
+    rng = np.random.default_rng(1)
+    who = np.repeat(np.arange(60), 5)
+    split = sourced("train", "face_hq", [("a", "b")[i % 2] for i in who], [f"p{i}" for i in who])
+    x = rng.normal(size=(60, 40))[who] * 9 + 0.01 * rng.normal(size=(300, 40))
+    task = SimpleNamespace(domain="face_hq", train=split)
+    found = analyze.tell_sources({"tuned": lambda split, rows: x[rows]}, [task], [np.arange(300)], {"face_hq": []},
+                                 300, 50, 0)["face_hq"]
+    assert found["spaces"]["tuned"]["logistic"]["value"] < 0.75
+
+
+def test_half_of_each_source_is_held_out():
+    people = [np.array(["x", "y", "x"]), np.array(["x", "y", "u", "v", "w", "z"]), np.array(["alone"])]
+    for seed in range(10):
+        out = analyze.hold_out(people, np.random.default_rng(seed))
+        assert [len(set(part) & out) for part in people] == [1, 3, 0]
+    lone = sourced("train", "face_hq", ["a"] * 4 + ["b"], ["p", "q", "r", "s", "t"])
+    task = SimpleNamespace(domain="face_hq", train=lone)
+    found = analyze.tell_sources({}, [task], [np.arange(5)], {"face_hq": []}, 9, 5, 0)
+    assert found["face_hq"] == {"why": "too few identities of b to fit on some and test others"}
