@@ -1159,14 +1159,25 @@ def heat_map(ax, values: np.ndarray, names: list[str], title: str, limits: tuple
         for j, value in enumerate(row):
             if np.isfinite(value):
                 dark = value < limits[0] + 0.55 * (limits[1] - limits[0])
-                ax.text(j, i, format(value, form), ha="center", va="center", color="white" if dark else "black")
+                ax.text(j, i, format(value, f"z{form}"), ha="center", va="center", color="white" if dark else "black")
     ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
     ax.set_yticks(range(len(names)), names)
     ax.set_title(title)
     ax.spines[:].set_visible(False)
 
 
-def draw_transfer(path: Path, curves: list[dict], names: list[str]) -> None:
+def find_measured(pairs: list[dict]) -> set[tuple[str, str]]:
+    """The pairs of tasks (fit, test) whose full space is above chance: shares of the others are noise."""
+    return {(pair["fit"], pair["test"]) for pair in pairs if above_chance(pair)}
+
+
+def leave_empty(ax) -> None:
+    """Say why nothing is drawn."""
+    ax.text(0.5, 0.5, "all components are\nnot above chance", transform=ax.transAxes, ha="center", va="center",
+            color="#666666")
+
+
+def draw_transfer(path: Path, curves: list[dict], names: list[str], pairs: list[dict]) -> None:
     """The grid of transfer curves: rows are the task whose components are used, columns the task that uses them."""
     from matplotlib.lines import Line2D
 
@@ -1177,12 +1188,16 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str]) -> None:
              "pooled": (GREEN, "-.", "of all tasks pooled"),
              "random": (RED, "--", f"random ({RANDOM_SEEDS}, range)"),
              "bottom": (PURPLE, (0, (3, 1, 1, 1)), "last k of the row's task")}
-    K = len(names)
+    K, measured = len(names), find_measured(pairs)
+    # in a space without its first components a task may score more than in all of it
+    most = max((percent(v) for c in curves if (c["fit"], c["test"]) in measured for v in c["kept"]), default=100)
     figure, axes = new_figure(K, K, (max(1.75 * K, 5), 1.6 * K + 1), sharex=True, sharey=True)
     for i, fit in enumerate(names):
         for j, test in enumerate(names):
             ax = axes[i][j]
-            for kind, (colour, style, _) in kinds.items():
+            if (fit, test) not in measured:
+                leave_empty(ax)
+            for kind, (colour, style, _) in kinds.items() if (fit, test) in measured else ():
                 of = {"own": ("components", test), "pooled": ("pooled", None)}
                 name, origin = of.get(kind, (kind, fit))
                 found = [c for c in curves if (c["kind"], c["test"]) == (name, test) and origin in (None, c["fit"])]
@@ -1195,9 +1210,10 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str]) -> None:
                 if kind == "components":
                     band = [[percent(v) for v in found[0][end]] for end in ("low", "high")]
                     ax.fill_between(found[0]["ks"], *band, color=colour, alpha=0.2, lw=0)
-            ax.axhline(99, color="k", lw=0.6, ls=(0, (1, 2)))
-            ax.axvline(100, color="k", lw=0.6, ls=(0, (1, 2)))
-            ax.set(xscale="log", ylim=(-10, 112), xlim=(1, curves[0]["ks"][-1]))
+            if (fit, test) in measured:
+                ax.axhline(99, color="k", lw=0.6, ls=(0, (1, 2)))
+                ax.axvline(100, color="k", lw=0.6, ls=(0, (1, 2)))
+            ax.set(xscale="log", ylim=(-10, 5 + min(max(most, 107), 150)), xlim=(1, curves[0]["ks"][-1]))
             if i == 0:
                 ax.set_title(f"used by {test}")
             if j == 0:
@@ -1207,15 +1223,20 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str]) -> None:
     save_figure(figure, path, [Line2D([], [], color=c, ls=s, label=label) for c, s, label in kinds.values()], 3)
 
 
-def draw_deletion(path: Path, curves: list[dict], names: list[str]) -> None:
+def draw_deletion(path: Path, curves: list[dict], names: list[str], pairs: list[dict]) -> None:
     """What is left of each task without the first k components of each task."""
     from matplotlib.lines import Line2D
 
-    figure, axes = new_figure(1, len(names), (max(1.75 * len(names), 4.5), 2.3), sharey=True)
+    measured = find_measured(pairs)
+    figure, axes = new_figure(1, len(names), (max(1.75 * len(names), 4.5), 2.3), sharex=True, sharey=True)
     for ax, test in zip(axes[0], names, strict=True):
-        for c in (c for c in curves if (c["kind"], c["test"]) == ("deleted", test)):
+        found = [c for c in curves if (c["kind"], c["test"]) == ("deleted", test) and (c["fit"], test) in measured]
+        for c in found:
             ax.plot(c["ks"], [percent(v) for v in c["kept"]], color=train.COLOURS[c["fit"]], lw=1.2)
-        ax.axhline(100, color="k", lw=0.6, ls=(0, (1, 2)))
+        if found:
+            ax.axhline(100, color="k", lw=0.6, ls=(0, (1, 2)))
+        else:
+            leave_empty(ax)
         ax.set(xscale="log", title=f"scored: {test}", xlabel="first components deleted")
     axes[0][0].set_ylabel("kept of (score − chance), %")
     save_figure(figure, path, [Line2D([], [], color=train.COLOURS[n], label=f"components of {n}") for n in names])
@@ -1251,7 +1272,7 @@ def draw_separability(path: Path, result: dict, names: list[str]) -> None:
             ax.bar(i + 0.38 * (j - 0.5), 100 * v["value"], 0.36, yerr=error, capsize=2, color=SPACE_COLOURS[base],
                    hatch="////" if j else None, edgecolor="white", error_kw={"lw": 0.8})
         base = {"pixels": "pixel\nstatistics", "foundation": "untouched"}.get(base, base)
-        labels.append(base + ("\n(one format)" if name.endswith("canon") else ""))
+        labels.append(base + ("\none format" if name.endswith("canon") else ""))
     ax.axhline(100 * result["chance"], color="k", ls=":", lw=1)
     ax.set_xticks(range(len(spaces)), labels, fontsize=6.5)
     ax.set(ylim=(0, 105), ylabel="balanced accuracy, %",
@@ -1334,6 +1355,11 @@ def draw_map(path: Path, points: list[dict], names: list[str], method: str) -> N
 # ---------------------------------------------------------------- report
 
 
+def number(value: float | None) -> str:
+    """A fraction in percent; "-" where it is not known."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
 def interval(found: dict | None, form: str = ".1f", factor: float = 100) -> str:
     """A figure with its interval, in percent; "-" where there is none."""
     if not found or found["value"] is None:
@@ -1377,7 +1403,7 @@ def report_transfer(result: dict, weights: str) -> list[str]:
         cells = [p["fit"], p["test"], f"{100 * p['raw']:.1f}", f"{100 * p['full']:.1f}",
                  interval({"value": p["kept"], "low": p["low"], "high": p["high"]}), interval(p["k99"], ".0f", 1),
                  interval(p["k95"], ".0f", 1), " / ".join(coarse),
-                 *(f"{percent(p[key]['value']):.1f}" for key in there), interval(p["over_random"], "+.1f"),
+                 *(number(p[key]["value"]) for key in there), interval(p["over_random"], "+.1f"),
                  *([interval(p["over_foundation"], "+.1f")] if "foundation" in there else [])]
         lines.append(f"| {' | '.join(cells)} |")
     few = {p["test"]: note for p in result["pairs"] if (note := mistrust(p["identities"]))}
@@ -1403,7 +1429,7 @@ def report_further(pairs: list[dict], dim: int) -> list[str]:
     for p in pairs:
         rows = {(row["metric"], row["k"]): row for row in p["further"]}
         for metric in dict.fromkeys(metric for metric, _ in rows):
-            cells = [f"{percent(row['value']):.1f}" + f" ({percent(row['random']):.1f})" * (row["k"] < dim)
+            cells = [number(row["value"]) + f" ({number(row['random'])})" * (row["k"] < dim)
                      for row in (rows[metric, k] for k in ks)]
             lines.append(f"| {p['fit']} | {p['test']} | {metric} | {' | '.join(cells)} |")
     return lines
@@ -1442,7 +1468,7 @@ def report_separability(result: dict) -> list[str]:
     if pairwise:
         lines += ["", "Pairs of tasks, logistic regression:", "", f"| pair | {' | '.join(result['spaces'])} |",
                   "| --- " * (len(result["spaces"]) + 1) + "|"]
-        lines += [f"| {key} | " + " | ".join(f"{percent(found['pairwise'][key]['value']):.1f}"
+        lines += [f"| {key} | " + " | ".join(number(found["pairwise"][key]["value"])
                                             for found in result["spaces"].values()) + " |" for key in pairwise]
     if unseen := result["unseen_sources"]:
         names = list(unseen[0]["spaces"])
@@ -1546,8 +1572,8 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
     lines += report_sharing(analysis["sharing"], analysis["cka"])
     report = "\n".join(lines)
     train.write_atomically(folder / "report.md", lambda path: path.write_text(report))
-    draw_transfer(folder / "transfer", curves["tuned"], domains)
-    draw_deletion(folder / "deletion", curves["tuned"], domains)
+    draw_transfer(folder / "transfer", curves["tuned"], domains, pairs)
+    draw_deletion(folder / "deletion", curves["tuned"], domains, pairs)
     if "importance" in pairs[0]:
         draw_importance(folder / "importance", pairs, domains)
     draw_sharing(folder / "sharing", analysis["sharing"]["tuned"], domains)

@@ -1,5 +1,7 @@
 """Further measures of analyze.py on planted structure, or against a slow computation of the same."""
 
+import csv
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -154,3 +156,62 @@ def test_half_of_each_source_is_held_out():
     task = SimpleNamespace(domain="face_hq", train=lone)
     found = analyze.tell_sources({}, [task], [np.arange(5)], {"face_hq": []}, 9, 5, 0)
     assert found["face_hq"] == {"why": "too few identities of b to fit on some and test others"}
+
+
+# ---------------------------------------------------------------- tables and figures
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Tables and figures of three planted tasks, of which one (body) is not above chance: folder and analysis."""
+    (basis,) = orthogonal(D, SHARED)
+    embedded, tasks = planted([basis] * 2, people=40, inside=1.0)
+    rng, names = np.random.default_rng(0), ["face_hq", "face_lq", "body"]
+    noise = tuple(analyze.unit(rng.normal(size=(240, D))).astype(np.float32) for _ in range(2))
+    tasks = [task_of(name, np.repeat(np.arange(40), 6)) for name in names]
+    embedded = dict(zip(names, [*embedded.values(), noise], strict=True))
+    found = analyze.transfer(embedded, tasks, 20, 20, 0, foundation=embedded, importance=10)
+    bases, curves = found.pop("bases"), [analyze.to_row(curve) for curve in found.pop("curves")]
+    sharing = analyze.measure_sharing(embedded, tasks, bases, 20)
+    components = [{"weights": weights, **row} for weights in ("tuned", "foundation")
+                  for row in analyze.measure_components(embedded, tasks, bases, 0)]
+    analysis = {"run": "planted", "domains": names, "splits": {name: ["train", "test"] for name in names},
+                "left_out": {}, "degraded": {}, "transfer": {"tuned": found}, "separability": None,
+                "sharing": {"tuned": sharing, "foundation": sharing}, "cka": dict.fromkeys(names, 1.0), "map": "pca"}
+    folder = tmp_path_factory.mktemp("written") / "analysis"
+    text = analyze.write_analysis(folder, analysis, {"tuned": curves}, components,
+                                  analyze.draw_up_map(embedded, tasks, "pca", 0))
+    return folder, json.loads((folder / "analysis.json").read_text()), text
+
+
+def test_tables_hold_the_other_metrics_and_every_component_left_out(written):
+    folder, analysis, report = written
+    pairs = {(p["fit"], p["test"]): p for p in analysis["transfer"]["tuned"]["pairs"]}
+    with open(folder / "further.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9 * 5 * 4  # pairs of tasks, metrics, ks
+    row = next(r for r in rows if (r["fit"], r["test"], r["metric"], r["k"]) == ("face_hq", "face_lq", "mAP", "30"))
+    of = next(r for r in pairs["face_hq", "face_lq"]["further"] if (r["metric"], r["k"]) == ("mAP", 30))
+    assert [float(row[key]) for key in ("value", "low", "high", "random")] == [of[key] for key in
+                                                                               ("value", "low", "high", "random")]
+    with open(folder / "importance.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9 * 10 and {row["component"] for row in rows} == {str(i) for i in range(1, 11)}
+    by_hand = [float(row["change"]) for row in rows if (row["fit"], row["test"]) == ("body", "face_hq")]
+    assert by_hand == pairs["body", "face_hq"]["importance"]["change"]
+    assert "| face_hq | face_lq | mAP | " in report and "On an AUC a random subspace keeps nearly everything" in report
+    assert "One component left out at a time, of the first 10" in report and " nan " not in report
+
+
+def test_what_is_not_above_chance_is_not_drawn(written, monkeypatch):
+    folder, analysis, _ = written
+    pairs, names = analysis["transfer"]["tuned"]["pairs"], analysis["domains"]
+    assert analyze.find_measured(pairs) == {(a, b) for a in names for b in names if b != "body"}
+    assert (folder / "importance.png").stat().st_size > 20_000
+    drawn = []
+    monkeypatch.setattr(analyze, "save_figure", lambda figure, *_: drawn.append(figure))
+    analyze.draw_deletion(folder / "x", [{"kind": "deleted", "fit": "body", "test": name, "ks": [1, 2],
+                                          "kept": [0.9, 0.8]} for name in names], names, pairs)
+    panels = drawn[0].axes
+    assert [len(ax.texts) for ax in panels] == [0, 0, 1] and "not above chance" in panels[2].texts[0].get_text()
+    assert [len(ax.lines) for ax in panels] == [2, 2, 0]
