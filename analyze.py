@@ -2441,10 +2441,11 @@ def claims(folder: Path, delta: float, retention: float, separable: float, keep:
 @click.option("--dim", type=click.IntRange(2), default=1024, help="Dimensions of the embeddings.")
 @click.option("--shots", type=click.IntRange(2), default=10, help="Images of an identity.")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
+@click.option("--grid/--no-grid", default=True, help="Time the whole grid, too, and not its parts alone.")
 @click.option("--slow", is_flag=True, help="Time the plain definition, too, at the largest k.")
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the embeddings.")
-def bench(probes: int, dim: int, shots: int, bootstrap: int, slow: bool, device: str, seed: int) -> int:
+def bench(probes: int, dim: int, shots: int, bootstrap: int, grid: bool, slow: bool, device: str, seed: int) -> int:
     rng, where = np.random.default_rng(seed), train.pick_device(device)
     ids = np.arange(probes) // shots
     people, each, embedded, tasks = ids.max() + 1, np.arange(probes), {}, []
@@ -2473,8 +2474,17 @@ def bench(probes: int, dim: int, shots: int, bootstrap: int, slow: bool, device:
     clock(f"one at the {len(controls)} k of a control", lambda: hits_by_k(vectors, vectors, task, controls, where))
     if slow:
         clock(f"the plain definition at k = {dim}", lambda: hits_one_by_one(vectors, vectors, task, [dim]))
-    clock("4 x 4 tasks with every control", lambda: transfer(
-        embedded, tasks, min(99, dim), bootstrap, seed, foundation=embedded, delete=(0, 1), device=where))
+    mean, basis, few = np.zeros(dim), np.eye(dim), sorted({k for k in (*FURTHER, 99) if k < dim})
+    clock(f"{min(100, dim)} components left out, each alone",
+          lambda: hits_without_each(vectors, vectors, task, min(100, dim), where))
+    clock("other metrics of a pair of tasks", lambda: measure_further(
+        task, (vectors, vectors), mean, basis, [*few, dim], bootstrap, seed, where))
+    clock("the same of a random subspace", lambda: measure_further(
+        task, (vectors, vectors), mean, basis, few, 0, seed, where))
+    if grid:
+        clock("4 x 4 tasks with every control", lambda: transfer(
+            embedded, tasks, min(99, dim), bootstrap, seed, foundation=embedded, delete=(0, 1), importance=100,
+            device=where))
     return 0
 
 
