@@ -227,11 +227,33 @@ def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.
     """
     base, test = embedded
     x, m = base if task.domain == "object" else test, task.vectors
+    if m == len(task.gallery):  # single images: a million of them are gigabytes, and are not held in float64 as well
+        return test[task.probe], x[task.gallery[np.argsort(task.group)]]
     means = np.zeros((m, x.shape[1]))
     for start in range(0, len(task.gallery), 1 << 16):  # by blocks: a copy of a million images would be gigabytes
         part = slice(start, start + (1 << 16))
         means += evaluate.class_means(x[task.gallery[part]], task.group[part], m)
     return test[task.probe], means / np.bincount(task.group)[:, None]
+
+
+class Embeddings:
+    """Unit embeddings [M, D] in their file: rows are read when they are asked for, since a million are gigabytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.raw = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.shape = self.raw.shape
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        """float32 [rows, D]; NaN in those of unreadable images."""
+        return evaluate.normalise(np.array(self.raw[rows]))
+
+
+def read_embeddings(embedder: evaluate.Embedder, split: Split) -> Embeddings:
+    """The embeddings of a split, computed where they are not there."""
+    return Embeddings(embedder.prepare(split))
 
 
 # ---------------------------------------------------------------- subspaces
@@ -245,6 +267,26 @@ def principal_components(x: np.ndarray, device: torch.device | str = "cpu"
     rows = rows - mean
     variances, vectors = torch.linalg.eigh(rows.T @ rows / max(len(rows) - 1, 1))
     return mean.cpu().numpy(), vectors.flip(1).cpu().numpy(), variances.flip(0).clamp(min=0).cpu().numpy()
+
+
+class Turned:
+    """Vectors [m, D], centred and turned into a basis whenever a block of them is read: no second copy is held."""
+
+    def __init__(self, x: np.ndarray | torch.Tensor, mean: np.ndarray, basis: np.ndarray, device: torch.device | str
+                 ) -> None:
+        self.x, self.device = x, device
+        self.mean, self.basis = (to_device(np.ascontiguousarray(part), device) for part in (mean, basis))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """Coordinates of some rows, float32 [rows, columns of the basis]."""
+        # centred before they are turned: afterwards the rounding of a large mean would be in every small coordinate
+        return (to_device(self.x[rows], self.device) - self.mean) @ self.basis
+
+
+Vectors = np.ndarray | torch.Tensor | Turned
 
 
 def hits_one_by_one(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int]) -> np.ndarray:
@@ -271,7 +313,7 @@ def hits_one_by_one(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list
     return hits
 
 
-def hits_by_k(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tensor, task: Task, ks: list[int],
+def hits_by_k(probe: Vectors, gallery: Vectors, task: Task, ks: list[int],
               device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
     """`hits_one_by_one` at the cost of one evaluation of scores and, per k, three passes over a block in the cache.
 
@@ -293,7 +335,7 @@ def hits_by_k(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tens
     return sweep(probe, gallery, task, len(ks), sums, advance, device, size)
 
 
-def hits_without_each(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tensor, task: Task, count: int,
+def hits_without_each(probe: Vectors, gallery: Vectors, task: Task, count: int,
                       device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
     """Whether each probe's nearest gallery vector is a mate when one of the first `count` coordinates is left out.
 
@@ -322,14 +364,14 @@ def hits_without_each(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | to
     return sweep(probe, gallery, task, count, sums, advance, device, size)
 
 
-def sweep(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tensor, task: Task, steps: int,
-          sums: Callable[[torch.Tensor], torch.Tensor], advance: Callable[..., torch.Tensor],
-          device: torch.device | str, size: int | None) -> np.ndarray:
+def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callable[[torch.Tensor], torch.Tensor],
+          advance: Callable[..., torch.Tensor], device: torch.device | str, size: int | None) -> np.ndarray:
     """Score every probe in one subspace after another, by blocks of scores that stay in the cache.
 
     The nearest vector is the largest S / |g|, since a probe's own length changes no order. The scores of mates are kept
-    apart (there are few), so that S holds the wrong ones alone and the largest of a row is enough. Memory: the vectors
-    twice, m x steps inverse lengths, and for each of torch's threads two blocks of scores.
+    apart (there are few), so that S holds the wrong ones alone and the largest of a row is enough. Memory: the probes,
+    a block of the gallery twice with its inverse lengths [block, steps], the best scores [steps, n] of mates and of
+    others, and for each of torch's threads two blocks of scores.
 
     Args:
         probe, gallery: coordinates, [n, D] and [m, D].
@@ -345,12 +387,10 @@ def sweep(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tensor, 
         bool [steps, n].
     """
     size = size or (1 << 19 if torch.device(device).type == "cpu" else 1 << 26)
-    q, g = (torch.as_tensor(x, device=device) for x in (probe, gallery))
-    inverse = torch.cat([sums(part.square()).clamp(min=1e-24).rsqrt().to(g.dtype)
-                         for part in g.split(4096)]).T.contiguous()  # [steps, m]
-    by_coordinate = g.T.contiguous()
-    hits = torch.empty(steps, len(q), dtype=torch.bool, device=device)
-    block = max(1, min(size // len(g), len(q)))
+    q = torch.as_tensor(probe[:], device=device)
+    width = min(len(gallery), max(size // 32, 1), 1 << 18)  # of a block of the gallery
+    block = max(1, min(size // width, len(q)))
+    best, wrong = (torch.full((steps, len(q)), -torch.inf, dtype=q.dtype, device=device) for _ in range(2))
     many, flat = np.array([len(mates) for mates in task.mates]), np.concatenate(task.mates)
     places = (many.cumsum() - many)[:, None] + np.minimum(np.arange(many.max()), many[:, None] - 1)
     mates = torch.as_tensor(flat[places], device=device)  # [n, most]; who has fewer has the last once more
@@ -358,33 +398,43 @@ def sweep(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tensor, 
     apart = np.concatenate([part for pair in zip(task.mates, task.ignored, strict=True) for part in pair])
     apart = torch.as_tensor(np.stack([owner, apart]), device=device)  # vectors that are no wrong ones
 
-    def score(first: int) -> None:
+    def score(first: int, start: int, g: torch.Tensor, by_coordinate: torch.Tensor, inverse: torch.Tensor) -> None:
         rows = slice(first, first + block)
         x = q[rows]
-        best = torch.full((len(x), steps), -torch.inf, dtype=x.dtype, device=device)
         for place in range(many[rows].max()):  # the probes' first mates, second mates, ...
-            right = mates[rows, place]
-            best = torch.maximum(best, sums(x * g[right]).to(x.dtype) * inverse[:, right].T)
-        lead = sums(x.square()).clamp(min=0).sqrt().to(x.dtype) * TIE
-        best, x = (best - lead).T, x.T.contiguous()
+            right = mates[rows, place] - start
+            inside = (right >= 0) & (right < len(g))
+            right = right.clamp(0, len(g) - 1)
+            cosine = sums(x * g[right]).to(x.dtype).T * inverse[:, right]
+            best[:, rows] = torch.where(inside, torch.maximum(best[:, rows], cosine), best[:, rows])
+        x = x.T.contiguous()
         scores = torch.zeros(x.shape[1], len(g), dtype=x.dtype, device=device)
-        mine = apart[:, slice(*np.searchsorted(owner, [first, first + block]))]
-        scores[mine[0] - first, mine[1]] = -torch.inf
-        cosine = torch.empty_like(scores)
+        mine = apart[:, slice(*np.searchsorted(owner, [first, first + block]))] - torch.tensor(
+            [[first], [start]], device=device)
+        mine = mine[:, (mine[1] >= 0) & (mine[1] < len(g))]
+        scores[mine[0], mine[1]] = -torch.inf
+        cosine, highest = torch.empty_like(scores), torch.empty_like(best[:, rows])
         for i in range(steps):
             torch.mul(advance(i, scores, x, by_coordinate, cosine), inverse[i], out=cosine)
-            torch.gt(best[i], cosine.amax(1), out=hits[i, rows])
+            torch.amax(cosine, 1, out=highest[i])
+        wrong[:, rows] = torch.maximum(wrong[:, rows], highest)
 
-    # a thread a block: operations as short as these would spend their time waiting for one another's threads
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if q.device.type == "cpu" else threads)
-    try:
-        with ThreadPoolExecutor(threads if q.device.type == "cpu" else 1, initializer=torch.set_num_threads,
-                                initargs=(torch.get_num_threads(),)) as pool:
-            list(pool.map(score, range(0, len(q), block)))
-    finally:
-        torch.set_num_threads(threads)
-    return hits.cpu().numpy()
+    for start in range(0, len(gallery), width):
+        g = torch.as_tensor(gallery[start : start + width], device=device)
+        inverse = torch.cat([sums(part.square()).clamp(min=1e-24).rsqrt().to(g.dtype)
+                             for part in g.split(4096)]).T.contiguous()  # [steps, width]
+        work = partial(score, start=start, g=g, by_coordinate=g.T.contiguous(), inverse=inverse)
+        # a thread a block: operations as short as these would spend their time waiting for one another's threads
+        torch.set_num_threads(1 if q.device.type == "cpu" else threads)
+        try:
+            with ThreadPoolExecutor(threads if q.device.type == "cpu" else 1, initializer=torch.set_num_threads,
+                                    initargs=(torch.get_num_threads(),)) as pool:
+                list(pool.map(work, range(0, len(q), block)))
+        finally:
+            torch.set_num_threads(threads)
+    lead = torch.cat([sums(part.square()).clamp(min=0).sqrt().to(q.dtype) for part in q.split(4096)]).T * TIE
+    return (best - lead > wrong).cpu().numpy()
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -453,18 +503,11 @@ def measure_curve(kind: str, fit: str, task: Task, vectors: tuple[np.ndarray | t
         basis: [D, D], orthonormal columns.
         counts: [resamplings, n], how often each probe is drawn.
     """
-    score, drawn = resample(hits_by_k(*rotate(vectors, mean, basis, device), task, ks, device), counts, device)
+    turned = (Turned(x, mean, basis, device) for x in vectors)
+    score, drawn = resample(hits_by_k(*turned, task, ks, device), counts, device)
     chance = task.chance()
     return Curve(kind, fit, task.domain, ks, score, kept(score, score[-1], chance), kept(drawn, drawn[:, -1:], chance),
                  drawn[:, -1])
-
-
-def rotate(vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray, basis: np.ndarray,
-           device: torch.device | str) -> tuple[torch.Tensor, ...]:
-    """Coordinates of centred vectors in a basis [D, D]."""
-    turn, centre = (to_device(np.ascontiguousarray(x), device) for x in (basis, mean))
-    # centred before they are turned: afterwards the rounding of a large mean would be in every small coordinate
-    return tuple((to_device(x, device) - centre) @ turn for x in vectors)
 
 
 def resample(hits: np.ndarray, counts: np.ndarray | torch.Tensor, device: torch.device | str
@@ -487,8 +530,8 @@ def measure_importance(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...
     Returns:
         "change" by component, with "low" and "high", paired by resampling.
     """
-    score, drawn = resample(hits_without_each(*rotate(vectors, mean, basis, device), task, count, device), counts,
-                            device)
+    turned = (Turned(x, mean, basis, device) for x in vectors)
+    score, drawn = resample(hits_without_each(*turned, task, count, device), counts, device)
     low, high = np.quantile(drawn - full.full[:, None], [0.025, 0.975], axis=0)
     named = {"change": score - full.score[-1], "low": low, "high": high}
     return {name: np.round(values, 6).tolist() for name, values in named.items()}
@@ -506,11 +549,14 @@ def measure_further(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], 
         ks: numbers of coordinates.
         draws, seed: of the bootstrap over identities.
     """
-    probe, gallery = (x.cpu().numpy() for x in rotate((vectors[0][:FURTHER_PROBES], vectors[1]), mean, basis, device))
-    target, every, found = task.target[: len(probe)], np.arange(len(gallery)), {}
+    target, every, found = task.target[:FURTHER_PROBES], np.arange(len(vectors[1])), {}
     pairs = train.matched_pairs(target, 5000, seed)
     for k in ks:
-        q, g = unit(probe[:, :k]), unit(gallery[:, :k])
+        probe, gallery = (Turned(x, mean, basis[:, :k], device) for x in vectors)
+        q, g = unit(probe[:FURTHER_PROBES].cpu().numpy()), np.empty((len(gallery), k), dtype=np.float32)
+        for start in range(0, len(g), 1 << 16):
+            part = slice(start, start + (1 << 16))
+            g[part] = unit(gallery[part].cpu().numpy())
         search = evaluate.search_gallery(q, np.arange(len(q)), every, lambda i: (task.mates[i], task.ignored[i]),
                                          other=g, device=device)
         values = {"nearest-mean top-5": search.first <= 5} if task.domain == "object" else {
@@ -1106,11 +1152,12 @@ def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most:
         known = np.argsort(-count, kind="stable")[:8]
         shown = np.concatenate([np.flatnonzero(task.target == identity)[: most // 16] for identity in known])
         others = rng.permutation(np.setdiff1d(np.arange(len(task.target)), shown))[: most - len(shown)]
-        for i in [*shown, *others]:
-            points.append(embedded[task.domain][1][task.probe[i]])
+        chosen = np.concatenate([shown, others])
+        points.append(embedded[task.domain][1][task.probe[chosen]])
+        for i in chosen:
             place = np.flatnonzero(known == task.target[i])
             rows.append({"task": task.domain, "identity": int(place[0]) if len(place) else -1})
-    x = np.array(points, dtype=np.float64)
+    x = np.concatenate(points).astype(np.float64)
     if method == "tsne" and len(x) >= 10:
         x = PCA(min(50, *x.shape), random_state=seed).fit_transform(x)
         x = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed).fit_transform(x)
@@ -2285,7 +2332,8 @@ def analyse(options: dict) -> int:
                  for weights, load in (("foundation", train.load_foundation), ("tuned", train.load_tuned))}
     dims = [embedder.model.dim for embedder in embedders.values()]
     check_range(delete, min(dims))
-    embedded = {weights: {domain: tuple(map(embedder, pair)) for domain, pair in splits.items()}
+    embedded = {weights: {domain: tuple(read_embeddings(embedder, split) for split in pair)
+                           for domain, pair in splits.items()}
                 for weights, embedder in embedders.items()}
     tasks = []
     for domain, (base, test) in splits.items():
@@ -2328,7 +2376,8 @@ def analyse(options: dict) -> int:
         for task in tasks:
             tests = [s for s in root[task.domain].values() if s.protocol and s.name != task.split.name]
             others[task.domain] = [(task.split, task.probe)] + [
-                (s, np.flatnonzero(find_readable([embed(s) for embed in embedders.values()]) & (s.labels >= 0)))
+                (s, np.flatnonzero(find_readable([read_embeddings(embed, s) for embed in
+                                               embedders.values()]) & (s.labels >= 0)))
                 for s in tests]
         result["separability"] = measure_separability(features, tasks, others, draws, seed, options["limit"])
     points = draw_up_map(embedded["tuned"], tasks, options["map"], seed)
@@ -2341,7 +2390,8 @@ def analyse(options: dict) -> int:
 
 def find_readable(spaces: list[np.ndarray]) -> np.ndarray:
     """Rows, bool [n], that are finite in all embeddings [n, D] of a split: images may have been repaired meanwhile."""
-    return np.logical_and.reduce([np.isfinite(x[:, 0]) for x in spaces])
+    return np.logical_and.reduce([np.concatenate([np.isfinite(x[i : i + (1 << 16)][:, 0])
+                                                  for i in range(0, max(len(x), 1), 1 << 16)]) for x in spaces])
 
 
 def make_features(embedders: dict, embedded: dict, splits: dict, side: int) -> dict[str, Features]:
@@ -2350,7 +2400,8 @@ def make_features(embedders: dict, embedded: dict, splits: dict, side: int) -> d
     def embeddings(weights: str) -> Features:
         known = {s.folder: x for domain, pair in splits.items()
                  for s, x in zip(pair, embedded[weights][domain], strict=True)}
-        return lambda split, rows: (known[split.folder] if split.folder in known else embedders[weights](split))[rows]
+        return lambda split, rows: (
+            known[split.folder] if split.folder in known else read_embeddings(embedders[weights], split))[rows]
 
     def in_one_format(weights: str) -> Features:
         return lambda split, rows: embedders[weights](Canon(split, rows, side))

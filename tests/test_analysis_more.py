@@ -102,6 +102,46 @@ def test_other_metrics_stand_beside_random_ones():
         assert of["mAP", 20]["value"] == pytest.approx(of["mAP", D]["value"], abs=0.02)
 
 
+# ---------------------------------------------------------------- memory
+
+
+def test_embeddings_are_read_by_rows_and_the_file_is_not_changed(tmp_path):
+    rng = np.random.default_rng(0)
+    raw = rng.normal(size=(50, 8)).astype(np.float32) * 3
+    raw[7] = np.nan
+    evaluate.save_array(tmp_path / "x.npy", raw)
+    x = analyze.Embeddings(tmp_path / "x.npy")
+    whole = evaluate.normalise(raw.copy())
+    assert len(x) == 50 and x.shape == (50, 8)
+    np.testing.assert_array_equal(x[np.array([9, 2, 7])], whole[[9, 2, 7]])
+    np.testing.assert_array_equal(x[10:20], whole[10:20])
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), raw)
+    np.testing.assert_array_equal(analyze.find_readable([x, whole]), np.arange(50) != 7)
+
+
+def test_a_gallery_is_turned_block_by_block(monkeypatch):
+    """Single images are taken as they are, and a sweep never reads more of a gallery than a block: 1/32 of `size`."""
+    x = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    ids = np.arange(300) // 3
+    task, mean, basis = task_of("face_hq", ids), x.mean(0), orthogonal(16, 16)[0].astype(np.float32)
+    probe, gallery = analyze.vectors_of(task, (x, x))
+    assert gallery.dtype == np.float32
+    read, real = [], analyze.Turned.__getitem__
+
+    def counted(self, rows):
+        read.append(len(range(len(self))[rows]))
+        return real(self, rows)
+
+    monkeypatch.setattr(analyze.Turned, "__getitem__", counted)
+    turned = [analyze.Turned(part, mean, basis, "cpu") for part in (probe[:40], gallery)]
+    task.mates, task.ignored = task.mates[:40], task.ignored[:40]
+    for sweep, argument in ((analyze.hits_by_k, [1, 2, 9, 16]), (analyze.hits_without_each, 16)):
+        whole = sweep((probe[:40] - mean) @ basis, (gallery - mean) @ basis, task, argument)
+        read.clear()
+        np.testing.assert_array_equal(sweep(*turned, task, argument, size=32 * 70), whole)
+        assert read == [40, 70, 70, 70, 70, 20]  # the probes, then the gallery
+
+
 # ---------------------------------------------------------------- the source as the label
 
 
