@@ -606,7 +606,8 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
     Returns:
         "curves": dictionaries of `Curve`; "pairs": one per (fit, test): kept at the headline k with its interval, k*
         for each level with its interval (and on the k of the controls, beside that of random subspaces), the raw score
-        (not centred) and that of all components, identities that are tested, and the controls;
+        (not centred) and that of all components, identities that are tested, and the controls; "all_tasks": for each
+        fit the k* from which on EVERY task keeps that much;
         "images_per_task", "rank_limited", "dim", "bases": (mean, components, variances) by domain.
     """
     rng, D = np.random.default_rng(seed), next(iter(embedded.values()))[0].shape[1]
@@ -622,7 +623,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                      for domain, rows in chosen.items()}
     every, grid = list(range(1, D + 1)), sorted({k for k in GRID if k < D} | {headline, D})
     backwards = sorted({*grid, *(D - k for k in grid if k < D)})
-    curves, pairs = [], []
+    curves, pairs, every_k = [], [], {}
     per_task = len(tasks) * (1 + 2 * controls + bool(untouched) + RANDOM_SEEDS) + controls
     bar = tqdm(total=len(tasks) * per_task, desc="transfer", unit="sweep", disable=None)
     for task in tasks:
@@ -664,6 +665,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                 needed = Figure(float(components_needed(curve.kept, every, level)),
                                 components_needed(curve.draws, every, level))
                 pair[f"k{100 * level:g}"] = show(needed)
+                every_k.setdefault(other.domain, {}).setdefault(f"k{100 * level:g}", []).append(needed)
                 pair[f"k{100 * level:g}_grid"] = finite(components_needed(coarse, grid, level))
                 pair[f"k{100 * level:g}_random"] = finite(components_needed(mean_random, grid, level))
             if untouched:
@@ -695,7 +697,14 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                                                         device)
             pairs.append(pair)
     bar.close()
-    return {"curves": curves, "pairs": pairs, "images_per_task": n, "rank_limited": n < 5 * D, "dim": D, "bases": fits}
+    return {"curves": curves, "pairs": pairs, "all_tasks": [
+        {"fit": fit} | {name: show(largest(found)) for name, found in of.items()} for fit, of in every_k.items()],
+            "images_per_task": n, "rank_limited": n < 5 * D, "dim": D, "bases": fits}
+
+
+def largest(figures: list[Figure]) -> Figure:
+    """The largest of several figures with as many resamplings; NaN where one of them is."""
+    return Figure(float(np.max([f.value for f in figures])), np.max([f.draws for f in figures], axis=0))
 
 
 def minus(a: Figure, b: Figure) -> Figure:
@@ -1453,6 +1462,10 @@ def report_transfer(result: dict, weights: str) -> list[str]:
                  *(number(p[key]["value"]) for key in there), interval(p["over_random"], "+.1f"),
                  *([interval(p["over_foundation"], "+.1f")] if "foundation" in there else [])]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Components from which on every task keeps so much (-: not before all of them): "
+              + "; ".join(f"of {row['fit']} " + ", ".join(f"{interval(row[f'k{100 * level:g}'], '.0f', 1)} for "
+                                                          f"{100 * level:g} %" for level in LEVELS)
+                          for row in result["all_tasks"]) + f"; of {result['dim']}."]
     few = {p["test"]: note for p in result["pairs"] if (note := mistrust(p["identities"]))}
     lines += ["", *(f"- used by {test}: {note}" for test, note in few.items())] if few else []
     if "further" in result["pairs"][0]:

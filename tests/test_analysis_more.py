@@ -90,6 +90,22 @@ def test_other_metrics_equal_a_slow_computation(objects):
     assert {metric for _, metric in found} == {*values, "pair auc", "tar@far=0.01"}
 
 
+def test_components_that_serve_every_task():
+    """The largest of the tasks' k*: a task that lives in 12 of the 20 directions needs fewer than one of all 20."""
+    (basis,) = orthogonal(D, SHARED)
+    embedded, tasks = planted([basis, basis[:12]], inside=1.0)
+    result = analyze.transfer(embedded, tasks, 16, 30, 0, controls=False)
+    pairs = pairs_of(result)
+    assert [row["fit"] for row in result["all_tasks"]] == ["object*", "face_hq*"]
+    for row in result["all_tasks"]:
+        for level in ("k99", "k95"):
+            each = [pairs[row["fit"].strip("*"), test][level]["value"] for test in ("object", "face_hq")]
+            assert row[level]["value"] == (None if None in each else max(each))
+    assert result["all_tasks"][1]["k95"]["value"] > pairs["face_hq", "face_hq"]["k95"]["value"]
+    nan = analyze.largest([analyze.Figure(np.nan, np.array([1.0, np.nan])), analyze.Figure(3.0, np.array([2.0, 2.0]))])
+    assert np.isnan(nan.value) and nan.draws[0] == 2 and np.isnan(nan.draws[1])
+
+
 def test_other_metrics_stand_beside_random_ones():
     (basis,) = orthogonal(D, SHARED)
     embedded, tasks = planted([basis] * 2, inside=1.0)
@@ -240,6 +256,7 @@ def test_tables_hold_the_other_metrics_and_every_component_left_out(written):
     by_hand = [float(row["change"]) for row in rows if (row["fit"], row["test"]) == ("body", "face_hq")]
     assert by_hand == pairs["body", "face_hq"]["importance"]["change"]
     assert "| face_hq | face_lq | mAP | " in report and "On an AUC a random subspace keeps nearly everything" in report
+    assert "Components from which on every task keeps so much" in report
     assert "One component left out at a time, of the first 10" in report and " nan " not in report
 
 
