@@ -43,6 +43,7 @@ RANDOM_SEEDS = 10
 TIE = 1e-6  # cosines that differ by less are equal: far above rounding in float32, far below what a score can show
 FURTHER, FURTHER_PROBES, FURTHER_RANDOM = (10, 30), 2000, 3  # other metrics: ks beside the claim's and D; probes; bases
 FITTED = 20  # at most so many images per dimension are fitted on: more do not change a covariance, only take time
+ROWS = 1 << 16  # vectors handled at once
 FEW = 20  # identities below which the bootstrap's intervals are too narrow
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (  # Okabe-Ito
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -230,8 +231,8 @@ def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.
     if m == len(task.gallery):  # single images: a million of them are gigabytes, and are not held in float64 as well
         return test[task.probe], x[task.gallery[np.argsort(task.group)]]
     means = np.zeros((m, x.shape[1]))
-    for start in range(0, len(task.gallery), 1 << 16):  # by blocks: a copy of a million images would be gigabytes
-        part = slice(start, start + (1 << 16))
+    for start in range(0, len(task.gallery), ROWS):  # by blocks: a copy of a million images would be gigabytes
+        part = slice(start, start + ROWS)
         means += evaluate.class_means(x[task.gallery[part]], task.group[part], m)
     return test[task.probe], means / np.bincount(task.group)[:, None]
 
@@ -388,7 +389,8 @@ def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callab
     """
     size = size or (1 << 19 if torch.device(device).type == "cpu" else 1 << 26)
     q = torch.as_tensor(probe[:], device=device)
-    width = min(len(gallery), max(size // 32, 1), 1 << 18)  # of a block of the gallery
+    # of a block of the gallery: scores of 32 probes, so that what is read of the gallery is little beside them
+    width = min(len(gallery), max(size // 32, 1), 1 << 18)
     block = max(1, min(size // width, len(q)))
     best, wrong = (torch.full((steps, len(q)), -torch.inf, dtype=q.dtype, device=device) for _ in range(2))
     many, flat = np.array([len(mates) for mates in task.mates]), np.concatenate(task.mates)
@@ -554,8 +556,8 @@ def measure_further(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], 
     for k in ks:
         probe, gallery = (Turned(x, mean, basis[:, :k], device) for x in vectors)
         q, g = unit(probe[:FURTHER_PROBES].cpu().numpy()), np.empty((len(gallery), k), dtype=np.float32)
-        for start in range(0, len(g), 1 << 16):
-            part = slice(start, start + (1 << 16))
+        for start in range(0, len(g), ROWS):
+            part = slice(start, start + ROWS)
             g[part] = unit(gallery[part].cpu().numpy())
         search = evaluate.search_gallery(q, np.arange(len(q)), every, lambda i: (task.mates[i], task.ignored[i]),
                                          other=g, device=device)
@@ -2403,8 +2405,8 @@ def analyse(options: dict) -> int:
 
 def find_readable(spaces: list[np.ndarray]) -> np.ndarray:
     """Rows, bool [n], that are finite in all embeddings [n, D] of a split: images may have been repaired meanwhile."""
-    return np.logical_and.reduce([np.concatenate([np.isfinite(x[i : i + (1 << 16)][:, 0])
-                                                  for i in range(0, max(len(x), 1), 1 << 16)]) for x in spaces])
+    return np.logical_and.reduce([np.concatenate([np.isfinite(x[i : i + ROWS][:, 0])
+                                                  for i in range(0, max(len(x), 1), ROWS)]) for x in spaces])
 
 
 def make_features(embedders: dict, embedded: dict, splits: dict, side: int) -> dict[str, Features]:

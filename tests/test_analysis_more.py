@@ -272,3 +272,28 @@ def test_what_is_not_above_chance_is_not_drawn(written, monkeypatch):
     panels = drawn[0].axes
     assert [len(ax.texts) for ax in panels] == [0, 0, 1] and "not above chance" in panels[2].texts[0].get_text()
     assert [len(ax.lines) for ax in panels] == [2, 2, 0]
+
+
+def test_an_analysis_of_a_run_holds_all_of_it(analysed, tiny_run):
+    """Sketches of the demo corpus are a second source of objects; of faces it has one alone, and says so."""
+    out = tiny_run / "analysis"
+    result = json.loads((out / "analysis.json").read_text())
+    sources = result["separability"]["sources"]
+    assert set(sources) == set(result["domains"])
+    for domain, found in sources.items():
+        if "why" in found:
+            assert f"| {domain} | not measured ({found['why']}) |" in analysed.stdout
+        else:
+            assert list(found["spaces"]) == ["tuned", "foundation", "pixels"] and len(found["images"]) > 1
+            assert all(0 <= space[model]["value"] <= 1 for space in found["spaces"].values()
+                       for model in ("logistic", "lda"))
+    assert {"why" in found for found in sources.values()} == {True, False}
+    pairs = result["transfer"]["tuned"]["pairs"]
+    for pair in pairs:
+        rank_5 = "nearest-mean top-5" if pair["test"] == "object" else "rank-5"
+        of = {(row["metric"], row["k"]): row["value"] for row in pair["further"]}
+        assert {k for _, k in of} == {10, 16, 30, 64} and of[rank_5, 64] >= pair["full"] - 1e-6
+        assert len(pair["importance"]["change"]) == 64
+    assert not any("importance" in pair for pair in result["transfer"]["foundation"]["pairs"])
+    for name in ("importance.png", "importance.pdf", "importance.csv", "further.csv"):
+        assert (out / name).stat().st_size > 1000
