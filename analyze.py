@@ -900,20 +900,22 @@ class Canon:
         return resize(small, [self.size] * 2, InterpolationMode.BICUBIC).clamp(0, 255).round().to(torch.uint8)
 
 
-CLASSIFIERS = ("logistic", "lda")
+CLASSIFIERS = {"logistic": "logistic regression", "lda": "LDA", "svm": "linear SVM"}
 
 
 def make_classifier(name: str):
-    """A linear classifier on standardised features: "logistic" (multinomial) or "lda"."""
+    """A linear classifier on standardised features: "logistic" (multinomial), "lda" or "svm" (one against the rest)."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import LinearSVC
 
     # balanced: of a task with few images the classifier would else seldom think, whatever they look like
-    model = LogisticRegression(max_iter=500, class_weight="balanced") if name == "logistic" else \
-        LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-    return make_pipeline(StandardScaler(), model)
+    models = {"logistic": LogisticRegression(max_iter=500, class_weight="balanced"),
+              "lda": LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"),
+              "svm": LinearSVC(class_weight="balanced", dual=False)}
+    return make_pipeline(StandardScaler(), models[name])
 
 
 def predict(name: str, fit: list[np.ndarray], test: list[np.ndarray]) -> list[np.ndarray]:
@@ -954,7 +956,7 @@ def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.nda
         ids: per task [m_d], identities for the bootstrap (see `balanced_accuracy`).
 
     Returns:
-        "logistic", "lda", and "a/b" for every pair of tasks by number (logistic).
+        "logistic", "lda", "svm", and "a/b" for every pair of tasks by number (logistic).
     """
     result = {}
     for name in CLASSIFIERS:
@@ -1072,8 +1074,8 @@ def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np
         features, tasks, fits, others, n, draws, seed: see `unseen_sources`.
 
     Returns:
-        By domain: "images" and "identities" by source, "chance", and "spaces" with "logistic" and "lda"; or "why" it
-        was not measured.
+        By domain: "images" and "identities" by source, "chance", and "spaces" with a figure for each of CLASSIFIERS; or
+        "why" it was not measured.
     """
     rng, result = np.random.default_rng(seed), {}
     for task, rows in zip(tasks, fits, strict=True):
@@ -1092,11 +1094,12 @@ def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np
             x = [np.concatenate([of(split, part) for split, part, _ in found[name]]) for name in usable]
             fit = [part[~halves[name]] for name, part in zip(usable, x, strict=True)]
             test = [part[halves[name]] for name, part in zip(usable, x, strict=True)]
-            spaces[space] = {model: show(balanced_accuracy([answer == i for i, answer in
-                                                            enumerate(predict(model, fit, test))], ids, draws, seed))
-                             for model in CLASSIFIERS}
-        result[task.domain] = {"images": {name: len(people[name]) for name in usable}, "identities":
-                               {name: len(np.unique(people[name])) for name in usable},
+            spaces[space] = {}
+            for model in CLASSIFIERS:
+                right = [answer == i for i, answer in enumerate(predict(model, fit, test))]
+                spaces[space][model] = show(balanced_accuracy(right, ids, draws, seed))
+        result[task.domain] = {"images": {name: len(people[name]) for name in usable},
+                               "identities": {name: len(np.unique(people[name])) for name in usable},
                                "chance": 1 / len(usable), "spaces": spaces}
     return result
 
@@ -1127,7 +1130,7 @@ def measure_separability(features: dict[str, Features], tasks: list[Task], other
     for name, figures in found.items():
         pairwise = {"/".join(names[int(i)] for i in key.split("/")): show(figure)
                     for key, figure in figures.items() if "/" in key}
-        spaces[name] = {"logistic": show(figures["logistic"]), "lda": show(figures["lda"]), "pairwise": pairwise}
+        spaces[name] = {model: show(figures[model]) for model in CLASSIFIERS} | {"pairwise": pairwise}
         mine = "tuned canon" if name.endswith("canon") else "tuned"
         if name != mine:
             spaces[name]["lead_of_tuned"] = show(minus(found[mine]["logistic"], figures["logistic"]))
@@ -1321,14 +1324,14 @@ def draw_separability(path: Path, result: dict, names: list[str]) -> None:
 
     spaces = result["spaces"]
     figure, axes = new_figure(1, 2, (7, 2.8), width_ratios=[1.5, 1])
-    ax, labels = axes[0][0], []
+    ax, labels, hatches = axes[0][0], [], (None, "////", "....")
     for i, (name, found) in enumerate(spaces.items()):
         base = name.removesuffix(" canon")
         for j, model in enumerate(CLASSIFIERS):
             v = found[model]
             error = [[100 * max(v["value"] - v["low"], 0)], [100 * max(v["high"] - v["value"], 0)]]
-            ax.bar(i + 0.38 * (j - 0.5), 100 * v["value"], 0.36, yerr=error, capsize=2, color=SPACE_COLOURS[base],
-                   hatch="////" if j else None, edgecolor="white", error_kw={"lw": 0.8})
+            ax.bar(i + 0.28 * (j - 1), 100 * v["value"], 0.26, yerr=error, capsize=1.5, color=SPACE_COLOURS[base],
+                   hatch=hatches[j], edgecolor="white", error_kw={"lw": 0.8})
         base = {"pixels": "pixel\nstatistics", "foundation": "untouched"}.get(base, base)
         labels.append(base + ("\none format" if name.endswith("canon") else ""))
     ax.axhline(100 * result["chance"], color="k", ls=":", lw=1)
@@ -1340,8 +1343,8 @@ def draw_separability(path: Path, result: dict, names: list[str]) -> None:
         a, b = (names.index(name) for name in key.split("/"))
         matrix[a, b] = matrix[b, a] = 100 * v["value"]
     heat_map(axes[0][1], matrix, names, "pairs of tasks, tuned (logistic), %", (50, 100), ".1f")
-    save_figure(figure, path, [Patch(facecolor="#666666", edgecolor="white", label="logistic regression"),
-                               Patch(facecolor="#666666", edgecolor="white", hatch="////", label="LDA")])
+    save_figure(figure, path, [Patch(facecolor="#666666", edgecolor="white", hatch=hatch, label=label)
+                               for hatch, label in zip(hatches, CLASSIFIERS.values(), strict=True)])
 
 
 def draw_sharing(path: Path, result: dict, names: list[str]) -> None:
@@ -1520,9 +1523,10 @@ def report_separability(result: dict) -> list[str]:
              f"{100 * result['chance']:.0f}. Pixel statistics know nothing of what an image shows; \"canon\": all "
              "images brought to one format first. Only what the tuned space leads by, paired by identity, is its own.",
              "",
-             "| space | logistic regression | LDA | lead of tuned |", "| --- | --- | --- | --- |"]
+             f"| space | {' | '.join(CLASSIFIERS.values())} | lead of tuned (logistic) |",
+             "| --- " * (len(CLASSIFIERS) + 2) + "|"]
     for space, found in result["spaces"].items():
-        lines.append(f"| {space} | {interval(found['logistic'])} | {interval(found['lda'])} | "
+        lines.append(f"| {space} | {' | '.join(interval(found[model]) for model in CLASSIFIERS)} | "
                      f"{interval(found.get('lead_of_tuned'), '+.1f')} |")
     few = {name: note for name, count in result["identities"].items() if (note := mistrust(count))}
     lines += ["", *(f"- {name}: {note}" for name, note in few.items())] if few else []
@@ -1548,8 +1552,9 @@ def report_separability(result: dict) -> list[str]:
 def report_sources(result: dict[str, dict], spaces: Iterable[str]) -> list[str]:
     """Lines about how well the sources within each task are told apart."""
     names = [name for name in spaces if not name.endswith("canon")]
-    lines = ["The source of an image as the label, within each task, on unseen identities: logistic regression / LDA. "
-             "Where sources are told apart as well as tasks are, tasks may be told by their sources.", "",
+    lines = ["The source of an image as the label, within each task, on unseen identities: "
+             f"{' / '.join(CLASSIFIERS.values())}. Where sources are told apart as well as tasks are, tasks may be "
+             "told by their sources.", "",
              f"| task | sources (images) | chance | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
     for domain, found in result.items():
         if why := found.get("why"):

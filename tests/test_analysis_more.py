@@ -182,7 +182,7 @@ def test_the_source_is_found_where_it_is_planted_and_nowhere_else():
     assert found["body"] == {"why": "one source alone: c"}
     hq = found["face_hq"]
     assert hq["images"] == {"a": 200, "b": 200} and hq["identities"] == {"a": 100, "b": 100} and hq["chance"] == 0.5
-    for model in ("logistic", "lda"):
+    for model in ("logistic", "lda", "svm"):
         assert hq["spaces"]["tuned"][model]["value"] > 0.98
         pixels = hq["spaces"]["pixels"][model]
         assert pixels["low"] < 0.5 < pixels["high"] and pixels["high"] - pixels["low"] < 0.25
@@ -275,7 +275,7 @@ def test_what_is_not_above_chance_is_not_drawn(written, monkeypatch):
 
 
 def test_an_analysis_of_a_run_holds_all_of_it(analysed, tiny_run):
-    """Sketches of the demo corpus are a second source of objects; of faces it has one alone, and says so."""
+    """Collages of the demo corpus are a second source of objects; of people it has one alone, and says so."""
     out = tiny_run / "analysis"
     result = json.loads((out / "analysis.json").read_text())
     sources = result["separability"]["sources"]
@@ -286,7 +286,7 @@ def test_an_analysis_of_a_run_holds_all_of_it(analysed, tiny_run):
         else:
             assert list(found["spaces"]) == ["tuned", "foundation", "pixels"] and len(found["images"]) > 1
             assert all(0 <= space[model]["value"] <= 1 for space in found["spaces"].values()
-                       for model in ("logistic", "lda"))
+                       for model in ("logistic", "lda", "svm"))
     assert {"why" in found for found in sources.values()} == {True, False}
     pairs = result["transfer"]["tuned"]["pairs"]
     for pair in pairs:
