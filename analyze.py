@@ -4,9 +4,9 @@
     python analyze.py claims runs                # one verdict per claim, from every evaluated run below runs/
     python analyze.py bench                      # how long the transfer takes on this machine
 
-RUN/analysis/ then holds analysis.json, report.md, the tables transfer.csv, dprime.csv and map.csv, and the figures
-transfer, deletion, separability, sharing, spectrum and map, each as .pdf and .png. Principal components are fitted on
-training images whose identities are not among the tested ones.
+RUN/analysis/ then holds analysis.json, report.md, the tables transfer.csv, further.csv, importance.csv, dprime.csv and
+map.csv, and the figures transfer, deletion, importance, separability, sharing, spectrum and map, each as .pdf and .png.
+Principal components are fitted on training images whose identities are not among the tested ones.
 """
 
 import hashlib
@@ -44,7 +44,9 @@ GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 99, 128, 192, 256, 384, 51
 LEVELS = (0.99, 0.95)  # k* is the number of components that keeps so much of what is above chance
 RANDOM_SEEDS = 10
 TIE = 1e-6  # cosines that differ by less are equal: far above rounding in float32, far below what a score can show
+FURTHER, FURTHER_PROBES, FURTHER_RANDOM = (10, 30), 2000, 3  # other metrics: ks beside the claim's and D; probes; bases
 FITTED = 20  # at most so many images per dimension are fitted on: more do not change a covariance, only take time
+ROWS = 1 << 16  # vectors handled at once
 FEW = 20  # identities below which the bootstrap's intervals are too narrow
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (  # Okabe-Ito
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -229,11 +231,33 @@ def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.
     """
     base, test = embedded
     x, m = base if task.domain == "object" else test, task.vectors
+    if m == len(task.gallery):  # single images: a million of them are gigabytes, and are not held in float64 as well
+        return test[task.probe], x[task.gallery[np.argsort(task.group)]]
     means = np.zeros((m, x.shape[1]))
-    for start in range(0, len(task.gallery), 1 << 16):  # by blocks: a copy of a million images would be gigabytes
-        part = slice(start, start + (1 << 16))
+    for start in range(0, len(task.gallery), ROWS):  # by blocks: a copy of a million images would be gigabytes
+        part = slice(start, start + ROWS)
         means += evaluate.class_means(x[task.gallery[part]], task.group[part], m)
     return test[task.probe], means / np.bincount(task.group)[:, None]
+
+
+class Embeddings:
+    """Unit embeddings [M, D] in their file: rows are read when they are asked for, since a million are gigabytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.raw = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.shape = self.raw.shape
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        """float32 [rows, D]; NaN in those of unreadable images."""
+        return evaluate.normalise(np.array(self.raw[rows]))
+
+
+def read_embeddings(embedder: evaluate.Embedder, split: Split) -> Embeddings:
+    """The embeddings of a split, computed where they are not there."""
+    return Embeddings(embedder.prepare(split))
 
 
 # ---------------------------------------------------------------- subspaces
@@ -247,6 +271,26 @@ def principal_components(x: np.ndarray, device: torch.device | str = "cpu"
     rows = rows - mean
     variances, vectors = torch.linalg.eigh(rows.T @ rows / max(len(rows) - 1, 1))
     return mean.cpu().numpy(), vectors.flip(1).cpu().numpy(), variances.flip(0).clamp(min=0).cpu().numpy()
+
+
+class Turned:
+    """Vectors [m, D], centred and turned into a basis whenever a block of them is read: no second copy is held."""
+
+    def __init__(self, x: np.ndarray | torch.Tensor, mean: np.ndarray, basis: np.ndarray, device: torch.device | str
+                 ) -> None:
+        self.x, self.device = x, device
+        self.mean, self.basis = (to_device(np.ascontiguousarray(part), device) for part in (mean, basis))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """Coordinates of some rows, float32 [rows, columns of the basis]."""
+        # centred before they are turned: afterwards the rounding of a large mean would be in every small coordinate
+        return (to_device(self.x[rows], self.device) - self.mean) @ self.basis
+
+
+Vectors = np.ndarray | torch.Tensor | Turned
 
 
 def hits_one_by_one(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int]) -> np.ndarray:
@@ -273,27 +317,85 @@ def hits_one_by_one(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list
     return hits
 
 
-def hits_by_k(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tensor, task: Task, ks: list[int],
+def hits_by_k(probe: Vectors, gallery: Vectors, task: Task, ks: list[int],
               device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
     """`hits_one_by_one` at the cost of one evaluation of scores and, per k, three passes over a block in the cache.
 
-    With one coordinate more, S += q_k g_kᵀ and |g|² += g_k²; the nearest is the largest S / |g|, since a probe's own
-    length changes no order. The scores of mates are kept apart (there are few), so that S holds the wrong ones alone
-    and the largest of a row is enough. Memory: the vectors twice, m x len(ks) inverse lengths, and for each of torch's
-    threads two blocks of scores.
+    With one coordinate more, S += q_k g_kᵀ and |g|² += g_k².
 
     Args:
         device: of the computation.
+        size: see `sweep`.
+    """
+    columns, edges = torch.tensor(ks, device=device) - 1, [0, *ks]
+
+    def sums(products: torch.Tensor) -> torch.Tensor:
+        return products.cumsum(1, dtype=torch.float64)[:, columns]
+
+    def advance(i: int, scores: torch.Tensor, x: torch.Tensor, g: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+        a, b = edges[i : i + 2]
+        return scores.addr_(x[a], g[a]) if b == a + 1 else scores.addmm_(x[a:b].T, g[a:b])
+
+    return sweep(probe, gallery, task, len(ks), sums, advance, device, size)
+
+
+def hits_without_each(probe: Vectors, gallery: Vectors, task: Task, count: int,
+                      device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
+    """Whether each probe's nearest gallery vector is a mate when one of the first `count` coordinates is left out.
+
+    One product of all coordinates, and per coordinate S - q_i g_iᵀ and |g|² - g_i²: `hits_one_by_one` of what is left
+    gives the same.
+
+    Args:
+        probe: [n, D] coordinates.
+        gallery: [m, D] likewise.
+        task: its mates and ignored vectors.
+        count: coordinates that are left out, each alone.
+        device: of the computation.
+        size: see `sweep`.
+
+    Returns:
+        bool [count, n].
+    """
+    def sums(products: torch.Tensor) -> torch.Tensor:
+        return products.sum(1, keepdim=True, dtype=torch.float64) - products[:, :count]
+
+    def advance(i: int, scores: torch.Tensor, x: torch.Tensor, g: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+        if i == 0:
+            scores.addmm_(x.T, g)
+        return torch.addr(scores, x[i], g[i], alpha=-1, out=spare)
+
+    return sweep(probe, gallery, task, count, sums, advance, device, size)
+
+
+def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callable[[torch.Tensor], torch.Tensor],
+          advance: Callable[..., torch.Tensor], device: torch.device | str, size: int | None) -> np.ndarray:
+    """Score every probe in one subspace after another, by blocks of scores that stay in the cache.
+
+    The nearest vector is the largest S / |g|, since a probe's own length changes no order. The scores of mates are kept
+    apart (there are few), so that S holds the wrong ones alone and the largest of a row is enough. Memory: the probes,
+    a block of the gallery twice with its inverse lengths [block, steps], the best scores [steps, n] of mates and of
+    others, and for each of torch's threads two blocks of scores.
+
+    Args:
+        probe, gallery: coordinates, [n, D] and [m, D].
+        task: its mates and ignored vectors.
+        steps: number of subspaces.
+        sums: products of coordinates [b, D] -> what they sum to in each subspace, float64 [b, steps].
+        advance: number of the step, scores [b, m] (0 before the first step, which it may change: -inf stays so),
+            coordinates [D, b] and [D, m], a spare block -> the scores of that step.
+        device: of the computation.
         size: scores held at once (default: what fits the cache of a core; on a GPU 2**26).
+
+    Returns:
+        bool [steps, n].
     """
     size = size or (1 << 19 if torch.device(device).type == "cpu" else 1 << 26)
-    q, g = (torch.as_tensor(x, device=device) for x in (probe, gallery))
-    columns = torch.tensor(ks, device=device) - 1
-    inverse = torch.cat([part.square().cumsum(1, dtype=torch.float64)[:, columns].clamp(min=1e-24).rsqrt().to(g.dtype)
-                         for part in g.split(4096)]).T.contiguous()  # [len(ks), m]
-    by_coordinate = g.T.contiguous()
-    hits = torch.empty(len(ks), len(q), dtype=torch.bool, device=device)
-    block = max(1, min(size // len(g), len(q)))
+    q = torch.as_tensor(probe[:], device=device)
+    # of a block of the gallery: scores of 32 probes, so that what is read of the gallery is little beside them
+    width = min(len(gallery), max(size // 32, 1), 1 << 18)
+    block = max(1, min(size // width, len(q)))
+    best, wrong = (torch.full((steps, len(q)), -torch.inf, dtype=q.dtype, device=device) for _ in range(2))
     many, flat = np.array([len(mates) for mates in task.mates]), np.concatenate(task.mates)
     places = (many.cumsum() - many)[:, None] + np.minimum(np.arange(many.max()), many[:, None] - 1)
     mates = torch.as_tensor(flat[places], device=device)  # [n, most]; who has fewer has the last once more
@@ -301,38 +403,43 @@ def hits_by_k(probe: np.ndarray | torch.Tensor, gallery: np.ndarray | torch.Tens
     apart = np.concatenate([part for pair in zip(task.mates, task.ignored, strict=True) for part in pair])
     apart = torch.as_tensor(np.stack([owner, apart]), device=device)  # vectors that are no wrong ones
 
-    def sweep(first: int) -> None:
+    def score(first: int, start: int, g: torch.Tensor, by_coordinate: torch.Tensor, inverse: torch.Tensor) -> None:
         rows = slice(first, first + block)
         x = q[rows]
-        best = torch.full((len(x), len(ks)), -torch.inf, dtype=x.dtype, device=device)
         for place in range(many[rows].max()):  # the probes' first mates, second mates, ...
-            right = mates[rows, place]
-            path = (x * g[right]).cumsum(1, dtype=torch.float64)[:, columns].to(x.dtype)
-            best = torch.maximum(best, path * inverse[:, right].T)
-        lead = x.square().cumsum(1, dtype=torch.float64).sqrt()[:, columns].to(x.dtype) * TIE
-        best, x = (best - lead).T, x.T.contiguous()
+            right = mates[rows, place] - start
+            inside = (right >= 0) & (right < len(g))
+            right = right.clamp(0, len(g) - 1)
+            cosine = sums(x * g[right]).to(x.dtype).T * inverse[:, right]
+            best[:, rows] = torch.where(inside, torch.maximum(best[:, rows], cosine), best[:, rows])
+        x = x.T.contiguous()
         scores = torch.zeros(x.shape[1], len(g), dtype=x.dtype, device=device)
-        mine = apart[:, slice(*np.searchsorted(owner, [first, first + block]))]
-        scores[mine[0] - first, mine[1]] = -torch.inf
-        cosine = torch.empty_like(scores)
-        for i, (a, b) in enumerate(zip([0, *ks], ks, strict=False)):
-            if b == a + 1:
-                scores.addr_(x[a], by_coordinate[a])
-            else:
-                scores.addmm_(x[a:b].T, by_coordinate[a:b])
-            torch.mul(scores, inverse[i], out=cosine)
-            torch.gt(best[i], cosine.amax(1), out=hits[i, rows])
+        mine = apart[:, slice(*np.searchsorted(owner, [first, first + block]))] - torch.tensor(
+            [[first], [start]], device=device)
+        mine = mine[:, (mine[1] >= 0) & (mine[1] < len(g))]
+        scores[mine[0], mine[1]] = -torch.inf
+        cosine, highest = torch.empty_like(scores), torch.empty_like(best[:, rows])
+        for i in range(steps):
+            torch.mul(advance(i, scores, x, by_coordinate, cosine), inverse[i], out=cosine)
+            torch.amax(cosine, 1, out=highest[i])
+        wrong[:, rows] = torch.maximum(wrong[:, rows], highest)
 
-    # a thread a block: operations as short as these would spend their time waiting for one another's threads
     threads = torch.get_num_threads()
-    torch.set_num_threads(1 if q.device.type == "cpu" else threads)
-    try:
-        with ThreadPoolExecutor(threads if q.device.type == "cpu" else 1, initializer=torch.set_num_threads,
-                                initargs=(torch.get_num_threads(),)) as pool:
-            list(pool.map(sweep, range(0, len(q), block)))
-    finally:
-        torch.set_num_threads(threads)
-    return hits.cpu().numpy()
+    for start in range(0, len(gallery), width):
+        g = torch.as_tensor(gallery[start : start + width], device=device)
+        inverse = torch.cat([sums(part.square()).clamp(min=1e-24).rsqrt().to(g.dtype)
+                             for part in g.split(4096)]).T.contiguous()  # [steps, width]
+        work = partial(score, start=start, g=g, by_coordinate=g.T.contiguous(), inverse=inverse)
+        # a thread a block: operations as short as these would spend their time waiting for one another's threads
+        torch.set_num_threads(1 if q.device.type == "cpu" else threads)
+        try:
+            with ThreadPoolExecutor(threads if q.device.type == "cpu" else 1, initializer=torch.set_num_threads,
+                                    initargs=(torch.get_num_threads(),)) as pool:
+                list(pool.map(work, range(0, len(q), block)))
+        finally:
+            torch.set_num_threads(threads)
+    lead = torch.cat([sums(part.square()).clamp(min=0).sqrt().to(q.dtype) for part in q.split(4096)]).T * TIE
+    return (best - lead > wrong).cpu().numpy()
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -401,15 +508,81 @@ def measure_curve(kind: str, fit: str, task: Task, vectors: tuple[np.ndarray | t
         basis: [D, D], orthonormal columns.
         counts: [resamplings, n], how often each probe is drawn.
     """
-    turn, centre = (to_device(np.ascontiguousarray(x), device) for x in (basis, mean))
-    # centred before they are turned: afterwards the rounding of a large mean would be in every small coordinate
-    rotated = ((to_device(x, device) - centre) @ turn for x in vectors)
-    hits, counts = to_device(hits_by_k(*rotated, task, ks, device), device), to_device(counts, device)
-    score = hits.mean(1, dtype=torch.float64).cpu().numpy()
-    drawn = (counts @ hits.T / counts.sum(1, keepdim=True)).cpu().numpy()  # exact sums: whole numbers below 2**24
+    turned = (Turned(x, mean, basis, device) for x in vectors)
+    score, drawn = resample(hits_by_k(*turned, task, ks, device), counts, device)
     chance = task.chance()
     return Curve(kind, fit, task.domain, ks, score, kept(score, score[-1], chance), kept(drawn, drawn[:, -1:], chance),
                  drawn[:, -1])
+
+
+def resample(hits: np.ndarray, counts: np.ndarray | torch.Tensor, device: torch.device | str
+             ) -> tuple[np.ndarray, np.ndarray]:
+    """Share of hits [steps, n], and the same for each resampling: float64 [steps] and [resamplings, steps]."""
+    hits, counts = to_device(hits, device), to_device(counts, device)
+    drawn = counts @ hits.T / counts.sum(1, keepdim=True)  # exact sums: whole numbers below 2**24
+    return hits.mean(1, dtype=torch.float64).cpu().numpy(), drawn.cpu().numpy()
+
+
+def measure_importance(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray, basis: np.ndarray,
+                       full: Curve, count: int, counts: np.ndarray | torch.Tensor, device: torch.device | str
+                       ) -> dict[str, list[float]]:
+    """What each of the first `count` components is worth: score without it alone - score of all of them.
+
+    Args:
+        vectors, mean, basis, counts: see `measure_curve`.
+        full: a curve of the same mean whose last k is D.
+
+    Returns:
+        "change" by component, with "low" and "high", paired by resampling.
+    """
+    turned = (Turned(x, mean, basis, device) for x in vectors)
+    score, drawn = resample(hits_without_each(*turned, task, count, device), counts, device)
+    low, high = np.quantile(drawn - full.full[:, None], [0.025, 0.975], axis=0)
+    named = {"change": score - full.score[-1], "low": low, "high": high}
+    return {name: np.round(values, 6).tolist() for name, values in named.items()}
+
+
+def measure_further(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray, basis: np.ndarray,
+                    ks: list[int], draws: int, seed: int, device: torch.device | str) -> dict[tuple[int, str], Figure]:
+    """A task's other metrics with the first k coordinates, as evaluate.py computes them, by (k, metric).
+
+    Of people rank-5, mAP and mINP; of objects the top 5 class means; of both AUC and TAR at 1 % FAR of equally many
+    random pairs of test images of one identity and of two.
+
+    Args:
+        vectors, mean, basis: see `measure_curve`.
+        ks: numbers of coordinates.
+        draws, seed: of the bootstrap over identities.
+    """
+    target, every, found = task.target[:FURTHER_PROBES], np.arange(len(vectors[1])), {}
+    pairs = train.matched_pairs(target, 5000, seed)
+    for k in ks:
+        probe, gallery = (Turned(x, mean, basis[:, :k], device) for x in vectors)
+        q, g = unit(probe[:FURTHER_PROBES].cpu().numpy()), np.empty((len(gallery), k), dtype=np.float32)
+        for start in range(0, len(g), ROWS):
+            part = slice(start, start + ROWS)
+            g[part] = unit(gallery[part].cpu().numpy())
+        search = evaluate.search_gallery(q, np.arange(len(q)), every, lambda i: (task.mates[i], task.ignored[i]),
+                                         other=g, device=device)
+        values = {"nearest-mean top-5": search.first <= 5} if task.domain == "object" else {
+            "rank-5": search.first <= 5, "mAP": evaluate.average_precision(search.ranks),
+            "mINP": evaluate.inverse_negative_penalty(search.ranks)}
+        figures = evaluate.intervals(
+            lambda w, values=values: {name: evaluate.weighted_mean(of, w) for name, of in values.items()},
+            evaluate.bootstrap_counts(target, draws, seed))
+        if len(pairs):
+            scores, same = (q[pairs[:, 0]] * q[pairs[:, 1]]).sum(1), np.arange(len(pairs)) < len(pairs) // 2
+            order = np.argsort(-scores)  # once here: each resampling sorts them anew, and what is sorted goes faster
+            scores, same, (left, right) = scores[order], same[order], pairs[order].T
+
+            def accept(weights: np.ndarray | None, scores=scores, same=same) -> dict[str, float]:
+                far, tar = evaluate.roc(scores, same, weights)
+                return {"pair auc": float(np.trapezoid(tar, far)), "tar@far=0.01": evaluate.tar_at_far(far, tar, 0.01)}
+
+            figures |= evaluate.intervals(accept, (np.where(same, w[left], w[left] * w[right]) for w in
+                                                   evaluate.bootstrap_counts(target, draws, seed)))
+        found |= {(k, name): figure for name, figure in figures.items()}
+    return found
 
 
 def to_device(x: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -419,7 +592,8 @@ def to_device(x: np.ndarray | torch.Tensor, device: torch.device | str) -> torch
 
 def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Task], headline: int, draws: int,
              seed: int, *, foundation: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
-             delete: tuple[int, int] = (0, 0), controls: bool = True, device: torch.device | str = "cpu") -> dict:
+             delete: tuple[int, int] = (0, 0), importance: int = 0, controls: bool = True,
+             device: torch.device | str = "cpu") -> dict:
     """Components of every task, used by every task, beside the controls.
 
     Args:
@@ -430,13 +604,15 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
         seed: of the sub-sampling and the random subspaces.
         foundation: embeddings of the untouched backbone, whose components are then used on `embedded`, too.
         delete: components a <= i < b that are left out, for one more figure (counted from 0; a = b: none).
+        importance: so many of the first components are left out, each alone; 0: none.
         controls: measure all of them; else random subspaces alone.
         device: of the sweeps.
 
     Returns:
         "curves": dictionaries of `Curve`; "pairs": one per (fit, test): kept at the headline k with its interval, k*
         for each level with its interval (and on the k of the controls, beside that of random subspaces), the raw score
-        (not centred) and that of all components, identities that are tested, and the controls;
+        (not centred) and that of all components, identities that are tested, and the controls; "all_tasks": for each
+        fit the k* from which on EVERY task keeps that much;
         "images_per_task", "rank_limited", "dim", "bases": (mean, components, variances) by domain.
     """
     rng, D = np.random.default_rng(seed), next(iter(embedded.values()))[0].shape[1]
@@ -452,7 +628,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                      for domain, rows in chosen.items()}
     every, grid = list(range(1, D + 1)), sorted({k for k in GRID if k < D} | {headline, D})
     backwards = sorted({*grid, *(D - k for k in grid if k < D)})
-    curves, pairs = [], []
+    curves, pairs, every_k = [], [], {}
     per_task = len(tasks) * (1 + 2 * controls + bool(untouched) + RANDOM_SEEDS) + controls
     bar = tqdm(total=len(tasks) * per_task, desc="transfer", unit="sweep", disable=None)
     for task in tasks:
@@ -494,6 +670,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                 needed = Figure(float(components_needed(curve.kept, every, level)),
                                 components_needed(curve.draws, every, level))
                 pair[f"k{100 * level:g}"] = show(needed)
+                every_k.setdefault(other.domain, {}).setdefault(f"k{100 * level:g}", []).append(needed)
                 pair[f"k{100 * level:g}_grid"] = finite(components_needed(coarse, grid, level))
                 pair[f"k{100 * level:g}_random"] = finite(components_needed(mean_random, grid, level))
             if untouched:
@@ -501,6 +678,14 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                 theirs = curves[-1].at(headline)
                 pair |= {"foundation": show(theirs), "over_foundation": show(minus(found, theirs))}
             if controls:
+                few = sorted({k for k in FURTHER if k < D} | {headline, D})
+                further = measure_further(task, vectors, mean, basis, few, draws, seed, device)
+                # all of D random coordinates are the whole space: the same as all components
+                by_chance = [measure_further(task, vectors, mean, turn, [k for k in few if k < D], 0, seed, device)
+                             for turn in turns[:FURTHER_RANDOM]]
+                pair["further"] = [{"metric": metric, "k": k, **show(figure), "random": finite(
+                    np.mean([one[k, metric].value for one in by_chance])) if k < D else None}
+                    for (k, metric), figure in further.items()]
                 pair["pooled"] = show(pool)
                 bottom = measure("bottom", other.domain, mean, basis[:, ::-1], backwards)
                 curves += [take(bottom, "bottom", grid), reverse(bottom, grid)]
@@ -512,9 +697,19 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                 rest = np.concatenate([basis[:, :a], basis[:, b:], basis[:, a:b]], axis=1)
                 less = measure_curve("", "", task, vectors, mean, rest, [D - (b - a), D], counts, device)
                 pair["deleted"] = {"from": a, "to": b} | show(less.at(D - (b - a)))
+            if importance and D > 1:
+                pair["importance"] = measure_importance(task, vectors, mean, basis, curve, min(importance, D), counts,
+                                                        device)
             pairs.append(pair)
     bar.close()
-    return {"curves": curves, "pairs": pairs, "images_per_task": n, "rank_limited": n < 5 * D, "dim": D, "bases": fits}
+    return {"curves": curves, "pairs": pairs, "all_tasks": [
+        {"fit": fit} | {name: show(largest(found)) for name, found in of.items()} for fit, of in every_k.items()],
+            "images_per_task": n, "rank_limited": n < 5 * D, "dim": D, "bases": fits}
+
+
+def largest(figures: list[Figure]) -> Figure:
+    """The largest of several figures with as many resamplings; NaN where one of them is."""
+    return Figure(float(np.max([f.value for f in figures])), np.max([f.draws for f in figures], axis=0))
 
 
 def minus(a: Figure, b: Figure) -> Figure:
@@ -708,17 +903,22 @@ class Canon:
         return resize(small, [self.size] * 2, InterpolationMode.BICUBIC).clamp(0, 255).round().to(torch.uint8)
 
 
+CLASSIFIERS = {"logistic": "logistic regression", "lda": "LDA", "svm": "linear SVM"}
+
+
 def make_classifier(name: str):
-    """A linear classifier on standardised features: "logistic" (multinomial) or "lda"."""
+    """A linear classifier on standardised features: "logistic" (multinomial), "lda" or "svm" (one against the rest)."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import LinearSVC
 
     # balanced: of a task with few images the classifier would else seldom think, whatever they look like
-    model = LogisticRegression(max_iter=500, class_weight="balanced") if name == "logistic" else \
-        LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
-    return make_pipeline(StandardScaler(), model)
+    models = {"logistic": LogisticRegression(max_iter=500, class_weight="balanced"),
+              "lda": LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"),
+              "svm": LinearSVC(class_weight="balanced", dual=False)}
+    return make_pipeline(StandardScaler(), models[name])
 
 
 def predict(name: str, fit: list[np.ndarray], test: list[np.ndarray]) -> list[np.ndarray]:
@@ -759,10 +959,10 @@ def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.nda
         ids: per task [m_d], identities for the bootstrap (see `balanced_accuracy`).
 
     Returns:
-        "logistic", "lda", and "a/b" for every pair of tasks by number (logistic).
+        "logistic", "lda", "svm", and "a/b" for every pair of tasks by number (logistic).
     """
     result = {}
-    for name in ("logistic", "lda"):
+    for name in CLASSIFIERS:
         right = [found == k for k, found in enumerate(predict(name, fit, test))]
         result[name] = balanced_accuracy(right, ids, draws, seed)
     for a in range(len(fit)):
@@ -836,6 +1036,77 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
     return table
 
 
+def gather_sources(task: Task, fits: np.ndarray, others: list[tuple[Split, np.ndarray]], n: int,
+                   rng: np.random.Generator) -> dict[str, list[tuple[Split, np.ndarray, np.ndarray]]]:
+    """Images of each source of a domain: splits, rows, and who is on them.
+
+    Args:
+        task: of the domain.
+        fits: rows of its training split.
+        others: its test splits and the rows of them that may be used.
+        n: at most so many images of a source and split.
+        rng: of their choice.
+    """
+    found: dict[str, list[tuple[Split, np.ndarray, np.ndarray]]] = {}
+    for split, rows in [(task.train, fits), *others]:
+        rows = rng.permutation(rows)[:n]
+        names, who = sources_of(split, rows), evaluate.name_identities(split, rows)
+        for name in np.unique(names):
+            found.setdefault(name, []).append((split, rows[names == name], who[names == name]))
+    return found
+
+
+def hold_out(people: list[np.ndarray], rng: np.random.Generator) -> set[str]:
+    """Half of the identities of each source, [images] per source: who is in several is held out of all, or of none."""
+    known: dict[str, bool] = {}
+    for names in sorted((np.unique(part) for part in people), key=len):
+        fresh = rng.permutation([name for name in names if name not in known])
+        missing = len(names) // 2 - sum(known.get(name, False) for name in names)
+        known |= {name: i < missing for i, name in enumerate(fresh)}
+    return {name for name, out in known.items() if out}
+
+
+def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np.ndarray], others: dict, n: int,
+                 draws: int, seed: int) -> dict[str, dict]:
+    """`separability` of the sources WITHIN each domain: what a space knows of how the images were made.
+
+    A linear classifier that tells sources of one domain as well as it tells domains may have told the domains by their
+    sources. Classifiers are fitted on half of the identities, and tested on the others.
+
+    Args:
+        features, tasks, fits, others, n, draws, seed: see `unseen_sources`.
+
+    Returns:
+        By domain: "images" and "identities" by source, "chance", and "spaces" with a figure for each of CLASSIFIERS; or
+        "why" it was not measured.
+    """
+    rng, result = np.random.default_rng(seed), {}
+    for task, rows in zip(tasks, fits, strict=True):
+        found = gather_sources(task, rows, others[task.domain], n, rng)
+        people = {name: np.concatenate([who for *_, who in parts]) for name, parts in found.items()}
+        out = hold_out(list(people.values()), rng)
+        halves = {name: np.isin(who, list(out)) for name, who in people.items()}
+        usable = [name for name, held in halves.items() if held.any() and not held.all()]
+        if len(usable) < 2:
+            few = sorted(set(found) - set(usable))
+            result[task.domain] = {"why": f"one source alone: {', '.join(found)}" if len(found) < 2 else
+                                   f"too few identities of {', '.join(few)} to fit on some and test others"}
+            continue
+        ids, spaces = [people[name][halves[name]] for name in usable], {}
+        for space, of in features.items():
+            x = [np.concatenate([of(split, part) for split, part, _ in found[name]]) for name in usable]
+            fit = [part[~halves[name]] for name, part in zip(usable, x, strict=True)]
+            test = [part[halves[name]] for name, part in zip(usable, x, strict=True)]
+            spaces[space] = {}
+            for model in CLASSIFIERS:
+                right = [answer == i for i, answer in enumerate(predict(model, fit, test))]
+                spaces[space][model] = show(balanced_accuracy(right, ids, draws, seed))
+        result[task.domain] = {"images": {name: len(people[name]) for name in usable},
+                               "identities": {name: len(np.unique(people[name])) for name in usable},
+                               "chance": 1 / len(usable), "spaces": spaces}
+    return result
+
+
 def measure_separability(features: dict[str, Features], tasks: list[Task], others: dict, draws: int, seed: int,
                          limit: int) -> dict:
     """`separability` in every space; chance is 1 / tasks.
@@ -862,14 +1133,15 @@ def measure_separability(features: dict[str, Features], tasks: list[Task], other
     for name, figures in found.items():
         pairwise = {"/".join(names[int(i)] for i in key.split("/")): show(figure)
                     for key, figure in figures.items() if "/" in key}
-        spaces[name] = {"logistic": show(figures["logistic"]), "lda": show(figures["lda"]), "pairwise": pairwise}
+        spaces[name] = {model: show(figures[model]) for model in CLASSIFIERS} | {"pairwise": pairwise}
         mine = "tuned canon" if name.endswith("canon") else "tuned"
         if name != mine:
             spaces[name]["lead_of_tuned"] = show(minus(found[mine]["logistic"], figures["logistic"]))
     plain = {name: of for name, of in features.items() if not name.endswith("canon")}
     return {"images_per_task": n, "chance": 1 / len(tasks), "spaces": spaces,
             "identities": {name: len(np.unique(part)) for name, part in zip(names, ids, strict=True)},
-            "unseen_sources": unseen_sources(plain, fitted, tested, ids, tasks, fits, others, n, draws, seed)}
+            "unseen_sources": unseen_sources(plain, fitted, tested, ids, tasks, fits, others, n, draws, seed),
+            "sources": tell_sources(plain, tasks, fits, others, n, draws, seed)}
 
 
 # ---------------------------------------------------------------- a map
@@ -897,11 +1169,12 @@ def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most:
         known = np.argsort(-count, kind="stable")[:8]
         shown = np.concatenate([np.flatnonzero(task.target == identity)[: most // 16] for identity in known])
         others = rng.permutation(np.setdiff1d(np.arange(len(task.target)), shown))[: most - len(shown)]
-        for i in [*shown, *others]:
-            points.append(embedded[task.domain][1][task.probe[i]])
+        chosen = np.concatenate([shown, others])
+        points.append(embedded[task.domain][1][task.probe[chosen]])
+        for i in chosen:
             place = np.flatnonzero(known == task.target[i])
             rows.append({"task": task.domain, "identity": int(place[0]) if len(place) else -1})
-    x = np.array(points, dtype=np.float64)
+    x = np.concatenate(points).astype(np.float64)
     if method == "tsne" and len(x) >= 10:
         x = PCA(min(50, *x.shape), random_state=seed).fit_transform(x)
         x = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed).fit_transform(x)
@@ -950,14 +1223,25 @@ def heat_map(ax, values: np.ndarray, names: list[str], title: str, limits: tuple
         for j, value in enumerate(row):
             if np.isfinite(value):
                 dark = value < limits[0] + 0.55 * (limits[1] - limits[0])
-                ax.text(j, i, format(value, form), ha="center", va="center", color="white" if dark else "black")
+                ax.text(j, i, format(value, f"z{form}"), ha="center", va="center", color="white" if dark else "black")
     ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
     ax.set_yticks(range(len(names)), names)
     ax.set_title(title)
     ax.spines[:].set_visible(False)
 
 
-def draw_transfer(path: Path, curves: list[dict], names: list[str]) -> None:
+def find_measured(pairs: list[dict]) -> set[tuple[str, str]]:
+    """The pairs of tasks (fit, test) whose full space is above chance: shares of the others are noise."""
+    return {(pair["fit"], pair["test"]) for pair in pairs if above_chance(pair)}
+
+
+def leave_empty(ax) -> None:
+    """Say why nothing is drawn."""
+    ax.text(0.5, 0.5, "all components are\nnot above chance", transform=ax.transAxes, ha="center", va="center",
+            color="#666666")
+
+
+def draw_transfer(path: Path, curves: list[dict], names: list[str], pairs: list[dict]) -> None:
     """The grid of transfer curves: rows are the task whose components are used, columns the task that uses them."""
     from matplotlib.lines import Line2D
 
@@ -968,12 +1252,16 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str]) -> None:
              "pooled": (GREEN, "-.", "of all tasks pooled"),
              "random": (RED, "--", f"random ({RANDOM_SEEDS}, range)"),
              "bottom": (PURPLE, (0, (3, 1, 1, 1)), "last k of the row's task")}
-    K = len(names)
+    K, measured = len(names), find_measured(pairs)
+    # in a space without its first components a task may score more than in all of it
+    most = max((percent(v) for c in curves if (c["fit"], c["test"]) in measured for v in c["kept"]), default=100)
     figure, axes = new_figure(K, K, (max(1.75 * K, 5), 1.6 * K + 1), sharex=True, sharey=True)
     for i, fit in enumerate(names):
         for j, test in enumerate(names):
             ax = axes[i][j]
-            for kind, (colour, style, _) in kinds.items():
+            if (fit, test) not in measured:
+                leave_empty(ax)
+            for kind, (colour, style, _) in kinds.items() if (fit, test) in measured else ():
                 of = {"own": ("components", test), "pooled": ("pooled", None)}
                 name, origin = of.get(kind, (kind, fit))
                 found = [c for c in curves if (c["kind"], c["test"]) == (name, test) and origin in (None, c["fit"])]
@@ -986,9 +1274,10 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str]) -> None:
                 if kind == "components":
                     band = [[percent(v) for v in found[0][end]] for end in ("low", "high")]
                     ax.fill_between(found[0]["ks"], *band, color=colour, alpha=0.2, lw=0)
-            ax.axhline(99, color="k", lw=0.6, ls=(0, (1, 2)))
-            ax.axvline(100, color="k", lw=0.6, ls=(0, (1, 2)))
-            ax.set(xscale="log", ylim=(-10, 112), xlim=(1, curves[0]["ks"][-1]))
+            if (fit, test) in measured:
+                ax.axhline(99, color="k", lw=0.6, ls=(0, (1, 2)))
+                ax.axvline(100, color="k", lw=0.6, ls=(0, (1, 2)))
+            ax.set(xscale="log", ylim=(-10, 5 + min(max(most, 107), 150)), xlim=(1, curves[0]["ks"][-1]))
             if i == 0:
                 ax.set_title(f"used by {test}")
             if j == 0:
@@ -998,17 +1287,37 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str]) -> None:
     save_figure(figure, path, [Line2D([], [], color=c, ls=s, label=label) for c, s, label in kinds.values()], 3)
 
 
-def draw_deletion(path: Path, curves: list[dict], names: list[str]) -> None:
+def draw_deletion(path: Path, curves: list[dict], names: list[str], pairs: list[dict]) -> None:
     """What is left of each task without the first k components of each task."""
+    from matplotlib.lines import Line2D
+
+    measured = find_measured(pairs)
+    figure, axes = new_figure(1, len(names), (max(1.75 * len(names), 4.5), 2.3), sharex=True, sharey=True)
+    for ax, test in zip(axes[0], names, strict=True):
+        found = [c for c in curves if (c["kind"], c["test"]) == ("deleted", test) and (c["fit"], test) in measured]
+        for c in found:
+            ax.plot(c["ks"], [percent(v) for v in c["kept"]], color=DOMAIN_COLOURS[c["fit"]], lw=1.2)
+        if found:
+            ax.axhline(100, color="k", lw=0.6, ls=(0, (1, 2)))
+        else:
+            leave_empty(ax)
+        ax.set(xscale="log", title=f"scored: {test}", xlabel="first components deleted")
+    axes[0][0].set_ylabel("kept of (score − chance), %")
+    save_figure(figure, path, [Line2D([], [], color=DOMAIN_COLOURS[n], label=f"components of {n}") for n in names])
+
+
+def draw_importance(path: Path, pairs: list[dict], names: list[str]) -> None:
+    """What each task's score changes by without one component of each task."""
     from matplotlib.lines import Line2D
 
     figure, axes = new_figure(1, len(names), (max(1.75 * len(names), 4.5), 2.3), sharey=True)
     for ax, test in zip(axes[0], names, strict=True):
-        for c in (c for c in curves if (c["kind"], c["test"]) == ("deleted", test)):
-            ax.plot(c["ks"], [percent(v) for v in c["kept"]], color=DOMAIN_COLOURS[c["fit"]], lw=1.2)
-        ax.axhline(100, color="k", lw=0.6, ls=(0, (1, 2)))
-        ax.set(xscale="log", title=f"scored: {test}", xlabel="first components deleted")
-    axes[0][0].set_ylabel("kept of (score − chance), %")
+        for p in (p for p in pairs if p["test"] == test):
+            change = 100 * np.array(p["importance"]["change"])
+            ax.plot(np.arange(1, len(change) + 1), change, color=DOMAIN_COLOURS[p["fit"]], lw=1, marker=".", ms=2)
+        ax.axhline(0, color="k", lw=0.6, ls=(0, (1, 2)))
+        ax.set(xscale="log", title=f"scored: {test}", xlabel="the component left out")
+    axes[0][0].set_ylabel("change of the score, points")
     save_figure(figure, path, [Line2D([], [], color=DOMAIN_COLOURS[n], label=f"components of {n}") for n in names])
 
 
@@ -1018,16 +1327,16 @@ def draw_separability(path: Path, result: dict, names: list[str]) -> None:
 
     spaces = result["spaces"]
     figure, axes = new_figure(1, 2, (7, 2.8), width_ratios=[1.5, 1])
-    ax, labels = axes[0][0], []
+    ax, labels, hatches = axes[0][0], [], (None, "////", "....")
     for i, (name, found) in enumerate(spaces.items()):
         base = name.removesuffix(" canon")
-        for j, model in enumerate(("logistic", "lda")):
+        for j, model in enumerate(CLASSIFIERS):
             v = found[model]
             error = [[100 * max(v["value"] - v["low"], 0)], [100 * max(v["high"] - v["value"], 0)]]
-            ax.bar(i + 0.38 * (j - 0.5), 100 * v["value"], 0.36, yerr=error, capsize=2, color=SPACE_COLOURS[base],
-                   hatch="////" if j else None, edgecolor="white", error_kw={"lw": 0.8})
+            ax.bar(i + 0.28 * (j - 1), 100 * v["value"], 0.26, yerr=error, capsize=1.5, color=SPACE_COLOURS[base],
+                   hatch=hatches[j], edgecolor="white", error_kw={"lw": 0.8})
         base = {"pixels": "pixel\nstatistics", "foundation": "untouched"}.get(base, base)
-        labels.append(base + ("\n(one format)" if name.endswith("canon") else ""))
+        labels.append(base + ("\none format" if name.endswith("canon") else ""))
     ax.axhline(100 * result["chance"], color="k", ls=":", lw=1)
     ax.set_xticks(range(len(spaces)), labels, fontsize=6.5)
     ax.set(ylim=(0, 105), ylabel="balanced accuracy, %",
@@ -1037,8 +1346,8 @@ def draw_separability(path: Path, result: dict, names: list[str]) -> None:
         a, b = (names.index(name) for name in key.split("/"))
         matrix[a, b] = matrix[b, a] = 100 * v["value"]
     heat_map(axes[0][1], matrix, names, "pairs of tasks, tuned (logistic), %", (50, 100), ".1f")
-    save_figure(figure, path, [Patch(facecolor="#666666", edgecolor="white", label="logistic regression"),
-                               Patch(facecolor="#666666", edgecolor="white", hatch="////", label="LDA")])
+    save_figure(figure, path, [Patch(facecolor="#666666", edgecolor="white", hatch=hatch, label=label)
+                               for hatch, label in zip(hatches, CLASSIFIERS.values(), strict=True)])
 
 
 def draw_sharing(path: Path, result: dict, names: list[str]) -> None:
@@ -1110,6 +1419,11 @@ def draw_map(path: Path, points: list[dict], names: list[str], method: str) -> N
 # ---------------------------------------------------------------- report
 
 
+def number(value: float | None) -> str:
+    """A fraction in percent; "-" where it is not known."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
 def interval(found: dict | None, form: str = ".1f", factor: float = 100) -> str:
     """A figure with its interval, in percent; "-" where there is none."""
     if not found or found["value"] is None:
@@ -1153,15 +1467,56 @@ def report_transfer(result: dict, weights: str) -> list[str]:
         cells = [p["fit"], p["test"], f"{100 * p['raw']:.1f}", f"{100 * p['full']:.1f}",
                  interval({"value": p["kept"], "low": p["low"], "high": p["high"]}), interval(p["k99"], ".0f", 1),
                  interval(p["k95"], ".0f", 1), " / ".join(coarse),
-                 *(f"{percent(p[key]['value']):.1f}" for key in there), interval(p["over_random"], "+.1f"),
+                 *(number(p[key]["value"]) for key in there), interval(p["over_random"], "+.1f"),
                  *([interval(p["over_foundation"], "+.1f")] if "foundation" in there else [])]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Components from which on every task keeps so much (-: not before all of them): "
+              + "; ".join(f"of {row['fit']} " + ", ".join(f"{interval(row[f'k{100 * level:g}'], '.0f', 1)} for "
+                                                          f"{100 * level:g} %" for level in LEVELS)
+                          for row in result["all_tasks"]) + f"; of {result['dim']}."]
     few = {p["test"]: note for p in result["pairs"] if (note := mistrust(p["identities"]))}
     lines += ["", *(f"- used by {test}: {note}" for test, note in few.items())] if few else []
+    if "further" in result["pairs"][0]:
+        lines += ["", *report_further(result["pairs"], result["dim"])]
+    if "importance" in result["pairs"][0]:
+        lines += ["", *report_importance(result["pairs"])]
     if "deleted" in there:
         cut = result["pairs"][0]["deleted"]
         lines += ["", f"Range deleted: without components {cut['from'] + 1} to {cut['to']} of the fitted task."]
     return [*lines, ""]
+
+
+def report_further(pairs: list[dict], dim: int) -> list[str]:
+    """Lines about the tasks' other metrics in a few subspaces."""
+    ks = sorted({row["k"] for row in pairs[0]["further"]})
+    lines = ["Other metrics with k components, in percent (in brackets: k random dimensions, the mean of "
+             f"{FURTHER_RANDOM}; intervals: further.csv). On an AUC a random subspace keeps nearly everything, so that "
+             "it tells little here; no verdict rests on this table.", "",
+             f"| PCs of | used by | metric | {' | '.join(f'k = {k}' if k < dim else 'all' for k in ks)} |",
+             "| --- " * (len(ks) + 3) + "|"]
+    for p in pairs:
+        rows = {(row["metric"], row["k"]): row for row in p["further"]}
+        for metric in dict.fromkeys(metric for metric, _ in rows):
+            cells = [number(row["value"]) + f" ({number(row['random'])})" * (row["k"] < dim)
+                     for row in (rows[metric, k] for k in ks)]
+            lines.append(f"| {p['fit']} | {p['test']} | {metric} | {' | '.join(cells)} |")
+    return lines
+
+
+def report_importance(pairs: list[dict]) -> list[str]:
+    """Lines about the components that a score rests on most, and those that it would be better without."""
+    count = len(pairs[0]["importance"]["change"])
+    lines = [f"One component left out at a time, of the first {count}: the three of the largest loss and of the "
+             "largest gain, change of the score in points (intervals of all: importance.csv; the largest of many are "
+             "large by chance, too).", "", "| PCs of | used by | losses: component (change) | gains |",
+             "| --- | --- | --- | --- |"]
+    for p in pairs:
+        change = 100 * np.array(p["importance"]["change"])
+        order = np.argsort(change, kind="stable")
+        ends = [", ".join(f"{i + 1} ({change[i]:+.1f})" for i in part if change[i] * sign > 0) or "-"
+                for part, sign in ((order[:3], -1), (order[::-1][:3], 1))]
+        lines.append(f"| {p['fit']} | {p['test']} | {ends[0]} | {ends[1]} |")
+    return lines
 
 
 def report_separability(result: dict) -> list[str]:
@@ -1171,9 +1526,10 @@ def report_separability(result: dict) -> list[str]:
              f"{100 * result['chance']:.0f}. Pixel statistics know nothing of what an image shows; \"canon\": all "
              "images brought to one format first. Only what the tuned space leads by, paired by identity, is its own.",
              "",
-             "| space | logistic regression | LDA | lead of tuned |", "| --- | --- | --- | --- |"]
+             f"| space | {' | '.join(CLASSIFIERS.values())} | lead of tuned (logistic) |",
+             "| --- " * (len(CLASSIFIERS) + 2) + "|"]
     for space, found in result["spaces"].items():
-        lines.append(f"| {space} | {interval(found['logistic'])} | {interval(found['lda'])} | "
+        lines.append(f"| {space} | {' | '.join(interval(found[model]) for model in CLASSIFIERS)} | "
                      f"{interval(found.get('lead_of_tuned'), '+.1f')} |")
     few = {name: note for name, count in result["identities"].items() if (note := mistrust(count))}
     lines += ["", *(f"- {name}: {note}" for name, note in few.items())] if few else []
@@ -1181,7 +1537,7 @@ def report_separability(result: dict) -> list[str]:
     if pairwise:
         lines += ["", "Pairs of tasks, logistic regression:", "", f"| pair | {' | '.join(result['spaces'])} |",
                   "| --- " * (len(result["spaces"]) + 1) + "|"]
-        lines += [f"| {key} | " + " | ".join(f"{percent(found['pairwise'][key]['value']):.1f}"
+        lines += [f"| {key} | " + " | ".join(number(found["pairwise"][key]["value"])
                                             for found in result["spaces"].values()) + " |" for key in pairwise]
     if unseen := result["unseen_sources"]:
         names = list(unseen[0]["spaces"])
@@ -1193,7 +1549,25 @@ def report_separability(result: dict) -> list[str]:
             cells = [f"{interval(row['spaces'][name])}, recall {100 * row['spaces'][name]['recall']:.1f}"
                      for name in names]
             lines.append(f"| {row['domain']} | {row['source']}{note} | {row['images']:,} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    return [*lines, "", *report_sources(result["sources"], result["spaces"]), ""]
+
+
+def report_sources(result: dict[str, dict], spaces: Iterable[str]) -> list[str]:
+    """Lines about how well the sources within each task are told apart."""
+    names = [name for name in spaces if not name.endswith("canon")]
+    lines = ["The source of an image as the label, within each task, on unseen identities: "
+             f"{' / '.join(CLASSIFIERS.values())}. Where sources are told apart as well as tasks are, tasks may be "
+             "told by their sources.", "",
+             f"| task | sources (images) | chance | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
+    for domain, found in result.items():
+        if why := found.get("why"):
+            lines.append(f"| {domain} | not measured ({why}) |{' - |' * (len(names) + 1)}")
+            continue
+        sources = [f"{name} ({count:,}" + (f"; {note})" if (note := mistrust(found["identities"][name])) else ")")
+                   for name, count in found["images"].items()]
+        cells = [" / ".join(interval(found["spaces"][name][model]) for model in CLASSIFIERS) for name in names]
+        lines.append(f"| {domain} | {', '.join(sources)} | {100 * found['chance']:.0f} | {' | '.join(cells)} |")
+    return lines
 
 
 def report_sharing(result: dict[str, dict], cka: dict[str, float | None]) -> list[str]:
@@ -1233,13 +1607,21 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
         components: what `measure_components` found, with the weights.
         points: of the map.
     """
-    domains, headline = analysis["domains"], analysis["transfer"]["tuned"]["pairs"][0]["k"]
+    domains, pairs = analysis["domains"], analysis["transfer"]["tuned"]["pairs"]
+    headline = pairs[0]["k"]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "analysis.json", analysis)
     evaluate.write_csv(folder / "transfer.csv", [
         {"weights": weights, "kind": c["kind"], "fit": c["fit"], "number": c["number"], "test": c["test"], "k": k,
          "score": score, "kept": v, "low": low, "high": high} for weights, rows in curves.items() for c in rows
         for k, score, v, low, high in zip(*(c[key] for key in ("ks", "score", "kept", "low", "high")), strict=True)])
+    evaluate.write_csv(folder / "further.csv", [{"fit": p["fit"], "test": p["test"]} | row for p in pairs
+                                                for row in p["further"]])
+    evaluate.write_csv(folder / "importance.csv", [
+        {"fit": p["fit"], "test": p["test"], "component": i, "change": change, "low": low, "high": high}
+        for p in pairs if "importance" in p
+        for i, (change, low, high) in enumerate(zip(*p["importance"].values(), strict=True), 1)],
+        ("fit", "test", "component", "change", "low", "high"))
     evaluate.write_csv(folder / "dprime.csv", components)
     evaluate.write_csv(folder / "map.csv", points)
     lines = [f"# {analysis['run']}", "", *report_tasks(analysis), "## Transfer of principal components", "",
@@ -1260,8 +1642,10 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
     lines += report_sharing(analysis["sharing"], analysis["cka"])
     report = "\n".join(lines)
     write_atomically(folder / "report.md", lambda path: path.write_text(report))
-    draw_transfer(folder / "transfer", curves["tuned"], domains)
-    draw_deletion(folder / "deletion", curves["tuned"], domains)
+    draw_transfer(folder / "transfer", curves["tuned"], domains, pairs)
+    draw_deletion(folder / "deletion", curves["tuned"], domains, pairs)
+    if "importance" in pairs[0]:
+        draw_importance(folder / "importance", pairs, domains)
     draw_sharing(folder / "sharing", analysis["sharing"]["tuned"], domains)
     draw_spectrum(folder / "spectrum", components, domains)
     draw_map(folder / "map", points, domains, analysis["map"])
@@ -1971,7 +2355,8 @@ def analyse(options: dict) -> int:
                  for weights, load in (("foundation", load_foundation), ("tuned", load_tuned))}
     dims = [embedder.model.dim for embedder in embedders.values()]
     check_range(delete, min(dims))
-    embedded = {weights: {domain: tuple(map(embedder, pair)) for domain, pair in splits.items()}
+    embedded = {weights: {domain: tuple(read_embeddings(embedder, split) for split in pair)
+                           for domain, pair in splits.items()}
                 for weights, embedder in embedders.items()}
     tasks = []
     for domain, (base, test) in splits.items():
@@ -1999,7 +2384,8 @@ def analyse(options: dict) -> int:
         headline = min(options["components"], next(iter(spaces.values()))[0].shape[1])
         tuned = weights == "tuned"
         found = transfer(spaces, tasks, headline, draws, seed, foundation=embedded["foundation"] if tuned else None,
-                         delete=delete, controls=tuned, device=device)
+                         delete=delete, importance=options["importance"] if tuned else 0, controls=tuned,
+                         device=device)
         bases = found.pop("bases")
         curves[weights] = [to_row(curve) for curve in found.pop("curves")]
         result["transfer"][weights] = found
@@ -2013,7 +2399,8 @@ def analyse(options: dict) -> int:
         for task in tasks:
             tests = [s for s in root[task.domain].values() if s.protocol and s.name != task.split.name]
             others[task.domain] = [(task.split, task.probe)] + [
-                (s, np.flatnonzero(find_readable([embed(s) for embed in embedders.values()]) & (s.labels >= 0)))
+                (s, np.flatnonzero(find_readable([read_embeddings(embed, s) for embed in
+                                               embedders.values()]) & (s.labels >= 0)))
                 for s in tests]
         result["separability"] = measure_separability(features, tasks, others, draws, seed, options["limit"])
     points = draw_up_map(embedded["tuned"], tasks, options["map"], seed)
@@ -2026,7 +2413,8 @@ def analyse(options: dict) -> int:
 
 def find_readable(spaces: list[np.ndarray]) -> np.ndarray:
     """Rows, bool [n], that are finite in all embeddings [n, D] of a split: images may have been repaired meanwhile."""
-    return np.logical_and.reduce([np.isfinite(x[:, 0]) for x in spaces])
+    return np.logical_and.reduce([np.concatenate([np.isfinite(x[i : i + ROWS][:, 0])
+                                                  for i in range(0, max(len(x), 1), ROWS)]) for x in spaces])
 
 
 def make_features(embedders: dict, embedded: dict, splits: dict, side: int) -> dict[str, Features]:
@@ -2035,7 +2423,8 @@ def make_features(embedders: dict, embedded: dict, splits: dict, side: int) -> d
     def embeddings(weights: str) -> Features:
         known = {s.folder: x for domain, pair in splits.items()
                  for s, x in zip(pair, embedded[weights][domain], strict=True)}
-        return lambda split, rows: (known[split.folder] if split.folder in known else embedders[weights](split))[rows]
+        return lambda split, rows: (
+            known[split.folder] if split.folder in known else read_embeddings(embedders[weights], split))[rows]
 
     def in_one_format(weights: str) -> Features:
         return lambda split, rows: embedders[weights](Canon(split, rows, side))
@@ -2081,6 +2470,8 @@ def check_range(delete: tuple[int, int], dim: int) -> None:
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
 @click.option("--delete", default="0:10", metavar="A:B",
               help="Also score without the components A (from 0) to before B; 0:0: do not.")
+@click.option("--importance", type=click.IntRange(0), default=100,
+              help="Also score without each of so many first components, one at a time; 0: do not.")
 @click.option("--canon", type=click.IntRange(0, 128), default=32,
               help="Pixels of detail of the matched-format control of separability; 0: leave it out.")
 @click.option("--map", type=click.Choice(["tsne", "pca"]), default="tsne", help="How the map is drawn up.")
@@ -2124,10 +2515,11 @@ def claims(folder: Path, delta: float, retention: float, separable: float, keep:
 @click.option("--dim", type=click.IntRange(2), default=1024, help="Dimensions of the embeddings.")
 @click.option("--shots", type=click.IntRange(2), default=10, help="Images of an identity.")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
+@click.option("--grid/--no-grid", default=True, help="Time the whole grid, too, and not its parts alone.")
 @click.option("--slow", is_flag=True, help="Time the plain definition, too, at the largest k.")
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the embeddings.")
-def bench(probes: int, dim: int, shots: int, bootstrap: int, slow: bool, device: str, seed: int) -> int:
+def bench(probes: int, dim: int, shots: int, bootstrap: int, grid: bool, slow: bool, device: str, seed: int) -> int:
     rng, where = np.random.default_rng(seed), pick_device(device)
     ids = np.arange(probes) // shots
     people, each, embedded, tasks = ids.max() + 1, np.arange(probes), {}, []
@@ -2156,8 +2548,17 @@ def bench(probes: int, dim: int, shots: int, bootstrap: int, slow: bool, device:
     clock(f"one at the {len(controls)} k of a control", lambda: hits_by_k(vectors, vectors, task, controls, where))
     if slow:
         clock(f"the plain definition at k = {dim}", lambda: hits_one_by_one(vectors, vectors, task, [dim]))
-    clock("4 x 4 tasks with every control", lambda: transfer(
-        embedded, tasks, min(99, dim), bootstrap, seed, foundation=embedded, delete=(0, 1), device=where))
+    mean, basis, few = np.zeros(dim), np.eye(dim), sorted({k for k in (*FURTHER, 99) if k < dim})
+    clock(f"{min(100, dim)} components left out, each alone",
+          lambda: hits_without_each(vectors, vectors, task, min(100, dim), where))
+    clock("other metrics of a pair of tasks", lambda: measure_further(
+        task, (vectors, vectors), mean, basis, [*few, dim], bootstrap, seed, where))
+    clock("the same of a random subspace", lambda: measure_further(
+        task, (vectors, vectors), mean, basis, few, 0, seed, where))
+    if grid:
+        clock("4 x 4 tasks with every control", lambda: transfer(
+            embedded, tasks, min(99, dim), bootstrap, seed, foundation=embedded, delete=(0, 1), importance=100,
+            device=where))
     return 0
 
 

@@ -186,17 +186,17 @@ def degraded_run(demo_root, tiny_run, tmp_path_factory):
     config = json.loads((run / "config.json").read_text()) | {"degrade": True, "degrade_severity": 0.8}
     (run / "config.json").write_text(json.dumps(config))
     shutil.copytree(demo_root, data, ignore=lambda path, names: ["test"] if path.endswith("body") else [])
-    whole, embedded = evaluate.Embedder.__call__, {}
+    whole, embedded = analyze.read_embeddings, {}
 
-    def damaged(self, split):
-        x = whole(self, split)
-        embedded[self.name, split.domain, split.name] = x
-        if self.name == "foundation" and split.domain == "face_hq":
+    def damaged(embedder, split):
+        x = whole(embedder, split)[:]
+        embedded[embedder.name, split.domain, split.name] = x
+        if embedder.name == "foundation" and split.domain == "face_hq":
             x[:3] = np.nan
         return x
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.Embedder, "__call__", damaged)
+        patch.setattr(analyze, "read_embeddings", damaged)
         run_here("--run", run, "--data", data, "--splits", "object/collage", "--bootstrap", "5", "--components", "16",
                  "--workers", "0", "--canon", "0", "--map", "pca", "--delete", "54:64", "--device", "cpu")
     result = json.loads((run / "analysis/analysis.json").read_text())
