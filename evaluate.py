@@ -875,6 +875,54 @@ def search_on(device: torch.device, x: np.ndarray, probes: np.ndarray, gallery: 
     return found
 
 
+def score_blocks(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, size: int = 1 << 27,
+                 device: torch.device | str = "cpu") -> Iterator[tuple[int, np.ndarray]]:
+    """Scores of probes with a whole gallery, [b, m], some probes at a time, and the place of the first of these.
+
+    Args:
+        x: unit vectors [M, D].
+        probes, gallery: rows of x, [n] and [m].
+        size: scores held at once; they are overwritten by the next.
+    """
+    block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
+    scores = np.empty((block, len(gallery)), dtype=x.dtype)
+    for start in range(0, len(probes), block):
+        queries = torch.from_numpy(x[probes[start : start + block]]).to(device)
+        for left in range(0, len(gallery), 1 << 16):
+            part = torch.from_numpy(take_rows(x, gallery[left : left + (1 << 16)])).to(device)
+            scores[: len(queries), left : left + len(part)] = (queries @ part.T).cpu().numpy()
+        yield start, scores[: len(queries)]
+
+
+def search_shots(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, labels: np.ndarray, mates: Callable,
+                 draws: int, seed: int, device: torch.device | str = "cpu") -> np.ndarray:
+    """Ranks of the mate among one drawn image of each identity, [draws, n]; inf for a probe without a mate.
+
+    Every probe draws for itself, from what its rule leaves of the gallery; what is nobody's (label -1) all stays. Ties
+    count against the probe.
+    Source: torchreid, `metrics/rank.py`, eval_cuhk03; its draws are NumPy's global ones, and cannot be repeated.
+
+    Args:
+        x, probes, gallery, mates, device: as of `search_gallery`.
+        labels: identities of the gallery, [m].
+    """
+    order = np.argsort(labels, kind="stable")
+    order, strangers = order[labels[order] >= 0], order[labels[order] < 0]
+    people, start, size = np.unique(labels[order], return_index=True, return_counts=True)
+    ranks = np.full((draws, len(probes)), np.inf)
+    for first, scores in score_blocks(x, probes, gallery, device=device):
+        for i, s in enumerate(scores, first):
+            right, _ = mates(probes[i])
+            if not len(right):
+                continue
+            rng = np.random.default_rng((seed, probes[i]))  # of the probe alone: blocks and other probes do not matter
+            own = s[rng.choice(right, draws)]
+            drawn = s[order[start + rng.integers(size, size=(draws, len(size)))]]
+            drawn[:, np.searchsorted(people, labels[right[0]])] = -np.inf  # the probe's own is `own`
+            ranks[:, i] = 1 + (drawn >= own[:, None]).sum(1) + (s[strangers] >= own[:, None]).sum(1)
+    return ranks
+
+
 def tpir_at_fpir(search: Search, mated: np.ndarray, target: float, weights: np.ndarray | None = None) -> float:
     """Share of the mated probes whose mate comes first and scores above a threshold that others rarely pass.
 
@@ -956,9 +1004,26 @@ def draw_galleries(labels: np.ndarray, draws: int, seed: int) -> Iterator[np.nda
         yield np.sort(np.append(others, order[start + rng.integers(size)]))
 
 
+SHOTS = {"single-shot": "in {} drawn galleries, seed {}",
+         "single-gallery-shot": "in {} draws a probe (mAP: all its images), seed {}"}
+WAYS = [" ".join(way).strip() for way in product(("general", "cross-clothes", "same-clothes"), ("", *SHOTS))]
+
+
 def variants_of(split: Split) -> list[str]:
     """The ways in which a split's gallery is scored, the customary one first."""
-    return split.protocol.get("variants", ["general" if split.protocol["name"] == "reid" else "whole gallery"])
+    if split.protocol["name"] != "reid":
+        return ["whole gallery"]
+    variants = split.protocol.get("variants", ["general"])
+    if unknown := [variant for variant in variants if variant not in WAYS]:
+        raise InputError(f"{split.folder}: this version does not score by the rule {unknown[0][:80]!r}; it knows "
+                         f"{', '.join(WAYS)}")
+    return variants
+
+
+def describe_variant(split: Split, variant: str, seed: int) -> str:
+    """A way of scoring a gallery, with what it draws."""
+    return " ".join([variant, *(SHOTS[shot].format(split.protocol.get("draws", 10), seed) for shot in SHOTS
+                                if variant.endswith(f" {shot}"))])
 
 
 def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: str | None = None,
@@ -968,27 +1033,31 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
     Re-identification ignores gallery items of the same identity and camera (Market-1501), or as the variant says; a
     probe without a relevant item left is not counted. In identification a probe is mated if the gallery lists its
     identity, and misses where all those images are unreadable; the others set the threshold of TPIR. Unreadable probes
-    are left out.
+    are left out. Single-shot: the gallery is one drawn image of each identity, the same for all probes;
+    single-gallery-shot (CUHK03): each probe draws its own, and average precision is of the whole gallery.
     """
     variant = variant or variants_of(split)[0]
     roles, good, reid = split.optional("role"), np.isfinite(x[:, 0]), split.protocol["name"] == "reid"
     q, g = np.flatnonzero((roles == ROLES.index("probe")) & good), np.flatnonzero((roles > 0) & good)
-    single, ks = variant.endswith("single-shot"), (1, 5, 10) if reid else (1, 5, 20)
+    single, shots = variant.endswith(" single-shot"), variant.endswith(" single-gallery-shot")
+    ks, repeats, galleries = (1, 5, 10) if reid else (1, 5, 20), split.protocol.get("draws", 10), [g]
     if single:
-        galleries = [g[places] for places in draw_galleries(split.labels[g], split.protocol.get("draws", 10), seed)]
-    else:
-        galleries = [g]
+        galleries = [g[places] for places in draw_galleries(split.labels[g], repeats, seed)]
     searches = [search_gallery(x, q, rows, gallery_rule(split, rows, variant), device=device) for rows in galleries]
     counted = (np.all([np.isfinite(search.first) for search in searches], axis=0) if reid else
                np.isin(split.labels[q], split.labels[roles > 0]) & (split.labels[q] >= 0))
     if not counted.any():
         raise InputError(f"{split.folder}: no probe has a mate in the gallery: nothing to score")
-    first = np.array([search.first for search in searches])[:, counted]
+    first = np.array([search.first for search in searches])
+    if shots:
+        first = search_shots(x, q, g, np.array(split.labels[g]), gallery_rule(split, g, variant), repeats, seed, device)
+    first = first[:, counted]
     per_probe = {f"rank-{k}": (first <= k).mean(0) for k in ks}
     if reid and not single:
         ranks = [r for r in searches[0].ranks if len(r)]
         per_probe |= {name: of(ranks) for name, of in (
-            ("mAP", average_precision), ("mAP trapezoid", trapezoid_precision), ("mINP", inverse_negative_penalty))}
+            ("mAP", average_precision), ("mAP trapezoid", trapezoid_precision), ("mINP", inverse_negative_penalty)
+        )[: 1 if shots else 3]}
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
         return {name: weighted_mean(values, weights) for name, values in per_probe.items()}
@@ -1557,10 +1626,8 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             found, curve = score_verification(x, split, draws, seed)
         elif protocol in ("reid", "identification"):
             for variant in variants_of(split):
-                rule = variant
-                if variant.endswith("single-shot"):
-                    rule += f" in {split.protocol.get('draws', 10)} drawn galleries, seed {seed}"
-                found[rule], drawn = score_gallery(x, split, draws, seed, variant, embed.device)
+                found[describe_variant(split, variant, seed)], drawn = score_gallery(x, split, draws, seed, variant,
+                                                                                     embed.device)
                 curve = curve or drawn
         elif protocol == "classification":
             reference = root[split.domain].get(split.protocol["reference"])

@@ -2,9 +2,13 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy.interpolate import interp1d
 
 import evaluate
+from data_prep import InputError
+from data_prep.__main__ import cli
+from data_prep.shards import Split
 from tests.test_evaluate import FakeSplit, unit
 
 # ---------------------------------------------------------------- insightface's TAR@FAR of folds
@@ -88,3 +92,136 @@ def test_tar_of_interpolated_thresholds_is_a_row_where_nine_folds_support_it():
         if offered:
             assert list(found)[-1] == rule and found[rule]["tar@far=0.001"].count == impostors + 30
             assert np.isfinite(found[rule]["tar@far=0.001"].draws).all()
+
+
+# ---------------------------------------------------------------- CUHK03's single-gallery-shot
+
+
+def literal_cuhk03(x, ids, cams, roles, rng, repeats):
+    """eval_cuhk03 of torchreid, query by query: CMC over `repeats` draws of one image of each person, and mAP."""
+    cmcs, aps = [], []
+    for i in np.flatnonzero(roles == 0):
+        gallery = np.flatnonzero(roles > 0)
+        order = gallery[np.argsort(-(x[gallery] @ x[i]), kind="stable")]
+        kept = order[~((ids[order] == ids[i]) & (cams[order] == cams[i]))]
+        raw = ids[kept] == ids[i]
+        if not raw.any():
+            continue
+        cmc = np.zeros(10)
+        for _ in range(repeats):
+            mask = np.zeros(len(kept), dtype=bool)
+            for person in set(ids[kept]):
+                mask[rng.choice(np.flatnonzero(ids[kept] == person))] = True
+            place = np.flatnonzero(raw[mask])[0]
+            cmc += np.arange(10) >= place
+        cmcs.append(cmc / repeats)
+        aps.append((raw.cumsum() / (np.arange(len(raw)) + 1) * raw).sum() / raw.sum())
+    return np.mean(cmcs, axis=0), np.mean(aps), len(aps)
+
+
+def made_reid(seed, people=12, each=8):
+    rng = np.random.default_rng(seed)
+    ids, n = np.repeat(np.arange(people), each), people * each
+    roles = np.tile([0, 0] + [1] * (each - 2), people)
+    x = unit(rng.normal(size=(n, 5)) + 0.9 * rng.normal(size=(people, 5))[ids])
+    return x, ids, rng.integers(0, 3, n), roles
+
+
+def expected_rank_1(x, ids, cams, roles):
+    """What eval_cuhk03 tends to with more draws: by mate, the chance that nobody else's drawn image is as near."""
+    rates = []
+    for i in np.flatnonzero(roles == 0):
+        g = np.flatnonzero((roles > 0) & ~((ids == ids[i]) & (cams == cams[i])))
+        own = [x[j] @ x[i] for j in g if ids[j] == ids[i]]
+        others = [x[g[ids[g] == person]] @ x[i] for person in set(ids[g]) - {ids[i]}]
+        if own:
+            rates.append(np.mean([np.prod([(scores < score).mean() for scores in others]) for score in own]))
+    return np.mean(rates)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_single_gallery_shot_approaches_a_literal_transcription(seed):
+    """The draws are not the same ones: both are near the rates that they tend to; mAP has no draws and is equal."""
+    x, ids, cams, roles = made_reid(seed)
+    ids[:8] = 1  # one probe person without a gallery image of another camera
+    cams[:16] = 0
+    split = FakeSplit(ids, {"name": "reid", "draws": 4000}, role=roles, camera=cams)
+    found, drawn = evaluate.score_gallery(x, split, 3, 0, "general single-gallery-shot")
+    cmc, mean, counted = literal_cuhk03(x, ids, cams, roles, np.random.default_rng(1), 200)
+    assert list(found) == ["rank-1", "rank-5", "rank-10", "mAP"] and found["rank-1"].count == counted < 24
+    assert found["mAP"].value == pytest.approx(mean)
+    assert found["rank-1"].value == pytest.approx(expected_rank_1(x, ids, cams, roles), abs=0.01)
+    assert [found[f"rank-{k}"].value for k in (1, 5, 10)] == pytest.approx(list(cmc[[0, 4, 9]]), abs=0.04)
+    np.testing.assert_allclose(drawn["cmc"][:10], cmc, atol=0.04)
+    assert 0.1 < cmc[0] < 0.9
+
+
+def test_single_gallery_shot_equals_the_literal_rule_where_there_is_one_image_of_each():
+    """Nothing to draw: the rank among all that the rule leaves, strangers included."""
+    x, ids, cams, roles = made_reid(7, people=20, each=3)
+    x, ids, roles = np.concatenate([x, unit(np.random.default_rng(8).normal(size=(9, 5)))]), np.append(ids, [-1] * 9), \
+        np.append(roles, [2] * 9)
+    cams = np.append(np.where(roles[:60] == 0, 0, 1), np.arange(9) % 2)
+    split = FakeSplit(ids, {"name": "reid"}, role=roles, camera=cams)
+    whole = evaluate.score_gallery(x, split, 3, 0)[0]
+    shots = evaluate.score_gallery(x, split, 3, 0, "general single-gallery-shot")[0]
+    for name in ("rank-1", "rank-5", "rank-10", "mAP"):
+        assert (shots[name].value, *shots[name].draws) == pytest.approx((whole[name].value, *whole[name].draws))
+
+
+def test_single_gallery_shot_by_hand():
+    # probe at 0 degrees, camera 0. Its person: 10 degrees in camera 0 (ignored), 40 in camera 1 (the mate).
+    # Another person: 20 and 60 degrees; a stranger at 50. Rank 1 where 60 is drawn, else 2
+    degrees = np.deg2rad([0, 10, 40, 20, 60, 50])
+    x = np.stack([np.cos(degrees), np.sin(degrees)], 1)
+    labels = np.array([1, 1, 0, 0, -1])
+    mates = lambda probe: (np.array([1]), np.array([0]))  # noqa: E731
+    ranks = evaluate.search_shots(x, np.array([0]), np.arange(1, 6), labels[[0, 1, 2, 3, 4]], mates, 2000, 0)
+    assert ranks.shape == (2000, 1) and set(ranks[:, 0]) == {1, 2}
+    assert (ranks == 1).mean() == pytest.approx(0.5, abs=0.04)
+    none = evaluate.search_shots(x, np.array([0]), np.arange(1, 6), labels, lambda p: (np.array([], int),) * 2, 2, 0)
+    assert np.isinf(none).all()
+
+
+def test_the_draws_of_a_probe_are_its_own(monkeypatch):
+    """The same whatever else is searched, and however many scores are held at once."""
+    x, ids, cams, roles = made_reid(3)
+    split = FakeSplit(ids, {"name": "reid", "draws": 4}, role=roles, camera=cams)
+    q, g = np.flatnonzero(roles == 0), np.flatnonzero(roles == 1)
+    mates = evaluate.gallery_rule(split, g, "general single-gallery-shot")
+    whole = evaluate.search_shots(x, q, g, ids[g], mates, 4, 5)
+    blocks, held = evaluate.score_blocks, []
+
+    def small(*arguments, **more):
+        for start, scores in blocks(*arguments, size=3 * len(g), **more):
+            held.append(scores.shape)
+            yield start, scores
+
+    monkeypatch.setattr(evaluate, "score_blocks", small)
+    np.testing.assert_array_equal(evaluate.search_shots(x, q, g, ids[g], mates, 4, 5), whole)
+    np.testing.assert_array_equal(evaluate.search_shots(x, q[5:9], g, ids[g], mates, 4, 5), whole[:, 5:9])
+    assert (evaluate.search_shots(x, q, g, ids[g], mates, 4, 6) != whole).any()
+    assert len(held) == 8 + 2 + 8 and max(held) == (3, len(g))
+
+
+def test_single_gallery_shot_is_chosen_when_a_split_is_prepared(tmp_path):
+    rows, source = ["path,person,camera,role"], tmp_path / "src"
+    source.mkdir()
+    for i in range(24):
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 8, 3), dtype=np.uint8)).save(source / f"{i}.png")
+        rows.append(f"{i}.png,{i // 6},{i % 3},{'probe' if i % 6 == 0 else 'gallery'}")
+    (source / "persons.csv").write_text("\n".join(rows) + "\n")
+    arguments = ["persons", "--src", str(source), "--size", "16", "--workers", "1", "--single-gallery-shot", "--out"]
+    cli.main([*arguments, str(tmp_path / "d/body/test")], standalone_mode=False)
+    split = Split(tmp_path / "d/body/test")
+    assert split.protocol == {"name": "reid", "variants": ["general", "general single-gallery-shot"], "draws": 10}
+    assert [evaluate.describe_variant(split, variant, 3) for variant in evaluate.variants_of(split)] == [
+        "general", "general single-gallery-shot in 10 draws a probe (mAP: all its images), seed 3"]
+    x = unit(np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32))
+    assert evaluate.score_gallery(x, split, 2, 0, "general single-gallery-shot")[0]["rank-1"].count == 4
+    with pytest.raises(InputError, match=r"^--single-gallery-shot is a way to score a test split"):
+        cli.main([*arguments, str(tmp_path / "d/body/train")], standalone_mode=False)
+    split.protocol["variants"] = ["general", "general double-shot"]
+    with pytest.raises(InputError, match="not score by the rule 'general double-shot'; it knows general, ") as error:
+        evaluate.variants_of(split)
+    assert "\n" not in error.value.message
