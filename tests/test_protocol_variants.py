@@ -1,5 +1,8 @@
 """Rules of scoring beside the customary ones, each against a literal transcription or a case computed by hand."""
 
+import heapq
+import math
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,6 +13,7 @@ from data_prep import InputError
 from data_prep.__main__ import cli
 from data_prep.shards import Split
 from tests.test_evaluate import FakeSplit, unit
+from tests.test_protocols import FakeTemplates
 
 # ---------------------------------------------------------------- insightface's TAR@FAR of folds
 
@@ -225,3 +229,105 @@ def test_single_gallery_shot_is_chosen_when_a_split_is_prepared(tmp_path):
     with pytest.raises(InputError, match="not score by the rule 'general double-shot'; it knows general, ") as error:
         evaluate.variants_of(split)
     assert "\n" not in error.value.message
+
+
+# ---------------------------------------------------------------- the legacy 1:N
+
+
+def literal_legacy(query_feats, gallery_feats, mask, fars):
+    """evaluation of insightface's ijb_1n.py: hits at 1, 5, 10 and the rate at each FAR, over the whole matrix."""
+    similarity = query_feats @ gallery_feats.T
+    order = np.argsort(-similarity, axis=1)
+    hits = [(order[:, :k] == mask[:, None]).any(1).mean() for k in (1, 5, 10)]
+    rows = np.arange(len(mask))
+    pos = similarity[rows, mask].copy()
+    similarity[rows, mask] = -2
+    neg = heapq.nlargest(len(similarity), similarity[similarity > -2])
+    return [*hits, *((pos > neg[math.ceil(len(mask) * far) - 1]).mean() for far in fars)]
+
+
+def made_templates(seed, people=40, probes=500, spread=0.5):
+    rng = np.random.default_rng(seed)
+    identity = np.concatenate([np.arange(people), rng.integers(0, people, probes)])
+    x = unit(rng.normal(size=(people, 6))[identity] + spread * rng.normal(size=(len(identity), 6))).astype(np.float32)
+    return evaluate.Templates(np.arange(len(identity)), x, identity, np.ones(len(identity), dtype=bool))
+
+
+LEGACY = ["rank-1", "rank-5", "rank-10", "tpir@fpir=0.1", "tpir@fpir=0.01"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_legacy_search_equals_a_literal_transcription(seed):
+    templates = made_templates(seed)
+    found = evaluate.score_legacy_search(templates, [np.arange(22), np.arange(22, 40)], np.arange(40, 540), 3, 0)
+    x, identity = templates.vectors, templates.identity
+    expected = literal_legacy(x[40:], x[:40], identity[40:], [0.1, 0.01])
+    assert {name: f.value for name, f in found.items()} == pytest.approx(dict(zip(LEGACY, expected, strict=True)))
+    other = evaluate.score_template_search(templates, [np.arange(22), np.arange(22, 40)], np.arange(40, 540), 3, 0)
+    assert abs(found["tpir@fpir=0.1"].value - other["tpir@fpir=0.1"].value) > 0.01  # another rule, another number
+
+
+def test_the_legacy_search_by_hand():
+    # gallery: A at 0, B at 90 degrees; probes of A: 10 and 40, of B: 60 and 20, and eight of B at 90.
+    # Scores with the other one: cos 80, 50; 60, 20; eight of cos 90. ceil(12 x 0.1) = 2: the second highest, cos 50.
+    # Above it: A's 10 (cos 10) and 40 (cos 40), B's 60 (cos 30) and eight of cos 0; not B's 20 (cos 70)
+    degrees = np.deg2rad([0, 90, 10, 40, 60, 20, *[90] * 8])
+    x = np.stack([np.cos(degrees), np.sin(degrees)], 1).astype(np.float32)
+    templates = evaluate.Templates(np.arange(14), x, np.array([0, 1, 0, 0, *[1] * 10]), np.ones(14, dtype=bool))
+    found = evaluate.score_legacy_search(templates, [np.array([0]), np.array([1])], np.arange(2, 14), 0, 0)
+    assert {name: f.value for name, f in found.items()} == pytest.approx({
+        "rank-1": 11 / 12, "rank-5": 1, "rank-10": 1, "tpir@fpir=0.1": 11 / 12})  # 12 probes do not support 0.01
+    templates.enrolled[[2, 6]], templates.vectors[[2, 6]] = False, 0  # one of A's and one of B's are lost: misses
+    found = evaluate.score_legacy_search(templates, [np.array([0]), np.array([1])], np.arange(2, 14), 0, 0)
+    assert {name: f.value for name, f in found.items()} == pytest.approx({
+        "rank-1": 9 / 12, "rank-5": 10 / 12, "rank-10": 10 / 12, "tpir@fpir=0.1": 9 / 12})
+
+
+def test_resamplings_of_the_legacy_search_equal_repeated_probes(monkeypatch):
+    """Each draw against the same probes repeated; so few scores are kept at first that some draws reach below them."""
+    templates = made_templates(9, people=6, probes=60, spread=1.5)
+    rows, probes, kept = np.arange(6), np.arange(6, 66), []
+    templates.identity[6:36], templates.vectors[6:36] = 0, templates.vectors[1]  # of 0, all taken for 1
+    highest = evaluate.highest_wrong
+    monkeypatch.setattr(evaluate, "highest_wrong", lambda *a: kept.append(a[4]) or highest(*a))
+    found = evaluate.score_legacy_search(templates, [rows[:3], rows[3:]], probes, 40, 2)
+    identity = templates.identity[probes]
+    for draw, counts in enumerate(evaluate.bootstrap_counts(identity, 40, 2)):
+        again = np.repeat(probes, counts)
+        x = templates.vectors
+        expected = literal_legacy(x[again], x[:6], templates.identity[again], [0.1])
+        assert [found[name].draws[draw] for name in LEGACY[:4]] == pytest.approx(expected)
+    assert kept == [25, 100]
+
+
+@pytest.mark.parametrize("most", [1, 7, 300])
+def test_the_highest_scores_of_others_equal_a_whole_sort(most, monkeypatch):
+    rng = np.random.default_rng(most)
+    x = rng.integers(-3, 4, (90, 4)).astype(float)  # ties
+    probes, gallery, labels = np.arange(50), np.arange(50, 90), rng.integers(0, 9, 90)
+    blocks = evaluate.score_blocks
+    monkeypatch.setattr(evaluate, "score_blocks", lambda x, p, g, size, device: blocks(x, p, g, 7 * 40, device))
+
+    def mates(probe):
+        return np.flatnonzero(labels[gallery] == labels[probe]), []
+
+    scores, whose = evaluate.highest_wrong(x, probes, gallery, mates, most)
+    whole = x[probes] @ x[gallery].T
+    wrong = labels[probes][:, None] != labels[gallery]
+    np.testing.assert_array_equal(scores, np.sort(whole[wrong])[::-1][:most])
+    assert all((whole[i][wrong[i]] == score).any() for i, score in zip(whose, scores, strict=True))
+    assert len(evaluate.highest_wrong(x, probes, gallery, mates, 5000)[0]) == wrong.sum()  # all there are
+
+
+def test_the_legacy_search_has_rows_of_its_own():
+    rng = np.random.default_rng(0)
+    labels = np.concatenate([np.arange(20), rng.integers(0, 20, 100)])
+    split = FakeTemplates(labels, template=np.arange(120), media=np.arange(120),
+                          template_gallery=np.stack([np.arange(20), np.arange(20) % 2], 1),
+                          template_probes=np.arange(20, 120)[:, None])
+    x = (rng.normal(size=(20, 5))[labels] + 0.5 * rng.normal(size=(120, 5))).astype(np.float32)
+    found, _ = evaluate.score_templates(x, split, 3, 0)
+    customary, legacy = found
+    assert customary.startswith("1:N in 2 galleries, ") and list(found[legacy]) == LEGACY
+    assert legacy == ("legacy 1:N in 2 galleries merged, means of media weighted by norm, TPIR above the "
+                      "ceil(N x FPIR)-th non-mate similarity")
