@@ -17,7 +17,8 @@ The protocol in a split's index.json decides the metrics. RUN/eval/ then holds r
 figure), report.md and report.html (the same, in one file), figures, and the embeddings, which are computed once.
 
 --humans adds, for each set of weights, rows with a protocol that begins with "human trials": of each split that people
-rated, and of domain "all" (the mean over the domains: multi-tasking), where they rated several:
+rated; of a domain of which they rated several (its "all splits": their mean); and of domain "all" (the mean over the
+domains: multi-tasking), where they rated several:
     AUC on human trials           the model's, on the trials of each rater, mean over raters
     human AUC (mean of raters)
     AUC of rater NAME
@@ -1672,13 +1673,14 @@ def unsupported_fars(impostors: int) -> str:
 
 
 def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int, seed: int,
-          readouts: Readouts, without: dict[str, np.ndarray] | None = None
+          readouts: Readouts, without: dict[str, np.ndarray] | None = None, among: list[Split] | None = None
           ) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict]:
     """Score one backbone on test splits.
 
     Args:
         readouts: of classification.
-        without: rows to leave out, by "domain/split".
+        without: rows to leave out, by "domain/split"; also of the clean images that a shifted split is held against.
+        among: test splits that those clean images may be of (default: those that are scored).
 
     Returns:
         By "domain/split": figures {rule: {metric: Figure}}, the customary rule first, and curves to draw.
@@ -1727,11 +1729,16 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
                          for metric in by_metric}
                 for metric, figure in by_metric.items():
                     found.setdefault(rules[metric] + which, {})[prefix + metric] = figure
-                if only is None and (clean := clean_of(split, splits)):
+                if only is None and (clean := clean_of(split, among or splits)):
+                    z = embed(clean)
+                    z[(without or {}).get(f"{clean.domain}/{clean.name}", [])] = np.nan
+                    if not np.isfinite(z[:, 0]).any():
+                        continue
+                    itself = reference.folder == clean.folder  # what is left out votes for none of the others
                     before = score_classification(
-                        embed(clean), clean, (y, reference), head, classes, draws, seed, split.protocol.get("groups"),
-                        {name: (w, b) for name, (w, b, _) in linear.items()
-                         if name != "probe" or reference.folder != clean.folder}, split.classes, embed.device)
+                        z, clean, (z if itself else y, reference), head, classes, draws, seed,
+                        split.protocol.get("groups"), {name: (w, b) for name, (w, b, _) in linear.items()
+                                                       if name != "probe" or not itself}, split.classes, embed.device)
                     same = f"clean is {clean.name} {fingerprint(clean)} by the same classes"
                     for metric in [metric for metric in by_metric if metric in before]:
                         found.setdefault(f"{same}, {rules[metric]}", {})[f"gap of {metric}"] = gap(
@@ -1848,8 +1855,12 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
                  seed: int) -> dict[str, dict[str, Figure]]:
     """AUC of each rater and of the model on exactly the trials of that rater; ties count half.
 
-    The figures of a split are of the raters who saw pairs of both kinds there; those of "everything" of the raters who
-    did so in every domain, each with the mean over domains of the mean over splits.
+    The figures of a split are of the raters who saw pairs of both kinds there; those of a domain with several splits of
+    the raters who did so in them all, each with the mean over splits; those of "everything" of the raters who did so in
+    every domain, each with the mean over domains of the mean over splits.
+
+    Returns:
+        {place: {metric: Figure}}; a place is "domain/split", a domain with several splits, or "everything".
 
     Args:
         ratings: as `read_ratings` gives them; trials with an unreadable image are left out, for both sides.
@@ -1883,6 +1894,8 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
         if any(split == name for split, _ in used):
             domains.setdefault(name.split("/")[0], []).append(name)
     raters = {name: sorted(rater for split, rater in used if split == name) for name in names}
+    raters |= {domain: sorted(set.intersection(*(set(raters[name]) for name in some)))
+               for domain, some in domains.items() if len(some) > 1}
     if len(domains) > 1:
         raters["everything"] = sorted(set.intersection(*(set(raters[n]) for some in domains.values() for n in some)))
 
@@ -1898,6 +1911,9 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
             if trials not in known:
                 known[trials] = auc(scores, some, weights)
             pairs[split, rater] = known[trials], auc(answers, some, weights)
+        for domain, some in domains.items():
+            for rater in raters.get(domain, []):
+                pairs[domain, rater] = tuple(np.mean([pairs[name, rater] for name in some], axis=0))
         for rater in raters.get("everything", []):
             tasks = [np.mean([pairs[name, rater] for name in some], axis=0) for some in domains.values()]
             pairs["everything", rater] = tuple(np.mean(tasks, axis=0))
@@ -1919,23 +1935,24 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
     shown = {name: {pair for (split, _), pairs in seen.items() if split == name for pair in pairs} for name in names}
     figures: dict[str, dict[str, Figure]] = {}
     for (place, metric), figure in found.items():
-        figure.count = sum(len(shown[name]) for name in ([place] if place in shown else shown))
+        figure.count = sum(len(shown[name]) for name in ([place] if place in shown else domains.get(place, shown)))
         figures.setdefault(place, {})[metric] = figure
     return figures
 
 
 def make_human_rows(run: str, ratings: list[Rating], splits: dict[str, Split], figures: dict[str, dict],
                     flip: bool) -> Results:
-    """The rows of `score_humans`, by weights: of each split, and of domain "all"."""
+    """The rows of `score_humans`, by weights: of each split, of "all splits" of a domain, and of domain "all"."""
     rows: Results = []
     for weights, found in figures.items():
         for place, by_metric in found.items():
-            some = [r for r in ratings if place in (r.split, "everything")]
+            some = [r for r in ratings if place in (r.split, r.split.split("/")[0], "everything")]
             told = hashlib.sha256(repr(sorted((r.split, *sorted((r.left, r.right)), r.rater, r.value)
                                               for r in some)).encode()).hexdigest()[:8]
             sets = " + ".join(f"{name} {fingerprint(splits[name])}" for name in sorted({r.split for r in some}))
             protocol = f"human trials, ratings {told}, sets {sets}, {'flip' if flip else 'no flip'}"
-            domain, split = ("all", "human trials") if place == "everything" else place.split("/")
+            domain, _, split = ("all/human trials" if place == "everything" else place).partition("/")
+            split = split or "all splits"
             rows += rows_of(run, weights, domain, split, protocol, by_metric)
     return rows
 
@@ -1961,7 +1978,8 @@ def show_humans(rows: list[Row]) -> list[str]:
         return []
     lines = ["", "## Human trials", "", "People and model on identical pairs: AUC of the ratings (-3 to +3) and of the "
              "cosine, chance 50. Intervals resample who and what is on the pictures; the raters are these, not a "
-             "sample of mankind. Everything: the mean over the domains, of the raters who did them all.", "",
+             "sample of mankind. All splits: the mean over those of a domain; everything: over the domains; of the "
+             "raters who did them all.", "",
              "| split | pairs | raters | people: mean (range) | weights | model | model minus people | beaten | |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for (domain, split), by_weights in found.items():
@@ -2523,6 +2541,36 @@ def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
     return table, images
 
 
+def score_without(embed: Embedder, splits: list[Split], root: dict, run: Run, draws: int, seed: int, flip: bool,
+                  without: dict[str, list[int]], how: str) -> tuple[list[Row], list[Row]]:
+    """The rows of the splits that leaks touch, of all images and without the leaked ones.
+
+    Touched is also a shifted split of whose clean images some leaked, for its gaps.
+
+    Args:
+        splits: test splits.
+        without: leaked rows by "domain/split".
+        how: the leaks were found, for the protocol.
+    """
+    def count(split: Split | None, left_out: dict) -> int:
+        return len(left_out.get(f"{split.domain}/{split.name}", [])) if split else 0
+
+    by_name, tables = {f"{split.domain}/{split.name}": split for split in splits}, ([], [])
+    clean = {name: clean_of(split, splits) for name, split in by_name.items()}
+    touched = [split for name, split in by_name.items() if count(split, without) + count(clean[name], without)]
+    for table, left_out in zip(tables, ({}, without), strict=True):
+        figures, _ = score(embed, touched, root, run, draws, seed, Readouts({}, 0, run.config, []), left_out, splits)
+        for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, flip):
+            name = f"{row.domain}/{row.split}"
+            own = count(by_name[name], left_out)
+            others = count(clean[name], left_out) if row.metric.startswith("gap of ") else 0
+            if own or others:
+                row.protocol += f", without {own} leaked" + f" and {others} of the clean" * (others > 0) + f" {how}"
+            if own or others or table is tables[0]:  # what lacks nothing is told once
+                table.append(row)
+    return tables
+
+
 # ---------------------------------------------------------------- a user's own pictures
 
 
@@ -2853,10 +2901,11 @@ def main(context: click.Context, **options) -> int | None:
     for row in rows:
         if row.domain == "all":
             print(f"{'everything':22s} {row.metric:30s} {row.weights} {show_value(row)}")
-    for (domain, _), by_weights in human_rows(rows).items():
+    for (domain, split), by_weights in human_rows(rows).items():
         for weights, found in by_weights.items():
             lead = found["model minus human AUC"]
-            print(f"{'everything' if domain == 'all' else domain:22s} {lead.metric:30s} {weights} {show_value(lead)}: "
+            name = "everything" if domain == "all" else f"{domain}/{split}"
+            print(f"{name:22s} {lead.metric:30s} {weights} {show_value(lead)}: "
                   f"{human_verdict(lead)}")
     print(f"written: {out}/report.html, report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
@@ -2960,18 +3009,11 @@ def leaks(**options) -> int:
     without: dict[str, list[int]] = {}
     for leak in found:
         without.setdefault(leak["split"], []).append(leak["row"])
-    touched = [split for split in splits if f"{split.domain}/{split.name}" in without]
     if options["sheet"]:  # the nearest 96, four pairs a line
         draw_sheet(out / "leaks-sheet.png", [[tile for pair in images[i : i + 4] for tile in (*pair, None)]
                                              for i in range(0, min(len(images), 96), 4)])
-    embed, tables = embedder("tuned"), ([], [])
-    for table, left_out in zip(tables, ({}, without), strict=True):
-        figures, _ = score(embed, touched, root, run, options["bootstrap"], options["seed"],
-                           Readouts({}, 0, run.config, []), left_out)
-        for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, options["flip"]):
-            leaked = len(left_out.get(f"{row.domain}/{row.split}", []))
-            row.protocol += f", without {leaked} leaked at {options['threshold']:g} by {options['by']}" * (leaked > 0)
-            table.append(row)
+    tables = score_without(embedder("tuned"), splits, root, run, options["bootstrap"], options["seed"],
+                           options["flip"], without, f"at {options['threshold']:g} by {options['by']}")
     train.write_atomically(out / "leaks.json", lambda path: path.write_text(
         json.dumps([asdict(row) for row in chain(*tables)], indent=1) + "\n"))
     heads = [headlines(table) for table in tables]

@@ -2,9 +2,13 @@
 
 import heapq
 import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.interpolate import interp1d
 
@@ -12,7 +16,9 @@ import evaluate
 from data_prep import InputError
 from data_prep.__main__ import cli
 from data_prep.shards import Split
+from tests.test_definitions import classified
 from tests.test_evaluate import FakeSplit, unit
+from tests.test_humans import FACES, THINGS, Fake, rate, vectors
 from tests.test_protocols import FakeTemplates
 
 # ---------------------------------------------------------------- insightface's TAR@FAR of folds
@@ -331,3 +337,117 @@ def test_the_legacy_search_has_rows_of_its_own():
     assert customary.startswith("1:N in 2 galleries, ") and list(found[legacy]) == LEGACY
     assert legacy == ("legacy 1:N in 2 galleries merged, means of media weighted by norm, TPIR above the "
                       "ceil(N x FPIR)-th non-mate similarity")
+
+
+# ---------------------------------------------------------------- people, over the splits of a domain
+
+
+def test_people_over_all_splits_of_a_domain_by_hand(capsys):
+    # test: model 3/4, ann 3.5/4, ben 2/4 (tests/test_humans.py). more: model 4/4, ann 2/4; ben saw it not, cat alone
+    x = {"face_hq/test": vectors(0.9, 0.4, 0.5, 0.1), "face_hq/more": vectors(0.9, 0.8, 0.5, 0.1)}
+    more = Fake("face_hq", [0, 0, 1, 1, 2, 3, 0, 2])
+    more.name = "more"
+    splits = {"face_hq/test": FACES, "face_hq/more": more, "object/test": THINGS}
+    ratings = rate(FACES, "ann", 3, 1, 1, -3) + rate(FACES, "ben", -1, 0, 2, -2)
+    ratings += [replace(r, split="face_hq/more")
+                for r in rate(more, "ann", -1, 0, 2, -2) + rate(more, "cat", 3, 3, 1, 1)]
+    found = evaluate.score_humans(ratings, splits, x, 20, 0)
+    assert list(found) == ["face_hq/test", "face_hq/more", "face_hq"]  # one domain: no "everything"
+    assert {metric: figure.value for metric, figure in found["face_hq"].items()} == pytest.approx({
+        "AUC of rater ann": (3.5 + 2) / 8, "AUC on human trials": (3 / 4 + 1) / 2,
+        "human AUC (mean of raters)": (3.5 + 2) / 8, "model minus human AUC": 7 / 8 - 5.5 / 8,
+        "share of raters beaten": 1})
+    assert found["face_hq"]["AUC on human trials"].count == 8
+    # with objects: everything is the mean over the two domains, of ann, who did them all
+    ratings += rate(THINGS, "ann", 3, 3, -3, -3)
+    found = evaluate.score_humans(ratings, splits, x | {"object/test": vectors(0.9, 0.4, 0.5, 0.1)}, 20, 0)
+    assert list(found) == ["face_hq/test", "face_hq/more", "object/test", "face_hq", "everything"]
+    assert found["everything"]["AUC on human trials"].value == pytest.approx((7 / 8 + 3 / 4) / 2)
+    for split in splits.values():
+        split.index = {"provenance": {"source": f"{split.domain}-{split.name}", "plan": "0123456789"}}
+    results = evaluate.make_human_rows("r", ratings, splits, {"tuned": found}, True)
+    rows = {(row.domain, row.split): row for row, _ in results if row.metric == "model minus human AUC"}
+    assert list(rows) == [("face_hq", "test"), ("face_hq", "more"), ("object", "test"), ("face_hq", "all splits"),
+                          ("all", "human trials")]
+    protocol = rows["face_hq", "all splits"].protocol
+    assert protocol.endswith("sets face_hq/more face_hq-more 01234567 + face_hq/test face_hq-test 01234567, flip")
+    assert protocol.split(",")[1] not in rows["all", "human trials"].protocol  # other ratings: another fingerprint
+    assert "| face_hq/all splits | 8 | 1 |" in "\n".join(evaluate.show_humans([row for row, _ in results]))
+
+
+# ---------------------------------------------------------------- leaks on the clean side of a gap
+
+
+class Known:
+    """An embedder of splits whose vectors are told."""
+
+    device, name, model = torch.device("cpu"), "tuned", SimpleNamespace(library="timm")
+
+    def __init__(self, **vectors) -> None:
+        self.vectors = vectors
+
+    def raw(self, split):
+        return self.vectors[split.name].astype(np.float32)
+
+    def __call__(self, split):
+        return evaluate.normalise(self.raw(split))
+
+
+def objects(labels, name, **more):
+    split = classified(labels, ["a", "b"], name, **more)
+    split.index = {"provenance": {"source": name, "plan": "0123456789"}}
+    return split
+
+
+@pytest.mark.parametrize("reference", ["train", "val"])
+def test_gaps_leave_leaked_images_out_on_both_sides(reference):
+    """Clean images are also their own reference: then what leaked does not vote for the rest of them either."""
+    rng = np.random.default_rng(3)
+    train, val, r = (objects(rng.integers(0, 2, 40), name, reference=reference, **more)
+                     for name, more in (("train", {}), ("val", {}), ("r", {"ood": True})))
+    x = {split.name: rng.normal(size=(2, 3))[split.labels] + rng.normal(size=(40, 3)) for split in (train, val, r)}
+    root, run = {"object": {"train": train, "val": val, "r": r}}, SimpleNamespace(
+        config={}, classes={}, folder=Path("runs/x"))
+    without = {"object/val": [1, 2, 3, 5, 8, 13], "object/r": [0, 4]}
+
+    def gaps(without):
+        return [{row.metric: row for row in table if row.split == "r" and row.metric.startswith("gap of ")}
+                for table in evaluate.score_without(Known(**x), [val, r], root, run, 2, 0, True, without, "at 1 by x")]
+
+    def top_1(split, rows, voters, itself):
+        """Right by 20 neighbours among `voters` of the reference, by counting votes."""
+        source = root["object"][reference]
+        y, right = unit(x[source.name]).astype(np.float32), []
+        for row in rows:
+            some = [v for v in voters if not (itself and v == row)]
+            cosines = y[some] @ unit(x[split.name]).astype(np.float32)[row]
+            nearest = np.argsort(-cosines)[:20]
+            votes = np.bincount(source.labels[np.array(some)[nearest]], np.exp((cosines[nearest] - 1) / 0.07), 2)
+            right.append(votes.argmax() == split.labels[row])
+        return np.mean(right)
+
+    everything, kept = range(40), {name: np.setdiff1d(np.arange(40), rows) for name, rows in without.items()}
+    for leaked, rows, shifted in ((without, kept["object/val"], kept["object/r"]),
+                                  ({"object/val": without["object/val"]}, kept["object/val"], everything)):
+        whole, rest = gaps(leaked)
+        own = reference == "val"
+        assert whole["gap of knn top-1"].value == pytest.approx(
+            top_1(val, everything, everything, own) - top_1(r, everything, everything, False))
+        assert rest["gap of knn top-1"].value == pytest.approx(
+            top_1(val, rows, rows if own else everything, own) - top_1(r, shifted, everything, False))
+        assert rest["gap of knn top-1"].protocol == (
+            whole["gap of knn top-1"].protocol + f", without {40 - len(shifted)} leaked and 6 of the clean at 1 by x")
+        assert whole["gap of knn top-1"].value != rest["gap of knn top-1"].value
+
+
+def test_rows_that_leaks_do_not_touch_are_told_once():
+    val, r = objects([0, 1] * 4, "val"), objects([0, 1] * 4, "r", ood=True)
+    x = {name: np.random.default_rng(0).normal(size=(8, 3)) for name in ("train", "val", "r")}
+    root, run = {"object": {"train": objects([0, 1] * 4, "train")}}, SimpleNamespace(
+        config={}, classes={}, folder=Path("runs/x"))
+    whole, rest = evaluate.score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/val": [1]}, "at 1 by x")
+    told = {(row.split, row.metric.startswith("gap of "), row.protocol.partition(", without ")[2]) for row in rest}
+    assert told == {("val", False, "1 leaked at 1 by x"), ("r", True, "0 leaked and 1 of the clean at 1 by x")}
+    assert {row.split for row in whole} == {"val", "r"} and not any("without" in row.protocol for row in whole)
+    whole, _ = evaluate.score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/r": [1]}, "at 1 by x")
+    assert {row.split for row in whole} == {"r"}  # of val nothing changes
