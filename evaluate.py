@@ -1986,7 +1986,7 @@ def show_humans(rows: list[Row]) -> list[str]:
         for weights, by_metric in by_weights.items():
             each = [row.value for metric, row in by_metric.items() if metric.startswith("AUC of rater ")]
             people, lead = by_metric["human AUC (mean of raters)"], by_metric["model minus human AUC"]
-            name = "everything" if domain == "all" else f"{domain}/{split}"
+            name = "everything" if domain == "all" else report.literal(f"{domain}/{split}")
             reach = f"{100 * min(each):.1f} to {100 * max(each):.1f}"
             lines.append(f"| {name} | {people.count} | {len(each)} | {show_value(people)} ({reach}) | {weights} "
                          f"| {show_value(by_metric['AUC on human trials'])} | {show_value(lead)} "
@@ -2404,10 +2404,11 @@ def show_experts(table: list[dict], domains: list[str]) -> str:
              "| split | metric | run | expert | difference | low | high | δ | verdict | expert's name | protocol |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for row in sorted(table, key=lambda row: not row["headline"]):
-        cells = [f"{row['domain']}/{row['split']}", row["metric"],
-                 *(f"{100 * row[name]:.1f}" for name in ("value", "expert_value")),
-                 *(f"{100 * row[name]:+.2f}" for name in ("difference", "low", "high")), f"{100 * row['delta']:.2f}",
-                 f"**{row['verdict']}**" if row["headline"] else row["verdict"], row["expert"], row["protocol"]]
+        name, metric, expert, protocol = map(report.literal, (f"{row['domain']}/{row['split']}", row["metric"],
+                                                              row["expert"], row["protocol"]))
+        cells = [name, metric, *(f"{100 * row[key]:.1f}" for key in ("value", "expert_value")),
+                 *(f"{100 * row[key]:+.2f}" for key in ("difference", "low", "high")), f"{100 * row['delta']:.2f}",
+                 f"**{row['verdict']}**" if row["headline"] else row["verdict"], expert, protocol]
         lines.append(f"| {' | '.join(cells)} |")
     verdicts = {row["verdict"] for row in table if row["headline"]}
     said = "inferior" if "inferior" in verdicts else "undecided" if "undecided" in verdicts else "non-inferior"
@@ -2433,7 +2434,7 @@ def draw_experts(path: Path, table: list[dict]) -> None:
         ax.plot([-100 * row["delta"]] * 2, [i - 0.35, i + 0.35], "k--", lw=1.2, label="-δ" if i == 0 else None)
     ax.axvline(0, color="0.7", lw=0.8)
     ax.set_yticks(range(len(rows)), [f"{row['domain']}/{row['split']} {row['metric']}\nagainst {row['expert']}: "
-                                     f"{row['verdict']}" for row in rows], fontsize=8)
+                                     f"{row['verdict']}" for row in rows], fontsize=8, parse_math=False)
     ax.invert_yaxis()
     ax.set_xlabel("run - expert, points, 95 % interval")
     ax.legend(fontsize=8)
@@ -2474,7 +2475,7 @@ def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None
         ax.set_title(f"{domain}/{split}\n{rows[0]['metric']}", fontsize=9)
         ax.tick_params(labelsize=8)
         ax.grid(axis="x", lw=0.4)
-    axes[0][0].set_yticks(range(len(labels)), labels)
+    axes[0][0].set_yticks(range(len(labels)), labels, parse_math=False)  # a run's name may hold dollar signs
     axes[0][0].set_ylim(len(labels) - 0.5, -0.5)
     for ax in list(axes.flat)[len(panels):]:
         ax.set_axis_off()
@@ -2501,8 +2502,9 @@ def show_comparison(table: list[dict]) -> str:
             lead = f"**{lead}**" if row["difference_low"] > 0 or row["difference_high"] < 0 else lead
         spread = "" if row["seed_sd"] is None else show(row, "seed_sd")[0]
         value = "{} [{}, {}]".format(*show(row, "value", "low", "high"))
-        cells = [f"{row['domain']}/{row['split']}", row["metric"], f"{row['runs']} ({row['weights']})", value, spread,
-                 lead, f"{row['count']:,}", row["protocol"]]
+        name, metric, runs, protocol = map(report.literal, (f"{row['domain']}/{row['split']}", row["metric"],
+                                                            row["runs"], row["protocol"]))
+        cells = [name, metric, f"{runs} ({row['weights']})", value, spread, lead, f"{row['count']:,}", protocol]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,7 +1,9 @@
 """Rules of scoring beside the customary ones, each against a literal transcription or a case computed by hand."""
 
 import heapq
+import html
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from PIL import Image
 from scipy.interpolate import interp1d
 
 import evaluate
+import report
 from data_prep import InputError
 from data_prep.__main__ import cli
 from data_prep.shards import Split
@@ -451,3 +454,54 @@ def test_rows_that_leaks_do_not_touch_are_told_once():
     assert {row.split for row in whole} == {"val", "r"} and not any("without" in row.protocol for row in whole)
     whole, _ = evaluate.score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/r": [1]}, "at 1 by x")
     assert {row.split for row in whole} == {"r"}  # of val nothing changes
+
+
+# ---------------------------------------------------------------- names in comparisons
+
+NAME = "a|b `c` <i>d</i> &lt; e&f \\| *g* $x$ $y"
+
+
+def cells_of(line):
+    """Text and markup of the cells of a line of a Markdown table: what is escaped is text."""
+    cells, text, markup, signs = [], "", "", iter(line.strip()[1:])
+    for sign in signs:
+        if sign == "\\":
+            text += next(signs)
+        elif sign == "|":
+            cells.append((text.strip(), markup))
+            text = markup = ""
+        else:
+            text, markup = text + sign, markup + sign * (sign in "`<>&*[]!")
+    return cells
+
+
+def scored(name, value):
+    config = {"domains": ["object"], "counts": {"object": 10}, "name": name}
+    row = evaluate.Row(name, "tuned", "object", "val", "classification, <p> & q|r", "knn top-1", value, value, value, 5)
+    key = "object", "val", "knn top-1", row.protocol
+    return evaluate.Scored(Path(name), config, 0, {key: (row, np.full(3, value))})
+
+
+def test_names_of_runs_are_text_in_a_comparison(tmp_path):
+    name = NAME.replace("/", "-")
+    groups = [[scored(name, 0.5)], [scored("other", 0.75)]]
+    table = evaluate.compare_groups(groups, set())
+    head, *lines = [cells_of(line) for line in evaluate.show_comparison(table).splitlines() if line.startswith("|")]
+    assert [len(line) for line in lines] == [len(head)] * 3
+    assert lines[1][2] == (f"{name} (tuned)", "") and lines[1][7] == ("classification, <p> & q|r", "")
+    experts = evaluate.compare_experts(groups[1], groups[:1], set(), 0.01)
+    head, _, line = [cells_of(line) for line in evaluate.show_experts(experts, ["object"]).splitlines()
+                     if line.startswith("|")]
+    assert len(line) == len(head) and line[9] == (name, "") and line[10] == ("classification, <p> & q|r", "")
+    for file, draw in (("a.png", lambda path: evaluate.draw_comparison(path, table, [])),
+                       ("b.png", lambda path: evaluate.draw_experts(path, experts))):
+        draw(tmp_path / file)  # $ is no formula
+        assert (tmp_path / file).stat().st_size > 1000
+
+
+def test_names_with_entities_are_text_in_the_page(tmp_path):
+    told = report.literal(NAME)
+    page = report.to_html([f"# {told}", "", "| h |", "| --- |", f"| {told} |"], tmp_path)
+    for tag in ("title", "h1", "td"):
+        found = re.search(f"<{tag}>(.*?)</{tag}>", page)[1]
+        assert html.unescape(found) == NAME and not re.search(r"<|&(?!(amp|lt|gt|quot|#\d+);)", found)
