@@ -38,6 +38,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -74,6 +75,7 @@ SCORE_BINS = np.linspace(-1, 1, 51)  # of the score distributions
 BINS = 50 * 1300  # of the scores of long lists of pairs, 3e-5 wide: whole numbers of them make the above
 
 PART = 2048  # images, about, that an interrupted embedding loses at most
+LARGE = 1 << 29  # bytes of a split's embeddings from which on they are mapped from a file, not held in memory
 PATIENCE = 5.0  # seconds between looks at a run that trains (--watch)
 
 # ---------------------------------------------------------------- embeddings
@@ -104,8 +106,27 @@ def load_array(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     return x if whole and all(np.isfinite(x[i : i + 4096]).all() for i in range(0, len(x), 4096)) else None
 
 
+def map_copy(x: np.ndarray, folder: Path) -> np.ndarray:
+    """A copy to write to that takes no memory: mapped from a file in `folder` that goes when the copy does.
+
+    The file has no name, so that not even a killed process leaves it behind. InputError where the disk is full.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for start in range(0, len(x), 1 << 14):
+                file.write(np.ascontiguousarray(x[start : start + (1 << 14)]).data)
+            file.flush()  # written, not only mapped: a full disk is an error here, and a crash there
+            return np.asarray(np.memmap(file, x.dtype, "r+", shape=x.shape))
+    except OSError as error:
+        raise InputError(f"{folder}: no room for {x.nbytes / 2**30:.1f} GiB of embeddings while they are scored "
+                         f"({error.strerror}): free some") from error
+
+
 class Embedder:
     """Embeddings of one backbone, computed once per split and kept in `folder` with a fingerprint.
+
+    Those of a large split are mapped from a file where they are used: they take no memory that the system cannot have
+    back, and are the same to the bit.
 
     They are computed in parts, each written when it is done: what is interrupted goes on there, and the ranks of
     torchrun share the parts out. Batches do not depend on who computes them, so that the result is the same to the bit.
@@ -132,7 +153,9 @@ class Embedder:
 
     def raw(self, split: Split) -> np.ndarray:
         """The same before normalisation: the norm of a face tells how good its picture is, so templates use it."""
-        return np.load(self.prepare(split), allow_pickle=False)
+        path = self.prepare(split)
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        return map_copy(stored, path.parent) if stored.nbytes >= LARGE else np.load(path, allow_pickle=False)
 
     def prepare(self, split: Split) -> Path:
         """The file of a split's embeddings, computed where it is not there; all ranks have to call it."""
@@ -897,6 +920,7 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
             for left in range(0, len(gallery), 1 << 16):
                 part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
                 np.matmul(queries, part.T, out=scores[: len(rows), left : left + len(part)])
+                del part  # else a copy of rows that are no neighbours would stay while the next one is made
             stops = np.linspace(start, start + len(rows), threads + 1).astype(int)
             busy[number % lanes] = [pool.submit(rank, scores, start, range(*ends)) for ends in pairwise(stops)]
         for task in chain(*busy):
@@ -965,6 +989,7 @@ def score_blocks(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, size: i
         for left in range(0, len(gallery), 1 << 16):
             part = torch.from_numpy(take_rows(x, gallery[left : left + (1 << 16)])).to(device)
             scores[: len(queries), left : left + len(part)] = (queries @ part.T).cpu().numpy()
+            del part
         yield start, scores[: len(queries)]
 
 
@@ -1385,9 +1410,9 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
         raise InputError(f"{other.folder}: no readable image with a class, and {split.folder} is scored by them: "
                          "prepare that reference again, or leave the split out with --splits")
     itself = split.folder.resolve() == other.folder.resolve()
-    x, truth, real = x[rows], labels[rows], true_in_real(split)
-    vote = good & (own[other.labels] >= 0)
-    y, y_labels = y[vote], other.labels[vote]
+    x, truth, real = take_rows(x, rows), labels[rows], true_in_real(split)  # without copies: a reference is large
+    vote = np.flatnonzero(good & (own[other.labels] >= 0))
+    y, y_labels = take_rows(y, vote), other.labels[vote]
     means = class_means(y, y_labels, len(other.classes))  # 0 without votes: a set of some classes is scored among those
     own = np.append(own, -1)  # of no answer
     answers = {"nearest-mean": own[nearest_mean(x, means, first[truth] if itself else None)],
@@ -2183,7 +2208,7 @@ def draw_search(folder: Path, split: Split, x: np.ndarray, seed: int, probes: in
     mates, lines = member.mates(member), []
     for probe in member.probes:
         right, ignored = mates(probe)
-        scores = take_rows(x, member.gallery) @ x[probe]
+        _, (scores,) = next(score_blocks(x, np.array([probe]), member.gallery))
         scores[ignored] = -np.inf
         nearest = np.argsort(-scores, kind="stable")[: min(top, len(scores) - len(ignored))]
         hits = np.isin(nearest, right)

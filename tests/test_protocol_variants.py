@@ -1,5 +1,6 @@
 """Rules of scoring beside the customary ones, each against a literal transcription or a case computed by hand."""
 
+import errno
 import heapq
 import html
 import math
@@ -505,3 +506,108 @@ def test_names_with_entities_are_text_in_the_page(tmp_path):
     for tag in ("title", "h1", "td"):
         found = re.search(f"<{tag}>(.*?)</{tag}>", page)[1]
         assert html.unescape(found) == NAME and not re.search(r"<|&(?!(amp|lt|gt|quot|#\d+);)", found)
+
+
+# ---------------------------------------------------------------- large splits are mapped
+
+
+class Stored(evaluate.Embedder):
+    """An embedder that has them all on disk."""
+
+    def __init__(self, folder, **arrays):
+        self.folder, self.device, self.name, self.model = folder, torch.device("cpu"), "tuned", Known.model
+        for name, x in arrays.items():
+            np.save(folder / f"{name}.npy", x)
+
+    def prepare(self, split):
+        return self.folder / f"{split.name}.npy"
+
+
+class Sized(FakeSplit):
+    def __len__(self):
+        return len(self.labels)
+
+
+def a_split_of_each_kind(rng):
+    """Verification, re-identification, identification, templates and classification with a reference; embeddings."""
+    columns = {"role": np.tile([0, 1, 1, 2], 60), "camera": np.arange(240) % 3, "template": np.arange(240) // 2,
+               "media": np.arange(240), "quality": rng.random(240)}
+    labels = np.where(columns["role"] == 2, -1, np.arange(240) // 8)
+    left, right = rng.integers(0, 240, (2, 900))
+    own = np.arange(0, 240, 8)
+    same = (labels[left] == labels[right]) & (labels[left] >= 0)
+    pairs = np.stack([np.append(left, own), np.append(right, own + 1), np.append(same, own >= 0),
+                      np.arange(930) % 10], 1)
+    templates = np.stack([np.arange(0, 120, 4), np.arange(0, 120, 4) % 8 // 4], 1)
+    kinds = {"verification": ({"folds": 10}, {"pairs": pairs}), "identification": ({}, {"role": columns["role"]}),
+             "reid": ({"variants": ["general", "general single-shot", "general single-gallery-shot"], "draws": 3},
+                      {"role": columns["role"], "camera": columns["camera"]}),
+             "templates": ({}, {"template": columns["template"], "media": columns["media"],
+                                "quality": columns["quality"], "template_gallery": templates,
+                                "template_probes": np.arange(1, 120, 2)[:, None]})}
+    splits = []
+    for name, (more, tables) in kinds.items():
+        split = Sized(labels if name != "templates" else np.arange(240) // 8, {"name": name} | more, **tables)
+        split.name, split.domain, split.folder = name, "face_hq", Path(name)
+        split.index = {"columns": list(tables), "provenance": {"source": name, "plan": "0123456789"}}
+        splits.append(split)
+    objects_here = {name: objects(np.arange(240) % 2, name) for name in ("val", "train")}
+    x = {split.name: rng.normal(size=(240, 16)).astype(np.float32) for split in [*splits, *objects_here.values()]}
+    for array in x.values():
+        array[[3, 77]] = np.nan
+    return [*splits, objects_here["val"]], {"object": {"train": objects_here["train"]}}, x
+
+
+def test_mapped_embeddings_have_the_same_figures_to_the_bit(tmp_path, monkeypatch):
+    splits, root, x = a_split_of_each_kind(np.random.default_rng(0))
+    embed, whole = Stored(tmp_path, **x), []
+    readouts = evaluate.Readouts({}, 100, {}, [])
+    for large in (1 << 29, 0):
+        monkeypatch.setattr(evaluate, "LARGE", large)
+        held = embed.raw(splits[0])
+        assert type(held) is np.ndarray and isinstance(held.base, np.memmap) == (large == 0)
+        figures, _ = evaluate.score(embed, splits, root, None, 5, 0, readouts, {"face_hq/reid": [10, 11]})
+        whole.append({(name, rule, metric): (f.value, *f.draws) for name, found in figures.items()
+                      for rule, by_metric in found.items() for metric, f in by_metric.items()})
+    assert len(whole[0]) > 50 and {name.split("/")[1] for name, *_ in whole[0]} == {
+        "verification", "identification", "reid", "templates", "val"}
+    np.testing.assert_equal(whole[0], whole[1])  # NaN equals NaN
+    held[:] = 0
+    np.testing.assert_array_equal(np.load(tmp_path / "verification.npy"), x["verification"])  # a copy
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.npy" for name in x)
+
+
+def anonymous():
+    """MiB that this process holds of its own, what is mapped from files left out."""
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) / 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is told by Linux's /proc")
+def test_mapped_embeddings_take_no_memory(tmp_path, monkeypatch):
+    roles = np.append([0] * 5 + [1] * 5, [2] * 49_990)
+    split = FakeSplit(np.append([0, 1, 2, 3, 4] * 2, [-1] * 49_990), {"name": "identification"}, role=roles)
+    split.name = "large"
+    embed = Stored(tmp_path, large=np.random.default_rng(0).standard_normal((50_000, 512), dtype=np.float32))  # 98 MiB
+    monkeypatch.setattr(evaluate, "LARGE", 1 << 20)
+    before = anonymous()
+    x = embed(split)
+    assert anonymous() - before < 20
+    found, _ = evaluate.score_gallery(x, split, 2, 0)
+    assert anonymous() - before < 40 and found["rank-1"].count == 5
+    np.testing.assert_allclose(np.linalg.norm(x[::1000], axis=1), 1, atol=1e-5)
+
+
+def test_a_full_disk_is_told(tmp_path, monkeypatch):
+    class Full:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(evaluate.tempfile, "TemporaryFile", lambda dir: Full())
+    with pytest.raises(InputError, match=r"no room for 0.0 GiB of embeddings .*\(No space left on device\): free some"):
+        evaluate.map_copy(np.zeros((3, 2), np.float32), tmp_path)
