@@ -1766,8 +1766,9 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
                                                        if name != "probe" or not itself}, split.classes, embed.device)
                     same = f"clean is {clean.name} {fingerprint(clean)} by the same classes"
                     for metric in [metric for metric in by_metric if metric in before]:
-                        found.setdefault(f"{same}, {rules[metric]}", {})[f"gap of {metric}"] = gap(
-                            before[metric], by_metric[metric], seed)
+                        found.setdefault(f"{same}, {rules[metric]}", {}).update({
+                            f"gap of {metric}": gap(before[metric], by_metric[metric], seed),
+                            f"clean {metric}": replace(before[metric], chance=math.nan)})  # no retention of it here
                 if only is not None:
                     labels = np.where(np.isin(split.labels, [split.classes.index(name) for name in only]),
                                       split.labels, -1)
@@ -2384,21 +2385,23 @@ def margin(expert: float, delta: float) -> float:
     return delta if expert <= 0.9 else min(delta, 0.1 * (1 - expert))
 
 
+OTHER_METRICS = ("d-prime", "eer", "retention", "gap of ", "clean ", " sd", "far found")  # no shares, or told elsewhere
+
+
 def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[str], delta: float) -> list[dict]:
     """Non-inferiority of a run (or the mean of its seeds) to its own experts, each on the splits of its domain.
 
     Non-inferior: the lower end of the paired 95 % interval of run - expert lies above -margin; inferior: its upper end
     lies below; else undecided. (The lower end of a two-sided interval: a test at 2.5 %.) Metrics are those that are
-    shares and better when higher: no d', EER, retention, gap to clean images, spread over folds or FAR found.
+    shares and better when higher: no d', EER, retention, gap to clean images, spread over folds or FAR found. What
+    clean images of a shifted split score is told of the split that they are of.
     """
     table = []
     for group in groups:
         domain, kept = find_expertise(runs[0], group[0]), []
         for one in [*runs, *group]:
             found = {key: pair for key, pair in one.found.items() if key[0] == domain and key[1] != "everything"
-                     and not key[3].startswith("human trials")
-                     and not key[2].endswith(" sd")
-                     and not any(word in key[2] for word in ("d-prime", "eer", "retention", "gap of ", "far found"))}
+                     and not key[3].startswith("human trials") and not any(word in key[2] for word in OTHER_METRICS)}
             kept.append(replace(one, found=found))
         if any(not one.found for one in kept):
             raise InputError(f"{group[0].folder} and {runs[0].folder}: no figures of {domain}: run evaluate.py on both")
@@ -2590,7 +2593,7 @@ def score_without(embed: Embedder, splits: list[Split], root: dict, run: Run, dr
         for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, flip):
             name = f"{row.domain}/{row.split}"
             own = count(by_name[name], left_out)
-            others = count(clean[name], left_out) if row.metric.startswith("gap of ") else 0
+            others = count(clean[name], left_out) if row.metric.startswith(("gap of ", "clean ")) else 0
             if own or others:
                 row.protocol += f", without {own} leaked" + f" and {others} of the clean" * (others > 0) + f" {how}"
             if own or others or table is tables[0]:  # what lacks nothing is told once

@@ -415,7 +415,7 @@ def test_gaps_leave_leaked_images_out_on_both_sides(reference):
     without = {"object/val": [1, 2, 3, 5, 8, 13], "object/r": [0, 4]}
 
     def gaps(without):
-        return [{row.metric: row for row in table if row.split == "r" and row.metric.startswith("gap of ")}
+        return [{row.metric: row for row in table if row.split == "r" and row.metric.startswith(("gap of ", "clean "))}
                 for table in evaluate.score_without(Known(**x), [val, r], root, run, 2, 0, True, without, "at 1 by x")]
 
     def top_1(split, rows, voters, itself):
@@ -442,6 +442,9 @@ def test_gaps_leave_leaked_images_out_on_both_sides(reference):
         assert rest["gap of knn top-1"].protocol == (
             whole["gap of knn top-1"].protocol + f", without {40 - len(shifted)} leaked and 6 of the clean at 1 by x")
         assert whole["gap of knn top-1"].value != rest["gap of knn top-1"].value
+        clean = rest["clean knn top-1"]
+        assert clean.value == pytest.approx(top_1(val, rows, rows if own else everything, own)) and clean.count == 34
+        assert clean.protocol == rest["gap of knn top-1"].protocol
 
 
 def test_rows_that_leaks_do_not_touch_are_told_once():
@@ -450,7 +453,8 @@ def test_rows_that_leaks_do_not_touch_are_told_once():
     root, run = {"object": {"train": objects([0, 1] * 4, "train")}}, SimpleNamespace(
         config={}, classes={}, folder=Path("runs/x"))
     whole, rest = evaluate.score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/val": [1]}, "at 1 by x")
-    told = {(row.split, row.metric.startswith("gap of "), row.protocol.partition(", without ")[2]) for row in rest}
+    told = {(row.split, row.metric.startswith(("gap of ", "clean ")), row.protocol.partition(", without ")[2])
+            for row in rest}
     assert told == {("val", False, "1 leaked at 1 by x"), ("r", True, "0 leaked and 1 of the clean at 1 by x")}
     assert {row.split for row in whole} == {"val", "r"} and not any("without" in row.protocol for row in whole)
     whole, _ = evaluate.score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/r": [1]}, "at 1 by x")
