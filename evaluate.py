@@ -741,17 +741,23 @@ def score_template_search(templates: Templates, galleries: list[np.ndarray], pro
 
 
 def highest_wrong(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, most: int,
-                  device: torch.device | str = "cpu") -> tuple[np.ndarray, np.ndarray]:
-    """The `most` highest scores of probes with what is not theirs, descending, and the number of the probe of each.
+                  device: torch.device | str = "cpu") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The `most` highest scores of probes with what is not theirs, and each probe's own highest.
+
+    Both are of the same products: a mate and another one that are the same image must not differ by a rounding.
 
     Args:
         x, probes, gallery, mates, device: as of `search_gallery`.
+
+    Returns:
+        Scores, descending, and the number of the probe of each; the score of each probe's nearest mate, or -inf.
     """
-    kept, whose = np.zeros(0, dtype=x.dtype), np.zeros(0, dtype=np.int64)
+    kept, whose, own = np.zeros(0, dtype=x.dtype), np.zeros(0, dtype=np.int64), np.full(len(probes), -np.inf)
     for start, scores in score_blocks(x, probes, gallery, 1 << 22, device):
         for i, s in enumerate(scores, start):
-            for places in mates(probes[i]):
-                s[places] = -np.inf
+            right, ignored = mates(probes[i])
+            own[i] = s[right].max(initial=-np.inf)
+            s[right], s[ignored] = -np.inf, -np.inf
         flat = scores.ravel()
         # what is below the least of those kept so far cannot be among the highest
         high = np.flatnonzero(flat > (kept[-1] if len(kept) == most else -np.inf))
@@ -760,7 +766,7 @@ def highest_wrong(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates:
         kept, whose = np.append(kept, flat[high]), np.append(whose, start + high // len(gallery))
         order = np.argsort(-kept, kind="stable")[:most]
         kept, whose = kept[order], whose[order]
-    return kept, whose
+    return kept, whose, own
 
 
 def score_legacy_search(templates: Templates, galleries: list[np.ndarray], probes: np.ndarray, draws: int, seed: int,
@@ -776,15 +782,16 @@ def score_legacy_search(templates: Templates, galleries: list[np.ndarray], probe
     same = mates_in(templates.identity[rows])
 
     def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
-        return same(templates.identity[probe]), []
+        return same(templates.identity[probe]), np.zeros(0, dtype=np.int64)
 
     search, there = search_gallery(templates.vectors, probes, rows, mates, device=device), np.flatnonzero(~lost)
-    search.own[lost], search.first[lost] = -np.inf, np.inf
+    search.first[lost] = np.inf
     supported = [f for f in FPIRS if len(probes) * f >= 1]
     pairs = len(there) * len(rows) - sum(len(search.ranks[i]) for i in there)
 
     def figures(most: int) -> dict[str, Figure]:
-        scores, whose = highest_wrong(templates.vectors, probes[there], rows, mates, most, device)
+        own = np.full(len(probes), -np.inf)
+        scores, whose, own[there] = highest_wrong(templates.vectors, probes[there], rows, mates, most, device)
         whose = there[whose]
 
         def statistic(weights: np.ndarray | None) -> dict[str, float]:
@@ -795,7 +802,7 @@ def score_legacy_search(templates: Templates, galleries: list[np.ndarray], probe
                 place = np.searchsorted(above, math.ceil(w.sum() * f))
                 reached = place < len(scores) or len(scores) == pairs
                 threshold = scores[place] if place < len(scores) else -np.inf
-                values[f"tpir@fpir={f:g}"] = weighted_mean((search.own > threshold).astype(float), w) if reached \
+                values[f"tpir@fpir={f:g}"] = weighted_mean((own > threshold).astype(float), w) if reached \
                     else math.nan
             return values
 
@@ -982,13 +989,17 @@ def score_blocks(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, size: i
         probes, gallery: rows of x, [n] and [m].
         size: scores held at once; they are overwritten by the next.
     """
-    block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
+    block, here = int(np.clip(size // max(len(gallery), 1), 1, 1024)), torch.device(device).type == "cpu"
     scores = np.empty((block, len(gallery)), dtype=x.dtype)
     for start in range(0, len(probes), block):
-        queries = torch.from_numpy(x[probes[start : start + block]]).to(device)
+        queries = x[probes[start : start + block]]
         for left in range(0, len(gallery), 1 << 16):
-            part = torch.from_numpy(take_rows(x, gallery[left : left + (1 << 16)])).to(device)
-            scores[: len(queries), left : left + len(part)] = (queries @ part.T).cpu().numpy()
+            part = take_rows(x, gallery[left : left + (1 << 16)])
+            found = scores[: len(queries), left : left + len(part)]
+            if here:
+                np.matmul(queries, part.T, out=found)
+            else:
+                found[:] = (torch.from_numpy(queries).to(device) @ torch.from_numpy(part).to(device).T).cpu().numpy()
             del part
         yield start, scores[: len(queries)]
 

@@ -293,6 +293,13 @@ def test_the_legacy_search_by_hand():
         "rank-1": 9 / 12, "rank-5": 10 / 12, "rank-10": 10 / 12, "tpir@fpir=0.1": 9 / 12})
 
 
+def test_in_a_collapsed_space_the_legacy_search_finds_nobody():
+    templates = made_templates(0)
+    templates.vectors[:] = templates.vectors[0]
+    found = evaluate.score_legacy_search(templates, [np.arange(22), np.arange(22, 40)], np.arange(40, 540), 0, 0)
+    assert {name: f.value for name, f in found.items()} == dict.fromkeys(LEGACY, 0)
+
+
 def test_resamplings_of_the_legacy_search_equal_repeated_probes(monkeypatch):
     """Each draw against the same probes repeated; so few scores are kept at first that some draws reach below them."""
     templates = made_templates(9, people=6, probes=60, spread=1.5)
@@ -319,12 +326,13 @@ def test_the_highest_scores_of_others_equal_a_whole_sort(most, monkeypatch):
     monkeypatch.setattr(evaluate, "score_blocks", lambda x, p, g, size, device: blocks(x, p, g, 7 * 40, device))
 
     def mates(probe):
-        return np.flatnonzero(labels[gallery] == labels[probe]), []
+        return np.flatnonzero(labels[gallery] == labels[probe]), np.zeros(0, int)
 
-    scores, whose = evaluate.highest_wrong(x, probes, gallery, mates, most)
+    scores, whose, own = evaluate.highest_wrong(x, probes, gallery, mates, most)
     whole = x[probes] @ x[gallery].T
     wrong = labels[probes][:, None] != labels[gallery]
     np.testing.assert_array_equal(scores, np.sort(whole[wrong])[::-1][:most])
+    np.testing.assert_array_equal(own, np.where(wrong, -np.inf, whole).max(1))
     assert all((whole[i][wrong[i]] == score).any() for i, score in zip(whose, scores, strict=True))
     assert len(evaluate.highest_wrong(x, probes, gallery, mates, 5000)[0]) == wrong.sum()  # all there are
 
