@@ -5,6 +5,7 @@ import heapq
 import html
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from data_prep import InputError
 from data_prep.__main__ import cli
 from data_prep.shards import Split
 from tests.test_definitions import classified
-from tests.test_evaluate import FakeSplit, unit
+from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_humans import FACES, THINGS, Fake, rate, vectors
 from tests.test_protocols import FakeTemplates
 
@@ -623,3 +624,20 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate.tempfile, "TemporaryFile", lambda dir: Full())
     with pytest.raises(InputError, match=r"no room for 0.0 GiB of embeddings .*\(No space left on device\): free some"):
         evaluate.map_copy(np.zeros((3, 2), np.float32), tmp_path)
+
+
+def test_a_run_that_is_mapped_writes_the_same_rows(tiny_run, demo_root, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval", "analysis"))
+    out, mapped, written = tmp_path / "run/eval", [], []
+    copy = evaluate.map_copy
+    monkeypatch.setattr(evaluate, "map_copy", lambda x, folder: mapped.append(folder) or copy(x, folder))
+    for large in (1 << 29, 0):
+        monkeypatch.setattr(evaluate, "LARGE", large)
+        run_here("--run", tmp_path / "run", "--bootstrap", 3, "--workers", 0, "--device", "cpu", "--crowd", 20,
+                 "--sheet", "--splits", "body/test,face_hq/test,object/val", "--cache", tmp_path / "cache")
+        with np.load(out / "draws.npz") as file:
+            written.append(((out / "results.json").read_text(), file["draws"].tobytes(),
+                            (out / "sheet-body-test.png").read_bytes()))
+        assert {*mapped} == ({tmp_path / "cache", out / "embeddings"} if large == 0 else set())
+    assert written[0] == written[1]
+    assert {path.suffix for path in (out / "embeddings").iterdir()} == {".npy", ".json", ".lock"}
