@@ -810,7 +810,7 @@ def score_legacy_search(templates: Templates, galleries: list[np.ndarray], probe
 
     most = 4 * math.ceil(len(probes) * max(supported, default=0)) + 1
     while True:
-        found = figures(min(most, pairs))
+        found = figures(max(min(most, pairs), 1))
         # a resampling may lack the people of the highest scores, and reach below what was kept
         if most >= pairs or not any(np.isnan(figure.draws).any() for figure in found.values()):
             return found

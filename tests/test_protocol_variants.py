@@ -301,6 +301,14 @@ def test_in_a_collapsed_space_the_legacy_search_finds_nobody():
     assert {name: f.value for name, f in found.items()} == dict.fromkeys(LEGACY, 0)
 
 
+@pytest.mark.parametrize("enrolled, rate", [(True, 1), (False, 0)])
+def test_the_legacy_search_without_another_person_or_a_gallery(enrolled, rate):
+    x = np.eye(2, dtype=np.float32)[[0] * 13]
+    templates = evaluate.Templates(np.arange(13), x, np.zeros(13, int), np.array([enrolled] + [True] * 12))
+    found = evaluate.score_legacy_search(templates, [np.array([0])], np.arange(1, 13), 3, 0)
+    assert {name: f.value for name, f in found.items()} == dict.fromkeys(LEGACY[:4], rate)
+
+
 def test_resamplings_of_the_legacy_search_equal_repeated_probes(monkeypatch):
     """Each draw against the same probes repeated; so few scores are kept at first that some draws reach below them."""
     templates = made_templates(9, people=6, probes=60, spread=1.5)
