@@ -124,7 +124,7 @@ def show_published(found: list[tuple[Published, str, object]]) -> list[str]:
         for one, name, row in sorted(chosen, key=lambda one: (one[1], one[0].metric, -one[0].value)):
             own = f"{100 * row.value:.1f} ({row.weights})" if row else "not computed"
             same = "yes" if row and one.comparable(row.protocol) else "no"
-            lines.append(f"| {name} | {one.metric} | {own} | {100 * one.value:.2f} | {one.who} | {same} | "
+            lines.append(f"| {literal(name)} | {one.metric} | {own} | {100 * one.value:.2f} | {one.who} | {same} | "
                          f"{one.protocol} | {one.source} |")
     return lines
 
@@ -219,13 +219,13 @@ img { max-width: 100%; } code { background: #f2f2f0; padding: 0 .2rem; }"""
 
 def literal(name: str) -> str:
     """A name that somebody chose, as Markdown that shows it as it is."""
-    return re.sub(r"[\\|*!\[\]`<>]", r"\\\g<0>", name)
+    return re.sub(r"[\\|*!\[\]`<>&]", r"\\\g<0>", name)
 
 
 def inline(text: str, folder: Path) -> str:
     """Code, bold and pictures of a line; a picture becomes part of the page."""
-    text = re.sub(r"\\(&lt;|&gt;|[\\|*!\[\]`])", lambda sign: sign[1] if len(sign[1]) > 1 else f"&#{ord(sign[1])};",
-                  html.escape(text, quote=False))  # what `literal` wrote
+    text = re.sub(r"\\(&lt;|&gt;|&amp;|[\\|*!\[\]`])", lambda sign: sign[1] if len(sign[1]) > 1 else
+                  f"&#{ord(sign[1])};", html.escape(text, quote=False))  # what `literal` wrote
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
     text = re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
 

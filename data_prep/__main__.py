@@ -149,14 +149,16 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
     if "holdout" in selection and domain == "object":
         raise InputError("--holdout keeps people of training and test splits apart; a test split of objects has the "
                          "classes of its training split: leave it out")
+    shots = options.pop("single_gallery_shot", False)
     source = read(src, domain, train, **options)
-    source = replace(source, records=Records(source.records, out))
+    source = replace(bodies.add_single_gallery_shot(source) if shots else source, records=Records(source.records, out))
     if source.records:
         source = select(source, train, settings["seed"], **selection)
     if size is None:
         size = own_size(source.records) if domain.startswith("face") and source.records else 256
     name = read.__name__.replace("_", "-")  # as on the command line
-    chosen = options | selection | ({"drop_duplicates": True} if drop_duplicates else {})
+    chosen = options | selection | {key: True for key, given in (("drop_duplicates", drop_duplicates),
+                                                                 ("single_gallery_shot", shots)) if given}
     index = write_split(out, source, source_name=name, size=size, fit=fit or FIT[domain], train=train,
                         options={key: str(value) for key, value in chosen.items() if value is not None},
                         drop_duplicates=drop_duplicates, **settings)
@@ -211,14 +213,24 @@ def bin_(**options) -> None:
     prepare(insightface.bin, **options)
 
 
+def shots_option(command):
+    """--single-gallery-shot of the sets for re-identification."""
+    option = click.option("--single-gallery-shot", is_flag=True,
+                          help="Score a test split by CUHK03's rule too: one drawn gallery image of each person, drawn "
+                               "anew for every probe, ten times.")
+    return option(command)
+
+
 @cli.command(help=bodies.market.__doc__)
 @source_options
+@shots_option
 def market(**options) -> None:
     prepare(bodies.market, **options)
 
 
 @cli.command(help=bodies.msmt17.__doc__)
 @source_options
+@shots_option
 @click.option("--with-val", is_flag=True, help="Add list_val.txt to the training images.")
 def msmt17(**options) -> None:
     prepare(bodies.msmt17, **options)
@@ -232,6 +244,7 @@ def val_option(command):
 
 @cli.command(help=bodies.prcc.__doc__)
 @source_options
+@shots_option
 @val_option
 @click.option("--variant", type=click.Choice(["cross-clothes", "same-clothes"]), default="cross-clothes",
               help="Probes of a test split: camera C or camera B.")
@@ -241,12 +254,14 @@ def prcc(**options) -> None:
 
 @cli.command(help=bodies.ltcc.__doc__)
 @source_options
+@shots_option
 def ltcc(**options) -> None:
     prepare(bodies.ltcc, **options)
 
 
 @cli.command(help=bodies.deepchange.__doc__)
 @source_options
+@shots_option
 @val_option
 def deepchange(**options) -> None:
     prepare(bodies.deepchange, **options)
@@ -254,6 +269,7 @@ def deepchange(**options) -> None:
 
 @cli.command(help=bodies.persons.__doc__)
 @source_options
+@shots_option
 @click.option("--table", metavar="NAME", default="persons.csv", help="Of the CSV, inside the source.")
 def persons(**options) -> None:
     prepare(bodies.persons, **options)

@@ -8,6 +8,7 @@ the probe's person and camera are ignored. Where a set has more published ways o
     cross-clothes   matches: same person, other camera, other clothes; ignored: same person, same camera or clothes
     same-clothes    matches: same person, other camera, same clothes; ignored: same person, same camera or other clothes
     ... single-shot the gallery is one random image of each person, `draws` times, averaged (mAP means little there)
+    ... single-gallery-shot  the same with draws of its own for every probe, after what is ignored has left (CUHK03)
 """
 
 import re
@@ -63,6 +64,15 @@ def reid(src: Path, records: list[Record], train: bool, skipped: Counter | None 
         if not any(record.role == role for record in records):
             raise InputError(f"--src {src}: no {ROLES[role]} images for the test split")
     return Source(records, None if train else {"name": "reid", **protocol}, skipped=skipped or Counter())
+
+
+def add_single_gallery_shot(source: Source) -> Source:
+    """The source, its gallery scored by single-gallery-shot too (CUHK03's first protocol), in ten draws."""
+    if source.protocol is None:
+        raise InputError("--single-gallery-shot is a way to score a test split: add --part test or leave it out")
+    variants = source.protocol.get("variants", ["general"])
+    return replace(source, protocol={"draws": 10} | source.protocol
+                   | {"variants": [*variants, f"{variants[0]} single-gallery-shot"]})
 
 
 def number(values: Iterable) -> Callable[[object], int]:
