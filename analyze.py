@@ -34,7 +34,13 @@ import train
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, Number, run_command
 from data_prep.degrade import degrade
 from data_prep.shards import ROLES, Split, open_root
-from evaluate import Figure
+from evaluate_bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
+from evaluate_classes import class_means
+from evaluate_compare import Scored, aggregate, as_many, margin, read_scored, start_of
+from evaluate_embed import Embedder, make_embedder, normalise
+from evaluate_pairs import roc, tar_at_far
+from evaluate_results import HEADLINE, Row, read_rows, write_csv
+from evaluate_search import average_precision, inverse_negative_penalty, mates_in, name_identities, search_gallery
 from run_folder import RUN_ROLES, load_foundation, load_run, load_tuned, read_json, write_atomically, write_json
 from train_options import refuse_options
 from train_ranks import pick_device
@@ -179,7 +185,7 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
     gallery = rows[roles[rows] != ROLES.index("probe")]
     probe = rows[roles[rows] <= ROLES.index("probe")]  # without roles every image is a probe and in the gallery
     probe = rng.permutation(probe[labels[probe] >= 0])[:limit]
-    same, kept, mates, ignored = evaluate.mates_in(labels[gallery]), [], [], []
+    same, kept, mates, ignored = mates_in(labels[gallery]), [], [], []
     for row in probe:
         places = same(labels[row])
         out = gallery[places] == row
@@ -214,17 +220,17 @@ def drop_tested(tasks: list[Task], most: int, seed: int) -> None:
     tested = set()
     for task in tasks:
         rows = task.probe if task.domain == "object" else np.union1d(task.probe, task.gallery)
-        tested.update(evaluate.name_identities(task.split, rows).tolist())
+        tested.update(name_identities(task.split, rows).tolist())
     known = np.array(sorted(tested - {""}))
     for task in tasks:
         rows = np.sort(np.random.default_rng((seed, DOMAINS.index(task.domain))).permutation(task.fit)[:most])
-        task.fit = rows[~np.isin(evaluate.name_identities(task.train, rows), known)]
+        task.fit = rows[~np.isin(name_identities(task.train, rows), known)]
 
 
 def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Probe vectors [n, D] and gallery vectors [m, D] of a task, from the unit embeddings of its two splits.
 
-    An object class is the mean of its unit embeddings in the full space, as in `evaluate.class_means`, and is centred
+    An object class is the mean of its unit embeddings in the full space, as in `class_means`, and is centred
     and projected as an image is. (Normalising every image anew in each subspace before averaging would weigh it by how
     little of it the subspace holds, and would cost a pass over the training set for every k. So projecting the mean is
     the mean of the projections, and one sweep serves people and objects.)
@@ -236,7 +242,7 @@ def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.
     means = np.zeros((m, x.shape[1]))
     for start in range(0, len(task.gallery), ROWS):  # by blocks: a copy of a million images would be gigabytes
         part = slice(start, start + ROWS)
-        means += evaluate.class_means(x[task.gallery[part]], task.group[part], m)
+        means += class_means(x[task.gallery[part]], task.group[part], m)
     return test[task.probe], means / np.bincount(task.group)[:, None]
 
 
@@ -252,10 +258,10 @@ class Embeddings:
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
         """float32 [rows, D]; NaN in those of unreadable images."""
-        return evaluate.normalise(np.array(self.raw[rows]))
+        return normalise(np.array(self.raw[rows]))
 
 
-def read_embeddings(embedder: evaluate.Embedder, split: Split) -> Embeddings:
+def read_embeddings(embedder: Embedder, split: Split) -> Embeddings:
     """The embeddings of a split, computed where they are not there."""
     return Embeddings(embedder.prepare(split))
 
@@ -562,25 +568,25 @@ def measure_further(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], 
         for start in range(0, len(g), ROWS):
             part = slice(start, start + ROWS)
             g[part] = unit(gallery[part].cpu().numpy())
-        search = evaluate.search_gallery(q, np.arange(len(q)), every, lambda i: (task.mates[i], task.ignored[i]),
+        search = search_gallery(q, np.arange(len(q)), every, lambda i: (task.mates[i], task.ignored[i]),
                                          other=g, device=device)
         values = {"nearest-mean top-5": search.first <= 5} if task.domain == "object" else {
-            "rank-5": search.first <= 5, "mAP": evaluate.average_precision(search.ranks),
-            "mINP": evaluate.inverse_negative_penalty(search.ranks)}
-        figures = evaluate.intervals(
-            lambda w, values=values: {name: evaluate.weighted_mean(of, w) for name, of in values.items()},
-            evaluate.bootstrap_counts(target, draws, seed))
+            "rank-5": search.first <= 5, "mAP": average_precision(search.ranks),
+            "mINP": inverse_negative_penalty(search.ranks)}
+        figures = intervals(
+            lambda w, values=values: {name: weighted_mean(of, w) for name, of in values.items()},
+            bootstrap_counts(target, draws, seed))
         if len(pairs):
             scores, same = (q[pairs[:, 0]] * q[pairs[:, 1]]).sum(1), np.arange(len(pairs)) < len(pairs) // 2
             order = np.argsort(-scores)  # once here: each resampling sorts them anew, and what is sorted goes faster
             scores, same, (left, right) = scores[order], same[order], pairs[order].T
 
             def accept(weights: np.ndarray | None, scores=scores, same=same) -> dict[str, float]:
-                far, tar = evaluate.roc(scores, same, weights)
-                return {"pair auc": float(np.trapezoid(tar, far)), "tar@far=0.01": evaluate.tar_at_far(far, tar, 0.01)}
+                far, tar = roc(scores, same, weights)
+                return {"pair auc": float(np.trapezoid(tar, far)), "tar@far=0.01": tar_at_far(far, tar, 0.01)}
 
-            figures |= evaluate.intervals(accept, (np.where(same, w[left], w[left] * w[right]) for w in
-                                                   evaluate.bootstrap_counts(target, draws, seed)))
+            figures |= intervals(accept, (np.where(same, w[left], w[left] * w[right]) for w in
+                                                   bootstrap_counts(target, draws, seed)))
         found |= {(k, name): figure for name, figure in figures.items()}
     return found
 
@@ -633,7 +639,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
     bar = tqdm(total=len(tasks) * per_task, desc="transfer", unit="sweep", disable=None)
     for task in tasks:
         vectors = tuple(to_device(x, device) for x in vectors_of(task, embedded[task.domain]))
-        counts = np.array(list(evaluate.bootstrap_counts(task.target, draws, seed)), dtype=np.float32)
+        counts = np.array(list(bootstrap_counts(task.target, draws, seed)), dtype=np.float32)
         counts = to_device(counts.reshape(draws, len(task.probe)), device)
         identity, chance = np.eye(D), task.chance()
 
@@ -773,7 +779,7 @@ def scatter_ratio(x: np.ndarray, labels: np.ndarray) -> float:
     """Scatter of class means about the mean, over scatter of images about their class mean; x [n, D]."""
     labels = np.unique(labels, return_inverse=True)[1]
     size = np.bincount(labels)
-    means = evaluate.class_means(x, labels, len(size)) / size[:, None]
+    means = class_means(x, labels, len(size)) / size[:, None]
     between = (size * np.square(means - x.mean(0, dtype=np.float64)).sum(1)).sum()
     return float(between / np.square(x - means[labels]).sum())
 
@@ -936,17 +942,17 @@ def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int
 
     Args:
         right: bool [m_d] per task.
-        ids: [m_d] per task, from `evaluate.name_identities`: who is in two tasks is drawn, or not, in both.
+        ids: [m_d] per task, from `name_identities`: who is in two tasks is drawn, or not, in both.
     """
     names = np.unique(np.concatenate(ids), return_inverse=True)[1]
     ends = np.cumsum([len(part) for part in right])[:-1]
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
         parts = [None] * len(right) if weights is None else np.split(weights, ends)
-        return {"value": float(np.mean([evaluate.weighted_mean(hit.astype(float), w)
+        return {"value": float(np.mean([weighted_mean(hit.astype(float), w)
                                         for hit, w in zip(right, parts, strict=True)]))}
 
-    return evaluate.intervals(statistic, evaluate.bootstrap_counts(names, draws, seed), len(names))["value"]
+    return intervals(statistic, bootstrap_counts(names, draws, seed), len(names))["value"]
 
 
 def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.ndarray], draws: int,
@@ -1007,7 +1013,7 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
     """
     rng, table = np.random.default_rng(seed), []
     known = [sources_of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
-    people = [evaluate.name_identities(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
+    people = [name_identities(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
     for d, task in enumerate(tasks):
         candidates: dict[str, tuple[Split, np.ndarray]] = {}
         for split, rows in others[task.domain]:
@@ -1018,7 +1024,7 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
         for name in np.unique(known[d]):
             candidates.setdefault(name, (task.train, fits[d][known[d] == name]))
         for name, (split, rows) in candidates.items():
-            left, who = known[d] != name, evaluate.name_identities(split, rows)
+            left, who = known[d] != name, name_identities(split, rows)
             seen = np.concatenate([part[left] if i == d else part for i, part in enumerate(people)])
             rows, who = rows[~np.isin(who, seen)], who[~np.isin(who, seen)]
             if len(candidates) < 2 or left.sum() < 2 or not len(rows):
@@ -1050,7 +1056,7 @@ def gather_sources(task: Task, fits: np.ndarray, others: list[tuple[Split, np.nd
     found: dict[str, list[tuple[Split, np.ndarray, np.ndarray]]] = {}
     for split, rows in [(task.train, fits), *others]:
         rows = rng.permutation(rows)[:n]
-        names, who = sources_of(split, rows), evaluate.name_identities(split, rows)
+        names, who = sources_of(split, rows), name_identities(split, rows)
         for name in np.unique(names):
             found.setdefault(name, []).append((split, rows[names == name], who[names == name]))
     return found
@@ -1122,7 +1128,7 @@ def measure_separability(features: dict[str, Features], tasks: list[Task], other
     n = min(limit, *(len(task.fit) for task in tasks), *(len(task.probe) for task in tasks))
     fits = [rng.permutation(task.fit)[:n] for task in tasks]
     probes = [rng.permutation(task.probe)[:n] for task in tasks]
-    ids = [evaluate.name_identities(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
+    ids = [name_identities(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
     found, fitted, tested = {}, {}, {}
     for name, of in tqdm(features.items(), desc="separability", unit="space", disable=None):
         fitted[name] = [of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
@@ -1611,19 +1617,19 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
     headline = pairs[0]["k"]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "analysis.json", analysis)
-    evaluate.write_csv(folder / "transfer.csv", [
+    write_csv(folder / "transfer.csv", [
         {"weights": weights, "kind": c["kind"], "fit": c["fit"], "number": c["number"], "test": c["test"], "k": k,
          "score": score, "kept": v, "low": low, "high": high} for weights, rows in curves.items() for c in rows
         for k, score, v, low, high in zip(*(c[key] for key in ("ks", "score", "kept", "low", "high")), strict=True)])
-    evaluate.write_csv(folder / "further.csv", [{"fit": p["fit"], "test": p["test"]} | row for p in pairs
+    write_csv(folder / "further.csv", [{"fit": p["fit"], "test": p["test"]} | row for p in pairs
                                                 for row in p["further"]])
-    evaluate.write_csv(folder / "importance.csv", [
+    write_csv(folder / "importance.csv", [
         {"fit": p["fit"], "test": p["test"], "component": i, "change": change, "low": low, "high": high}
         for p in pairs if "importance" in p
         for i, (change, low, high) in enumerate(zip(*p["importance"].values(), strict=True), 1)],
         ("fit", "test", "component", "change", "low", "high"))
-    evaluate.write_csv(folder / "dprime.csv", components)
-    evaluate.write_csv(folder / "map.csv", points)
+    write_csv(folder / "dprime.csv", components)
+    write_csv(folder / "map.csv", points)
     lines = [f"# {analysis['run']}", "", *report_tasks(analysis), "## Transfer of principal components", "",
              f"Share of (score - chance) that the first {headline} components of one task keep for another, in percent "
              "with 95 % intervals, resampled by identity; the score is rank-1 for people and the nearest class mean "
@@ -1705,7 +1711,7 @@ class Measured:
 
     name: str
     config: dict
-    found: dict[str, evaluate.Scored]  # by weights: "tuned", "foundation"
+    found: dict[str, Scored]  # by weights: "tuned", "foundation"
     analysis: dict | None
     lost: dict[str, float] = field(default_factory=dict)  # AUC from the best stage to the end, by "domain/split"
 
@@ -1717,7 +1723,7 @@ class Measured:
 
     @property
     def start(self) -> tuple:
-        return evaluate.start_of(self.config)
+        return start_of(self.config)
 
 
 @dataclass
@@ -1758,12 +1764,12 @@ class Group:
         return {task: float(np.mean([run.lost[task] for run in self.runs])) for task in self.runs[0].lost
                 if all(task in run.lost for run in self.runs)}
 
-    def rows(self, weights: str, wanted: Callable[[evaluate.Row], bool]) -> dict[tuple, Figure]:
+    def rows(self, weights: str, wanted: Callable[[Row], bool]) -> dict[tuple, Figure]:
         """Figures that all seeds have, averaged over them, by (domain, split, metric, protocol)."""
         tables = [run.found[weights] for run in self.runs if weights in run.found]
         if len(tables) < len(self.runs) or len({(t.seed, draws_of(t)) for t in tables}) > 1:
             return {}
-        return {key: evaluate.aggregate(tables, key) for key, (row, _) in tables[0].found.items()
+        return {key: aggregate(tables, key) for key, (row, _) in tables[0].found.items()
                 if wanted(row) and all(key in table.found for table in tables)}
 
     def headline(self, weights: str) -> dict[tuple, Figure]:
@@ -1789,7 +1795,7 @@ class Group:
         return {end: float(np.mean([f[end] for f in found])) for end in ("value", "low", "high")}
 
 
-def draws_of(scored: evaluate.Scored) -> int:
+def draws_of(scored: Scored) -> int:
     """Number of resamplings."""
     return len(next(iter(scored.found.values()))[1])
 
@@ -1870,11 +1876,11 @@ def read_run(home: Path) -> Measured:
         raise InputError("config.json: domains and counts do not name tasks and their images")
     results = home / "eval" / "results.json"
     check_newer(results, home / "model.safetensors", "evaluate.py")
-    rows = evaluate.read_rows(results.parent)
+    rows = read_rows(results.parent)
     if not rows:
         raise InputError(f"{results} is empty; run evaluate.py again")
     try:
-        found = {name: evaluate.read_scored(home, name) for name in sorted({row.weights for row in rows})}
+        found = {name: read_scored(home, name) for name in sorted({row.weights for row in rows})}
         if any(drawn.ndim != 1 or len(drawn) < 2 for scored in found.values() for _, drawn in scored.found.values()):
             raise ValueError("not one list of resamplings a row")
     except InputError:
@@ -1986,11 +1992,11 @@ def kinds_of_match(group: Group, expert: Group, domain: str) -> list[str]:
     """How an expert's images match a unified run's, within a quarter: "exposure" (of its domain), "images" (of all)."""
     seen, counts = expert.config["counts"][domain], group.config["counts"]
     return [kind for kind, count in (("exposure", counts[domain]), ("images", sum(counts.values())))
-            if evaluate.as_many(seen, count)]
+            if as_many(seen, count)]
 
 
 def claim_experts(imic: list[Group], experts: list[Group], delta: float) -> Claim:
-    """A unified run is not worse than the expert of any task by more than `evaluate.margin`.
+    """A unified run is not worse than the expert of any task by more than `margin`.
 
     The verdict rests on experts that saw their domain as often as the unified run did, where there are any; else on
     those that saw as many images in all. Either is listed.
@@ -2009,7 +2015,7 @@ def claim_experts(imic: list[Group], experts: list[Group], delta: float) -> Clai
                 theirs = {key[:2]: figure.value for key, figure in expert.headline("tuned").items()}
                 for key, lead in group.leads(expert).items():
                     found.append(judge(f"{group.name} against {expert.name} {'/'.join(key)}", lead,
-                                       -evaluate.margin(theirs[key], delta)))
+                                       -margin(theirs[key], delta)))
                     found[-1].note = f"matched in {kind}"
                     if kind != deciding:
                         found[-1:] = for_information(found[-1:])
@@ -2057,7 +2063,7 @@ def claim_humans(imic: list[Group]) -> Claim:
 
 def claim_generalisation(imic: list[Group], least: float) -> Claim:
     """Retention on out-of-distribution splits, where the untouched backbone is above chance."""
-    metric = f"retention of {evaluate.HEADLINE['classification']}"
+    metric = f"retention of {HEADLINE['classification']}"
     findings = [judge(f"{group.name} {domain}/{split}", figure, least, ".0f") for group in imic
                 for (domain, split, _, _), figure in
                 group.rows("tuned", lambda row: row.out_of_distribution and row.metric == metric).items()]
@@ -2069,7 +2075,7 @@ def claim_generalisation(imic: list[Group], least: float) -> Claim:
 def find_fallen(other: Group, early: dict[tuple, Figure], experts: list[Group], delta: float) -> dict[tuple, str]:
     """The earlier tasks that a sequential run lost, and what shows it; by domain and split.
 
-    Lost is what ends by delta below the untouched backbone, below the run's own best stage, or (`evaluate.margin`)
+    Lost is what ends by delta below the untouched backbone, below the run's own best stage, or (`margin`)
     below the expert that saw the domain as often. Intervals by Bonferroni over the earlier tasks.
     """
     own, top, fallen = other.leads(other, "tuned", "foundation"), 1 - 0.025 / max(len(early), 1), {}
@@ -2084,7 +2090,7 @@ def find_fallen(other: Group, early: dict[tuple, Figure], experts: list[Group], 
                     and "exposure" in kinds_of_match(other, expert, key[0])):
                 lead = other.leads(expert).get(key)
                 theirs = next((f.value for k, f in expert.headline("tuned").items() if k[:2] == key), 0)
-                if lead and lead.quantile(top) <= -evaluate.margin(theirs, delta):
+                if lead and lead.quantile(top) <= -margin(theirs, delta):
                     signs.append(expert.name)
         if signs:
             fallen[key] = ", ".join(signs)
@@ -2351,7 +2357,7 @@ def analyse(options: dict) -> int:
         base, test = splits["face_lq"]
         splits["face_lq"] = (Degraded(base.folder, degraded["face_lq"], seed), test)
     delete = parse_range(options["delete"])
-    embedders = {weights: evaluate.make_embedder(lambda load=load: load(run), weights, run.folder / "eval", options)
+    embedders = {weights: make_embedder(lambda load=load: load(run), weights, run.folder / "eval", options)
                  for weights, load in (("foundation", load_foundation), ("tuned", load_tuned))}
     dims = [embedder.model.dim for embedder in embedders.values()]
     check_range(delete, min(dims))
@@ -2502,7 +2508,7 @@ def claims(folder: Path, delta: float, retention: float, separable: float, keep:
     rows = [asdict(claim) for claim in table]
     write_atomically(folder / "claims.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
     write_atomically(folder / "claims.md", lambda path: path.write_text("\n".join(lines) + "\n"))
-    evaluate.write_csv(folder / "claims.csv", [{k: v for k, v in row.items() if k != "findings"} for row in rows])
+    write_csv(folder / "claims.csv", [{k: v for k, v in row.items() if k != "findings"} for row in rows])
     for claim in table:
         print(f"{claim.claim} [{claim.backbones}]\n    {claim.told}\n    measured: {claim.measured}\n"
               f"    threshold: {claim.rule}")

@@ -21,8 +21,10 @@ from types import SimpleNamespace
 import numpy as np
 from sklearn.metrics import auc, roc_curve
 
-import evaluate
 from data_prep import InputError
+from evaluate_embed import normalise
+from evaluate_pairs import FARS, Templates, roc, score_template_pairs, tar_at_far
+from evaluate_search import score_gallery, search_gallery
 from run_folder import write_atomically
 
 D = 512  # width of the embeddings
@@ -47,7 +49,7 @@ def make_embeddings(rng: np.random.Generator, identity: np.ndarray, spread: floa
         rng.standard_normal(out=part, dtype=np.float32)
         part *= spread
         part[who >= 0] += centres[who[who >= 0]]
-    return evaluate.normalise(x)
+    return normalise(x)
 
 
 # ---------------------------------------------------------------- re-identification
@@ -64,7 +66,7 @@ def make_reid(scale: float) -> dict:
 
 
 def reid_here(x: np.ndarray, split: SimpleNamespace, **_) -> dict[str, float]:
-    figures, _ = evaluate.score_gallery(x, split, 0, 0)
+    figures, _ = score_gallery(x, split, 0, 0)
     return {name: figures[name].value for name in ("rank-1", "mAP", "mINP")}
 
 
@@ -109,24 +111,24 @@ def make_ijbc(scale: float) -> dict:
     pairs[:, :2] = np.concatenate([genuine, np.stack([left, right], 1)])
     pairs[:, 2] = identity[pairs[:, 0]] == identity[pairs[:, 1]]
     x, enrolled = make_embeddings(rng, identity, 3.0), np.ones(count, dtype=bool)
-    return {"templates": evaluate.Templates(np.arange(count), x, identity, enrolled),
+    return {"templates": Templates(np.arange(count), x, identity, enrolled),
             "pairs": pairs[pairs[:, 0] != pairs[:, 1]]}
 
 
-def pairs_here(templates: evaluate.Templates, pairs: np.ndarray) -> dict[str, float]:
+def pairs_here(templates: Templates, pairs: np.ndarray) -> dict[str, float]:
     """With 20 resamplings, which the other way does not have."""
-    figures = evaluate.score_template_pairs(templates, pairs, 20, 0)[0]["nearest"]
+    figures = score_template_pairs(templates, pairs, 20, 0)[0]["nearest"]
     return {name: figure.value for name, figure in figures.items()}
 
 
-def pairs_sklearn(templates: evaluate.Templates, pairs: np.ndarray) -> dict[str, float]:
+def pairs_sklearn(templates: Templates, pairs: np.ndarray) -> dict[str, float]:
     """As insightface's ijb_evals.py: pairs by blocks, scikit-learn's curve, the nearest FAR."""
     x, blocks = templates.vectors, np.array_split(pairs, max(len(pairs) // 100_000, 1))
     scores = np.concatenate([np.einsum("nd,nd->n", x[block[:, 0]], x[block[:, 1]]) for block in blocks])
     far, tar, _ = roc_curve(pairs[:, 2], scores)
     impostors = int((pairs[:, 2] == 0).sum())
     return {f"tar@far={f:g}": float(tar[::-1][np.argmin(np.abs(far[::-1] - f))])
-            for f in evaluate.FARS if f * impostors >= 1}
+            for f in FARS if f * impostors >= 1}
 
 
 def make_scores(scale: float) -> dict:
@@ -137,8 +139,8 @@ def make_scores(scale: float) -> dict:
 
 
 def curve_here(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
-    far, tar = evaluate.roc(scores, same)
-    return {"auc": float(np.trapezoid(tar, far)), "tar@far=0.001": evaluate.tar_at_far(far, tar, 1e-3)}
+    far, tar = roc(scores, same)
+    return {"auc": float(np.trapezoid(tar, far)), "tar@far=0.001": tar_at_far(far, tar, 1e-3)}
 
 
 def curve_sklearn(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
@@ -157,7 +159,7 @@ def make_search(probes: int, distractors: int, scale: float) -> dict:
 
 
 def search_here(x: np.ndarray, probes: int) -> dict[str, float]:
-    found = evaluate.search_gallery(x, np.arange(probes), np.arange(probes, len(x)),
+    found = search_gallery(x, np.arange(probes), np.arange(probes, len(x)),
                                     lambda probe: (np.array([probe]), np.empty(0, int)))
     return {f"rank-{k}": float((found.first <= k).mean()) for k in (1, 5, 20)}
 

@@ -9,7 +9,9 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import analyze
-import evaluate
+from evaluate_bootstrap import bootstrap_counts
+from evaluate_embed import normalise, save_array
+from evaluate_pairs import score_pairs
 from tests.test_subspaces import SHARED, D, orthogonal, pairs_of, planted, sweep_case, task_of
 
 # ---------------------------------------------------------------- components that are left out, each alone
@@ -77,7 +79,7 @@ def test_other_metrics_equal_a_slow_computation(objects):
         values = {"nearest-mean top-5": values["rank-5"]}
     for name, by_hand in values.items():
         assert found[k, name].value == pytest.approx(np.mean(by_hand), abs=1e-6)
-        draws = [np.average(by_hand, weights=w) for w in evaluate.bootstrap_counts(task.target, 20, 0)]
+        draws = [np.average(by_hand, weights=w) for w in bootstrap_counts(task.target, 20, 0)]
         np.testing.assert_allclose(found[k, name].draws, draws, atol=1e-6)
     pairs = analyze.train.matched_pairs(task.target, 5000, 0)
     scores, same = (q[pairs[:, 0]] * q[pairs[:, 1]]).sum(1), np.arange(len(pairs)) < len(pairs) / 2
@@ -85,7 +87,7 @@ def test_other_metrics_equal_a_slow_computation(objects):
     strangers = np.sort(scores[~same])[::-1]
     by_hand = max(np.mean(scores[same] >= t) for t in scores if np.mean(strangers >= t) <= 0.01)
     assert found[k, "tar@far=0.01"].value == pytest.approx(by_hand, abs=0.01)
-    like = evaluate.score_pairs(q, task.target, 20, 0)["pair auc"]  # the yardstick of evaluate.py, resamplings included
+    like = score_pairs(q, task.target, 20, 0)["pair auc"]  # the yardstick of evaluate.py, resamplings included
     np.testing.assert_allclose(found[k, "pair auc"].draws, like.draws, atol=1e-4)
     assert {metric for _, metric in found} == {*values, "pair auc", "tar@far=0.01"}
 
@@ -125,9 +127,9 @@ def test_embeddings_are_read_by_rows_and_the_file_is_not_changed(tmp_path):
     rng = np.random.default_rng(0)
     raw = rng.normal(size=(50, 8)).astype(np.float32) * 3
     raw[7] = np.nan
-    evaluate.save_array(tmp_path / "x.npy", raw)
+    save_array(tmp_path / "x.npy", raw)
     x = analyze.Embeddings(tmp_path / "x.npy")
-    whole = evaluate.normalise(raw.copy())
+    whole = normalise(raw.copy())
     assert len(x) == 50 and x.shape == (50, 8)
     np.testing.assert_array_equal(x[np.array([9, 2, 7])], whole[[9, 2, 7]])
     np.testing.assert_array_equal(x[10:20], whole[10:20])

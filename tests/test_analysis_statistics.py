@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import analyze
-import evaluate
 from data_prep import InputError
 from data_prep.shards import open_root, open_split
+from evaluate_bootstrap import bootstrap_counts
+from evaluate_search import name_identities
 from tests.test_analyze import run_here
 from tests.test_subspaces import SHARED, D, orthogonal, pairs_of, planted, task_of
 
@@ -60,7 +61,7 @@ def test_the_fast_sweep_equals_the_slow_one_at_768_dimensions():
     slow = analyze.hits_one_by_one(z, z, task, every)
     np.testing.assert_array_equal(analyze.hits_by_k(z, z, task, every), slow)
     np.testing.assert_array_equal(analyze.hits_by_k(z, z, task, every, size=3 * len(ids)), slow)
-    counts = np.array(list(evaluate.bootstrap_counts(ids, 20, 0)), dtype=np.float32)
+    counts = np.array(list(bootstrap_counts(ids, 20, 0)), dtype=np.float32)
     curve = analyze.measure_curve("", "", task, (x, x), mean, basis, every, counts, "cpu")
     np.testing.assert_allclose(curve.score, slow.mean(1), atol=1e-6)
     by_hand = (slow.astype(float) @ counts.T.astype(float) / counts.sum(1)).T
@@ -123,7 +124,7 @@ def test_a_source_is_told_apart_on_people_who_were_not_fitted_on():
 
     fitted = {"tuned": [features(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]}
     tested = {"tuned": [features(task.split, task.probe) for task in tasks]}
-    ids = [evaluate.name_identities(task.split, task.probe) for task in tasks]
+    ids = [name_identities(task.split, task.probe) for task in tasks]
     rows = analyze.unseen_sources({"tuned": features}, fitted, tested, ids, tasks, fits, others, 100, 10, 0)
     assert [(r["source"], r["images"], r["identities"]) for r in rows] == [("face_hq (more)", 3, 1)]
 

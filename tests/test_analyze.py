@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import analyze
-import evaluate
 from analyze import Claim, Group, Measured
 from data_prep import InputError
+from evaluate_compare import Scored
+from evaluate_results import Row
 from tests.conftest import script
 
 
@@ -128,9 +129,9 @@ def measured(name, role="unified", backbone="clip", values=None, foundation=None
     found = {}
     for weights, table in (("foundation", foundation), ("tuned", values)):
         if table:
-            of = [evaluate.Row(name, weights, d, "test", "reid, general", "rank-1", v, 0, 1, 100)
+            of = [Row(name, weights, d, "test", "reid, general", "rank-1", v, 0, 1, 100)
                   for d, v in table.items()] + [row for row in rows if row.weights == weights]
-            found[weights] = evaluate.Scored(Path(name), config, 0, {
+            found[weights] = Scored(Path(name), config, 0, {
                 (r.domain, r.split, r.metric, r.protocol): (r, r.value + spread * noise) for r in of})
     return Measured(name, config, found, analysis)
 
@@ -218,7 +219,7 @@ def test_seeds_are_averaged_and_other_recipes_are_not():
 def humans(lead=0.1, tasks=DOMAINS, raters=2, **leads) -> list[Group]:
     """A run with human trials: model minus humans over all tasks, and on each (those of `leads` differ)."""
     def row(domain, metric, value):
-        return evaluate.Row("a", "tuned", domain, "trials", "humans", metric, value, 0, 1, 50)
+        return Row("a", "tuned", domain, "trials", "humans", metric, value, 0, 1, 50)
 
     rows = [row(domain, "model minus human AUC", value) for domain, value in
             {"all": lead, **dict.fromkeys(tasks, lead), **leads}.items() if value is not None]
@@ -237,9 +238,9 @@ def test_claim_humans():
 
 def test_claim_generalisation_uses_retention_out_of_distribution():
     def run(value, spread=0.01):
-        rows = [evaluate.Row("a", "tuned", "object", "ood", "classification, x, out of distribution",
+        rows = [Row("a", "tuned", "object", "ood", "classification, x, out of distribution",
                              "retention of nearest-mean top-1", value, 0, 1, 50),
-                evaluate.Row("a", "tuned", "object", "val", "classification, x", "retention of nearest-mean top-1", 0.1,
+                Row("a", "tuned", "object", "val", "classification, x", "retention of nearest-mean top-1", 0.1,
                              0, 1, 50)]
         return alone(measured("a", values=ALL, rows=rows, spread=spread))
 

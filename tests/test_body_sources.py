@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import evaluate
 from data_prep import InputError
 from data_prep.shards import Split, verify_split
+from evaluate_search import score_gallery
 from tests.conftest import ROOT, TINY, prepare_mutated, script
 from tests.test_data_prep import encode, picture, run_here
 
@@ -45,7 +45,7 @@ def at_degrees(*angles: float) -> np.ndarray:
 
 
 def scored(split: Split, *angles: float) -> dict[str, float]:
-    figures, _ = evaluate.score_gallery(at_degrees(*angles), split, draws=2, seed=0)
+    figures, _ = score_gallery(at_degrees(*angles), split, draws=2, seed=0)
     return {name: figure.value for name, figure in figures.items()}
 
 

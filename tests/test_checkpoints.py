@@ -17,6 +17,7 @@ import evaluate
 import run_folder
 import train
 from data_prep import InputError
+from evaluate_results import make_rows, read_rows
 from run_folder import load_run, load_tuned, save_weights
 from tests.conftest import ROOT, TINY
 from tests.test_recipes import stop_at
@@ -104,7 +105,7 @@ def test_checkpoints_are_scored_as_they_appear_each_once(demo_root, tmp_path, mo
     shutil.copytree(whole, run, ignore=lambda folder, names: [n for n in names if n in ("checkpoints", "done.json")])
     shutil.copytree(whole / "checkpoints/step-00000002", run / "checkpoints/step-00000002")
     (run / "checkpoints/step-00000004.tmp").mkdir()  # not complete: no business of ours
-    made = evaluate.make_rows
+    made = make_rows
     monkeypatch.setattr(evaluate, "make_rows", lambda *a: seen.append(a) or made(*a))
 
     def later(_: float) -> None:
@@ -120,7 +121,7 @@ def test_checkpoints_are_scored_as_they_appear_each_once(demo_root, tmp_path, mo
     rows = watched(run)
     assert list(rows) == [0, 2, 6, 10] and len(seen) == 5  # the fifth: the run itself
     assert {row["weights"] for row in rows[0]} == {"foundation"} and {row["weights"] for row in rows[6]} == {"tuned"}
-    final = {(r.domain, r.split, r.protocol, r.metric): r.value for r in evaluate.read_rows(run / "eval")
+    final = {(r.domain, r.split, r.protocol, r.metric): r.value for r in read_rows(run / "eval")
              if r.weights == "tuned" and not r.metric.startswith("retention")}
     last = {(r["domain"], r["split"], r["protocol"], r["metric"]): float(r["value"]) for r in rows[10]}
     assert last == pytest.approx(final) and last and (run / "eval/watch.png").stat().st_size > 5000

@@ -14,7 +14,11 @@ from sklearn.neighbors import NearestCentroid
 import evaluate
 from data_prep import DOMAINS, InputError
 from data_prep.shards import Split, open_root
-from evaluate import Figure
+from evaluate_bootstrap import Figure, bootstrap_counts, intervals, retention, weighted_mean
+from evaluate_classes import class_means, nearest_mean, nearest_neighbours, score_classification
+from evaluate_pairs import d_prime, equal_error_rate, fold_accuracy, roc, tar_at_far
+from evaluate_results import chance, read_rows
+from evaluate_search import average_precision, score_gallery, trapezoid_precision
 from run_folder import load_run, load_tuned
 from tests.conftest import script
 from tests.test_train import spoil_jpeg
@@ -37,7 +41,7 @@ def test_roc_and_auc_equal_scikit_learn(seed):
     same = rng.random(300) < 0.4
     scores = np.round(rng.normal(size=300) + same, 1)  # rounded: many ties
     weights = None if seed % 2 else rng.integers(0, 4, 300)
-    far, tar = evaluate.roc(scores, same, weights)
+    far, tar = roc(scores, same, weights)
     assert np.trapezoid(tar, far) == pytest.approx(roc_auc_score(same, scores, sample_weight=weights), abs=1e-12)
     if weights is None:
         x, y, _ = roc_curve(same, scores, drop_intermediate=False)
@@ -50,41 +54,41 @@ def test_weights_equal_repetition():
     same, scores, folds = rng.random(60) < 0.5, rng.normal(size=60).round(1), np.arange(60) % 5
     counts = rng.integers(0, 3, 60)
     again = np.repeat(np.arange(60), counts)
-    for f in (lambda s, m, w: np.trapezoid(*evaluate.roc(s, m, w)[::-1]), evaluate.d_prime):
+    for f in (lambda s, m, w: np.trapezoid(*roc(s, m, w)[::-1]), d_prime):
         assert f(scores, same, counts) == pytest.approx(f(scores[again], same[again], None))
-    assert evaluate.fold_accuracy(scores, same, folds, counts) == pytest.approx(
-        evaluate.fold_accuracy(scores[again], same[again], folds[again]))
+    assert fold_accuracy(scores, same, folds, counts) == pytest.approx(
+        fold_accuracy(scores[again], same[again], folds[again]))
 
 
 def test_tar_at_far_by_hand():
     # sorted: g g i g i i g i, as thresholds fall: (FAR, TAR) = (0, 1/4) (0, 2/4) (1/4, 2/4) (1/4, 3/4) (2/4, 3/4) ...
     scores = np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2])
     same = np.array([1, 1, 0, 1, 0, 0, 1, 0], dtype=bool)
-    far, tar = evaluate.roc(scores, same)
-    assert [evaluate.tar_at_far(far, tar, f) for f in (0.0, 0.2, 0.25, 0.5, 0.74, 0.75, 1.0)] == [
+    far, tar = roc(scores, same)
+    assert [tar_at_far(far, tar, f) for f in (0.0, 0.2, 0.25, 0.5, 0.74, 0.75, 1.0)] == [
         0.5, 0.5, 0.75, 0.75, 0.75, 1.0, 1.0]
-    assert evaluate.equal_error_rate(far, tar) == pytest.approx(0.25)  # at the fourth threshold FAR = FRR = 1/4
+    assert equal_error_rate(far, tar) == pytest.approx(0.25)  # at the fourth threshold FAR = FRR = 1/4
 
 
 def test_equal_error_rate_against_a_fine_search():
     rng = np.random.default_rng(3)
     same = rng.random(4000) < 0.5
     scores = rng.normal(size=4000) + 1.5 * same
-    far, tar = evaluate.roc(scores, same)
+    far, tar = roc(scores, same)
     t = np.linspace(-3, 5, 20001)
     fa = 1 - np.searchsorted(np.sort(scores[~same]), t) / (~same).sum()
     fr = np.searchsorted(np.sort(scores[same]), t) / same.sum()
-    assert evaluate.equal_error_rate(far, tar) == pytest.approx((fa + fr)[np.abs(fa - fr).argmin()] / 2, abs=1e-3)
+    assert equal_error_rate(far, tar) == pytest.approx((fa + fr)[np.abs(fa - fr).argmin()] / 2, abs=1e-3)
 
 
 def test_d_prime_by_hand_and_its_relation_to_auc():
     # genuine 2, 4 (mean 3, variance 1); impostors 0, 2 (mean 1, variance 1): d' = 2
-    assert evaluate.d_prime(np.array([2.0, 4, 0, 2]), np.array([1, 1, 0, 0], dtype=bool)) == pytest.approx(2.0)
+    assert d_prime(np.array([2.0, 4, 0, 2]), np.array([1, 1, 0, 0], dtype=bool)) == pytest.approx(2.0)
     rng = np.random.default_rng(0)
     same = np.arange(200_000) % 2 == 0
     scores = rng.normal(size=200_000) + same  # d' = 1 and equal variances: AUC = Phi(1/sqrt 2) = 0.7602
-    assert evaluate.d_prime(scores, same) == pytest.approx(1.0, abs=0.01)
-    far, tar = evaluate.roc(scores, same)
+    assert d_prime(scores, same) == pytest.approx(1.0, abs=0.01)
+    far, tar = roc(scores, same)
     assert np.trapezoid(tar, far) == pytest.approx(0.7602, abs=0.003)
 
 
@@ -105,7 +109,7 @@ def test_ten_fold_accuracy_agrees_with_the_grid_search(seed):
     same = rng.random(2000) < 0.5
     y = unit(np.where(same[:, None], x + 0.25 * y, y))
     folds = np.arange(2000) // 200
-    ours = evaluate.fold_accuracy((x * y).sum(1), same, folds)
+    ours = fold_accuracy((x * y).sum(1), same, folds)
     assert ours == pytest.approx(grid_accuracy(((x - y) ** 2).sum(1), same, folds), abs=0.004)
 
 
@@ -114,9 +118,9 @@ def test_ten_fold_accuracy_by_hand():
     scores = np.array([0.9, 0.5, 0.1, 0.4, 0.8, 0.6, 0.3, 0.2])
     same = np.array([1, 1, 0, 0, 1, 1, 0, 0], dtype=bool)
     folds = np.array([0, 0, 0, 0, 1, 1, 1, 1])
-    assert evaluate.fold_accuracy(scores, same, folds) == 1.0
+    assert fold_accuracy(scores, same, folds) == 1.0
     same[3] = True  # fold 0 now chooses 0.25, which accepts 0.3 of fold 1; fold 1's 0.45 rejects 0.4 of fold 0
-    assert evaluate.fold_accuracy(scores, same, folds) == pytest.approx((3 / 4 + 3 / 4) / 2)
+    assert fold_accuracy(scores, same, folds) == pytest.approx((3 / 4 + 3 / 4) / 2)
 
 
 # ---------------------------------------------------------------- gallery
@@ -126,10 +130,10 @@ def test_chance_knows_the_camera_rule():
     # one probe; gallery: itself under its own camera (ignored), itself elsewhere, two others: 1 of 3
     split = FakeSplit([0, 0, 0, 1, 1], {"name": "reid"}, role=np.array([0, 1, 1, 1, 1]),
                       camera=np.array([0, 0, 1, 1, 1]))
-    assert evaluate.chance(split, "rank-1") == pytest.approx(1 / 3)
+    assert chance(split, "rank-1") == pytest.approx(1 / 3)
     split.protocol = {"name": "identification"}
-    assert evaluate.chance(split, "rank-1") == pytest.approx(2 / 4)
-    assert np.isnan(evaluate.equal_error_rate(*evaluate.roc(np.arange(3.0), np.zeros(3, bool))))
+    assert chance(split, "rank-1") == pytest.approx(2 / 4)
+    assert np.isnan(equal_error_rate(*roc(np.arange(3.0), np.zeros(3, bool))))
 
 
 @pytest.mark.parametrize("hits, ap, trapezoid", [([1, 0, 1, 0, 0, 1], 0.722222, 0.677778), ([0, 1], 0.5, 0.25),
@@ -138,11 +142,11 @@ def test_average_precision_by_hand(hits, ap, trapezoid):
     """The rectangle rule, e.g. (1/1 + 2/3 + 3/6) / 3; trapezoids: ((1 + 1) + (2/3 + 1/2) + (3/6 + 2/5)) / 2 / 3."""
     ranks = np.flatnonzero(hits) + 1
     several = [ranks, np.array([3]), ranks]  # each probe for itself
-    assert evaluate.trapezoid_precision(several)[[0, 2]] == pytest.approx(trapezoid, abs=1e-6)
+    assert trapezoid_precision(several)[[0, 2]] == pytest.approx(trapezoid, abs=1e-6)
     assert literal_compute_ap(np.array(hits)) == pytest.approx(trapezoid, abs=1e-6)
     expected = average_precision_score(hits, -np.arange(len(hits)))
-    assert evaluate.average_precision(several)[[0, 2]] == pytest.approx(ap, abs=1e-6)
-    assert evaluate.average_precision(several)[[0, 2]] == pytest.approx(expected)
+    assert average_precision(several)[[0, 2]] == pytest.approx(ap, abs=1e-6)
+    assert average_precision(several)[[0, 2]] == pytest.approx(expected)
 
 
 def literal_compute_ap(matches):
@@ -199,7 +203,7 @@ def test_reidentification_equals_a_literal_transcription(seed):
     ids[roles == 2] = -1  # distractors: negatives of everybody, of each other too
     x = unit(rng.normal(size=(n, 6)) + 0.8 * rng.normal(size=(16, 6))[ids])
     split = FakeSplit(ids, {"name": "reid"}, role=roles, camera=cams)
-    found, _ = evaluate.score_gallery(x, split, 0, 0)
+    found, _ = score_gallery(x, split, 0, 0)
     expected, counted = literal_reid(x, ids, cams, roles)
     assert found["mAP"].count == counted and {k: f.value for k, f in found.items()} == pytest.approx(expected)
 
@@ -209,17 +213,17 @@ def test_reidentification_by_hand():
     x = unit(np.array([[1, 0], [1, 0.01], [1, 0.1], [1, 0.2], [0, 1.0]]))
     roles, cameras = np.array([0, 1, 2, 1, 1]), np.array([0, 0, 1, 1, 1])
     split = FakeSplit([0, 0, -1, 0, 1], {"name": "reid"}, role=roles, camera=cameras)
-    found, _ = evaluate.score_gallery(x, split, 0, 0)
+    found, _ = score_gallery(x, split, 0, 0)
     assert found["mAP"].count == 1 and found["rank-1"].value == 0 and found["rank-5"].value == 1
     assert found["mAP"].value == 0.5 and found["mINP"].value == 0.5
     split.protocol = {"name": "identification"}  # no camera rule: the first one is a hit
-    assert evaluate.score_gallery(x, split, 0, 0)[0]["rank-1"].value == 1
+    assert score_gallery(x, split, 0, 0)[0]["rank-1"].value == 1
 
 
 def test_ties_count_against_the_probe():
     x = np.ones((4, 3)) / np.sqrt(3)  # a collapsed space: everything is alike
     split = FakeSplit([0, 0, 1, 1], {"name": "identification"}, role=np.array([0, 1, 1, 1]))
-    found = evaluate.score_gallery(x, split, 0, 0)[0]
+    found = score_gallery(x, split, 0, 0)[0]
     assert found["rank-1"].value == 0 and found["rank-5"].value == 1
 
 
@@ -229,8 +233,8 @@ def test_unreadable_images_are_left_out():
     x = unit(rng.normal(size=(40, 5)) + 2 * rng.normal(size=(10, 5))[ids])
     x[5], x[8] = np.nan, np.nan  # a gallery image and a probe
     keep = np.isfinite(x[:, 0])
-    whole = evaluate.score_gallery(x, FakeSplit(ids, {"name": "identification"}, role=roles), 0, 0)
-    part = evaluate.score_gallery(x[keep], FakeSplit(ids[keep], {"name": "identification"}, role=roles[keep]), 0, 0)
+    whole = score_gallery(x, FakeSplit(ids, {"name": "identification"}, role=roles), 0, 0)
+    part = score_gallery(x[keep], FakeSplit(ids[keep], {"name": "identification"}, role=roles[keep]), 0, 0)
     one, other = whole[0]["rank-1"], part[0]["rank-1"]
     assert one.count == other.count == 9 and one.value == other.value
 
@@ -253,11 +257,11 @@ def test_readouts_equal_literal_ones():
     rng = np.random.default_rng(1)
     centres, labels, truth = rng.normal(size=(6, 5)), rng.integers(0, 6, 150), rng.integers(0, 6, 80)
     y, x = unit(centres[labels] + rng.normal(size=(150, 5))), unit(centres[truth] + rng.normal(size=(80, 5)))
-    votes = evaluate.nearest_neighbours(x, y, labels, 6, False)
+    votes = nearest_neighbours(x, y, labels, 6, False)
     np.testing.assert_array_equal(votes, literal_knn(x, y, labels, 20, 0.07))
-    means = evaluate.class_means(y, labels, 6)
+    means = class_means(y, labels, 6)
     centroids = unit(NearestCentroid().fit(y, labels).centroids_)
-    np.testing.assert_array_equal(evaluate.nearest_mean(x, means), (x @ centroids.T).argmax(1))
+    np.testing.assert_array_equal(nearest_mean(x, means), (x @ centroids.T).argmax(1))
 
 
 def test_a_split_that_is_its_own_reference_is_scored_leave_one_out():
@@ -267,10 +271,10 @@ def test_a_split_that_is_its_own_reference_is_scored_leave_one_out():
     mean, vote = [], []
     for i in range(40):
         rest = np.delete(np.arange(40), i)
-        mean.append(evaluate.nearest_mean(x[i : i + 1], evaluate.class_means(x[rest], labels[rest], 4))[0])
+        mean.append(nearest_mean(x[i : i + 1], class_means(x[rest], labels[rest], 4))[0])
         vote.append(literal_knn(x[i : i + 1], x[rest], labels[rest], 20, 0.07)[0])
-    np.testing.assert_array_equal(evaluate.nearest_mean(x, evaluate.class_means(x, labels, 4), labels), mean)
-    np.testing.assert_array_equal(evaluate.nearest_neighbours(x, x, labels, 4, True), vote)
+    np.testing.assert_array_equal(nearest_mean(x, class_means(x, labels, 4), labels), mean)
+    np.testing.assert_array_equal(nearest_neighbours(x, x, labels, 4, True), vote)
 
 
 def test_a_subset_of_the_classes_is_scored_among_those(demo_root):
@@ -279,18 +283,18 @@ def test_a_subset_of_the_classes_is_scored_among_those(demo_root):
     centres = rng.normal(size=(len(reference.classes), 8))
     y, x = unit(centres[reference.labels]), unit(centres[split.labels] + 0.01)
     head = centres[::-1].copy()
-    found = evaluate.score_classification(x, split, (y, reference), head, split.classes[::-1], 20, 0)
+    found = score_classification(x, split, (y, reference), head, split.classes[::-1], 20, 0)
     assert found["knn top-1"].count == len(split) and {k: f.value for k, f in found.items()} == {
         "nearest-mean top-1": 1, "knn top-1": 1, "head top-1": 1, "head top-5": 1}
-    assert "head top-1" not in evaluate.score_classification(x, split, (y, reference), head, ["a"], 0, 0)
+    assert "head top-1" not in score_classification(x, split, (y, reference), head, ["a"], 0, 0)
     # a split of two classes whose means both point away: the classes that it lacks must not win with a cosine of 0
     rows = np.flatnonzero(split.labels < 2)
     part = SimpleNamespace(labels=split.labels[rows], classes=split.classes[:2], folder=split.folder, protocol={})
-    found = evaluate.score_classification(-x[rows], part, (y, reference), None, [], 0, 0)
+    found = score_classification(-x[rows], part, (y, reference), None, [], 0, 0)
     assert found["nearest-mean top-1"].value == 0  # each takes the other of the two, never a third
-    means = evaluate.class_means(y, reference.labels, len(reference.classes))
+    means = class_means(y, reference.labels, len(reference.classes))
     means[2:] = 0
-    assert set(evaluate.nearest_mean(-x[rows], means)) <= {0, 1}
+    assert set(nearest_mean(-x[rows], means)) <= {0, 1}
 
 
 # ---------------------------------------------------------------- uncertainty, yardstick, retention
@@ -299,12 +303,12 @@ def test_a_subset_of_the_classes_is_scored_among_those(demo_root):
 def test_bootstrap_resamples_identities_together():
     identities = np.repeat(np.arange(50), 4)
     values = np.random.default_rng(0).random(50)[identities]  # all of a person's images alike: 50 facts, not 200
-    figure = evaluate.intervals(lambda w: {"mean": evaluate.weighted_mean(values, w)},
-                                evaluate.bootstrap_counts(identities, 800, 0))["mean"]
+    figure = intervals(lambda w: {"mean": weighted_mean(values, w)},
+                                bootstrap_counts(identities, 800, 0))["mean"]
     error = values.std() / np.sqrt(50)
     assert figure.value == pytest.approx(values.mean())
     assert figure.high - figure.low == pytest.approx(2 * 1.96 * error, rel=0.12)
-    counts = next(evaluate.bootstrap_counts(identities, 1, 0))
+    counts = next(bootstrap_counts(identities, 1, 0))
     assert all(len(set(counts[identities == i])) == 1 for i in range(50)) and counts.sum() == 200
 
 
@@ -319,9 +323,9 @@ def test_matched_pairs_are_what_they_say():
 
 def test_retention_is_corrected_for_chance():
     before, after = Figure(0.6, np.array([0.5, 0.6, 0.7])), Figure(0.4, np.array([0.3, 0.4, 0.5]))
-    kept = evaluate.retention(before, after, 0.2)
+    kept = retention(before, after, 0.2)
     assert kept.value == pytest.approx(0.5) and kept.draws == pytest.approx([1 / 3, 0.5, 0.6])
-    assert evaluate.retention(Figure(0.22, np.array([0.18, 0.22, 0.26])), after, 0.2) is None  # no better than chance
+    assert retention(Figure(0.22, np.array([0.18, 0.22, 0.26])), after, 0.2) is None  # no better than chance
 
 
 # ---------------------------------------------------------------- the script
@@ -440,4 +444,4 @@ def test_a_partial_run_needs_consent(tiny_run, tmp_path):
 def test_rows_of_another_version_are_refused(tmp_path):
     (tmp_path / "results.json").write_text('[{"metric": 1}]')
     with pytest.raises(InputError, match=r"run evaluate.py again"):
-        evaluate.read_rows(tmp_path)
+        read_rows(tmp_path)

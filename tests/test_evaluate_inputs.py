@@ -17,11 +17,16 @@ import report
 from data_prep import InputError
 from data_prep.shards import Record, Source, Split, open_root, write_split
 from data_prep.trials import RATING_COLUMNS
+from evaluate_classes import Readouts, class_means, nearest_mean, nearest_neighbours
+from evaluate_compare import Scored, refuse_unshared
+from evaluate_embed import normalise
+from evaluate_pairs import FARS
+from evaluate_results import Row, say_once, score, show_value, unsupported_fars
 from tests.test_evaluate import run_here, unit
 from tests.test_protocols import write_run
 
 OPTIONS = ["--bootstrap", "3", "--workers", "0", "--device", "cpu"]
-NO_READOUTS = evaluate.Readouts({}, 0, {}, [])
+NO_READOUTS = Readouts({}, 0, {}, [])
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def known(arrays: dict[str, np.ndarray]):
             return arrays[f"{split.domain}/{split.name}"].copy()
 
         def __call__(self, split):
-            return evaluate.normalise(self.raw(split))
+            return normalise(self.raw(split))
 
     return Known(name="tuned", device="cpu", model=SimpleNamespace(library="timm"))
 
@@ -64,12 +69,12 @@ def test_leaks_of_a_split_that_is_its_own_reference_are_no_references(demo_root,
     leaked = np.arange(0, len(own), 3)
     kept = np.setdiff1d(np.arange(len(own)), leaked)
     x = np.random.default_rng(0).normal(size=(len(own), 8)).astype(np.float32)
-    figures, _ = evaluate.score(known({"object/own": x}), [own], open_root(tmp_path / "data"), None, 2, 0, NO_READOUTS,
+    figures, _ = score(known({"object/own": x}), [own], open_root(tmp_path / "data"), None, 2, 0, NO_READOUTS,
                                 {"object/own": leaked})
     found = {metric: figure for rule in figures["object/own"].values() for metric, figure in rule.items()}
     x, labels, classes = unit(x[kept]), own.labels[kept], len(own.classes)
-    votes = evaluate.nearest_neighbours(x, x, labels, classes, True)
-    means = evaluate.nearest_mean(x, evaluate.class_means(x, labels, classes), labels)
+    votes = nearest_neighbours(x, x, labels, classes, True)
+    means = nearest_mean(x, class_means(x, labels, classes), labels)
     assert found["knn top-1"].count == len(kept)
     assert found["knn top-1"].value == pytest.approx((votes == labels).mean()) and (votes == labels).mean() < 0.6
     assert found["nearest-mean top-1"].value == pytest.approx((means == labels).mean())
@@ -84,7 +89,7 @@ def test_leaks_of_a_reference_stay_references_of_another_split(demo_root, tmp_pa
     arrays = {f"object/{split.name}": rng.normal(size=(len(split), 8)).astype(np.float32) for split in (own, other)}
     values = []
     for without in ({}, {"object/own": np.arange(0, len(own), 2)}):
-        figures, _ = evaluate.score(known(arrays), [other], root, None, 2, 0, NO_READOUTS, without)
+        figures, _ = score(known(arrays), [other], root, None, 2, 0, NO_READOUTS, without)
         values.append({metric: figure.value for rule in figures["object/other"].values()
                        for metric, figure in rule.items()})
     assert values[0] == values[1]
@@ -110,13 +115,13 @@ def test_leaks_tell_the_first_headline_of_each_split(demo_root, run, tmp_path, m
     leaks = [{"split": name, "row": 11} for name in ("body/reid", "body/sets")]
     monkeypatch.setattr(evaluate, "find_leaks", lambda *_: (leaks, []))
     leaks_here(run, root)
-    rows = [evaluate.Row(**row) for row in json.loads((run / "eval/leaks.json").read_text())]
+    rows = [Row(**row) for row in json.loads((run / "eval/leaks.json").read_text())]
     ranks = [row for row in rows if row.metric == "rank-1"]
     assert len(ranks) == 4 and not any(row.headline for row in rows if row.split == "sets")
     first = [next(row for row in ranks if ("without 1 leaked" in row.protocol) == without) for without in (False, True)]
     assert [line for line in capsys.readouterr().out.splitlines() if " leaked" in line] == [
-        f"{'body/reid':22s} 1 leaked; all {evaluate.show_value(first[0])}   "
-        f"without them {evaluate.show_value(first[1])}", f"{'body/sets':22s} 1 leaked"]
+        f"{'body/reid':22s} 1 leaked; all {show_value(first[0])}   "
+        f"without them {show_value(first[1])}", f"{'body/sets':22s} 1 leaked"]
 
 
 def test_leaks_that_find_nothing_leave_nothing_of_others(demo_root, run, tmp_path, monkeypatch):
@@ -187,15 +192,15 @@ def test_compare_refuses_a_split_that_the_runs_do_not_share(tmp_path):
 def test_experts_are_asked_for_their_own_domains():
     def scored(domains, *names):
         found = {(*name.split("/"), "rank-1", "protocol"): None for name in names}
-        return [evaluate.Scored(None, {"domains": domains}, 0, found)]
+        return [Scored(None, {"domains": domains}, 0, found)]
 
     run = scored(["face_hq", "body"], "face_hq/test", "body/test", "body/market")
     experts = [scored(["face_hq"], "face_hq/test", "body/test"), scored(["body"], "body/test", "face_hq/other")]
-    evaluate.refuse_unshared({"face_hq/test", "body/test"}, [run, *experts], True)
+    refuse_unshared({"face_hq/test", "body/test"}, [run, *experts], True)
     for name, groups in (("body/market", [run, *experts]), ("face_hq/other", [run, *experts]),
                          ("body/test", [run, experts[0]])):
         with pytest.raises(InputError, match=f"--splits: {name}; they share"):
-            evaluate.refuse_unshared({name}, groups, True)
+            refuse_unshared({name}, groups, True)
 
 
 # ---------------------------------------------------------------- damaged files
@@ -296,11 +301,11 @@ def test_names_of_raters_are_text_in_the_report(run, demo_root, tmp_path, capsys
     (9, "9 impostor pairs support no FAR: 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6 are left out"),
 ])  # fmt: skip
 def test_unsupported_fars_are_told(impostors, line):
-    assert evaluate.unsupported_fars(impostors) == line
+    assert unsupported_fars(impostors) == line
 
 
 def test_unsupported_fars_are_told_once_a_split(demo_root, tmp_path, capsys):
-    evaluate.say_once.cache_clear()
+    say_once.cache_clear()
     base, rng = Split(demo_root / "face_hq/test"), np.random.default_rng(0)
     rows = list(range(30))
     copy_of(base, tmp_path / "face_hq/sets", rows, {"name": "templates"}, template=rows, tables={
@@ -310,7 +315,7 @@ def test_unsupported_fars_are_told_once_a_split(demo_root, tmp_path, capsys):
     splits = list(root["face_hq"].values())
     x = {f"face_hq/{split.name}": rng.normal(size=(len(split), 8)).astype(np.float32) for split in splits}
     for _ in ("foundation", "tuned"):
-        figures, _ = evaluate.score(known(x), splits, root, None, 2, 0, NO_READOUTS)
+        figures, _ = score(known(x), splits, root, None, 2, 0, NO_READOUTS)
     said = [line.strip() for line in capsys.readouterr().out.splitlines() if "impostor" in line]
     listed = {"test": base.column("pairs"), "sets": splits[0].column("template_pairs")}
     assert len(said) == 2 and "sets" in said[0]
@@ -318,4 +323,4 @@ def test_unsupported_fars_are_told_once_a_split(demo_root, tmp_path, capsys):
         assert line.startswith(f"face_hq/{name}: {(listed[name][:, 2] == 0).sum():,} impostor pairs support no FAR")
         told = {metric for rule in figures[f"face_hq/{name}"].values() for metric in rule if metric.startswith("tar@")}
         lost = [float(far) for far in re.findall(r"1e-\d", line)]
-        assert told == {f"tar@far={far:g}" for far in evaluate.FARS if far not in lost}
+        assert told == {f"tar@far={far:g}" for far in FARS if far not in lost}

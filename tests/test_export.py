@@ -21,6 +21,7 @@ import train
 import train_export
 from data_prep import InputError
 from data_prep.shards import Split
+from evaluate_embed import Embedder
 from run_folder import load_run, load_tuned
 from tests.conftest import TINY, script
 
@@ -208,7 +209,7 @@ def test_embeddings_equal_those_of_evaluation(tiny_run, demo_root, tmp_path, cap
                                  "--workers", "1"], standalone_mode=False)
     split = Split(tmp_path / "data" / "body" / "own")
     model = load_tuned(load_run(tiny_run))
-    evaluation = evaluate.Embedder(model, "tuned", tmp_path / "cache", torch.device("cpu"), 64, 0, flip=True)
+    evaluation = Embedder(model, "tuned", tmp_path / "cache", torch.device("cpu"), 64, 0, flip=True)
     expected = evaluation(split)
 
     (tmp_path / "photos" / "b" / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not much of a JPEG")

@@ -20,6 +20,8 @@ import evaluate
 from data_prep import InputError, faces, folders, insightface
 from data_prep.archives import members
 from data_prep.shards import BadImage, Split, fit_image, open_root, verify_split
+from evaluate_pairs import score_templates, score_verification
+from evaluate_search import score_gallery
 from tests.test_data_prep import PAIRS, class_folders, encode, files_of, lfw_folder, picture, run_here
 
 # ---------------------------------------------------------------- archives
@@ -353,7 +355,7 @@ def test_bin_files_of_every_pickle_protocol(kind, tmp_path):
     # genuine pairs at cosine 1 but for the last, alone in its fold, at -1; impostors at 0
     embeddings = np.array([v for p, same in enumerate(SAME) for v in ((1, 0), (1, 0) if same else (0, 1))], dtype=float)
     embeddings[21] = -1, 0
-    figures = next(iter(evaluate.score_verification(embeddings, split, 2, 0)[0].values()))
+    figures = next(iter(score_verification(embeddings, split, 2, 0)[0].values()))
     assert figures["auc"].value == pytest.approx(5 / 6) and figures["accuracy"].value == pytest.approx(9 / 10)
 
 
@@ -508,7 +510,7 @@ def test_tinyface(packed, tmp_path):
     assert test.index["skipped"] == {"name is not TinyFace's": 1} and verify_split(test.folder) == []
     # probe 31 finds its mate in row 3 first; between probe 45 and its mate lies a distractor
     embeddings = np.array([[0, 1, 0.1], [0, 0, 1], [0, 0, 1], [1, 0, 0], [0, 1, 0.2], [1, 0, 0], [0, 1, 0]])
-    figures, _ = evaluate.score_gallery(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True), test, 2, 0)
+    figures, _ = score_gallery(embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True), test, 2, 0)
     assert (figures["rank-1"].value, figures["rank-5"].value, figures["rank-1"].count) == (0.5, 1.0, 2)
 
 
@@ -609,7 +611,7 @@ def test_evaluate_scores_templates(tmp_path):
     run_here("ijb", "--src", write_ijb(tmp_path / "src"), "--out", tmp_path / "d/face_lq/ijbc")
     split, = evaluate.choose_splits(open_root(tmp_path / "d"), None, "d")
     x = np.array([[1, 0], [1, 0.1], [1, 0.2], [1, 0], [0.9, 0], [0, 1], [1, 0.3]], dtype=np.float32)
-    found, _ = evaluate.score_templates(x, split, 2, 0)
+    found, _ = score_templates(x, split, 2, 0)
     values = {rule: {name: figure.value for name, figure in figures.items()} for rule, figures in found.items()}
     assert len(values) == 4
     assert {rule.split(",")[0] for rule in values} == {"1:N in 2 galleries", "legacy 1:N in 2 galleries merged"}
@@ -633,7 +635,7 @@ def test_degraded_splits_keep_what_their_protocol_names(source, tmp_path):
     for name in columns - {"hash", "offset", "length"}:
         assert np.array_equal(soft.column(name), sharp.column(name)), name
     x = np.random.default_rng(0).normal(size=(len(soft), 8)).astype(np.float32)
-    score = evaluate.score_templates if source == "ijb" else evaluate.score_gallery
+    score = score_templates if source == "ijb" else score_gallery
     assert repr(score(x, soft, 2, 0)) == repr(score(x, sharp, 2, 0))
 
 

@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import evaluate
 from data_prep import InputError, shards
 from data_prep.objects import row_group
 from data_prep.shards import BadImage, Record, Source, Split, fit_image, jpeg_sides, open_root, write_split
 from data_prep.stats import split_stats
 from data_prep.stream import Batches, Stream
+from evaluate_classes import score_classification
+from evaluate_pairs import score_verification
+from evaluate_search import score_gallery, variants_of
 from tests.conftest import TINY, mutated, script
 from tests.test_body_sources import LTCC, PRCC, deepchange_files, msmt17_files, persons_files
 from tests.test_data_prep import PAIRS, encode, picture, run_here
@@ -344,12 +346,12 @@ def read_everything(split: Split) -> None:
         stream = Stream([split], np.full((2, 1), 3), seed=0, crop=[1.0])
         assert all(len(stream[c].label) == 3 for c in range(len(stream)))
     elif name == "verification":
-        evaluate.score_verification(x, split, 1, 0)
+        score_verification(x, split, 1, 0)
     elif name in ("reid", "identification"):
-        for variant in evaluate.variants_of(split):
-            evaluate.score_gallery(x, split, 1, 0, variant)
+        for variant in variants_of(split):
+            score_gallery(x, split, 1, 0, variant)
     elif name == "classification":
-        evaluate.score_classification(x, split, (x, split), None, [], 1, 0, split.protocol.get("groups"))
+        score_classification(x, split, (x, split), None, [], 1, 0, split.protocol.get("groups"))
 
 
 def use(folder: Path, turn: int) -> int:

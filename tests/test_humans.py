@@ -24,6 +24,11 @@ from data_prep import InputError
 from data_prep.__main__ import cli
 from data_prep.shards import Split
 from data_prep.trials import RATING_COLUMNS, Rating, draw_pairs, draw_trials, find_row, read_ratings
+from evaluate_bootstrap import bootstrap_counts, intervals, weighted_mean
+from evaluate_compare import margin
+from evaluate_humans import human_verdict, score_humans
+from evaluate_pairs import SCORE_BINS, score_verification
+from evaluate_results import Row, rows_of, write_draws, write_rows
 from run_folder import read_lines
 from tests.conftest import TINY, script
 from tests.test_train import spoil_jpeg
@@ -347,7 +352,7 @@ def test_auc_of_raters_and_model_by_hand():
     # ann: genuine 3, 1; impostors 1, -3: 3 > 1, 3 > -3, 1 = 1 (half), 1 > -3: 3.5/4. ben: -1, 0 against 2, -2: 2/4
     x = {"face_hq/test": vectors(0.9, 0.4, 0.5, 0.1)}
     ratings = rate(FACES, "ann", 3, 1, 1, -3) + rate(FACES, "ben", -1, 0, 2, -2)
-    found = evaluate.score_humans(ratings, {"face_hq/test": FACES}, x, 20, 0)
+    found = score_humans(ratings, {"face_hq/test": FACES}, x, 20, 0)
     assert found.keys() == {"face_hq/test"}  # one domain: nothing to average over
     assert {metric: figure.value for metric, figure in found["face_hq/test"].items()} == pytest.approx({
         "AUC of rater ann": 3.5 / 4, "AUC of rater ben": 2 / 4, "AUC on human trials": 3 / 4,
@@ -356,7 +361,7 @@ def test_auc_of_raters_and_model_by_hand():
     assert found["face_hq/test"]["AUC on human trials"].count == 4
     # half the pairs are shown the other way round: the same pairs, the same figures
     turned = [Rating(r.split, r.right, r.left, r.same, r.rater, r.value) for r in ratings]
-    again = evaluate.score_humans(turned, {"face_hq/test": FACES}, x, 20, 0)["face_hq/test"]
+    again = score_humans(turned, {"face_hq/test": FACES}, x, 20, 0)["face_hq/test"]
     assert all(again[metric].draws == pytest.approx(figure.draws, nan_ok=True)
                for metric, figure in found["face_hq/test"].items())
 
@@ -365,7 +370,7 @@ def test_the_model_is_scored_on_the_trials_of_each_rater_alone():
     # ben has not seen the second pair: on the rest the model is right in 2 of 2; over both raters (3/4 + 1) / 2
     x = {"face_hq/test": vectors(0.9, 0.4, 0.5, 0.1)}
     ben = [r for r in rate(FACES, "ben", 3, 0, -1, 3) if r.left != 2]
-    found = evaluate.score_humans(rate(FACES, "ann", 3, 1, 1, -3) + ben, {"face_hq/test": FACES}, x, 5, 0)
+    found = score_humans(rate(FACES, "ann", 3, 1, 1, -3) + ben, {"face_hq/test": FACES}, x, 5, 0)
     values = {metric: figure.value for metric, figure in found["face_hq/test"].items()}
     assert values["AUC on human trials"] == (3 / 4 + 1) / 2 and values["AUC of rater ben"] == (1 + 0.5) / 2
     assert values["model minus human AUC"] == pytest.approx((3 / 4 - 3.5 / 4 + 1 - 1.5 / 2) / 2)
@@ -377,7 +382,7 @@ def test_all_domains_at_once_by_hand(capsys):
     splits = {"object/test": THINGS, "face_hq/test": FACES}
     x = {"face_hq/test": vectors(0.9, 0.4, 0.5, 0.1), "object/test": vectors(0.9, 0.8, 0.5, 0.1)}
     ratings = rate(FACES, "ann", 3, 1, 1, -3) + rate(THINGS, "ann", -1, 0, 2, -2) + rate(FACES, "cat", -3, -3, 3, 3)
-    found = evaluate.score_humans(ratings + rate(FACES, "dan", 3, 2), splits, x, 20, 0)
+    found = score_humans(ratings + rate(FACES, "dan", 3, 2), splits, x, 20, 0)
     assert list(found) == ["object/test", "face_hq/test", "everything"]
     assert {metric: figure.value for metric, figure in found["everything"].items()} == pytest.approx({
         "AUC of rater ann": 5.5 / 8, "AUC on human trials": 7 / 8, "human AUC (mean of raters)": 5.5 / 8,
@@ -404,10 +409,10 @@ def planted(rng, people: int, model: float, human: float):
                                                    (1.5, 1.5, "undecided")])
 def test_the_sign_of_a_planted_difference(model, human, verdict):
     ratings, splits, x = planted(np.random.default_rng(1), 60, model, human)
-    found = evaluate.score_humans(ratings, splits, x, 200, 0)["face_hq/test"]
-    row = evaluate.Row("r", "tuned", "face_hq", "test", "human trials, x", "model minus human AUC",
+    found = score_humans(ratings, splits, x, 200, 0)["face_hq/test"]
+    row = Row("r", "tuned", "face_hq", "test", "human trials, x", "model minus human AUC",
                        (lead := found["model minus human AUC"]).value, lead.low, lead.high, lead.count)
-    assert evaluate.human_verdict(row) == verdict and lead.low < lead.value < lead.high
+    assert human_verdict(row) == verdict and lead.low < lead.value < lead.high
     assert found["share of raters beaten"].value == pytest.approx({"above humans": 1, "below humans": 0}.get(
         verdict, found["share of raters beaten"].value))
     # against scikit-learn, rater by rater
@@ -423,7 +428,7 @@ def test_the_interval_of_a_difference_is_paired():
     ratings, splits, _ = planted(rng, 60, 1.0, 1.0)
     ratings = [r for r in ratings if r.rater == "rater 0"]
     x = {"face_hq/test": vectors(*(np.array([r.value for r in ratings]) / 4))}
-    found = evaluate.score_humans(ratings, splits, x, 200, 0)["face_hq/test"]
+    found = score_humans(ratings, splits, x, 200, 0)["face_hq/test"]
     assert found["model minus human AUC"].low == found["model minus human AUC"].high == 0
     assert found["AUC on human trials"].high - found["AUC on human trials"].low > 0.05
     # literally: people drawn with the same counts for both sides
@@ -431,7 +436,7 @@ def test_the_interval_of_a_difference_is_paired():
     people, inverse = np.unique(split.labels.astype(str), return_inverse=True)
     a, b = inverse[[r.left for r in ratings]], inverse[[r.right for r in ratings]]
     same, values = np.array([r.same for r in ratings]), np.array([r.value for r in ratings])
-    weights = [np.where(same, w[a], w[a] * w[b]) for w in evaluate.bootstrap_counts(np.arange(len(people)), 200, 0)]
+    weights = [np.where(same, w[a], w[a] * w[b]) for w in bootstrap_counts(np.arange(len(people)), 200, 0)]
     expected = [roc_auc_score(same, values, sample_weight=w) for w in weights]
     draws = np.sort(found["AUC on human trials"].draws)
     np.testing.assert_allclose(draws.mean(), np.mean(expected), atol=0.01)
@@ -475,7 +480,7 @@ def test_bad_files_of_ratings(text, words, tmp_path):
 
 def test_raters_of_one_kind_of_pair_alone_cannot_be_scored():
     with pytest.raises(InputError, match="no rater has rated both"):
-        evaluate.score_humans(rate(FACES, "dan", 3, 2), {"face_hq/test": FACES},
+        score_humans(rate(FACES, "dan", 3, 2), {"face_hq/test": FACES},
                               {"face_hq/test": vectors(0.9, 0.4, 0.5, 0.1)}, 5, 0)
 
 
@@ -487,11 +492,11 @@ def write_scored(folder: Path, config: dict, values: dict[str, np.ndarray], peop
     (folder / "eval").mkdir(parents=True)
     results = []
     for domain, own in values.items():
-        found = evaluate.intervals(lambda w, own=own: {"rank-1": evaluate.weighted_mean(own, w)},
-                                   evaluate.bootstrap_counts(people, 300, 0), len(own))
-        results += evaluate.rows_of(folder.name, "tuned", domain, "test", "reid, general, set x, flip", found)
-    evaluate.write_rows(folder / "eval", [row for row, _ in results])
-    evaluate.write_draws(folder / "eval", results, 0)
+        found = intervals(lambda w, own=own: {"rank-1": weighted_mean(own, w)},
+                                   bootstrap_counts(people, 300, 0), len(own))
+        results += rows_of(folder.name, "tuned", domain, "test", "reid, general, set x, flip", found)
+    write_rows(folder / "eval", [row for row, _ in results])
+    write_draws(folder / "eval", results, 0)
     options = {"backbone": "clip", "size": "tiny", "model": None, "weights": "none", "image_size": 32, "embed_dim": 0,
                "seed": 0, "schedule": "B", "out": str(folder)}
     (folder / "config.json").write_text(json.dumps(options | config))
@@ -547,8 +552,8 @@ def test_a_saturated_metric_asks_for_a_tenth_of_the_experts_error(tmp_path):
                write_scored(tmp_path / "expert", one("face_hq"), {"face_hq": expert}, people)]
     (row,) = compared(tmp_path / "c", *folders, "--experts")
     assert row["delta"] == pytest.approx(0.0002) and row["verdict"] != "non-inferior"
-    assert [evaluate.margin(value, 0.01) for value in (0.5, 0.9, 0.95, 1.0)] == pytest.approx([0.01, 0.01, 0.005, 0])
-    assert [evaluate.margin(value, 0.1) for value in (0.5, 0.95)] == pytest.approx([0.1, 0.005])
+    assert [margin(value, 0.01) for value in (0.5, 0.9, 0.95, 1.0)] == pytest.approx([0.01, 0.01, 0.005, 0])
+    assert [margin(value, 0.1) for value in (0.5, 0.95)] == pytest.approx([0.1, 0.005])
     # a run that makes no mistake where its expert makes none is not inferior, though the margin is 0
     perfect = [write_scored(tmp_path / name, config, {"face_hq": np.ones(1000)}, people)
                for name, config in (("p", ALL), ("q", one("face_hq")))]
@@ -615,7 +620,7 @@ def test_published_figures_stand_beside_the_data_set_that_they_are_of(tmp_path):
             report.datasets_of(names, (word,), rows)
 
     def row(domain, split, metric, protocol, weights="tuned"):
-        return evaluate.Row("r", weights, domain, split, protocol, metric, 0.5, 0.4, 0.6, 9)
+        return Row("r", weights, domain, split, protocol, metric, 0.5, 0.4, 0.6, 9)
 
     mine = [row("body", "market-1501", "rank-1", "reid, general, set x, no flip", "foundation"),
             row("body", "market-1501", "rank-1", "reid, general, set x, no flip"),
@@ -695,7 +700,7 @@ def test_score_distributions_count_every_pair():
             return np.array([[0, 1, 1, 0], [2, 3, 1, 1], [0, 2, 0, 0], [1, 3, 0, 1]])
 
     x = vectors(0.5, -0.3)
-    _, curve = evaluate.score_verification(x, Pairs(), 2, 0)
+    _, curve = score_verification(x, Pairs(), 2, 0)
     assert curve["same"].sum() == 2 and curve["different"].sum() == 2
-    middle = (evaluate.SCORE_BINS[1:] + evaluate.SCORE_BINS[:-1]) / 2
+    middle = (SCORE_BINS[1:] + SCORE_BINS[:-1]) / 2
     assert sorted(middle[curve["same"] > 0].round(2)) == [-0.3, 0.5]

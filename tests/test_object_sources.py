@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import evaluate
 from data_prep import InputError, objects
 from data_prep.objects import imagenet_classes
 from data_prep.shards import Split, random_order, verify_split
+from evaluate_classes import score_classification
+from evaluate_embed import normalise
 from tests.conftest import TINY, prepare_mutated, script
 from tests.test_body_sources import at_degrees, write_files
 from tests.test_data_prep import encode, picture, run_here
@@ -36,7 +37,7 @@ def identities(split: Split) -> list[str]:
 
 
 def scored(split: Split, x: np.ndarray, reference: Split, y: np.ndarray, head=None, head_classes=()) -> dict:
-    figures = evaluate.score_classification(x, split, (y, reference), head, list(head_classes), 2, 0,
+    figures = score_classification(x, split, (y, reference), head, list(head_classes), 2, 0,
                                             split.protocol.get("groups"))
     return {name: figure.value for name, figure in figures.items()}
 
@@ -171,7 +172,7 @@ def test_groups_equal_a_literal_projection():
         assert scored(split, x, train, y, head, names)[metric] == pytest.approx(literal)
     # images of the reference's own classes among the same four, as the gap to clean images needs them
     clean = SimpleNamespace(classes=names, labels=rng.integers(0, 12, 300), folder=Path("c"), protocol={})
-    found = evaluate.score_classification(x, clean, (y, train), head, names, 2, 0, groups, only=classes)
+    found = score_classification(x, clean, (y, train), head, names, 2, 0, groups, only=classes)
     stands = {int(n[1:]): i for i, c in enumerate(classes) for n in groups.get(c, [c])}
     rows = np.flatnonzero(np.isin(clean.labels, list(stands)))
     truth = np.array([stands[label] for label in clean.labels[rows]])
@@ -198,7 +199,7 @@ def test_evaluation_of_the_whole_family(tmp_path):
     assert all(row["protocol"].startswith("classification, ") for row in rows)
     # val among the two classes that imagenet-a has here, by hand
     val, base, other = (Split(root / name) for name in ("val", "train", "a"))
-    x, y, z = (evaluate.normalise(np.load(tmp_path / f"run/eval/embeddings/foundation-object-{name}.npy"))
+    x, y, z = (normalise(np.load(tmp_path / f"run/eval/embeddings/foundation-object-{name}.npy"))
                for name in ("val", "train", "a"))
     means = np.stack([y[base.labels == base.classes.index(name)].sum(0) for name in other.classes])
     means /= np.linalg.norm(means, axis=1, keepdims=True)

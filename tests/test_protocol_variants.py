@@ -17,10 +17,37 @@ from PIL import Image
 from scipy.interpolate import interp1d
 
 import evaluate
+import evaluate_embed
+import evaluate_pairs
+import evaluate_search
 import report
 from data_prep import InputError
 from data_prep.__main__ import cli
 from data_prep.shards import Split
+from evaluate_bootstrap import bootstrap_counts
+from evaluate_classes import Readouts
+from evaluate_compare import (
+    Scored,
+    compare_experts,
+    compare_groups,
+    draw_comparison,
+    draw_experts,
+    show_comparison,
+    show_experts,
+)
+from evaluate_embed import Embedder, map_copy, normalise
+from evaluate_humans import make_human_rows, score_humans, show_humans
+from evaluate_pairs import (
+    Templates,
+    grid_tar,
+    highest_wrong,
+    score_legacy_search,
+    score_template_search,
+    score_templates,
+    score_verification,
+)
+from evaluate_results import Row, score
+from evaluate_search import describe_variant, gallery_rule, score_blocks, score_gallery, search_shots, variants_of
 from tests.test_definitions import classified
 from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_humans import FACES, THINGS, Fake, rate, vectors
@@ -60,7 +87,7 @@ def made_pairs(seed, count):
 @pytest.mark.parametrize("seed, target", [(0, 1e-3), (1, 1e-3), (2, 1e-2), (3, 0.137)])
 def test_tar_of_interpolated_thresholds_equals_a_literal_transcription(seed, target):
     x, y, same, folds = made_pairs(seed, 2600)  # 1,170 impostors or so in nine folds: no target is one of their FARs
-    found = evaluate.grid_tar((x * y).sum(1), same, folds, target=target)
+    found = grid_tar((x * y).sum(1), same, folds, target=target)
     expected = literal_val(((x - y) ** 2).sum(1), same, folds, target, np.arange(0, 4, 0.001))
     assert list(found) == [f"tar@far={target:g}", f"tar@far={target:g} sd", f"far found for {target:g}"]
     assert list(found.values()) == pytest.approx(expected, abs=1e-12) and 0 < expected[0] < 1 and expected[1] > 0
@@ -75,22 +102,22 @@ def test_tar_of_an_interpolated_threshold_by_hand():
 
     scores = np.concatenate([at(0.5005, 1.5005, 0.2), at(0.5004, 0.5006, 0.5003)])
     same, folds = np.array([0, 0, 1, 1, 1, 0], dtype=bool), np.array([0, 0, 0, 1, 1, 1])
-    found = evaluate.grid_tar(scores, same, folds, target=0.25)
+    found = grid_tar(scores, same, folds, target=0.25)
     # fold 0 by fold 1: one impostor at 0.5003, FAR 1/4 at 0.50025: the pair at 0.2 is accepted, no impostor is
     # fold 1: one of two genuine pairs, and the impostor at 0.5003
     assert list(found.values()) == pytest.approx([(1 + 1 / 2) / 2, 1 / 4, (0 + 1) / 2])
     # no threshold accepts a quarter of the impostors that lie opposite (4 is not below 3.999): nothing is accepted
-    far_off = evaluate.grid_tar(np.array([1.0, -1, 1, -1]), np.tile([True, False], 2), np.repeat([0, 1], 2))
+    far_off = grid_tar(np.array([1.0, -1, 1, -1]), np.tile([True, False], 2), np.repeat([0, 1], 2))
     assert list(far_off.values()) == [0, 0, 0]
-    assert np.isnan(list(evaluate.grid_tar(scores, np.ones(6, bool), folds).values())).all()
+    assert np.isnan(list(grid_tar(scores, np.ones(6, bool), folds).values())).all()
 
 
 def test_tar_of_interpolated_thresholds_weighs_pairs_as_repetition():
     x, y, same, folds = made_pairs(5, 400)
     counts = np.random.default_rng(0).integers(0, 3, 400)
     again, scores = np.repeat(np.arange(400), counts), (x * y).sum(1)
-    assert evaluate.grid_tar(scores, same, folds, counts, 0.05) == pytest.approx(
-        evaluate.grid_tar(scores[again], same[again], folds[again], target=0.05))
+    assert grid_tar(scores, same, folds, counts, 0.05) == pytest.approx(
+        grid_tar(scores[again], same[again], folds[again], target=0.05))
 
 
 def test_tar_of_interpolated_thresholds_is_a_row_where_nine_folds_support_it():
@@ -102,7 +129,7 @@ def test_tar_of_interpolated_thresholds_is_a_row_where_nine_folds_support_it():
         pairs = np.stack([place, place + len(x), same, place % 10], 1)
         split = FakeSplit(np.append(place, np.where(same, place, place + len(x))),
                           {"name": "verification", "folds": 10}, pairs=pairs)
-        found, _ = evaluate.score_verification(np.concatenate([x, y]), split, 3, 0)
+        found, _ = score_verification(np.concatenate([x, y]), split, 3, 0)
         assert (rule in found) == offered
         if offered:
             assert list(found)[-1] == rule and found[rule]["tar@far=0.001"].count == impostors + 30
@@ -161,7 +188,7 @@ def test_single_gallery_shot_approaches_a_literal_transcription(seed):
     ids[:8] = 1  # one probe person without a gallery image of another camera
     cams[:16] = 0
     split = FakeSplit(ids, {"name": "reid", "draws": 4000}, role=roles, camera=cams)
-    found, drawn = evaluate.score_gallery(x, split, 3, 0, "general single-gallery-shot")
+    found, drawn = score_gallery(x, split, 3, 0, "general single-gallery-shot")
     cmc, mean, counted = literal_cuhk03(x, ids, cams, roles, np.random.default_rng(1), 200)
     assert list(found) == ["rank-1", "rank-5", "rank-10", "mAP"] and found["rank-1"].count == counted < 24
     assert found["mAP"].value == pytest.approx(mean)
@@ -178,8 +205,8 @@ def test_single_gallery_shot_equals_the_literal_rule_where_there_is_one_image_of
         np.append(roles, [2] * 9)
     cams = np.append(np.where(roles[:60] == 0, 0, 1), np.arange(9) % 2)
     split = FakeSplit(ids, {"name": "reid"}, role=roles, camera=cams)
-    whole = evaluate.score_gallery(x, split, 3, 0)[0]
-    shots = evaluate.score_gallery(x, split, 3, 0, "general single-gallery-shot")[0]
+    whole = score_gallery(x, split, 3, 0)[0]
+    shots = score_gallery(x, split, 3, 0, "general single-gallery-shot")[0]
     for name in ("rank-1", "rank-5", "rank-10", "mAP"):
         assert (shots[name].value, *shots[name].draws) == pytest.approx((whole[name].value, *whole[name].draws))
 
@@ -191,10 +218,10 @@ def test_single_gallery_shot_by_hand():
     x = np.stack([np.cos(degrees), np.sin(degrees)], 1)
     labels = np.array([1, 1, 0, 0, -1])
     mates = lambda probe: (np.array([1]), np.array([0]))  # noqa: E731
-    ranks = evaluate.search_shots(x, np.array([0]), np.arange(1, 6), labels[[0, 1, 2, 3, 4]], mates, 2000, 0)
+    ranks = search_shots(x, np.array([0]), np.arange(1, 6), labels[[0, 1, 2, 3, 4]], mates, 2000, 0)
     assert ranks.shape == (2000, 1) and set(ranks[:, 0]) == {1, 2}
     assert (ranks == 1).mean() == pytest.approx(0.5, abs=0.04)
-    none = evaluate.search_shots(x, np.array([0]), np.arange(1, 6), labels, lambda p: (np.array([], int),) * 2, 2, 0)
+    none = search_shots(x, np.array([0]), np.arange(1, 6), labels, lambda p: (np.array([], int),) * 2, 2, 0)
     assert np.isinf(none).all()
 
 
@@ -203,19 +230,19 @@ def test_the_draws_of_a_probe_are_its_own(monkeypatch):
     x, ids, cams, roles = made_reid(3)
     split = FakeSplit(ids, {"name": "reid", "draws": 4}, role=roles, camera=cams)
     q, g = np.flatnonzero(roles == 0), np.flatnonzero(roles == 1)
-    mates = evaluate.gallery_rule(split, g, "general single-gallery-shot")
-    whole = evaluate.search_shots(x, q, g, ids[g], mates, 4, 5)
-    blocks, held = evaluate.score_blocks, []
+    mates = gallery_rule(split, g, "general single-gallery-shot")
+    whole = search_shots(x, q, g, ids[g], mates, 4, 5)
+    blocks, held = score_blocks, []
 
     def small(*arguments, **more):
         for start, scores in blocks(*arguments, size=3 * len(g), **more):
             held.append(scores.shape)
             yield start, scores
 
-    monkeypatch.setattr(evaluate, "score_blocks", small)
-    np.testing.assert_array_equal(evaluate.search_shots(x, q, g, ids[g], mates, 4, 5), whole)
-    np.testing.assert_array_equal(evaluate.search_shots(x, q[5:9], g, ids[g], mates, 4, 5), whole[:, 5:9])
-    assert (evaluate.search_shots(x, q, g, ids[g], mates, 4, 6) != whole).any()
+    monkeypatch.setattr(evaluate_search, "score_blocks", small)
+    np.testing.assert_array_equal(search_shots(x, q, g, ids[g], mates, 4, 5), whole)
+    np.testing.assert_array_equal(search_shots(x, q[5:9], g, ids[g], mates, 4, 5), whole[:, 5:9])
+    assert (search_shots(x, q, g, ids[g], mates, 4, 6) != whole).any()
     assert len(held) == 8 + 2 + 8 and max(held) == (3, len(g))
 
 
@@ -230,15 +257,15 @@ def test_single_gallery_shot_is_chosen_when_a_split_is_prepared(tmp_path):
     cli.main([*arguments, str(tmp_path / "d/body/test")], standalone_mode=False)
     split = Split(tmp_path / "d/body/test")
     assert split.protocol == {"name": "reid", "variants": ["general", "general single-gallery-shot"], "draws": 10}
-    assert [evaluate.describe_variant(split, variant, 3) for variant in evaluate.variants_of(split)] == [
+    assert [describe_variant(split, variant, 3) for variant in variants_of(split)] == [
         "general", "general single-gallery-shot in 10 draws a probe (mAP: all its images), seed 3"]
     x = unit(np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32))
-    assert evaluate.score_gallery(x, split, 2, 0, "general single-gallery-shot")[0]["rank-1"].count == 4
+    assert score_gallery(x, split, 2, 0, "general single-gallery-shot")[0]["rank-1"].count == 4
     with pytest.raises(InputError, match=r"^--single-gallery-shot is a way to score a test split"):
         cli.main([*arguments, str(tmp_path / "d/body/train")], standalone_mode=False)
     split.protocol["variants"] = ["general", "general double-shot"]
     with pytest.raises(InputError, match="not score by the rule 'general double-shot'; it knows general, ") as error:
-        evaluate.variants_of(split)
+        variants_of(split)
     assert "\n" not in error.value.message
 
 
@@ -261,7 +288,7 @@ def made_templates(seed, people=40, probes=500, spread=0.5):
     rng = np.random.default_rng(seed)
     identity = np.concatenate([np.arange(people), rng.integers(0, people, probes)])
     x = unit(rng.normal(size=(people, 6))[identity] + spread * rng.normal(size=(len(identity), 6))).astype(np.float32)
-    return evaluate.Templates(np.arange(len(identity)), x, identity, np.ones(len(identity), dtype=bool))
+    return Templates(np.arange(len(identity)), x, identity, np.ones(len(identity), dtype=bool))
 
 
 LEGACY = ["rank-1", "rank-5", "rank-10", "tpir@fpir=0.1", "tpir@fpir=0.01"]
@@ -270,11 +297,11 @@ LEGACY = ["rank-1", "rank-5", "rank-10", "tpir@fpir=0.1", "tpir@fpir=0.01"]
 @pytest.mark.parametrize("seed", range(4))
 def test_the_legacy_search_equals_a_literal_transcription(seed):
     templates = made_templates(seed)
-    found = evaluate.score_legacy_search(templates, [np.arange(22), np.arange(22, 40)], np.arange(40, 540), 3, 0)
+    found = score_legacy_search(templates, [np.arange(22), np.arange(22, 40)], np.arange(40, 540), 3, 0)
     x, identity = templates.vectors, templates.identity
     expected = literal_legacy(x[40:], x[:40], identity[40:], [0.1, 0.01])
     assert {name: f.value for name, f in found.items()} == pytest.approx(dict(zip(LEGACY, expected, strict=True)))
-    other = evaluate.score_template_search(templates, [np.arange(22), np.arange(22, 40)], np.arange(40, 540), 3, 0)
+    other = score_template_search(templates, [np.arange(22), np.arange(22, 40)], np.arange(40, 540), 3, 0)
     assert abs(found["tpir@fpir=0.1"].value - other["tpir@fpir=0.1"].value) > 0.01  # another rule, another number
 
 
@@ -284,12 +311,12 @@ def test_the_legacy_search_by_hand():
     # Above it: A's 10 (cos 10) and 40 (cos 40), B's 60 (cos 30) and eight of cos 0; not B's 20 (cos 70)
     degrees = np.deg2rad([0, 90, 10, 40, 60, 20, *[90] * 8])
     x = np.stack([np.cos(degrees), np.sin(degrees)], 1).astype(np.float32)
-    templates = evaluate.Templates(np.arange(14), x, np.array([0, 1, 0, 0, *[1] * 10]), np.ones(14, dtype=bool))
-    found = evaluate.score_legacy_search(templates, [np.array([0]), np.array([1])], np.arange(2, 14), 0, 0)
+    templates = Templates(np.arange(14), x, np.array([0, 1, 0, 0, *[1] * 10]), np.ones(14, dtype=bool))
+    found = score_legacy_search(templates, [np.array([0]), np.array([1])], np.arange(2, 14), 0, 0)
     assert {name: f.value for name, f in found.items()} == pytest.approx({
         "rank-1": 11 / 12, "rank-5": 1, "rank-10": 1, "tpir@fpir=0.1": 11 / 12})  # 12 probes do not support 0.01
     templates.enrolled[[2, 6]], templates.vectors[[2, 6]] = False, 0  # one of A's and one of B's are lost: misses
-    found = evaluate.score_legacy_search(templates, [np.array([0]), np.array([1])], np.arange(2, 14), 0, 0)
+    found = score_legacy_search(templates, [np.array([0]), np.array([1])], np.arange(2, 14), 0, 0)
     assert {name: f.value for name, f in found.items()} == pytest.approx({
         "rank-1": 9 / 12, "rank-5": 10 / 12, "rank-10": 10 / 12, "tpir@fpir=0.1": 9 / 12})
 
@@ -297,15 +324,15 @@ def test_the_legacy_search_by_hand():
 def test_in_a_collapsed_space_the_legacy_search_finds_nobody():
     templates = made_templates(0)
     templates.vectors[:] = templates.vectors[0]
-    found = evaluate.score_legacy_search(templates, [np.arange(22), np.arange(22, 40)], np.arange(40, 540), 0, 0)
+    found = score_legacy_search(templates, [np.arange(22), np.arange(22, 40)], np.arange(40, 540), 0, 0)
     assert {name: f.value for name, f in found.items()} == dict.fromkeys(LEGACY, 0)
 
 
 @pytest.mark.parametrize("enrolled, rate", [(True, 1), (False, 0)])
 def test_the_legacy_search_without_another_person_or_a_gallery(enrolled, rate):
     x = np.eye(2, dtype=np.float32)[[0] * 13]
-    templates = evaluate.Templates(np.arange(13), x, np.zeros(13, int), np.array([enrolled] + [True] * 12))
-    found = evaluate.score_legacy_search(templates, [np.array([0])], np.arange(1, 13), 3, 0)
+    templates = Templates(np.arange(13), x, np.zeros(13, int), np.array([enrolled] + [True] * 12))
+    found = score_legacy_search(templates, [np.array([0])], np.arange(1, 13), 3, 0)
     assert {name: f.value for name, f in found.items()} == dict.fromkeys(LEGACY[:4], rate)
 
 
@@ -314,11 +341,11 @@ def test_resamplings_of_the_legacy_search_equal_repeated_probes(monkeypatch):
     templates = made_templates(9, people=6, probes=60, spread=1.5)
     rows, probes, kept = np.arange(6), np.arange(6, 66), []
     templates.identity[6:36], templates.vectors[6:36] = 0, templates.vectors[1]  # of 0, all taken for 1
-    highest = evaluate.highest_wrong
-    monkeypatch.setattr(evaluate, "highest_wrong", lambda *a: kept.append(a[4]) or highest(*a))
-    found = evaluate.score_legacy_search(templates, [rows[:3], rows[3:]], probes, 40, 2)
+    highest = highest_wrong
+    monkeypatch.setattr(evaluate_pairs, "highest_wrong", lambda *a: kept.append(a[4]) or highest(*a))
+    found = score_legacy_search(templates, [rows[:3], rows[3:]], probes, 40, 2)
     identity = templates.identity[probes]
-    for draw, counts in enumerate(evaluate.bootstrap_counts(identity, 40, 2)):
+    for draw, counts in enumerate(bootstrap_counts(identity, 40, 2)):
         again = np.repeat(probes, counts)
         x = templates.vectors
         expected = literal_legacy(x[again], x[:6], templates.identity[again], [0.1])
@@ -331,19 +358,19 @@ def test_the_highest_scores_of_others_equal_a_whole_sort(most, monkeypatch):
     rng = np.random.default_rng(most)
     x = rng.integers(-3, 4, (90, 4)).astype(float)  # ties
     probes, gallery, labels = np.arange(50), np.arange(50, 90), rng.integers(0, 9, 90)
-    blocks = evaluate.score_blocks
-    monkeypatch.setattr(evaluate, "score_blocks", lambda x, p, g, size, device: blocks(x, p, g, 7 * 40, device))
+    blocks = score_blocks
+    monkeypatch.setattr(evaluate_pairs, "score_blocks", lambda x, p, g, size, device: blocks(x, p, g, 7 * 40, device))
 
     def mates(probe):
         return np.flatnonzero(labels[gallery] == labels[probe]), np.zeros(0, int)
 
-    scores, whose, own = evaluate.highest_wrong(x, probes, gallery, mates, most)
+    scores, whose, own = highest_wrong(x, probes, gallery, mates, most)
     whole = x[probes] @ x[gallery].T
     wrong = labels[probes][:, None] != labels[gallery]
     np.testing.assert_array_equal(scores, np.sort(whole[wrong])[::-1][:most])
     np.testing.assert_array_equal(own, np.where(wrong, -np.inf, whole).max(1))
     assert all((whole[i][wrong[i]] == score).any() for i, score in zip(whose, scores, strict=True))
-    assert len(evaluate.highest_wrong(x, probes, gallery, mates, 5000)[0]) == wrong.sum()  # all there are
+    assert len(highest_wrong(x, probes, gallery, mates, 5000)[0]) == wrong.sum()  # all there are
 
 
 def test_the_legacy_search_has_rows_of_its_own():
@@ -353,7 +380,7 @@ def test_the_legacy_search_has_rows_of_its_own():
                           template_gallery=np.stack([np.arange(20), np.arange(20) % 2], 1),
                           template_probes=np.arange(20, 120)[:, None])
     x = (rng.normal(size=(20, 5))[labels] + 0.5 * rng.normal(size=(120, 5))).astype(np.float32)
-    found, _ = evaluate.score_templates(x, split, 3, 0)
+    found, _ = score_templates(x, split, 3, 0)
     customary, legacy = found
     assert customary.startswith("1:N in 2 galleries, ") and list(found[legacy]) == LEGACY
     assert legacy == ("legacy 1:N in 2 galleries merged, means of media weighted by norm, TPIR above the "
@@ -372,7 +399,7 @@ def test_people_over_all_splits_of_a_domain_by_hand(capsys):
     ratings = rate(FACES, "ann", 3, 1, 1, -3) + rate(FACES, "ben", -1, 0, 2, -2)
     ratings += [replace(r, split="face_hq/more")
                 for r in rate(more, "ann", -1, 0, 2, -2) + rate(more, "cat", 3, 3, 1, 1)]
-    found = evaluate.score_humans(ratings, splits, x, 20, 0)
+    found = score_humans(ratings, splits, x, 20, 0)
     assert list(found) == ["face_hq/test", "face_hq/more", "face_hq"]  # one domain: no "everything"
     assert {metric: figure.value for metric, figure in found["face_hq"].items()} == pytest.approx({
         "AUC of rater ann": (3.5 + 2) / 8, "AUC on human trials": (3 / 4 + 1) / 2,
@@ -381,19 +408,19 @@ def test_people_over_all_splits_of_a_domain_by_hand(capsys):
     assert found["face_hq"]["AUC on human trials"].count == 8
     # with objects: everything is the mean over the two domains, of ann, who did them all
     ratings += rate(THINGS, "ann", 3, 3, -3, -3)
-    found = evaluate.score_humans(ratings, splits, x | {"object/test": vectors(0.9, 0.4, 0.5, 0.1)}, 20, 0)
+    found = score_humans(ratings, splits, x | {"object/test": vectors(0.9, 0.4, 0.5, 0.1)}, 20, 0)
     assert list(found) == ["face_hq/test", "face_hq/more", "object/test", "face_hq", "everything"]
     assert found["everything"]["AUC on human trials"].value == pytest.approx((7 / 8 + 3 / 4) / 2)
     for split in splits.values():
         split.index = {"provenance": {"source": f"{split.domain}-{split.name}", "plan": "0123456789"}}
-    results = evaluate.make_human_rows("r", ratings, splits, {"tuned": found}, True)
+    results = make_human_rows("r", ratings, splits, {"tuned": found}, True)
     rows = {(row.domain, row.split): row for row, _ in results if row.metric == "model minus human AUC"}
     assert list(rows) == [("face_hq", "test"), ("face_hq", "more"), ("object", "test"), ("face_hq", "all splits"),
                           ("all", "human trials")]
     protocol = rows["face_hq", "all splits"].protocol
     assert protocol.endswith("sets face_hq/more face_hq-more 01234567 + face_hq/test face_hq-test 01234567, flip")
     assert protocol.split(",")[1] not in rows["all", "human trials"].protocol  # other ratings: another fingerprint
-    assert "| face_hq/all splits | 8 | 1 |" in "\n".join(evaluate.show_humans([row for row, _ in results]))
+    assert "| face_hq/all splits | 8 | 1 |" in "\n".join(show_humans([row for row, _ in results]))
 
 
 # ---------------------------------------------------------------- leaks on the clean side of a gap
@@ -411,7 +438,7 @@ class Known:
         return self.vectors[split.name].astype(np.float32)
 
     def __call__(self, split):
-        return evaluate.normalise(self.raw(split))
+        return normalise(self.raw(split))
 
 
 def objects(labels, name, **more):
@@ -499,24 +526,24 @@ def cells_of(line):
 
 def scored(name, value):
     config = {"domains": ["object"], "counts": {"object": 10}, "name": name}
-    row = evaluate.Row(name, "tuned", "object", "val", "classification, <p> & q|r", "knn top-1", value, value, value, 5)
+    row = Row(name, "tuned", "object", "val", "classification, <p> & q|r", "knn top-1", value, value, value, 5)
     key = "object", "val", "knn top-1", row.protocol
-    return evaluate.Scored(Path(name), config, 0, {key: (row, np.full(3, value))})
+    return Scored(Path(name), config, 0, {key: (row, np.full(3, value))})
 
 
 def test_names_of_runs_are_text_in_a_comparison(tmp_path):
     name = NAME.replace("/", "-")
     groups = [[scored(name, 0.5)], [scored("other", 0.75)]]
-    table = evaluate.compare_groups(groups, set())
-    head, *lines = [cells_of(line) for line in evaluate.show_comparison(table).splitlines() if line.startswith("|")]
+    table = compare_groups(groups, set())
+    head, *lines = [cells_of(line) for line in show_comparison(table).splitlines() if line.startswith("|")]
     assert [len(line) for line in lines] == [len(head)] * 3
     assert lines[1][2] == (f"{name} (tuned)", "") and lines[1][7] == ("classification, <p> & q|r", "")
-    experts = evaluate.compare_experts(groups[1], groups[:1], set(), 0.01)
-    head, _, line = [cells_of(line) for line in evaluate.show_experts(experts, ["object"]).splitlines()
+    experts = compare_experts(groups[1], groups[:1], set(), 0.01)
+    head, _, line = [cells_of(line) for line in show_experts(experts, ["object"]).splitlines()
                      if line.startswith("|")]
     assert len(line) == len(head) and line[9] == (name, "") and line[10] == ("classification, <p> & q|r", "")
-    for file, draw in (("a.png", lambda path: evaluate.draw_comparison(path, table, [])),
-                       ("b.png", lambda path: evaluate.draw_experts(path, experts))):
+    for file, draw in (("a.png", lambda path: draw_comparison(path, table, [])),
+                       ("b.png", lambda path: draw_experts(path, experts))):
         draw(tmp_path / file)  # $ is no formula
         assert (tmp_path / file).stat().st_size > 1000
 
@@ -532,7 +559,7 @@ def test_names_with_entities_are_text_in_the_page(tmp_path):
 # ---------------------------------------------------------------- large splits are mapped
 
 
-class Stored(evaluate.Embedder):
+class Stored(Embedder):
     """An embedder that has them all on disk."""
 
     def __init__(self, folder, **arrays):
@@ -582,12 +609,12 @@ def a_split_of_each_kind(rng):
 def test_mapped_embeddings_have_the_same_figures_to_the_bit(tmp_path, monkeypatch):
     splits, root, x = a_split_of_each_kind(np.random.default_rng(0))
     embed, whole = Stored(tmp_path, **x), []
-    readouts = evaluate.Readouts({}, 100, {}, [])
+    readouts = Readouts({}, 100, {}, [])
     for large in (1 << 29, 0):
-        monkeypatch.setattr(evaluate, "LARGE", large)
+        monkeypatch.setattr(evaluate_embed, "LARGE", large)
         held = embed.raw(splits[0])
         assert type(held) is np.ndarray and isinstance(held.base, np.memmap) == (large == 0)
-        figures, _ = evaluate.score(embed, splits, root, None, 5, 0, readouts, {"face_hq/reid": [10, 11]})
+        figures, _ = score(embed, splits, root, None, 5, 0, readouts, {"face_hq/reid": [10, 11]})
         whole.append({(name, rule, metric): (f.value, *f.draws) for name, found in figures.items()
                       for rule, by_metric in found.items() for metric, f in by_metric.items()})
     assert len(whole[0]) > 50 and {name.split("/")[1] for name, *_ in whole[0]} == {
@@ -609,11 +636,11 @@ def test_mapped_embeddings_take_no_memory(tmp_path, monkeypatch):
     split = FakeSplit(np.append([0, 1, 2, 3, 4] * 2, [-1] * 49_990), {"name": "identification"}, role=roles)
     split.name = "large"
     embed = Stored(tmp_path, large=np.random.default_rng(0).standard_normal((50_000, 512), dtype=np.float32))  # 98 MiB
-    monkeypatch.setattr(evaluate, "LARGE", 1 << 20)
+    monkeypatch.setattr(evaluate_embed, "LARGE", 1 << 20)
     before = anonymous()
     x = embed(split)
     assert anonymous() - before < 20
-    found, _ = evaluate.score_gallery(x, split, 2, 0)
+    found, _ = score_gallery(x, split, 2, 0)
     assert anonymous() - before < 40 and found["rank-1"].count == 5
     np.testing.assert_allclose(np.linalg.norm(x[::1000], axis=1), 1, atol=1e-5)
 
@@ -629,18 +656,18 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
         def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(evaluate.tempfile, "TemporaryFile", lambda dir: Full())
+    monkeypatch.setattr(evaluate_embed.tempfile, "TemporaryFile", lambda dir: Full())
     with pytest.raises(InputError, match=r"no room for 0.0 GiB of embeddings .*\(No space left on device\): free some"):
-        evaluate.map_copy(np.zeros((3, 2), np.float32), tmp_path)
+        map_copy(np.zeros((3, 2), np.float32), tmp_path)
 
 
 def test_a_run_that_is_mapped_writes_the_same_rows(tiny_run, demo_root, tmp_path, monkeypatch):
     shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval", "analysis"))
     out, mapped, written = tmp_path / "run/eval", [], []
-    copy = evaluate.map_copy
-    monkeypatch.setattr(evaluate, "map_copy", lambda x, folder: mapped.append(folder) or copy(x, folder))
+    copy = map_copy
+    monkeypatch.setattr(evaluate_embed, "map_copy", lambda x, folder: mapped.append(folder) or copy(x, folder))
     for large in (1 << 29, 0):
-        monkeypatch.setattr(evaluate, "LARGE", large)
+        monkeypatch.setattr(evaluate_embed, "LARGE", large)
         run_here("--run", tmp_path / "run", "--bootstrap", 3, "--workers", 0, "--device", "cpu", "--crowd", 20,
                  "--sheet", "--splits", "body/test,face_hq/test,object/val", "--cache", tmp_path / "cache")
         with np.load(out / "draws.npz") as file:

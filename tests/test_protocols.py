@@ -15,6 +15,38 @@ from sklearn.metrics import roc_curve
 import evaluate
 from data_prep import InputError
 from data_prep.shards import Record, Source, Split, open_root, write_split
+from evaluate_bootstrap import bootstrap_counts, intervals, weighted_mean
+from evaluate_classes import nearest_rows
+from evaluate_pairs import (
+    BINS,
+    SCORE_BINS,
+    Templates,
+    collect_scores,
+    find_tail,
+    pool_templates,
+    roc,
+    score_listed,
+    score_template_pairs,
+    score_template_search,
+    score_templates,
+    tar_at_far,
+    tar_at_nearest_far,
+)
+from evaluate_results import rows_of, write_draws, write_rows
+from evaluate_search import (
+    Member,
+    Search,
+    choose_crowd,
+    draw_galleries,
+    make_members,
+    mates_in,
+    name_identities,
+    score_gallery,
+    score_unified,
+    search_gallery,
+    search_on,
+    tpir_at_fpir,
+)
 from tests.conftest import script
 from tests.test_evaluate import FakeSplit, unit
 
@@ -60,7 +92,7 @@ def template_case(seed, people=12, images=400, spread=1.0):
 @pytest.mark.parametrize("seed", range(3))
 def test_pooling_equals_a_literal_transcription(seed):
     x, split = template_case(seed)
-    found = evaluate.pool_templates(x, split, split.column("quality"))
+    found = pool_templates(x, split, split.column("quality"))
     expected = literal_pooling(x, split.column("quality"), split.column("template"), split.column("media"))
     assert found.ids.tolist() == sorted(expected) and found.enrolled.all()
     np.testing.assert_allclose(found.vectors, [expected[i] for i in found.ids], atol=1e-5)
@@ -70,10 +102,10 @@ def test_pooling_by_hand():
     # a video of two images (2, 0), (0, 0) and a photograph (0, 3): mean (1, 0) + (0, 3), so the direction (1, 3) / √10
     x = np.array([[2, 0], [0, 0], [0, 3]], dtype=np.float32)
     split = FakeTemplates([0, 0, 0], template=np.full(3, 5), media=np.array([1, 1, 2]))
-    vector = evaluate.pool_templates(x, split, np.ones(3)).vectors[0]
+    vector = pool_templates(x, split, np.ones(3)).vectors[0]
     np.testing.assert_allclose(vector, np.array([1, 3]) / np.sqrt(10), rtol=1e-6)
     x[2] = np.nan  # an unreadable image is no part of its template
-    np.testing.assert_allclose(evaluate.pool_templates(x, split, np.ones(3)).vectors[0], [1, 0])
+    np.testing.assert_allclose(pool_templates(x, split, np.ones(3)).vectors[0], [1, 0])
 
 
 def literal_tpr(scores, same, targets):
@@ -94,7 +126,7 @@ def tail_of(scores, same, target):
     """As `score_template_pairs` finds it: from the highest impostors, or from all pairs where these do not do."""
     others = int((~same).sum())
     for need in (int(1.5 * target * others) + 2, others + 1):
-        if tail := evaluate.find_tail(evaluate.collect_scores(in_parts(scores), same, need), same, target):
+        if tail := find_tail(collect_scores(in_parts(scores), same, need), same, target):
             return tail
     raise AssertionError("no tail")
 
@@ -107,7 +139,7 @@ def test_collected_scores_are_the_highest_in_full_and_all_in_bins(need, ties):
     scores = (rng.integers(-9, 10, 5000) if ties else 9 * rng.normal(size=5000)) + 8.0 * same
     scores[rng.random(5000) < 0.02] = -64  # a cosine of -2: never accepted
     cosine = (scores / 32).astype(np.float32)
-    found = evaluate.collect_scores(in_parts(scores), same, need)
+    found = collect_scores(in_parts(scores), same, need)
     assert found.bins.sum(1).tolist() == [4000, 1000] and found.bins[:, 0].sum() == (scores == -64).sum()
     assert (np.diff(found.scores) <= 0).all() and (cosine[found.pairs] == found.scores).all()
     least = -2 if need > 4000 else np.sort(cosine[~same])[-need]
@@ -115,7 +147,7 @@ def test_collected_scores_are_the_highest_in_full_and_all_in_bins(need, ties):
     assert found.whole == (len(found.pairs) == 5000)
     if need < 4000:
         assert len(found.pairs) < 5000  # what is below is let go
-    edges = np.linspace(-1, 1, evaluate.BINS + 1)
+    edges = np.linspace(-1, 1, BINS + 1)
     for kind in (0, 1):
         expected = np.histogram(np.clip(cosine[(same == kind) & (cosine > -1.5)], -1, 1), edges)[0]
         # a cosine at an edge may fall to either side of it
@@ -136,10 +168,10 @@ def test_tar_at_far_equals_scikit_learn_by_both_rules(decimals, separation, seed
     accepted = same[tail.pairs]
     far = np.append(0, np.cumsum(~accepted)[ends]) / (~same).sum()
     tar, corner = np.append(0, np.cumsum(accepted)[ends]) / same.sum(), np.append(True, tail.corner)
-    assert [evaluate.tar_at_nearest_far(far[corner], tar[corner], t) for t in targets] == pytest.approx(
+    assert [tar_at_nearest_far(far[corner], tar[corner], t) for t in targets] == pytest.approx(
         literal_tpr(scores, same, targets), abs=1e-12)
-    x, y = evaluate.roc(scores, same)
-    assert [evaluate.tar_at_far(far, tar, t) for t in targets] == pytest.approx(
+    x, y = roc(scores, same)
+    assert [tar_at_far(far, tar, t) for t in targets] == pytest.approx(
         [y[x <= t].max() for t in targets], abs=1e-12)
 
 
@@ -149,14 +181,14 @@ def test_nearest_and_strict_far_by_hand():
     tail = tail_of(scores, same, 1.0)
     far, tar = np.array([0, 0, 1, 1, 2, 3, 3]) / 3, np.array([0, 1, 1, 2, 2, 2, 3]) / 3
     assert tail.pairs.tolist() == [0, 1, 2, 3, 4, 5]
-    assert evaluate.tar_at_nearest_far(far, tar, 0.3) == pytest.approx(2 / 3)  # 1/3 is nearer than 0, though above 0.3
-    assert evaluate.tar_at_far(far, tar, 0.3) == pytest.approx(1 / 3)
+    assert tar_at_nearest_far(far, tar, 0.3) == pytest.approx(2 / 3)  # 1/3 is nearer than 0, though above 0.3
+    assert tar_at_far(far, tar, 0.3) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_template_verification_from_end_to_end(seed):
     x, split = template_case(seed)
-    found, curve = evaluate.score_templates(x, split, 20, 0)
+    found, curve = score_templates(x, split, 20, 0)
     pooled = literal_pooling(x, np.ones(len(x)), split.column("template"), split.column("media"))
     pairs = split.column("template_pairs")
     scores = np.array([pooled[a] @ pooled[b] for a, b, _ in pairs])
@@ -170,30 +202,30 @@ def test_template_verification_from_end_to_end(seed):
     # what is drawn is the curve of the customary pooling, and all scores
     pooled = literal_pooling(x, split.column("quality"), split.column("template"), split.column("media"))
     scores, same = np.array([pooled[a] @ pooled[b] for a, b, _ in pairs]), pairs[:, 2] == 1
-    far, tar = evaluate.roc(scores, same)
-    exact = [evaluate.tar_at_far(far, tar, f) for f in curve["far"]]
+    far, tar = roc(scores, same)
+    exact = [tar_at_far(far, tar, f) for f in curve["far"]]
     np.testing.assert_allclose(curve["tar"][1:], exact[1:], atol=0.01)  # the first is where nothing is accepted
     assert (np.diff(curve["far"]) >= 0).all() and curve["far"][-1] == curve["tar"][-1] == 1
     for kind, mask in (("same", same), ("different", ~same)):
-        expected = np.histogram(scores[mask], evaluate.SCORE_BINS)[0]
+        expected = np.histogram(scores[mask], SCORE_BINS)[0]
         assert curve[kind].sum() == mask.sum() and np.abs(curve[kind] - expected).max() <= 2
 
 
 def test_the_bootstrap_of_templates_equals_repeated_people():
     """One resampling, written out: pairs of people drawn several times are there so often."""
     x, split = template_case(5)
-    templates = evaluate.pool_templates(x, split, np.ones(len(x)))
+    templates = pool_templates(x, split, np.ones(len(x)))
     pairs = split.column("template_pairs")
-    found = evaluate.score_template_pairs(templates, pairs, 3, 7)[0]["strict"]["tar@far=0.01"]
+    found = score_template_pairs(templates, pairs, 3, 7)[0]["strict"]["tar@far=0.01"]
     a, b = (templates.places(column) for column in pairs[:, :2].T)
     scores, same = np.empty(len(pairs), dtype=np.float32), pairs[:, 2] == 1
-    for places, some in evaluate.score_listed(templates.vectors, a, b, block=5):
+    for places, some in score_listed(templates.vectors, a, b, block=5):
         scores[places] = some
     np.testing.assert_allclose(scores, (templates.vectors[a] * templates.vectors[b]).sum(1), atol=1e-6)
-    for draw, counts in zip(found.draws, evaluate.bootstrap_counts(np.arange(12), 3, 7), strict=True):
+    for draw, counts in zip(found.draws, bootstrap_counts(np.arange(12), 3, 7), strict=True):
         left, right = counts[templates.identity[a]], counts[templates.identity[b]]
-        far, tar = evaluate.roc(scores, same, np.where(same, left, left * right))
-        assert draw == pytest.approx(evaluate.tar_at_far(far, tar, 0.01), abs=1e-12)
+        far, tar = roc(scores, same, np.where(same, left, left * right))
+        assert draw == pytest.approx(tar_at_far(far, tar, 0.01), abs=1e-12)
 
 
 @pytest.mark.parametrize("first", [0, 1 << 25])  # numbers looked up in a table, and too large for one
@@ -203,13 +235,13 @@ def test_a_template_without_images_is_never_accepted(first):
     pairs = np.array([[1, 2, 1], [1, 9, 1], [3, 9, 0], *[[1, 3, 0]] * 10]) + np.array([first, first, 0])
     split = FakeTemplates([0, 0, 1], template=np.array([1, 2, 3]) + first, media=np.array([1, 2, 3]),
                           template_pairs=pairs)
-    templates = evaluate.pool_templates(x, split, np.ones(3))
+    templates = pool_templates(x, split, np.ones(3))
     assert templates.enrolled.tolist() == [True, True, True, False] and templates.identity.tolist() == [0, 0, 1, 0]
-    found, _ = evaluate.score_template_pairs(templates, pairs, 2, 0)
+    found, _ = score_template_pairs(templates, pairs, 2, 0)
     assert found["strict"]["tar@far=0.1"].value == 0.5 and found["nearest"]["tar@far=0.1"].value == 0.5
     few = FakeTemplates([0, 0, 1], template=np.array([1, 2, 3]), media=np.array([1, 2, 3]), template_pairs=pairs[:2])
     with pytest.raises(InputError, match="its lists support no figure"):
-        evaluate.score_templates(x, few, 2, 0)
+        score_templates(x, few, 2, 0)
 
 
 # ---------------------------------------------------------------- templates, 1:N
@@ -240,10 +272,10 @@ def test_template_search_equals_a_literal_transcription(seed):
     people, probes = 40, 500
     identity = np.concatenate([np.arange(people), rng.integers(0, people, probes)])
     vectors = unit(rng.normal(size=(people, 6))[identity] + 0.5 * rng.normal(size=(people + probes, 6)))
-    templates = evaluate.Templates(np.arange(len(identity)), vectors.astype(np.float32), identity,
+    templates = Templates(np.arange(len(identity)), vectors.astype(np.float32), identity,
                                    np.ones(len(identity), dtype=bool))
     galleries, listed = [np.arange(22), np.arange(22, people)], np.arange(people, people + probes)
-    found = evaluate.score_template_search(templates, galleries, listed, 10, 0)
+    found = score_template_search(templates, galleries, listed, 10, 0)
     both = [literal_search(templates.vectors[listed], templates.vectors[g], identity[listed], identity[g], [0.1, 0.01])
             for g in galleries]
     hits, tpir = sum(h for h, _ in both) / probes, np.mean([t for _, t in both], axis=0)
@@ -264,8 +296,8 @@ def test_a_search_on_a_device_is_the_same(people, ties):
         same = cameras[gallery[places]] == cameras[probe]
         return places[~same], places[same]
 
-    here = evaluate.search_gallery(x, probes, gallery, mates)
-    there = evaluate.search_on(torch.device("cpu"), x, probes, gallery, mates, 450 * 64, x)
+    here = search_gallery(x, probes, gallery, mates)
+    there = search_on(torch.device("cpu"), x, probes, gallery, mates, 450 * 64, x)
     assert [ranks.tolist() for ranks in here.ranks] == [ranks.tolist() for ranks in there.ranks]
     np.testing.assert_array_equal(here.first, there.first)
     np.testing.assert_allclose(here.own, there.own, rtol=1e-6)
@@ -280,15 +312,15 @@ def test_tpir_by_hand():
     mated = np.arange(13) < 3
     wrong = np.append([0.5, 0.97, 0.1], np.arange(9, -1, -1) / 10)
     own = np.append([0.85, 0.95, 0.7], np.full(10, -np.inf))
-    search = evaluate.Search([], np.zeros(13), own, wrong)
-    assert evaluate.tpir_at_fpir(search, mated, 0.2) == pytest.approx(1 / 3)
+    search = Search([], np.zeros(13), own, wrong)
+    assert tpir_at_fpir(search, mated, 0.2) == pytest.approx(1 / 3)
     weights = np.ones(13)
     weights[3] = 0
-    assert evaluate.tpir_at_fpir(search, mated, 0.2, weights) == pytest.approx(1 / 3)  # the threshold is still 0.8
+    assert tpir_at_fpir(search, mated, 0.2, weights) == pytest.approx(1 / 3)  # the threshold is still 0.8
     weights[4] = 0
-    assert evaluate.tpir_at_fpir(search, mated, 0.2, weights) == pytest.approx(1 / 3)  # 0.7: not above it
+    assert tpir_at_fpir(search, mated, 0.2, weights) == pytest.approx(1 / 3)  # 0.7: not above it
     weights[5] = 0
-    assert evaluate.tpir_at_fpir(search, mated, 0.2, weights) == pytest.approx(2 / 3)  # 0.6
+    assert tpir_at_fpir(search, mated, 0.2, weights) == pytest.approx(2 / 3)  # 0.6
 
 
 # ---------------------------------------------------------------- identification with distractors
@@ -300,9 +332,9 @@ def test_search_in_blocks_equals_a_full_matrix(monkeypatch):
     roles = np.append(rng.integers(0, 2, 300), np.full(200, 2))
     x = unit(rng.normal(size=(500, 6)) + rng.normal(size=(31, 6))[labels]).astype(np.float32)
     q, g = np.flatnonzero(roles == 0), np.flatnonzero(roles > 0)
-    mates = evaluate.mates_in(labels[g])
+    mates = mates_in(labels[g])
     for size in (1, 1000, 1 << 26):
-        found = evaluate.search_gallery(x, q, g, lambda p: (mates(labels[p]), []), size)
+        found = search_gallery(x, q, g, lambda p: (mates(labels[p]), []), size)
         for i, p in enumerate(q):
             order = g[np.argsort(-(x[g] @ x[p]), kind="stable")]
             assert found.ranks[i].tolist() == (np.flatnonzero(labels[order] == labels[p]) + 1).tolist()
@@ -314,7 +346,7 @@ def test_open_set_identification_uses_probes_without_a_mate():
     labels, roles = np.concatenate([np.arange(20), np.arange(20), np.arange(20, 40), -np.ones(30, int)]), np.repeat(
         [1, 0, 0, 2], [20, 20, 20, 30])
     x = unit(rng.normal(size=(90, 5)) + 2 * rng.normal(size=(41, 5))[labels])
-    found, _ = evaluate.score_gallery(x, FakeSplit(labels, {"name": "identification"}, role=roles), 5, 0)
+    found, _ = score_gallery(x, FakeSplit(labels, {"name": "identification"}, role=roles), 5, 0)
     g = np.flatnonzero(roles > 0)
     hits, tpir = literal_search(x[20:60], x[g], labels[20:60], labels[g], [0.1])
     assert list(found) == ["rank-1", "rank-5", "rank-20", "tpir@fpir=0.1"]  # 20 strangers do not support 0.01
@@ -350,7 +382,7 @@ def test_clothes_rules_equal_a_literal_transcription(mode, seed):
     x = unit(rng.normal(size=(300, 6)) + 0.8 * rng.normal(size=(45, 6))[clothes])
     split = FakeSplit(ids, {"name": "reid", "variants": ["general", "cross-clothes", "same-clothes"]}, role=roles,
                       camera=cams, clothes=clothes)
-    found, _ = evaluate.score_gallery(x, split, 0, 0, mode)
+    found, _ = score_gallery(x, split, 0, 0, mode)
     ap, first, count = literal_clothes(x, ids, cams, clothes, roles, mode)
     assert (found["mAP"].value, found["rank-1"].value, found["mAP"].count) == pytest.approx((ap, first, count))
 
@@ -361,7 +393,7 @@ def test_clothes_rules_by_hand():
     x = unit(np.array([[1, 0], [1, 0.1], [1, 0.2], [1, 0.3], [1, 0.4]]))
     split = FakeSplit([0, 0, 1, 0, 0], {"name": "reid"}, role=np.array([0, 1, 1, 1, 1]),
                       camera=np.array([0, 1, 1, 0, 1]), clothes=np.array([0, 0, 5, 1, 1]))
-    scored = {mode: {name: f.value for name, f in evaluate.score_gallery(x, split, 0, 0, mode)[0].items()}
+    scored = {mode: {name: f.value for name, f in score_gallery(x, split, 0, 0, mode)[0].items()}
               for mode in ("general", "cross-clothes", "same-clothes")}
     assert scored["general"]["mAP"] == pytest.approx((1 + 2 / 3) / 2)
     assert scored["cross-clothes"]["mAP"] == 0.5 and scored["cross-clothes"]["rank-1"] == 0
@@ -374,23 +406,23 @@ def test_single_shot_is_the_mean_over_drawn_galleries():
     cams = roles.copy()
     x = unit(rng.normal(size=(120, 5)) + 0.9 * rng.normal(size=(12, 5))[ids])
     split = FakeSplit(ids, {"name": "reid", "draws": 10}, role=roles, camera=cams, clothes=cams)
-    found, _ = evaluate.score_gallery(x, split, 5, 4, "cross-clothes single-shot")
+    found, _ = score_gallery(x, split, 5, 4, "cross-clothes single-shot")
     q, g = np.flatnonzero(roles == 0), np.flatnonzero(roles == 1)
     hits, seen = [], set()
-    for places in evaluate.draw_galleries(ids[g], 10, 4):
+    for places in draw_galleries(ids[g], 10, 4):
         gallery = g[places]
         assert sorted(ids[gallery]) == list(range(12))  # one image of each person
         seen |= set(gallery.tolist())
         hits.append(np.mean([ids[gallery[np.argmax(x[gallery] @ x[i])]] == ids[i] for i in q]))
     assert found["rank-1"].value == pytest.approx(np.mean(hits)) and len(seen) > 30 and "mAP" not in found
-    again, _ = evaluate.score_gallery(x, split, 5, 4, "cross-clothes single-shot")
+    again, _ = score_gallery(x, split, 5, 4, "cross-clothes single-shot")
     assert again["rank-1"].value == found["rank-1"].value  # seeded
 
 
 # ---------------------------------------------------------------- all domains at once
 
 
-class FakeMember(evaluate.Member):
+class FakeMember(Member):
     """A domain of the unified gallery, from arrays."""
 
     def __init__(self, domain, x, who, roles=None, cameras=None, protocol="reid"):
@@ -443,7 +475,7 @@ def test_unified_gallery_equals_a_literal_transcription(seed):
                FakeMember("face_hq", vectors(hq), hq, protocol="verification"),
                FakeMember("face_lq", vectors(lq), lq, roles, protocol="identification"),
                FakeMember("body", vectors(body), body, roles, cameras)]
-    found = evaluate.score_unified(members, 10, 0)
+    found = score_unified(members, 10, 0)
     values = {(domain, metric): f.value for domain, by in found.items() for metric, f in by.items()}
     expected = literal_unified(members)
     assert {key: v for key, v in values.items() if key[0] != "all"} == pytest.approx(expected)
@@ -464,7 +496,7 @@ def test_unified_gallery_by_hand():
                     protocol="identification")
     hq = FakeMember("face_hq", at(10, 80, 10, 80), np.array([0, 1, 0, 1]), np.array([1, 1, 0, 0]),
                     protocol="identification")
-    found = {d: {m: f.value for m, f in by.items()} for d, by in evaluate.score_unified([hq, lq], 5, 0).items()}
+    found = {d: {m: f.value for m, f in by.items()} for d, by in score_unified([hq, lq], 5, 0).items()}
     assert found["face_lq"] == {"rank-1 alone": 0.5, "rank-1 in the crowd": 1.0, "nearest is face_hq": 0.5,
                                 "nearest is face_lq": 0.5, "rank-1 in face_hq": 0.5}  # 25 is nearer to 10 than to 80
     assert found["face_hq"]["rank-1 alone"] == 1 and found["face_hq"]["rank-1 in face_lq"] == 0
@@ -472,15 +504,15 @@ def test_unified_gallery_by_hand():
 
 
 def test_people_are_joined_across_domains_by_what_the_source_proves(demo_root):
-    splits = evaluate.choose_crowd([split for by_name in open_root(demo_root).values() for split in by_name.values()
+    splits = choose_crowd([split for by_name in open_root(demo_root).values() for split in by_name.values()
                                     if split.protocol])
     assert [(s.domain, s.name) for s in splits] == [("object", "val"), ("face_hq", "test"), ("face_lq", "test"),
                                                     ("body", "test")]
-    things, sharp, blurred, bodies = (set(evaluate.name_identities(split)) for split in splits)
+    things, sharp, blurred, bodies = (set(name_identities(split)) for split in splits)
     assert sharp == blurred == bodies and len(sharp) == 8 and all(name.startswith("person demo-") for name in sharp)
     assert not things & sharp and all(name.startswith("object/") for name in things)
     rng = np.random.default_rng(0)
-    members = evaluate.make_members(splits, [rng.normal(size=(len(s), 4)) for s in splits], 20, 0)
+    members = make_members(splits, [rng.normal(size=(len(s), 4)) for s in splits], 20, 0)
     assert [len(m.probes) for m in members] == [20, 20, 20, 20] and len(members[1].gallery) == 64
     assert (members[3].split.column("role")[members[3].probes] == 0).all()
 
@@ -491,11 +523,11 @@ def test_people_are_joined_across_domains_by_what_the_source_proves(demo_root):
 def write_run(folder, values, people, seed=0, protocol="reid, general, set x, flip", config=None, resampling=0):
     """A run folder with one figure: the mean of a value per sample, resampled by person."""
     (folder / "eval").mkdir(parents=True)
-    found = evaluate.intervals(lambda w: {"rank-1": evaluate.weighted_mean(values, w)},
-                               evaluate.bootstrap_counts(people, 400, resampling), len(values))
-    results = evaluate.rows_of(folder.name, "tuned", "body", "test", protocol, found)
-    evaluate.write_rows(folder / "eval", [row for row, _ in results])
-    evaluate.write_draws(folder / "eval", results, resampling)
+    found = intervals(lambda w: {"rank-1": weighted_mean(values, w)},
+                               bootstrap_counts(people, 400, resampling), len(values))
+    results = rows_of(folder.name, "tuned", "body", "test", protocol, found)
+    write_rows(folder / "eval", [row for row, _ in results])
+    write_draws(folder / "eval", results, resampling)
     options = {"schedule": "B", **(config or {}), "seed": seed, "out": str(folder)}
     (folder / "config.json").write_text(json.dumps(options))
     return folder
@@ -517,7 +549,7 @@ def test_differences_are_paired_by_person(tmp_path):
     reference, row = compared(tmp_path, first, second)
     assert reference["difference"] is None and row["difference"] == pytest.approx((b - a).mean())
     # literally: people drawn with the same counts in both, the spread of the mean of differences
-    draws = [np.average(b - a, weights=w) for w in evaluate.bootstrap_counts(people, 400, 0)]
+    draws = [np.average(b - a, weights=w) for w in bootstrap_counts(people, 400, 0)]
     interval = [row["difference_low"], row["difference_high"]]
     assert interval == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=1e-6)
     assert row["difference_high"] - row["difference_low"] < 0.1 * (row["high"] - row["low"])  # far below either's own
@@ -587,12 +619,12 @@ def test_nearest_rows_equal_a_full_matrix():
     x[3], y[:10] = np.nan, np.nan
     scores, good = np.nan_to_num(x @ y.T, nan=-np.inf), np.arange(50) != 3
     for k in (1, 4, 85):  # 80 can be found
-        rows, cosines = evaluate.nearest_rows(x, y, k, block=7, width=31)
+        rows, cosines = nearest_rows(x, y, k, block=7, width=31)
         order = np.argsort(-scores, axis=1)[:, :k]
         np.testing.assert_array_equal(rows[good, :80], order[good, :80])
         np.testing.assert_allclose(cosines[good], np.take_along_axis(scores, order, 1)[good], rtol=1e-6)
         assert (rows[3] == -1).all() and (cosines[3] == -np.inf).all() and (rows[:, 80:] == -1).all()
-    rows, _ = evaluate.nearest_rows(y, y, 2, itself=True, block=7, width=31)
+    rows, _ = nearest_rows(y, y, 2, itself=True, block=7, width=31)
     inner = y @ y.T
     np.fill_diagonal(inner, -np.inf)
     np.testing.assert_array_equal(rows[10:], np.argsort(-np.nan_to_num(inner, nan=-np.inf), axis=1)[10:, :2])

@@ -16,9 +16,24 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import evaluate
+import evaluate_embed
 import train
 from data_prep import InputError
 from data_prep.shards import Record, Source, Split, open_root, verify_split, write_split
+from evaluate_classes import fit_probe, read_prompts, score_classification
+from evaluate_embed import Embedder
+from evaluate_pairs import (
+    d_prime,
+    equal_error_rate,
+    fold_accuracy,
+    grid_accuracy,
+    roc,
+    score_pairs,
+    score_verification,
+    tar_at_far,
+    tar_at_nearest_far,
+)
+from evaluate_search import score_gallery, search_gallery
 from run_folder import load_run, load_tuned, read_tensors
 from tests.conftest import ROOT, script
 from tests.test_evaluate import FakeSplit, run_here, unit
@@ -40,9 +55,9 @@ def run(tiny_run, tmp_path):
 @pytest.fixture
 def embedder(tiny_run, tmp_path, monkeypatch):
     """Embedders of the tuned backbone in parts of 16 images, each into a folder of its own name."""
-    monkeypatch.setattr(evaluate, "PART", 16)
+    monkeypatch.setattr(evaluate_embed, "PART", 16)
     model = load_tuned(load_run(tiny_run))
-    return lambda name, **more: evaluate.Embedder(model, "tuned", tmp_path / name, torch.device("cpu"), 8, 0, True,
+    return lambda name, **more: Embedder(model, "tuned", tmp_path / name, torch.device("cpu"), 8, 0, True,
                                                   **more)
 
 
@@ -121,7 +136,7 @@ def test_two_processes_embed_as_one(run, tmp_path):
 def test_a_killed_evaluation_keeps_its_parts(run, demo_root, monkeypatch):
     """kill -9 once a part is there; what follows embeds fewer images and ends with the same array."""
     arguments = ["--run", str(run), *OPTIONS, "--batch", "4", "--splits", "object/val", "--no-foundation"]
-    code = "import evaluate, sys; evaluate.PART = 4; evaluate.main.main(sys.argv[1:], standalone_mode=False)"
+    code = "import evaluate, sys; PART = 4; evaluate.main.main(sys.argv[1:], standalone_mode=False)"
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
@@ -134,7 +149,7 @@ def test_a_killed_evaluation_keeps_its_parts(run, demo_root, monkeypatch):
         process.wait()
     kept, whole = len(list((run / "eval/embeddings").glob(".tuned-*.parts/*.npy"))), Split(demo_root / "object/train")
     embedded, real = [], train.embed_rows
-    monkeypatch.setattr(evaluate, "PART", 4)
+    monkeypatch.setattr(evaluate_embed, "PART", 4)
     monkeypatch.setattr(train, "embed_rows", lambda *a: (embedded.append(len(a[2])), real(*a))[1])
     run_here(*arguments)
     resumed = np.load(run / "eval/embeddings/tuned-object-train.npy")
@@ -174,12 +189,12 @@ def test_grid_thresholds_equal_a_literal_transcription(seed):
     rng = np.random.default_rng(seed)
     same, folds = rng.random(600) < 0.5, np.arange(600) // 60
     scores = np.clip(rng.normal(size=600) * 0.2 + 0.3 * same, -1, 1).round(2 if seed else 8)  # rounded: on the grid
-    found = evaluate.grid_accuracy(scores, same, folds)
+    found = grid_accuracy(scores, same, folds)
     assert (found["accuracy"], found["accuracy sd"]) == pytest.approx(literal_roc(2 - 2 * scores, same, folds))
     counts = rng.integers(0, 3, 600)
     again = np.repeat(np.arange(600), counts)
-    assert evaluate.grid_accuracy(scores, same, folds, counts) == pytest.approx(
-        evaluate.grid_accuracy(scores[again], same[again], folds[again]))
+    assert grid_accuracy(scores, same, folds, counts) == pytest.approx(
+        grid_accuracy(scores[again], same[again], folds[again]))
 
 
 def test_both_kinds_of_thresholds_have_rows_of_their_own():
@@ -189,7 +204,7 @@ def test_both_kinds_of_thresholds_have_rows_of_their_own():
     pairs[:, 2] = labels[pairs[:, 0]] == labels[pairs[:, 1]]
     split = FakeSplit(labels, {"name": "verification", "folds": 10}, pairs=pairs)
     x = unit(rng.normal(size=(20, 4))[labels] + rng.normal(size=(40, 4)))
-    found, _ = evaluate.score_verification(x, split, 5, 0)
+    found, _ = score_verification(x, split, 5, 0)
     exact, grid = found
     assert "exact" in exact and "0 to 4 by 0.01" in grid and set(found[grid]) == {"accuracy", "accuracy sd"}
     assert found[grid]["accuracy"].value == pytest.approx(found[exact]["accuracy"].value, abs=0.02)
@@ -207,14 +222,14 @@ def test_the_probe_equals_scikit_learn():
     labels = rng.integers(0, 4, 300)
     y = unit(rng.normal(size=(4, 6))[labels] + rng.normal(size=(300, 6)) + 3).astype(np.float32)
     device = torch.device("cpu")
-    w, b, strength = evaluate.fit_probe(y, labels, 4, device)
+    w, b, strength = fit_probe(y, labels, 4, device)
     z = (y - y.mean(0)) / np.sqrt(y.var(0).mean())
     theirs = LogisticRegression(C=1 / (strength * 300), tol=1e-8, max_iter=5000).fit(z, labels)
     centred = y @ w.T + b
     expected = z @ theirs.coef_.T + theirs.intercept_  # their intercepts are free up to a constant
     np.testing.assert_allclose(centred - centred.mean(1, keepdims=True), expected - expected.mean(1, keepdims=True),
                                atol=0.02)
-    again = evaluate.fit_probe(y, labels, 4, device)
+    again = fit_probe(y, labels, 4, device)
     assert (again[0] == w).all() and (again[1] == b).all()
     # the choice: on every fifth image of a class, from the strongest on, as long as it gets better
     held = np.zeros(300, dtype=bool)
@@ -230,7 +245,7 @@ def test_the_probe_equals_scikit_learn():
 def test_the_shipped_prompts_are_those_of_clip():
     import open_clip
 
-    found = evaluate.read_prompts("1,7,80")
+    found = read_prompts("1,7,80")
     assert [len(lines) for lines in found.values()] == [1, 7, 80]
     assert next(iter(found.values())) == ["a photo of a {}."]
     for lines, theirs in zip(list(found.values())[1:], (open_clip.SIMPLE_IMAGENET_TEMPLATES,
@@ -247,7 +262,7 @@ def test_bad_prompts(text, words, tmp_path):
     if text is not None:
         path.write_text(text)
     with pytest.raises(InputError, match=words):
-        evaluate.read_prompts(str(path))
+        read_prompts(str(path))
 
 
 def test_zero_shot_equals_a_literal_mean_over_prompts(tiny_run):
@@ -318,7 +333,7 @@ def test_real_labels_by_hand(tmp_path):
     assert verify_split(val.folder) == [] and val.fields(1)["real"] == [a, b]
     means = np.eye(2)
     y, x = means[base.labels], unit(np.array([[1, 0], [0, 1.0], [1, 0], [0, 1]]))  # answers: a b a b
-    found = evaluate.score_classification(x, val, (y, base), None, [], 5, 0)
+    found = score_classification(x, val, (y, base), None, [], 5, 0)
     assert found["nearest-mean top-1"].value == 0.5  # the first and the fourth
     real = found["nearest-mean ReaL"]
     assert real.value == pytest.approx(2 / 3) and real.count == 3  # 1 and 2 right, 3 not counted, 4 wrong
@@ -360,7 +375,7 @@ def test_a_search_holds_a_block_at_a_time(monkeypatch):
     x = rng.integers(-9, 10, size=(3000, 8)).astype(np.float32)  # products without any rounding
     monkeypatch.setattr(np, "empty", lambda shape, *a, **k: (made.append(np.prod(shape)), real(shape, *a, **k))[1])
     probes, gallery = np.arange(2500), np.arange(2000, 3000)
-    found = [evaluate.search_gallery(x, probes, gallery, lambda p: (np.array([p % 1000]), []), size)
+    found = [search_gallery(x, probes, gallery, lambda p: (np.array([p % 1000]), []), size)
              for size in (10_000, 5_000_000)]  # ten rows at a time; two blocks of 1024 rows, turn and turn about
     assert made == [10_000, 2 * 1024 * 1000]
     assert (found[0].first == found[1].first).all() and len(set(found[0].first)) > 500
@@ -372,11 +387,11 @@ def test_a_search_holds_a_block_at_a_time(monkeypatch):
 def test_everything_alike_is_no_better_than_chance():
     """All scores equal: AUC a half, nobody first, EER a half, and TAR at a small FAR nothing."""
     scores, same = np.full(1000, 0.25), np.arange(1000) % 2 == 0
-    far, tar = evaluate.roc(scores, same)
-    assert far.tolist() == [0, 1] and np.trapezoid(tar, far) == 0.5 and evaluate.tar_at_far(far, tar, 0.1) == 0
-    assert evaluate.equal_error_rate(far, tar) == 0.5 and np.isnan(evaluate.d_prime(scores, same))
-    assert evaluate.fold_accuracy(scores, same, np.arange(1000) // 100) == 0.5
-    assert evaluate.grid_accuracy(scores, same, np.arange(1000) // 100)["accuracy"] == 0.5
+    far, tar = roc(scores, same)
+    assert far.tolist() == [0, 1] and np.trapezoid(tar, far) == 0.5 and tar_at_far(far, tar, 0.1) == 0
+    assert equal_error_rate(far, tar) == 0.5 and np.isnan(d_prime(scores, same))
+    assert fold_accuracy(scores, same, np.arange(1000) // 100) == 0.5
+    assert grid_accuracy(scores, same, np.arange(1000) // 100)["accuracy"] == 0.5
 
 
 @pytest.mark.parametrize("mates", [3, 20])  # counted one by one, and by one sort
@@ -384,10 +399,10 @@ def test_ties_with_impostors_count_against_every_mate(mates):
     x = np.zeros((1 + 2 * mates, 4), dtype=np.float32)
     x[:, 0] = 1  # mates and impostors score alike
     gallery = np.arange(1, len(x))
-    found = evaluate.search_gallery(x, np.array([0]), gallery, lambda p: (np.arange(mates), []))
+    found = search_gallery(x, np.array([0]), gallery, lambda p: (np.arange(mates), []))
     assert found.ranks[0].tolist() == list(range(mates + 1, 2 * mates + 1)) and found.wrong[0] == 1
     x[mates + 1 :, 0], x[mates + 1 :, 1] = 0.6, 0.8  # now they score lower
-    found = evaluate.search_gallery(x, np.array([0]), gallery, lambda p: (np.arange(mates), []))
+    found = search_gallery(x, np.array([0]), gallery, lambda p: (np.arange(mates), []))
     assert found.ranks[0].tolist() == list(range(1, mates + 1)) and found.wrong[0] == pytest.approx(0.6)
 
 
@@ -419,7 +434,7 @@ def test_queries_without_mates_are_skipped_as_torchreid_does(people):
     cams[5] = 0  # and one whose every image was taken by the query's own camera
     roles = (np.arange(260) >= 60).astype(int)
     x = unit(rng.normal(size=(people + 5, 6))[ids] + rng.normal(size=(260, 6)))
-    found, curve = evaluate.score_gallery(x, FakeSplit(ids, {"name": "reid"}, role=roles, camera=cams), 3, 0)
+    found, curve = score_gallery(x, FakeSplit(ids, {"name": "reid"}, role=roles, camera=cams), 3, 0)
     cmc, ap, counted = literal_torchreid(x, ids, cams, 60)
     assert counted <= 54 and found["mAP"].count == counted and found["mAP"].value == pytest.approx(ap)
     np.testing.assert_allclose(curve["cmc"][:10], cmc)
@@ -427,11 +442,11 @@ def test_queries_without_mates_are_skipped_as_torchreid_does(people):
 
 def test_one_image_has_nothing_to_be_scored_by():
     x = np.ones((1, 3)) / np.sqrt(3)
-    assert evaluate.score_pairs(x, np.array([0]), 2, 0) == {}
+    assert score_pairs(x, np.array([0]), 2, 0) == {}
     with pytest.raises(InputError, match="no probe has a mate in the gallery"):
-        evaluate.score_gallery(x, FakeSplit([0], {"name": "identification"}, role=np.array([0])), 2, 0)
+        score_gallery(x, FakeSplit([0], {"name": "identification"}, role=np.array([0])), 2, 0)
     with pytest.raises(InputError, match="all genuine or all impostors"):
-        evaluate.score_verification(x, FakeSplit([0], {"name": "verification", "folds": 10},
+        score_verification(x, FakeSplit([0], {"name": "verification", "folds": 10},
                                                  pairs=np.array([[0, 0, 1, 0]])), 2, 0)
 
 
@@ -442,19 +457,19 @@ def test_gaussian_scores_have_the_rates_that_theory_gives():
     rng, n, d = np.random.default_rng(0), 1_000_000, 2.0
     same = np.arange(2 * n) < n
     scores = (rng.normal(size=2 * n) + d * same).astype(np.float32)
-    far, tar = evaluate.roc(scores, same)
+    far, tar = roc(scores, same)
     assert np.trapezoid(tar, far) == pytest.approx(norm.cdf(d / np.sqrt(2)), abs=0.001)
-    assert evaluate.d_prime(scores, same) == pytest.approx(d, abs=0.005)
-    assert evaluate.equal_error_rate(far, tar) == pytest.approx(norm.cdf(-d / 2), abs=0.001)
+    assert d_prime(scores, same) == pytest.approx(d, abs=0.005)
+    assert equal_error_rate(far, tar) == pytest.approx(norm.cdf(-d / 2), abs=0.001)
     tail = tail_of(scores, same, 0.1)
     ends = np.append(tail.start[1:], len(tail.pairs)) - 1
     accepted = same[tail.pairs]
     tail_far, tail_tar = np.cumsum(~accepted)[ends] / n, np.cumsum(accepted)[ends] / n
     for f in (0.1, 1e-2, 1e-3, 1e-4):
         expected = norm.cdf(d - norm.isf(f))
-        assert evaluate.tar_at_far(far, tar, f) == pytest.approx(expected, abs=0.01)
-        assert evaluate.tar_at_far(tail_far, tail_tar, f) == evaluate.tar_at_far(far, tar, f)
-        assert evaluate.tar_at_nearest_far(tail_far, tail_tar, f) == pytest.approx(expected, abs=0.01)
+        assert tar_at_far(far, tar, f) == pytest.approx(expected, abs=0.01)
+        assert tar_at_far(tail_far, tail_tar, f) == tar_at_far(far, tar, f)
+        assert tar_at_nearest_far(tail_far, tail_tar, f) == pytest.approx(expected, abs=0.01)
 
 
 # ---------------------------------------------------------------- sheets

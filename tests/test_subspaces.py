@@ -9,6 +9,7 @@ from sklearn.decomposition import PCA
 
 import analyze
 from analyze import Task
+from evaluate_bootstrap import bootstrap_counts
 
 D, SHARED = 64, 20
 
@@ -212,7 +213,7 @@ def test_intervals_resample_identities():
     x = np.zeros((200, 4))
     x[np.arange(200), 0] = 1
     x[:, 1] = np.where(ids < 10, ids + 1.0, 0)  # ten people differ, ten are all alike
-    counts = np.array(list(analyze.evaluate.bootstrap_counts(ids, 400, 0)), dtype=np.float32)
+    counts = np.array(list(bootstrap_counts(ids, 400, 0)), dtype=np.float32)
     curve = analyze.measure_curve("", "", task, (x, x), np.zeros(4), np.eye(4), [1, 4], counts, "cpu")
     assert curve.score.tolist() == [0, 0.5] and curve.kept[1] == 1
     low, high = np.quantile(curve.draws[:, 0], [0.025, 0.975])
