@@ -44,7 +44,6 @@ import torch
 from tqdm import tqdm
 
 import backbones
-import report
 import train
 from backbones import Backbone
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, Number, run_command
@@ -66,6 +65,16 @@ from evaluate_compare import (
 from evaluate_embed import Embedder, make_embedder
 from evaluate_figures import MISS, Tile, draw_figures, draw_search, draw_sheet
 from evaluate_humans import human_rows, human_verdict, make_human_rows, score_humans, show_humans
+from evaluate_report import (
+    beside,
+    datasets_of,
+    draw_stages,
+    read_published,
+    read_stages,
+    show_published,
+    show_stages,
+    write_report,
+)
 from evaluate_results import (
     HEADLINE,
     Row,
@@ -430,8 +439,8 @@ def main(context: click.Context, **options) -> int | None:
     root = open_root(Path(data))
     splits = choose_splits(root, options["splits"], data)
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
-    published = report.read_published()
-    datasets = report.datasets_of(list(by_name), options["published"], published)
+    published = read_published()
+    datasets = datasets_of(list(by_name), options["published"], published)
     ratings = read_ratings(list(options["humans"]), by_name) if options["humans"] else []
     ranks, out = join_ranks(options), folder / "eval"
     make_folder(out, "--run" if run else "--out")
@@ -462,17 +471,17 @@ def main(context: click.Context, **options) -> int | None:
     write_draws(out, results, options["seed"])
     for path in [*(out / f"{name}.png" for name in ("roc", "cmc", "scores", "stages")), *out.glob("sheet-*.png")]:
         path.unlink(missing_ok=True)  # of an evaluation of other splits; a sheet shows people
-    others = report.beside(rows, datasets, published)
+    others = beside(rows, datasets, published)
     middle = [line for title, file in draw_figures(out, rows, curves, splits, others)
               for line in ("", f"![{title}]({file})")]
-    middle += show_humans(rows) + report.show_published(others)
+    middle += show_humans(rows) + show_published(others)
     if run and run.config["schedule"] == "sequential":
-        stages = report.read_stages(folder, run.config)
-        middle += report.show_stages(stages, run.config)
+        stages = read_stages(folder, run.config)
+        middle += show_stages(stages, run.config)
         if stages:
-            report.draw_stages(out / "stages.png", stages)
+            draw_stages(out / "stages.png", stages)
             middle += ["", "![AUC after each stage](stages.png)"]
-    report.write_report(out, make_report(rows, splits, options["flip"], middle))
+    write_report(out, make_report(rows, splits, options["flip"], middle))
     for split in splits if options["sheet"] else []:
         draw_search(out, split, embed(split), options["seed"])
     for (domain, split), pair in headlines(rows).items():

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-import report
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError
 from evaluate_bootstrap import Figure
 from evaluate_figures import COLOURS
+from evaluate_report import literal
 from evaluate_results import Row, read_rows
 from run_folder import FREE_ON_RESUME, read_json
 
@@ -224,7 +224,7 @@ def show_experts(table: list[dict], domains: list[str]) -> str:
              "| split | metric | run | expert | difference | low | high | δ | verdict | expert's name | protocol |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for row in sorted(table, key=lambda row: not row["headline"]):
-        name, metric, expert, protocol = map(report.literal, (f"{row['domain']}/{row['split']}", row["metric"],
+        name, metric, expert, protocol = map(literal, (f"{row['domain']}/{row['split']}", row["metric"],
                                                               row["expert"], row["protocol"]))
         cells = [name, metric, *(f"{100 * row[key]:.1f}" for key in ("value", "expert_value")),
                  *(f"{100 * row[key]:+.2f}" for key in ("difference", "low", "high")), f"{100 * row['delta']:.2f}",
@@ -322,7 +322,7 @@ def show_comparison(table: list[dict]) -> str:
             lead = f"**{lead}**" if row["difference_low"] > 0 or row["difference_high"] < 0 else lead
         spread = "" if row["seed_sd"] is None else show(row, "seed_sd")[0]
         value = "{} [{}, {}]".format(*show(row, "value", "low", "high"))
-        name, metric, runs, protocol = map(report.literal, (f"{row['domain']}/{row['split']}", row["metric"],
+        name, metric, runs, protocol = map(literal, (f"{row['domain']}/{row['split']}", row["metric"],
                                                             row["runs"], row["protocol"]))
         cells = [name, metric, f"{runs} ({row['weights']})", value, spread, lead, f"{row['count']:,}", protocol]
         lines.append(f"| {' | '.join(cells)} |")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-import report
 from data_prep.shards import Split
 from evaluate_humans import human_rows
 from evaluate_pairs import SCORE_BINS
+from evaluate_report import Published
 from evaluate_results import Row, chance, headlines
 from evaluate_search import make_members, score_blocks
 from run_folder import write_atomically
@@ -17,7 +17,7 @@ COLOURS = {"foundation": "#999999", "tuned": "#0072B2", "people": "#E69F00"}  # 
 
 
 def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits: list[Split],
-                 published: list[tuple[report.Published, str, Row | None]]) -> list[tuple[str, str]]:
+                 published: list[tuple[Published, str, Row | None]]) -> list[tuple[str, str]]:
     """bars.png, roc.png (log FAR), cmc.png and scores.png, where there is something to draw: title and name of each."""
     import matplotlib
 
@@ -69,7 +69,7 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
 
 
 def draw_bars(plt, path: Path, rows: list[Row], splits: list[Split],
-              published: list[tuple[report.Published, str, Row | None]]) -> None:
+              published: list[tuple[Published, str, Row | None]]) -> None:
     """Headlines and whatever else is published, before and after; then the human trials with every rater as a point."""
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
     groups = [(f"{domain}\n{split}\n{next(iter(pair.values())).metric}", pair,

@@ -5,13 +5,13 @@ import math
 
 import numpy as np
 
-import report
 from data_prep import InputError
 from data_prep.shards import Split
 from data_prep.trials import Rating
 from evaluate_bootstrap import Figure, bootstrap_counts, intervals
 from evaluate_embed import fingerprint
 from evaluate_pairs import roc
+from evaluate_report import literal
 from evaluate_results import Results, Row, rows_of, show_value
 from evaluate_search import name_identities
 
@@ -151,7 +151,7 @@ def show_humans(rows: list[Row]) -> list[str]:
         for weights, by_metric in by_weights.items():
             each = [row.value for metric, row in by_metric.items() if metric.startswith("AUC of rater ")]
             people, lead = by_metric["human AUC (mean of raters)"], by_metric["model minus human AUC"]
-            name = "everything" if domain == "all" else report.literal(f"{domain}/{split}")
+            name = "everything" if domain == "all" else literal(f"{domain}/{split}")
             reach = f"{100 * min(each):.1f} to {100 * max(each):.1f}"
             lines.append(f"| {name} | {people.count} | {len(each)} | {show_value(people)} ({reach}) | {weights} "
                          f"| {show_value(by_metric['AUC on human trials'])} | {show_value(lead)} "

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-import report
 from data_prep import InputError
 from data_prep.shards import ROLES, Split
 from evaluate_bootstrap import Figure, gap, retention
 from evaluate_classes import Readouts, score_classification
 from evaluate_embed import Embedder, fingerprint, normalise
 from evaluate_pairs import FARS, score_pairs, score_templates, score_verification
+from evaluate_report import literal
 from evaluate_search import describe_variant, gallery_rule, score_gallery, variants_of
 from run_folder import Run, write_atomically
 
@@ -274,7 +274,7 @@ def show_value(row: Row) -> str:
 def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[str]) -> list[str]:
     """The lines of report.md: the headline of every split before and after, what stands between, then every figure."""
     by_name = {(split.domain, split.name): split for split in splits}
-    lines = [f"# {report.literal(rows[0].run)}", "",
+    lines = [f"# {literal(rows[0].run)}", "",
              "Percent (d-prime: as it is) with 95 % bootstrap intervals, resampled by identity. Cosine similarity; "
              f"embeddings of the image{' plus its mirror image' if flip else ''}. Foundation: the untouched backbone.",
              "",
@@ -283,7 +283,7 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
         split, row = by_name[key], next(iter(pair.values()))
         both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
         change = f"{100 * (pair['tuned'].value - pair['foundation'].value):+.1f}" if len(pair) == 2 else ""
-        label = report.literal("/".join(key)) + (" (out of distribution)" if row.out_of_distribution else "")
+        label = literal("/".join(key)) + (" (out of distribution)" if row.out_of_distribution else "")
         level = f"{100 * chance(split, row.metric):.1f}"
         lines.append(f"| {label} | {row.metric} | {level} | {both[0]} | {both[1]} | {change} |")
     lines += [*middle, "", "## All figures", "",
@@ -296,7 +296,7 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
         both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
         count = next(iter(pair.values())).count
         # names of raters, sources and files of prompts may hold what ends a cell, or is markup
-        name, metric, protocol = map(report.literal, (f"{domain}/{name}", metric, protocol))
+        name, metric, protocol = map(literal, (f"{domain}/{name}", metric, protocol))
         lines.append(f"| {name} | {metric} | {both[0]} | {both[1]} | {count:,} | {protocol} |")
     return lines
 

@@ -9,7 +9,24 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import analyze
-from evaluate_bootstrap import bootstrap_counts
+import analyze_figures
+import train
+from analyze_figures import draw_deletion, draw_up_map, find_measured
+from analyze_report import report_sources, write_analysis
+from analyze_separability import hold_out, tell_sources
+from analyze_sharing import measure_components, measure_sharing
+from analyze_subspaces import (
+    Turned,
+    hits_by_k,
+    hits_one_by_one,
+    hits_without_each,
+    largest,
+    measure_further,
+    transfer,
+    unit,
+)
+from analyze_tasks import Embeddings, Task, vectors_of
+from evaluate_bootstrap import Figure, bootstrap_counts
 from evaluate_embed import normalise, save_array
 from evaluate_pairs import score_pairs
 from tests.test_subspaces import SHARED, D, orthogonal, pairs_of, planted, sweep_case, task_of
@@ -21,11 +38,11 @@ from tests.test_subspaces import SHARED, D, orthogonal, pairs_of, planted, sweep
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_leaving_out_each_component_equals_a_full_evaluation_without_it(dtype, objects):
     probe, gallery, task = sweep_case(dtype, objects)
-    slow = np.concatenate([analyze.hits_one_by_one(np.delete(probe, i, 1), np.delete(gallery, i, 1), task, [39])
+    slow = np.concatenate([hits_one_by_one(np.delete(probe, i, 1), np.delete(gallery, i, 1), task, [39])
                            for i in range(40)])
     assert len(np.unique(slow.sum(1))) > 3  # it matters which
-    np.testing.assert_array_equal(analyze.hits_without_each(probe, gallery, task, 40), slow)
-    np.testing.assert_array_equal(analyze.hits_without_each(probe, gallery, task, 7, size=3 * len(gallery)), slow[:7])
+    np.testing.assert_array_equal(hits_without_each(probe, gallery, task, 40), slow)
+    np.testing.assert_array_equal(hits_without_each(probe, gallery, task, 7, size=3 * len(gallery)), slow[:7])
 
 
 def test_a_component_of_nuisance_hurts_and_those_of_identity_are_needed():
@@ -37,22 +54,22 @@ def test_a_component_of_nuisance_hurts_and_those_of_identity_are_needed():
         for _ in range(2):
             x = np.repeat(rng.normal(size=(people, 4)), shots, axis=0) @ directions[:4]
             x = x + nuisance * rng.normal(size=(len(ids), 1)) * directions[4] + 0.06 * rng.normal(size=(len(ids), D))
-            parts.append(analyze.unit(x).astype(np.float32))
+            parts.append(unit(x).astype(np.float32))
         embedded[name], tasks = tuple(parts), [*tasks, task_of(name, ids)]
-    pairs = pairs_of(analyze.transfer(embedded, tasks, 5, 50, 0, importance=10, controls=False))
+    pairs = pairs_of(transfer(embedded, tasks, 5, 50, 0, importance=10, controls=False))
     own, other = (pairs["face_hq", name]["importance"] for name in ("face_hq", "body"))
     assert own["low"][0] > 0.05 and abs(other["change"][0]) < 0.02  # the nuisance is the first task's alone
     for found in (own, other):
         assert max(found["high"][1:5]) < 0 and np.abs(found["change"][5:]).max() < 0.03
         assert all(len(found[key]) == 10 for key in ("change", "low", "high"))
-    assert "importance" not in pairs_of(analyze.transfer(embedded, tasks, 5, 2, 0, controls=False))["body", "body"]
+    assert "importance" not in pairs_of(transfer(embedded, tasks, 5, 2, 0, controls=False))["body", "body"]
 
 
 def test_importance_by_hand():
     """Without the first coordinate alone the probe's nearest is the wrong vector; without the second it stays right."""
     probe, gallery = np.array([[1.0, 0.2, 0.5]]), np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
-    task = analyze.Task("x", None, None, None, None, None, np.arange(2), None, [np.array([0])], [np.zeros(0, int)])
-    assert analyze.hits_without_each(probe, gallery, task, 3).ravel().tolist() == [False, True, True]
+    task = Task("x", None, None, None, None, None, np.arange(2), None, [np.array([0])], [np.zeros(0, int)])
+    assert hits_without_each(probe, gallery, task, 3).ravel().tolist() == [False, True, True]
 
 
 # ---------------------------------------------------------------- the tasks' other metrics
@@ -64,8 +81,8 @@ def test_other_metrics_equal_a_slow_computation(objects):
     probe, gallery, task = sweep_case(np.float64, objects)
     task.domain, mean, k = "object" if objects else "face_hq", np.full(40, 0.01), 6
     (basis,) = orthogonal(40, 40)
-    found = analyze.measure_further(task, (probe, gallery), mean, basis, [k, 40], 20, 0, "cpu")
-    q, g = (analyze.unit((x - mean) @ basis[:, :k]) for x in (probe, gallery))
+    found = measure_further(task, (probe, gallery), mean, basis, [k, 40], 20, 0, "cpu")
+    q, g = (unit((x - mean) @ basis[:, :k]) for x in (probe, gallery))
     values = {"rank-5": [], "mAP": [], "mINP": []}
     for i, (right, out) in enumerate(zip(task.mates, task.ignored, strict=True)):
         relevant, scores = np.zeros(len(g)), g @ q[i]
@@ -81,7 +98,7 @@ def test_other_metrics_equal_a_slow_computation(objects):
         assert found[k, name].value == pytest.approx(np.mean(by_hand), abs=1e-6)
         draws = [np.average(by_hand, weights=w) for w in bootstrap_counts(task.target, 20, 0)]
         np.testing.assert_allclose(found[k, name].draws, draws, atol=1e-6)
-    pairs = analyze.train.matched_pairs(task.target, 5000, 0)
+    pairs = train.matched_pairs(task.target, 5000, 0)
     scores, same = (q[pairs[:, 0]] * q[pairs[:, 1]]).sum(1), np.arange(len(pairs)) < len(pairs) / 2
     assert found[k, "pair auc"].value == pytest.approx(roc_auc_score(same, scores), abs=1e-4)
     strangers = np.sort(scores[~same])[::-1]
@@ -96,7 +113,7 @@ def test_components_that_serve_every_task():
     """The largest of the tasks' k*: a task that lives in 12 of the 20 directions needs fewer than one of all 20."""
     (basis,) = orthogonal(D, SHARED)
     embedded, tasks = planted([basis, basis[:12]], inside=1.0)
-    result = analyze.transfer(embedded, tasks, 16, 30, 0, controls=False)
+    result = transfer(embedded, tasks, 16, 30, 0, controls=False)
     pairs = pairs_of(result)
     assert [row["fit"] for row in result["all_tasks"]] == ["object*", "face_hq*"]
     for row in result["all_tasks"]:
@@ -104,14 +121,14 @@ def test_components_that_serve_every_task():
             each = [pairs[row["fit"].strip("*"), test][level]["value"] for test in ("object", "face_hq")]
             assert row[level]["value"] == (None if None in each else max(each))
     assert result["all_tasks"][1]["k95"]["value"] > pairs["face_hq", "face_hq"]["k95"]["value"]
-    nan = analyze.largest([analyze.Figure(np.nan, np.array([1.0, np.nan])), analyze.Figure(3.0, np.array([2.0, 2.0]))])
+    nan = largest([Figure(np.nan, np.array([1.0, np.nan])), Figure(3.0, np.array([2.0, 2.0]))])
     assert np.isnan(nan.value) and nan.draws[0] == 2 and np.isnan(nan.draws[1])
 
 
 def test_other_metrics_stand_beside_random_ones():
     (basis,) = orthogonal(D, SHARED)
     embedded, tasks = planted([basis] * 2, inside=1.0)
-    for pair in analyze.transfer(embedded, tasks, 20, 10, 0)["pairs"]:
+    for pair in transfer(embedded, tasks, 20, 10, 0)["pairs"]:
         of = {(row["metric"], row["k"]): row for row in pair["further"]}
         assert {k for _, k in of} == {10, 20, 30, D}
         assert all((row["random"] is None) == (k == D) for (_, k), row in of.items())
@@ -128,7 +145,7 @@ def test_embeddings_are_read_by_rows_and_the_file_is_not_changed(tmp_path):
     raw = rng.normal(size=(50, 8)).astype(np.float32) * 3
     raw[7] = np.nan
     save_array(tmp_path / "x.npy", raw)
-    x = analyze.Embeddings(tmp_path / "x.npy")
+    x = Embeddings(tmp_path / "x.npy")
     whole = normalise(raw.copy())
     assert len(x) == 50 and x.shape == (50, 8)
     np.testing.assert_array_equal(x[np.array([9, 2, 7])], whole[[9, 2, 7]])
@@ -142,18 +159,18 @@ def test_a_gallery_is_turned_block_by_block(monkeypatch):
     x = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
     ids = np.arange(300) // 3
     task, mean, basis = task_of("face_hq", ids), x.mean(0), orthogonal(16, 16)[0].astype(np.float32)
-    probe, gallery = analyze.vectors_of(task, (x, x))
+    probe, gallery = vectors_of(task, (x, x))
     assert gallery.dtype == np.float32
-    read, real = [], analyze.Turned.__getitem__
+    read, real = [], Turned.__getitem__
 
     def counted(self, rows):
         read.append(len(range(len(self))[rows]))
         return real(self, rows)
 
-    monkeypatch.setattr(analyze.Turned, "__getitem__", counted)
-    turned = [analyze.Turned(part, mean, basis, "cpu") for part in (probe[:40], gallery)]
+    monkeypatch.setattr(Turned, "__getitem__", counted)
+    turned = [Turned(part, mean, basis, "cpu") for part in (probe[:40], gallery)]
     task.mates, task.ignored = task.mates[:40], task.ignored[:40]
-    for sweep, argument in ((analyze.hits_by_k, [1, 2, 9, 16]), (analyze.hits_without_each, 16)):
+    for sweep, argument in ((hits_by_k, [1, 2, 9, 16]), (hits_without_each, 16)):
         whole = sweep((probe[:40] - mean) @ basis, (gallery - mean) @ basis, task, argument)
         read.clear()
         np.testing.assert_array_equal(sweep(*turned, task, argument, size=32 * 70), whole)
@@ -180,7 +197,7 @@ def test_the_source_is_found_where_it_is_planted_and_nowhere_else():
     marked = noise + 6 * (np.arange(400)[:, None] % 2) * (np.arange(8) == 3)
     tasks = [SimpleNamespace(domain=split.domain, train=split) for split in (two, one)]
     spaces = {"tuned": lambda split, rows: marked[rows], "pixels": lambda split, rows: noise[rows]}
-    found = analyze.tell_sources(spaces, tasks, [np.arange(400)] * 2, {"face_hq": [], "body": []}, 400, 50, 0)
+    found = tell_sources(spaces, tasks, [np.arange(400)] * 2, {"face_hq": [], "body": []}, 400, 50, 0)
     assert found["body"] == {"why": "one source alone: c"}
     hq = found["face_hq"]
     assert hq["images"] == {"a": 200, "b": 200} and hq["identities"] == {"a": 100, "b": 100} and hq["chance"] == 0.5
@@ -188,7 +205,7 @@ def test_the_source_is_found_where_it_is_planted_and_nowhere_else():
         assert hq["spaces"]["tuned"][model]["value"] > 0.98
         pixels = hq["spaces"]["pixels"][model]
         assert pixels["low"] < 0.5 < pixels["high"] and pixels["high"] - pixels["low"] < 0.25
-    report = "\n".join(analyze.report_sources(found, ["tuned", "pixels", "tuned canon"]))
+    report = "\n".join(report_sources(found, ["tuned", "pixels", "tuned canon"]))
     assert "| body | not measured (one source alone: c) | - | - | - |" in report
     assert "| face_hq | a (200), b (200) | 50 | " in report
 
@@ -200,7 +217,7 @@ def test_a_person_told_by_name_does_not_tell_the_source():
     split = sourced("train", "face_hq", [("a", "b")[i % 2] for i in who], [f"p{i}" for i in who])
     x = rng.normal(size=(60, 40))[who] * 9 + 0.01 * rng.normal(size=(300, 40))
     task = SimpleNamespace(domain="face_hq", train=split)
-    found = analyze.tell_sources({"tuned": lambda split, rows: x[rows]}, [task], [np.arange(300)], {"face_hq": []},
+    found = tell_sources({"tuned": lambda split, rows: x[rows]}, [task], [np.arange(300)], {"face_hq": []},
                                  300, 50, 0)["face_hq"]
     assert found["spaces"]["tuned"]["logistic"]["value"] < 0.75
 
@@ -208,11 +225,11 @@ def test_a_person_told_by_name_does_not_tell_the_source():
 def test_half_of_each_source_is_held_out():
     people = [np.array(["x", "y", "x"]), np.array(["x", "y", "u", "v", "w", "z"]), np.array(["alone"])]
     for seed in range(10):
-        out = analyze.hold_out(people, np.random.default_rng(seed))
+        out = hold_out(people, np.random.default_rng(seed))
         assert [len(set(part) & out) for part in people] == [1, 3, 0]
     lone = sourced("train", "face_hq", ["a"] * 4 + ["b"], ["p", "q", "r", "s", "t"])
     task = SimpleNamespace(domain="face_hq", train=lone)
-    found = analyze.tell_sources({}, [task], [np.arange(5)], {"face_hq": []}, 9, 5, 0)
+    found = tell_sources({}, [task], [np.arange(5)], {"face_hq": []}, 9, 5, 0)
     assert found["face_hq"] == {"why": "too few identities of b to fit on some and test others"}
 
 
@@ -225,20 +242,20 @@ def written(tmp_path_factory):
     (basis,) = orthogonal(D, SHARED)
     embedded, tasks = planted([basis] * 2, people=40, inside=1.0)
     rng, names = np.random.default_rng(0), ["face_hq", "face_lq", "body"]
-    noise = tuple(analyze.unit(rng.normal(size=(240, D))).astype(np.float32) for _ in range(2))
+    noise = tuple(unit(rng.normal(size=(240, D))).astype(np.float32) for _ in range(2))
     tasks = [task_of(name, np.repeat(np.arange(40), 6)) for name in names]
     embedded = dict(zip(names, [*embedded.values(), noise], strict=True))
-    found = analyze.transfer(embedded, tasks, 20, 20, 0, foundation=embedded, importance=10)
+    found = transfer(embedded, tasks, 20, 20, 0, foundation=embedded, importance=10)
     bases, curves = found.pop("bases"), [analyze.to_row(curve) for curve in found.pop("curves")]
-    sharing = analyze.measure_sharing(embedded, tasks, bases, 20)
+    sharing = measure_sharing(embedded, tasks, bases, 20)
     components = [{"weights": weights, **row} for weights in ("tuned", "foundation")
-                  for row in analyze.measure_components(embedded, tasks, bases, 0)]
+                  for row in measure_components(embedded, tasks, bases, 0)]
     analysis = {"run": "planted", "domains": names, "splits": {name: ["train", "test"] for name in names},
                 "left_out": {}, "degraded": {}, "transfer": {"tuned": found}, "separability": None,
                 "sharing": {"tuned": sharing, "foundation": sharing}, "cka": dict.fromkeys(names, 1.0), "map": "pca"}
     folder = tmp_path_factory.mktemp("written") / "analysis"
-    text = analyze.write_analysis(folder, analysis, {"tuned": curves}, components,
-                                  analyze.draw_up_map(embedded, tasks, "pca", 0))
+    text = write_analysis(folder, analysis, {"tuned": curves}, components,
+                                  draw_up_map(embedded, tasks, "pca", 0))
     return folder, json.loads((folder / "analysis.json").read_text()), text
 
 
@@ -265,11 +282,11 @@ def test_tables_hold_the_other_metrics_and_every_component_left_out(written):
 def test_what_is_not_above_chance_is_not_drawn(written, monkeypatch):
     folder, analysis, _ = written
     pairs, names = analysis["transfer"]["tuned"]["pairs"], analysis["domains"]
-    assert analyze.find_measured(pairs) == {(a, b) for a in names for b in names if b != "body"}
+    assert find_measured(pairs) == {(a, b) for a in names for b in names if b != "body"}
     assert (folder / "importance.png").stat().st_size > 20_000
     drawn = []
-    monkeypatch.setattr(analyze, "save_figure", lambda figure, *_: drawn.append(figure))
-    analyze.draw_deletion(folder / "x", [{"kind": "deleted", "fit": "body", "test": name, "ks": [1, 2],
+    monkeypatch.setattr(analyze_figures, "save_figure", lambda figure, *_: drawn.append(figure))
+    draw_deletion(folder / "x", [{"kind": "deleted", "fit": "body", "test": name, "ks": [1, 2],
                                           "kept": [0.9, 0.8]} for name in names], names, pairs)
     panels = drawn[0].axes
     assert [len(ax.texts) for ax in panels] == [0, 0, 1] and "not above chance" in panels[2].texts[0].get_text()

@@ -9,6 +9,11 @@ import pytest
 import torch
 
 import analyze
+import analyze_subspaces
+from analyze_report import mistrust
+from analyze_separability import balanced_accuracy, unseen_sources
+from analyze_subspaces import GRID, hits_by_k, hits_one_by_one, measure_curve, principal_components, transfer, unit
+from analyze_tasks import Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
 from data_prep import InputError
 from data_prep.shards import open_root, open_split
 from evaluate_bootstrap import bootstrap_counts
@@ -23,11 +28,11 @@ def test_components_that_are_a_random_basis_lead_random_ones_by_nothing(monkeypa
     """The means of the tasks are far apart, so that centring matters: it must be the same for both."""
     (basis,) = orthogonal(D, SHARED)
     embedded, tasks = planted([basis, basis], inside=0.3, offsets=[np.zeros(D), 6 * basis[0]])
-    monkeypatch.setattr(analyze, "RANDOM_SEEDS", 1)
+    monkeypatch.setattr(analyze_subspaces, "RANDOM_SEEDS", 1)
     turn = np.linalg.qr(np.random.default_rng((0, 0)).standard_normal((D, D)))[0]  # the first of seed 0
-    monkeypatch.setattr(analyze, "principal_components", lambda x, device="cpu": (
+    monkeypatch.setattr(analyze_subspaces, "principal_components", lambda x, device="cpu": (
         x.mean(0, dtype=np.float64), turn, np.ones(D)))
-    pairs = pairs_of(analyze.transfer(embedded, tasks, 4, 20, 0))
+    pairs = pairs_of(transfer(embedded, tasks, 4, 20, 0))
     for pair in pairs.values():
         assert pair["over_random"] == {"value": 0, "low": 0, "high": 0}
     across = pairs["object", "face_hq"]
@@ -37,8 +42,8 @@ def test_components_that_are_a_random_basis_lead_random_ones_by_nothing(monkeypa
 def test_components_and_random_subspaces_are_read_at_the_same_ks():
     (basis,) = orthogonal(D, SHARED)
     embedded, tasks = planted([basis] * 2, inside=1.0)
-    result = analyze.transfer(embedded, tasks, 18, 10, 0, controls=False)
-    grid = sorted({k for k in analyze.GRID if k < D} | {18, D})
+    result = transfer(embedded, tasks, 18, 10, 0, controls=False)
+    grid = sorted({k for k in GRID if k < D} | {18, D})
     curves = {(c.fit, c.test): dict(zip(c.ks, c.kept, strict=True)) for c in result["curves"] if c.kind == "components"}
     for pair in result["pairs"]:
         for level in (99, 95):
@@ -54,15 +59,15 @@ def test_the_fast_sweep_equals_the_slow_one_at_768_dimensions():
     ids = np.repeat(np.arange(8), [2, 2, 3, 3, 4, 6, 8, 12])
     spectrum = 1 / np.sqrt(1 + np.arange(768))
     x = rng.normal(size=(8, 768))[ids] * spectrum + rng.normal(size=(len(ids), 768)) * spectrum + 2 * spectrum
-    x = analyze.unit(x).astype(np.float32)
+    x = unit(x).astype(np.float32)
     task, every = task_of("face_hq", ids), list(range(1, 769))
-    mean, basis, _ = analyze.principal_components(x)
+    mean, basis, _ = principal_components(x)
     z = ((x - mean) @ basis).astype(np.float32)
-    slow = analyze.hits_one_by_one(z, z, task, every)
-    np.testing.assert_array_equal(analyze.hits_by_k(z, z, task, every), slow)
-    np.testing.assert_array_equal(analyze.hits_by_k(z, z, task, every, size=3 * len(ids)), slow)
+    slow = hits_one_by_one(z, z, task, every)
+    np.testing.assert_array_equal(hits_by_k(z, z, task, every), slow)
+    np.testing.assert_array_equal(hits_by_k(z, z, task, every, size=3 * len(ids)), slow)
     counts = np.array(list(bootstrap_counts(ids, 20, 0)), dtype=np.float32)
-    curve = analyze.measure_curve("", "", task, (x, x), mean, basis, every, counts, "cpu")
+    curve = measure_curve("", "", task, (x, x), mean, basis, every, counts, "cpu")
     np.testing.assert_allclose(curve.score, slow.mean(1), atol=1e-6)
     by_hand = (slow.astype(float) @ counts.T.astype(float) / counts.sum(1)).T
     chance = task.chance()
@@ -74,7 +79,7 @@ def test_the_fast_sweep_equals_the_slow_one_at_768_dimensions():
 def test_transfer_on_a_gpu_equals_that_on_a_cpu():
     (basis,) = orthogonal(D, SHARED)
     embedded, tasks = planted([basis] * 2, inside=1.0)
-    cpu, gpu = (pairs_of(analyze.transfer(embedded, tasks, SHARED, 20, 0, foundation=embedded, device=device))
+    cpu, gpu = (pairs_of(transfer(embedded, tasks, SHARED, 20, 0, foundation=embedded, device=device))
                 for device in ("cpu", "cuda"))
     for key, pair in cpu.items():
         assert gpu[key]["kept"] == pytest.approx(pair["kept"], abs=0.01)
@@ -95,19 +100,19 @@ def faces(domain: str, people: list[str], shots: int = 3, name: str = "train"):
         optional=lambda column: np.full(len(labels), -1))
 
 
-def people_task(domain: str, fitted: list[str], tested: list[str]) -> analyze.Task:
+def people_task(domain: str, fitted: list[str], tested: list[str]) -> Task:
     base, test = faces(domain, fitted), faces(domain, tested, name="test")
     good = np.ones(len(base.labels), bool), np.ones(len(test.labels), bool)
-    return analyze.make_task(base, test, good, 100, 0)
+    return make_task(base, test, good, 100, 0)
 
 
 def test_nobody_is_fitted_on_who_is_tested_in_any_domain():
     hq, lq = people_task("face_hq", ["a", "b", "c"], ["x", "y"]), people_task("face_lq", ["x", "d", "b"], ["a", "z"])
-    analyze.drop_tested([hq, lq], 100, 0)
+    drop_tested([hq, lq], 100, 0)
     fitted = [sorted({task.train.fields(row)["person"] for row in task.fit}) for task in (hq, lq)]
     assert fitted == [["b", "c"], ["b", "d"]] and len(hq.fit) == len(lq.fit) == 6
     again = people_task("face_hq", ["a", "b", "c"], ["x", "y"])
-    analyze.drop_tested([again], 4, 0)
+    drop_tested([again], 4, 0)
     assert len(again.fit) == 4  # no more are looked up than are used
 
 
@@ -125,7 +130,7 @@ def test_a_source_is_told_apart_on_people_who_were_not_fitted_on():
     fitted = {"tuned": [features(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]}
     tested = {"tuned": [features(task.split, task.probe) for task in tasks]}
     ids = [name_identities(task.split, task.probe) for task in tasks]
-    rows = analyze.unseen_sources({"tuned": features}, fitted, tested, ids, tasks, fits, others, 100, 10, 0)
+    rows = unseen_sources({"tuned": features}, fitted, tested, ids, tasks, fits, others, 100, 10, 0)
     assert [(r["source"], r["images"], r["identities"]) for r in rows] == [("face_hq (more)", 3, 1)]
 
 
@@ -133,8 +138,8 @@ def test_a_person_in_two_tasks_is_drawn_in_both():
     """All who are right are so in both tasks: drawn apart, the errors of the two would half cancel."""
     who = np.repeat([f"person {i}" for i in range(30)], 4)
     right = np.repeat(np.arange(30) < 15, 4)
-    joint = analyze.balanced_accuracy([right, right], [who, who], 400, 0)
-    apart = analyze.balanced_accuracy([right, right], [who, np.char.add("other ", who)], 400, 0)
+    joint = balanced_accuracy([right, right], [who, who], 400, 0)
+    apart = balanced_accuracy([right, right], [who, np.char.add("other ", who)], 400, 0)
     assert joint.value == apart.value == 0.5
     # the standard error is √(0.25 / 30) = 0.091 of 30 people, and 0.065 if they were 60
     assert joint.draws.std() == pytest.approx(0.091, abs=0.012) and apart.draws.std() == pytest.approx(0.065, abs=0.012)
@@ -162,7 +167,7 @@ def test_a_source_that_is_statistically_the_same_is_found_however_few_images_rem
     tested = {"tuned": [x[test.folder], x[far.folder]]}
     ids = [np.array(["hq " + name for name in test.classes]), np.array(["body " + name for name in far.classes])]
     spaces = {"tuned": lambda split, rows: x[split.folder][rows]}
-    rows = analyze.unseen_sources(spaces, fitted, tested, ids, tasks, fits, others, 400, 20, 0)
+    rows = unseen_sources(spaces, fitted, tested, ids, tasks, fits, others, 400, 20, 0)
     found = next(r for r in rows if r["source"] == "a")["spaces"]["tuned"]
     assert 0.55 < found["recall"] < 0.9 and 0.6 < found["value"] < 0.85
     assert found["low"] < found["value"] < found["high"]
@@ -171,7 +176,7 @@ def test_a_source_that_is_statistically_the_same_is_found_however_few_images_rem
 def test_one_identity_is_no_test():
     with pytest.raises(InputError, match="one identity alone can be tested"):
         people_task("face_hq", ["a", "b"], ["x"])
-    assert analyze.mistrust(19) == "19 identities: interval not to be trusted" and not analyze.mistrust(20)
+    assert mistrust(19) == "19 identities: interval not to be trusted" and not mistrust(20)
 
 
 # ---------------------------------------------------------------- the script
@@ -187,7 +192,7 @@ def degraded_run(demo_root, tiny_run, tmp_path_factory):
     config = json.loads((run / "config.json").read_text()) | {"degrade": True, "degrade_severity": 0.8}
     (run / "config.json").write_text(json.dumps(config))
     shutil.copytree(demo_root, data, ignore=lambda path, names: ["test"] if path.endswith("body") else [])
-    whole, embedded = analyze.read_embeddings, {}
+    whole, embedded = read_embeddings, {}
 
     def damaged(embedder, split):
         x = whole(embedder, split)[:]
@@ -216,12 +221,12 @@ def test_what_is_left_out_is_told_and_the_test_split_can_be_chosen(degraded_run)
 def test_a_domain_left_out_is_printed(demo_root, tmp_path, capsys):
     root = open_root(demo_root)
     del root["body"]["test"], root["face_hq"]["train"]
-    pairs, left_out = analyze.choose_pairs(root, list(root), None, "DATA")
+    pairs, left_out = choose_pairs(root, list(root), None, "DATA")
     assert list(pairs) == ["object", "face_lq"] and pairs["object"][1].name == "val"
     assert left_out == {"face_hq": "no training split", "body": "no test split in distribution"}
     assert "object: tested on val, not on collage (--splits chooses)" in capsys.readouterr().out
     with pytest.raises(InputError, match="the run has no object"):
-        analyze.choose_pairs(root, ["face_lq"], "object/val", "DATA")
+        choose_pairs(root, ["face_lq"], "object/val", "DATA")
 
 
 def test_rows_that_one_backbone_could_not_read_are_left_out(degraded_run):
@@ -240,10 +245,10 @@ def test_a_run_that_degraded_its_faces_is_fitted_on_degraded_ones(degraded_run, 
     assert ("tuned", "face_lq", "train-degraded80-0") in embedded and ("tuned", "face_lq", "train") not in embedded
     assert ("tuned", "face_hq", "train") in embedded
     plain = open_split(demo_root / "face_lq/train")
-    split = analyze.Degraded(plain.folder, 0.8, 0)
+    split = Degraded(plain.folder, 0.8, 0)
     maker, arguments = split.__reduce__()  # as a loader process gets it
     assert torch.equal(maker(*arguments).image(5), split.image(5)) and not torch.equal(split.image(5), plain.image(5))
-    assert torch.equal(analyze.Degraded(plain.folder, 0.0, 0).image(5), plain.image(5))
+    assert torch.equal(Degraded(plain.folder, 0.0, 0).image(5), plain.image(5))
 
 
 def test_analysis_is_one_process(monkeypatch, tiny_run):

@@ -10,7 +10,22 @@ import numpy as np
 import pytest
 
 import analyze
-from analyze import Claim, Group, Measured
+from analyze_claims import (
+    Claim,
+    Group,
+    Measured,
+    claim_backbones,
+    claim_components,
+    claim_experts,
+    claim_forgetting,
+    claim_generalisation,
+    claim_humans,
+    claim_separable,
+    group_runs,
+    make_table,
+)
+from analyze_separability import pixel_statistics
+from analyze_tasks import find_splits, make_task
 from data_prep import InputError
 from evaluate_compare import Scored
 from evaluate_results import Row
@@ -72,8 +87,8 @@ def test_fit_and_test_identities_are_disjoint(demo_root):
     from data_prep.shards import open_root
 
     for domain, splits in open_root(demo_root).items():
-        base, test = analyze.find_splits(splits)
-        task = analyze.make_task(base, test, (np.ones(len(base), bool), np.ones(len(test), bool)), 2000, 0)
+        base, test = find_splits(splits)
+        task = make_task(base, test, (np.ones(len(base), bool), np.ones(len(test), bool)), 2000, 0)
         fitted = {task.train.classes[label] for label in task.train.labels[task.fit]}
         tested = {task.split.classes[label] for label in task.split.labels[task.probe]}
         assert fitted and tested and not fitted & tested
@@ -93,23 +108,23 @@ def test_fit_and_test_identities_are_disjoint(demo_root):
 def test_unreadable_images_and_lone_identities_leave_a_task(demo_root):
     from data_prep.shards import open_root
 
-    base, test = analyze.find_splits(open_root(demo_root)["object"])
+    base, test = find_splits(open_root(demo_root)["object"])
     good = np.ones(len(base), bool), np.arange(len(test)) % 3 > 0
-    task = analyze.make_task(base, test, good, 2000, 0)
+    task = make_task(base, test, good, 2000, 0)
     assert good[1][task.probe].all() and len(task.probe)
     with pytest.raises(InputError, match="one identity alone can be tested"):
-        analyze.make_task(base, test, (good[0], test.labels == test.labels[-1]), 2000, 0)  # one class
-    base, test = analyze.find_splits(open_root(demo_root)["face_hq"])
+        make_task(base, test, (good[0], test.labels == test.labels[-1]), 2000, 0)  # one class
+    base, test = find_splits(open_root(demo_root)["face_hq"])
     first = np.unique(test.labels, return_index=True)[1]
     alone = np.isin(np.arange(len(test)), first)  # nobody has a second image
-    assert analyze.make_task(base, test, (np.ones(len(base), bool), alone), 2000, 0) is None
+    assert make_task(base, test, (np.ones(len(base), bool), alone), 2000, 0) is None
 
 
 def test_pixel_statistics_see_format_and_not_content(demo_root):
     from data_prep.shards import open_root
 
     split = open_root(demo_root)["body"]["train"]
-    x = analyze.pixel_statistics(split, np.arange(5))
+    x = pixel_statistics(split, np.arange(5))
     image = split.image(2).double().numpy() / 255
     assert x.shape == (5, 12) and np.isfinite(x).all()
     np.testing.assert_allclose(x[2, :6], [*image.mean((1, 2)), *image.std((1, 2))])
@@ -147,18 +162,18 @@ GOOD = {"values": {"object": 0.6, "face_hq": 0.8, "face_lq": 0.7, "body": 0.7},
 
 def test_claim_backbones_needs_all_three():
     families = ["clip", "eva02", "dinov3"]
-    one = analyze.claim_backbones(alone(measured("a", **GOOD)), families, 0.01)
+    one = claim_backbones(alone(measured("a", **GOOD)), families, 0.01)
     assert one.verdict == "not measured (no four-task run of eva02, dinov3)"
     assert "a body/test +40.0 [+40.0, +40.0]" in one.measured
     runs = [measured(b, backbone=b, **GOOD) for b in families]
-    assert analyze.claim_backbones(alone(*runs), families, 0.01).verdict == "holds"
+    assert claim_backbones(alone(*runs), families, 0.01).verdict == "holds"
     runs[2] = measured("d", backbone="dinov3", values=GOOD["values"])
-    assert analyze.claim_backbones(alone(*runs), families, 0.01).verdict.startswith("not measured (no foundation")
+    assert claim_backbones(alone(*runs), families, 0.01).verdict.startswith("not measured (no foundation")
     runs[1] = measured("e", backbone="eva02", values=GOOD["values"] | {"body": 0.29}, foundation=GOOD["foundation"])
-    assert analyze.claim_backbones(alone(*runs), families, 0.01).verdict == "fails"
+    assert claim_backbones(alone(*runs), families, 0.01).verdict == "fails"
     for value, verdict in ((0.395, "holds"), (0.38, "fails")):  # objects may lose a point, not two
         run = measured("o", values=GOOD["values"] | {"object": value}, foundation=GOOD["foundation"])
-        assert analyze.claim_backbones(alone(run), ["clip"], 0.01).verdict == verdict
+        assert claim_backbones(alone(run), ["clip"], 0.01).verdict == verdict
 
 
 ALL = dict.fromkeys(DOMAINS, 0.7)
@@ -171,16 +186,16 @@ def test_claim_experts(expert, verdict):
     def rivals(**change):
         return alone(*(measured(f"x{d}", "expert", values={d: expert if d == "body" else 0.7}, **change) for d in ALL))
 
-    claim = analyze.claim_experts(unified, rivals(), 0.01)
+    claim = claim_experts(unified, rivals(), 0.01)
     assert claim.verdict == verdict and f"{100 * (0.7 - expert):+.1f}" in claim.measured
     assert "matched in exposure" in claim.measured
-    claim = analyze.claim_experts(unified, rivals(images=4000), 0.01)  # as many images as the unified run in all
+    claim = claim_experts(unified, rivals(images=4000), 0.01)  # as many images as the unified run in all
     assert claim.verdict == verdict and "matched in images" in claim.measured
     for change in ({"backbone": "eva02"}, {"images": 2000}):
-        assert analyze.claim_experts(unified, rivals(**change), 0.01).verdict.startswith("not measured (no expert run")
-    some = analyze.claim_experts(unified, rivals()[:3], 0.01)  # one expert is missing: not all four at once
+        assert claim_experts(unified, rivals(**change), 0.01).verdict.startswith("not measured (no expert run")
+    some = claim_experts(unified, rivals()[:3], 0.01)  # one expert is missing: not all four at once
     assert some.verdict.startswith("not measured (no expert run, --domains body")
-    two = analyze.claim_experts(alone(measured("a", **TWO)), rivals(), 0.01)
+    two = claim_experts(alone(measured("a", **TWO)), rivals(), 0.01)
     assert two.verdict in ("fails", "not measured (a learned 2 of 4 tasks)")
 
 
@@ -188,7 +203,7 @@ def test_claim_experts_prefers_exposure_and_tells_the_other():
     unified = alone(measured("a", values=ALL))
     near = [measured(f"x{d}", "expert", values={d: 0.6}) for d in ALL]
     far = [measured(f"y{d}", "expert", values={d: 0.9}, images=4000) for d in ALL]  # four times the exposure
-    claim = analyze.claim_experts(unified, alone(*near, *far), 0.01)
+    claim = claim_experts(unified, alone(*near, *far), 0.01)
     assert claim.verdict == "holds" and claim.measured.count("for information") == 4 and "-20.0" in claim.measured
 
 
@@ -198,19 +213,19 @@ def test_wide_intervals_decide_nothing():
         (row, draws), = run.found["tuned"].found.values()
         key = next(iter(run.found["tuned"].found))
         run.found["tuned"].found[key] = (row, draws + np.random.default_rng(1).normal(size=200) * 0.05)
-    claim = analyze.claim_experts(alone(unified), alone(*other), 0.01)
+    claim = claim_experts(alone(unified), alone(*other), 0.01)
     assert claim.verdict == "not measured (intervals too wide to decide)"
     other = [measured(f"x{d}", "expert", values={d: 0.7}) for d in ALL]
-    assert analyze.claim_experts(alone(unified), alone(*other), 0.01).verdict == "holds"
+    assert claim_experts(alone(unified), alone(*other), 0.01).verdict == "holds"
     other[0].found["tuned"].seed = 1  # resampled differently: they cannot be paired
-    assert "no expert run, --domains object" in analyze.claim_experts(alone(unified), alone(*other), 0.01).verdict
+    assert "no expert run, --domains object" in claim_experts(alone(unified), alone(*other), 0.01).verdict
 
 
 def test_seeds_are_averaged_and_other_recipes_are_not():
     seeds = [measured(f"a{i}", values={"body": v}, foundation={"body": 0.5}, seed=i, lr="a")
              for i, v in enumerate((0.49, 0.55))]
     other = measured("b", values={"body": 0.9}, foundation={"body": 0.5}, schedule="B")
-    groups = analyze.group_runs([*seeds, other])
+    groups = group_runs([*seeds, other])
     assert [len(group.runs) for group in groups] == [2, 1] and groups[0].name == "a0 and 1 more seed"
     lead = groups[0].leads(groups[0], "tuned", "foundation")["body", "test"]
     assert lead.value == pytest.approx(0.02) and lead.low == pytest.approx(0.02)
@@ -228,12 +243,12 @@ def humans(lead=0.1, tasks=DOMAINS, raters=2, **leads) -> list[Group]:
 
 
 def test_claim_humans():
-    assert analyze.claim_humans(humans()).verdict == "holds"
-    assert analyze.claim_humans(humans(-0.1)).verdict == "fails"
-    assert analyze.claim_humans(humans(0.001)).verdict.startswith("not measured (intervals")
+    assert claim_humans(humans()).verdict == "holds"
+    assert claim_humans(humans(-0.1)).verdict == "fails"
+    assert claim_humans(humans(0.001)).verdict.startswith("not measured (intervals")
     none = "not measured (no human trials: evaluate.py --humans)"
-    assert analyze.claim_humans(alone(measured("a", values=ALL))).verdict == none
-    assert "share of raters beaten 90.0" in analyze.claim_humans(humans()).measured
+    assert claim_humans(alone(measured("a", values=ALL))).verdict == none
+    assert "share of raters beaten 90.0" in claim_humans(humans()).measured
 
 
 def test_claim_generalisation_uses_retention_out_of_distribution():
@@ -244,10 +259,10 @@ def test_claim_generalisation_uses_retention_out_of_distribution():
                              0, 1, 50)]
         return alone(measured("a", values=ALL, rows=rows, spread=spread))
 
-    assert analyze.claim_generalisation(run(0.99), 0.95).verdict == "holds"
-    assert analyze.claim_generalisation(run(0.80), 0.95).verdict == "fails"
-    assert "too wide" in analyze.claim_generalisation(run(0.97, 0.1), 0.95).verdict
-    assert analyze.claim_generalisation(alone(measured("a", values=ALL)), 0.95).verdict.startswith("not measured")
+    assert claim_generalisation(run(0.99), 0.95).verdict == "holds"
+    assert claim_generalisation(run(0.80), 0.95).verdict == "fails"
+    assert "too wide" in claim_generalisation(run(0.97, 0.1), 0.95).verdict
+    assert claim_generalisation(alone(measured("a", values=ALL)), 0.95).verdict.startswith("not measured")
 
 
 def test_claim_forgetting():
@@ -255,7 +270,7 @@ def test_claim_forgetting():
     untouched = GOOD["foundation"]
 
     def claim(sequential, run=unified):
-        return analyze.claim_forgetting(alone(run), alone(*sequential), [], 0.01)
+        return claim_forgetting(alone(run), alone(*sequential), [], 0.01)
 
     def verdict(*arguments):
         return claim(*arguments).verdict
@@ -298,13 +313,13 @@ ABOVE = {"pixels": 0.1, "foundation": 0.02, "pixels_canon": 0.3, "foundation_can
 ])  # fmt: skip
 def test_claim_separable(tuned, leads, verdict):
     run = measured("a", values=ALL, analysis=separable(tuned, **leads))
-    assert analyze.claim_separable(alone(run), 0.95).verdict == verdict
+    assert claim_separable(alone(run), 0.95).verdict == verdict
 
 
 def test_claims_without_an_analysis():
     for analysis in (None, {"separability": None, "transfer": {"tuned": {"pairs": []}}}):
         groups = alone(measured("a", values=ALL, analysis=analysis))
-        for claim in (analyze.claim_separable(groups, 0.95), analyze.claim_components(groups, 0.95)):
+        for claim in (claim_separable(groups, 0.95), claim_components(groups, 0.95)):
             assert claim.verdict.startswith("not measured (no analysed run")
 
 
@@ -333,12 +348,12 @@ def components(kept, random=0.2, foundation=0.2, dim=768, k=99, images=None, tas
 ])  # fmt: skip
 def test_claim_components(analysis, verdict):
     run = measured("a", values=ALL, analysis=analysis)
-    claim = analyze.claim_components(alone(run), 0.95)
+    claim = claim_components(alone(run), 0.95)
     assert claim.verdict == verdict
     assert "object for body" in claim.measured and "few images" not in claim.measured
     analysis["transfer"]["tuned"]["pairs"][1]["kept"] = None
     if "100" not in verdict:
-        claim = analyze.claim_components(alone(run), 0.95)
+        claim = claim_components(alone(run), 0.95)
         assert claim.verdict.startswith("not measured (the full space is not above chance: object for face_hq")
 
 
@@ -346,7 +361,7 @@ def test_other_backbones_and_random_starts_are_listed_apart_and_never_counted():
     runs = [measured(b, backbone=b, **GOOD) for b in ("clip", "eva02")]
     runs.append(measured("lite", backbone=None, model="tf_efficientnet_lite0", **GOOD))
     runs.append(measured("scratch", backbone="dinov3", weights="none", **GOOD))
-    table = analyze.make_table(runs, 0.01, 0.95, 0.95, 0.95)
+    table = make_table(runs, 0.01, 0.95, 0.95, 0.95)
     assert len(table) == 3 * 7
     assert table[0].verdict == "not measured (no four-task run of dinov3)" and table[0].backbones == "clip, eva02"
     first = {claim.backbones: claim for claim in table if claim.claim.startswith("Works on")}
@@ -357,7 +372,7 @@ def test_other_backbones_and_random_starts_are_listed_apart_and_never_counted():
 
 def test_alternate_is_a_baseline_and_not_imic():
     runs = [measured("alternate", schedule="alternate", **GOOD)]
-    first = analyze.make_table(runs, 0.01, 0.95, 0.95, 0.95)[0]
+    first = make_table(runs, 0.01, 0.95, 0.95, 0.95)[0]
     assert first.verdict == "not measured (no four-task run of clip, eva02, dinov3)"
 
 

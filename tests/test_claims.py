@@ -11,25 +11,41 @@ import numpy as np
 import pytest
 
 import analyze
-from analyze import FAILS, HOLDS, WIDE, Group, Measured
+from analyze_claims import (
+    FAILS,
+    HOLDS,
+    WIDE,
+    Claim,
+    Group,
+    Measured,
+    claim_backbones,
+    claim_components,
+    claim_forgetting,
+    claim_humans,
+    claim_separable,
+    make_table,
+    read_lost,
+)
+from analyze_subspaces import above_chance, transfer, unit
+from analyze_tasks import Task
 from tests.test_analyze import ABOVE, ALL, DOMAINS, GOOD, TWO, alone, components, humans, measured, separable
 
 UNTOUCHED = GOOD["foundation"]
 
 
-def table_of(*runs: Measured) -> dict[str, analyze.Claim]:
+def table_of(*runs: Measured) -> dict[str, Claim]:
     """The seven claims about the paper's backbones, by their first word."""
-    return {claim.claim.split()[0]: claim for claim in analyze.make_table(list(runs), 0.01, 0.95, 0.95, 0.95)[:7]}
+    return {claim.claim.split()[0]: claim for claim in make_table(list(runs), 0.01, 0.95, 0.95, 0.95)[:7]}
 
 
-def components_of(*analyses: dict) -> analyze.Claim:
+def components_of(*analyses: dict) -> Claim:
     """The claim about components, from seeds of one recipe."""
     runs = [measured(f"a{i}", values=ALL, analysis=a, seed=i, lr="a") for i, a in enumerate(analyses)]
-    return analyze.claim_components([Group(runs)], 0.95)
+    return claim_components([Group(runs)], 0.95)
 
 
-def separable_of(analysis: dict) -> analyze.Claim:
-    return analyze.claim_separable(alone(measured("a", values=ALL, analysis=analysis)), 0.95)
+def separable_of(analysis: dict) -> Claim:
+    return claim_separable(alone(measured("a", values=ALL, analysis=analysis)), 0.95)
 
 
 # ---------------------------------------------------------------- how much was measured
@@ -55,7 +71,7 @@ def test_separability_needs_all_four_tasks(accuracy):
 def test_a_family_counts_with_all_four_tasks_alone():
     for body in (0.7, 0.1):
         two = measured("a", values=TWO["values"] | {"body": body}, foundation=TWO["foundation"])
-        claim = analyze.claim_backbones(alone(two), ["clip"], 0.01)
+        claim = claim_backbones(alone(two), ["clip"], 0.01)
         assert claim.verdict == "not measured (only tasks object, body)" and "for information" in claim.measured
 
 
@@ -80,11 +96,11 @@ def test_runs_of_four_tasks_decide_and_others_are_told():
 # ---------------------------------------------------------------- forgetting
 
 
-def forgetting(sequential, unified=None, experts=(), lost=None, **more) -> analyze.Claim:
+def forgetting(sequential, unified=None, experts=(), lost=None, **more) -> Claim:
     run = measured("s", "sequential", values=GOOD["values"] | sequential, foundation=more.pop("foundation", UNTOUCHED),
                    **more)
     run.lost = lost or {}
-    return analyze.claim_forgetting(alone(unified or measured("u", **GOOD)), alone(run), alone(*experts), 0.01)
+    return claim_forgetting(alone(unified or measured("u", **GOOD)), alone(run), alone(*experts), 0.01)
 
 
 NOTHING = "not measured (the sequential run forgot nothing here)"
@@ -132,10 +148,10 @@ def test_stages_are_read_from_the_looks_of_a_run(tmp_path, capsys):
     looks = [{"step": step, "auc": {"object/val": a, "body/test": b}}
              for step, a, b in ((0, 0.6, 0.5), (2, 0.9, 0.5), (4, 0.7, 0.8))]
     (tmp_path / "probe.jsonl").write_text("\n".join(map(json.dumps, looks)))
-    assert analyze.read_lost(tmp_path, config) == {"object/val": pytest.approx(0.2), "body/test": 0}
-    assert analyze.read_lost(tmp_path, config | {"steps": 6}) == {}  # its end was not looked at
+    assert read_lost(tmp_path, config) == {"object/val": pytest.approx(0.2), "body/test": 0}
+    assert read_lost(tmp_path, config | {"steps": 6}) == {}  # its end was not looked at
     (tmp_path / "probe.jsonl").write_text("{")
-    assert analyze.read_lost(tmp_path, config) == {} and "probe.jsonl (damaged" in capsys.readouterr().out
+    assert read_lost(tmp_path, config) == {} and "probe.jsonl (damaged" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- components
@@ -148,11 +164,11 @@ def test_noise_never_fails():
     for seed in (3, 5, 7, 8):
         rng, tasks, embedded = np.random.default_rng(seed), [], {}
         for name in ("object*", "body*"):  # scored as people are
-            embedded[name] = tuple(analyze.unit(rng.standard_normal((m, D))).astype(np.float32) for m in (300, n))
-            tasks.append(analyze.Task(name, None, None, np.arange(300), each, each, each, each // 2, mates,
+            embedded[name] = tuple(unit(rng.standard_normal((m, D))).astype(np.float32) for m in (300, n))
+            tasks.append(Task(name, None, None, np.arange(300), each, each, each, each // 2, mates,
                                       list(each[:, None])))
-        shares += analyze.transfer(embedded, tasks, 16, 100, seed, controls=False)["pairs"]
-    counted = [p for p in shares if analyze.above_chance(p)]
+        shares += transfer(embedded, tasks, 16, 100, seed, controls=False)["pairs"]
+    counted = [p for p in shares if above_chance(p)]
     assert len(shares) == 16 and not counted
     assert any(p["kept"] is not None and p["high"] < 0.95 for p in shares)  # what would have been a failure
 
@@ -192,11 +208,11 @@ def test_seeds_analysed_at_different_k_are_not_averaged():
 
 def test_humans_need_four_tasks_and_two_raters():
     for lead in (0.1, -0.1):
-        assert analyze.claim_humans(humans(lead, tasks=DOMAINS[1:])).verdict == \
+        assert claim_humans(humans(lead, tasks=DOMAINS[1:])).verdict == \
             "not measured (only tasks face_hq, face_lq, body)"
-        assert analyze.claim_humans(humans(lead, raters=1)).verdict == \
+        assert claim_humans(humans(lead, raters=1)).verdict == \
             "not measured (1 rater of all tasks; two are the least)"
-    claim = analyze.claim_humans(humans(raters=3, body=-0.2))
+    claim = claim_humans(humans(raters=3, body=-0.2))
     assert claim.verdict == "holds, but below people on body" and "3 raters, below people on body" in claim.measured
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 import evaluate
-import report
 from data_prep import InputError
 from data_prep.shards import Record, Source, Split, open_root, write_split
 from data_prep.trials import RATING_COLUMNS
@@ -21,6 +20,7 @@ from evaluate_classes import Readouts, class_means, nearest_mean, nearest_neighb
 from evaluate_compare import Scored, refuse_unshared
 from evaluate_embed import normalise
 from evaluate_pairs import FARS
+from evaluate_report import literal, to_html
 from evaluate_results import Row, say_once, score, show_value, unsupported_fars
 from tests.test_evaluate import run_here, unit
 from tests.test_protocols import write_run
@@ -254,9 +254,9 @@ ODD = "![a](roc.png) <b>`x`</b> **c** | d\\ \\| [e](http://f)"
 
 def test_names_in_reports_are_text(tmp_path):
     (tmp_path / "roc.png").write_bytes(b"a picture")
-    lines = [f"# {report.literal(ODD)}", "", "| rater | value |", "| --- | --- |", f"| {report.literal(ODD)} | 1 |", "",
-             f"AUC of rater {report.literal(ODD)}", "", "**bold** `code`", "![own](roc.png)"]
-    page = report.to_html(lines, tmp_path)
+    lines = [f"# {literal(ODD)}", "", "| rater | value |", "| --- | --- |", f"| {literal(ODD)} | 1 |", "",
+             f"AUC of rater {literal(ODD)}", "", "**bold** `code`", "![own](roc.png)"]
+    page = to_html(lines, tmp_path)
     shown = html.escape(ODD, quote=False)
     assert re.findall(r"<title>(.*?)</title>", page) == [html.escape(ODD)]
     for tag, text in (("h1", shown), ("td", shown), ("p", f"AUC of rater {shown}")):
@@ -284,7 +284,7 @@ def test_names_of_raters_are_text_in_the_report(run, demo_root, tmp_path, capsys
     ratings(ODD)
     page, text = ((run / "eval" / name).read_text() for name in ("report.html", "report.md"))
     (line,) = [line for line in text.splitlines() if "AUC of rater" in line]
-    assert f"AUC of rater {report.literal(ODD)} |" in line
+    assert f"AUC of rater {literal(ODD)} |" in line
     (cell,) = re.findall(r"<td>(AUC of rater .*?)</td>", page)
     assert "<" not in cell and html.unescape(cell) == f"AUC of rater {ODD}"
     ratings("Zoë O'Neill-Ø")

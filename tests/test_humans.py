@@ -19,7 +19,6 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import evaluate
-import report
 from data_prep import InputError
 from data_prep.__main__ import cli
 from data_prep.shards import Split
@@ -28,6 +27,16 @@ from evaluate_bootstrap import bootstrap_counts, intervals, weighted_mean
 from evaluate_compare import margin
 from evaluate_humans import human_verdict, score_humans
 from evaluate_pairs import SCORE_BINS, score_verification
+from evaluate_report import (
+    beside,
+    datasets_of,
+    draw_stages,
+    read_published,
+    read_stages,
+    show_published,
+    show_stages,
+    to_html,
+)
 from evaluate_results import Row, rows_of, write_draws, write_rows
 from run_folder import read_lines
 from tests.conftest import TINY, script
@@ -597,7 +606,7 @@ def test_options_of_compare_that_contradict(options, words, tmp_path):
 
 
 def test_published_figures_have_sources_and_known_metrics():
-    rows = report.read_published()
+    rows = read_published()
     humans, experts = ([row for row in rows if row.kind == kind] for kind in ("human", "expert"))
     assert len(humans) >= 5 and len(experts) > 100 and all(row.source and row.who for row in rows)
     assert not any(row.same_protocol for row in humans)  # people were never asked in the way a model is
@@ -608,16 +617,16 @@ def test_published_figures_have_sources_and_known_metrics():
 
 
 def test_published_figures_stand_beside_the_data_set_that_they_are_of(tmp_path):
-    rows = report.read_published()
+    rows = read_published()
     names = ["face_hq/LFW", "face_lq/lfw", "body/market-1501", "object/val", "face_lq/tinyface"]
-    assert report.datasets_of(names, (), rows) == {"face_hq/LFW": "lfw", "body/market-1501": "market1501",
+    assert datasets_of(names, (), rows) == {"face_hq/LFW": "lfw", "body/market-1501": "market1501",
                                                    "face_lq/tinyface": "tinyface"}  # a degraded LFW is not LFW
-    given = report.datasets_of(names, ("object/val=ImageNet", "face_hq/LFW="), rows)
+    given = datasets_of(names, ("object/val=ImageNet", "face_hq/LFW="), rows)
     assert given["object/val"] == "imagenet" and "face_hq/LFW" not in given
     for word, said in (("object/val=cifar", "nothing is published of 'cifar'"), ("object/x=lfw", "want SPLIT=DATASET"),
                        ("object/val", "want SPLIT=DATASET")):
         with pytest.raises(InputError, match=said):
-            report.datasets_of(names, (word,), rows)
+            datasets_of(names, (word,), rows)
 
     def row(domain, split, metric, protocol, weights="tuned"):
         return Row("r", weights, domain, split, protocol, metric, 0.5, 0.4, 0.6, 9)
@@ -625,22 +634,22 @@ def test_published_figures_stand_beside_the_data_set_that_they_are_of(tmp_path):
     mine = [row("body", "market-1501", "rank-1", "reid, general, set x, no flip", "foundation"),
             row("body", "market-1501", "rank-1", "reid, general, set x, no flip"),
             row("face_lq", "tinyface", "rank-1", "identification, whole gallery, set x, flip")]
-    found = report.beside(mine, report.datasets_of(names, (), rows), rows)
+    found = beside(mine, datasets_of(names, (), rows), rows)
     same = {(one.who, name, one.metric): bool(r and one.comparable(r.protocol)) for one, name, r in found}
     assert same["ViT-B baseline", "body/market-1501", "rank-1"] and not same["OSNet x1.0", "body/market-1501", "rank-1"]
     assert same["ViT-B AdaFace WebFace4M", "face_lq/tinyface", "rank-1"]
     assert not any(same[key] for key in same if key[2] == "accuracy")
-    text = "\n".join(report.show_published(found))
+    text = "\n".join(show_published(found))
     assert "| face_hq/LFW | accuracy | not computed | 97.53 | people, averaged | no |" in text
     assert "| body/market-1501 | rank-1 | 50.0 (tuned) | 94.60 | ViT-B baseline | yes |" in text
     flipped = [row("body", "market-1501", "rank-1", "reid, general, set x, flip")]
-    found = report.beside(flipped, {"body/market-1501": "market1501"}, rows)
+    found = beside(flipped, {"body/market-1501": "market1501"}, rows)
     assert found and not any(one.comparable(r.protocol) for one, _, r in found if r)
-    assert report.show_published([]) == []
+    assert show_published([]) == []
     (tmp_path / "humans.csv").write_text("dataset,domain,metric,protocol,value,who,source,same_protocol,requires\n"
                                          "lfw,face_hq,accuracy,x,97.5,people,,no,\n")
     with pytest.raises(InputError, match=r"humans.csv, line 2: not a published figure"):
-        report.read_published(tmp_path)
+        read_published(tmp_path)
 
 
 def test_stages_of_a_sequential_run_by_hand(tmp_path):
@@ -649,18 +658,18 @@ def test_stages_of_a_sequential_run_by_hand(tmp_path):
     plan = plan_batches(config | {"schedule": "sequential"}, make_schedule("sequential", 3, 8), 10,
                               np.ones(3) / 3)
     assert [config["domains"][k] for k in plan.argmax(1)] == ["body"] * 4 + ["object"] * 3 + ["face_hq"] * 3
-    assert report.read_stages(tmp_path, config) is None
-    assert "--eval-every 3" in "\n".join(report.show_stages(None, config))
+    assert read_stages(tmp_path, config) is None
+    assert "--eval-every 3" in "\n".join(show_stages(None, config))
     looks = [{"step": step, "auc": {"body/test": 0.5 + auc, "object/val": 0.6}}
              for step, auc in ((0, 0), (2, 0.1), (4, 0.4), (6, 0.3), (8, 0.2), (10, 0.1))]
     (tmp_path / "probe.jsonl").write_text("\n".join(map(json.dumps, looks)))
-    stages = report.read_stages(tmp_path, config)
+    stages = read_stages(tmp_path, config)
     assert stages.names == ["start", "body", "object", "face_hq"] and stages.steps == [0, 4, 6, 10]
     assert stages.ends == [0, 4, 7, 10] and stages.tasks == ["body/test", "object/val"]
     assert np.array(stages.scores)[:, 0] == pytest.approx([0.5, 0.9, 0.8, 0.6])
-    text = "\n".join(report.show_stages(stages, config))
+    text = "\n".join(show_stages(stages, config))
     assert "| object | 6 of 7 | 80.0 | 60.0 |" in text and "| lost | | 30.0 | 0.0 |" in text
-    report.draw_stages(tmp_path / "stages.png", stages)
+    draw_stages(tmp_path / "stages.png", stages)
     assert (tmp_path / "stages.png").stat().st_size > 5000
 
 
@@ -686,7 +695,7 @@ def test_the_report_of_a_sequential_run_holds_everything(demo_root, tmp_path):
 
 
 def test_the_page_of_a_report_escapes_what_it_is_told(tmp_path):
-    page = report.to_html(["# <b>", "", "a **b** `c` <script> & ![x](../y.png)", "", "| h |", "| --- |", "| <i> |"],
+    page = to_html(["# <b>", "", "a **b** `c` <script> & ![x](../y.png)", "", "| h |", "| --- |", "| <i> |"],
                           tmp_path)
     assert "<script>" not in page and "<i>" not in page and "<title>&lt;b&gt;</title>" in page
     assert "<b>b</b> <code>c</code>" in page and "<img" not in page

@@ -20,7 +20,6 @@ import evaluate
 import evaluate_embed
 import evaluate_pairs
 import evaluate_search
-import report
 from data_prep import InputError
 from data_prep.__main__ import cli
 from data_prep.shards import Split
@@ -46,6 +45,7 @@ from evaluate_pairs import (
     score_templates,
     score_verification,
 )
+from evaluate_report import literal, to_html
 from evaluate_results import Row, score
 from evaluate_search import describe_variant, gallery_rule, score_blocks, score_gallery, search_shots, variants_of
 from tests.test_definitions import classified
@@ -549,8 +549,8 @@ def test_names_of_runs_are_text_in_a_comparison(tmp_path):
 
 
 def test_names_with_entities_are_text_in_the_page(tmp_path):
-    told = report.literal(NAME)
-    page = report.to_html([f"# {told}", "", "| h |", "| --- |", f"| {told} |"], tmp_path)
+    told = literal(NAME)
+    page = to_html([f"# {told}", "", "| h |", "| --- |", f"| {told} |"], tmp_path)
     for tag in ("title", "h1", "td"):
         found = re.search(f"<{tag}>(.*?)</{tag}>", page)[1]
         assert html.unescape(found) == NAME and not re.search(r"<|&(?!(amp|lt|gt|quot|#\d+);)", found)

@@ -7,8 +7,29 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-import analyze
-from analyze import Task
+from analyze_figures import draw_up_map
+from analyze_separability import Canon, balanced_accuracy, crop_padding, separability, sources_of, unseen_sources
+from analyze_sharing import (
+    d_primes,
+    debiased_cka,
+    measure_components,
+    measure_sharing,
+    participation_ratio,
+    principal_angles,
+    scatter_ratio,
+    subspace_overlap,
+)
+from analyze_subspaces import (
+    RANDOM_SEEDS,
+    components_needed,
+    hits_by_k,
+    hits_one_by_one,
+    kept,
+    measure_curve,
+    principal_components,
+    transfer,
+)
+from analyze_tasks import Task, vectors_of
 from evaluate_bootstrap import bootstrap_counts
 
 D, SHARED = 64, 20
@@ -74,14 +95,14 @@ def sweep_case(dtype, objects: bool, n: int = 45, D: int = 40):
 def test_the_fast_sweep_equals_the_slow_one(dtype, objects):
     probe, gallery, task = sweep_case(dtype, objects)
     every = list(range(1, 41))
-    slow = analyze.hits_one_by_one(probe, gallery, task, every)
-    fast = analyze.hits_by_k(probe, gallery, task, every)
+    slow = hits_one_by_one(probe, gallery, task, every)
+    fast = hits_by_k(probe, gallery, task, every)
     np.testing.assert_array_equal(fast, slow)
     np.testing.assert_allclose(fast.mean(1), slow.mean(1), atol=1e-6)
     assert 0.02 < slow.mean() < 0.9 and not slow[0].any()  # one coordinate: all ties, which count against a probe
     some = [1, 2, 7, 8, 30, 40]  # steps of more than one coordinate go through another operation
-    np.testing.assert_array_equal(analyze.hits_by_k(probe, gallery, task, some), slow[[k - 1 for k in some]])
-    np.testing.assert_array_equal(analyze.hits_by_k(probe, gallery, task, every, size=7 * len(gallery)), slow)
+    np.testing.assert_array_equal(hits_by_k(probe, gallery, task, some), slow[[k - 1 for k in some]])
+    np.testing.assert_array_equal(hits_by_k(probe, gallery, task, every, size=7 * len(gallery)), slow)
 
 
 @pytest.mark.gpu
@@ -89,16 +110,16 @@ def test_the_fast_sweep_equals_the_slow_one(dtype, objects):
 def test_the_fast_sweep_on_a_gpu():
     probe, gallery, task = sweep_case(np.float64, False)
     every = list(range(1, 41))
-    np.testing.assert_array_equal(analyze.hits_by_k(probe, gallery, task, every, "cuda"),
-                                  analyze.hits_one_by_one(probe, gallery, task, every))
+    np.testing.assert_array_equal(hits_by_k(probe, gallery, task, every, "cuda"),
+                                  hits_one_by_one(probe, gallery, task, every))
 
 
 def test_ignored_vectors_neither_help_nor_hurt():
     x = np.array([[1.0, 0.0], [0.9, 0.1], [0.6, 0.8], [0.0, 1.0]])
     task = Task("body", None, None, x, x[:1], x, np.arange(4), np.zeros(1), [np.array([2])], [np.array([0, 1])])
-    assert analyze.hits_by_k(x[:1], x, task, [2]).all()  # the copy and a neighbour do not count: 2 is nearest
+    assert hits_by_k(x[:1], x, task, [2]).all()  # the copy and a neighbour do not count: 2 is nearest
     task.ignored = [np.array([0])]
-    assert not analyze.hits_by_k(x[:1], x, task, [2]).any()
+    assert not hits_by_k(x[:1], x, task, [2]).any()
     assert task.chance() == pytest.approx(1 / 3)
 
 
@@ -109,19 +130,19 @@ def test_class_means_of_images_in_any_order():
     for group in (np.array([2, 0, 3, 1]), np.array([2, 0, 3, 1, 0])):
         task = Task("object", None, None, labels, labels, np.arange(len(group)), group, labels,
                     list(labels[:, None]), [labels[:0]] * 4)
-        probe, gallery = analyze.vectors_of(task, (x[group], x))
+        probe, gallery = vectors_of(task, (x[group], x))
         np.testing.assert_allclose(gallery, x)
-        assert analyze.hits_by_k(probe, gallery, task, [4]).all()
+        assert hits_by_k(probe, gallery, task, [4]).all()
 
 
 def test_components_needed_by_hand():
     ks = [1, 2, 4, 8]
     share = np.array([[0.5, 0.99, 0.98, 1.0], [0.5, 0.99, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, np.nan]])
-    found = analyze.components_needed(share, ks, 0.99)
+    found = components_needed(share, ks, 0.99)
     np.testing.assert_array_equal(found, [8, 2, 1, np.nan])  # in the first, 4 falls below again
-    assert analyze.components_needed(share[1], ks, 0.99) == 2
-    assert analyze.kept(np.array([0.4, 0.2]), 0.6, 0.2).tolist() == pytest.approx([0.5, 0.0])
-    assert np.isnan(analyze.kept(np.array([0.4]), 0.2, 0.2)).all()  # not above chance: nothing to keep
+    assert components_needed(share[1], ks, 0.99) == 2
+    assert kept(np.array([0.4, 0.2]), 0.6, 0.2).tolist() == pytest.approx([0.5, 0.0])
+    assert np.isnan(kept(np.array([0.4]), 0.2, 0.2)).all()  # not above chance: nothing to keep
 
 
 # ---------------------------------------------------------------- transfer
@@ -131,7 +152,7 @@ def test_components_needed_by_hand():
 def shared():
     (basis,) = orthogonal(D, SHARED)
     embedded, tasks = planted([basis] * 3, inside=1.0)
-    return analyze.transfer(embedded, tasks, SHARED, 50, 0, foundation=embedded, delete=(0, SHARED)), embedded, tasks
+    return transfer(embedded, tasks, SHARED, 50, 0, foundation=embedded, delete=(0, SHARED)), embedded, tasks
 
 
 def test_tasks_in_one_shared_subspace_serve_each_other(shared):
@@ -154,7 +175,7 @@ def test_the_controls_behave_as_they_should(shared):
         assert pair["deleted"]["value"] < 0.05  # without the shared subspace nothing is left
     curves = {(c.kind, c.fit, c.test): c for c in result["curves"]}
     a, b = "object*", "face_hq*"
-    assert sum(c.kind == "random" for c in result["curves"]) == 3 * 3 * analyze.RANDOM_SEEDS
+    assert sum(c.kind == "random" for c in result["curves"]) == 3 * 3 * RANDOM_SEEDS
     deleted, bottom = curves["deleted", a, b], curves["bottom", a, b]
     assert deleted.ks[-1] < D and deleted.at(24).value < 0.1 < 0.8 < deleted.at(1).value
     assert bottom.ks[-1] == D and bottom.kept[-1] == 1
@@ -162,16 +183,16 @@ def test_the_controls_behave_as_they_should(shared):
     mean, basis, _ = result["bases"][a]
     task = tasks[1]
     rest = ((embedded[b][1] - mean) @ basis[:, 24:]).astype(np.float32)
-    by_hand = analyze.hits_one_by_one(rest, rest, task, [D - 24]).mean()
+    by_hand = hits_one_by_one(rest, rest, task, [D - 24]).mean()
     assert deleted.score[deleted.ks.index(24)] == pytest.approx(by_hand, abs=0.01)
-    again = analyze.transfer(embedded, tasks, SHARED, 3, 0, controls=False)
+    again = transfer(embedded, tasks, SHARED, 3, 0, controls=False)
     assert {c.kind for c in again["curves"]} == {"components", "random"} and "pooled" not in again["pairs"][0]
 
 
 def test_tasks_in_orthogonal_subspaces_do_not():
     a, b = orthogonal(D, SHARED, SHARED)
     embedded, tasks = planted([a, b])
-    pairs = pairs_of(analyze.transfer(embedded, tasks, SHARED, 50, 0))
+    pairs = pairs_of(transfer(embedded, tasks, SHARED, 50, 0))
     for own, other in (("object", "face_hq"), ("face_hq", "object")):
         assert pairs[own, own]["kept"] > 0.97 and pairs[own, own]["k95"]["value"] <= SHARED
         assert pairs[own, other]["kept"] < 0.6 and pairs[own, other]["k95"]["value"] > SHARED
@@ -183,14 +204,14 @@ def test_centring_by_either_mean():
     """Far from the fitted task's mean, all images of a task point one way once projected: its own mean parts them."""
     (basis,) = orthogonal(D, SHARED)
     embedded, tasks = planted([basis, basis], inside=1.0, offsets=[np.zeros(D), 6 * basis[0]])
-    result = analyze.transfer(embedded, tasks, SHARED, 20, 0)
+    result = transfer(embedded, tasks, SHARED, 20, 0)
     a, b = "object*", "face_hq*"
     curves = {(c.kind, c.fit, c.test): c for c in result["curves"]}
     x, turn = embedded[b][1], result["bases"][a][1]
     scores = {}
     for kind, mean in (("components", result["bases"][a][0]), ("own mean", result["bases"][b][0])):
         z = ((x - mean) @ turn[:, :SHARED]).astype(np.float32)
-        scores[kind] = analyze.hits_one_by_one(z, z, tasks[1], [SHARED]).mean()
+        scores[kind] = hits_one_by_one(z, z, tasks[1], [SHARED]).mean()
         curve = curves[kind, a, b]
         assert curve.score[curve.ks.index(SHARED)] == pytest.approx(scores[kind], abs=0.004)
     assert scores["own mean"] > scores["components"] + 0.01
@@ -198,12 +219,12 @@ def test_centring_by_either_mean():
 
 def test_rank_limit_is_marked_and_tasks_are_fitted_on_equally_many():
     (basis,) = orthogonal(D, SHARED)
-    few = analyze.transfer(*planted([basis], people=30, shots=6), SHARED, 2, 0, controls=False)
-    many = analyze.transfer(*planted([basis], people=60, shots=6), SHARED, 2, 0, controls=False)
+    few = transfer(*planted([basis], people=30, shots=6), SHARED, 2, 0, controls=False)
+    many = transfer(*planted([basis], people=60, shots=6), SHARED, 2, 0, controls=False)
     assert few["images_per_task"] == 180 and few["rank_limited"] and not many["rank_limited"]
     embedded, tasks = planted([basis, basis])
     tasks[1].fit = tasks[1].fit[:100]
-    assert analyze.transfer(embedded, tasks, SHARED, 2, 0, controls=False)["images_per_task"] == 100
+    assert transfer(embedded, tasks, SHARED, 2, 0, controls=False)["images_per_task"] == 100
 
 
 def test_intervals_resample_identities():
@@ -214,7 +235,7 @@ def test_intervals_resample_identities():
     x[np.arange(200), 0] = 1
     x[:, 1] = np.where(ids < 10, ids + 1.0, 0)  # ten people differ, ten are all alike
     counts = np.array(list(bootstrap_counts(ids, 400, 0)), dtype=np.float32)
-    curve = analyze.measure_curve("", "", task, (x, x), np.zeros(4), np.eye(4), [1, 4], counts, "cpu")
+    curve = measure_curve("", "", task, (x, x), np.zeros(4), np.eye(4), [1, 4], counts, "cpu")
     assert curve.score.tolist() == [0, 0.5] and curve.kept[1] == 1
     low, high = np.quantile(curve.draws[:, 0], [0.025, 0.975])
     assert (curve.draws[:, 1] == 1).all() and low < curve.kept[0] < high < 0  # chance is 9 / 199
@@ -222,7 +243,7 @@ def test_intervals_resample_identities():
 
 def test_components_equal_scikit_learn():
     x = np.random.default_rng(0).normal(size=(200, 12)) @ np.diag(np.arange(1, 13))
-    mean, vectors, variances = analyze.principal_components(x)
+    mean, vectors, variances = principal_components(x)
     pca = PCA().fit(x)
     np.testing.assert_allclose(mean, x.mean(0))
     np.testing.assert_allclose(variances, pca.explained_variance_, rtol=1e-9)
@@ -235,17 +256,17 @@ def test_components_equal_scikit_learn():
 def test_overlap_and_angles_by_hand():
     e = np.eye(4)
     a, b = e[:, :2], np.stack([e[:, 0], np.cos(np.pi / 3) * e[:, 1] + np.sin(np.pi / 3) * e[:, 2]], 1)
-    np.testing.assert_allclose(analyze.principal_angles(a, b), [0, 60], atol=1e-6)
-    assert analyze.subspace_overlap(a, b) == pytest.approx((1 + 0.25) / 2)
+    np.testing.assert_allclose(principal_angles(a, b), [0, 60], atol=1e-6)
+    assert subspace_overlap(a, b) == pytest.approx((1 + 0.25) / 2)
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(2, 2)))[0]
-    assert analyze.subspace_overlap(a @ turn, b) == pytest.approx(0.625)  # of the span, not of the basis
+    assert subspace_overlap(a @ turn, b) == pytest.approx(0.625)  # of the span, not of the basis
     q = np.linalg.qr(np.random.default_rng(1).normal(size=(400, 400)))[0]
-    assert analyze.subspace_overlap(q[:, :100], np.eye(400)[:, :100]) == pytest.approx(0.25, abs=0.02)  # k / D
+    assert subspace_overlap(q[:, :100], np.eye(400)[:, :100]) == pytest.approx(0.25, abs=0.02)  # k / D
 
 
 def test_participation_ratio_by_hand():
-    assert analyze.participation_ratio(np.array([1.0, 1, 1, 0])) == pytest.approx(3)
-    assert analyze.participation_ratio(np.array([3.0, 1])) == pytest.approx(16 / 10)
+    assert participation_ratio(np.array([1.0, 1, 1, 0])) == pytest.approx(3)
+    assert participation_ratio(np.array([3.0, 1])) == pytest.approx(16 / 10)
 
 
 def test_debiased_cka():
@@ -264,27 +285,27 @@ def test_debiased_cka():
         return total / n / (n - 3)
 
     k, l = x @ x.T, y @ y.T
-    assert analyze.debiased_cka(x, y) == pytest.approx(hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l)))
+    assert debiased_cka(x, y) == pytest.approx(hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l)))
     x = rng.normal(size=(60, 40))
     turn = np.linalg.qr(rng.normal(size=(40, 40)))[0]
-    assert analyze.debiased_cka(x, 3 * x @ turn + 5) == pytest.approx(1)
-    unrelated = [analyze.debiased_cka(rng.normal(size=(60, 40)), rng.normal(size=(60, 40))) for _ in range(20)]
+    assert debiased_cka(x, 3 * x @ turn + 5) == pytest.approx(1)
+    unrelated = [debiased_cka(rng.normal(size=(60, 40)), rng.normal(size=(60, 40))) for _ in range(20)]
     assert abs(np.mean(unrelated)) < 0.05  # the plain CKA of such spaces is 0.4
 
 
 def test_scatter_and_d_prime_by_hand():
     # class means 1 and 5 about 3: 4 images x 2²; images about their class mean: 4 x 1²
-    assert analyze.scatter_ratio(np.array([[0.0], [2], [4], [6]]), np.array([7, 7, 9, 9])) == pytest.approx(16 / 4)
+    assert scatter_ratio(np.array([[0.0], [2], [4], [6]]), np.array([7, 7, 9, 9])) == pytest.approx(16 / 4)
     a, b = np.array([[1.0, 5], [3, 5]]), np.array([[-1.0, 5], [1, 5]])
-    d = analyze.d_primes(a, b)
+    d = d_primes(a, b)
     assert d[0] == pytest.approx((2 - 0) / 1) and np.isnan(d[1])  # both variances are 1; the other column is constant
 
 
 def test_single_components_tell_tasks_and_identities_apart(shared):
     (basis,) = orthogonal(D, SHARED)
     embedded, tasks = planted([basis, basis], noise=0.2, offsets=[np.zeros(D), 3 * basis[3]])
-    bases = {t.domain: analyze.principal_components(embedded[t.domain][0]) for t in tasks}
-    rows = analyze.measure_components(embedded, tasks, bases, 0)
+    bases = {t.domain: principal_components(embedded[t.domain][0]) for t in tasks}
+    rows = measure_components(embedded, tasks, bases, 0)
     assert len(rows) == 2 * 2 * D
     own = [r for r in rows if r["fit"] == "object*" == r["test"]]
     first, last = (np.mean([r["identity_dprime"] for r in part]) for part in (own[:10], own[-10:]))
@@ -297,7 +318,7 @@ def test_single_components_tell_tasks_and_identities_apart(shared):
 
 def test_sharing_finds_the_planted_subspaces(shared):
     result, embedded, tasks = shared
-    found = analyze.measure_sharing(embedded, tasks, result["bases"], SHARED)
+    found = measure_sharing(embedded, tasks, result["bases"], SHARED)
     assert found["chance"] == SHARED / D
     for pair in found["pairs"]:
         assert pair["overlap"] > 0.8 and pair["explained"] > 0.6
@@ -307,8 +328,8 @@ def test_sharing_finds_the_planted_subspaces(shared):
     assert one["components_for_50"] < one["components_for_90"] < one["components_for_95"] and one["scatter_ratio"] > 1
     a, b = orthogonal(D, SHARED, SHARED)
     embedded, tasks = planted([a, b])
-    bases = {t.domain: analyze.principal_components(embedded[t.domain][0]) for t in tasks}
-    apart = [p for p in analyze.measure_sharing(embedded, tasks, bases, SHARED)["pairs"] if p["a"] != p["b"]]
+    bases = {t.domain: principal_components(embedded[t.domain][0]) for t in tasks}
+    apart = [p for p in measure_sharing(embedded, tasks, bases, SHARED)["pairs"] if p["a"] != p["b"]]
     assert all(p["overlap"] < 0.02 and p["explained"] < 0.05 for p in apart)
 
 
@@ -321,18 +342,18 @@ def test_a_task_apart_by_its_mean_alone_is_separable_and_not_after_centring():
     embedded, tasks = planted([basis, basis], offsets=[np.zeros(D), 2.0 * shift / np.linalg.norm(shift)])
     ids = [np.repeat(np.arange(60), 6), np.repeat(np.arange(60, 120), 6)]
     fit, test = ([embedded[t.domain][i] for t in tasks] for i in (0, 1))
-    apart = analyze.separability(fit, test, ids, 50, 0)
+    apart = separability(fit, test, ids, 50, 0)
     assert set(apart) == {"logistic", "lda", "svm", "0/1"} and min(f.value for f in apart.values()) > 0.97
     # without the means nothing linear is left, although the tasks differ in length
-    centred = analyze.separability([x - x.mean(0) for x in fit], [x - x.mean(0) for x in test], ids, 50, 0)
+    centred = separability([x - x.mean(0) for x in fit], [x - x.mean(0) for x in test], ids, 50, 0)
     assert all(f.low < 0.56 and 0.4 < f.value < 0.62 for f in centred.values())
-    pairs = pairs_of(analyze.transfer(embedded, tasks, SHARED, 50, 0, controls=False))
+    pairs = pairs_of(transfer(embedded, tasks, SHARED, 50, 0, controls=False))
     assert pairs["object", "face_hq"]["kept"] > 0.95  # apart, and yet of one subspace
 
 
 def test_balanced_accuracy_weighs_tasks_alike():
     right = [np.array([True] * 90 + [False] * 10), np.array([False] * 10)]
-    figure = analyze.balanced_accuracy(right, [np.arange(100), np.arange(100, 110)], 100, 0)
+    figure = balanced_accuracy(right, [np.arange(100), np.arange(100, 110)], 100, 0)
     assert figure.value == pytest.approx(0.45) and figure.low <= 0.45 <= figure.high
 
 
@@ -358,25 +379,25 @@ def test_a_source_that_was_left_out_can_be_mistaken():
     fitted = {"tuned": [features(mixed, np.arange(120)), features(plain, np.arange(120))]}
     tested = {"tuned": [features(test, np.arange(80)), features(plain, np.arange(50))]}
     ids = [np.arange(80).astype(str), np.arange(100, 150).astype(str)]
-    rows = analyze.unseen_sources({"tuned": features}, fitted, tested, ids, tasks, [np.arange(120)] * 2, others, 100,
+    rows = unseen_sources({"tuned": features}, fitted, tested, ids, tasks, [np.arange(120)] * 2, others, 100,
                                   20, 0)
     found = {(r["domain"], r["source"]): r["spaces"]["tuned"]["recall"] for r in rows}
     assert set(found) == {("face_hq", "a"), ("face_hq", "b")}  # body has one source alone
     assert found["face_hq", "b"] < 0.2 and found["face_hq", "a"] < 0.9
-    spaces = analyze.separability(fitted["tuned"], tested["tuned"], ids, 20, 0)
+    spaces = separability(fitted["tuned"], tested["tuned"], ids, 20, 0)
     assert spaces["logistic"].value > 0.97
-    assert analyze.sources_of(fake_split("sketch", ["a", "a"], ood=True), np.arange(2)).tolist() == ["a (sketch)"] * 2
+    assert sources_of(fake_split("sketch", ["a", "a"], ood=True), np.arange(2)).tolist() == ["a (sketch)"] * 2
 
 
 def test_padding_is_cropped_and_pictures_are_not():
     rng = np.random.default_rng(0)
     image = torch.full((3, 60, 60), 100, dtype=torch.uint8)
     image[:, :, 20:40] = torch.from_numpy(rng.integers(0, 255, (3, 60, 20), dtype=np.uint8))
-    assert analyze.crop_padding(image).shape == (3, 60, 30)  # at least half of a side stays
+    assert crop_padding(image).shape == (3, 60, 30)  # at least half of a side stays
     image[:, :, 12:48] = torch.from_numpy(rng.integers(0, 255, (3, 60, 36), dtype=np.uint8))
-    assert torch.equal(analyze.crop_padding(image), image[:, :, 14:46])  # and two lines, which JPEG has mixed
+    assert torch.equal(crop_padding(image), image[:, :, 14:46])  # and two lines, which JPEG has mixed
     busy = torch.from_numpy(rng.integers(0, 255, (3, 50, 50), dtype=np.uint8))
-    assert torch.equal(analyze.crop_padding(busy), busy)
+    assert torch.equal(crop_padding(busy), busy)
 
 
 def test_one_format_leaves_no_size_padding_or_sharpness():
@@ -387,7 +408,7 @@ def test_one_format_leaves_no_size_padding_or_sharpness():
     padded[:, :, 32:96] = sharp[:, :, ::2]
     images = [sharp, padded]
     split = SimpleNamespace(name="test", folder="folder", domain="body", image=lambda row: images[row])
-    view = analyze.Canon(split, np.array([1, 0]), 16)
+    view = Canon(split, np.array([1, 0]), 16)
     a, b = view.image(1).float(), view.image(0).float()
     assert len(view) == 2 and a.shape == b.shape == (3, 128, 128) and view.name.startswith("test-canon16-")
     assert (a - b)[:, 8:-8, 16:-16].abs().mean() < 25 < (sharp.float() - padded.float()).abs().mean()
@@ -402,7 +423,7 @@ def test_one_format_leaves_no_size_padding_or_sharpness():
 def test_the_map_keeps_planted_tasks_apart(method):
     a, b = orthogonal(D, 3, 3)
     embedded, tasks = planted([a, b], people=12, shots=8, offsets=[4 * a[0], 4 * b[0]])
-    points = analyze.draw_up_map(embedded, tasks, method, 0, most=60)
+    points = draw_up_map(embedded, tasks, method, 0, most=60)
     assert len(points) == 120 and {p["identity"] for p in points} == {-1, *range(8)}
     xy, task = np.array([(p["x"], p["y"]) for p in points]), np.array([p["task"] for p in points])
     means = np.array([xy[task == t.domain].mean(0) for t in tasks])

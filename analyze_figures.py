@@ -1,0 +1,289 @@
+"""The figures of an analysis, as PDF and PNG."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from analyze_separability import CLASSIFIERS
+from analyze_subspaces import RANDOM_SEEDS, above_chance
+from analyze_tasks import Task
+from data_prep import DOMAIN_COLOURS
+
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (  # Okabe-Ito
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+GREY = "#999999"
+SPACE_COLOURS = {"tuned": BLUE, "foundation": GREY, "pixels": GREEN}
+
+
+# ---------------------------------------------------------------- a map
+
+
+def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most: int = 500) -> list[dict]:
+    """Two coordinates for test images of every task: rows x, y, task, identity (a number, -1: not among the shown).
+
+    Up to half of a task's points are kept for its eight identities with the most images: else none could be seen.
+
+    Args:
+        embedded: domain -> unit embeddings of its training and of its test split.
+        tasks: the tasks.
+        method: "pca" (of the points themselves) or "tsne" (of their first 50 components; distances between clusters
+            mean nothing there).
+        seed: of the choice and of t-SNE.
+        most: points a task.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    rng, points, rows = np.random.default_rng(seed), [], []
+    for task in tasks:
+        count = np.bincount(task.target)
+        known = np.argsort(-count, kind="stable")[:8]
+        shown = np.concatenate([np.flatnonzero(task.target == identity)[: most // 16] for identity in known])
+        others = rng.permutation(np.setdiff1d(np.arange(len(task.target)), shown))[: most - len(shown)]
+        chosen = np.concatenate([shown, others])
+        points.append(embedded[task.domain][1][task.probe[chosen]])
+        for i in chosen:
+            place = np.flatnonzero(known == task.target[i])
+            rows.append({"task": task.domain, "identity": int(place[0]) if len(place) else -1})
+    x = np.concatenate(points).astype(np.float64)
+    if method == "tsne" and len(x) >= 10:
+        x = PCA(min(50, *x.shape), random_state=seed).fit_transform(x)
+        x = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed).fit_transform(x)
+    else:
+        x = PCA(2, random_state=seed).fit_transform(x)
+    return [{"x": float(a), "y": float(b), **row} for (a, b), row in zip(x, rows, strict=True)]
+
+
+# ---------------------------------------------------------------- figures
+
+
+def percent(value: float | None) -> float:
+    """100 times a fraction; NaN where it is not known."""
+    return math.nan if value is None else 100 * value
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
+    """A figure and its axes [rows, columns]; size in inches, as printed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # fonttype 42: text stays text in a PDF
+    matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8,
+                                "xtick.labelsize": 7, "ytick.labelsize": 7, "pdf.fonttype": 42,
+                                "axes.spines.top": False, "axes.spines.right": False})
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+
+
+def save_figure(figure, path: Path, handles: list | None = None, columns: int = 4) -> None:
+    """Write PATH.pdf and PATH.png, with one legend above all axes."""
+    import matplotlib.pyplot as plt
+
+    if handles:
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
+    for ending in (".pdf", ".png"):
+        figure.savefig(path.with_name(path.name + ending), dpi=200)
+    plt.close(figure)
+
+
+def heat_map(ax, values: np.ndarray, names: list[str], title: str, limits: tuple[float, float], form: str) -> None:
+    """A matrix with its numbers written in; NaN stays white."""
+    ax.imshow(values, cmap="cividis", vmin=limits[0], vmax=limits[1])
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            if np.isfinite(value):
+                dark = value < limits[0] + 0.55 * (limits[1] - limits[0])
+                ax.text(j, i, format(value, f"z{form}"), ha="center", va="center", color="white" if dark else "black")
+    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    ax.set_yticks(range(len(names)), names)
+    ax.set_title(title)
+    ax.spines[:].set_visible(False)
+
+
+def find_measured(pairs: list[dict]) -> set[tuple[str, str]]:
+    """The pairs of tasks (fit, test) whose full space is above chance: shares of the others are noise."""
+    return {(pair["fit"], pair["test"]) for pair in pairs if above_chance(pair)}
+
+
+def leave_empty(ax) -> None:
+    """Say why nothing is drawn."""
+    ax.text(0.5, 0.5, "all components are\nnot above chance", transform=ax.transAxes, ha="center", va="center",
+            color="#666666")
+
+
+def draw_transfer(path: Path, curves: list[dict], names: list[str], pairs: list[dict]) -> None:
+    """The grid of transfer curves: rows are the task whose components are used, columns the task that uses them."""
+    from matplotlib.lines import Line2D
+
+    kinds = {"components": (BLUE, "-", "first k of the row's task"),
+             "own": (BLACK, ":", "of the column's own"),
+             "foundation": (GREY, "-", "of the untouched backbone"),
+             "own mean": (SKY, "-", "centred by the column's mean"),
+             "pooled": (GREEN, "-.", "of all tasks pooled"),
+             "random": (RED, "--", f"random ({RANDOM_SEEDS}, range)"),
+             "bottom": (PURPLE, (0, (3, 1, 1, 1)), "last k of the row's task")}
+    K, measured = len(names), find_measured(pairs)
+    # in a space without its first components a task may score more than in all of it
+    most = max((percent(v) for c in curves if (c["fit"], c["test"]) in measured for v in c["kept"]), default=100)
+    figure, axes = new_figure(K, K, (max(1.75 * K, 5), 1.6 * K + 1), sharex=True, sharey=True)
+    for i, fit in enumerate(names):
+        for j, test in enumerate(names):
+            ax = axes[i][j]
+            if (fit, test) not in measured:
+                leave_empty(ax)
+            for kind, (colour, style, _) in kinds.items() if (fit, test) in measured else ():
+                of = {"own": ("components", test), "pooled": ("pooled", None)}
+                name, origin = of.get(kind, (kind, fit))
+                found = [c for c in curves if (c["kind"], c["test"]) == (name, test) and origin in (None, c["fit"])]
+                if not found or (kind in ("own", "own mean") and fit == test):  # the same curve once more
+                    continue
+                many = np.array([[percent(v) for v in c["kept"]] for c in found])
+                ax.plot(found[0]["ks"], many.mean(0), color=colour, ls=style, lw=1.4 if kind == "components" else 1)
+                if kind == "random":
+                    ax.fill_between(found[0]["ks"], many.min(0), many.max(0), color=colour, alpha=0.25, lw=0)
+                if kind == "components":
+                    band = [[percent(v) for v in found[0][end]] for end in ("low", "high")]
+                    ax.fill_between(found[0]["ks"], *band, color=colour, alpha=0.2, lw=0)
+            if (fit, test) in measured:
+                ax.axhline(99, color="k", lw=0.6, ls=(0, (1, 2)))
+                ax.axvline(100, color="k", lw=0.6, ls=(0, (1, 2)))
+            ax.set(xscale="log", ylim=(-10, 5 + min(max(most, 107), 150)), xlim=(1, curves[0]["ks"][-1]))
+            if i == 0:
+                ax.set_title(f"used by {test}")
+            if j == 0:
+                ax.set_ylabel(f"components of\n{fit}")
+    figure.supxlabel("number of components k (dotted: 100)", fontsize=8)
+    figure.supylabel("kept of (score − chance), % (dotted: 99)", fontsize=8)
+    save_figure(figure, path, [Line2D([], [], color=c, ls=s, label=label) for c, s, label in kinds.values()], 3)
+
+
+def draw_deletion(path: Path, curves: list[dict], names: list[str], pairs: list[dict]) -> None:
+    """What is left of each task without the first k components of each task."""
+    from matplotlib.lines import Line2D
+
+    measured = find_measured(pairs)
+    figure, axes = new_figure(1, len(names), (max(1.75 * len(names), 4.5), 2.3), sharex=True, sharey=True)
+    for ax, test in zip(axes[0], names, strict=True):
+        found = [c for c in curves if (c["kind"], c["test"]) == ("deleted", test) and (c["fit"], test) in measured]
+        for c in found:
+            ax.plot(c["ks"], [percent(v) for v in c["kept"]], color=DOMAIN_COLOURS[c["fit"]], lw=1.2)
+        if found:
+            ax.axhline(100, color="k", lw=0.6, ls=(0, (1, 2)))
+        else:
+            leave_empty(ax)
+        ax.set(xscale="log", title=f"scored: {test}", xlabel="first components deleted")
+    axes[0][0].set_ylabel("kept of (score − chance), %")
+    save_figure(figure, path, [Line2D([], [], color=DOMAIN_COLOURS[n], label=f"components of {n}") for n in names])
+
+
+def draw_importance(path: Path, pairs: list[dict], names: list[str]) -> None:
+    """What each task's score changes by without one component of each task."""
+    from matplotlib.lines import Line2D
+
+    figure, axes = new_figure(1, len(names), (max(1.75 * len(names), 4.5), 2.3), sharey=True)
+    for ax, test in zip(axes[0], names, strict=True):
+        for p in (p for p in pairs if p["test"] == test):
+            change = 100 * np.array(p["importance"]["change"])
+            ax.plot(np.arange(1, len(change) + 1), change, color=DOMAIN_COLOURS[p["fit"]], lw=1, marker=".", ms=2)
+        ax.axhline(0, color="k", lw=0.6, ls=(0, (1, 2)))
+        ax.set(xscale="log", title=f"scored: {test}", xlabel="the component left out")
+    axes[0][0].set_ylabel("change of the score, points")
+    save_figure(figure, path, [Line2D([], [], color=DOMAIN_COLOURS[n], label=f"components of {n}") for n in names])
+
+
+def draw_separability(path: Path, result: dict, names: list[str]) -> None:
+    """Balanced accuracy of telling the tasks apart: each space beside its controls; and every pair of tasks."""
+    from matplotlib.patches import Patch
+
+    spaces = result["spaces"]
+    figure, axes = new_figure(1, 2, (7, 2.8), width_ratios=[1.5, 1])
+    ax, labels, hatches = axes[0][0], [], (None, "////", "....")
+    for i, (name, found) in enumerate(spaces.items()):
+        base = name.removesuffix(" canon")
+        for j, model in enumerate(CLASSIFIERS):
+            v = found[model]
+            error = [[100 * max(v["value"] - v["low"], 0)], [100 * max(v["high"] - v["value"], 0)]]
+            ax.bar(i + 0.28 * (j - 1), 100 * v["value"], 0.26, yerr=error, capsize=1.5, color=SPACE_COLOURS[base],
+                   hatch=hatches[j], edgecolor="white", error_kw={"lw": 0.8})
+        base = {"pixels": "pixel\nstatistics", "foundation": "untouched"}.get(base, base)
+        labels.append(base + ("\none format" if name.endswith("canon") else ""))
+    ax.axhline(100 * result["chance"], color="k", ls=":", lw=1)
+    ax.set_xticks(range(len(spaces)), labels, fontsize=6.5)
+    ax.set(ylim=(0, 105), ylabel="balanced accuracy, %",
+           title=f"all tasks (dotted: chance {100 * result['chance']:.0f})")
+    matrix = np.full((len(names), len(names)), np.nan)
+    for key, v in spaces["tuned"]["pairwise"].items():
+        a, b = (names.index(name) for name in key.split("/"))
+        matrix[a, b] = matrix[b, a] = 100 * v["value"]
+    heat_map(axes[0][1], matrix, names, "pairs of tasks, tuned (logistic), %", (50, 100), ".1f")
+    save_figure(figure, path, [Patch(facecolor="#666666", edgecolor="white", hatch=hatch, label=label)
+                               for hatch, label in zip(hatches, CLASSIFIERS.values(), strict=True)])
+
+
+def draw_sharing(path: Path, result: dict, names: list[str]) -> None:
+    """Overlap of the tasks' subspaces, the variance that they explain of each other, the cosines of their means."""
+    figure, axes = new_figure(1, 3, (7, 2.7))
+    panels = {"overlap": f"overlap, k = {result['k']} (chance {result['chance']:.2f})",
+              "explained": "variance of column\nexplained by row", "mean_cosine": "cosine of the task means"}
+    for ax, (key, title) in zip(axes[0], panels.items(), strict=True):
+        values = np.array([p[key] for p in result["pairs"]]).reshape(len(names), len(names))
+        heat_map(ax, values, names, title, (-1 if key == "mean_cosine" else 0, 1), ".2f")
+    save_figure(figure, path)
+
+
+def draw_spectrum(path: Path, components: list[dict], names: list[str]) -> None:
+    """Cumulative variance of each task; and what single components of a task say about its identities and the task."""
+    from matplotlib.lines import Line2D
+
+    figure, axes = new_figure(1, 3, (7, 2.6))
+    for weights, style in (("foundation", ":"), ("tuned", "-")):
+        for name in names:
+            total = 100 * np.cumsum([r["variance"] for r in components
+                                     if r["weights"] == weights and r["fit"] == r["test"] == name])
+            axes[0][0].plot(np.arange(1, len(total) + 1), total, color=DOMAIN_COLOURS[name], ls=style, lw=1.2)
+    axes[0][0].set(xscale="log", ylim=(0, 101), title="variance of the first k, %", xlabel="components k")
+    for ax, key, title in ((axes[0][1], "identity_dprime", "d′ same − different identity"),
+                           (axes[0][2], "task_dprime", "|d′| task − other tasks")):
+        for name in names:
+            of = [r for r in components if r["weights"] == "tuned" and r["fit"] == r["test"] == name]
+            values = np.array([math.nan if r[key] is None else r[key] for r in of])
+            values = np.abs(values) if key == "task_dprime" else values
+            # single components are noisy: the mean over each of some thirty ranges of equal width on the axis
+            edges = np.unique(np.geomspace(1, len(values) + 1, 31).astype(int))
+            means = [values[a - 1 : b - 1].mean() for a, b in pairwise(edges)]
+            ax.plot(np.sqrt(edges[:-1] * (edges[1:] - 1)), means, color=DOMAIN_COLOURS[name], lw=1.2)
+        ax.set(xscale="log", title=title, xlabel="component of the task itself")
+    handles = [Line2D([], [], color=DOMAIN_COLOURS[n], label=n) for n in names]
+    handles += [Line2D([], [], color="k", ls="-", label="tuned"), Line2D([], [], color="k", ls=":", label="untouched")]
+    save_figure(figure, path, handles, 6)
+
+
+def draw_map(path: Path, points: list[dict], names: list[str], method: str) -> None:
+    """The map coloured by task; beside it each task alone with its most frequent identities in colour."""
+    from matplotlib.lines import Line2D
+
+    title = {"tsne": "t-SNE", "pca": "PCA"}[method]
+    K = len(names)
+    figure, axes = new_figure(1, K + 1, (1.75 * (K + 1), 2.3), sharex=True, sharey=True)
+    xy = np.array([(p["x"], p["y"]) for p in points])
+    task, identity = np.array([p["task"] for p in points]), np.array([p["identity"] for p in points])
+    colours, markers = [BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE], "o^sDvP*X"
+    for name in names:
+        axes[0][0].scatter(*xy[task == name].T, s=3, color=DOMAIN_COLOURS[name], lw=0)
+    axes[0][0].set_title(f"{title}, by task")
+    for ax, name in zip(axes[0][1:], names, strict=True):
+        ax.scatter(*xy[task != name].T, s=1, color="#E5E5E5", lw=0)
+        ax.scatter(*xy[(task == name) & (identity < 0)].T, s=2, color="#A0A0A0", lw=0)
+        for i, (colour, marker) in enumerate(zip(colours, markers, strict=True)):
+            ax.scatter(*xy[(task == name) & (identity == i)].T, s=9, color=colour, marker=marker, lw=0)
+        ax.set_title(f"{name}, by identity")
+    for ax in axes[0]:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    handles = [Line2D([], [], ls="", marker="o", ms=4, color=DOMAIN_COLOURS[n], label=n) for n in names]
+    handles.append(Line2D([], [], ls="", marker="o", ms=3, color="#A0A0A0", label="further identities (colours and "
+                          "shapes: eight)"))
+    save_figure(figure, path, handles, K + 1)
