@@ -83,7 +83,7 @@ def analyse(options: dict) -> int:
     dims = [embedder.model.dim for embedder in embedders.values()]
     check_range(delete, min(dims))
     embedded = {weights: {domain: tuple(read_embeddings(embedder, split) for split in pair)
-                           for domain, pair in splits.items()}
+                          for domain, pair in splits.items()}
                 for weights, embedder in embedders.items()}
     tasks = []
     for domain, (base, test) in splits.items():
@@ -127,7 +127,7 @@ def analyse(options: dict) -> int:
             tests = [s for s in root[task.domain].values() if s.protocol and s.name != task.split.name]
             others[task.domain] = [(task.split, task.probe)] + [
                 (s, np.flatnonzero(find_readable([read_embeddings(embed, s) for embed in
-                                               embedders.values()]) & (s.labels >= 0)))
+                                                  embedders.values()]) & (s.labels >= 0)))
                 for s in tests]
         result["separability"] = measure_separability(features, tasks, others, draws, seed, options["limit"])
     points = draw_up_map(embedded["tuned"], tasks, options["map"], seed)

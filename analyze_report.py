@@ -142,7 +142,7 @@ def report_separability(result: dict) -> list[str]:
         lines += ["", "Pairs of tasks, logistic regression:", "", f"| pair | {' | '.join(result['spaces'])} |",
                   "| --- " * (len(result["spaces"]) + 1) + "|"]
         lines += [f"| {key} | " + " | ".join(number(found["pairwise"][key]["value"])
-                                            for found in result["spaces"].values()) + " |" for key in pairwise]
+                                             for found in result["spaces"].values()) + " |" for key in pairwise]
     if unseen := result["unseen_sources"]:
         names = list(unseen[0]["spaces"])
         lines += ["", "The same with a task's images from a source that the classifier was not fitted on (recall: of "
@@ -220,7 +220,7 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
          "score": score, "kept": v, "low": low, "high": high} for weights, rows in curves.items() for c in rows
         for k, score, v, low, high in zip(*(c[key] for key in ("ks", "score", "kept", "low", "high")), strict=True)])
     write_csv(folder / "further.csv", [{"fit": p["fit"], "test": p["test"]} | row for p in pairs
-                                                for row in p["further"]])
+                                       for row in p["further"]])
     write_csv(folder / "importance.csv", [
         {"fit": p["fit"], "test": p["test"], "component": i, "change": change, "low": low, "high": high}
         for p in pairs if "importance" in p

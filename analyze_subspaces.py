@@ -328,7 +328,7 @@ def measure_further(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], 
             part = slice(start, start + ROWS)
             g[part] = unit(gallery[part].cpu().numpy())
         search = search_gallery(q, np.arange(len(q)), every, lambda i: (task.mates[i], task.ignored[i]),
-                                         other=g, device=device)
+                                other=g, device=device)
         values = {"nearest-mean top-5": search.first <= 5} if task.domain == "object" else {
             "rank-5": search.first <= 5, "mAP": average_precision(search.ranks),
             "mINP": inverse_negative_penalty(search.ranks)}
@@ -345,7 +345,7 @@ def measure_further(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], 
                 return {"pair auc": float(np.trapezoid(tar, far)), "tar@far=0.01": tar_at_far(far, tar, 0.01)}
 
             figures |= intervals(accept, (np.where(same, w[left], w[left] * w[right]) for w in
-                                                   bootstrap_counts(target, draws, seed)))
+                                          bootstrap_counts(target, draws, seed)))
         found |= {(k, name): figure for name, figure in figures.items()}
     return found
 

@@ -370,7 +370,7 @@ def draw_watch(path: Path, table: list[dict]) -> None:
     ax.set(xlabel="step", ylabel="percent")
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png",
-                                                                 bbox_inches="tight"))
+                                                            bbox_inches="tight"))
     plt.close(figure)
 
 

@@ -160,7 +160,7 @@ def make_search(probes: int, distractors: int, scale: float) -> dict:
 
 def search_here(x: np.ndarray, probes: int) -> dict[str, float]:
     found = search_gallery(x, np.arange(probes), np.arange(probes, len(x)),
-                                    lambda probe: (np.array([probe]), np.empty(0, int)))
+                           lambda probe: (np.array([probe]), np.empty(0, int)))
     return {f"rank-{k}": float((found.first <= k).mean()) for k in (1, 5, 20)}
 
 
@@ -247,7 +247,7 @@ def bench(names: list[str], scale: float, rounds: int, path: Path | None) -> int
     for case in result["cases"].values():
         for way, found in case["ways"].items():
             times = (f"{found[key]:8.2f} s {found[ratio]:6.1f} x" for key, ratio in (("seconds", "times_here"),
-                                                                                    ("cpu_seconds", "cpu_times_here")))
+                                                                                     ("cpu_seconds", "cpu_times_here")))
             print(f"{case['case']:36s} {way:13s} {' '.join(times)} {found['peak_MiB']:8,.0f} MiB "
                   f"{found['above_inputs_MiB']:8,.0f} MiB")
     if path:

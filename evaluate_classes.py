@@ -246,7 +246,7 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
         own[group] = i  # the reference's class as one of `classes`
     # the split's classes may be those of the reference, of which several are one here
     place = {name: int(i) for name, i in zip(other.classes, own, strict=True)} | {name: i for i, name in
-                                                                                 enumerate(classes)}
+                                                                                  enumerate(classes)}
     labels = np.append([place.get(name, -1) for name in split.classes], -1)[split.labels]
     rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
     if not good.any():

@@ -225,7 +225,7 @@ def show_experts(table: list[dict], domains: list[str]) -> str:
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for row in sorted(table, key=lambda row: not row["headline"]):
         name, metric, expert, protocol = map(literal, (f"{row['domain']}/{row['split']}", row["metric"],
-                                                              row["expert"], row["protocol"]))
+                                                       row["expert"], row["protocol"]))
         cells = [name, metric, *(f"{100 * row[key]:.1f}" for key in ("value", "expert_value")),
                  *(f"{100 * row[key]:+.2f}" for key in ("difference", "low", "high")), f"{100 * row['delta']:.2f}",
                  f"**{row['verdict']}**" if row["headline"] else row["verdict"], expert, protocol]
@@ -323,7 +323,7 @@ def show_comparison(table: list[dict]) -> str:
         spread = "" if row["seed_sd"] is None else show(row, "seed_sd")[0]
         value = "{} [{}, {}]".format(*show(row, "value", "low", "high"))
         name, metric, runs, protocol = map(literal, (f"{row['domain']}/{row['split']}", row["metric"],
-                                                            row["runs"], row["protocol"]))
+                                                     row["runs"], row["protocol"]))
         cells = [name, metric, f"{runs} ({row['weights']})", value, spread, lead, f"{row['count']:,}", protocol]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

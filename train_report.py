@@ -182,7 +182,7 @@ def summarise(total: dict[str, torch.Tensor], domains: list[str]) -> dict:
     total = {name: values[good] for name, values in total.items()}
     count = total["count"].sum(0)
     cosine = torch.stack([mean_pairwise_cosine(d, n.sum()) for d, n in zip(total["direction"], total["count"],
-                                                                            strict=True)]).mean()
+                                                                           strict=True)]).mean()
     record = {"loss": float(total["loss"].mean()), "grad_norm": float(total["grad_norm"].mean()),
               "mean_cosine": float(cosine)}
     for k, name in enumerate(domains):

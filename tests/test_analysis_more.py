@@ -218,7 +218,7 @@ def test_a_person_told_by_name_does_not_tell_the_source():
     x = rng.normal(size=(60, 40))[who] * 9 + 0.01 * rng.normal(size=(300, 40))
     task = SimpleNamespace(domain="face_hq", train=split)
     found = tell_sources({"tuned": lambda split, rows: x[rows]}, [task], [np.arange(300)], {"face_hq": []},
-                                 300, 50, 0)["face_hq"]
+                         300, 50, 0)["face_hq"]
     assert found["spaces"]["tuned"]["logistic"]["value"] < 0.75
 
 
@@ -255,7 +255,7 @@ def written(tmp_path_factory):
                 "sharing": {"tuned": sharing, "foundation": sharing}, "cka": dict.fromkeys(names, 1.0), "map": "pca"}
     folder = tmp_path_factory.mktemp("written") / "analysis"
     text = write_analysis(folder, analysis, {"tuned": curves}, components,
-                                  draw_up_map(embedded, tasks, "pca", 0))
+                          draw_up_map(embedded, tasks, "pca", 0))
     return folder, json.loads((folder / "analysis.json").read_text()), text
 
 

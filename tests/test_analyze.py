@@ -51,7 +51,7 @@ def test_analysis_writes_what_the_design_lists(analysed, tiny_run):
         assert {(p["fit"], p["test"]) for p in pairs} == {(a, b) for a in DOMAINS for b in DOMAINS}
         assert all(p["k"] == 16 for p in pairs)
         assert {(p["a"], p["b"]) for p in result["sharing"][weights]["pairs"]} == {(a, b) for a in DOMAINS
-                                                                                  for b in DOMAINS}
+                                                                                   for b in DOMAINS}
     controls = {"random", "over_random", "foundation", "over_foundation", "pooled", "bottom", "own_mean", "deleted"}
     assert controls <= set(result["transfer"]["tuned"]["pairs"][0])
     assert list(result["separability"]["spaces"]) == ["tuned", "foundation", "pixels", "tuned canon",
@@ -254,9 +254,9 @@ def test_claim_humans():
 def test_claim_generalisation_uses_retention_out_of_distribution():
     def run(value, spread=0.01):
         rows = [Row("a", "tuned", "object", "ood", "classification, x, out of distribution",
-                             "retention of nearest-mean top-1", value, 0, 1, 50),
+                    "retention of nearest-mean top-1", value, 0, 1, 50),
                 Row("a", "tuned", "object", "val", "classification, x", "retention of nearest-mean top-1", 0.1,
-                             0, 1, 50)]
+                    0, 1, 50)]
         return alone(measured("a", values=ALL, rows=rows, spread=spread))
 
     assert claim_generalisation(run(0.99), 0.95).verdict == "holds"

@@ -166,7 +166,7 @@ def test_noise_never_fails():
         for name in ("object*", "body*"):  # scored as people are
             embedded[name] = tuple(unit(rng.standard_normal((m, D))).astype(np.float32) for m in (300, n))
             tasks.append(Task(name, None, None, np.arange(300), each, each, each, each // 2, mates,
-                                      list(each[:, None])))
+                              list(each[:, None])))
         shares += transfer(embedded, tasks, 16, 100, seed, controls=False)["pairs"]
     counted = [p for p in shares if above_chance(p)]
     assert len(shares) == 16 and not counted

@@ -304,7 +304,7 @@ def test_bootstrap_resamples_identities_together():
     identities = np.repeat(np.arange(50), 4)
     values = np.random.default_rng(0).random(50)[identities]  # all of a person's images alike: 50 facts, not 200
     figure = intervals(lambda w: {"mean": weighted_mean(values, w)},
-                                bootstrap_counts(identities, 800, 0))["mean"]
+                       bootstrap_counts(identities, 800, 0))["mean"]
     error = values.std() / np.sqrt(50)
     assert figure.value == pytest.approx(values.mean())
     assert figure.high - figure.low == pytest.approx(2 * 1.96 * error, rel=0.12)

@@ -70,7 +70,7 @@ def test_leaks_of_a_split_that_is_its_own_reference_are_no_references(demo_root,
     kept = np.setdiff1d(np.arange(len(own)), leaked)
     x = np.random.default_rng(0).normal(size=(len(own), 8)).astype(np.float32)
     figures, _ = score(known({"object/own": x}), [own], open_root(tmp_path / "data"), None, 2, 0, NO_READOUTS,
-                                {"object/own": leaked})
+                       {"object/own": leaked})
     found = {metric: figure for rule in figures["object/own"].values() for metric, figure in rule.items()}
     x, labels, classes = unit(x[kept]), own.labels[kept], len(own.classes)
     votes = nearest_neighbours(x, x, labels, classes, True)

@@ -420,7 +420,7 @@ def test_the_sign_of_a_planted_difference(model, human, verdict):
     ratings, splits, x = planted(np.random.default_rng(1), 60, model, human)
     found = score_humans(ratings, splits, x, 200, 0)["face_hq/test"]
     row = Row("r", "tuned", "face_hq", "test", "human trials, x", "model minus human AUC",
-                       (lead := found["model minus human AUC"]).value, lead.low, lead.high, lead.count)
+              (lead := found["model minus human AUC"]).value, lead.low, lead.high, lead.count)
     assert human_verdict(row) == verdict and lead.low < lead.value < lead.high
     assert found["share of raters beaten"].value == pytest.approx({"above humans": 1, "below humans": 0}.get(
         verdict, found["share of raters beaten"].value))
@@ -490,7 +490,7 @@ def test_bad_files_of_ratings(text, words, tmp_path):
 def test_raters_of_one_kind_of_pair_alone_cannot_be_scored():
     with pytest.raises(InputError, match="no rater has rated both"):
         score_humans(rate(FACES, "dan", 3, 2), {"face_hq/test": FACES},
-                              {"face_hq/test": vectors(0.9, 0.4, 0.5, 0.1)}, 5, 0)
+                     {"face_hq/test": vectors(0.9, 0.4, 0.5, 0.1)}, 5, 0)
 
 
 # ---------------------------------------------------------------- experts
@@ -502,7 +502,7 @@ def write_scored(folder: Path, config: dict, values: dict[str, np.ndarray], peop
     results = []
     for domain, own in values.items():
         found = intervals(lambda w, own=own: {"rank-1": weighted_mean(own, w)},
-                                   bootstrap_counts(people, 300, 0), len(own))
+                          bootstrap_counts(people, 300, 0), len(own))
         results += rows_of(folder.name, "tuned", domain, "test", "reid, general, set x, flip", found)
     write_rows(folder / "eval", [row for row, _ in results])
     write_draws(folder / "eval", results, 0)
@@ -620,7 +620,7 @@ def test_published_figures_stand_beside_the_data_set_that_they_are_of(tmp_path):
     rows = read_published()
     names = ["face_hq/LFW", "face_lq/lfw", "body/market-1501", "object/val", "face_lq/tinyface"]
     assert datasets_of(names, (), rows) == {"face_hq/LFW": "lfw", "body/market-1501": "market1501",
-                                                   "face_lq/tinyface": "tinyface"}  # a degraded LFW is not LFW
+                                            "face_lq/tinyface": "tinyface"}  # a degraded LFW is not LFW
     given = datasets_of(names, ("object/val=ImageNet", "face_hq/LFW="), rows)
     assert given["object/val"] == "imagenet" and "face_hq/LFW" not in given
     for word, said in (("object/val=cifar", "nothing is published of 'cifar'"), ("object/x=lfw", "want SPLIT=DATASET"),
@@ -656,7 +656,7 @@ def test_stages_of_a_sequential_run_by_hand(tmp_path):
     # 10 steps, three domains: the stages end after steps 4, 7 and 10 (floor(3 s / 10) grows at s = 4 and 7)
     config = {"order": ["body", "object", "face_hq"], "domains": ["object", "face_hq", "body"], "steps": 10}
     plan = plan_batches(config | {"schedule": "sequential"}, make_schedule("sequential", 3, 8), 10,
-                              np.ones(3) / 3)
+                        np.ones(3) / 3)
     assert [config["domains"][k] for k in plan.argmax(1)] == ["body"] * 4 + ["object"] * 3 + ["face_hq"] * 3
     assert read_stages(tmp_path, config) is None
     assert "--eval-every 3" in "\n".join(show_stages(None, config))
@@ -696,7 +696,7 @@ def test_the_report_of_a_sequential_run_holds_everything(demo_root, tmp_path):
 
 def test_the_page_of_a_report_escapes_what_it_is_told(tmp_path):
     page = to_html(["# <b>", "", "a **b** `c` <script> & ![x](../y.png)", "", "| h |", "| --- |", "| <i> |"],
-                          tmp_path)
+                   tmp_path)
     assert "<script>" not in page and "<i>" not in page and "<title>&lt;b&gt;</title>" in page
     assert "<b>b</b> <code>c</code>" in page and "<img" not in page
 

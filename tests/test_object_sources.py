@@ -38,7 +38,7 @@ def identities(split: Split) -> list[str]:
 
 def scored(split: Split, x: np.ndarray, reference: Split, y: np.ndarray, head=None, head_classes=()) -> dict:
     figures = score_classification(x, split, (y, reference), head, list(head_classes), 2, 0,
-                                            split.protocol.get("groups"))
+                                   split.protocol.get("groups"))
     return {name: figure.value for name, figure in figures.items()}
 
 

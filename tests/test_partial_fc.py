@@ -66,7 +66,7 @@ def reference(negatives: str) -> tuple:
     assert [b - a for a, b in kept] == [20, 40, 24, 17]  # 17: as many as there are images in the step
     drawn, loss = set(rows.tolist()), 0.0
     values = {key: per_domain(PART, key) for key in ("scale", "margin_angular", "margin_additive",
-                                                           "domain_weight", "label_smoothing")}
+                                                     "domain_weight", "label_smoothing")}
     x = nn.functional.normalize(model(images[domains, numbers]), dim=1)
     for i, d in enumerate(domains):
         own = d * CLASSES + int(label[i])

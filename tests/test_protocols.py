@@ -273,7 +273,7 @@ def test_template_search_equals_a_literal_transcription(seed):
     identity = np.concatenate([np.arange(people), rng.integers(0, people, probes)])
     vectors = unit(rng.normal(size=(people, 6))[identity] + 0.5 * rng.normal(size=(people + probes, 6)))
     templates = Templates(np.arange(len(identity)), vectors.astype(np.float32), identity,
-                                   np.ones(len(identity), dtype=bool))
+                          np.ones(len(identity), dtype=bool))
     galleries, listed = [np.arange(22), np.arange(22, people)], np.arange(people, people + probes)
     found = score_template_search(templates, galleries, listed, 10, 0)
     both = [literal_search(templates.vectors[listed], templates.vectors[g], identity[listed], identity[g], [0.1, 0.01])
@@ -505,7 +505,7 @@ def test_unified_gallery_by_hand():
 
 def test_people_are_joined_across_domains_by_what_the_source_proves(demo_root):
     splits = choose_crowd([split for by_name in open_root(demo_root).values() for split in by_name.values()
-                                    if split.protocol])
+                           if split.protocol])
     assert [(s.domain, s.name) for s in splits] == [("object", "val"), ("face_hq", "test"), ("face_lq", "test"),
                                                     ("body", "test")]
     things, sharp, blurred, bodies = (set(name_identities(split)) for split in splits)
@@ -524,7 +524,7 @@ def write_run(folder, values, people, seed=0, protocol="reid, general, set x, fl
     """A run folder with one figure: the mean of a value per sample, resampled by person."""
     (folder / "eval").mkdir(parents=True)
     found = intervals(lambda w: {"rank-1": weighted_mean(values, w)},
-                               bootstrap_counts(people, 400, resampling), len(values))
+                      bootstrap_counts(people, 400, resampling), len(values))
     results = rows_of(folder.name, "tuned", "body", "test", protocol, found)
     write_rows(folder / "eval", [row for row, _ in results])
     write_draws(folder / "eval", results, resampling)

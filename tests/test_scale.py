@@ -58,7 +58,7 @@ def embedder(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_embed, "PART", 16)
     model = load_tuned(load_run(tiny_run))
     return lambda name, **more: Embedder(model, "tuned", tmp_path / name, torch.device("cpu"), 8, 0, True,
-                                                  **more)
+                                         **more)
 
 
 def test_parts_make_the_same_array_whoever_computes_them(embedder, demo_root, monkeypatch):
@@ -447,7 +447,7 @@ def test_one_image_has_nothing_to_be_scored_by():
         score_gallery(x, FakeSplit([0], {"name": "identification"}, role=np.array([0])), 2, 0)
     with pytest.raises(InputError, match="all genuine or all impostors"):
         score_verification(x, FakeSplit([0], {"name": "verification", "folds": 10},
-                                                 pairs=np.array([[0, 0, 1, 0]])), 2, 0)
+                                        pairs=np.array([[0, 0, 1, 0]])), 2, 0)
 
 
 def test_gaussian_scores_have_the_rates_that_theory_gives():

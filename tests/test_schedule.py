@@ -54,7 +54,7 @@ def test_plan_of_every_schedule():
     def plan(name, steps):
         schedule = make_schedule(name, 4, 64)
         return plan_batches(CONFIG | {"schedule": name, "order": ["body", "object", "face_lq", "face_hq"]},
-                                  schedule, steps, shares)
+                            schedule, steps, shares)
 
     a = plan("A", 3)
     assert a.shape == (12, 4) and (a.reshape(3, 4, 4).sum(1) == 16).all() and ((a > 0).sum(1) == 1).all()

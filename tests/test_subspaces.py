@@ -380,7 +380,7 @@ def test_a_source_that_was_left_out_can_be_mistaken():
     tested = {"tuned": [features(test, np.arange(80)), features(plain, np.arange(50))]}
     ids = [np.arange(80).astype(str), np.arange(100, 150).astype(str)]
     rows = unseen_sources({"tuned": features}, fitted, tested, ids, tasks, [np.arange(120)] * 2, others, 100,
-                                  20, 0)
+                          20, 0)
     found = {(r["domain"], r["source"]): r["spaces"]["tuned"]["recall"] for r in rows}
     assert set(found) == {("face_hq", "a"), ("face_hq", "b")}  # body has one source alone
     assert found["face_hq", "b"] < 0.2 and found["face_hq", "a"] < 0.9
