@@ -175,9 +175,9 @@ def half(demo_root, tmp_path_factory) -> Path:
 
 # argv: which write of which file ends the process by kill -9, when half of it is written or after it
 KILLED_WHILE_WRITING = """
-import os, signal, sys, train
+import os, run_folder, signal, sys, train
 name, number, half = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1) == "half"
-write, seen = write_atomically, 0
+write, seen = run_folder.write_atomically, 0
 
 def fatal(path, fill):
     global seen
@@ -191,7 +191,7 @@ def fatal(path, fill):
     write(path, part if half else fill)
     os.kill(os.getpid(), signal.SIGKILL)
 
-write_atomically = fatal
+run_folder.write_atomically = fatal
 train.run_command(train.main)
 """
 
