@@ -9,12 +9,10 @@ map.csv, and the figures transfer, deletion, importance, separability, sharing, 
 Principal components are fitted on training images whose identities are not among the tested ones.
 """
 
-import json
 import os
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 
 import evaluate
-from analyze_claims import make_table, read_runs
+from analyze_claims import make_table, read_runs, write_table
 from analyze_figures import draw_up_map
 from analyze_report import write_analysis
 from analyze_separability import Canon, Features, measure_separability, pixel_statistics
@@ -44,8 +42,7 @@ from analyze_tasks import ROWS, Degraded, Task, choose_pairs, drop_tested, make_
 from data_prep import DOMAINS, InputError, Number, run_command
 from data_prep.shards import Split, open_root
 from evaluate_embed import make_embedder
-from evaluate_results import write_csv
-from run_folder import load_foundation, load_run, load_tuned, write_atomically
+from run_folder import load_foundation, load_run, load_tuned
 from train_options import refuse_options
 from train_ranks import pick_device
 
@@ -224,15 +221,11 @@ def main(context: click.Context, **options) -> int | None:
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
 def claims(folder: Path, delta: float, retention: float, separable: float, keep: float) -> int:
     table = make_table(read_runs(folder), delta, retention, separable, keep)
-    lines = ["| claim | backbones | measured | threshold | verdict |", "| --- | --- | --- | --- | --- |"]
-    lines += [f"| {c.claim} | {c.backbones} | {c.measured} | {c.rule} | {c.told} |" for c in table]
-    rows = [asdict(claim) for claim in table]
-    write_atomically(folder / "claims.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
-    write_atomically(folder / "claims.md", lambda path: path.write_text("\n".join(lines) + "\n"))
-    write_csv(folder / "claims.csv", [{k: v for k, v in row.items() if k != "findings"} for row in rows])
+    write_table(folder, table)
     for claim in table:
-        print(f"{claim.claim} [{claim.backbones}]\n    {claim.told}\n    measured: {claim.measured}\n"
-              f"    threshold: {claim.rule}")
+        print(f"{claim.claim} [{claim.backbones}]\n    {claim.told}\n    decided by: {claim.decided_by}"
+              + f" (1 of {len(claim.findings)} findings)" * (len(claim.findings) > 1)
+              + f"\n    threshold: {claim.rule}")
     print(f"written: {folder}/claims.md, claims.json, claims.csv")
     return 0
 

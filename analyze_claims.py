@@ -1,8 +1,9 @@
 """The abstract's claims, measured on a folder of runs."""
 
+import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +15,9 @@ from analyze_subspaces import above_chance, minus, show
 from data_prep import DOMAINS, InputError
 from evaluate_bootstrap import Figure
 from evaluate_compare import Scored, aggregate, as_many, margin, read_scored, start_of
-from evaluate_report import read_stages
-from evaluate_results import HEADLINE, Row, read_rows
-from run_folder import RUN_ROLES, read_json
+from evaluate_report import literal, read_stages
+from evaluate_results import HEADLINE, Row, read_rows, write_csv
+from run_folder import RUN_ROLES, read_json, write_atomically
 
 HOLDS, FAILS, WIDE = "holds", "fails", "not measured (intervals too wide to decide)"
 ORDER = ("fails", "not measured", "holds, but", "holds")  # of verdicts, the weakest first
@@ -48,7 +49,8 @@ class Claim:
     claim: str
     backbones: str  # those that were measured
     measured: str
-    value: float | None  # of the finding that decided, with its interval and the threshold that it was held against
+    decided_by: str  # the finding that did, the weakest; its figure, interval and the threshold it was held against:
+    value: float | None
     low: float | None
     high: float | None
     threshold: float | None
@@ -324,7 +326,8 @@ def make_claim(claim: str, rule: str, findings: list[Finding], further: list[str
         deciding = []
     weakest = min(deciding, key=lambda f: (rank(decide(f.low, f.high, f.threshold)), f.low - f.threshold), default=None)
     numbers = [getattr(weakest, name, None) for name in ("value", "low", "high", "threshold")]
-    return Claim(claim, "", "; ".join(map(str, findings)) or "-", *numbers, rule, verdict, 0, findings)
+    measured = "; ".join(map(str, findings)) or "-"
+    return Claim(claim, "", measured, str(weakest or "-"), *numbers, rule, verdict, 0, findings)
 
 
 def claim_backbones(imic: list[Group], families: list[str], delta: float) -> Claim:
@@ -669,3 +672,18 @@ def make_table(runs: list[Measured], delta: float, retention: float, separable: 
                 ", ".join(there) or f"none of {', '.join(families)}"
             table.append(claim)
     return table
+
+
+def write_table(folder: Path, table: list[Claim]) -> None:
+    """claims.md (the table, then every finding), claims.json and claims.csv."""
+    rows = [asdict(claim) for claim in table]
+    lines = ["| claim | backbones | decided by | threshold | verdict |", "| --- | --- | --- | --- | --- |"]
+    for c in table:
+        lines.append(f"| {' | '.join(map(literal, (c.claim, c.backbones, c.decided_by, c.rule, c.told)))} |")
+    for claim in (claim for claim in table if claim.findings):
+        lines += ["", f"## {literal(claim.claim)}: {literal(claim.backbones)}", ""]
+        lines += [f"- {literal(str(finding))}" + f": {finding.verdict}" * bool(finding.verdict)
+                  for finding in claim.findings]
+    write_atomically(folder / "claims.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+    write_atomically(folder / "claims.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+    write_csv(folder / "claims.csv", [{k: v for k, v in row.items() if k != "findings"} for row in rows])

@@ -388,7 +388,7 @@ def test_claims_table_of_a_folder(analysed, tiny_run):
     assert "not measured (no human trials" in result.stdout
     with open(tiny_run.parent / "claims.csv") as file:
         assert [row["verdict"] for row in csv.DictReader(file)] == [row["verdict"] for row in table]
-    head = "| claim | backbones | measured | threshold | verdict |"
+    head = "| claim | backbones | decided by | threshold | verdict |"
     assert (tiny_run.parent / "claims.md").read_text().startswith(head)
 
 

@@ -12,6 +12,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from sklearn.neighbors import NearestCentroid
 
 import evaluate
+import train
 from data_prep import DOMAINS, InputError
 from data_prep.shards import Split, open_root
 from evaluate_bootstrap import Figure, bootstrap_counts, intervals, retention, weighted_mean
@@ -314,11 +315,11 @@ def test_bootstrap_resamples_identities_together():
 
 def test_matched_pairs_are_what_they_say():
     labels = np.array([0, 0, 0, 1, 1, 2, -1, -1, 3])
-    pairs = evaluate.matched_pairs(labels, 500, 0)
+    pairs = train.matched_pairs(labels, 500, 0)
     a, b = labels[pairs[:, 0]], labels[pairs[:, 1]]
     assert len(pairs) == 1000 and (a[:500] == b[:500]).all() and (a[500:] != b[500:]).all()
     assert (pairs[:, 0] != pairs[:, 1]).all() and a.min() >= 0 and set(a[:500]) == {0, 1}
-    assert len(evaluate.matched_pairs(np.array([0, 1, 2]), 10, 0)) == 0  # nobody twice: no genuine pair
+    assert len(train.matched_pairs(np.array([0, 1, 2]), 10, 0)) == 0  # nobody twice: no genuine pair
 
 
 def test_retention_is_corrected_for_chance():

@@ -19,7 +19,7 @@ import data_prep.__main__
 import evaluate
 import train
 import train_export
-from data_prep import InputError
+from data_prep import DOMAINS, InputError
 from data_prep.shards import Split
 from evaluate_embed import Embedder
 from run_folder import load_run, load_tuned
@@ -158,7 +158,7 @@ def test_the_card_says_what_the_model_is_made_of(tiny_run, demo_root, tmp_path):
     export("--run", run, "--to", "safetensors")
     card = (run / "export" / "run.safetensors.md").read_text()
     config = json.loads((run / "config.json").read_text())
-    for domain in train.DOMAINS:
+    for domain in DOMAINS:
         split, drawn = Split(demo_root / domain / "train"), config["counts"][domain]
         assert (f"| {domain} | demo | {len(split):,} | {len(split.classes)} | {drawn} | {drawn / len(split):.1f} | "
                 f"{split.size} px, {split.index['fit']} |") in card

@@ -25,7 +25,7 @@ import data_prep.__main__
 import evaluate
 import run_folder
 import train
-from data_prep import InputError
+from data_prep import DOMAINS, InputError
 from data_prep.shards import open_root
 from data_prep.stream import Stream
 from run_folder import STOPPED, load_foundation, load_run, load_tuned, save_checkpoint, write_atomically
@@ -74,7 +74,7 @@ def test_a_run_folder_holds_what_the_design_lists(tiny_run, demo_root):
     assert list((tiny_run / "tensorboard").glob("events*"))
     config = json.loads((tiny_run / "config.json").read_text())
     assert config["role"] == "unified" and config["steps"] == 4 and sum(config["counts"].values()) == 64
-    assert set(config["versions"]) >= {"torch", "timm"} and config["domains"] == list(train.DOMAINS)
+    assert set(config["versions"]) >= {"torch", "timm"} and config["domains"] == list(DOMAINS)
     run = load_run(tiny_run)
     classes = {d: splits["train"].classes for d, splits in open_root(demo_root).items()}
     assert run.classes == classes and len(run.head) == sum(len(names) for names in classes.values())
@@ -135,7 +135,7 @@ def test_head_warmup_trains_the_head_alone(demo_root, tmp_path):
     run = load_run(tmp_path / "run")
     before, after = load_foundation(run).net.state_dict(), load_tuned(run).net.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    splits = [open_root(demo_root)[domain]["train"] for domain in train.DOMAINS]
+    splits = [open_root(demo_root)[domain]["train"] for domain in DOMAINS]
     start = train.init_head(load_foundation(run), splits, run.config, torch.device("cpu"))
     assert not torch.allclose(run.head, start, atol=1e-4)
 
@@ -448,7 +448,7 @@ def test_an_existing_run_is_not_overwritten(tiny_run, demo_root):
 
 
 def test_a_run_is_not_resumed_on_other_shards(tiny_run, demo_root, tmp_path):
-    for domain in train.DOMAINS:
+    for domain in DOMAINS:
         shutil.copytree(demo_root / domain / "train", tmp_path / "data" / domain / "train")
     path = tmp_path / "data/body/train/index.json"
     index = json.loads(path.read_text())
@@ -563,9 +563,11 @@ def words_read(*names: str) -> set[str]:
     return reader.found
 
 
-STAGES = [(train.main, ["train.py", "backbones.py"]), (evaluate.main, ["evaluate.py"]),
-          (analyze.main, ["analyze.py", "evaluate.py"]),
-          (data_prep.__main__.cli, sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("data_prep/*.py")))]
+STAGES = [(train.main, ["train.py", "train_*.py", "backbones.py"]), (evaluate.main, ["evaluate.py", "evaluate_*.py"]),
+          (analyze.main, ["analyze.py", "analyze_*.py", "evaluate_embed.py"]),
+          (data_prep.__main__.cli, ["data_prep/*.py"])]
+STAGES = [(command, [str(p.relative_to(ROOT)) for pattern in patterns for p in sorted(ROOT.glob(pattern))])
+          for command, patterns in STAGES]
 COMMANDS = [(f"{files[0]} {name}", command, files) for top, files in STAGES
             for name, command in [("", top), *getattr(top, "commands", {}).items()]]
 
