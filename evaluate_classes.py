@@ -13,9 +13,8 @@ import train
 from data_prep import InputError
 from data_prep.shards import Split
 from evaluate_bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
-from evaluate_embed import Embedder, fingerprint, load_array, save_array
+from evaluate_embed import Embedder, fingerprint, keep
 from evaluate_search import take_rows
-from run_folder import write_atomically
 
 
 def class_means(x: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
@@ -179,12 +178,26 @@ class Readouts:
     config: dict  # of the backbone
     trained: list[str]  # classes that the run has seen; of others retention is told apart
 
+    def fit_once(self, embed: Embedder, y: np.ndarray, labels: np.ndarray, classes: int
+                 ) -> tuple[np.ndarray, np.ndarray, float]:
+        """`fit_probe`, kept in the folder that runs share: the untouched backbone's is the same for all of them."""
+        def make() -> np.ndarray:
+            w, b, strength = fit_probe(y, labels, classes, embed.device)
+            return np.column_stack([w, b, np.full(classes, strength, dtype=np.float32)])
+
+        if not embed.shared:
+            return fit_probe(y, labels, classes, embed.device)
+        told = hashlib.sha256(np.ascontiguousarray(y).data)
+        told.update(repr((labels.tolist(), classes)).encode())
+        kept = keep(embed.folder / f"{embed.name}-probe-{told.hexdigest()[:16]}.npy", (classes, y.shape[1] + 2), make)
+        return kept[:, :-2], kept[:, -2].copy(), float(kept[0, -1])
+
     def fit(self, embed: Embedder, y: np.ndarray, reference: Split, seed: int) -> dict[str, tuple]:
         """(Weights [C, D], bias [C], rule) by name for the classes of a reference with unit embeddings y."""
         found, good = {}, np.flatnonzero(np.isfinite(y[:, 0]) & (reference.labels >= 0))
         if self.probe and len(np.unique(reference.labels[good])) > 1:
             rows = np.sort(np.random.default_rng(seed).permutation(good)[: self.probe])
-            w, b, strength = fit_probe(y[rows], reference.labels[rows], len(reference.classes), embed.device)
+            w, b, strength = self.fit_once(embed, y[rows], reference.labels[rows], len(reference.classes))
             b[reference.counts == 0] = -1e9  # a class without images is never the answer
             print(f"  {embed.name} {reference.domain}/{reference.name}: linear probe of {len(rows):,} images, l2 "
                   f"{strength:g}")
@@ -193,14 +206,9 @@ class Readouts:
         if embed.model.library == "open_clip" and embed.model.project is None:
             for name, templates in self.prompts.items():
                 key = hashlib.sha256(json.dumps([embed.weights, templates, reference.names]).encode()).hexdigest()[:16]
-                path = embed.folder / f"{embed.name}-text-{key}.npy"
-                if load_array(path, (len(reference.names), y.shape[1])) is None:
-                    if path.exists():
-                        print(f"  {path}: damaged: its embeddings are computed again")
-                    words = train.text_weights(embed.model, self.config, reference.names, embed.device, templates)
-                    words = words.cpu().numpy()
-                    write_atomically(path, lambda temporary, words=words: save_array(temporary, words))
-                w = np.load(path, allow_pickle=False)
+                w = keep(embed.folder / f"{embed.name}-text-{key}.npy", (len(reference.names), y.shape[1]),
+                         lambda templates=templates: train.text_weights(
+                             embed.model, self.config, reference.names, embed.device, templates).cpu().numpy())
                 found[f"zero-shot {name.split()[0]}"] = w, np.zeros(len(w)), f"zero-shot by prompts {name}"
         return found
 

@@ -52,6 +52,19 @@ def load_array(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
     return x if whole and all(np.isfinite(x[i : i + 4096]).all() for i in range(0, len(x), 4096)) else None
 
 
+def keep(path: Path, shape: tuple[int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
+    """A float32 array that is made once and then read from its file; a second process waits for the first."""
+    if load_array(path, shape) is None:
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if load_array(path, shape) is None:
+                if path.exists():
+                    print(f"  {path}: damaged: it is made again")
+                made = make()
+                write_atomically(path, lambda temporary: save_array(temporary, made))
+    return np.load(path, allow_pickle=False)
+
+
 def map_copy(x: np.ndarray, folder: Path) -> np.ndarray:
     """A copy to write to that takes no memory: mapped from a file in `folder` that goes when the copy does.
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import evaluate
+import evaluate_classes
 from data_prep import InputError
 from data_prep.shards import Record, Source, Split, open_root, write_split
 from data_prep.trials import RATING_COLUMNS
-from evaluate_classes import Readouts, class_means, nearest_mean, nearest_neighbours
+from evaluate_classes import Readouts, class_means, fit_probe, nearest_mean, nearest_neighbours
 from evaluate_compare import Scored, refuse_unshared
 from evaluate_embed import normalise
 from evaluate_pairs import FARS
@@ -222,6 +223,25 @@ def test_rows_with_values_of_another_kind_are_refused(name, value, tmp_path):
     path.write_text("[" * 100_000)
     with pytest.raises(InputError, match="cannot be read"):
         run_here("compare", *runs, "--out", tmp_path / "c")
+
+
+def test_the_probe_of_the_untouched_backbone_is_fitted_once_for_all_runs(run, tmp_path, monkeypatch, capsys):
+    options, fitted, fit = ["--run", run, *OPTIONS, "--splits", "object/val", "--probe", "50"], [], fit_probe
+    monkeypatch.setattr(evaluate_classes, "fit_probe", lambda *a: fitted.append(a) or fit(*a))
+    run_here(*options)
+    rows = (run / "eval/results.json").read_bytes()
+    assert b"probe top-1" in rows and len(fitted) == 2  # before and after
+    for expected in (2, 1, 1):
+        fitted.clear()
+        run_here(*options, "--cache", tmp_path / "cache")
+        assert len(fitted) == expected and (run / "eval/results.json").read_bytes() == rows
+    path, = (tmp_path / "cache").glob("foundation-probe-*.npy")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    capsys.readouterr()
+    run_here(*options, "--cache", tmp_path / "cache")
+    assert f"{path}: damaged: it is made again" in capsys.readouterr().out and path.read_bytes() == whole
+    assert (run / "eval/results.json").read_bytes() == rows
 
 
 def test_damaged_embeddings_are_computed_again(run, capsys):
