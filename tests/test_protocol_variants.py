@@ -564,6 +564,7 @@ class Stored(Embedder):
 
     def __init__(self, folder, **arrays):
         self.folder, self.device, self.name, self.model = folder, torch.device("cpu"), "tuned", Known.model
+        self.shared = False
         for name, x in arrays.items():
             np.save(folder / f"{name}.npy", x)
 
