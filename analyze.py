@@ -19,13 +19,17 @@ import click
 import numpy as np
 import torch
 
-import evaluate
-from analyze_claims import make_table, read_runs, write_table
 from analyze_figures import draw_up_map
 from analyze_report import write_analysis
-from analyze_separability import Canon, Features, measure_separability, pixel_statistics
-from analyze_sharing import debiased_cka, measure_components, measure_sharing
-from analyze_subspaces import (
+from data_prep import DOMAINS, InputError, Number, run_command
+from data_prep.format import Split, open_root
+from evaluate import model_options
+from models.runs import load_foundation, load_run, load_tuned, pick_device
+from protocols.claims import make_table, read_runs, write_table
+from protocols.embed import make_embedder
+from protocols.separability import Canon, Features, measure_separability, pixel_statistics
+from protocols.sharing import debiased_cka, measure_components, measure_sharing
+from protocols.subspaces import (
     FITTED,
     FURTHER,
     GRID,
@@ -38,13 +42,8 @@ from analyze_subspaces import (
     transfer,
     unit,
 )
-from analyze_tasks import ROWS, Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
-from data_prep import DOMAINS, InputError, Number, run_command
-from data_prep.shards import Split, open_root
-from evaluate_embed import make_embedder
-from run_folder import load_foundation, load_run, load_tuned
+from protocols.tasks import ROWS, Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
 from train_options import refuse_options
-from train_ranks import pick_device
 
 # ---------------------------------------------------------------- the job
 
@@ -186,7 +185,7 @@ def check_range(delete: tuple[int, int], dim: int) -> None:
 
 @click.group(invoke_without_command=True, context_settings={"show_default": True, "max_content_width": 120},
              help=__doc__.split("\n\n")[0])
-@evaluate.model_options
+@model_options
 @click.option("--splits", metavar="NAMES",
               help="Comma-separated domain/split to test on, one a domain (default: a domain's first in distribution).")
 @click.option("--components", type=click.IntRange(1), default=99, help="The k of the claim: fewer than 100.")

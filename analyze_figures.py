@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from analyze_separability import CLASSIFIERS
-from analyze_subspaces import RANDOM_SEEDS, above_chance
-from analyze_tasks import Task
 from data_prep import DOMAIN_COLOURS
+from protocols.separability import CLASSIFIERS
+from protocols.subspaces import RANDOM_SEEDS, above_chance
+from protocols.tasks import Task
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (  # Okabe-Ito
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")

@@ -15,10 +15,10 @@ from analyze_figures import (
     draw_spectrum,
     draw_transfer,
 )
-from analyze_separability import CLASSIFIERS
-from analyze_subspaces import FURTHER_RANDOM, LEVELS
-from evaluate_results import write_csv
-from run_folder import write_atomically, write_json
+from models.runs import write_atomically, write_json
+from protocols.separability import CLASSIFIERS
+from protocols.subspaces import FURTHER_RANDOM, LEVELS
+from reports.rows import write_csv
 
 FEW = 20  # identities below which the bootstrap's intervals are too narrow
 

@@ -34,7 +34,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -43,42 +43,30 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import backbones
-import train
-from backbones import Backbone
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, Number, run_command
-from data_prep.folders import image_suffixes
-from data_prep.shards import BadImage, Split, fit_image, open_root
-from data_prep.trials import read_ratings
-from evaluate_classes import Readouts, nearest_rows, read_prompts
-from evaluate_compare import (
-    Scored,
-    compare_experts,
-    compare_groups,
-    draw_comparison,
-    draw_experts,
-    read_scored,
-    refuse_unshared,
-    show_comparison,
-    show_experts,
+from data_prep.format import Split, open_root
+from models.backbones import BACKBONES, SIZES, Backbone, embed_rows, load_backbone, resolve_backbone
+from models.runs import (
+    Ranks,
+    Run,
+    join_ranks,
+    kept_steps,
+    load_foundation,
+    load_run,
+    load_tuned,
+    make_folder,
+    pick_device,
+    read_json,
+    write_atomically,
 )
-from evaluate_embed import Embedder, make_embedder
-from evaluate_figures import MISS, Tile, draw_figures, draw_search, draw_sheet
-from evaluate_humans import human_rows, human_verdict, make_human_rows, score_humans, show_humans
-from evaluate_report import (
-    beside,
-    datasets_of,
-    draw_stages,
-    read_published,
-    read_stages,
-    show_published,
-    show_stages,
-    write_report,
-)
-from evaluate_results import (
+from protocols.classify import Readouts, read_prompts
+from protocols.embed import Embedder, make_embedder
+from protocols.humans import human_rows, human_verdict, make_human_rows, score_humans, show_humans
+from protocols.search import choose_crowd, make_members, score_unified
+from reports.plots import draw_figures, draw_search, draw_sheet
+from reports.rows import (
     HEADLINE,
     Row,
-    clean_of,
     headlines,
     make_report,
     make_rows,
@@ -90,146 +78,39 @@ from evaluate_results import (
     write_draws,
     write_rows,
 )
-from evaluate_search import choose_crowd, make_members, score_unified
-from run_folder import (
-    Run,
-    describe_sources,
-    kept_steps,
-    load_foundation,
-    load_run,
-    load_tuned,
-    make_folder,
-    read_json,
-    write_atomically,
+from reports.tables import (
+    beside,
+    datasets_of,
+    draw_stages,
+    read_published,
+    read_stages,
+    show_published,
+    show_stages,
+    write_report,
 )
+from tools.compare import (
+    Scored,
+    compare_experts,
+    compare_groups,
+    draw_comparison,
+    draw_experts,
+    read_scored,
+    refuse_unshared,
+    show_comparison,
+    show_experts,
+)
+from tools.leaks import LEAK, find_leaks, score_without
+from tools.own_pictures import Pictures, find_fitting, find_pictures, write_embeddings
+from tools.trials import read_ratings
 from train_options import LOADERS, refuse_options
-from train_ranks import Ranks, join_ranks, pick_device
 
 PATIENCE = 5.0  # seconds between looks at a run that trains (--watch)
 
+
 # ---------------------------------------------------------------- leaks
-
-LEAK = ("split", "row", "key", "identity", "cosine", "train_split", "train_key", "train_identity")  # leaks.csv
-
-
-def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
-               threshold: float) -> tuple[list[dict], list[tuple[Tile, Tile]]]:
-    """The images of test splits whose nearest training image, of any domain, is as near as the threshold.
-
-    Returns:
-        A row for each, the nearest first, and the two images of each, to draw.
-    """
-    nearest: dict = {}  # by test split, row: cosine, training split, its row
-    for source in training:
-        y = embed(source)
-        for split in splits:
-            rows, cosines = (found[:, 0] for found in nearest_rows(embed(split), y, device=embed.device))
-            for row in np.flatnonzero(cosines >= threshold):
-                key = (f"{split.domain}/{split.name}", int(row))
-                if key not in nearest or cosines[row] > nearest[key][0]:
-                    nearest[key] = (float(cosines[row]), source, int(rows[row]))
-
-    def describe(split: Split, row: int) -> tuple[str, str]:
-        return split.jpeg(row)[0], split.classes[split.labels[row]] if split.labels[row] >= 0 else ""
-
-    by_name, table, images = {f"{split.domain}/{split.name}": split for split in splits}, [], []
-    for (name, row), (cosine, source, other) in sorted(nearest.items(), key=lambda leak: -leak[1][0]):
-        (key, identity), (train_key, train_identity) = describe(by_name[name], row), describe(source, other)
-        values = name, row, key, identity, cosine, f"{source.domain}/{source.name}", train_key, train_identity
-        table.append(dict(zip(LEAK, values, strict=True)))
-        images.append(((by_name[name], row, MISS, f"{key}  {cosine:.3f}"), (source, other, "#000000", train_key)))
-    return table, images
-
-
-def score_without(embed: Embedder, splits: list[Split], root: dict, run: Run, draws: int, seed: int, flip: bool,
-                  without: dict[str, list[int]], how: str) -> tuple[list[Row], list[Row]]:
-    """The rows of the splits that leaks touch, of all images and without the leaked ones.
-
-    Touched is also a shifted split of whose clean images some leaked, for its gaps.
-
-    Args:
-        splits: test splits.
-        without: leaked rows by "domain/split".
-        how: the leaks were found, for the protocol.
-    """
-    def count(split: Split | None, left_out: dict) -> int:
-        return len(left_out.get(f"{split.domain}/{split.name}", [])) if split else 0
-
-    by_name, tables = {f"{split.domain}/{split.name}": split for split in splits}, ([], [])
-    clean = {name: clean_of(split, splits) for name, split in by_name.items()}
-    touched = [split for name, split in by_name.items() if count(split, without) + count(clean[name], without)]
-    for table, left_out in zip(tables, ({}, without), strict=True):
-        figures, _ = score(embed, touched, root, run, draws, seed, Readouts({}, 0, run.config, []), left_out, splits)
-        for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, flip):
-            name = f"{row.domain}/{row.split}"
-            own = count(by_name[name], left_out)
-            others = count(clean[name], left_out) if row.metric.startswith(("gap of ", "clean ")) else 0
-            if own or others:
-                row.protocol += f", without {own} leaked" + f" and {others} of the clean" * (others > 0) + f" {how}"
-            if own or others or table is tables[0]:  # what lacks nothing is told once
-                table.append(row)
-    return tables
 
 
 # ---------------------------------------------------------------- a user's own pictures
-
-
-@dataclass
-class Pictures:
-    """Image files that are read as a split is, so that `embed_rows` takes either: each becomes what its shard held."""
-
-    paths: list[Path]
-    size: int  # pixels
-    fit: str  # see `fit_image`, as is quality
-    quality: int
-
-    def image(self, row: int) -> torch.Tensor:
-        """uint8 [3, size, size], RGB; BadImage where the file is none or is damaged."""
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        try:
-            data = fit_image(self.paths[row].read_bytes(), self.size, self.fit, self.quality)
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except (OSError, RuntimeError) as error:
-            raise BadImage(f"{self.paths[row]}: unreadable") from error
-
-
-def find_pictures(places: tuple[Path, ...]) -> list[Path]:
-    """The files named, and every image (by its name) below the folders named; each once."""
-    found, endings = [], image_suffixes()
-    for place in places:
-        if not place.exists():
-            raise InputError(f"{place}: no such file or folder; name pictures, or a folder that holds some")
-        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in endings and p.is_file())
-        if place.is_dir() and not inside:
-            raise InputError(f"{place}: holds no images (looked for names that end in .jpg, .png and the like)")
-        found += inside if place.is_dir() else [place]
-    return list(dict.fromkeys(found))
-
-
-def find_fitting(run: Run, domain: str | None) -> dict:
-    """Size, fit and JPEG quality of the shards that a domain of a run was trained on."""
-    domain = domain or run.config["domains"][0]
-    if domain not in run.config["domains"]:
-        raise InputError(f"--domain {domain}: the run was trained on {', '.join(run.config['domains'])}: take the one "
-                         "whose images are prepared like yours")
-    known = run.config.get("sources") or describe_sources(train.open_splits(run.config))
-    print(f"fitted as {domain}: {known[domain]['size']} px, {known[domain]['fit']}")
-    return {key: known[domain][key] for key in ("size", "fit", "quality")}
-
-
-def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
-    """`files` [M] and `embeddings` [M, D] as .npz, or a .csv with a line a file."""
-    if path.suffix == ".csv":
-        write_csv(path, [{"file": name} | {f"e{i}": f"{value:.9g}" for i, value in enumerate(row)}
-                         for name, row in zip(names, x, strict=True)])
-        return
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # given a name, savez would add .npz
-            np.savez(file, files=np.array(names), embeddings=x)
-
-    write_atomically(path, write)
 
 
 # ---------------------------------------------------------------- the job
@@ -294,10 +175,10 @@ def open_models(options: dict, given: set[str]
             raise InputError(f"{name} describes how a run is scored: give --run RUN, or leave it out")
     config = {key: options[key] for key in ("backbone", "size", "model", "weights", "image_size")}
     config |= {"embed_dim": 0, "seed": options["seed"]}
-    backbones.resolve_backbone(config)  # refuses an unknown name before anything is read
+    resolve_backbone(config)  # refuses an unknown name before anything is read
     name = (options["model"] or f"{options['backbone']}-{options['size']}").replace("/", "_") + "-foundation"
     folder = Path(options["out"] or f"runs/{name}")
-    models = {"foundation": lambda: backbones.load_backbone(config).eval()}
+    models = {"foundation": lambda: load_backbone(config).eval()}
     return name, folder, None, models, options["data"] or "data", config
 
 
@@ -403,8 +284,8 @@ def model_options(command):
 @click.option("--foundation/--no-foundation", default=True, help="Score the untouched backbone too.")
 @click.option("--watch", is_flag=True,
               help="Score the checkpoints of train.py --keep as they appear (watch.csv, watch.png), then the run.")
-@click.option("--backbone", type=click.Choice(list(backbones.BACKBONES)), help="Without --run: an untouched backbone.")
-@click.option("--size", type=click.Choice(backbones.SIZES), default="large", help="Its size.")
+@click.option("--backbone", type=click.Choice(list(BACKBONES)), help="Without --run: an untouched backbone.")
+@click.option("--size", type=click.Choice(SIZES), default="large", help="Its size.")
 @click.option("--model", metavar="NAME", help="Any timm or open_clip model instead of --backbone.")
 @click.option("--weights", default="pretrained", metavar="WHICH", help="'pretrained', 'none' or a FILE.")
 @click.option("--image-size", type=click.IntRange(16), help="Input side in pixels.")
@@ -623,12 +504,12 @@ def leaks(**options) -> int:
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there, too.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
 def bench(cases: str, scale: float, rounds: int, path: Path | None) -> int:
-    import evaluate_bench  # here, because it builds on this module
+    from tools.bench_evaluate import CASES, bench  # here, because it builds on this module
 
     names = cases.split(",")
-    if unknown := [name for name in names if name not in evaluate_bench.CASES]:
-        raise InputError(f"--cases {unknown[0]}: there are {', '.join(evaluate_bench.CASES)}")
-    return evaluate_bench.bench(names, scale, rounds, path)
+    if unknown := [name for name in names if name not in CASES]:
+        raise InputError(f"--cases {unknown[0]}: there are {', '.join(CASES)}")
+    return bench(names, scale, rounds, path)
 
 
 @main.command(help="Write unit embeddings of your own pictures, prepared and embedded as evaluation does it.")
@@ -657,7 +538,7 @@ def embed(pictures: tuple[Path, ...], run: str, domain: str | None, out: Path, a
     model = load_tuned(opened).to(where)
     rows, parts = [], []
     with tqdm(total=len(paths), desc="embed", unit="img", disable=None) as bar:
-        for good, x in train.embed_rows(model, files, np.arange(len(paths)), where, batch, workers, flip):
+        for good, x in embed_rows(model, files, np.arange(len(paths)), where, batch, workers, flip):
             rows += good.tolist()
             parts.append(torch.nn.functional.normalize(x, dim=1).cpu().numpy())
             bar.update(len(good))

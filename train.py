@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,30 +29,34 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import train_report
-from backbones import Backbone, choose_trained, load_backbone, resolve_backbone
 from data_prep import InputError, Number, run_command
-from data_prep.shards import Split, open_root
-from data_prep.stream import Batches
+from data_prep.format import Split, matched_pairs, open_root
 from kernels.margin_loss import margin_loss
-from run_folder import (
+from models.adapt import choose_trained
+from models.backbones import Backbone, embed_rows, load_backbone, resolve_backbone, text_weights
+from models.head import GatherSamples, gather_rows, head_slices
+from models.runs import (
     RUN_ROLES,
     STOPPED,
+    Ranks,
     StopRequest,
     append,
     averaged,
     find_run,
     forget_after,
+    join_ranks,
     keep_checkpoint,
     load_checkpoint,
     load_run,
     make_folder,
+    pick_device,
     provenance,
     save_checkpoint,
     write_json,
 )
-from train_coupling import add_gradients, couple
-from train_input import check_cache, load, load_steps, make_stream, receive
+from reports.training import check_health, draw_samples, log_window, write_report
+from tools.conflicts import add_gradients, couple
+from train_input import check_cache, load_steps, make_stream, receive
 from train_options import (
     MANY_CLASSES,
     MARGINS,
@@ -64,7 +68,6 @@ from train_options import (
     run_options,
     settle_options,
 )
-from train_ranks import GatherSamples, Ranks, gather_rows, head_slices, join_ranks, pick_device
 from train_schedule import make_schedule, parse_shares, plan_batches, ramp, rate
 
 # ---------------------------------------------------------------- loss and optimiser
@@ -236,45 +239,6 @@ def make_optimizer(model: Backbone, head: nn.Parameter, config: dict) -> torch.o
 # ---------------------------------------------------------------- embeddings, and the class weights to start from
 
 
-@torch.no_grad()
-def embed_rows(model: Backbone, split: Split, rows: np.ndarray, device: torch.device, batch: int, workers: int = 0,
-               flip: bool = False) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """Yield (rows [b], embeddings [b, D] float32) of whole images of a split; unreadable ones are left out.
-
-    `flip`: the embedding of the mirrored image is added.
-    """
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.v2.functional import resize
-
-    model.eval()
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (model.mean, model.std))
-    size, mode = [model.image_size] * 2, InterpolationMode(model.interpolation)
-    for good, images in load(Batches(split, rows, batch), 0, workers, device.type == "cuda"):
-        if len(good):
-            x = resize(images.to(device, non_blocking=True).float(), size, interpolation=mode, antialias=True)
-            x = (x.clamp(0, 255) / 255 - mean) / std
-            yield good, (model(x) + model(x.flip(3)) if flip else model(x)).float()
-
-
-def matched_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """`count` pairs of one identity and as many of two, [2 count, 2] rows, drawn at random (labels -1 left out)."""
-    rng = np.random.default_rng(seed)
-    order = np.argsort(labels, kind="stable")
-    order = order[labels[order] >= 0]
-    ids, start, size = np.unique(labels[order], return_index=True, return_counts=True)
-    several = np.flatnonzero(size > 1)
-    if len(ids) < 2 or not len(several):
-        return np.empty((0, 2), dtype=np.int64)
-    i = rng.choice(several, count, p=size[several] / size[several].sum())
-    a = (rng.random(count) * size[i]).astype(int)
-    b = (a + 1 + (rng.random(count) * (size[i] - 1)).astype(int)) % size[i]
-    same = np.stack([order[start[i] + a], order[start[i] + b]], 1)
-    left, right = rng.integers(len(order), size=(2, 4 * count))
-    apart = labels[order[left]] != labels[order[right]]
-    different = np.stack([order[left], order[right]], 1)[apart][:count]
-    return np.concatenate([same[: len(different)], different])
-
-
 def probe_splits(config: dict) -> list[Split]:
     """What --eval-every looks at: a split per domain (the training one at need), and one out of distribution."""
 
@@ -336,19 +300,6 @@ def init_head(model: Backbone, splits: list[Split], config: dict, device: torch.
         blocks.append(F.normalize(ranks.sum(total), dim=1))
     whole = torch.cat(blocks)
     return whole if rows is None else whole[rows.cpu()].to(device)
-
-
-@torch.no_grad()
-def text_weights(model: Backbone, config: dict, names: list[str], device: torch.device,
-                 templates: Sequence[str] = ("a photo of a {}.",)) -> torch.Tensor:
-    """Unit CLIP embeddings [C, D] of class names: each the mean of those of its prompts, {} being the name."""
-    import open_clip
-
-    name = resolve_backbone(config)[1]
-    tokenizer = open_clip.get_tokenizer("ViT-B-32" if name == "tiny" else name)
-    prompts = tokenizer([text.replace("{}", name.replace("_", " ")) for text in templates for name in names])
-    x = torch.cat([model.net.encode_text(part.to(device)).float() for part in prompts.split(256)])
-    return F.normalize(F.normalize(x, dim=1).view(len(templates), len(names), -1).mean(0), dim=1)
 
 
 # ---------------------------------------------------------------- the job
@@ -666,7 +617,7 @@ def run_steps(job: Job) -> int:
 
         board = SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
         if not job.first:
-            train_report.draw_samples(job.folder / "samples.png", stream, job.model, job.cache)
+            draw_samples(job.folder / "samples.png", stream, job.model, job.cache)
     options = loss_options(config, [len(split.classes) for split in job.splits], job.device, ranks)
     fixed = probe_splits(config) if config["eval_every"] else []
     if fixed and not job.first:
@@ -683,8 +634,8 @@ def run_steps(job: Job) -> int:
         tally["seconds"], done = time.time() - started, step + 1
         ending = ranks.any(bool(stop)) and done < steps
         if done % config["log_every"] == 0 or done == steps or ending:
-            record = train_report.log_window(job, board, window, done)
-            train_report.check_health(job, done)
+            record = log_window(job, board, window, done)
+            check_health(job, done)
             if "loss" in record:
                 bar.set_postfix(loss=f"{record['loss']:.3f}", img_s=f"{record['images_per_second']:.0f}")
             window = []
@@ -703,7 +654,7 @@ def run_steps(job: Job) -> int:
     if ending:
         return STOPPED
     if ranks.rank == 0:
-        train_report.write_report(job)
+        write_report(job)
         write_json(job.folder / "done.json", {"steps": steps, "images": steps * config["batch"], **tally})
     print(f"done: {job.folder} in {tally['seconds']:.0f} s; next: python evaluate.py --run {job.folder}")
     ranks.wait()
@@ -741,10 +692,10 @@ time of a step goes: real data, one batch on the device, the bare backbone. Take
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there, too.")
 @click.pass_context
 def bench(context: click.Context, rounds: int, count: int, path: Path | None, **config) -> int:
-    import train_bench  # here, because it builds on this module
+    from tools.bench_train import bench_run  # here, because it builds on this module
 
     settle_options(context, config)  # the step that is timed is the step of training
-    return train_bench.bench_run(config, rounds, count, path)
+    return bench_run(config, rounds, count, path)
 
 
 @main.command(help="Write a run's model for others: weights of timm or open_clip, or an ONNX graph; with a model card.")
@@ -759,9 +710,9 @@ def bench(context: click.Context, rounds: int, count: int, path: Path | None, **
 @click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
 def export(run: str, to: str, out: Path | None, tolerance: float, wise_ft: float, allow_partial: bool) -> int:
-    import train_export  # here, because it builds on this module
+    from tools.export import export_run  # here, because it builds on this module
 
-    return train_export.export_run(load_run(Path(run), allow_partial), to, out, tolerance, wise_ft)
+    return export_run(load_run(Path(run), allow_partial), to, out, tolerance, wise_ft)
 
 
 if __name__ == "__main__":

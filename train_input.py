@@ -6,48 +6,26 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from backbones import Backbone
 from data_prep import InputError
-from data_prep.shards import Split
-from data_prep.stream import Batches, Chunk, Stream
+from data_prep.format import Split
+from data_prep.stream import Batches, Chunk, Stream, load
 from kernels.gather import gather_interleaved
 from kernels.margin_loss import sample_classes
+from models.backbones import Backbone
+from models.head import gather_rows, own_draw
+from models.runs import Ranks
+from train import Job
 from train_options import class_shares, per_domain
-from train_ranks import Ranks, gather_rows, own_draw
 from train_schedule import ramp
-
-if TYPE_CHECKING:
-    from train import Job
-
-
-def quiet_worker(_: int) -> None:
-    """Loader workers leave signals to the main process, which ends the run after the current step."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # terminals and schedulers signal the whole group
-        signal.signal(number, signal.SIG_IGN)
-
-
-def as_it_is(item):
-    """No conversion: the loader's own would turn row numbers into tensors."""
-    return item
-
-
-def load(dataset: torch.utils.data.Dataset, first: int, workers: int, pin: bool) -> Iterator:
-    """The items of a data set from number `first` on, decoded ahead by worker processes."""
-    return iter(torch.utils.data.DataLoader(
-        dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers, pin_memory=pin,
-        worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None, collate_fn=as_it_is,
-    ))
 
 
 class Finished(torch.utils.data.Dataset):

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import click
 
-from backbones import BACKBONES, RECIPES, SIZES, resolve_backbone
 from data_prep import DOMAINS, InputError, Number
-from run_folder import NOT_OPTIONS
-from train_ranks import pick_device
+from models.backbones import BACKBONES, RECIPES, SIZES, resolve_backbone
+from models.runs import NOT_OPTIONS, pick_device
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
 LOADERS = min(16, max(CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, 1))  # default number of loader processes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_prep import InputError
-from data_prep.shards import Split
+from data_prep.format import Split
 from train_options import per_domain
 
 

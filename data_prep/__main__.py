@@ -17,23 +17,23 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data_prep import DOMAINS, InputError, Number, bodies, faces, folders, insightface, objects, run_command
+from data_prep import DOMAINS, InputError, Number, run_command
 from data_prep.degrade import degraded_split, draw_ladder
 from data_prep.demo import SIZE, demo_splits, draw_face
+from data_prep.format import FITS, BadImage, Split
 from data_prep.merge import merge_splits
 from data_prep.records import Records, select
-from data_prep.shards import (
-    FITS,
-    BadImage,
-    Split,
-    open_image,
-    read_image,
-    siblings,
-    verify_split,
-    write_split,
-)
+from data_prep.sources.bodies import add_single_gallery_shot, deepchange, ltcc, market, msmt17, persons, prcc
+from data_prep.sources.faces import ijb, lfw, pairs, tinyface
+from data_prep.sources.folders import folder
+from data_prep.sources.imagenet import imagenet, imagenet_a, imagenet_r, imagenet_sketch, imagenet_v2, objectnet
+from data_prep.sources.insightface import bin, recordio
+from data_prep.sources.parquet import parquet
+from data_prep.sources.webdataset import webdataset
 from data_prep.stats import draw_stats, split_stats
-from data_prep.trials import find_test_splits, write_trials
+from data_prep.verify import verify_split
+from data_prep.write import open_image, read_image, siblings, write_split
+from tools.trials import find_test_splits, write_trials
 
 CPUS = os.cpu_count() or 1
 FOLDER = click.Path(path_type=Path)
@@ -151,7 +151,7 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
                          "classes of its training split: leave it out")
     shots = options.pop("single_gallery_shot", False)
     source = read(src, domain, train, **options)
-    source = replace(bodies.add_single_gallery_shot(source) if shots else source, records=Records(source.records, out))
+    source = replace(add_single_gallery_shot(source) if shots else source, records=Records(source.records, out))
     if source.records:
         source = select(source, train, settings["seed"], **selection)
     if size is None:
@@ -165,52 +165,52 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
     report(out, index, len(source.records) + sum(source.skipped.values()))
 
 
-@cli.command(help="Class folders: src/<class or person>/**/image. " + folders.folder.__doc__.split("\n\n")[1])
+@cli.command(help="Class folders: src/<class or person>/**/image. " + folder.__doc__.split("\n\n")[1])
 @source_options
 @click.option("--names", type=click.Path(path_type=Path), help="File of folder<TAB>name lines: names for prompts.")
 @click.option("--reference", metavar="SPLIT",
               help="Objects: split whose images classify this one, by class means and neighbours (default: train).")
 @click.option("--ood", is_flag=True, help="Objects: mark a test split as out of distribution, for its retention.")
 def folder(**options) -> None:
-    prepare(folders.folder, **options)
+    prepare(folder, **options)
 
 
-@cli.command(help=faces.lfw.__doc__)
+@cli.command(help=lfw.__doc__)
 @source_options
 @click.option("--pairs", type=click.Path(path_type=Path), help="pairs.txt in the format of LFW.")
 def lfw(**options) -> None:
-    prepare(faces.lfw, **options)
+    prepare(lfw, **options)
 
 
-@cli.command(help=faces.pairs.__doc__)
+@cli.command(help=pairs.__doc__)
 @source_options
 @click.option("--pairs", type=click.Path(path_type=Path), required=True, metavar="FILE|FP|FF", help="List of pairs.")
 def pairs(**options) -> None:
-    prepare(faces.pairs, **options)
+    prepare(pairs, **options)
 
 
-@cli.command(help=faces.ijb.__doc__)
+@cli.command(help=ijb.__doc__)
 @source_options
 def ijb(**options) -> None:
-    prepare(faces.ijb, **options)
+    prepare(ijb, **options)
 
 
-@cli.command(help=faces.tinyface.__doc__)
+@cli.command(help=tinyface.__doc__)
 @source_options
 def tinyface(**options) -> None:
-    prepare(faces.tinyface, **options)
+    prepare(tinyface, **options)
 
 
-@cli.command(help=insightface.recordio.__doc__)
+@cli.command(help=recordio.__doc__)
 @source_options
 def recordio(**options) -> None:
-    prepare(insightface.recordio, **options)
+    prepare(recordio, **options)
 
 
-@cli.command("bin", help=insightface.bin.__doc__)
+@cli.command("bin", help=bin.__doc__)
 @source_options
 def bin_(**options) -> None:
-    prepare(insightface.bin, **options)
+    prepare(bin, **options)
 
 
 def shots_option(command):
@@ -221,19 +221,19 @@ def shots_option(command):
     return option(command)
 
 
-@cli.command(help=bodies.market.__doc__)
+@cli.command(help=market.__doc__)
 @source_options
 @shots_option
 def market(**options) -> None:
-    prepare(bodies.market, **options)
+    prepare(market, **options)
 
 
-@cli.command(help=bodies.msmt17.__doc__)
+@cli.command(help=msmt17.__doc__)
 @source_options
 @shots_option
 @click.option("--with-val", is_flag=True, help="Add list_val.txt to the training images.")
 def msmt17(**options) -> None:
-    prepare(bodies.msmt17, **options)
+    prepare(msmt17, **options)
 
 
 def val_option(command):
@@ -242,37 +242,37 @@ def val_option(command):
     return option(command)
 
 
-@cli.command(help=bodies.prcc.__doc__)
+@cli.command(help=prcc.__doc__)
 @source_options
 @shots_option
 @val_option
 @click.option("--variant", type=click.Choice(["cross-clothes", "same-clothes"]), default="cross-clothes",
               help="Probes of a test split: camera C or camera B.")
 def prcc(**options) -> None:
-    prepare(bodies.prcc, **options)
+    prepare(prcc, **options)
 
 
-@cli.command(help=bodies.ltcc.__doc__)
+@cli.command(help=ltcc.__doc__)
 @source_options
 @shots_option
 def ltcc(**options) -> None:
-    prepare(bodies.ltcc, **options)
+    prepare(ltcc, **options)
 
 
-@cli.command(help=bodies.deepchange.__doc__)
+@cli.command(help=deepchange.__doc__)
 @source_options
 @shots_option
 @val_option
 def deepchange(**options) -> None:
-    prepare(bodies.deepchange, **options)
+    prepare(deepchange, **options)
 
 
-@cli.command(help=bodies.persons.__doc__)
+@cli.command(help=persons.__doc__)
 @source_options
 @shots_option
 @click.option("--table", metavar="NAME", default="persons.csv", help="Of the CSV, inside the source.")
 def persons(**options) -> None:
-    prepare(bodies.persons, **options)
+    prepare(persons, **options)
 
 
 def reference_option(command):
@@ -283,47 +283,47 @@ def reference_option(command):
     return option(command)
 
 
-@cli.command(help=objects.imagenet.__doc__)
+@cli.command(help=imagenet.__doc__)
 @source_options
 @reference_option
 @click.option("--real", type=FOLDER, metavar="FILE", help="A validation split: real.json with the labels of ReaL.")
 def imagenet(**options) -> None:
-    prepare(objects.imagenet, **options)
+    prepare(imagenet, **options)
 
 
-@cli.command(help=objects.imagenet_v2.__doc__)
+@cli.command(help=imagenet_v2.__doc__)
 @source_options
 @reference_option
 def imagenet_v2(**options) -> None:
-    prepare(objects.imagenet_v2, **options)
+    prepare(imagenet_v2, **options)
 
 
-@cli.command(help=objects.imagenet_a.__doc__)
+@cli.command(help=imagenet_a.__doc__)
 @source_options
 @reference_option
 def imagenet_a(**options) -> None:
-    prepare(objects.imagenet_a, **options)
+    prepare(imagenet_a, **options)
 
 
-@cli.command(help=objects.imagenet_r.__doc__)
+@cli.command(help=imagenet_r.__doc__)
 @source_options
 @reference_option
 def imagenet_r(**options) -> None:
-    prepare(objects.imagenet_r, **options)
+    prepare(imagenet_r, **options)
 
 
-@cli.command(help=objects.imagenet_sketch.__doc__)
+@cli.command(help=imagenet_sketch.__doc__)
 @source_options
 @reference_option
 def imagenet_sketch(**options) -> None:
-    prepare(objects.imagenet_sketch, **options)
+    prepare(imagenet_sketch, **options)
 
 
-@cli.command(help=objects.objectnet.__doc__)
+@cli.command(help=objectnet.__doc__)
 @source_options
 @reference_option
 def objectnet(**options) -> None:
-    prepare(objects.objectnet, **options)
+    prepare(objectnet, **options)
 
 
 def label_options(command):
@@ -337,7 +337,7 @@ def label_options(command):
     return command
 
 
-@cli.command(help=objects.parquet.__doc__)
+@cli.command(help=parquet.__doc__)
 @source_options
 @click.option("--files", metavar="PATTERN", help="Of the files' names (default: *train*; for a test split *val*, else "
                                                  "*test*).")
@@ -345,15 +345,15 @@ def label_options(command):
 @click.option("--label-column", metavar="NAME", default="label", help="Column of the labels.")
 @label_options
 def parquet(**options) -> None:
-    prepare(objects.parquet, **options)
+    prepare(parquet, **options)
 
 
-@cli.command(help=objects.webdataset.__doc__)
+@cli.command(help=webdataset.__doc__)
 @partial(source_options, src=str)
 @click.option("--label-key", metavar="NAME", default="label", help="Of the label in .json, where there is no .cls.")
 @label_options
 def webdataset(**options) -> None:
-    prepare(objects.webdataset, **options)
+    prepare(webdataset, **options)
 
 
 @cli.command(help="Draw the demo corpus: faces, degraded faces, bodies and objects, all of our own making.")
@@ -541,7 +541,7 @@ def trials(src: tuple[Path, ...], out: Path, pairs: int, seed: int) -> None:
 @click.option("--json", "file", type=FOLDER, metavar="FILE", help="Write every measurement.")
 @debug_option
 def bench(file: Path | None, scratch: Path | None, **options) -> None:
-    from data_prep.bench import run_bench  # here, because it imports the reader, which no other command needs
+    from tools.bench_data import run_bench  # here, because it imports the reader, which no other command needs
 
     if scratch is not None and not scratch.is_dir():
         raise InputError(f"--scratch {scratch}: no such folder")
@@ -566,7 +566,5 @@ def sources() -> None:
 
 
 SHARED = {option.name for option in click.command()(source_options(lambda: None)).params}
-
-
 if __name__ == "__main__":
     run_command(cli)

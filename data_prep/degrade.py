@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from data_prep import DOMAINS
-from data_prep.shards import OPTIONAL, TABLES, BadImage, Record, Source, Split, open_split
+from data_prep.format import OPTIONAL, TABLES, BadImage, Record, Source, Split, open_split
 
 
 def filter_image(x: Tensor, kernel: Tensor) -> Tensor:

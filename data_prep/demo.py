@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data_prep.degrade import degrade
-from data_prep.shards import Record, Source
+from data_prep.format import Record, Source
 
 SIZE = 80  # pixels a side
 FINE = 3  # drawn at so many times the size, then reduced: smooth edges

@@ -15,7 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep import InputError
-from data_prep.shards import FORMAT, VERSION, Split, verify_split, write_bytes
+from data_prep.format import FORMAT, VERSION, Split
+from data_prep.verify import verify_split
+from data_prep.write import write_bytes
 
 NUMBERED = ("camera", "clothes", "template", "media")  # columns whose numbers mean something in their own split alone
 

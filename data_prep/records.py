@@ -9,14 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_prep import InputError
-
-if TYPE_CHECKING:
-    from data_prep.shards import Record, Source
+from data_prep.format import Record, Source
 
 
 class Records(Sequence):

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep import InputError
-from data_prep.shards import ROLES, BadImage, Split
+from data_prep.format import ROLES, BadImage, Split
 
 # the luminance table of quality 50 (JPEG, annex K); its sum tells a quality, whatever order a decoder lists it in
 LUMINANCE = np.array([

@@ -6,6 +6,8 @@ nor an interruption changes what a run sees.
 
 import functools
 import math
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 
 from data_prep import DOMAINS, InputError
 from data_prep.degrade import degrade
-from data_prep.shards import BadImage, Split
+from data_prep.format import BadImage, Split
 
 
 class Order:
@@ -285,3 +287,22 @@ class Batches(torch.utils.data.Dataset):
             except BadImage:
                 continue
         return np.array(good, dtype=np.int64), images[: len(good)].permute(0, 3, 1, 2)
+
+
+def quiet_worker(_: int) -> None:
+    """Loader workers leave signals to the main process, which ends the run after the current step."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # terminals and schedulers signal the whole group
+        signal.signal(number, signal.SIG_IGN)
+
+
+def as_it_is(item):
+    """No conversion: the loader's own would turn row numbers into tensors."""
+    return item
+
+
+def load(dataset: torch.utils.data.Dataset, first: int, workers: int, pin: bool) -> Iterator:
+    """The items of a data set from number `first` on, decoded ahead by worker processes."""
+    return iter(torch.utils.data.DataLoader(
+        dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers, pin_memory=pin,
+        worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None, collate_fn=as_it_is,
+    ))

@@ -12,7 +12,7 @@ import torch
 
 from data_prep import InputError
 from data_prep.__main__ import cli
-from data_prep.objects import row_group
+from data_prep.sources.parquet import row_group
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: without a GPU they run through the interpreter
@@ -34,6 +34,7 @@ def script(*arguments, check: int | None = 0, **options) -> subprocess.Completed
 
 
 # ---------------------------------------------------------------- accidents
+
 
 SPLICES = [b"../../../evil.jpg", b"/etc/passwd", b"\0", b"\xff\xfe", b'"', b",", b"\n", b" ", b"9" * 400, b"-1", b"\r",
            b"\xe2\x80\xa8", b"_" * 50, b"A" * 3000, b"\n" * 20]

@@ -10,12 +10,15 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import analyze
 import analyze_figures
-import train
+import data_prep.format
 from analyze_figures import draw_deletion, draw_up_map, find_measured
 from analyze_report import report_sources, write_analysis
-from analyze_separability import hold_out, tell_sources
-from analyze_sharing import measure_components, measure_sharing
-from analyze_subspaces import (
+from protocols.bootstrap import Figure, bootstrap_counts, normalise
+from protocols.embed import save_array
+from protocols.pairs import score_pairs
+from protocols.separability import hold_out, tell_sources
+from protocols.sharing import measure_components, measure_sharing
+from protocols.subspaces import (
     Turned,
     hits_by_k,
     hits_one_by_one,
@@ -25,10 +28,7 @@ from analyze_subspaces import (
     transfer,
     unit,
 )
-from analyze_tasks import Embeddings, Task, vectors_of
-from evaluate_bootstrap import Figure, bootstrap_counts
-from evaluate_embed import normalise, save_array
-from evaluate_pairs import score_pairs
+from protocols.tasks import Embeddings, Task, vectors_of
 from tests.test_subspaces import SHARED, D, orthogonal, pairs_of, planted, sweep_case, task_of
 
 # ---------------------------------------------------------------- components that are left out, each alone
@@ -98,7 +98,7 @@ def test_other_metrics_equal_a_slow_computation(objects):
         assert found[k, name].value == pytest.approx(np.mean(by_hand), abs=1e-6)
         draws = [np.average(by_hand, weights=w) for w in bootstrap_counts(task.target, 20, 0)]
         np.testing.assert_allclose(found[k, name].draws, draws, atol=1e-6)
-    pairs = train.matched_pairs(task.target, 5000, 0)
+    pairs = data_prep.format.matched_pairs(task.target, 5000, 0)
     scores, same = (q[pairs[:, 0]] * q[pairs[:, 1]]).sum(1), np.arange(len(pairs)) < len(pairs) / 2
     assert found[k, "pair auc"].value == pytest.approx(roc_auc_score(same, scores), abs=1e-4)
     strangers = np.sort(scores[~same])[::-1]

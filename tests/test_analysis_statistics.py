@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import analyze
-import analyze_subspaces
+import protocols.subspaces
 from analyze_report import mistrust
-from analyze_separability import balanced_accuracy, unseen_sources
-from analyze_subspaces import GRID, hits_by_k, hits_one_by_one, measure_curve, principal_components, transfer, unit
-from analyze_tasks import Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
 from data_prep import InputError
-from data_prep.shards import open_root, open_split
-from evaluate_bootstrap import bootstrap_counts
-from evaluate_search import name_identities
+from data_prep.format import open_root, open_split
+from protocols.bootstrap import bootstrap_counts
+from protocols.search import name_identities
+from protocols.separability import balanced_accuracy, unseen_sources
+from protocols.subspaces import GRID, hits_by_k, hits_one_by_one, measure_curve, principal_components, transfer, unit
+from protocols.tasks import Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
 from tests.test_analyze import run_here
 from tests.test_subspaces import SHARED, D, orthogonal, pairs_of, planted, task_of
 
@@ -28,9 +28,9 @@ def test_components_that_are_a_random_basis_lead_random_ones_by_nothing(monkeypa
     """The means of the tasks are far apart, so that centring matters: it must be the same for both."""
     (basis,) = orthogonal(D, SHARED)
     embedded, tasks = planted([basis, basis], inside=0.3, offsets=[np.zeros(D), 6 * basis[0]])
-    monkeypatch.setattr(analyze_subspaces, "RANDOM_SEEDS", 1)
+    monkeypatch.setattr(protocols.subspaces, "RANDOM_SEEDS", 1)
     turn = np.linalg.qr(np.random.default_rng((0, 0)).standard_normal((D, D)))[0]  # the first of seed 0
-    monkeypatch.setattr(analyze_subspaces, "principal_components", lambda x, device="cpu": (
+    monkeypatch.setattr(protocols.subspaces, "principal_components", lambda x, device="cpu": (
         x.mean(0, dtype=np.float64), turn, np.ones(D)))
     pairs = pairs_of(transfer(embedded, tasks, 4, 20, 0))
     for pair in pairs.values():

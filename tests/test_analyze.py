@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import analyze
-from analyze_claims import (
+from data_prep import InputError
+from protocols.claims import (
     Claim,
     Group,
     Measured,
@@ -24,12 +25,11 @@ from analyze_claims import (
     group_runs,
     make_table,
 )
-from analyze_separability import pixel_statistics
-from analyze_tasks import find_splits, make_task
-from data_prep import InputError
-from evaluate_compare import Scored
-from evaluate_results import Row
+from protocols.separability import pixel_statistics
+from protocols.tasks import find_splits, make_task
+from reports.rows import Row
 from tests.conftest import script
+from tools.compare import Scored
 
 
 def run_here(*arguments) -> int:
@@ -84,7 +84,7 @@ def test_tables_hold_every_number_of_the_curves(analysed, tiny_run):
 
 
 def test_fit_and_test_identities_are_disjoint(demo_root):
-    from data_prep.shards import open_root
+    from data_prep.format import open_root
 
     for domain, splits in open_root(demo_root).items():
         base, test = find_splits(splits)
@@ -106,7 +106,7 @@ def test_fit_and_test_identities_are_disjoint(demo_root):
 
 
 def test_unreadable_images_and_lone_identities_leave_a_task(demo_root):
-    from data_prep.shards import open_root
+    from data_prep.format import open_root
 
     base, test = find_splits(open_root(demo_root)["object"])
     good = np.ones(len(base), bool), np.arange(len(test)) % 3 > 0
@@ -121,7 +121,7 @@ def test_unreadable_images_and_lone_identities_leave_a_task(demo_root):
 
 
 def test_pixel_statistics_see_format_and_not_content(demo_root):
-    from data_prep.shards import open_root
+    from data_prep.format import open_root
 
     split = open_root(demo_root)["body"]["train"]
     x = pixel_statistics(split, np.arange(5))

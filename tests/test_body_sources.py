@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from data_prep import InputError
-from data_prep.shards import Split, verify_split
-from evaluate_search import score_gallery
+from data_prep.format import Split
+from data_prep.verify import verify_split
+from protocols.search import score_gallery
 from tests.conftest import ROOT, TINY, prepare_mutated, script
 from tests.test_data_prep import encode, picture, run_here
 
@@ -74,13 +75,11 @@ PRCC = {f"prcc/rgb/{name}": None for name in [
     "test/A/003/cropped_rgb001.jpg", "test/A/003/cropped_rgb002.jpg", "test/A/004/cropped_rgb003.jpg",
     "test/A/004/cropped_rgb004.jpg", "test/B/003/cropped_rgb001.jpg", "test/C/003/cropped_rgb001.jpg",
     "test/C/004/cropped_rgb001.jpg"]} | {"prcc/sketch/train/001/A_cropped_rgb001.jpg": None}  # fmt: skip
-
 LTCC = {f"LTCC_ReID/{name}": None for name in [
     "train/000_1_c9_015833.png", "train/000_2_c7_015001.png", "train/001_1_c9_000001.png",
     "query/010_1_c1_000001.png", "query/011_1_c2_000002.png",
     "test/010_1_c2_000003.png", "test/010_2_c1_000004.png", "test/010_2_c3_000005.png", "test/011_2_c2_000006.png",
     "test/011_1_c5_000007.png"]} | {"LTCC_ReID/info/cloth-change_id_test.txt": "10\n11\n"}  # fmt: skip
-
 DEEPCHANGE = {
     "train-set": ["P1_C16_1_20190101.jpg,1,0,0", "P1_C16_2_20190102.jpg,2", "P2_C1_1_20190103.jpg,3"],
     "val-set-query": ["P3_C1_1_20190104.jpg,20"],
@@ -317,6 +316,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
 
 
 # ---------------------------------------------------------------- mutated lists
+
 
 @pytest.mark.parametrize("source, name, files", [
     ("msmt17", "MSMT17_V2/list_gallery.txt", msmt17_files(2)), ("persons", "persons.csv", persons_files()),

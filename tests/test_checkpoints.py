@@ -14,17 +14,16 @@ import pytest
 import torch
 
 import evaluate
-import run_folder
+import models.runs
 import train
 from data_prep import InputError
-from evaluate_results import make_rows, read_rows
-from run_folder import load_run, load_tuned, save_weights
+from models.runs import load_run, load_tuned, save_weights
+from reports.rows import make_rows, read_rows
 from tests.conftest import ROOT, TINY
 from tests.test_recipes import stop_at
 from tests.test_train import LONG, assert_same_weights, log_of, run_here, start, uninterrupted, wait_for_step
 
 __all__ = ["uninterrupted"]  # the fixture: LONG from start to end
-
 SHORT = [*TINY, "--images", "160", "--save-every", "2", "--domains", "object,body"]  # 10 steps
 
 
@@ -79,7 +78,7 @@ def test_older_ones_go_only_when_the_new_one_is_complete(demo_root, tmp_path, mo
             raise InputError(f"{folder}: cannot be written (No space left on device)")
         save(folder, *rest)
 
-    monkeypatch.setattr(run_folder, "save_weights", full_disk)
+    monkeypatch.setattr(models.runs, "save_weights", full_disk)
     with pytest.raises(InputError, match="No space left"):
         run_here(*SHORT, "--data", demo_root, "--out", run, "--keep", "1")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
@@ -87,6 +86,7 @@ def test_older_ones_go_only_when_the_new_one_is_complete(demo_root, tmp_path, mo
 
 
 # ---------------------------------------------------------------- evaluate.py --watch
+
 
 WATCH = ["--watch", "--splits", "object/val,body/test", "--bootstrap", "2", "--workers", "0", "--crowd", "0",
          "--probe", "0"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import analyze
-from analyze_claims import (
+from protocols.claims import (
     FAILS,
     HOLDS,
     WIDE,
@@ -26,8 +26,8 @@ from analyze_claims import (
     make_table,
     read_lost,
 )
-from analyze_subspaces import above_chance, transfer, unit
-from analyze_tasks import Task
+from protocols.subspaces import above_chance, transfer, unit
+from protocols.tasks import Task
 from tests.test_analyze import ABOVE, ALL, DOMAINS, GOOD, TWO, alone, components, humans, measured, separable
 
 UNTOUCHED = GOOD["foundation"]

@@ -12,11 +12,11 @@ from torch import nn
 import train
 import train_input
 from data_prep import InputError
-from run_folder import averaged
+from models.runs import averaged
 from tests.conftest import TINY, script
 from tests.test_distributed import C, K, make
 from tests.test_schedule import CONFIG, LOSS
-from train_coupling import add_gradients, conflicts, project_conflicts
+from tools.conflicts import add_gradients, conflicts, project_conflicts
 
 
 def lines(path) -> list[dict]:

@@ -17,12 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import InputError, shards
+import data_prep.format
+from data_prep import InputError
 from data_prep.__main__ import cli
 from data_prep.degrade import degrade
 from data_prep.demo import demo_splits, draw_body, draw_face, draw_object
-from data_prep.faces import lfw, read_pairs
-from data_prep.shards import BadImage, Split, fit_image, open_root, verify_split
+from data_prep.format import BadImage, Split, open_root
+from data_prep.sources.faces import lfw, read_pairs
+from data_prep.verify import verify_split
+from data_prep.write import fit_image
 from tests.conftest import ROOT, script
 
 
@@ -273,7 +276,7 @@ def test_a_split_in_anothers_place_is_refused(small):
 
 
 def test_few_shards_are_open_at_once(small, monkeypatch):
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(data_prep.format, "OPEN_SHARDS", 2)
     split = Split(small)
     images = [split.image(row) for row in range(15)]
     assert len(split.files) == 2 and all(torch.equal(split.image(row), images[row]) for row in (0, 14, 7))

@@ -19,16 +19,19 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import InputError, bench
+import tools.bench_data
+from data_prep import InputError
 from data_prep.__main__ import cli
-from data_prep.archives import members
 from data_prep.degrade import degrade, gaussian, warp
 from data_prep.demo import draw_face
-from data_prep.folders import folder
+from data_prep.format import Record, Source, Split
 from data_prep.records import Records, draw, first_copies, restrict
-from data_prep.shards import Record, Source, Split, in_parallel, verify_split, write_split
+from data_prep.sources.archives import members
+from data_prep.sources.folders import folder
 from data_prep.stats import jpeg_quality, sharpness
 from data_prep.stream import Batches, Order
+from data_prep.verify import verify_split
+from data_prep.write import in_parallel, write_split
 from tests.conftest import ROOT, TINY, script
 from tests.test_data_prep import PAIRS, class_folders, encode, files_of, lfw_folder, picture, run_here
 
@@ -568,8 +571,8 @@ def test_unreadable_images_are_left_out_of_a_batch(small_split):
 
 
 def test_every_contender_of_the_benchmark_sees_every_image(small_split):
-    counts = {"ours, batches": [4], "ours, training": [bench.BATCH], "webdataset, batches": [4]}
-    for name, contender in bench.READERS.items():
+    counts = {"ours, batches": [4], "ours, training": [tools.bench_data.BATCH], "webdataset, batches": [4]}
+    for name, contender in tools.bench_data.READERS.items():
         expected = counts.get(name, [1] * 4)  # of a process that has every other image
         for part in range(2):
             assert list(islice(contender(small_split.folder, part, 2), len(expected))) == expected, name
@@ -579,7 +582,7 @@ def test_the_benchmark_measures_and_judges(tmp_path):
     result = script("-m", "data_prep", "bench", "--size", 32, "--images", 64, "--prepared", 32, "--rounds", 2,
                     "--seconds", 0.05, "--workers", 2, "--scratch", tmp_path, "--json", tmp_path / "bench.json")
     found = json.loads((tmp_path / "bench.json").read_text())["sizes"]["32"]
-    assert set(found["read"]) == set(bench.READERS) and all(len(rates) == 8 for rates in found["read"].values())
+    assert set(found["read"]) == set(tools.bench_data.READERS) and all(len(rates) == 8 for rates in found["read"].values())
     assert min(min(rates) for kind in ("read", "write") for rates in found[kind].values()) > 0
     goal = next(goal for goal in found["goals"] if goal["what"] == "reader / decode only")
     ratio = np.median(np.divide(found["read"]["ours, images"], found["read"]["decode only"]))

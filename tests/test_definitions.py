@@ -10,27 +10,25 @@ import numpy as np
 import pytest
 import torch
 
-import evaluate_classes
-import evaluate_pairs
+import protocols.classify
+import protocols.pairs
 from data_prep import InputError
-from evaluate_bootstrap import bootstrap_counts
-from evaluate_classes import class_means, fit_probe, nearest_mean, nearest_neighbours, score_classification
-from evaluate_compare import Scored, compare_experts
-from evaluate_pairs import (
+from protocols.bootstrap import bootstrap_counts
+from protocols.classify import class_means, fit_probe, nearest_mean, nearest_neighbours, score_classification
+from protocols.pairs import roc, score_verification, tar_at_far
+from protocols.search import score_gallery
+from protocols.templates import (
     collect_scores,
     pool_templates,
-    roc,
     score_listed,
     score_template_pairs,
     score_template_search,
-    score_verification,
-    tar_at_far,
     tar_at_nearest_far,
 )
-from evaluate_results import Row, clean_of, score
-from evaluate_search import score_gallery
+from reports.rows import Row, clean_of, score
 from tests.test_evaluate import FakeSplit, unit
 from tests.test_protocols import FakeTemplates
+from tools.compare import Scored, compare_experts
 
 
 def classified(labels, classes, name, **more):
@@ -104,7 +102,7 @@ def test_an_unreadable_reference_is_named():
 
 def test_no_answer_is_not_right_by_real(monkeypatch):
     split, train = classified([0, 1], ["a", "b"], "val"), classified([2, 2], ["a", "b", "c"], "train")
-    monkeypatch.setattr(evaluate_classes, "true_in_real", lambda split: np.array([[True, False], [False, True]]))
+    monkeypatch.setattr(protocols.classify, "true_in_real", lambda split: np.array([[True, False], [False, True]]))
     found = score_classification(np.eye(2), split, (np.eye(2), train), None, [], 0, 0)
     assert found["knn ReaL"].value == found["nearest-mean ReaL"].value == 0 and found["knn ReaL"].count == 2
 
@@ -317,7 +315,7 @@ def test_the_interval_with_a_hub_person_equals_that_of_the_whole_list(monkeypatc
         np.testing.assert_allclose(found["strict"][f"tar@far={target:g}"].draws, expected, atol=1e-12)
     assert 0 in left and np.ptp(expected) > 0
     collect = collect_scores
-    monkeypatch.setattr(evaluate_pairs, "collect_scores", lambda listed, same, need: collect(listed, same, len(pairs)))
+    monkeypatch.setattr(protocols.pairs, "collect_scores", lambda listed, same, need: collect(listed, same, len(pairs)))
     whole, _ = score_template_pairs(templates, pairs, 60, 3)
     for rule, figures in whole.items():
         for name, figure in figures.items():

@@ -15,9 +15,10 @@ from torch import nn
 
 import train
 from data_prep.stream import interleave
+from models.head import head_slices
+from models.runs import Ranks
 from tests.conftest import ROOT, TINY, script
 from tests.test_schedule import CONFIG, LOSS
-from train_ranks import Ranks, head_slices
 
 K, C, D = 4, 7, 12
 

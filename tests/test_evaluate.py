@@ -11,16 +11,16 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from sklearn.neighbors import NearestCentroid
 
+import data_prep.format
 import evaluate
-import train
 from data_prep import DOMAINS, InputError
-from data_prep.shards import Split, open_root
-from evaluate_bootstrap import Figure, bootstrap_counts, intervals, retention, weighted_mean
-from evaluate_classes import class_means, nearest_mean, nearest_neighbours, score_classification
-from evaluate_pairs import d_prime, equal_error_rate, fold_accuracy, roc, tar_at_far
-from evaluate_results import chance, read_rows
-from evaluate_search import average_precision, score_gallery, trapezoid_precision
-from run_folder import load_run, load_tuned
+from data_prep.format import Split, open_root
+from models.runs import load_run, load_tuned
+from protocols.bootstrap import Figure, bootstrap_counts, intervals, retention, weighted_mean
+from protocols.classify import class_means, nearest_mean, nearest_neighbours, score_classification
+from protocols.pairs import d_prime, equal_error_rate, fold_accuracy, roc, tar_at_far
+from protocols.search import average_precision, score_gallery, trapezoid_precision
+from reports.rows import chance, read_rows
 from tests.conftest import script
 from tests.test_train import spoil_jpeg
 
@@ -315,11 +315,11 @@ def test_bootstrap_resamples_identities_together():
 
 def test_matched_pairs_are_what_they_say():
     labels = np.array([0, 0, 0, 1, 1, 2, -1, -1, 3])
-    pairs = train.matched_pairs(labels, 500, 0)
+    pairs = data_prep.format.matched_pairs(labels, 500, 0)
     a, b = labels[pairs[:, 0]], labels[pairs[:, 1]]
     assert len(pairs) == 1000 and (a[:500] == b[:500]).all() and (a[500:] != b[500:]).all()
     assert (pairs[:, 0] != pairs[:, 1]).all() and a.min() >= 0 and set(a[:500]) == {0, 1}
-    assert len(train.matched_pairs(np.array([0, 1, 2]), 10, 0)) == 0  # nobody twice: no genuine pair
+    assert len(data_prep.format.matched_pairs(np.array([0, 1, 2]), 10, 0)) == 0  # nobody twice: no genuine pair
 
 
 def test_retention_is_corrected_for_chance():

@@ -13,18 +13,19 @@ import numpy as np
 import pytest
 
 import evaluate
-import evaluate_classes
+import protocols.classify
 from data_prep import InputError
-from data_prep.shards import Record, Source, Split, open_root, write_split
-from data_prep.trials import RATING_COLUMNS
-from evaluate_classes import Readouts, class_means, fit_probe, nearest_mean, nearest_neighbours
-from evaluate_compare import Scored, refuse_unshared
-from evaluate_embed import normalise
-from evaluate_pairs import FARS
-from evaluate_report import literal, to_html
-from evaluate_results import Row, say_once, score, show_value, unsupported_fars
+from data_prep.format import Record, Source, Split, open_root
+from data_prep.write import write_split
+from protocols.bootstrap import normalise
+from protocols.classify import Readouts, class_means, fit_probe, nearest_mean, nearest_neighbours
+from protocols.pairs import FARS
+from reports.rows import Row, say_once, score, show_value, unsupported_fars
+from reports.tables import literal, to_html
 from tests.test_evaluate import run_here, unit
 from tests.test_protocols import write_run
+from tools.compare import Scored, refuse_unshared
+from tools.trials import RATING_COLUMNS
 
 OPTIONS = ["--bootstrap", "3", "--workers", "0", "--device", "cpu"]
 NO_READOUTS = Readouts({}, 0, {}, [])
@@ -227,7 +228,7 @@ def test_rows_with_values_of_another_kind_are_refused(name, value, tmp_path):
 
 def test_the_probe_of_the_untouched_backbone_is_fitted_once_for_all_runs(run, tmp_path, monkeypatch, capsys):
     options, fitted, fit = ["--run", run, *OPTIONS, "--splits", "object/val", "--probe", "50"], [], fit_probe
-    monkeypatch.setattr(evaluate_classes, "fit_probe", lambda *a: fitted.append(a) or fit(*a))
+    monkeypatch.setattr(protocols.classify, "fit_probe", lambda *a: fitted.append(a) or fit(*a))
     run_here(*options)
     rows = (run / "eval/results.json").read_bytes()
     assert b"probe top-1" in rows and len(fitted) == 2  # before and after

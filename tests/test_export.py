@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 import data_prep.__main__
 import evaluate
+import tools.export
 import train
-import train_export
 from data_prep import DOMAINS, InputError
-from data_prep.shards import Split
-from evaluate_embed import Embedder
-from run_folder import load_run, load_tuned
+from data_prep.format import Split
+from models.runs import load_run, load_tuned
+from protocols.embed import Embedder
 from tests.conftest import TINY, script
 
 
@@ -131,10 +131,10 @@ def test_onnx_computes_the_same_for_any_batch(run_of_each, tmp_path, monkeypatch
 
 def test_a_form_that_computes_something_else_is_not_written(tiny_run, tmp_path, monkeypatch, capsys):
     def spoiled(model, config, path):
-        code, same = train_export.to_safetensors(model, config, path)
+        code, same = tools.export.to_safetensors(model, config, path)
         return code, lambda pixels: same(pixels) + 0.01
 
-    monkeypatch.setitem(train_export.FORMATS, "safetensors", spoiled)
+    monkeypatch.setitem(tools.export.FORMATS, "safetensors", spoiled)
     out = tmp_path / "export" / "model.safetensors"
     assert export("--run", tiny_run, "--to", "safetensors", "--out", out) == 1
     assert "was not written: max abs difference" in capsys.readouterr().err
@@ -143,10 +143,10 @@ def test_a_form_that_computes_something_else_is_not_written(tiny_run, tmp_path, 
 
 def test_the_difference_is_seen_at_every_batch_and_never_hidden_by_nan(tiny_run):
     model = load_tuned(load_run(tiny_run))
-    whole = train_export.FromPixels(model)
-    assert train_export.largest_difference(model, whole) == 0
-    assert train_export.largest_difference(model, lambda pixels: whole(pixels[:1]).expand(len(pixels), -1)) > 1e-3
-    assert not train_export.largest_difference(model, lambda pixels: whole(pixels) * float("nan")) <= 1e9
+    whole = tools.export.FromPixels(model)
+    assert tools.export.largest_difference(model, whole) == 0
+    assert tools.export.largest_difference(model, lambda pixels: whole(pixels[:1]).expand(len(pixels), -1)) > 1e-3
+    assert not tools.export.largest_difference(model, lambda pixels: whole(pixels) * float("nan")) <= 1e9
 
 
 # ---------------------------------------------------------------- the card
@@ -332,7 +332,7 @@ def test_a_missing_package_is_named(tiny_run, tmp_path, monkeypatch):
 
 def test_the_option_offers_every_form():
     form = next(parameter for parameter in train.main.commands["export"].params if parameter.name == "to")
-    assert list(form.type.choices) == list(train_export.FORMATS)
+    assert list(form.type.choices) == list(tools.export.FORMATS)
 
 
 def test_from_a_shell(tiny_run, tmp_path):

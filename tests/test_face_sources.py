@@ -17,11 +17,15 @@ import pytest
 from PIL import Image
 
 import evaluate
-from data_prep import InputError, faces, folders, insightface
-from data_prep.archives import members
-from data_prep.shards import BadImage, Split, fit_image, open_root, verify_split
-from evaluate_pairs import score_templates, score_verification
-from evaluate_search import score_gallery
+from data_prep import InputError
+from data_prep.format import BadImage, Split, open_root
+from data_prep.sources import faces, folders, insightface
+from data_prep.sources.archives import members
+from data_prep.verify import verify_split
+from data_prep.write import fit_image
+from protocols.pairs import score_verification
+from protocols.search import score_gallery
+from protocols.templates import score_templates
 from tests.test_data_prep import PAIRS, class_folders, encode, files_of, lfw_folder, picture, run_here
 
 # ---------------------------------------------------------------- archives

@@ -19,14 +19,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import InputError, shards
-from data_prep.objects import row_group
-from data_prep.shards import BadImage, Record, Source, Split, fit_image, jpeg_sides, open_root, write_split
+import data_prep.verify
+from data_prep import InputError
+from data_prep.format import BadImage, Record, Source, Split, jpeg_sides, open_root
+from data_prep.sources.parquet import row_group
 from data_prep.stats import split_stats
 from data_prep.stream import Batches, Stream
-from evaluate_classes import score_classification
-from evaluate_pairs import score_verification
-from evaluate_search import score_gallery, variants_of
+from data_prep.write import fit_image, write_split
+from protocols.classify import score_classification
+from protocols.pairs import score_verification
+from protocols.search import score_gallery, variants_of
 from tests.conftest import TINY, mutated, script
 from tests.test_body_sources import LTCC, PRCC, deepchange_files, msmt17_files, persons_files
 from tests.test_data_prep import PAIRS, encode, picture, run_here
@@ -191,7 +193,7 @@ def test_damaged_images_of_every_source_are_counted(tmp_path):
                 try:
                     run_here(source, "--src", src, "--out", out, "--size", 24, "--workers", 1,
                              *(option.format(tmp=tmp_path) for option in options))
-                    problems = shards.verify_split(out)  # pairs, probes or templates may have lost all their images
+                    problems = data_prep.verify.verify_split(out)  # pairs, probes or templates may have lost all their images
                     assert all("needs" in problem or "names no" in problem for problem in problems), (source, problems)
                     left_out += sum(Split(out).index["skipped"].values())
                 except click.ClickException as error:
@@ -415,7 +417,7 @@ def test_a_merged_split_that_names_itself_is_not_verified_without_end(tmp_path):
         (both / "index.json").write_bytes(mutated_json(text, rng) if case else text)
         with watched():
             try:
-                assert shards.verify_split(both) or case
+                assert data_prep.verify.verify_split(both) or case
             except click.ClickException as error:
                 assert one_line(error)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import resize
 
-from kernels import gather
+from kernels import gather, gather_triton
 from kernels.gather import gather_interleaved
 
 GPU = torch.cuda.is_available()
@@ -115,7 +115,6 @@ def test_banks_of_different_sizes_and_odd_shapes(impl):
 @pytest.mark.skipif(not find_spec("triton"), reason="no triton")
 def test_the_number_of_images_makes_no_kernel_of_its_own():
     """It changes from step to step; Triton compiles again where an integer becomes 1 or divisible by 16."""
-    from kernels import gather_triton
 
     numbers = [gather_triton.describe_bank(torch.zeros(n, 16, 1, 3))[0] for n in range(65)]
     assert not any(number == 1 or number % 16 == 0 for number in numbers)
@@ -125,7 +124,6 @@ def test_the_number_of_images_makes_no_kernel_of_its_own():
 @pytest.mark.parametrize("place, change", [("row", 2), ("row", -1), ("domain", 7), ("domain", -1)])
 def test_wrong_places_on_a_gpu_are_reported_and_read_nothing(place, change, size):
     """The kernel is given what the check on the CPU would have refused."""
-    from kernels import gather_triton
 
     device = "cuda" if GPU else "cpu"
     b = [bank.to(device) for bank in banks((2, 8, 8), (2, 8, 8))]
@@ -142,7 +140,6 @@ def test_wrong_places_on_a_gpu_are_reported_and_read_nothing(place, change, size
 
 @pytest.mark.skipif("triton" not in IMPLS, reason="Triton is not installed")
 def test_wrong_boxes_on_a_gpu_end_as_well():
-    from kernels import gather_triton
 
     device = "cuda" if GPU else "cpu"
     b, zero = [bank.to(device) for bank in banks((2, 8, 8))], torch.zeros(4, dtype=torch.long, device=device)

@@ -21,13 +21,13 @@ from sklearn.metrics import roc_auc_score
 import evaluate
 from data_prep import InputError
 from data_prep.__main__ import cli
-from data_prep.shards import Split
-from data_prep.trials import RATING_COLUMNS, Rating, draw_pairs, draw_trials, find_row, read_ratings
-from evaluate_bootstrap import bootstrap_counts, intervals, weighted_mean
-from evaluate_compare import margin
-from evaluate_humans import human_verdict, score_humans
-from evaluate_pairs import SCORE_BINS, score_verification
-from evaluate_report import (
+from data_prep.format import Split
+from models.runs import read_lines
+from protocols.bootstrap import bootstrap_counts, intervals, weighted_mean
+from protocols.humans import human_verdict, score_humans
+from protocols.pairs import SCORE_BINS, score_verification
+from reports.rows import Row, rows_of, write_draws, write_rows
+from reports.tables import (
     beside,
     datasets_of,
     draw_stages,
@@ -37,10 +37,10 @@ from evaluate_report import (
     show_stages,
     to_html,
 )
-from evaluate_results import Row, rows_of, write_draws, write_rows
-from run_folder import read_lines
 from tests.conftest import TINY, script
 from tests.test_train import spoil_jpeg
+from tools.compare import margin
+from tools.trials import RATING_COLUMNS, Rating, draw_pairs, draw_trials, find_row, read_ratings
 from train_schedule import make_schedule, plan_batches
 
 CHROMIUM, DRIVER = (next(filter(None, map(shutil.which, names)), None)
@@ -325,6 +325,7 @@ def test_the_page_is_offline_and_does_not_tell(browser, trials, tmp_path):
 
 
 # ---------------------------------------------------------------- raters and model
+
 
 class Fake:
     """What `score_humans` needs of a split: labels, and the people on its images."""

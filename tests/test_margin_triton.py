@@ -21,10 +21,10 @@ import math
 import pytest
 import torch
 
-triton = pytest.importorskip("triton")
-from kernels import margin_triton  # noqa: E402
-from kernels.margin_loss import Shard, margin_loss, margin_loss_reference  # noqa: E402
+from kernels import margin_triton
+from kernels.margin_loss import Shard, margin_loss, margin_loss_reference
 
+triton = pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # tl.dot of the interpreter gives garbage on bfloat16

@@ -13,11 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep import InputError, objects
-from data_prep.objects import imagenet_classes
-from data_prep.shards import Split, random_order, verify_split
-from evaluate_classes import score_classification
-from evaluate_embed import normalise
+import data_prep.sources.imagenet
+import data_prep.sources.parquet
+import data_prep.sources.webdataset
+from data_prep import InputError
+from data_prep.format import Split
+from data_prep.sources.imagenet import imagenet_classes
+from data_prep.verify import verify_split
+from data_prep.write import random_order
+from protocols.bootstrap import normalise
+from protocols.classify import score_classification
 from tests.conftest import TINY, prepare_mutated, script
 from tests.test_body_sources import at_degrees, write_files
 from tests.test_data_prep import encode, picture, run_here
@@ -43,6 +48,7 @@ def scored(split: Split, x: np.ndarray, reference: Split, y: np.ndarray, head=No
 
 
 # ---------------------------------------------------------------- ImageNet
+
 
 FOLDERS = {f"imagenet/{part}/{wnid}/{name}_{i}.JPEG": None for part, n in (("train", 3), ("val", 2))
            for wnid in (TENCH, GOLDFISH, HEN) for i in range(n) for name in [f"{part}_{wnid}"]}  # fmt: skip
@@ -215,6 +221,7 @@ def test_evaluation_of_the_whole_family(tmp_path):
 
 # ---------------------------------------------------------------- parquet
 
+
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -261,7 +268,7 @@ def test_one_parquet_file_is_a_source(tmp_path):
     split = prepared("parquet", path, tmp_path / "d/object/train")
     assert len(split) == 3 and split.counts.tolist() == [1, 2] and split.names == ["a", "b"]
     # read one row group after the other, and known to the source when the last is read
-    source = objects.parquet(path, "object", True)
+    source = data_prep.sources.parquet.parquet(path, "object", True)
     records = iter(source.records)
     assert next(records).identity == "0000000" and source.blocks == []
     assert len(list(records)) == 2 and source.blocks == [0, 2]
@@ -282,7 +289,7 @@ def test_parquet_reads_each_row_group_once(part, tmp_path, monkeypatch):
     for k in range(3):
         parquet_file(tmp_path / "src" / f"{part}-{k}.parquet", [10 * k, -1, *range(10 * k, 10 * k + 7)], 9 * k, group=3)
     opened = []
-    objects.row_group.cache_clear()
+    data_prep.sources.parquet.row_group.cache_clear()
     read = pq.ParquetFile.read_row_group
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, group, columns, **options: (
         opened.append(columns[0]), read(self, group, columns=columns, **options))[1])
@@ -379,7 +386,7 @@ def test_webdataset_samples_without_image_or_label_are_counted(tmp_path):
     assert split.index["skipped"] == {"sample without an image": 1, "no label": 4, "unreadable image": 1}
 
 
-READ_RANGE = objects.read_range
+READ_RANGE = data_prep.sources.webdataset.read_range
 
 
 def cut_and_read(url: str, offset: int, size: int) -> bytes:
@@ -393,7 +400,7 @@ def test_a_source_that_goes_away_ends_in_one_line_and_the_same_command_goes_on(t
     command = ["webdataset", "--src", tar, "--out", tmp_path / "d/object/val", "--size", 16, "--shard-size", 2]
     whole = tar.read_bytes()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="the same command goes on later"):
-        patch.setattr(objects, "read_range", cut_and_read)
+        patch.setattr(data_prep.sources.imagenet, "read_range", cut_and_read)
         run_here(*command, "--workers", 1)
     assert not (tmp_path / "d/object/val/index.json").exists()
     tar.write_bytes(whole)
@@ -406,7 +413,7 @@ def test_a_server_without_ranges_ends_in_one_line(tmp_path, monkeypatch):
         def read(self, *_):
             raise ValueError("no range requests")  # as fsspec's HTTP files do
 
-    monkeypatch.setattr(objects, "open_tar", lambda url: Broken(b"0" * 1024))
+    monkeypatch.setattr(data_prep.sources.imagenet, "open_tar", lambda url: Broken(b"0" * 1024))
     with pytest.raises(InputError, match=r"http://host/a.tar: cannot be read \(no range requests\)"):
         run_here("webdataset", "--src", "http://host/a.tar", "--out", tmp_path / "d/object/val")
 

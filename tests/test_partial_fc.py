@@ -9,17 +9,20 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import data_prep
 import train
+from data_prep.stream import load
 from kernels.margin_loss import sample_classes
+from models.head import head_slices
+from models.runs import Ranks
 from tests.conftest import TINY, script
 from tests.test_coupling import run_config
 from tests.test_distributed import PLANS, C, K, assert_near, deal, make, torchrun
 from tests.test_recipes import stop_at
 from tests.test_schedule import CONFIG, LOSS
 from tests.test_train import assert_same_weights, run_here
-from train_input import draw_classes, load, make_stream, receive
+from train_input import draw_classes, make_stream, receive
 from train_options import class_shares, per_domain
-from train_ranks import Ranks, head_slices
 
 PLAN = PLANS["B, uneven"]
 CLASSES = 40  # a domain: more than the images of a step, so that something is left to draw
@@ -192,5 +195,5 @@ def test_one_number_is_for_domains_of_many_classes():
 @pytest.mark.parametrize("value, words", [("0", "--sample-classes: object is 0"), ("1.5", "--sample-classes: object"),
                                           ("object=0.1", "--sample-classes 'object=0.1': no value for face_hq")])
 def test_bad_shares_are_refused(value, words, demo_root, tmp_path):
-    with pytest.raises(train.InputError, match=words):
+    with pytest.raises(data_prep.InputError, match=words):
         run_here(*TINY, "--sample-classes", value, "--data", demo_root, "--out", tmp_path / "run")

@@ -16,16 +16,27 @@ import torch
 from PIL import Image
 from scipy.interpolate import interp1d
 
-import evaluate
-import evaluate_embed
-import evaluate_pairs
-import evaluate_search
+import protocols.embed
+import protocols.pairs
+import protocols.search
+import tools.leaks
 from data_prep import InputError
 from data_prep.__main__ import cli
-from data_prep.shards import Split
-from evaluate_bootstrap import bootstrap_counts
-from evaluate_classes import Readouts
-from evaluate_compare import (
+from data_prep.format import Split
+from protocols.bootstrap import bootstrap_counts, normalise
+from protocols.classify import Readouts
+from protocols.embed import Embedder, map_copy
+from protocols.humans import make_human_rows, score_humans, show_humans
+from protocols.pairs import grid_tar, score_verification
+from protocols.search import describe_variant, gallery_rule, score_blocks, score_gallery, search_shots, variants_of
+from protocols.templates import Templates, highest_wrong, score_legacy_search, score_template_search, score_templates
+from reports.rows import Row, score
+from reports.tables import literal, to_html
+from tests.test_definitions import classified
+from tests.test_evaluate import FakeSplit, run_here, unit
+from tests.test_humans import FACES, THINGS, Fake, rate, vectors
+from tests.test_protocols import FakeTemplates
+from tools.compare import (
     Scored,
     compare_experts,
     compare_groups,
@@ -34,24 +45,6 @@ from evaluate_compare import (
     show_comparison,
     show_experts,
 )
-from evaluate_embed import Embedder, map_copy, normalise
-from evaluate_humans import make_human_rows, score_humans, show_humans
-from evaluate_pairs import (
-    Templates,
-    grid_tar,
-    highest_wrong,
-    score_legacy_search,
-    score_template_search,
-    score_templates,
-    score_verification,
-)
-from evaluate_report import literal, to_html
-from evaluate_results import Row, score
-from evaluate_search import describe_variant, gallery_rule, score_blocks, score_gallery, search_shots, variants_of
-from tests.test_definitions import classified
-from tests.test_evaluate import FakeSplit, run_here, unit
-from tests.test_humans import FACES, THINGS, Fake, rate, vectors
-from tests.test_protocols import FakeTemplates
 
 # ---------------------------------------------------------------- insightface's TAR@FAR of folds
 
@@ -239,7 +232,7 @@ def test_the_draws_of_a_probe_are_its_own(monkeypatch):
             held.append(scores.shape)
             yield start, scores
 
-    monkeypatch.setattr(evaluate_search, "score_blocks", small)
+    monkeypatch.setattr(protocols.search, "score_blocks", small)
     np.testing.assert_array_equal(search_shots(x, q, g, ids[g], mates, 4, 5), whole)
     np.testing.assert_array_equal(search_shots(x, q[5:9], g, ids[g], mates, 4, 5), whole[:, 5:9])
     assert (search_shots(x, q, g, ids[g], mates, 4, 6) != whole).any()
@@ -342,7 +335,7 @@ def test_resamplings_of_the_legacy_search_equal_repeated_probes(monkeypatch):
     rows, probes, kept = np.arange(6), np.arange(6, 66), []
     templates.identity[6:36], templates.vectors[6:36] = 0, templates.vectors[1]  # of 0, all taken for 1
     highest = highest_wrong
-    monkeypatch.setattr(evaluate_pairs, "highest_wrong", lambda *a: kept.append(a[4]) or highest(*a))
+    monkeypatch.setattr(protocols.pairs, "highest_wrong", lambda *a: kept.append(a[4]) or highest(*a))
     found = score_legacy_search(templates, [rows[:3], rows[3:]], probes, 40, 2)
     identity = templates.identity[probes]
     for draw, counts in enumerate(bootstrap_counts(identity, 40, 2)):
@@ -359,7 +352,7 @@ def test_the_highest_scores_of_others_equal_a_whole_sort(most, monkeypatch):
     x = rng.integers(-3, 4, (90, 4)).astype(float)  # ties
     probes, gallery, labels = np.arange(50), np.arange(50, 90), rng.integers(0, 9, 90)
     blocks = score_blocks
-    monkeypatch.setattr(evaluate_pairs, "score_blocks", lambda x, p, g, size, device: blocks(x, p, g, 7 * 40, device))
+    monkeypatch.setattr(protocols.pairs, "score_blocks", lambda x, p, g, size, device: blocks(x, p, g, 7 * 40, device))
 
     def mates(probe):
         return np.flatnonzero(labels[gallery] == labels[probe]), np.zeros(0, int)
@@ -460,7 +453,7 @@ def test_gaps_leave_leaked_images_out_on_both_sides(reference):
 
     def gaps(without):
         return [{row.metric: row for row in table if row.split == "r" and row.metric.startswith(("gap of ", "clean "))}
-                for table in evaluate.score_without(Known(**x), [val, r], root, run, 2, 0, True, without, "at 1 by x")]
+                for table in tools.leaks.score_without(Known(**x), [val, r], root, run, 2, 0, True, without, "at 1 by x")]
 
     def top_1(split, rows, voters, itself):
         """Right by 20 neighbours among `voters` of the reference, by counting votes."""
@@ -496,16 +489,17 @@ def test_rows_that_leaks_do_not_touch_are_told_once():
     x = {name: np.random.default_rng(0).normal(size=(8, 3)) for name in ("train", "val", "r")}
     root, run = {"object": {"train": objects([0, 1] * 4, "train")}}, SimpleNamespace(
         config={}, classes={}, folder=Path("runs/x"))
-    whole, rest = evaluate.score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/val": [1]}, "at 1 by x")
+    whole, rest = tools.leaks.score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/val": [1]}, "at 1 by x")
     told = {(row.split, row.metric.startswith(("gap of ", "clean ")), row.protocol.partition(", without ")[2])
             for row in rest}
     assert told == {("val", False, "1 leaked at 1 by x"), ("r", True, "0 leaked and 1 of the clean at 1 by x")}
     assert {row.split for row in whole} == {"val", "r"} and not any("without" in row.protocol for row in whole)
-    whole, _ = evaluate.score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/r": [1]}, "at 1 by x")
+    whole, _ = tools.leaks.score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/r": [1]}, "at 1 by x")
     assert {row.split for row in whole} == {"r"}  # of val nothing changes
 
 
 # ---------------------------------------------------------------- names in comparisons
+
 
 NAME = "a|b `c` <i>d</i> &lt; e&f \\| *g* $x$ $y"
 
@@ -612,7 +606,7 @@ def test_mapped_embeddings_have_the_same_figures_to_the_bit(tmp_path, monkeypatc
     embed, whole = Stored(tmp_path, **x), []
     readouts = Readouts({}, 100, {}, [])
     for large in (1 << 29, 0):
-        monkeypatch.setattr(evaluate_embed, "LARGE", large)
+        monkeypatch.setattr(protocols.embed, "LARGE", large)
         held = embed.raw(splits[0])
         assert type(held) is np.ndarray and isinstance(held.base, np.memmap) == (large == 0)
         figures, _ = score(embed, splits, root, None, 5, 0, readouts, {"face_hq/reid": [10, 11]})
@@ -637,7 +631,7 @@ def test_mapped_embeddings_take_no_memory(tmp_path, monkeypatch):
     split = FakeSplit(np.append([0, 1, 2, 3, 4] * 2, [-1] * 49_990), {"name": "identification"}, role=roles)
     split.name = "large"
     embed = Stored(tmp_path, large=np.random.default_rng(0).standard_normal((50_000, 512), dtype=np.float32))  # 98 MiB
-    monkeypatch.setattr(evaluate_embed, "LARGE", 1 << 20)
+    monkeypatch.setattr(protocols.embed, "LARGE", 1 << 20)
     before = anonymous()
     x = embed(split)
     assert anonymous() - before < 20
@@ -657,7 +651,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
         def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(evaluate_embed.tempfile, "TemporaryFile", lambda dir: Full())
+    monkeypatch.setattr(protocols.embed.tempfile, "TemporaryFile", lambda dir: Full())
     with pytest.raises(InputError, match=r"no room for 0.0 GiB of embeddings .*\(No space left on device\): free some"):
         map_copy(np.zeros((3, 2), np.float32), tmp_path)
 
@@ -666,9 +660,9 @@ def test_a_run_that_is_mapped_writes_the_same_rows(tiny_run, demo_root, tmp_path
     shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval", "analysis"))
     out, mapped, written = tmp_path / "run/eval", [], []
     copy = map_copy
-    monkeypatch.setattr(evaluate_embed, "map_copy", lambda x, folder: mapped.append(folder) or copy(x, folder))
+    monkeypatch.setattr(protocols.embed, "map_copy", lambda x, folder: mapped.append(folder) or copy(x, folder))
     for large in (1 << 29, 0):
-        monkeypatch.setattr(evaluate_embed, "LARGE", large)
+        monkeypatch.setattr(protocols.embed, "LARGE", large)
         run_here("--run", tmp_path / "run", "--bootstrap", 3, "--workers", 0, "--device", "cpu", "--crowd", 20,
                  "--sheet", "--splits", "body/test,face_hq/test,object/val", "--cache", tmp_path / "cache")
         with np.load(out / "draws.npz") as file:

@@ -14,26 +14,12 @@ from sklearn.metrics import roc_curve
 
 import evaluate
 from data_prep import InputError
-from data_prep.shards import Record, Source, Split, open_root, write_split
-from evaluate_bootstrap import bootstrap_counts, intervals, weighted_mean
-from evaluate_classes import nearest_rows
-from evaluate_pairs import (
-    BINS,
-    SCORE_BINS,
-    Templates,
-    collect_scores,
-    find_tail,
-    pool_templates,
-    roc,
-    score_listed,
-    score_template_pairs,
-    score_template_search,
-    score_templates,
-    tar_at_far,
-    tar_at_nearest_far,
-)
-from evaluate_results import rows_of, write_draws, write_rows
-from evaluate_search import (
+from data_prep.format import Record, Source, Split, open_root
+from data_prep.write import write_split
+from protocols.bootstrap import bootstrap_counts, intervals, weighted_mean
+from protocols.classify import nearest_rows
+from protocols.pairs import BINS, SCORE_BINS, roc, tar_at_far
+from protocols.search import (
     Member,
     Search,
     choose_crowd,
@@ -47,6 +33,18 @@ from evaluate_search import (
     search_on,
     tpir_at_fpir,
 )
+from protocols.templates import (
+    Templates,
+    collect_scores,
+    find_tail,
+    pool_templates,
+    score_listed,
+    score_template_pairs,
+    score_template_search,
+    score_templates,
+    tar_at_nearest_far,
+)
+from reports.rows import rows_of, write_draws, write_rows
 from tests.conftest import script
 from tests.test_evaluate import FakeSplit, unit
 

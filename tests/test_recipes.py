@@ -13,22 +13,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import backbones
+import models.adapt
+import models.backbones
+import tools.bench_train
 import train
-import train_bench
 from data_prep import DOMAINS, InputError
-from data_prep.shards import open_root
+from data_prep.format import open_root
 from data_prep.stream import Stream, change_colors, erase_patches, interleave
-from run_folder import load_foundation, load_run, load_tuned, save_checkpoint
+from models.head import head_slices
+from models.runs import Ranks, load_foundation, load_run, load_tuned, save_checkpoint
 from tests.conftest import TINY, script
 from tests.test_distributed import SHORT, C, D, K, assert_near, deal, make, torchrun
 from tests.test_schedule import CONFIG, LOSS
 from tests.test_train import assert_same_weights, log_of, run_here, start, wait_for_step
 from train_input import to_images
 from train_options import MARGINS, PEOPLE, name_losses, per_domain
-from train_ranks import Ranks, head_slices
 
 # ---------------------------------------------------------------- losses by name
+
 
 NUMBERS = {"domains": list(DOMAINS), "scale": "object=30,face_hq=64,face_lq=64,body=64",
            "margin_additive": PEOPLE(0.35), "margin_angular": "0", "margin_adaptive": "0"}
@@ -235,6 +237,7 @@ def test_a_skipped_step_leaves_the_statistics(demo_root, tmp_path):
 
 # ---------------------------------------------------------------- what of the backbone is trained
 
+
 FAMILIES = {
     "clip": {"backbone": None, "model": "tiny-test-clip", "image_size": 32},
     "eva02": {"backbone": "eva02", "model": None, "image_size": 28},
@@ -255,21 +258,21 @@ def small_clip(tmp_path_factory):
     open_clip.add_model_config(path)
 
 
-def backbone(family: str, **options) -> tuple[backbones.Backbone, dict]:
+def backbone(family: str, **options) -> tuple[models.backbones.Backbone, dict]:
     config = SETTINGS | FAMILIES[family] | options
-    model = backbones.load_backbone(config)
-    backbones.choose_trained(model, config)
+    model = models.backbones.load_backbone(config)
+    models.adapt.choose_trained(model, config)
     return model, config
 
 
-def trained(model: backbones.Backbone) -> set[str]:
+def trained(model: models.backbones.Backbone) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("family, matrices", [("clip", 3), ("eva02", 12), ("dinov3", 12)])
 def test_lora_starts_at_the_foundation_and_is_merged_at_export(family, matrices):
     model, config = backbone(family, lora=4)
-    before, images = backbones.load_backbone(config), torch.randn(2, 3, *[config["image_size"]] * 2)
+    before, images = models.backbones.load_backbone(config), torch.randn(2, 3, *[config["image_size"]] * 2)
     assert torch.equal(model.eval()(images), before.eval()(images))
     factors = [p for p in model.parameters() if p.requires_grad]
     assert len(factors) == 2 * matrices and all(4 in p.shape for p in factors)
@@ -277,7 +280,7 @@ def test_lora_starts_at_the_foundation_and_is_merged_at_export(family, matrices)
     assert all(p.grad is not None for p in factors)
     for p in factors:
         p.data.normal_(std=0.05)
-    state = backbones.library_state(model.net)
+    state = models.backbones.library_state(model.net)
     changed = [key for key, value in before.net.state_dict().items() if not torch.equal(value, state[key])]
     assert len(changed) == matrices
     down, up = (next(p for n, p in model.named_parameters() if n.endswith(part) and p.requires_grad)
@@ -290,7 +293,7 @@ def test_lora_starts_at_the_foundation_and_is_merged_at_export(family, matrices)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_frozen_blocks_are_the_lowest(family):
-    layers = backbones.load_backbone(SETTINGS | FAMILIES[family]).layers()
+    layers = models.backbones.load_backbone(SETTINGS | FAMILIES[family]).layers()
     model, _ = backbone(family, freeze_blocks=2)
     assert trained(model) == {name for name, depth in layers.items() if depth > 2}
     left = model.layers()  # learning rates fall from the top as before
@@ -309,7 +312,7 @@ def test_drop_path_acts_in_training_alone_and_grows_upwards(family):
     model, config = backbone(family, drop_path=0.4)
     rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
     assert rates[0] == 0 and rates[-1] == pytest.approx(0.4) and rates == sorted(rates)
-    plain = backbones.load_backbone(config)
+    plain = models.backbones.load_backbone(config)
     images = torch.randn(1, 3, *[config["image_size"]] * 2).expand(8, -1, -1, -1)
     for net in (model, plain):
         for name, p in net.named_parameters():  # layer scales start near 0 and would hide the branches
@@ -337,7 +340,7 @@ def test_attention_is_fused_and_patches_are_read_channels_last(family, lora):
 def test_a_network_without_branches_to_drop_is_refused():
     config = SETTINGS | {"backbone": None, "model": "resnet18", "image_size": 32, "drop_path": 0.1}
     with pytest.raises(InputError, match=r"--drop-path 0.1: this network has no residual branches to drop: leave it"):
-        backbones.choose_trained(backbones.load_backbone(config), config)
+        models.adapt.choose_trained(models.backbones.load_backbone(config), config)
 
 
 def test_drop_path_keeps_the_mean():
@@ -395,7 +398,7 @@ def test_wise_ft_is_the_line_between_the_foundation_and_the_run(alpha, from_file
 def weights_file(tmp_path_factory):
     """Weights of CLIP in miniature: a foundation, of which a run can be fine-tuned."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(backbones.load_backbone(SETTINGS | FAMILIES["convolutional"] | {"seed": 5}).net.state_dict(), path)
+    save_file(models.backbones.load_backbone(SETTINGS | FAMILIES["convolutional"] | {"seed": 5}).net.state_dict(), path)
     return path
 
 
@@ -523,7 +526,7 @@ def merged(monkeypatch, *arguments) -> dict:
 
 def test_a_recipe_fills_only_what_nobody_gave(monkeypatch, tmp_path):
     config = merged(monkeypatch, "--backbone", "eva02")
-    assert {key: config[key] for key in backbones.RECIPES["eva02"]} == backbones.RECIPES["eva02"] == config["recipe"]
+    assert {key: config[key] for key in models.backbones.RECIPES["eva02"]} == models.backbones.RECIPES["eva02"] == config["recipe"]
     config = merged(monkeypatch, "--backbone", "eva02", "--lr", 2e-5, "--drop-path", 0)  # the same or not: it was said
     assert config["lr"] == 2e-5 and config["drop_path"] == 0 and config["layer_decay"] == 0.85
     assert set(config["recipe"]) == {"layer_decay", "weight_decay", "warmup"}
@@ -547,7 +550,7 @@ def test_what_each_backbone_gets(arguments, expected, monkeypatch):
 
 def test_bench_times_the_step_of_training(monkeypatch):
     found = []
-    monkeypatch.setattr(train_bench, "bench_run", lambda config, *_: found.append(config))
+    monkeypatch.setattr(tools.bench_train, "bench_run", lambda config, *_: found.append(config))
     run_here("bench", "--backbone", "eva02", "--lr", 1e-4)
     assert found[0]["drop_path"] == 0.15 and found[0]["lr"] == 1e-4
     with pytest.raises(InputError, match="--loss and --margin-angular both set margins"):
@@ -556,8 +559,8 @@ def test_bench_times_the_step_of_training(monkeypatch):
 
 def test_recipes_name_options_and_backbones():
     options = {parameter.name: parameter for parameter in train.main.params}
-    for name, recipe in backbones.RECIPES.items():
-        assert name == "lora" or name.partition("-")[0] in backbones.BACKBONES
+    for name, recipe in models.backbones.RECIPES.items():
+        assert name == "lora" or name.partition("-")[0] in models.backbones.BACKBONES
         for key, value in recipe.items():
             assert options[key].type.convert(value, None, None) == value  # within the option's range
 
@@ -578,6 +581,7 @@ def test_the_recipe_is_printed_saved_and_replayed(from_file, weights_file, demo_
 
 
 # ---------------------------------------------------------------- bad input
+
 
 BAD = [
     (["--loss", "sphereface"], "want [DOMAIN=]NAME[:m=NUMBER,s=NUMBER]"),

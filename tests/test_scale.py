@@ -15,14 +15,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import evaluate
-import evaluate_embed
+import models.backbones
+import models.runs
+import protocols.embed
+import tools.bench_evaluate
 import train
 from data_prep import InputError
-from data_prep.shards import Record, Source, Split, open_root, verify_split, write_split
-from evaluate_classes import fit_probe, read_prompts, score_classification
-from evaluate_embed import Embedder
-from evaluate_pairs import (
+from data_prep.format import Record, Source, Split, open_root
+from data_prep.verify import verify_split
+from data_prep.write import write_split
+from models.runs import load_run, load_tuned, read_tensors
+from protocols.classify import fit_probe, read_prompts, score_classification
+from protocols.embed import Embedder
+from protocols.pairs import (
     d_prime,
     equal_error_rate,
     fold_accuracy,
@@ -31,10 +36,9 @@ from evaluate_pairs import (
     score_pairs,
     score_verification,
     tar_at_far,
-    tar_at_nearest_far,
 )
-from evaluate_search import score_gallery, search_gallery
-from run_folder import load_run, load_tuned, read_tensors
+from protocols.search import score_gallery, search_gallery
+from protocols.templates import tar_at_nearest_far
 from tests.conftest import ROOT, script
 from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_protocols import tail_of
@@ -55,7 +59,7 @@ def run(tiny_run, tmp_path):
 @pytest.fixture
 def embedder(tiny_run, tmp_path, monkeypatch):
     """Embedders of the tuned backbone in parts of 16 images, each into a folder of its own name."""
-    monkeypatch.setattr(evaluate_embed, "PART", 16)
+    monkeypatch.setattr(protocols.embed, "PART", 16)
     model = load_tuned(load_run(tiny_run))
     return lambda name, **more: Embedder(model, "tuned", tmp_path / name, torch.device("cpu"), 8, 0, True,
                                          **more)
@@ -69,21 +73,21 @@ def test_parts_make_the_same_array_whoever_computes_them(embedder, demo_root, mo
     parts = one.folder / "parts"
     parts.mkdir()
     for rank in (1, 0):  # two ranks in turn
-        two.ranks = evaluate.Ranks(rank, 2)
+        two.ranks = models.runs.Ranks(rank, 2)
         two.embed_parts(split, parts)
         files.append(len(list(parts.iterdir())))
     assert files == [4, 8] and 112 < len(split) < 128  # half of the parts each
     two.join_parts(split, parts, one.folder / "joined")
     np.testing.assert_array_equal(np.load(one.folder / "joined"), whole)
     everything = np.arange(len(split))
-    _, x = next(train.embed_rows(two.model, split, everything, two.device, len(split), 0, True))  # in one batch
+    _, x = next(models.backbones.embed_rows(two.model, split, everything, two.device, len(split), 0, True))  # in one batch
     np.testing.assert_allclose(whole, x.numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_an_interrupted_embedding_goes_on(embedder, demo_root, monkeypatch):
     split = open_root(demo_root)["object"]["val"]
     whole = embedder("one").raw(split)
-    real, seen = train.embed_rows, []
+    real, seen = models.backbones.embed_rows, []
 
     def counting(model, split, rows, *rest):
         for good, x in real(model, split, rows, *rest):
@@ -105,7 +109,7 @@ def test_an_interrupted_embedding_goes_on(embedder, demo_root, monkeypatch):
 
 
 def test_what_is_no_number_names_the_sample(embedder, demo_root, monkeypatch):
-    split, embed, real = open_root(demo_root)["face_hq"]["test"], embedder("one"), train.embed_rows
+    split, embed, real = open_root(demo_root)["face_hq"]["test"], embedder("one"), models.backbones.embed_rows
 
     def broken(*arguments):
         for good, x in real(*arguments):
@@ -149,8 +153,8 @@ def test_a_killed_evaluation_keeps_its_parts(run, demo_root, monkeypatch):
         process.send_signal(signal.SIGKILL)
         process.wait()
     kept, whole = len(list((run / "eval/embeddings").glob(".tuned-*.parts/*.npy"))), Split(demo_root / "object/train")
-    embedded, real = [], train.embed_rows
-    monkeypatch.setattr(evaluate_embed, "PART", 4)
+    embedded, real = [], models.backbones.embed_rows
+    monkeypatch.setattr(protocols.embed, "PART", 4)
     monkeypatch.setattr(train, "embed_rows", lambda *a: (embedded.append(len(a[2])), real(*a))[1])
     run_here(*arguments)
     resumed = np.load(run / "eval/embeddings/tuned-object-train.npy")
@@ -162,7 +166,7 @@ def test_a_killed_evaluation_keeps_its_parts(run, demo_root, monkeypatch):
 
 
 def test_runs_share_the_embeddings_of_their_foundation(run, tmp_path, monkeypatch):
-    embedded, real = [], train.embed_rows
+    embedded, real = [], models.backbones.embed_rows
     monkeypatch.setattr(train, "embed_rows", lambda *a: (embedded.append(a[1].name), real(*a))[1])
     shutil.copytree(run, tmp_path / "other")
     for folder in (run, tmp_path / "other"):
@@ -271,7 +275,7 @@ def test_zero_shot_equals_a_literal_mean_over_prompts(tiny_run):
 
     run = load_run(tiny_run)
     model, names, templates = load_tuned(run), ["red_cup", "dog"], ["a photo of a {}.", "art of the {}."]
-    found = train.text_weights(model, run.config, names, torch.device("cpu"), templates)
+    found = models.backbones.text_weights(model, run.config, names, torch.device("cpu"), templates)
     tokenize = open_clip.get_tokenizer("ViT-B-32")
     for name, row in zip(("red cup", "dog"), found, strict=True):
         with torch.no_grad():
@@ -314,7 +318,7 @@ def test_readouts_of_a_run_and_of_classes_that_it_never_saw(run, demo_root):
 def test_real_labels_by_hand(tmp_path):
     """Four images, two classes; ReaL: the second may be either, the third is none, the fourth the first class alone."""
     from data_prep.__main__ import cli
-    from data_prep.objects import imagenet_wnids
+    from data_prep.sources.imagenet import imagenet_wnids
 
     a, b = imagenet_wnids()[:2]
     colours = {1: (a, 250), 2: (a, 240), 3: (b, 10), 4: (b, 0)}
@@ -352,9 +356,8 @@ def test_real_labels_by_hand(tmp_path):
 
 
 def test_the_benchmark_compares_ways_that_agree(tmp_path):
-    import evaluate_bench
 
-    for name, case in evaluate_bench.CASES.items():
+    for name, case in tools.bench_evaluate.CASES.items():
         inputs = case.make(0.01)
         ours, *others = (way(**inputs) for way in case.ways.values())
         assert all(0 < value <= 1 for value in ours.values()), name

@@ -11,10 +11,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data_prep.stream
+import kernels.margin_loss
 import train
 import train_input
 from data_prep import InputError
-from run_folder import STOPPED, forget_after
+from models.runs import STOPPED, forget_after
 from tests.conftest import ROOT, TINY, script
 from tests.test_coupling import lines
 from train_input import free_bytes
@@ -47,7 +48,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("more", [(), ("--negatives", "all"), ("--ema", "0.9"), ("--loss", "adaface")])
 def test_a_step_never_waits_for_the_device(demo_root, tmp_path, monkeypatch, more):
     """All that would be on a GPU but for the loss, whose own kernels take that place there."""
-    inside, found, loss, taken = Waits(), [], train.margin_loss, train.take_step
+    inside, found, loss, taken = Waits(), [], kernels.margin_loss.margin_loss, train.take_step
 
     def apart(*arguments, **options):
         before = len(inside.found)

@@ -8,8 +8,9 @@ import torch
 from sklearn.decomposition import PCA
 
 from analyze_figures import draw_up_map
-from analyze_separability import Canon, balanced_accuracy, crop_padding, separability, sources_of, unseen_sources
-from analyze_sharing import (
+from protocols.bootstrap import bootstrap_counts
+from protocols.separability import Canon, balanced_accuracy, crop_padding, separability, sources_of, unseen_sources
+from protocols.sharing import (
     d_primes,
     debiased_cka,
     measure_components,
@@ -19,7 +20,7 @@ from analyze_sharing import (
     scatter_ratio,
     subspace_overlap,
 )
-from analyze_subspaces import (
+from protocols.subspaces import (
     RANDOM_SEEDS,
     components_needed,
     hits_by_k,
@@ -29,8 +30,7 @@ from analyze_subspaces import (
     principal_components,
     transfer,
 )
-from analyze_tasks import Task, vectors_of
-from evaluate_bootstrap import bootstrap_counts
+from protocols.tasks import Task, vectors_of
 
 D, SHARED = 64, 20
 

@@ -20,17 +20,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import analyze
-import backbones
 import data_prep.__main__
 import evaluate
-import run_folder
+import models.backbones
+import models.runs
 import train
 from data_prep import DOMAINS, InputError
-from data_prep.shards import open_root
+from data_prep.format import open_root
 from data_prep.stream import Stream
-from run_folder import STOPPED, load_foundation, load_run, load_tuned, save_checkpoint, write_atomically
+from models import backbones
+from models.runs import STOPPED, Ranks, load_foundation, load_run, load_tuned, save_checkpoint, write_atomically
 from tests.conftest import ROOT, TINY, script
-from train_ranks import Ranks
 
 
 def run_here(*arguments) -> int:
@@ -147,7 +147,7 @@ def test_head_starts_at_class_means_and_prompts(demo_root):
     split = open_root(demo_root)["object"]["train"]
     head = train.init_head(model, [split], config, torch.device("cpu"))
     rows = np.flatnonzero(split.labels == 1)[:2]
-    x = torch.cat([x for _, x in train.embed_rows(model, split, rows, torch.device("cpu"), 8)])
+    x = torch.cat([x for _, x in models.backbones.embed_rows(model, split, rows, torch.device("cpu"), 8)])
     mean = torch.nn.functional.normalize(torch.nn.functional.normalize(x, dim=1).sum(0), dim=0)
     torch.testing.assert_close(head[1], mean, rtol=1e-4, atol=1e-5)
 
@@ -163,7 +163,7 @@ def test_frozen_text_head_stays(demo_root, tmp_path):
     run_here(*TINY, *options, "--data", demo_root, "--out", tmp_path / "run")
     run = load_run(tmp_path / "run")
     names = run.classes["object"]
-    start = train.text_weights(load_foundation(run), run.config, names, torch.device("cpu"))
+    start = models.backbones.text_weights(load_foundation(run), run.config, names, torch.device("cpu"))
     torch.testing.assert_close(run.head[: len(names)], start)
     assert run.head[len(names) :].norm(dim=1).sub(1).abs().max() > 1e-3
 
@@ -196,6 +196,7 @@ def test_degradation_grows_with_its_ramp(demo_root):
 
 
 # ---------------------------------------------------------------- interruption
+
 
 LONG = [*TINY, "--images", "960", "--save-every", "5", "--log-every", "5", "--domains", "object,body"]
 
@@ -285,7 +286,7 @@ def test_killed_between_the_last_checkpoint_and_done(tiny_run, demo_root, tmp_pa
 def test_weights_are_never_older_than_the_state(demo_root, tmp_path, monkeypatch):
     """Killed while a checkpoint is written: what resume continues from must not be ahead of the weights."""
     order = []
-    monkeypatch.setattr(run_folder, "write_atomically", lambda path, write: order.append(path.name))
+    monkeypatch.setattr(models.runs, "write_atomically", lambda path, write: order.append(path.name))
     model = SimpleNamespace(state_dict=dict, net=SimpleNamespace(state_dict=dict), project=None)
     optimizer = SimpleNamespace(state_dict=lambda: {"state": {}})
     job = SimpleNamespace(folder=tmp_path, ranks=Ranks(), optimizer=optimizer, rows=None, ema=None, model=model,

@@ -1,0 +1,228 @@
+"""What a source is made of: its files by their relative names, in a folder or, read in place, in a zip or a plain tar.
+
+Nothing is ever extracted and no name from an archive becomes a path on disk: a member is a range of the archive's
+bytes. An archive hostile or damaged in structure is refused as a whole; one oversized or damaged file is skipped.
+"""
+
+import os
+import re
+import struct
+import tarfile
+import zipfile
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from data_prep import InputError
+from data_prep.format import BadImage
+
+MAX_BYTES = 1 << 29  # of one file: above every image and list of the field, far below a worker's memory
+MAX_RATIO, RATIO_FROM = 200, 1 << 24  # larger zip members that deflate better than this are bombs; images never do
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file of a source."""
+
+    name: str  # relative to the source, with /
+    read: Callable[[], bytes]  # its bytes; picklable: it runs in a worker process; BadImage where it cannot be used
+
+
+def members(src: Path) -> Iterator[Member]:
+    """Every file below src, sorted by name.
+
+    Of a folder only the names of one folder after the other are in memory, of an archive all names and offsets, so
+    that sources which yield their records can be of any length.
+
+    Args:
+        src: a folder, a zip or a plain tar; SET.zip/inner/folder is a folder inside. Where an archive wraps everything
+            in one folder of folders, as most are packed, names count from below that folder.
+
+    Raises:
+        InputError: no such source, or an archive that must not or cannot be read.
+    """
+    if src.is_dir():
+        return walk(str(src))
+    archive = next((path for path in (src, *src.parents) if path.is_file()), None)
+    if archive is None:
+        raise InputError(f"--src {src}: no such folder or archive")
+    read, listed = list_archive(archive)
+    place, numbers, width = {}, array("q"), 0
+    for raw, where in listed:
+        name, width = safe_name(archive, raw), len(where)
+        if not name.startswith("__MACOSX/"):  # attributes that macOS packs beside the files, under their names
+            place[name] = len(numbers)  # an archive that was appended to holds older versions first
+            numbers.extend(where)
+    inner = src.relative_to(archive).as_posix()
+    if inner == ".":
+        tops = {name.partition("/")[0] for name in place}
+        inner = tops.pop() if len(tops) == 1 and any(name.count("/") > 1 for name in place) else ""
+    elif not any(name.startswith(f"{inner}/") for name in place):
+        raise InputError(f"--src {src}: {archive} has no folder {inner!r} inside")
+    prefix = f"{inner}/" if inner else ""
+    return (Member(name[len(prefix):], partial(read, str(archive), *numbers[place[name] : place[name] + width]))
+            for name in sorted(place) if name.startswith(prefix))
+
+
+def walk(folder: str, prefix: str = "") -> Iterator[Member]:
+    """The files below a folder, sorted by name; linked folders are not entered: they may lead in a circle."""
+    try:
+        with os.scandir(folder) as entries:
+            # a folder sorts as its files' names do, which go on with /
+            found = sorted(entry.name + "/" * entry.is_dir(follow_symlinks=False) for entry in entries)
+    except OSError as error:
+        raise InputError(f"--src {folder}: cannot be read ({error.strerror})") from error
+    for name in found:
+        path = os.path.join(folder, name)
+        if name.endswith("/"):
+            yield from walk(path[:-1], prefix + name)
+        elif os.path.isfile(path):
+            yield Member(prefix + name, partial(read_range, path))
+
+
+def read_text(member: Member) -> str:
+    """The text of a list file of a source."""
+    try:
+        return member.read().decode("utf-8-sig")
+    except (BadImage, OSError, ValueError) as error:
+        raise InputError(f"{member.name}: not a readable text file ({error})") from error
+
+
+def safe_name(archive: Path, raw: str) -> str:
+    """A member's name with / between its parts; InputError where it points out of the archive or at nothing."""
+    name = raw.replace("\\", "/")  # some Windows tools pack it so
+    parts = name.split("/")
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in parts or not name.strip("./"):
+        raise InputError(f"--src {archive}: member {raw!r} points out of the archive: refused; get a clean copy")
+    return "/".join(part for part in parts if part not in ("", "."))
+
+
+# ---------------------------------------------------------------- reading, in worker processes
+
+
+def read_range(path: Path | str, offset: int = 0, length: int | None = None) -> bytes:
+    """`length` bytes of a file from `offset` on (None: to its end); closed again, so that workers hold none."""
+    with open(path, "rb") as file:
+        length = os.fstat(file.fileno()).st_size - offset if length is None else length
+        check_size(length)
+        file.seek(offset)
+        data = file.read(length)
+    if len(data) != length:
+        raise BadImage("cut off")
+    return data
+
+
+def inflate(path: Path | str, offset: int, packed: int, size: int, crc: int, method: int) -> bytes:
+    """A zip member by its local header; never produces more bytes than the directory of the zip announced."""
+    check_size(max(packed, size))
+    with open(path, "rb") as file:
+        file.seek(offset)
+        head = file.read(30)
+        if len(head) < 30 or not head.startswith(b"PK\3\4"):
+            raise BadImage("damaged in its archive")
+        file.seek(sum(struct.unpack("<HH", head[26:])), os.SEEK_CUR)  # over the name and the extra field
+        data = file.read(packed)
+    if method == zipfile.ZIP_DEFLATED:
+        try:
+            data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
+        except zlib.error as error:
+            raise BadImage("damaged in its archive") from error
+    if len(data) != size or zlib.crc32(data) != crc:
+        raise BadImage("damaged in its archive")
+    return data
+
+
+def check_size(length: int) -> None:
+    """BadImage where a file is too large to be held in memory by every worker."""
+    if length > MAX_BYTES:
+        raise BadImage(f"larger than {MAX_BYTES >> 20} MiB")
+
+
+# ---------------------------------------------------------------- listing
+
+
+def list_archive(path: Path) -> tuple[Callable[..., bytes], Iterator[tuple[str, tuple[int, ...]]]]:
+    """How a zip or a plain tar is read, told apart by content, and what it holds.
+
+    Returns:
+        A function read(path, *numbers), and the name and the numbers of every regular file.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise InputError(f"--src {path}: cannot be read ({error.strerror})") from error
+    for magic, kind in COMPRESSED.items():
+        if head.startswith(magic):
+            raise InputError(f"--src {path}: compressed with {kind}, in which single images cannot be reached without "
+                             "decompressing all before them: decompress it to a plain .tar first")
+    return (inflate, list_zip(path)) if head[:4] in (b"PK\3\4", b"PK\5\6") else (read_range, list_tar(path))
+
+
+def list_zip(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The files of a zip, stored or deflated."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            infos = archive.infolist()
+    except Exception as error:  # zipfile raises BadZipFile, ValueError, struct.error, UnicodeError, ... by damage
+        raise InputError(f"--src {path}: damaged zip ({error}); get a clean copy") from error
+    end, total = 0, path.stat().st_size
+    for info in sorted(infos, key=lambda info: info.header_offset):
+        kind = info.external_attr >> 28  # the file type of a Unix mode; 0 where the packer noted none
+        why = None
+        if info.flag_bits & 1:
+            why = "is encrypted"
+        elif kind not in (0, 4, 8):
+            why = "is a link" if kind == 10 else "is a device"
+        elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            why = f"is packed with method {info.compress_type} (stored and deflated are read)"
+        elif info.file_size > max(RATIO_FROM, MAX_RATIO * info.compress_size):
+            why = f"is a decompression bomb ({info.compress_size} bytes become {info.file_size})"
+        elif not 0 <= info.header_offset <= total - info.compress_size:
+            why = "reaches beyond the end"
+        elif info.header_offset < end:
+            why = "overlaps the one before it, as in a decompression bomb"
+        if why:
+            raise InputError(f"--src {path}: member {info.filename!r} {why}: refused")
+        end = info.header_offset + 30 + len(info.orig_filename) + info.compress_size  # at least: names are encoded
+        if not info.filename.endswith("/"):
+            yield info.filename, (info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type)
+
+
+def list_tar(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The files of a plain tar, by offset and size."""
+    total, before = path.stat().st_size, -1
+    try:
+        with tarfile.open(path, "r:") as archive:
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # tarfile would keep them all, a kilobyte each
+                if info.offset <= before:
+                    raise tarfile.ReadError("its members run in a circle")
+                before = info.offset
+                if not 0 <= info.size <= total - info.offset_data:
+                    raise tarfile.ReadError(f"{info.name!r} reaches beyond the end")
+                if why := refusal(info):
+                    raise InputError(f"--src {path}: member {info.name!r} {why}: refused")
+                if info.isreg():
+                    yield info.name, (info.offset_data, info.size)
+            # tarfile takes a damaged header for the end; the true one is a block of zeros
+            if read_range(path, archive.offset, tarfile.BLOCKSIZE).strip(b"\0"):
+                raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
+    except InputError:
+        raise
+    except Exception as error:  # tarfile raises TarError, ValueError, IndexError, RecursionError, ... by damage
+        raise InputError(f"--src {path}: neither a folder nor a readable zip or tar ({error}); "
+                         "is the download complete?") from error
+
+
+def refusal(info: tarfile.TarInfo) -> str | None:
+    """Why a member of a tar must not be read; None where it may."""
+    if info.issym() or info.islnk():
+        return "is a link"
+    if not (info.isdir() or info.isreg()):
+        return "is a device"
+    return "is a sparse file" if info.issparse() else None

@@ -1,0 +1,228 @@
+"""Sources of whole-body persons: Market-1501 and sets that use its names, MSMT17, sets with changes of clothes, CSV.
+
+All test splits are re-identification ("reid"): probes are searched in gallery and distractors, and gallery images of
+the probe's person and camera are ignored. Where a set has more published ways of scoring, its protocol lists them under
+"variants"; the first one is what that rule over the split's whole gallery gives. The others need the columns:
+
+    general         the rule itself (Market-1501)
+    cross-clothes   matches: same person, other camera, other clothes; ignored: same person, same camera or clothes
+    same-clothes    matches: same person, other camera, same clothes; ignored: same person, same camera or other clothes
+    ... single-shot the gallery is one random image of each person, `draws` times, averaged (mAP means little there)
+    ... single-gallery-shot  the same with draws of its own for every probe, after what is ignored has left (CUHK03)
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from data_prep import InputError
+from data_prep.format import ROLES, Record, Source
+from data_prep.sources.archives import members
+from data_prep.sources.folders import image_suffixes
+from data_prep.sources.lists import below, find, images_of, read_lines, read_table
+
+MARKET_NAME = re.compile(r"(-1|\d+)_c(\d{1,9})")
+
+
+def market(src: Path, domain: str, train: bool) -> Source:
+    """Market-1501: `bounding_box_train`, or `query` and `bounding_box_test`; files `0002_c1s1_000451_03.jpg`.
+
+    Person -1 is junk and left out; person 0000 is a distractor: it stays in the gallery, as nobody's match. Cameras
+    count from 0. Expected: 12,936 training images; 3,368 queries, 15,913 in the gallery, 3,819 junk. DukeMTMC-reID,
+    which its authors have withdrawn, has the same layout: 16,522, 2,228 and 17,661, no junk.
+    Source: the torchreid and fast-reid readers of the two.
+    """
+    skipped, records, endings, files = Counter(), [], image_suffixes(), list(members(src))
+    for name, role in (("bounding_box_train", None),) if train else (("query", 0), ("bounding_box_test", 1)):
+        inside = [m for m in files if m.name.startswith(f"{name}/") and m.name.count("/") == 1]
+        if not inside:
+            raise InputError(f"--src {src}: no folder {name}; Market-1501 has bounding_box_train, bounding_box_test "
+                             "and query")
+        for member in inside:
+            file = PurePosixPath(member.name)
+            match = MARKET_NAME.match(file.name)
+            if file.suffix.lower() not in endings:
+                skipped["not an image by its name"] += 1
+            elif not match:
+                skipped["name is not Market-1501's"] += 1
+            elif match[1] == "-1":
+                skipped["junk (person -1)"] += 1
+            elif int(match[1]) == 0 and role != 1:
+                skipped["distractor (person 0) outside the gallery"] += 1
+            else:
+                distractor = int(match[1]) == 0
+                records.append(Record(member.read, member.name, None if distractor else match[1],
+                                      camera=int(match[2]) - 1, role=2 if distractor else role))
+    return Source(records, None if train else {"name": "reid"}, skipped=skipped)
+
+
+def reid(src: Path, records: list[Record], train: bool, skipped: Counter | None = None, **protocol) -> Source:
+    """The source of these records; InputError where a test split lacks probes or a gallery."""
+    for role in (0, 1) if not train else ():
+        if not any(record.role == role for record in records):
+            raise InputError(f"--src {src}: no {ROLES[role]} images for the test split")
+    return Source(records, None if train else {"name": "reid", **protocol}, skipped=skipped or Counter())
+
+
+def add_single_gallery_shot(source: Source) -> Source:
+    """The source, its gallery scored by single-gallery-shot too (CUHK03's first protocol), in ten draws."""
+    if source.protocol is None:
+        raise InputError("--single-gallery-shot is a way to score a test split: add --part test or leave it out")
+    variants = source.protocol.get("variants", ["general"])
+    return replace(source, protocol={"draws": 10} | source.protocol
+                   | {"variants": [*variants, f"{variants[0]} single-gallery-shot"]})
+
+
+def number(values: Iterable) -> Callable[[object], int]:
+    """Numbers for cameras or clothes that have names: their rank among the sorted values."""
+    return {value: i for i, value in enumerate(sorted(set(values)))}.__getitem__
+
+
+MSMT17_NAME = re.compile(r"(?:.*/)?\d+_\d+_(\d{1,4})_[^/]*")
+
+
+def msmt17(src: Path, domain: str, train: bool, with_val: bool = False) -> Source:
+    """MSMT17: `train`, `test` (V2: `mask_train_v2`, `mask_test_v2`) and `list_{train,val,query,gallery}.txt`.
+
+    A line is `0000/0000_000_01_0303morning_0015_0.jpg 0`: path and person; the camera is the third number of the name.
+    30,248 training images of 1,041 people (32,621 with `list_val.txt`, which published numbers leave out), 11,659
+    queries, 82,161 gallery images of 3,060 other people. Both parts count their people from 0, so the part belongs to
+    the identity. Source: the torchreid and fast-reid readers of MSMT17.
+    """
+    if with_val and not train:
+        raise InputError("--with-val adds to the training images: leave it out for a test split")
+    part = "train" if train else "test"
+    lists = [("train", None), ("val", None)][: 1 + with_val] if train else [("query", 0), ("gallery", 1)]
+    files = below(src, "MSMT17 has train, test (V2: mask_train_v2, mask_test_v2) and "
+                       "list_{train,val,query,gallery}.txt", f"list_{lists[0][0]}.txt")
+    folder = next((f for f in (f"mask_{part}_v2", part) if any(name.startswith(f"{f}/") for name in files)), part)
+    records = []
+    for list_name, role in lists:
+        for where, line in read_lines(src, files, f"list_{list_name}.txt"):
+            path, _, person = line.rpartition(" ")
+            camera = MSMT17_NAME.fullmatch(path)
+            if not camera or not re.fullmatch(r"\d{1,9}", person):
+                raise InputError(f"{where}: want `0000/0000_000_01_0303morning_0015_0.jpg 0`, found {line[:60]!r}")
+            image = find(files, f"{folder}/{path}", where)
+            records.append(Record(image.read, image.name, f"{part}-{int(person):04d}", camera=int(camera[1]) - 1,
+                                  role=role))
+    return reid(src, records, train)
+
+
+def need_test(train: bool, val: bool) -> None:
+    """InputError where a set's validation images would become a training split."""
+    if train and val:
+        raise InputError("--val makes a test split of the validation images: add --part test or leave it out")
+
+
+PRCC_NAMES = {
+    "train": re.compile(r"train/(?P<person>\d+)/(?P<camera>[ABC])_[^/]*"),
+    "val": re.compile(r"val/(?P<person>\d+)/(?P<camera>[ABC])_[^/]*"),
+    "test": re.compile(r"test/(?P<camera>[ABC])/(?P<person>\d+)/[^/]*"),
+}
+
+
+def prcc(src: Path, domain: str, train: bool, variant: str = "cross-clothes", val: bool = False) -> Source:
+    """PRCC: `rgb/{train,val}/<person>/{A,B,C}_*.jpg` and `rgb/test/{A,B,C}/<person>/*.jpg`; A, B, C are the cameras.
+
+    A is the gallery; probes are C (cross-clothes) or B (same-clothes: A and B show one outfit), each a split of
+    its own. The whole gallery is searched (multi-shot, as in published comparisons); the set's own protocol
+    is single-shot. The validation images (--val) show the people of the training images. 17,896 training and 5,002
+    validation images of 150 people; A 3,384, B 3,543, C 3,873 images of 71 others.
+    Source: the reader of Simple-CCReID.
+    """
+    need_test(train, val)
+    part = "train" if train else "val" if val else "test"
+    files = below(src, "PRCC has rgb/{train,val}/<person>/A_*.jpg and rgb/test/{A,B,C}/<person>/*.jpg", f"rgb/{part}")
+    files = {name.removeprefix("rgb/"): member for name, member in files.items()}
+    found, skipped = images_of(files, PRCC_NAMES[part], "PRCC", (f"{part}/",))
+    clothes = number((m["person"], m["camera"] == "C") for m, _ in found)
+    probe = {"cross-clothes": "C", "same-clothes": "B"}[variant]
+    records = [Record(member.read, member.name, m["person"], camera="ABC".index(m["camera"]),
+                      clothes=clothes((m["person"], m["camera"] == "C")),
+                      role=None if train else 1 if m["camera"] == "A" else 0)
+               for m, member in found if train or m["camera"] in ("A", probe)]
+    return reid(src, records, train, skipped, variants=[variant, f"{variant} single-shot"], draws=10)
+
+
+LTCC_NAME = re.compile(r"(?P<part>train|query|test)/(?P<person>\d+)_(?P<outfit>\d+)_c(?P<camera>\d{1,4})[^/]*")
+
+
+def ltcc(src: Path, domain: str, train: bool) -> Source:
+    """LTCC: `train`, `query`, `test` with `<person>_<outfit>_c<camera>_*.png`.
+
+    9,576 training images of 77 people; 493 queries, 7,050 gallery images of 75 others. General and cloth-changing
+    figures come from the same images. Source: the reader and the metric of Simple-CCReID.
+    """
+    parts = ("train",) if train else ("query", "test")
+    files = below(src, "LTCC has train, query and test with <person>_<outfit>_c<camera>_*.png", parts[0])
+    found, skipped = images_of(files, LTCC_NAME, "LTCC", tuple(f"{part}/" for part in parts))
+    clothes = number((m["person"], m["outfit"]) for m, _ in found)
+    records = [Record(member.read, member.name, m["person"], camera=int(m["camera"]) - 1,
+                      clothes=clothes((m["person"], m["outfit"])), role=None if train else parts.index(m["part"]))
+               for m, member in found]
+    return reid(src, records, train, skipped, variants=["general", "cross-clothes", "same-clothes"])
+
+
+DEEPCHANGE_LINE = re.compile(r"(?P<name>P(?P<person>\d{1,9})_C\d+_(?P<outfit>[^_.,/]+)[^,/]*),"
+                             r"(?P<tracklet>\d{1,9})(,.*)?")
+
+
+def deepchange(src: Path, domain: str, train: bool, val: bool = False) -> Source:
+    """DeepChange: `train-set`, `{test,val}-set-{query,gallery}`, each with its list `<folder>-bbox.txt`.
+
+    A line is `P<person>_C<camera>_<outfit>_*.jpg,<tracklet>`. The column camera holds the TRACKLET: by the set's own
+    rule a match of the probe's camera counts unless it is of the same tracklet. 75,083 training images of 450 people;
+    17,527 queries and 62,956 gallery images of 521 others; with --val 4,976 and 17,865 of 150 more.
+    Source: the reader of Simple-CCReID.
+    """
+    need_test(train, val)
+    part = "val" if val else "test"
+    folders = ("train-set",) if train else (f"{part}-set-query", f"{part}-set-gallery")
+    files = below(src, "DeepChange has train-set, {test,val}-set-query, {test,val}-set-gallery, each with "
+                       "<folder>-bbox.txt", f"{folders[0]}-bbox.txt")
+    records, outfits = [], []
+    for role, folder in enumerate(folders):
+        for where, line in read_lines(src, files, f"{folder}-bbox.txt"):
+            m = DEEPCHANGE_LINE.fullmatch(line)
+            if not m:
+                raise InputError(f"{where}: want `P1_C1_1_000001.jpg,1` (person, camera, outfit, tracklet), "
+                                 f"found {line[:60]!r}")
+            image, person = find(files, f"{folder}/{m['name']}", where), f"{int(m['person']):04d}"
+            records.append(Record(image.read, image.name, person, camera=int(m["tracklet"]),
+                                  role=None if train else role))
+            outfits.append((person, m["outfit"]))
+    clothes = number(outfits)
+    records = [replace(record, clothes=clothes(outfit)) for record, outfit in zip(records, outfits, strict=True)]
+    return reid(src, records, train)
+
+
+def persons(src: Path, domain: str, train: bool, table: str = "persons.csv") -> Source:
+    """Any set of persons: a CSV `path,person,camera[,clothes][,role]` in the source, and the images that it names.
+
+    `role` is train, probe, gallery or distractor (a distractor needs no person and is nobody's match); rows without a
+    role are training images. Cameras and clothes may be any words. The test split is scored as Market-1501.
+    """
+    files = below(src, "the list of persons is a CSV path,person,camera[,clothes][,role]; --table names another one in "
+                       "the source", table)
+    rows, lines = [], {}
+    for where, row in read_table(src, files, table, ("path", "person", "camera")):
+        path, role = row["path"].removeprefix("./"), row.get("role", "") or "train"
+        if path in lines:
+            raise InputError(f"{where}: {path[:80]!r} is listed twice, first in {lines[path]}")
+        if role not in ("train", *ROLES):
+            raise InputError(f"{where}: role {role[:40]!r}, want train, {', '.join(ROLES)}")
+        if not row["camera"] or (not row["person"] and role != "distractor"):
+            raise InputError(f"{where}: no {'person' if row['camera'] else 'camera'}")
+        lines[path] = where.rpartition(", ")[2]
+        rows.append((find(files, path, where), role, row))
+    camera = number(row["camera"] for _, _, row in rows)
+    clothes = number((row["person"], row.get("clothes", "")) for _, _, row in rows)
+    records = [Record(image.read, image.name, None if role == "distractor" else row["person"],
+                      camera=camera(row["camera"]),
+                      clothes=clothes((row["person"], row["clothes"])) if row.get("clothes") else None,
+                      role=None if train else ROLES.index(role))
+               for image, role, row in rows if (role == "train") == train]
+    return reid(src, records, train)

@@ -1,0 +1,390 @@
+"""Sources of faces: test sets of pairs (LFW and its relatives), of templates (IJB-B, IJB-C) and TinyFace."""
+
+import csv
+import io
+import math
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from data_prep import InputError
+from data_prep.format import BadImage, Record, Source
+from data_prep.sources.archives import Member, members, read_text
+from data_prep.sources.folders import image_suffixes, scan
+from data_prep.write import open_image
+
+
+def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, int, int]]:
+    """Parse pairs.txt: ((name, image), (name, image), same, fold, line number) of every pair.
+
+    Line 1 is `folds<TAB>n` (or `n`: one fold); then every fold has n lines `name i j` (same person) and n lines
+    `name1 i name2 j` (different people).
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"--pairs {path}: cannot be read ({error})") from error
+    head = lines[0].split() if lines else []
+    if len(head) not in (1, 2) or not all(re.fullmatch(r"[1-9]\d{0,8}", word) for word in head):
+        raise InputError(f"--pairs {path}, line 1: want `folds<TAB>pairs per half`, found {''.join(lines[:1])[:60]!r}")
+    folds, half = (1, int(head[0])) if len(head) == 1 else map(int, head)
+    rows = [(number, line) for number, line in enumerate(lines[1:], 2) if line.strip()]
+    if len(rows) != 2 * folds * half:
+        raise InputError(f"--pairs {path}: line 1 announces {folds} folds of 2 x {half} pairs, "
+                         f"the file has {len(rows)}")
+    pairs = []
+    for place, (number, line) in enumerate(rows):
+        words = line.split("\t") if "\t" in line else line.split()
+        if len(words) not in (3, 4) or not all(re.fullmatch(r"\d{1,9}", word) for word in (words[1], words[-1])):
+            raise InputError(f"--pairs {path}, line {number}: want `name i j` or `name1 i name2 j`, "
+                             f"found {line[:60]!r}")
+        same = len(words) == 3
+        left, right = (words[0], int(words[1])), (words[0] if same else words[2], int(words[-1]))
+        pairs.append((left, right, int(same), place // (2 * half), number))
+    return pairs
+
+
+def ten_folds(pairs: int) -> list[int]:
+    """The fold of each pair where a list gives none: ten consecutive parts, as scikit-learn's unshuffled KFold."""
+    return np.repeat(np.arange(10), [len(part) for part in np.array_split(np.arange(pairs), 10)]).tolist()
+
+
+def lfw(src: Path, domain: str, train: bool, pairs: Path | None = None) -> Source:
+    """Labeled Faces in the Wild: person folders `<Name>/<Name>_0001.jpg` and, for a test split, its `pairs.txt`.
+
+    A test split is verified on the pairs, by fold. Expected: 13,233 images of 5,749 people; 6,000 pairs in 10 folds.
+    Source: Huang et al. 2007; facenet, `src/lfw.py`.
+    """
+    skipped = Counter()
+    if train:
+        if pairs is not None:
+            raise InputError("--pairs goes with a test split: add --part test or leave it out")
+        return Source((Record(file.read, file.name, name) for name, file in scan(src, skipped)), skipped=skipped)
+    if pairs is None:
+        raise InputError("lfw: a test split needs --pairs pairs.txt; without one use the source `folder`, which is "
+                         "scored as identification")
+    images = list(scan(src, skipped))
+    records = [Record(member.read, member.name, name) for name, member in images]
+    place = {PurePosixPath(member.name).stem: i for i, (_, member) in enumerate(images)}
+    listed = []
+    for left, right, same, fold, line in read_pairs(pairs):
+        stems = [f"{name}_{number:04d}" for name, number in (left, right)]
+        for stem, (name, _) in zip(stems, (left, right), strict=True):
+            if stem not in place or images[place[stem]][0] != name:
+                raise InputError(f"--pairs {pairs}, line {line}: names {name}/{stem}, which is not below {src}: "
+                                 "do the list and the folder belong together?")
+        listed.append((place[stems[0]], place[stems[1]], same, fold))
+    folds = max(fold for *_, fold in listed) + 1
+    return Source(records, {"name": "verification", "folds": folds}, listed, skipped)
+
+
+# ---------------------------------------------------------------- lists of pairs
+
+
+FLAGS = {"1": 1, "true": 1, "0": 0, "-1": 0, "false": 0}
+# (left, right, same, fold or None, where it stands)
+Pair = tuple[str, str, int, int | None, str]
+
+
+def list_pairs(path: Path) -> list[Pair]:
+    """The pairs of a list in one of the usual styles, told apart by the first line.
+
+    `left,right,same[,fold]`, with a header or not; `same left right` (the `*_ann.txt` of AgeDB-30, CALFW, CPLFW);
+    `name same`, two lines a pair (CALFW's and CPLFW's own lists). Fields are separated by commas, tabs or blanks.
+    """
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        mark = "," if lines and "," in lines[0] else "\t" if lines and "\t" in lines[0] else None
+        rows = [(number, next(csv.reader([line])) if mark == "," else line.split(mark))
+                for number, line in enumerate(lines, 1) if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"--pairs {path}: cannot be read ({error})") from error
+    rows, flags = [(number, [field.strip() for field in row]) for number, row in rows], FLAGS
+    if rows and len(rows[0][1]) > 2 and not {rows[0][1][0].lower(), rows[0][1][2].lower()} & set(flags):
+        del rows[0]  # the header
+    first = rows[0][1] if rows else []
+    if len(first) == 2:
+        if len(rows) % 2:
+            raise InputError(f"--pairs {path}: {len(rows)} lines of `name same`: want two for every pair")
+        rows = [(number, [*a[:-1], *b]) for (number, a), (_, b) in zip(rows[::2], rows[1::2], strict=True)]
+        flags = {str(fold): 1 for fold in range(2, 11)} | FLAGS  # CALFW gives genuine pairs their fold instead of 1
+    elif len(first) == 3 and first[0].lower() in flags and first[2].lower() not in flags:
+        rows = [(number, [*row[1:], row[0]]) for number, row in rows]
+    pairs = []
+    for number, row in rows:
+        where = f"--pairs {path}, line {number}"
+        left, right, same, fold = (*row, "0")[:4] if len(row) in (3, 4) else ("", "", "", "")
+        if same.lower() not in flags or not re.fullmatch(r"\d{1,9}", fold):
+            raise InputError(f"{where}: want `left,right,same[,fold]`, `same left right` or `name same`, found "
+                             f"{' '.join(row)[:60]!r}")
+        pairs.append((left, right, flags[same.lower()], int(fold) if len(row) == 4 else None, where))
+    return pairs
+
+
+def cfp_pairs(files: dict[str, Member], kind: str) -> list[Pair]:
+    """The pairs of Celebrities in Frontal-Profile: `Protocol/Split/FP/01/same.txt` has lines `i,j`.
+
+    They count from 1 in `Protocol/Pair_list_F.txt` and, for FP on the right, `Pair_list_P.txt`: `1 ../Data/...`.
+    """
+    names = {}
+    for side in "FP":
+        list_file = f"Protocol/Pair_list_{side}.txt"
+        rows = [line.split() for line in read_text(files[list_file]).splitlines()] if list_file in files else []
+        names[side] = {row[0]: posixpath.normpath(f"Protocol/{row[1]}") for row in rows if len(row) == 2}
+    pairs = []
+    for name in sorted(name for name in files if re.fullmatch(rf"Protocol/Split/{kind}/\d+/(same|diff)\.txt", name)):
+        for number, line in enumerate(read_text(files[name]).splitlines(), 1):
+            i, _, j = (word.strip() for word in line.partition(","))
+            if line.strip():
+                where = f"{name}, line {number}"
+                if i not in names["F"] or j not in names[kind[1]]:
+                    raise InputError(f"{where}: want `i,j` of the lists Protocol/Pair_list_*.txt, found {line[:60]!r}")
+                same = int(name.endswith("same.txt"))
+                pairs.append((names["F"][i], names[kind[1]][j], same, int(name.split("/")[3]), where))
+    return pairs
+
+
+def join(count: int, links: Iterable[tuple[int, int]]) -> list[int]:
+    """For each of `count` items the first item that it is linked with, directly or through others."""
+    parent = list(range(count))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for a, b in links:
+        a, b = sorted((root(a), root(b)))
+        parent[b] = a
+    return [root(i) for i in range(count)]
+
+
+def name_people(names: list[str], pairs: list[tuple[int, int, int, int]]) -> list[str]:
+    """The person on each image: by folder or file name if these agree with all pairs, else as the pairs link them.
+
+    Folders are tried from the outermost on; file names as AgeDB (`7_Name_35_f.jpg`) and LFW (`Name_0001.jpg`) have
+    them.
+    """
+    folders, stems = [name.split("/")[:-1] for name in names], [PurePosixPath(name).stem for name in names]
+    guesses = [["/".join(parts[: depth + 1]) for parts in folders] for depth in range(min(map(len, folders)))]
+    for pattern in (r"\d+_(.+)_\d+_[mf]", r"(.+)_\d+"):
+        guesses.append([match[1] if (match := re.fullmatch(pattern, stem)) else stem for stem in stems])
+    for people in guesses:
+        if all((people[a] == people[b]) == (same == 1) for a, b, same, _ in pairs):
+            return people
+    linked = join(len(names), ((a, b) for a, b, same, _ in pairs if same))
+    if wrong := [(a, b) for a, b, same, _ in pairs if not same and linked[a] == linked[b]]:
+        raise InputError(f"--pairs: {names[wrong[0][0]]!r} and {names[wrong[0][1]]!r} are one person by some lines and "
+                         "two by another: correct the list")
+    return [names[i] for i in linked]
+
+
+def pairs(src: Path, domain: str, train: bool, pairs: Path) -> Source:
+    """Images with a list of pairs: AgeDB-30, CALFW, CPLFW, CFP-FP, CFP-FF, or your own `left,right,same[,fold]`.
+
+    `--pairs` is the list, as CSV or in the styles of those sets, with names relative to --src; or FP or FF, where --src
+    is CFP itself (`Data/Images/001/frontal/01.jpg`, `Protocol/Split/...`). Without folds, pairs are scored in ten
+    consecutive parts, or dealt into ten where a part would hold one kind alone. Only listed images are written.
+    Expected: AgeDB-30, CALFW, CPLFW 6,000 pairs, CFP-FP and CFP-FF 7,000 each.
+    Source: Moschoglou et al. 2017; Zheng et al. 2017, 2018; Sengupta et al. 2016.
+    """
+    if train:
+        raise InputError("pairs: a list of pairs makes a test split: add --part test")
+    files = {member.name: member for member in members(src)}
+    if str(pairs) in ("FF", "FP") and any(name.startswith(f"Protocol/Split/{pairs}/") for name in files):
+        listed = cfp_pairs(files, str(pairs))
+    else:
+        listed = list_pairs(pairs)
+    if not listed:
+        raise InputError(f"--pairs {pairs}: no pairs there")
+    rows, place = [], {}
+    for left, right, same, fold, where in listed:
+        ends = [posixpath.normpath(name.replace("\\", "/")) for name in (left, right)]
+        for name in ends:
+            if name not in files:
+                raise InputError(f"{where}: names {name!r}, which is not below {src}: do the list and the folder "
+                                 "belong together?")
+        rows.append((*(place.setdefault(name, len(place)) for name in ends), same, fold))
+    folds = [fold for *_, fold in rows]
+    if None in folds:
+        folds = ten_folds(len(rows))
+        if len({(fold, same) for fold, (_, _, same, _) in zip(folds, rows, strict=True)}) < 20:  # genuine ones first
+            folds = [number % 10 for number in range(len(rows))]
+    numbers = {fold: number for number, fold in enumerate(sorted(set(folds)))}
+    rows = [(a, b, same, numbers[fold]) for (a, b, same, _), fold in zip(rows, folds, strict=True)]
+    names = list(place)
+    records = [Record(files[name].read, name, person)
+               for name, person in zip(names, name_people(names, rows), strict=True)]
+    return Source(records, {"name": "verification", "folds": len(numbers)}, rows)
+
+
+# ---------------------------------------------------------------- search among distractors
+
+
+def tinyface(src: Path, domain: str, train: bool) -> Source:
+    """TinyFace: `Training_Set/<id>/*.jpg`; `Testing_Set/{Probe,Gallery_Match,Gallery_Distractor}/*.jpg`.
+
+    The person of a probe or match is the number before the first _ of its file name; distractors are nobody's match. A
+    test split is scored as closed-set identification, distractors in the gallery. Expected: 7,804 training images of
+    2,570 people; 3,728 probes, 4,443 matches, 153,428 distractors.
+    Source: Cheng et al. 2018; AdaFace, `validation_lq/tinyface_helper.py`.
+    """
+    records, skipped, endings = [], Counter(), image_suffixes()
+    roles = {"Probe": 0, "Gallery_Match": 1, "Gallery_Distractor": 2}
+    for member in members(src):
+        part, kind, name = (*member.name.split("/", 2), "", "")[:3]
+        if part != ("Training_Set" if train else "Testing_Set") or not (name and (train or kind in roles)):
+            continue
+        number = re.match(r"(\d+)_", name)
+        if PurePosixPath(name).suffix.lower() not in endings:
+            skipped["not an image by its name"] += 1
+        elif train:
+            records.append(Record(member.read, member.name, kind))
+        elif kind != "Gallery_Distractor" and not number:
+            skipped["name is not TinyFace's"] += 1
+        else:
+            person = None if kind == "Gallery_Distractor" else number[1]
+            records.append(Record(member.read, member.name, person, role=roles[kind]))
+    if not records or (not train and {record.role for record in records} < {0, 1}):
+        raise InputError(f"--src {src}: no images of TinyFace; want Training_Set/<id>/ and Testing_Set/ with Probe, "
+                         "Gallery_Match and Gallery_Distractor")
+    return Source(records, None if train else {"name": "identification"}, skipped=skipped)
+
+
+# ---------------------------------------------------------------- templates
+
+
+# where the eyes, the tip of the nose and the corners of the mouth come to lie in an aligned face of 112 x 112 pixels
+LANDMARKS = np.array([38.2946 + 51.6963j, 73.5318 + 51.5014j, 56.0252 + 71.7366j, 41.5493 + 92.3655j,
+                      70.7299 + 92.2041j])  # as x + i y
+
+
+def align(read: Callable[[], bytes], points: tuple[float, ...]) -> bytes:
+    """A face as an aligned image of 112 x 112 pixels, black where the picture ends.
+
+    The similarity that fits best: least squares of w = s z + t over the points z, as complex numbers x + i y.
+    Source: insightface, `face_align.py`.
+
+    Args:
+        read: the bytes of the picture.
+        points: x and y of five landmarks, in pixels (0 is the centre of the first).
+    """
+    image, _ = open_image(read())
+    z = np.array(points[::2]) + 1j * np.array(points[1::2])
+    centred = z - z.mean()
+    spread = (abs(centred) ** 2).sum()
+    s = (centred.conj() * LANDMARKS).sum() / spread if spread > 0 else 0.0
+    if not (np.isfinite(s) and abs(s) > 1e-6):
+        raise BadImage("landmarks that are no face")
+    half = 0.5 + 0.5j  # Pillow counts from the corner of the first pixel
+    back, shift = 1 / s, z.mean() - (LANDMARKS.mean() + half) / s + half
+    turn = (back.real, -back.imag, shift.real, back.imag, back.real, shift.imag)
+    out = io.BytesIO()
+    image.convert("RGB").transform((112, 112), Image.Transform.AFFINE, turn, Image.Resampling.BILINEAR).save(out, "BMP")
+    return out.getvalue()
+
+
+def whole(text: str) -> int:
+    """A number of a list, 0 to 2³¹ - 1: -1 stands for a missing one in the columns."""
+    if not 0 <= (value := int(text)) < 1 << 31:
+        raise ValueError(text)
+    return value
+
+
+def number(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(text)
+    return value
+
+
+def read_table(member: Member, kinds: tuple[Callable, ...], mark: str | None = None, skip: int = 0) -> list[tuple]:
+    """The first fields of every line of a list, each of its kind."""
+    rows = []
+    for place, line in enumerate(read_text(member).splitlines(), 1):
+        if place > skip and line.strip():
+            fields = line.split(mark)[: len(kinds)]
+            try:
+                rows.append(tuple(kind(field) for kind, field in zip(kinds, fields, strict=True)))
+            except ValueError as error:
+                wanted = " ".join(kind.__name__ for kind in kinds)
+                raise InputError(f"{member.name}, line {place}: want {wanted}, found {line[:60]!r}") from error
+    return rows
+
+
+def read_template_pairs(member: Member) -> np.ndarray:
+    """`template template same` lines, int64 [P, 3]; IJB-C has 15 million, too many to become tuples."""
+    try:
+        data = member.read() or b"nothing"
+        pairs = np.loadtxt(io.BytesIO(data), dtype=np.int64, ndmin=2, comments=None)
+    except (ValueError, OSError, OverflowError, BadImage) as error:
+        raise InputError(f"{member.name}: want `template template same` lines ({error})") from error
+    if pairs.shape[1] != 3 or not np.isin(pairs[:, 2], (0, 1)).all():
+        raise InputError(f"{member.name}: want `template template same` lines, same 0 or 1")
+    return pairs
+
+
+def template_people(templates: set[int], genuine: list[list[int]], subjects: dict[int, int]) -> dict[int, str]:
+    """The person of each template: its subject in the 1:N lists, else that of one it is paired with, or its own."""
+    ids = sorted(templates | {template for pair in genuine for template in pair})
+    place = {template: i for i, template in enumerate(ids)}
+    linked = join(len(ids), ((place[a], place[b]) for a, b in genuine))
+    known = {linked[place[template]]: subject for template, subject in subjects.items() if template in place}
+    named = (subjects.get(template, known.get(root)) for template, root in zip(ids, linked, strict=True))
+    return {template: f"template-{ids[root]:06d}" if subject is None else f"{subject:06d}"
+            for template, root, subject in zip(ids, linked, named, strict=True)}
+
+
+def ijb(src: Path, domain: str, train: bool) -> Source:
+    """IJB-B and IJB-C as InsightFace packs them: `loose_crop/<n>.jpg` or `aligned/<n>.jpg`, and `meta/ijbc_*.txt`.
+
+    Loose crops are aligned by their five landmarks. Every image has its template, its media and the detector's score
+    (column `quality`). The lists `template_pairs`, `template_gallery` and `template_probes` of the split hold the 1:1
+    protocol and, where `meta` has it, the 1:N protocol. Expected: IJB-B 227,630 images, 12,115 templates, 8,010,270
+    pairs; IJB-C 469,375 images, 23,124 templates, 15,658,489 pairs, galleries of 1,772 and 1,759 templates, 19,593
+    probes.
+    Source: insightface, `_evaluation_/ijb/ijb_evals.py`.
+    """
+    if train:
+        raise InputError("ijb: a set of templates is a test split: add --part test")
+    files = {member.name: member for member in members(src)}
+    found = [re.fullmatch(r"(meta/\w+_)face_tid_mid\.txt", name) for name in files]
+    stem = next((match[1] for match in found if match), None)
+    if stem is None or f"{stem}template_pair_label.txt" not in files:
+        raise InputError(f"--src {src}: no meta/ijbc_face_tid_mid.txt and meta/ijbc_template_pair_label.txt (or ijbb): "
+                         "IJB-B and IJB-C are two sources, each a folder of its own")
+    images = read_table(files[f"{stem}face_tid_mid.txt"], (str, whole, whole))
+    landmarks = files.get(f"{stem}name_5pts_score.txt")
+    faces = {name: rest for name, *rest in read_table(landmarks, (str, *[number] * 11))} if landmarks else {}
+    tops = {name.partition("/")[0] for name in files}
+    crops = next((top for top in sorted(tops) if top.startswith("aligned")), "loose_crop")
+    pairs = read_template_pairs(files[f"{stem}template_pair_label.txt"])
+    lists = {kind: [dict(read_table(files[name], (whole, whole), ",", skip=1)) for name in sorted(files)
+                    if re.fullmatch(rf"{stem}1N_{kind}\.csv", name)] for kind in (r"gallery_[GS]\d", "probe_mixed")}
+    galleries, probes = lists.values()
+    subjects = {template: subject for found in galleries + probes for template, subject in found.items()}
+    people = template_people({t for _, t, _ in images}, pairs[pairs[:, 2] == 1, :2].tolist(), subjects)
+
+    def records() -> Iterator[Record]:
+        for name, template, media in images:
+            member = files.get(f"{crops}/{name}")
+            if member is None or (crops == "loose_crop" and name not in faces):
+                raise InputError(f"{stem}face_tid_mid.txt names {name!r}, which is not in {crops}" if member is None
+                                 else f"{stem}name_5pts_score.txt: no landmarks for {name!r}, without which a loose "
+                                 "crop cannot be aligned")
+            *points, score = faces.get(name, (None,))
+            read = partial(align, member.read, tuple(points)) if crops == "loose_crop" else member.read
+            yield Record(read, member.name, people[template], template=template, media=media, quality=score)
+
+    tables = {"template_pairs": pairs}
+    if galleries and probes:
+        tables["template_gallery"] = np.array([(t, g) for g, found in enumerate(galleries) for t in sorted(found)])
+        tables["template_probes"] = np.array([[t] for found in probes for t in sorted(found)])
+    protocol = {"name": "templates", "pairs": len(pairs), "galleries": len(galleries) if probes else 0}
+    return Source(records(), protocol, tables=tables)

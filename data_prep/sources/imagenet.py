@@ -1,0 +1,253 @@
+"""Sources of objects: ImageNet, the test sets that share its classes, Hugging Face parquet, WebDataset tars.
+
+An ImageNet class is its wnid, whatever a set calls it, so a test set of some of the classes is scored among those. Its
+number, where a set uses numbers, is the rank of the wnid among the sorted thousand.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+
+from data_prep import InputError
+from data_prep.format import BadImage, Record, Source
+from data_prep.sources.archives import members
+from data_prep.sources.folders import search_roles
+from data_prep.sources.lists import below, images_of, match_images, place_of, read_json, read_lines, read_table
+from data_prep.write import open_image
+
+LARGEST_LABELS = 2**24  # bytes of a list of labels; ReaL's has 630,000
+
+
+@cache
+def imagenet_classes() -> dict[str, str]:
+    """The thousand classes of ImageNet-1k in their order: wnid -> name for people and prompts (open_clip's choice)."""
+    from open_clip import IMAGENET_CLASSNAMES  # here, because both packages take seconds to import
+    from timm.data import ImageNetInfo
+
+    return dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES, strict=True))
+
+
+@cache
+def imagenet_wnids() -> list[str]:
+    """The wnids of the classes 0..999."""
+    return list(imagenet_classes())
+
+
+def split_of(records: Iterable[Record], domain: str, train: bool, skipped: Counter, names: dict[str, str],
+             reference: str | None = None, ood: bool = False, **protocol) -> Source:
+    """Labelled images as a split: for training, or scored as classification (objects) or identification (people).
+
+    `records` may be an iterator that fills `skipped` and `names` as it goes.
+    """
+    if (ood or reference) and (train or domain != "object"):
+        raise InputError("--reference and --ood say how a test split of objects is scored: leave them out here")
+    if train:
+        return Source(records, None, skipped=skipped, names=names)
+    if domain == "object":
+        classification = {"name": "classification", "reference": reference or "train", "ood": ood, **protocol}
+        return Source(records, classification, skipped=skipped, names=names)
+    records = list(records)
+    roles = search_roles([record.identity for record in records])
+    records = [replace(record, role=role) for record, role in zip(records, roles, strict=True)]
+    return Source(records, {"name": "identification"}, skipped=skipped, names=names)
+
+
+# ---------------------------------------------------------------- ImageNet and its test sets
+
+
+def need_objects(domain: str, train: bool = False) -> None:
+    """InputError where a set of objects is to be written as people, or a test set as a training split."""
+    if domain != "object":
+        raise InputError(f"these are objects, not {domain}: write them to DATA/object/<split>")
+    if train:
+        raise InputError("this is a test set, not to be trained on: write it to another <split>, or add --part test")
+
+
+KAGGLE_LISTS = ("LOC_val_solution.csv", "LOC_synset_mapping.txt")
+
+
+def read_real(path: Path) -> list[list[str]]:
+    """ReaL's labels: the wnids that are right for the validation images 1..50000, of some none.
+
+    Source: Beyer et al. 2020, real.json: a list of lists of class numbers.
+    """
+    try:
+        if path.stat().st_size > LARGEST_LABELS:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
+        table = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--real {path}: not ReaL's real.json ({error})") from error
+    wnids = imagenet_wnids()
+    if not isinstance(table, list) or not table:
+        raise InputError(f"--real {path}: want a list with the class numbers of each validation image")
+    for i, row in enumerate(table):
+        if not isinstance(row, list) or not all(type(k) is int and 0 <= k < len(wnids) for k in row):
+            raise InputError(f"--real {path}: entry {i}: want a list of class numbers 0..999, found {str(row)[:60]}")
+    return [[wnids[k] for k in row] for row in table]
+
+
+def with_real(read: Callable[[], bytes], wnids: list[str]) -> tuple[bytes, dict]:
+    """An image and, for its JSON, the classes that ReaL finds in it."""
+    return read(), {"real": wnids}
+
+
+def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, real: Path | None = None) -> Source:
+    """ImageNet-1k: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`, or Kaggle's `ILSVRC/Data/CLS-LOC/{train,val}`.
+
+    Kaggle's `val` is flat; its classes stand in `LOC_val_solution.csv` beside `ILSVRC`. 1,281,167 training and 50,000
+    validation images of 1,000 classes; any subset of them is taken as it is. --real adds the labels of ReaL, of which
+    an image may have several, or none. Source: the image-net.org and Kaggle layouts.
+    """
+    need_objects(domain)
+    if real and train:
+        raise InputError("--real: these are labels of the validation images: leave it out of a training split")
+    part = "train" if train else "val"
+    top, folder = place_of(src, "ImageNet has train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or ILSVRC/Data/CLS-LOC",
+                           f"ILSVRC/Data/CLS-LOC/{part}", part)
+    lists = {file.name[len(top):]: file for file in members(src) if file.name in (f"{top}{n}" for n in KAGGLE_LISTS)}
+    solution, mapping = (name if name in lists else None for name in KAGGLE_LISTS)
+    wnids, names, skipped = {}, {}, Counter()
+    columns = ("ImageId", "PredictionString")
+    for where, row in read_table(src, lists, solution, columns) if solution and not train else ():
+        wnids[row["ImageId"]] = row["PredictionString"].partition(" ")[0]
+        if not re.fullmatch(r"n\d{8}", wnids[row["ImageId"]]):
+            raise InputError(f"{where}: want a wnid like n01440764 first, found {row['PredictionString'][:40]!r}")
+    for _, line in read_lines(src, lists, mapping) if mapping else ():
+        wnid, _, names[wnid] = line.partition(" ")
+    pattern = re.compile(rf"{folder}/(?:(?P<wnid>n\d{{8}})/)?(?P<image>[^/]+)\.\w+")
+    extra, labels = {}, read_real(real) if real else []
+    if real:
+        extra = {"real": hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16]}
+
+    def records() -> Iterator[Record]:
+        files = ((file.name[len(top):], file) for file in members(src) if file.name.startswith(top))
+        for m, member in match_images(files, pattern, "ImageNet", skipped, (f"{folder}/",)):
+            wnid, read = m["wnid"] or wnids.get(m["image"]), member.read
+            if not wnid and solution:
+                raise InputError(f"{src}/{member.name}: neither in a wnid folder nor in {solution}")
+            if not wnid:
+                raise InputError(f"--src {src}: images of {part} are not in wnid folders; put {KAGGLE_LISTS[0]} beside "
+                                 f"{folder.partition('/')[0]}, which says their classes")
+            if real:
+                number = re.fullmatch(r"ILSVRC2012_val_(\d{8})", m["image"])
+                if not number or not 1 <= int(number[1]) <= len(labels):
+                    raise InputError(f"--real {real}: {member.name}: not named like ILSVRC2012_val_00000001, up to the "
+                                     f"{len(labels):,} images of the list")
+                read = partial(with_real, read, labels[int(number[1]) - 1])
+            yield Record(read, member.name, wnid)
+
+    return split_of(records(), domain, train, skipped, names | imagenet_classes(), reference, **extra)
+
+
+def known(wnid: str, src: Path) -> str:
+    """The wnid, if it is one of the thousand."""
+    if wnid not in imagenet_classes():
+        raise InputError(f"--src {src}: {wnid} is not one of the 1,000 classes of ImageNet-1k")
+    return wnid
+
+
+def wnid_folders(src: Path, domain: str, train: bool, reference: str | None, kind: str, classes: int) -> Source:
+    """A test set in wnid folders, `<wnid>/<image>`, of at most so many classes."""
+    need_objects(domain, train)
+    files = {file.name: file for file in members(src)}
+    found, skipped = images_of(files, re.compile(r"(?:.*/)?(n\d{8})/[^/]+"), kind)
+    records = [Record(member.read, member.name, known(m[1], src)) for m, member in found]
+    if (n := len({record.identity for record in records})) > classes:
+        raise InputError(f"--src {src}: {n:,} classes, but {kind} has {classes:,}")
+    return split_of(records, domain, train, skipped, imagenet_classes(), reference, ood=True)
+
+
+def imagenet_a(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
+    """ImageNet-A (natural adversarial examples): `imagenet-a/<wnid>/*.jpg`.
+
+    7,500 images of 200 classes; out of distribution. Source: Hendrycks et al., CVPR 2021.
+    """
+    return wnid_folders(src, domain, train, reference, "ImageNet-A", 200)
+
+
+def imagenet_r(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
+    """ImageNet-R (renditions): `imagenet-r/<wnid>/*`.
+
+    30,000 images of 200 classes; out of distribution. Source: Hendrycks et al., ICCV 2021.
+    """
+    return wnid_folders(src, domain, train, reference, "ImageNet-R", 200)
+
+
+def imagenet_sketch(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
+    """ImageNet-Sketch: `sketch/<wnid>/*`.
+
+    About 50,000 images (50,889) of 1,000 classes; out of distribution. Source: Wang et al., NeurIPS 2019.
+    """
+    return wnid_folders(src, domain, train, reference, "ImageNet-Sketch", 1000)
+
+
+def imagenet_v2(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
+    """ImageNet-V2: `imagenetv2-matched-frequency-format-val/<0..999>/*.jpeg`, or another of its variants.
+
+    10,000 images, 10 of each class; out of distribution. The folder's name is the number of the class (sorted as words,
+    as ImageFolder does, 10 would become class 2 and 100 class 3). Source: Recht et al., ICML 2019, and issues 4, 6 and
+    10 of its repository.
+    """
+    need_objects(domain, train)
+    files, wnids = {file.name: file for file in members(src)}, imagenet_wnids()
+    found, skipped = images_of(files, re.compile(r"(?:.*/)?(\d{1,3})/[^/]+"), "ImageNet-V2")
+    records = [Record(member.read, member.name, wnids[int(m[1])]) for m, member in found]
+    for wnid, n in Counter(record.identity for record in records).items():
+        if n != 10:
+            raise InputError(f"--src {src}: {n} images in folder {wnids.index(wnid)}, ImageNet-V2 has 10 in each: give "
+                             "the folder of one variant, whole")
+    return split_of(records, domain, train, skipped, imagenet_classes(), reference, ood=True)
+
+
+def inside_border(read: Callable[[], bytes], border: int) -> bytes:
+    """An image without its outermost pixels, as PNG."""
+    image, _ = open_image(read())
+    if min(image.size) <= 2 * border:
+        raise BadImage("nothing inside its border")
+    out = io.BytesIO()
+    image = image.convert("RGB").crop((border, border, image.width - border, image.height - border))
+    image.save(out, "PNG", compress_level=0)  # decoded again at once
+    return out.getvalue()
+
+
+def objectnet(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
+    """ObjectNet: `images/<folder>/*.png` and, in `mappings`, the four files that lead from its folders to ImageNet.
+
+    The 113 of its 313 classes that ImageNet has, 18,574 of 50,000 images; out of distribution; its licence forbids
+    training on it. The red border of 2 pixels is cut off. A class may stand for several of ImageNet's: it is named by
+    the first, and "groups" in the protocol lists them all (the best of them counts). Source: Barbu et al., NeurIPS
+    2019; the reader of wise-ft.
+    """
+    need_objects(domain, train)
+    files = below(src, "ObjectNet has images/<folder>/*.png and mappings/*.json", "mappings")
+    folder_label = read_json(src, files, "mappings/folder_to_objectnet_label.json")
+    label_names = read_json(src, files, "mappings/objectnet_to_imagenet_1k.json")
+    number_line = read_json(src, files, "mappings/pytorch_to_imagenet_2012_id.json")
+    lines = [line for _, line in read_lines(src, files, "mappings/imagenet_to_label_2012_v2")]
+    wnids = imagenet_wnids()
+    try:
+        wnid_of = {lines[line]: wnids[int(number)] for number, line in number_line.items()}
+        groups = {folder: sorted(wnid_of[name] for name in label_names[label].split("; "))
+                  for folder, label in folder_label.items() if label in label_names}
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{src}/mappings: the four files do not fit together ({error}): restore them from the data "
+                         "set") from error
+    found, skipped = images_of(files, re.compile(r"images/([^/]+)/[^/]+"), "ObjectNet", ("images/",))
+    skipped["class that ImageNet lacks"] = sum(m[1] not in groups for m, _ in found)
+    records = [Record(partial(inside_border, member.read, 2), member.name, groups[m[1]][0])
+               for m, member in found if m[1] in groups]
+    names = {group[0]: folder_label[folder] for folder, group in groups.items()}
+    several = {group[0]: group for group in groups.values() if len(group) > 1}
+    return split_of(records, domain, train, +skipped, names, reference, ood=True, groups=several)
+
+
+# ---------------------------------------------------------------- Hugging Face parquet
+
+
+# ---------------------------------------------------------------- WebDataset tars

@@ -1,0 +1,279 @@
+"""Sources in InsightFace's two containers: RecordIO training sets and pickled verification sets, read without MXNet."""
+
+import io
+import os
+import pickle
+import re
+import struct
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import InputError
+from data_prep.format import BadImage, Record, Source
+from data_prep.sources.archives import check_size, read_range
+from data_prep.sources.faces import ten_folds
+from data_prep.sources.folders import search_roles
+
+# ---------------------------------------------------------------- RecordIO
+
+
+MAGIC = struct.pack("<I", 0xCED7230A)
+PART = struct.Struct("<4sI")  # magic, kind << 29 | length
+HEADER = struct.Struct("<IfQQ")  # flag, label, two ids; flag > 0: so many float32 labels follow instead
+
+
+def read_payload(file: int, offset: int) -> bytes:
+    """One record of an open RecordIO file.
+
+    A writer splits a payload at every aligned occurrence of the magic number and drops that, so a reader puts it back
+    between the parts (kinds: 0 whole, 1 first, 2 middle, 3 last). Source: dmlc-core's recordio.h.
+    """
+    parts, total, kinds = [], 0, (0, 1)
+    while True:
+        block = os.pread(file, PART.size, offset)
+        magic, word = PART.unpack(block) if len(block) == PART.size else (b"", 0)
+        kind, length = word >> 29, word & (1 << 29) - 1
+        if magic != MAGIC or kind not in kinds:
+            raise BadImage("damaged record")
+        total += len(MAGIC) + length
+        check_size(total)
+        parts.append(os.pread(file, length, offset + PART.size))
+        if len(parts[-1]) != length:
+            raise BadImage("damaged record")
+        if kind in (0, 3):
+            return MAGIC.join(parts)
+        offset, kinds = offset + PART.size + length + -length % 4, (2, 3)
+
+
+def split_payload(payload: bytes, length: int) -> tuple[tuple[float, ...], int]:
+    """The labels (the first two at most) of a payload of `length` bytes, and where its image begins."""
+    if len(payload) < HEADER.size:
+        raise BadImage("damaged record")
+    count, label, *_ = HEADER.unpack_from(payload)
+    start = HEADER.size + 4 * count
+    seen = min(count, 2)
+    if start > length or len(payload) < HEADER.size + 4 * seen:
+        raise BadImage("damaged record")
+    return (struct.unpack_from(f"<{seen}f", payload, HEADER.size) if count else (label,)), start
+
+
+def peek(file: int, offset: int) -> tuple[tuple[float, ...], bool]:
+    """The labels (the first two at most) of a record, and whether it holds an image; the image itself is not read."""
+    block = os.pread(file, PART.size + HEADER.size + 8, offset)
+    magic, word = PART.unpack_from(block) if len(block) > PART.size else (b"", 0)
+    if magic == MAGIC and word < 1 << 29:
+        payload, length = block[PART.size : PART.size + word], word
+    else:
+        payload = read_payload(file, offset)
+        length = len(payload)
+    labels, start = split_payload(payload, length)
+    return labels, length > start
+
+
+def read_record(path: Path, offset: int) -> bytes:
+    """The encoded image of one record."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        payload = read_payload(file, offset)
+    finally:
+        os.close(file)
+    return payload[split_payload(payload, len(payload))[1]:]
+
+
+def read_offsets(rec: Path) -> Iterator[tuple[int, int]]:
+    """(key, offset) of all records in the order of keys, from the .idx; without one, numbered as they lie."""
+    idx, total = rec.with_suffix(".idx"), rec.stat().st_size
+    if idx.exists():
+        keys, offsets = array("q"), array("q")  # a dictionary of 42 million would take gigabytes
+        with open(idx, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                match = re.fullmatch(rb"(\d{1,18})\s+(\d{1,18})\s*", line)
+                if not match or int(match[2]) >= total:
+                    raise InputError(f"{idx}, line {number}: want `key<TAB>offset` with an offset inside {rec.name}, "
+                                     f"found {line[:60]!r}; do the two files belong together?")
+                keys.append(int(match[1]))
+                offsets.append(int(match[2]))
+        if keys:
+            order = np.argsort(np.frombuffer(keys, dtype=np.int64), kind="stable")
+            for n, place in enumerate(order):
+                if n + 1 == len(order) or keys[place] != keys[order[n + 1]]:  # of a key that comes twice the last holds
+                    yield keys[place], offsets[place]
+        return
+    key, offset, file = 0, 0, os.open(rec, os.O_RDONLY)
+    try:
+        while len(block := os.pread(file, PART.size, offset)) == PART.size:
+            magic, word = PART.unpack(block)
+            if magic != MAGIC:
+                raise InputError(f"{rec}: no record at byte {offset}: damaged, or no RecordIO file")
+            if word >> 29 < 2:  # whole or first part
+                yield key, offset
+                key += 1
+            length = word & (1 << 29) - 1
+            offset += PART.size + length + -length % 4
+    finally:
+        os.close(file)
+
+
+def recordio(src: Path, domain: str, train: bool) -> Source:
+    """InsightFace RecordIO: `train.rec`, `train.idx` and `property` in a folder, or the .rec file itself.
+
+    Every record with image bytes is an image of the person in its own header, which reads all three layouts that are
+    about: with a record 0 that announces (images + 1, images + 1 + people) and one record without image per person
+    (MS1MV2, MS1MV3, Glint, CASIA), all images (WebFace, im2rec, shuffled), and RecBuilder's. Without the .idx the file
+    is read from end to end. A test split is scored as closed-set identification. Expected: CASIA 501,195 images of
+    10,572 people, MS1MV2 5,822,653 of 85,742, WebFace4M 4,235,242 of 205,990, WebFace12M 12,720,066 of 617,970,
+    WebFace42M 42,474,557 of 2,059,906.
+    Source: insightface, `arcface_torch/dataset.py`, `rec2shufrec.py`, `rec_builder.py`.
+    """
+    found = sorted(src.glob("*.rec")) if src.is_dir() else [src]
+    rec = next((path for path in found if path.name == "train.rec"), found[0] if len(found) == 1 else None)
+    if rec is None or not rec.is_file():
+        raise InputError(f"--src {src}: want a folder with train.rec (and train.idx, property), or one .rec file")
+    keys, offsets, people, skipped, announced = array("q"), array("q"), array("q"), Counter(), ()
+    file = os.open(rec, os.O_RDONLY)
+    try:
+        for key, offset in read_offsets(rec):
+            try:
+                labels, image = peek(file, offset)
+            except BadImage as error:
+                skipped[str(error)] += 1
+                continue
+            if not image:
+                announced = announced or (labels if key == 0 else (0, 0))
+            elif not (labels[0].is_integer() and 0 <= labels[0] < 2**62):
+                skipped["its label is no whole number"] += 1
+            else:
+                people.append(int(labels[0]))
+                keys.append(key)
+                offsets.append(offset)
+    finally:
+        os.close(file)
+    images = len(keys) + sum(skipped.values())
+    if len(announced) == 2 and announced[1] > announced[0] > images + 1:
+        raise InputError(f"{rec}: its first record announces {announced[0] - 1:,.0f} images, {images:,} are there: "
+                         "is the download complete?")
+    note = src / "property" if src.is_dir() else src.with_name("property")
+    classes = re.match(rb"(\d{1,9}),\d+,\d+", note.read_bytes()[:99]) if note.is_file() else None
+    if classes and int(classes[1]) != len(set(people)):
+        print(f"  note: {note} says {int(classes[1]):,} people, the records name {len(set(people)):,}")
+    roles = repeat(None) if train else search_roles(people)
+    records = (Record(partial(read_record, rec, offset), f"{rec.name}:{key}", f"{person:07d}", role=role)
+               for key, offset, person, role in zip(keys, offsets, people, roles, strict=False))
+    return Source(records, None if train else {"name": "identification"}, skipped=skipped)
+
+
+# ---------------------------------------------------------------- verification sets
+
+
+class Stand:
+    """What takes the place of a NumPy object in a verification set: whatever it was built from, its bytes are kept."""
+
+    def __init__(self, *built_from) -> None:
+        self.data = next((part for part in built_from if isinstance(part, bytes)), b"")
+
+    def __setstate__(self, state) -> None:
+        if isinstance(state, tuple) and state and isinstance(state[-1], (bytes, list)):
+            self.data = state[-1]
+
+
+class Opcodes(dict):
+    """What the opcodes of a verification set do; a set of 7,000 pairs needs less than a tenth of the limit."""
+
+    names = (
+        "PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 STRING "
+        "BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
+        "EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 PUT BINPUT LONG_BINPUT MEMOIZE GET "
+        "BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD"
+    )
+
+    def __init__(self, limit: int = 5_000_000) -> None:
+        super().__init__({code: pickle._Unpickler.dispatch[code]
+                          for code in (getattr(pickle, name)[0] for name in self.names.split())})
+        # a bytearray is as good as bytes, and must not be allocated before its content is seen
+        self[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8
+        self.left = limit
+
+    def __getitem__(self, code: int) -> Callable:
+        self.left -= 1
+        if self.left < 0 or code not in self:
+            raise pickle.UnpicklingError(f"opcode {code:#x}" if self.left >= 0 else "too many parts")
+        return super().__getitem__(code)
+
+
+class Unpickler(pickle._Unpickler):
+    """Reads lists, tuples, bytes, strings, numbers and NumPy arrays of bytes, and nothing else.
+
+    No object of a library is ever built: the few names that such files refer to are answered by stand-ins, all others
+    are refused. It is the unpickler in Python that is restricted here, not the one in C, because that one allocates
+    whatever a file of some bytes asks for. Without dictionaries and sets nothing is hashed and no attribute is set.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self.dispatch = Opcodes()
+        self.budget = len(data)
+
+    def encode(self, text: str | bytes = b"", *_) -> bytes:
+        """`_codecs.encode(text, "latin1")`, as Python 3 writes bytes for Python 2."""
+        if isinstance(text, bytes):
+            return text
+        self.budget -= len(text)  # each text once: a short file must not multiply one text into many
+        if not isinstance(text, str) or self.budget < 0:
+            raise pickle.UnpicklingError("text that repeats")
+        return text.encode("latin1")
+
+    def find_class(self, module: str | bytes, name: str | bytes) -> Callable:
+        module, name = (word.decode("latin1") if isinstance(word, bytes) else word for word in (module, name))
+        if (module, name) in {("_codecs", "encode"), ("builtins", "bytes"), ("builtins", "bytearray"),
+                              ("__builtin__", "bytes"), ("__builtin__", "bytearray")}:
+            return self.encode
+        if re.fullmatch(r"numpy(\._?core\.(multiarray|numeric))?", module) and name in (
+            "_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype"
+        ):  # fmt: skip
+            return Stand
+        raise pickle.UnpicklingError(f"it refers to {f'{module}.{name}'!r}")
+
+
+def unpickle(path: Path):
+    """The content of a verification set; InputError for anything that such a file has no need of."""
+    try:
+        return Unpickler(read_range(path)).load()
+    except Exception as error:  # damage ends in UnpicklingError, EOFError, ValueError, TypeError, IndexError, ...
+        raise InputError(f"--src {path}: not a verification set of images and booleans ({str(error)[:80]}): not read "
+                         "any further, nothing in it was run") from error
+
+
+def bin(src: Path, domain: str, train: bool) -> Source:
+    """InsightFace verification set: `lfw.bin`, `cfp_fp.bin`, `agedb_30.bin`, ...: pickled images and same/different.
+
+    Pair p is images 2p and 2p + 1. Pairs are scored in 10 folds, in their order. The file names no people: images of
+    one genuine pair count as a person of their own, every other image as another. Expected: lfw, calfw, cplfw, agedb_30
+    6,000 pairs, cfp_fp and cfp_ff 7,000.
+    Source: insightface, `arcface_torch/eval/verification.py`.
+    """
+    if train:
+        raise InputError("bin: a verification set is a test split: add --part test")
+    if not src.is_file():
+        raise InputError(f"--src {src}: want a verification file such as lfw.bin")
+    content = unpickle(src)
+    images, same = content if isinstance(content, (tuple, list)) and len(content) == 2 else (None, None)
+    images = images.data if isinstance(images, Stand) else images
+    same = list(same.data) if isinstance(same, Stand) else same  # an array of booleans
+    if not (isinstance(images, (list, tuple)) and isinstance(same, (list, tuple)) and len(images) == 2 * len(same)):
+        raise InputError(f"--src {src}: want 2 P images and P booleans; is this a verification set?")
+    records, pairs = [], []
+    for p, (flag, fold) in enumerate(zip(same, ten_folds(len(same)), strict=True)):
+        genuine = int(any(flag.data) if isinstance(flag, Stand) else bool(flag))
+        for i in (2 * p, 2 * p + 1):
+            image = images[i].data if isinstance(images[i], Stand) else images[i]
+            person = f"{src.stem}-{p:05d}" + ("" if genuine else "ab"[i % 2])
+            image = image if isinstance(image, bytes) else b""  # counted as unreadable when the shard is written
+            records.append(Record(partial(bytes, image), f"{src.name}:{i}", person))
+        pairs.append((2 * p, 2 * p + 1, genuine, fold))
+    return Source(records, {"name": "verification", "folds": min(10, len(same))}, pairs)

@@ -1,0 +1,119 @@
+
+
+import hashlib
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data_prep import InputError
+from data_prep.format import OPTIONAL, ROLES, BadImage, Split, open_split
+from data_prep.write import in_parallel
+
+
+def verify_shard(folder: Path, number: int) -> list[str]:
+    """What is wrong with one shard: hash, members, metadata, JPEGs."""
+    split = open_split(folder)
+    shard = split.index["shards"][number]
+    path, problems = folder / shard["file"], []
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
+            problems.append(f"{path}: sha256 differs from the index")
+    rows = np.arange(*np.searchsorted(split.shard, (number, number + 1)))
+    columns = {name: split.column(name) for name in OPTIONAL if name in split.index["columns"]}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = list(islice(tar, 2 * len(rows) + 1))  # those of a damaged tar may run in a circle
+            if len(members) != 2 * len(rows):
+                return [*problems, f"{path}: its members do not fit the {len(rows)} samples of the index"]
+            for row, image, meta in zip(rows, members[::2], members[1::2], strict=True):
+                key = image.name.removesuffix(".jpg")
+                if image.name != f"{key}.jpg" or meta.name != f"{key}.json" or not key.isdigit():
+                    problems.append(f"{path}: members {image.name!r}, {meta.name!r}: want <key>.jpg, <key>.json")
+                    continue
+                if (image.offset_data, image.size) != (split.offset[row], split.length[row]):
+                    problems.append(f"{path}: {image.name} is not where the index says")
+                    continue
+                fields = split.fields(row)
+                label = int(split.labels[row])
+                expected = {"key": key, "domain": split.domain, "label": label,
+                            "identity": split.classes[label] if label >= 0 else None}
+                expected |= {name: column[row].item() for name, column in columns.items() if column[row] >= 0}
+                problems += [f"{path}: {meta.name}: {name} is {fields.get(name)!r}, the index says {value!r}"
+                             for name, value in expected.items() if fields.get(name) != value]
+                try:
+                    split.image(row)
+                except BadImage as error:
+                    problems.append(f"{path}: {error}")
+    except InputError as error:
+        problems.append(error.message)
+    except Exception as error:  # tarfile raises TarError, ValueError, IndexError, OverflowError, ... by damage
+        problems.append(f"{path}: not a readable tar ({' '.join(str(error).split())[:200]})")
+    return problems
+
+
+def verify_protocol(split: Split) -> list[str]:
+    """What is wrong with the rows that a protocol names."""
+    name = (split.protocol or {}).get("name")
+    problems = []
+    if name == "verification":
+        pairs = split.column("pairs")
+        if not len(pairs):
+            return [f"{split.folder}: verification needs pairs"]
+        a, b = split.labels[pairs[:, 0]], split.labels[pairs[:, 1]]
+        wrong = int(((a == b) != (pairs[:, 2] == 1)).sum())
+        problems += [f"{split.folder}: {wrong} pairs contradict the labels"] * (wrong > 0)
+    if name == "templates":
+        problems += verify_templates(split)
+    if name in ("reid", "identification"):
+        roles = split.optional("role")
+        problems += [f"{split.folder}: {name} needs samples of role {role}" for i, role in enumerate(ROLES[:2])
+                     if not (roles == i).any()]
+    return problems
+
+
+def verify_templates(split: Split) -> list[str]:
+    """What is wrong with the templates of a split and the lists that name them.
+
+    A listed template without images is no error: it failed to enrol, which an evaluation has to count against it.
+    """
+    templates, problems = split.optional("template"), []
+    ids, first = np.unique(templates, return_index=True)
+    if (split.labels != split.labels[first][np.searchsorted(ids, templates)]).any():
+        problems.append(f"{split.folder}: images of one template have several labels")
+    for name in ("template_pairs", "template_gallery", "template_probes"):
+        if name in split.index["columns"]:
+            table = split.column(name)
+            if not len(table):
+                problems.append(f"{split.folder}: {name} is empty")
+                continue
+            place = np.searchsorted(ids, table[:, :2]).clip(max=len(ids) - 1)
+            known = (ids[place] == table[:, :2]).all(1)
+            if name == "template_pairs":
+                a, b = split.labels[first[place[known]]].T
+                wrong = int(((a == b) != (table[known, 2] == 1)).sum())
+                problems += [f"{split.folder}: {wrong} template pairs contradict the labels"] * (wrong > 0)
+            elif not (ids[place[:, 0]] == table[:, 0]).any():
+                problems.append(f"{split.folder}: {name} names no template of the split")
+    return problems
+
+
+def verify_split(folder: Path, workers: int = 1) -> list[str]:
+    """Re-read everything of a split; returns what is wrong, one line each (empty: nothing)."""
+    split = Split(folder)
+    if "merged" in split.index:
+        from data_prep.merge import verify_merged  # here, because merging builds on this module
+
+        return verify_merged(split, workers)
+    numbers = range(len(split.index["shards"]))
+    problems = verify_protocol(split)
+    counts = [shard["samples"] for shard in split.index["shards"]]
+    if not np.array_equal(split.shard, np.repeat(numbers, counts)):
+        problems.append(f"{folder}/index/shard.npy: rows are not in the order of the shard table")
+    open_split.cache_clear()  # the folder may have changed since it was opened here; workers inherit what is open
+    results = in_parallel(verify_shard, ((folder, number) for number in numbers), min(workers, len(numbers)), True)
+    for found in tqdm(results, desc=f"verify {folder}", total=len(numbers), unit="shard", disable=None):
+        problems += found
+    return problems

@@ -1,0 +1,80 @@
+
+
+import math
+import re
+
+import numpy as np
+import torch
+from torch import nn
+
+from data_prep import InputError
+from models.backbones import Backbone
+
+
+class LowRank(nn.Module):
+    """A matrix [out, in] plus a product of two thin ones that starts at 0: W + 16/√r · up @ down (rsLoRA).
+
+    Source: arXiv 2106.09685 (LoRA), 2312.03732 (the √r); FRoundation's alpha of 16. As a parametrisation of torch's it
+    reaches the fused projections of every library alike, nn.MultiheadAttention's too, which hold no Linear to wrap.
+    """
+
+    def __init__(self, weight: torch.Tensor, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.empty(rank, weight.shape[1]))
+        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank))
+        self.scale = 16 / math.sqrt(rank)
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(weight.device.type, enabled=False):  # in bf16 it would not be the matrix that is exported
+            return weight + self.scale * (self.up @ self.down)
+
+
+def choose_trained(model: Backbone, config: dict) -> None:
+    """Apply --drop-path, --freeze-blocks and --lora to an untouched backbone; its outputs stay what they were."""
+    if config["drop_path"]:
+        add_drop_path(model, config["drop_path"])
+    if frozen := config["freeze_blocks"]:
+        layers = model.layers()
+        if frozen >= (deepest := max(layers.values())):
+            raise InputError(f"--freeze-blocks {frozen}: this network has {deepest} levels and trains the last: "
+                             f"take up to {deepest - 1}, or --head-warmup 1, which trains the class weights alone")
+        for name, parameter in model.named_parameters():
+            if layers.get(name, deepest) <= frozen:  # 0 is what comes before the first block
+                parameter.requires_grad_(False)
+    if config["lora"]:
+        add_low_rank(model, config["lora"])
+
+
+def add_low_rank(model: Backbone, rank: int) -> None:
+    """Freeze the network but for low-rank updates of its attention's query, key and value projections (--lora)."""
+    projection = re.compile(r".*\.(in_proj_weight|(qkv|[qkv]_proj)\.weight)")
+    found = [name for name, p in model.net.named_parameters() if p.requires_grad and projection.fullmatch(name)]
+    model.net.requires_grad_(False)
+    for name in found:
+        path, _, weight = name.rpartition(".")
+        module = model.net.get_submodule(path)
+        nn.utils.parametrize.register_parametrization(module, weight, LowRank(getattr(module, weight), rank))
+    if not found:
+        raise InputError(f"--lora {rank}: this network has no attention projections to adapt: take a transformer, or "
+                         "leave it out")
+
+
+def add_drop_path(model: Backbone, rate: float) -> None:
+    """Stochastic depth: in training a residual branch is left out for a sample, the more often the higher it lies.
+
+    Source: arXiv 1603.09382, linear from 0 at the lowest block to `rate` at the top one. open_clip's towers have no
+    such option; the place of their layer scale, empty in the published models, is the end of the branch.
+    """
+    from timm.layers import DropPath
+
+    tower = model.net.visual if model.library == "open_clip" else model.net
+    ends = ("drop_path", "drop_path1", "drop_path2", "ls_1", "ls_2")
+    blocks = [(module, [end for end in ends if isinstance(getattr(module, end, None), nn.Identity | DropPath)])
+              for module in tower.modules()]
+    blocks = [(module, found) for module, found in blocks if found]
+    if not blocks:
+        raise InputError(f"--drop-path {rate:g}: this network has no residual branches to drop: leave it out")
+    for (module, found), probability in zip(blocks, np.linspace(0, rate, len(blocks)).tolist(), strict=True):
+        for end in found:
+            setattr(module, end, DropPath(probability))

@@ -1,0 +1,337 @@
+"""Backbones of timm and open_clip: what there is, how each is built, filled with weights and made ready for training.
+
+What is fine-tuned how (RECIPES) stands here too; options are read by their names from a run's configuration.
+"""
+
+import difflib
+import logging
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+
+from data_prep import InputError
+from data_prep.format import Split
+from data_prep.stream import Batches, load
+
+SIZES = ("tiny", "small", "base", "large")
+# Family -> size -> (library, name, pretrained tag or None), and the input size where --image-size is not given.
+BACKBONES = {
+    "clip": {
+        "tiny": ("open_clip", "tiny", None),
+        "small": ("open_clip", "ViT-B-32-quickgelu", "openai"),
+        "base": ("open_clip", "ViT-B-16-quickgelu", "openai"),
+        "large": ("open_clip", "ViT-L-14-quickgelu", "openai"),
+    },
+    "eva02": {
+        "tiny": ("timm", "eva02_tiny_patch14_336.mim_in22k_ft_in1k", ""),
+        "small": ("timm", "eva02_small_patch14_336.mim_in22k_ft_in1k", ""),
+        "base": ("timm", "eva02_base_patch14_448.mim_in22k_ft_in22k_in1k", ""),
+        "large": ("timm", "eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", ""),
+    },
+    "dinov3": {
+        "tiny": ("timm", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m", ""),
+        "small": ("timm", "vit_small_patch16_dinov3.lvd1689m", ""),
+        "base": ("timm", "vit_base_patch16_dinov3.lvd1689m", ""),
+        "large": ("timm", "vit_large_patch16_dinov3.lvd1689m", ""),
+    },
+}
+IMAGE_SIZE = {"clip": 224, "eva02": 224, "dinov3": 256}
+# How each foundation is fine-tuned: fills the options that neither the command line nor --config gave, where weights
+# are loaded; from a random start the options' own defaults hold. The loss and the augmentations are not in it: a grid
+# over backbones compares them on the same task. What all share is in the defaults: AdamW, class weights at 1e-3
+# (arcface_torch's ViTs), gradients clipped at 1, a cosine to 1 % after 5 % of warm-up.
+RECIPES = {
+    "clip": {
+        "lr": 2e-5,  # with the decay 4e-6 on average over the blocks; CLIP-ReID trains all of CLIP at 5e-6, batch 64
+        "layer_decay": 0.8,  # EVA-02's for large models, 0.8 to 0.85
+        "drop_path": 0.0,  # neither CLIP's training nor CLIP-ReID drops any
+        "weight_decay": 0.05,  # FRoundation's; CLIP's own was 0.2, CLIP-ReID's 1e-4
+    },
+    "eva02": {  # the authors' ImageNet fine-tuning of the same weights, batch 512 (EVA-02/asuka/README.md)
+        "lr": 2e-5,
+        "layer_decay": 0.85,
+        "drop_path": 0.15,
+        "weight_decay": 0.05,
+        "warmup": 0.1,  # 2 of 20 epochs
+    },
+    "eva02-base": {"lr": 5e-5, "layer_decay": 0.8},  # as above, for the base size
+    "dinov3": {
+        "lr": 1e-5,  # DeiT III fine-tunes base to huge at it; for DINOv2 users found 1e-5 to 1e-7 (dinov2#252)
+        "layer_decay": 0.8,  # as above
+        "drop_path": 0.1,  # below EVA-02's 0.15 and DeiT III's 0.2 and more: we train for fewer epochs
+        "weight_decay": 0.05,  # EVA-02's; DeiT III has 0.1
+    },
+    # On top of the backbone's with --lora: FRoundation, CLIP and DINOv2 on faces, batch 512. Every block alike, and so
+    # few parameters need no dropped paths.
+    "lora": {"lr": 1e-4, "layer_decay": 1.0, "drop_path": 0.0},
+}
+# CLIP in miniature, for the demo and the tests: no weights of it exist. Its image tower is a ConvNeXt, as in OpenCLIP's
+# convnext models, because a transformer learns next to nothing from scratch in the minutes of a demo.
+TINY_CLIP = {
+    "embed_dim": 64,
+    "vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64},
+    "text_cfg": {"layers": 2, "width": 64, "heads": 2, "context_length": 77, "vocab_size": 49408},
+}
+
+
+class Backbone(nn.Module):
+    """An image tower of timm or open_clip with what it needs to know about its input.
+
+    Attributes: dim (width D of the embedding), image_size (pixels), mean and std (per RGB channel, images scaled to
+    0..1), interpolation ("bilinear" or "bicubic"), net (the library's own module, with its own key names).
+    """
+
+    def __init__(self, net: nn.Module, library: str, embed_dim: int, image_size: int) -> None:
+        super().__init__()
+        self.net, self.library, self.image_size = net, library, image_size
+        if library == "open_clip":
+            import open_clip
+
+            settings = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
+                        "interpolation": "bicubic"} | open_clip.get_model_preprocess_cfg(net)
+            net.requires_grad_(False)
+            net.visual.requires_grad_(True)  # the text tower stays as it is: it keeps zero-shot alive
+        else:
+            import timm
+
+            settings = timm.data.resolve_model_data_config(net)
+        with torch.no_grad():  # networks of different origin name their width differently: look at what comes out
+            probe = torch.zeros(1, 3, image_size, image_size)
+            width = (net.eval().encode_image(probe) if library == "open_clip" else net.eval()(probe)).shape[1]
+        self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
+        self.interpolation = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
+        self.dim = embed_dim or width
+        self.project = nn.Linear(width, embed_dim, bias=False) if embed_dim else None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Embed normalised images [B, 3, S, S] to [B, D], not L2-normalised."""
+        x = self.net.encode_image(images) if self.library == "open_clip" else self.net(images)
+        return x if self.project is None else self.project(x)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """As nn.Module.train, but BatchNorm keeps its statistics: no layer may mix the samples of a batch."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def layers(self) -> dict[str, int]:
+        """Trainable parameter -> depth, 0 at the input; projections count as the top. For layer-wise learning rates."""
+        from timm.models._manipulate import group_with_matcher
+
+        tower, prefix = self.net, "net."
+        if self.library == "open_clip" and hasattr(self.net.visual, "trunk"):  # a network of timm's inside CLIP
+            tower, prefix = self.net.visual.trunk, "net.visual.trunk."
+        if tower is self.net and self.library == "open_clip":
+            matcher = {
+                "stem": r"^visual\.(?:conv1|class_embedding|positional_embedding|ln_pre)",
+                "blocks": [(r"^visual\.transformer\.resblocks\.(\d+)", None), (r".", (99999,))],
+            }
+        else:
+            matcher = tower.group_matcher(coarse=False)
+        named = [(name, p) for name, p in tower.named_parameters() if p.requires_grad]
+        depth = {prefix + n: d for n, d in group_with_matcher(iter(named), matcher, reverse=True).items()}
+        deepest = max(depth.values(), default=0)
+        return {name: depth.get(name, deepest) for name, p in self.named_parameters() if p.requires_grad}
+
+
+def resolve_backbone(config: dict) -> tuple[str, str, str | None]:
+    """(library, model name, pretrained tag: None where no weights exist) of --backbone and --size, or of --model."""
+    import open_clip
+    import timm
+
+    if not config["model"]:
+        return BACKBONES[config["backbone"]][config["size"]]
+    name, _, tag = config["model"].partition("/")
+    if timm.is_model(name):
+        return "timm", name, ""
+    if name in open_clip.list_models():
+        return "open_clip", name, tag or None
+    close = difflib.get_close_matches(name, [*timm.list_models(), *open_clip.list_models()], n=3)
+    hint = f"; near it: {', '.join(close)}" if close else "; any timm or open_clip name will do"
+    raise InputError(f"--model: neither timm nor open_clip knows {name!r}{hint}")
+
+
+def build_network(library: str, name: str, image_size: int | None, **pretrained) -> nn.Module:
+    """The library's own module without a classifier, at an input size (None: the model's own)."""
+    if library == "open_clip":
+        import open_clip
+
+        if name == "tiny":
+            vision = TINY_CLIP["vision_cfg"] | ({"image_size": image_size} if image_size else {})
+            return open_clip.CLIP(**TINY_CLIP | {"vision_cfg": open_clip.CLIPVisionCfg(**vision),
+                                                 "text_cfg": open_clip.CLIPTextCfg(**TINY_CLIP["text_cfg"])})
+        return open_clip.create_model(name, force_image_size=image_size, **pretrained)
+    import timm
+
+    # timm pools DINOv3's tokens by default; its authors use the class token
+    token = {"global_pool": "token"} if name.startswith("vit_") and "dinov3" in name else {}
+    options = pretrained | {"num_classes": 0} | token
+    try:
+        return timm.create_model(name, **options, **({"img_size": image_size} if image_size else {}))
+    except TypeError:  # convolutional networks take any size and no such argument
+        return timm.create_model(name, **options)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from a safetensors file or from a .pt/.bin file that holds tensors only."""
+    if not path.is_file():
+        raise InputError(f"--weights: no file {path}; give 'pretrained', 'none' or a safetensors/pt file")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"--weights {path}: not a file of plain tensors ({type(error).__name__}); want safetensors "
+                         "or a .pt that torch.load(weights_only=True) reads") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"--weights {path}: holds no dictionary of tensors")
+    return {key.removeprefix("module."): value.float() for key, value in state.items()}
+
+
+def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], path: Path) -> None:
+    """Load a state dict strictly, with position embeddings resampled and classifiers of other sizes left out."""
+    try:
+        if library == "open_clip":
+            from open_clip.model import resize_pos_embed
+
+            resize_pos_embed(state, net)
+        else:
+            classifiers = net.default_cfg.get("classifier") or ()
+            for classifier in [classifiers] if isinstance(classifiers, str) else classifiers:
+                state = {key: value for key, value in state.items() if not key.startswith(f"{classifier}.")}
+            convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+            state = convert(state, net) if convert else state
+        # BatchNorm's step counters carry nothing while its statistics stay frozen, and some exports drop them
+        state = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")} | state
+        expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+        given = {key: tuple(value.shape) for key, value in state.items()}
+        wrong = [f"{key} is missing" for key in expected if key not in given]
+        wrong += [f"{key} is not part of the model" for key in given if key not in expected]
+        wrong += [f"{k} is {given[k]}, not {expected[k]}" for k in expected if k in given and expected[k] != given[k]]
+    except (KeyError, RuntimeError, AttributeError, IndexError, ValueError):
+        # the library's own conversion met keys that it does not know: name those
+        expected = net.state_dict().keys()
+        wrong = [f"{key} is missing" for key in expected if key not in state]
+        wrong += [f"{key} is not part of the model" for key in state if key not in expected]
+    if wrong:
+        raise InputError(
+            f"--weights {path}: not the weights of this architecture: {'; '.join(wrong[:4])}"
+            + (f"; and {len(wrong) - 4} more keys" if len(wrong) > 4 else "")
+        )
+    net.load_state_dict(state)
+
+
+def load_backbone(config: dict) -> Backbone:
+    """Build the untouched backbone of a configuration.
+
+    Args:
+        config: the keys backbone, size, model, weights ("pretrained", "none" or a file), image_size (None: the
+            family's default), embed_dim (0: none) and seed (a random start is a function of it).
+
+    Raises:
+        InputError: unknown model, weights that cannot be had, or weights of another architecture.
+    """
+    library, name, tag = resolve_backbone(config)
+    size = config["image_size"] or (None if config["model"] else IMAGE_SIZE[config["backbone"]])
+    torch.manual_seed(config["seed"])
+    logging.disable(logging.ERROR)  # the hub clients' own pages about what ends here in one line
+    try:
+        if config["weights"] == "pretrained":
+            net = download_network(config, library, name, size, tag)
+        else:
+            net = build_network(library, name, size)
+            if config["weights"] != "none":
+                fill_weights(net, library, read_weights(Path(config["weights"])), Path(config["weights"]))
+        if size is None:
+            import timm
+
+            is_clip = library == "open_clip"
+            size = net.visual.image_size if is_clip else timm.data.resolve_model_data_config(net)["input_size"][-1]
+            size = size[0] if isinstance(size, tuple) else size
+        return Backbone(net, library, config["embed_dim"], size)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        what = f"--image-size {config['image_size']}" if config["image_size"] else f"input size {size}"
+        raise InputError(f"{what} does not fit {name}: {str(error).splitlines()[0]}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def download_network(config: dict, library: str, name: str, size: int | None, tag: str | None) -> nn.Module:
+    """The network with its published weights, from the libraries' hubs or their cache."""
+    if tag is None:
+        which = config["model"] or f"{config['backbone']} {config['size']}"
+        more = " or, for OpenCLIP's, --model NAME/TAG" if library == "open_clip" and config["model"] else ""
+        raise InputError(f"{which} has no weights to download: give --weights none or --weights FILE{more}")
+    try:
+        fail_fast_offline()
+        return build_network(library, name, size, pretrained=tag or True)
+    except Exception as error:  # the hub clients raise a dozen kinds
+        raise InputError(
+            f"the weights of {name} cannot be downloaded ({str(error).splitlines()[0][:120]}): fetch them on a "
+            "machine with network and give --weights FILE, or start at random with --weights none"
+        ) from error
+
+
+def fail_fast_offline() -> None:
+    """Without a route to the hub use its cache at once, instead of a minute of retries and a page of warnings."""
+    import huggingface_hub.constants as hub
+
+    try:
+        socket.getaddrinfo(hub.ENDPOINT.split("//")[-1].split("/")[0], 443)
+    except OSError:
+        hub.HF_HUB_OFFLINE = True
+
+
+# ---------------------------------------------------------------- what of the backbone is trained
+
+
+def library_state(net: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights under the library's own key names, low-rank updates merged into the matrices that they change."""
+    state = net.state_dict()
+    for key in [key for key in state if key.endswith(".original")]:
+        path, _, name = key.removesuffix(".original").rpartition(".parametrizations.")
+        state[f"{path}.{name}"] = getattr(net.get_submodule(path), name).detach()
+    return {key: value.contiguous() for key, value in state.items() if ".parametrizations." not in key}
+
+
+@torch.no_grad()
+def embed_rows(model: Backbone, split: Split, rows: np.ndarray, device: torch.device, batch: int, workers: int = 0,
+               flip: bool = False) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Yield (rows [b], embeddings [b, D] float32) of whole images of a split; unreadable ones are left out.
+
+    `flip`: the embedding of the mirrored image is added.
+    """
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2.functional import resize
+
+    model.eval()
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (model.mean, model.std))
+    size, mode = [model.image_size] * 2, InterpolationMode(model.interpolation)
+    for good, images in load(Batches(split, rows, batch), 0, workers, device.type == "cuda"):
+        if len(good):
+            x = resize(images.to(device, non_blocking=True).float(), size, interpolation=mode, antialias=True)
+            x = (x.clamp(0, 255) / 255 - mean) / std
+            yield good, (model(x) + model(x.flip(3)) if flip else model(x)).float()
+
+
+@torch.no_grad()
+def text_weights(model: Backbone, config: dict, names: list[str], device: torch.device,
+                 templates: Sequence[str] = ("a photo of a {}.",)) -> torch.Tensor:
+    """Unit CLIP embeddings [C, D] of class names: each the mean of those of its prompts, {} being the name."""
+    import open_clip
+
+    name = resolve_backbone(config)[1]
+    tokenizer = open_clip.get_tokenizer("ViT-B-32" if name == "tiny" else name)
+    prompts = tokenizer([text.replace("{}", name.replace("_", " ")) for text in templates for name in names])
+    x = torch.cat([model.net.encode_text(part.to(device)).float() for part in prompts.split(256)])
+    return F.normalize(F.normalize(x, dim=1).view(len(templates), len(names), -1).mean(0), dim=1)

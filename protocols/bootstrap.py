@@ -1,0 +1,73 @@
+"""Uncertainty: figures with the resamplings that their 95 % intervals are made of."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def bootstrap_counts(identities: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each sample's identity is drawn, [n], for each of `draws` resamplings of the identities."""
+    names, index = np.unique(identities, return_inverse=True)
+    rng = np.random.default_rng(seed)
+    for _ in range(draws):
+        yield rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[index]
+
+
+@dataclass
+class Figure:
+    """A value with its 95 % percentile interval, the resampled values behind it and what it was computed from."""
+
+    value: float
+    draws: np.ndarray
+    count: int = 0  # pairs, probes or images
+    chance: float = math.nan  # of random embeddings, where retention is to be told
+
+    @property
+    def low(self) -> float:
+        return self.quantile(0.025)
+
+    @property
+    def high(self) -> float:
+        return self.quantile(0.975)
+
+    def quantile(self, q: float) -> float:
+        finite = self.draws[np.isfinite(self.draws)]
+        return float(np.quantile(finite, q)) if len(finite) > 1 else self.value
+
+
+def intervals(statistic: Callable[[np.ndarray | None], dict[str, float]], weights: Iterator[np.ndarray],
+              count: int = 0) -> dict[str, Figure]:
+    """Each figure of a statistic of sample weights (None: all 1), with its bootstrap."""
+    draws = [statistic(w) for w in weights]
+    return {name: Figure(float(value), np.array([draw[name] for draw in draws], dtype=float), count)
+            for name, value in statistic(None).items()}
+
+
+def retention(before: Figure, after: Figure, chance: float) -> Figure | None:
+    """(after - chance) / (before - chance), paired draw by draw; None where `before` is not above chance."""
+    if not before.low > chance:
+        return None
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return Figure((after.value - chance) / (before.value - chance),
+                      (after.draws - chance) / (before.draws - chance), after.count)
+
+
+def gap(clean: Figure, shifted: Figure, seed: int) -> Figure:
+    """What is lost from clean to shifted images; the two sets are resampled each for itself."""
+    return Figure(clean.value - shifted.value, clean.draws - np.random.default_rng(seed).permutation(shifted.draws),
+                  shifted.count)
+
+
+def weighted_mean(values: np.ndarray, weights: np.ndarray | None) -> float:
+    """Mean of [n] values; NaN where all weights are 0."""
+    if weights is None:
+        return float(values.mean())
+    return float((values * weights).sum() / weights.sum()) if weights.sum() else math.nan
+
+
+def normalise(x: np.ndarray) -> np.ndarray:
+    """Rows scaled to length 1 IN PLACE: a copy of a million embeddings would be gigabytes."""
+    x /= np.maximum(np.sqrt(np.einsum("nd,nd->n", x, x)), 1e-12)[:, None]
+    return x

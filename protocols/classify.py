@@ -1,0 +1,309 @@
+"""Objects: nearest class mean, k-NN, linear probe, trained class weights, CLIP's prompts."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import scipy.sparse
+import torch
+
+from data_prep import InputError
+from data_prep.format import Split, fingerprint
+from models.backbones import text_weights
+from protocols.bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
+from protocols.embed import Embedder, keep
+from protocols.search import take_rows
+
+
+def class_means(x: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Sums of the unit embeddings of each class, [classes, D] (their directions are the class means)."""
+    sums = np.zeros((classes, x.shape[1]), dtype=np.float64)
+    np.add.at(sums, labels, x)
+    return sums
+
+
+def nearest_mean(x: np.ndarray, means: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
+    """Class with the nearest mean direction, int [n]; -1 where no class has an image.
+
+    `own` [n]: x is among the sums of its class; leave it out.
+    """
+    length = np.linalg.norm(means, axis=1)
+    directions, found = means / np.maximum(length, 1e-12)[:, None], np.empty(len(x), dtype=np.int64)
+    for start in range(0, len(x), 1024):
+        part = slice(start, start + 1024)
+        scores = x[part] @ directions.T
+        scores[:, length < 1e-9] = -np.inf  # a class without images must not win with its cosine of 0
+        if own is not None:
+            without = means[own[part]] - x[part]
+            size = np.linalg.norm(without, axis=1)
+            cosine = (x[part] * without).sum(1) / np.maximum(size, 1e-12)
+            scores[np.arange(len(scores)), own[part]] = np.where(size < 1e-6, -np.inf, cosine)
+        found[part] = np.where(np.isfinite(scores).any(1), scores.argmax(1), -1)
+    return found
+
+
+def nearest_rows(x: np.ndarray, y: np.ndarray, k: int = 1, itself: bool = False, device: torch.device | str = "cpu",
+                 block: int = 1024, width: int = 1 << 16) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest rows of y for each unit row of x, the nearest first: rows int64 and cosines float32, [n, k].
+
+    A row of NaN finds nothing and is not found: -1 and -inf, as where y has fewer than k rows.
+
+    Args:
+        itself: x is y; a row does not find itself.
+        block, width: rows of x and of y whose scores are held at once.
+    """
+    rows, cosines = np.full((len(x), k), -1), np.full((len(x), k), -np.inf, dtype=np.float32)
+    good = np.flatnonzero(np.isfinite(x[:, 0]))
+    for start in range(0, len(good), block):
+        some = good[start : start + block]
+        queries, own = torch.from_numpy(x[some]).to(device), torch.from_numpy(some).to(device)
+        best = torch.full((len(some), k), -torch.inf, dtype=queries.dtype, device=device)
+        place = torch.full((len(some), k), -1, device=device)
+        for left in range(0, len(y), width):
+            part = torch.from_numpy(y[left : left + width]).to(device)
+            scores = queries @ part.T
+            scores[:, ~part[:, 0].isfinite()] = -torch.inf
+            if itself:
+                here = torch.nonzero((own >= left) & (own < left + len(part))).flatten()
+                scores[here, own[here] - left] = -torch.inf
+            top, at = scores.topk(min(k, len(part)), 1)
+            best, order = torch.cat([best, top], 1).topk(k, 1)
+            place = torch.cat([place, left + at], 1).gather(1, order)
+        place[best == -torch.inf] = -1
+        rows[some], cosines[some] = place.cpu().numpy(), best.cpu().numpy()
+    return rows, cosines
+
+
+def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray, classes: int, same: bool, k: int = 20,
+                       temperature: float = 0.07, device: torch.device | str = "cpu") -> np.ndarray:
+    """Class by a vote of the k nearest of `reference`, weighted exp(cos / T), int [n]; -1 where none votes.
+
+    Source: DINO's eval_knn.
+
+    `same`: x is the reference itself; a sample does not vote for itself.
+    """
+    top, cosine = nearest_rows(x, reference, min(k, max(len(reference) - same, 0)), same, device)
+    weight, votes = np.exp((cosine.astype(float) - 1) / temperature), np.empty(len(x), dtype=np.int64)
+    for start in range(0, len(x), 1024):  # of thousands of classes each
+        some = slice(start, start + 1024)
+        tally = np.zeros((len(top[some]), classes))
+        np.add.at(tally, (np.arange(len(tally))[:, None], labels[top[some]]), weight[some])
+        votes[some] = np.where((top[some] >= 0).any(1), tally.argmax(1), -1)
+    return votes
+
+
+def fit_probe(y: np.ndarray, labels: np.ndarray, classes: int, device: torch.device,
+              strengths: tuple[float, ...] = (1, 1e-1, 1e-2, 1e-3, 1e-4)) -> tuple[np.ndarray, np.ndarray, float]:
+    """A linear probe: multinomial logistic regression by L-BFGS, without any draw.
+
+    The regularisation is chosen on every fifth image of each class, from the strongest on while that gets better, and
+    the probe then fitted to all images. With one image a class there is nothing to choose on: it is the strongest.
+
+    Args:
+        y: embeddings float32 [n, D]; centred and scaled here to a variance of 1 on average.
+        labels: [n] of 0..classes - 1.
+        strengths: candidates of l in mean cross-entropy + l/2 |W|² (scikit-learn's C is 1 / (l n)).
+
+    Returns:
+        Weights [classes, D] and bias [classes] for y as it came, and the l chosen.
+    """
+    order = np.argsort(labels, kind="stable")
+    held = np.zeros(len(y), dtype=bool)
+    place = np.arange(len(y)) - np.searchsorted(labels[order], labels[order])
+    held[order] = place % 5 == min(4, place.max())  # where no class has five images, the last of the largest
+    mean = y.mean(0)
+    scale = float(np.sqrt(max(np.einsum("nd,nd->", y, y) / len(y) - mean @ mean, 1e-12) / y.shape[1]))
+    z, target = torch.from_numpy((y - mean) / scale).to(device), torch.from_numpy(labels.astype(np.int64)).to(device)
+
+    def fit(rows: np.ndarray, strength: float, start: np.ndarray) -> np.ndarray:
+        blocks = torch.from_numpy(rows).to(device).split(1 << 14)
+
+        def loss_of(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            w = torch.from_numpy(flat.reshape(classes, -1)).float().to(device)
+            loss, gradient = 0.0, torch.zeros_like(w)
+            for block in blocks:
+                x, right = z[block], target[block]
+                logits = torch.addmm(w[:, -1], x, w[:, :-1].T)
+                loss += float(torch.nn.functional.cross_entropy(logits, right, reduction="sum"))
+                residual = logits.softmax(1)
+                residual[torch.arange(len(x), device=device), right] -= 1
+                gradient[:, :-1] += residual.T @ x
+                gradient[:, -1] += residual.sum(0)
+            gradient /= len(rows)
+            gradient[:, :-1] += strength * w[:, :-1]
+            loss = loss / len(rows) + strength / 2 * float((w[:, :-1] ** 2).sum())
+            return loss, gradient.flatten().double().cpu().numpy()
+
+        found = scipy.optimize.minimize(loss_of, start, jac=True, method="L-BFGS-B",
+                                        options={"maxiter": 200, "gtol": 1e-6, "ftol": 1e-8})
+        return found.x
+
+    rest, test, best = np.flatnonzero(~held), torch.from_numpy(np.flatnonzero(held)).to(device), (-1.0, strengths[0])
+    start = flat = np.zeros(classes * (y.shape[1] + 1))
+    for strength in strengths if len(rest) else ():
+        flat = fit(rest, strength, flat)
+        w = torch.from_numpy(flat.reshape(classes, -1)).float().to(device)
+        right = float(((z[test] @ w[:, :-1].T + w[:, -1]).argmax(1) == target[test]).float().mean())
+        if right <= best[0]:
+            break
+        best, start = (right, strength), flat
+    w = fit(np.arange(len(y)), best[1], start).reshape(classes, -1)
+    weights = (w[:, :-1] / scale).astype(np.float32)
+    return weights, (w[:, -1] - weights @ mean).astype(np.float32), best[1]
+
+
+def read_prompts(names: str) -> dict[str, list[str]]:
+    """The templates of --prompts by set: a shipped one by its number, or a file with a template a line, {} the name."""
+    found = {}
+    for name in filter(None, names.split(",")):
+        path = Path(__file__).parent / "prompts" / f"{name}.txt" if name.isdigit() else Path(name)
+        try:
+            lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            raise InputError(f"--prompts {name}: {path} cannot be read ({error}); shipped are 1, 7 and 80") from error
+        if bad := next((line for line in lines if line.count("{}") != 1), None) or (not lines and "an empty file"):
+            raise InputError(f"--prompts {name}: {bad[:80]!r}: want a template a line, with {{}} for the class name")
+        found[f"{path.stem} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:8]}"] = lines
+    return found
+
+
+@dataclass
+class Readouts:
+    """How classification is read out beyond means and neighbours: for all splits of a run, and both its weights."""
+
+    prompts: dict[str, list[str]]  # templates by set; for CLIP alone
+    probe: int  # images of a reference that a linear probe is fitted to, at most
+    config: dict  # of the backbone
+    trained: list[str]  # classes that the run has seen; of others retention is told apart
+
+    def fit_once(self, embed: Embedder, y: np.ndarray, labels: np.ndarray, classes: int
+                 ) -> tuple[np.ndarray, np.ndarray, float]:
+        """`fit_probe`, kept in the folder that runs share: the untouched backbone's is the same for all of them."""
+        def make() -> np.ndarray:
+            w, b, strength = fit_probe(y, labels, classes, embed.device)
+            return np.column_stack([w, b, np.full(classes, strength, dtype=np.float32)])
+
+        if not embed.shared:
+            return fit_probe(y, labels, classes, embed.device)
+        told = hashlib.sha256(np.ascontiguousarray(y).data)
+        told.update(repr((labels.tolist(), classes)).encode())
+        kept = keep(embed.folder / f"{embed.name}-probe-{told.hexdigest()[:16]}.npy", (classes, y.shape[1] + 2), make)
+        return kept[:, :-2], kept[:, -2].copy(), float(kept[0, -1])
+
+    def fit(self, embed: Embedder, y: np.ndarray, reference: Split, seed: int) -> dict[str, tuple]:
+        """(Weights [C, D], bias [C], rule) by name for the classes of a reference with unit embeddings y."""
+        found, good = {}, np.flatnonzero(np.isfinite(y[:, 0]) & (reference.labels >= 0))
+        if self.probe and len(np.unique(reference.labels[good])) > 1:
+            rows = np.sort(np.random.default_rng(seed).permutation(good)[: self.probe])
+            w, b, strength = self.fit_once(embed, y[rows], reference.labels[rows], len(reference.classes))
+            b[reference.counts == 0] = -1e9  # a class without images is never the answer
+            print(f"  {embed.name} {reference.domain}/{reference.name}: linear probe of {len(rows):,} images, l2 "
+                  f"{strength:g}")
+            some = f"{self.probe} drawn images, seed {seed}" if len(good) > self.probe else "all images"
+            found["probe"] = w, b, f"L-BFGS probe, l2 chosen on a fifth, of {some}, reference {fingerprint(reference)}"
+        if embed.model.library == "open_clip" and embed.model.project is None:
+            for name, templates in self.prompts.items():
+                key = hashlib.sha256(json.dumps([embed.weights, templates, reference.names]).encode()).hexdigest()[:16]
+                w = keep(embed.folder / f"{embed.name}-text-{key}.npy", (len(reference.names), y.shape[1]),
+                         lambda templates=templates: text_weights(
+                             embed.model, self.config, reference.names, embed.device, templates).cpu().numpy())
+                found[f"zero-shot {name.split()[0]}"] = w, np.zeros(len(w)), f"zero-shot by prompts {name}"
+        return found
+
+
+def true_in_real(split: Split) -> np.ndarray | None:
+    """ReaL's labels: which classes are right for an image, bool [M, C] (a row of none: left out); None without them."""
+    if not split.protocol.get("real"):
+        return None
+    number, found = {name: i for i, name in enumerate(split.classes)}, np.zeros((len(split), len(split.classes)), bool)
+    for row in range(len(split)):
+        found[row, [number[name] for name in split.fields(row).get("real", []) if name in number]] = True
+    return found
+
+
+def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarray, Split], head: np.ndarray | None,
+                         head_classes: list[str], draws: int, seed: int, groups: dict[str, list[str]] | None = None,
+                         linear: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
+                         only: list[str] | None = None, device: torch.device | str = "cpu") -> dict[str, Figure]:
+    """Top-1 of the nearest class mean and of 20 neighbours; top-1 and top-5 of class weights, trained or otherwise.
+
+    Of classes with equal scores the first is the answer, as of argmax; where no image votes, there is none: a miss.
+    Beside each top-1 stands "... ReaL" where the split has ReaL's labels: right is any of them.
+
+    Args:
+        x: unit embeddings of the split.
+        split: the test split.
+        reference: unit embeddings and split that class means and neighbours come from.
+        head: class weights [C, D] of the domain, or None.
+        head_classes: their names; used where they cover the split's classes (the argmax runs over the split's own).
+        groups: classes of the split that stand for several of the reference (ObjectNet), any of which is right.
+        linear: more class weights and biases by name, [C, D] and [C] for the classes of the reference.
+        only: the classes to score, and to choose among (default: all of the split).
+    """
+    y, other = reference
+    number, classes = {name: i for i, name in enumerate(other.classes)}, split.classes if only is None else only
+    several = [(groups or {}).get(name, [name]) for name in classes]
+    if unknown := [name for group in several for name in group if name not in number]:
+        raise InputError(f"{split.folder}: class {unknown[0]!r} is not in its reference {other.folder}: prepare the "
+                         "split with --reference SPLIT, a split of the same classes")
+    first = np.array([number[name] for name in classes])
+    own, members = np.full(len(other.classes), -1), [np.array([number[name] for name in group]) for group in several]
+    for i, group in enumerate(members):
+        own[group] = i  # the reference's class as one of `classes`
+    # the split's classes may be those of the reference, of which several are one here
+    place = {name: int(i) for name, i in zip(other.classes, own, strict=True)} | {name: i for i, name in
+                                                                                  enumerate(classes)}
+    labels = np.append([place.get(name, -1) for name in split.classes], -1)[split.labels]
+    rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
+    if not good.any():
+        raise InputError(f"{other.folder}: no readable image with a class, and {split.folder} is scored by them: "
+                         "prepare that reference again, or leave the split out with --splits")
+    itself = split.folder.resolve() == other.folder.resolve()
+    x, truth, real = take_rows(x, rows), labels[rows], true_in_real(split)  # without copies: a reference is large
+    vote = np.flatnonzero(good & (own[other.labels] >= 0))
+    y, y_labels = take_rows(y, vote), other.labels[vote]
+    means = class_means(y, y_labels, len(other.classes))  # 0 without votes: a set of some classes is scored among those
+    own = np.append(own, -1)  # of no answer
+    answers = {"nearest-mean": own[nearest_mean(x, means, first[truth] if itself else None)],
+               "knn": own[nearest_neighbours(x, y, y_labels, len(other.classes), itself, device=device)]}
+    hits = {f"{name} top-1": answer == truth for name, answer in answers.items()}
+    linear = dict(linear or {})
+    if head is not None:
+        lies = {name: i for i, name in enumerate(head_classes)}
+        at = np.array([lies.get(name, -1) for name in other.classes])
+        unit = head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), 1e-12)
+        linear["head"] = (unit[at], np.where(at < 0, -np.inf, 0))
+    flat, starts = np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
+    for name, (w, b) in linear.items():
+        if np.isfinite(b[flat]).all():
+            before, answers[name] = np.empty((2, len(x)), dtype=np.int64)  # before: classes that rank above the truth
+            for start in range(0, len(x), 1024):
+                part = slice(start, start + 1024)
+                scores = np.maximum.reduceat(x[part] @ w[flat].T + b[flat], starts, axis=1)  # the best of each group
+                right = scores[np.arange(len(scores)), truth[part], None]
+                lower = np.arange(len(classes)) < truth[part, None]
+                before[part] = ((scores > right) | ((scores == right) & lower)).sum(1)
+                answers[name][part] = scores.argmax(1)
+            hits |= {f"{name} top-1": before < 1, f"{name} top-5": before < 5}
+    chances = {metric: min((5 if metric.endswith("5") else 1) / len(classes), 1) for metric in hits}
+    everywhere = np.ones(len(x), dtype=bool)
+    counted = dict.fromkeys(hits, everywhere)
+    if real is not None:
+        column = {name: i for i, name in enumerate(split.classes)}
+        real = np.stack([real[rows][:, [column[name] for name in group if name in column]].any(1)
+                         for group in several], 1)
+        for name, answer in answers.items():
+            hits[f"{name} ReaL"] = real[np.arange(len(x)), answer] & (answer >= 0)
+            counted[f"{name} ReaL"] = real.any(1)
+            chances[f"{name} ReaL"] = float(real.sum(1)[real.any(1)].mean() / len(classes))
+
+    def statistic(weights: np.ndarray | None) -> dict[str, float]:
+        return {name: weighted_mean(hit[counted[name]].astype(float), None if weights is None else
+                                    weights[counted[name]]) for name, hit in hits.items() if counted[name].any()}
+
+    found = intervals(statistic, bootstrap_counts(truth, draws, seed))
+    for name, figure in found.items():
+        figure.count, figure.chance = int(counted[name].sum()), chances[name]
+    return found

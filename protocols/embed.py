@@ -1,0 +1,224 @@
+"""The embeddings of a split: computed once per backbone, kept in a file, read from there by every figure."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data_prep import InputError
+from data_prep.format import Split
+from models.backbones import Backbone, embed_rows
+from models.runs import Ranks, make_folder, pick_device, write_atomically, write_json
+from protocols.bootstrap import normalise
+
+PART = 2048  # images, about, that an interrupted embedding loses at most
+LARGE = 1 << 29  # bytes of a split's embeddings from which on they are mapped from a file, not held in memory
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+def hash_weights(model: Backbone) -> str:
+    """A fingerprint of all weights of a backbone."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """np.save to exactly this path (given a name, np.save would add .npy)."""
+    with open(path, "wb") as file:
+        np.save(file, array)
+
+
+def load_array(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """The finite floats of a file, mapped; None where it holds others, or another shape, or is damaged."""
+    try:
+        x = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception:  # NumPy raises OSError, ValueError, EOFError, SyntaxError, TokenError, ... by damage
+        return None
+    whole = isinstance(x, np.ndarray) and x.dtype == np.float32 and x.shape == shape
+    return x if whole and all(np.isfinite(x[i : i + 4096]).all() for i in range(0, len(x), 4096)) else None
+
+
+def keep(path: Path, shape: tuple[int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
+    """A float32 array that is made once and then read from its file; a second process waits for the first."""
+    if load_array(path, shape) is None:
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if load_array(path, shape) is None:
+                if path.exists():
+                    print(f"  {path}: damaged: it is made again")
+                made = make()
+                write_atomically(path, lambda temporary: save_array(temporary, made))
+    return np.load(path, allow_pickle=False)
+
+
+def map_copy(x: np.ndarray, folder: Path) -> np.ndarray:
+    """A copy to write to that takes no memory: mapped from a file in `folder` that goes when the copy does.
+
+    The file has no name, so that not even a killed process leaves it behind. InputError where the disk is full.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for start in range(0, len(x), 1 << 14):
+                file.write(np.ascontiguousarray(x[start : start + (1 << 14)]).data)
+            file.flush()  # written, not only mapped: a full disk is an error here, and a crash there
+            return np.asarray(np.memmap(file, x.dtype, "r+", shape=x.shape))
+    except OSError as error:
+        raise InputError(f"{folder}: no room for {x.nbytes / 2**30:.1f} GiB of embeddings while they are scored "
+                         f"({error.strerror}): free some") from error
+
+
+class Embedder:
+    """Embeddings of one backbone, computed once per split and kept in `folder` with a fingerprint.
+
+    Those of a large split are mapped from a file where they are used: they take no memory that the system cannot have
+    back, and are the same to the bit.
+
+    They are computed in parts, each written when it is done: what is interrupted goes on there, and the ranks of
+    torchrun share the parts out. Batches do not depend on who computes them, so that the result is the same to the bit.
+
+    Args:
+        model: the backbone, in eval mode.
+        name: "tuned" or "foundation", for file names and rows.
+        folder: where the .npy files go.
+        device, batch, workers: of the computation.
+        flip: add the embedding of the mirrored image (before normalisation, as the face protocols do).
+        shared: other runs use the folder too: files are named by their fingerprint.
+        ranks: this process among those that embed.
+    """
+
+    def __init__(self, model: Backbone, name: str, folder: Path, device: torch.device, batch: int, workers: int,
+                 flip: bool, shared: bool = False, ranks: Ranks = Ranks()) -> None:
+        self.model, self.name, self.folder, self.device = model.to(device), name, folder, device
+        self.batch, self.workers, self.flip, self.shared, self.ranks = batch, workers, flip, shared, ranks
+        self.weights, self.made = hash_weights(model), set()
+
+    def __call__(self, split: Split) -> np.ndarray:
+        """Unit embeddings float32 [M, D] of a split; NaN in the rows of unreadable images."""
+        return normalise(self.raw(split))
+
+    def raw(self, split: Split) -> np.ndarray:
+        """The same before normalisation: the norm of a face tells how good its picture is, so templates use it."""
+        path = self.prepare(split)
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        return map_copy(stored, path.parent) if stored.nbytes >= LARGE else np.load(path, allow_pickle=False)
+
+    def prepare(self, split: Split) -> Path:
+        """The file of a split's embeddings, computed where it is not there; all ranks have to call it."""
+        index = hashlib.sha256((split.folder / "index.json").read_bytes()).hexdigest()
+        fingerprint = {"weights": self.weights, "split": index, "image_size": self.model.image_size, "flip": self.flip}
+        key = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
+        path = self.folder / f"{self.name}-{split.domain}-{split.name}{'-' + key if self.shared else ''}.npy"
+        note, parts = path.with_suffix(".json"), path.with_name(f".{path.stem}.{key}.parts")
+
+        def noted() -> bool:
+            try:
+                return path.exists() and json.loads(note.read_text()) == fingerprint
+            except (OSError, ValueError):
+                return False
+
+        def known() -> bool:
+            return path in self.made or (noted() and load_array(path, (len(split), self.model.dim)) is not None)
+
+        if self.ranks.world == 1 and known():
+            self.made.add(path)  # to look for damage once is enough
+            return path
+        parts.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            if self.ranks.rank == 0:  # a second evaluation with the same cache waits here, and then finds it all done
+                lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            self.ranks.wait()
+            if not known():
+                if self.ranks.rank == 0 and noted():
+                    print(f"  {path}: damaged: its embeddings are computed again")
+                parts.mkdir(exist_ok=True)
+                self.embed_parts(split, parts)
+                self.ranks.wait()
+                if self.ranks.rank == 0:
+                    note.unlink(missing_ok=True)
+                    write_atomically(path, lambda temporary: self.join_parts(split, parts, temporary))
+                    # a split with damaged images may be repaired: its embeddings are made anew next time
+                    if np.isfinite(np.load(path, mmap_mode="r")[:, 0]).all():
+                        write_json(note, fingerprint)
+                    shutil.rmtree(parts)
+                self.ranks.wait()
+        self.made.add(path)
+        return path
+
+    def parts_of(self, split: Split, folder: Path) -> dict[int, Path]:
+        """First row and file of every part: whole batches, so that parts can be computed apart."""
+        size = self.batch * max(PART // self.batch, 1)
+        return {start: folder / f"{start}-{min(start + size, len(split))}.npy" for start in range(0, len(split), size)}
+
+    def embed_parts(self, split: Split, folder: Path) -> None:
+        """Compute this rank's share of the parts that are missing."""
+        mine = list(self.parts_of(split, folder).items())[self.ranks.rank :: self.ranks.world]
+        todo = [(start, file) for start, file in mine if not file.exists()]
+        if not todo:
+            return
+        rows = [np.arange(*map(int, file.stem.split("-"))) for _, file in todo]
+
+        def blank(place: int) -> np.ndarray:
+            return np.full((len(rows[place]) if place < len(rows) else 0, self.model.dim), np.nan, dtype=np.float32)
+
+        place, x = 0, blank(0)
+
+        def finish() -> None:
+            nonlocal x, place
+            write_atomically(todo[place][1], lambda temporary: save_array(temporary, x))
+            place, x = place + 1, blank(place + 1)
+
+        parts = embed_rows(self.model, split, np.concatenate(rows), self.device, self.batch, self.workers,
+                                 self.flip)
+        with tqdm(total=sum(map(len, rows)), desc=f"{self.name} {split.domain}/{split.name}", unit="img",
+                  disable=True if self.ranks.rank else None) as bar:
+            for good, found in parts:
+                while good[0] > rows[place][-1]:
+                    finish()
+                found = found.cpu().numpy()
+                if not np.isfinite(found).all():
+                    row = good[~np.isfinite(found).all(1)][0]
+                    raise InputError(f"{split.folder}: the {self.name} backbone makes no finite numbers of sample "
+                                     f"{split.jpeg(row)[0]}: a run that diverged, or weights that are damaged")
+                x[good - rows[place][0]] = found
+                bar.update(len(good))
+            while place < len(todo):  # the last, and what holds no readable image
+                finish()
+
+    def join_parts(self, split: Split, folder: Path, path: Path) -> None:
+        """Write the whole array, part by part: a million embeddings are gigabytes."""
+        x = np.lib.format.open_memmap(path, "w+", np.float32, (len(split), self.model.dim))
+        for start, file in self.parts_of(split, folder).items():
+            part = np.load(file, allow_pickle=False)
+            x[start : start + len(part)] = part
+        x.flush()
+
+
+# ---------------------------------------------------------------- results
+
+
+# ---------------------------------------------------------------- the job
+
+
+def make_embedder(load: Callable[[], Backbone], weights: str, folder: Path, options: dict,
+                  ranks: Ranks = Ranks()) -> Embedder:
+    """An embedder by the options that evaluate.py and analyze.py share; `folder`: of the run's results."""
+    shared = bool(options["cache"]) and weights == "foundation"
+    if shared:
+        make_folder(Path(options["cache"]), "--cache")
+    return Embedder(load(), weights, Path(options["cache"]) if shared else folder / "embeddings",
+                    pick_device(options["device"]), options["batch"], options["workers"], options["flip"], shared,
+                    ranks)

@@ -1,0 +1,210 @@
+"""Listed pairs: 10-fold verification, templates (IJB-B/C, with their 1:N), and the yardstick that every split gets."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from data_prep import InputError
+from data_prep.format import Split, matched_pairs
+from protocols.bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
+
+FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+SCORE_BINS = np.linspace(-1, 1, 51)  # of the score distributions
+BINS = 50 * 1300  # of the scores of long lists of pairs, 3e-5 wide: whole numbers of them make the above
+
+
+# ---------------------------------------------------------------- verification
+
+
+def roc(scores: np.ndarray, same: np.ndarray, weights: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """FAR and TAR, from (0, 0) to (1, 1), at every distinct score as a threshold (accepted: score >= threshold).
+
+    Args:
+        scores: [P] similarities.
+        same: bool [P], genuine pairs.
+        weights: [P], default 1.
+    """
+    order = np.argsort(-scores)  # not stable, and faster for it: ties are accepted together
+    ordered, accepted = scores[order], same[order]
+    last = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)
+    if weights is None:
+        genuine = np.cumsum(accepted)[last]
+        impostor = last + 1 - genuine
+    else:
+        w = weights[order].astype(float)
+        genuine, impostor = np.cumsum(w * accepted)[last], np.cumsum(w * ~accepted)[last]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        tar, far = genuine / genuine[-1], impostor / impostor[-1]
+    return np.concatenate([[0.0], far]), np.concatenate([[0.0], tar])
+
+
+def tar_at_far(far: np.ndarray, tar: np.ndarray, target: float) -> float:
+    """The largest TAR whose FAR does not exceed the target (strict rule, no interpolation); NaN of one kind alone."""
+    if math.isnan(far[-1] + tar[-1]):
+        return math.nan  # a resampling without genuine pairs or without impostors
+    return float(tar[np.searchsorted(far, target * (1 + 1e-9), side="right") - 1])
+
+
+def equal_error_rate(far: np.ndarray, tar: np.ndarray) -> float:
+    """Where FAR = 1 - TAR, linear between the neighbouring points of the ROC."""
+    gap = far - (1 - tar)
+    if not np.isfinite(gap).all():
+        return math.nan  # a resampling without genuine pairs or without impostors
+    i = int(np.argmax(gap >= 0))
+    if i == 0:
+        return float(far[0])
+    t = -gap[i - 1] / (gap[i] - gap[i - 1])
+    return float(far[i - 1] + t * (far[i] - far[i - 1]))
+
+
+def d_prime(scores: np.ndarray, same: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """(mean genuine - mean impostor) / √((var genuine + var impostor) / 2)."""
+    moments = []
+    for mask in (same, ~same):
+        w = None if weights is None else weights[mask]
+        mean = weighted_mean(scores[mask], w)
+        moments.append((mean, weighted_mean((scores[mask] - mean) ** 2, w)))
+    (a, va), (b, vb) = moments
+    return (a - b) / math.sqrt((va + vb) / 2) if va + vb > 0 else math.nan
+
+
+def fold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray, weights: np.ndarray | None = None) -> float:
+    """Mean over folds of the accuracy at the threshold that is best on the other folds (LFW's protocol, exact form).
+
+    Candidate thresholds lie half-way between neighbouring scores; of equally good ones the highest is taken.
+    Source: LFW, unrestricted with labelled outside data; insightface's `verification.py` searches a grid instead.
+    """
+    w = np.ones(len(scores)) if weights is None else weights.astype(float)
+    order = np.argsort(-scores, kind="stable")
+    scores, same, folds, w = scores[order], same[order], folds[order], w[order]
+    accuracies = []
+    for fold in np.unique(folds):
+        rest, here = folds != fold, folds == fold
+        if not w[here].sum() or not w[rest].sum():
+            continue
+        # accepting the first i of the sorted pairs gets right: genuine ones among them, impostors after them
+        gain = np.concatenate([[0.0], np.cumsum(np.where(same[rest], w[rest], -w[rest]))])
+        s = scores[rest]
+        cut = np.append(True, np.append(s[:-1] != s[1:], True))  # equal scores are not separated
+        i = int(np.argmax(np.where(cut, gain, -np.inf)))
+        threshold = np.inf if i == 0 else -np.inf if i == len(s) else (s[i - 1] + s[i]) / 2
+        accuracies.append(weighted_mean((scores[here] >= threshold) == same[here], w[here]))
+    return float(np.mean(accuracies)) if accuracies else math.nan
+
+
+def grid_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray,
+                  weights: np.ndarray | None = None) -> dict[str, float]:
+    """The same with thresholds on the squared distance 2 - 2 cos in 0, 0.01, ..., 3.99: mean and SD over the folds.
+
+    Accepted where the distance is below the threshold; of equally good ones the first.
+    Source: insightface, `verification.py`, calculate_roc (np.mean and np.std of its accuracies).
+    """
+    grid, w = np.arange(0, 4, 0.01), np.ones(len(scores)) if weights is None else weights.astype(float)
+    place = np.searchsorted(grid, 2 - 2 * scores.astype(float), side="right")  # the first threshold that accepts
+    names, fold = np.unique(folds, return_inverse=True)
+    right = np.zeros((len(names), len(grid) + 1))
+    np.add.at(right, (fold, place), np.where(same, w, -w))  # an accepted pair: right if genuine, else no longer right
+    right = np.cumsum(right, axis=1)[:, : len(grid)] + np.bincount(fold, w * ~same)[:, None]
+    total = np.bincount(fold, w)
+    used = (total > 0) & (total.sum() > total)
+    if not used.any():
+        return {"accuracy": math.nan, "accuracy sd": math.nan}
+    best = (right.sum(0) - right).argmax(1)  # on the other folds
+    accuracies = (right[np.arange(len(names)), best] / np.maximum(total, 1e-300))[used]
+    return {"accuracy": float(accuracies.mean()), "accuracy sd": float(accuracies.std())}
+
+
+def grid_tar(scores: np.ndarray, same: np.ndarray, folds: np.ndarray, weights: np.ndarray | None = None,
+             target: float = 1e-3) -> dict[str, float]:
+    """TAR at a threshold that has this FAR on the other folds: mean and SD over the folds, and the FAR that it has.
+
+    Thresholds on the squared distance 2 - 2 cos in 0, 0.001, ..., 3.999, accepted below, and between two of them where
+    the FAR of the other folds, taken as linear, is the target; 0 where none has so high a FAR.
+    Source: insightface, `verification.py`, calculate_val (interp1d "slinear", as SciPy read repeated FARs until 1.3).
+    """
+    grid, w = np.arange(0, 4, 0.001), np.ones(len(scores)) if weights is None else weights.astype(float)
+    distances = np.maximum(2 - 2 * scores.astype(float), 0)  # of a vector with itself it may round below 0
+    names, fold = np.unique(folds, return_inverse=True)
+    false = np.zeros((len(names), len(grid) + 1))
+    np.add.at(false, (fold[~same], np.searchsorted(grid, distances[~same], side="right")), w[~same])
+    false = np.cumsum(false, axis=1)[:, : len(grid)]
+    genuine, impostors = np.bincount(fold, w * same), np.bincount(fold, w * ~same)
+    rest = impostors.sum() - impostors
+    far = (false.sum(0) - false) / np.maximum(rest, 1e-300)[:, None]
+    # of thresholds with one FAR, np.interp takes the last below the target and the first above it
+    thresholds = np.array([np.interp(target, row, grid) if row[-1] >= target else 0.0 for row in far])
+    accepted = w * (distances < thresholds[fold])
+    tars = (np.bincount(fold, accepted * same) / np.maximum(genuine, 1e-300))[(genuine > 0) & (rest > 0)]
+    fars = (np.bincount(fold, accepted * ~same) / np.maximum(impostors, 1e-300))[(impostors > 0) & (rest > 0)]
+    if not len(tars) or not len(fars):
+        return dict.fromkeys((f"tar@far={target:g}", f"tar@far={target:g} sd", f"far found for {target:g}"), math.nan)
+    return {f"tar@far={target:g}": float(tars.mean()), f"tar@far={target:g} sd": float(tars.std()),
+            f"far found for {target:g}": float(fars.mean())}
+
+
+def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
+    """10-fold accuracy, AUC, EER, TAR@FAR (where there are 1 / FAR impostors) and d' of a split's pairs.
+
+    insightface's TAR@FAR=0.001 is of a threshold from the other folds: it is left out where those of a fold hold less
+    than 1,000 impostors.
+
+    Returns:
+        {rule: {metric: Figure}}, the exact thresholds first, and to draw: the ROC, and how many scores of either kind
+        fall into each of SCORE_BINS.
+    """
+    pairs, folded = np.array(split.column("pairs")), f"{split.protocol['folds']} folds"
+    if len(np.unique(pairs[:, 3])) == 1:  # dealt before any pair is left out: the same folds for every run
+        pairs[:, 3], folded = np.arange(len(pairs)) % 10, "10 folds, dealt"
+    pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
+    left, right, same, folds = pairs[:, 0], pairs[:, 1], pairs[:, 2] == 1, pairs[:, 3]
+    if same.all() or not same.any():
+        raise InputError(f"{split.folder}: its pairs are all genuine or all impostors: nothing to verify")
+    scores = (x[left] * x[right]).sum(1)
+    a, b = split.labels[left], split.labels[right]
+
+    def statistic(weights: np.ndarray | None) -> dict[str, float]:
+        far, tar = roc(scores, same, weights)
+        values = {"accuracy": fold_accuracy(scores, same, folds, weights), "auc": float(np.trapezoid(tar, far)),
+                  "eer": equal_error_rate(far, tar), "d-prime": d_prime(scores, same, weights)}
+        supported = [target for target in FARS if target * (~same).sum() >= 1]
+        return values | {f"tar@far={target:g}": tar_at_far(far, tar, target) for target in supported}
+
+    def pair_weights() -> Iterator[np.ndarray]:
+        for counts in bootstrap_counts(split.labels, draws, seed):
+            yield np.where(a == b, counts[left], counts[left] * counts[right])
+
+    far, tar = roc(scores, same)
+    spread = {kind: np.histogram(scores[mask], SCORE_BINS)[0] for kind, mask in (("same", same), ("different", ~same))}
+    found = {f"{folded}, exact thresholds, strict FAR": intervals(statistic, pair_weights(), len(pairs)),
+             f"{folded}, thresholds 0 to 4 by 0.01 on the squared distance": intervals(
+                 lambda w: grid_accuracy(scores, same, folds, w), pair_weights(), len(pairs))}
+    if (~same).sum() - np.unique(folds[~same], return_counts=True)[1].max() >= 1000:
+        found[f"{folded}, thresholds 0 to 4 by 0.001 on the squared distance, interpolated to the FAR of the other "
+              "folds"] = intervals(lambda w: grid_tar(scores, same, folds, w), pair_weights(), len(pairs))
+    return found, {"far": far, "tar": tar, **spread}
+
+
+# ---------------------------------------------------------------- templates
+
+
+# ---------------------------------------------------------------- one yardstick for all
+
+
+def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count: int = 5000) -> dict[str, Figure]:
+    """Same/different AUC and d' on matched numbers of random pairs: one yardstick for every kind of split."""
+    labels = np.where(np.isfinite(x[:, 0]), labels, -1)
+    pairs = matched_pairs(labels, count, seed)
+    if not len(pairs):
+        return {}
+    same, scores = np.arange(len(pairs)) < len(pairs) // 2, (x[pairs[:, 0]] * x[pairs[:, 1]]).sum(1)
+
+    def statistic(weights: np.ndarray | None) -> dict[str, float]:
+        far, tar = roc(scores, same, weights)
+        return {"pair auc": float(np.trapezoid(tar, far)), "pair d-prime": d_prime(scores, same, weights)}
+
+    def pair_weights() -> Iterator[np.ndarray]:
+        for counts in bootstrap_counts(labels, draws, seed):
+            yield np.where(same, counts[pairs[:, 0]], counts[pairs[:, 0]] * counts[pairs[:, 1]])
+
+    return intervals(statistic, pair_weights(), len(pairs))

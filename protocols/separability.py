@@ -1,0 +1,323 @@
+"""Whether the tasks, and the sources within them, are linearly separable, beside pixel statistics."""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data_prep.format import Split
+from protocols.bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
+from protocols.search import name_identities
+from protocols.subspaces import minus, show
+from protocols.tasks import Task
+
+
+def pixel_statistics(split: Split, rows: np.ndarray) -> np.ndarray:
+    """A dozen statistics of colour, contrast, gradients and border of each image, float64 [n, 12].
+
+    They know nothing of what an image shows: what they separate is how the sets were made.
+    """
+    result = np.empty((len(rows), 12))
+    for i, row in enumerate(rows):
+        x = split.image(int(row)).double().numpy() / 255
+        grey = x.mean(0)
+        dx, dy = np.abs(np.diff(grey, axis=1)).mean(), np.abs(np.diff(grey, axis=0)).mean()
+        border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+        fine = np.abs(4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]).mean()
+        chroma = np.ptp(x, axis=0).mean()
+        result[i] = [*x.mean((1, 2)), *x.std((1, 2)), dx, dy, fine, border.mean(), border.std(), chroma]
+    return result
+
+
+def crop_padding(image: torch.Tensor, tolerance: float = 8, least: float = 0.5) -> torch.Tensor:
+    """An image [3, H, W] without plain lines at its borders, such as padding; at least half of each side stays.
+
+    Args:
+        image: values 0..255.
+        tolerance: standard deviation up to which a line of pixels is plain: padding is no longer exact after JPEG.
+        least: share of either side that stays.
+    """
+    ends = []
+    for axis in (1, 2):
+        spread = image.float().std(3 - axis).amax(0)  # [lines]
+        busy = torch.nonzero(spread > tolerance).flatten().tolist() or [0, len(spread) - 1]
+        most = int(len(spread) * (1 - least) / 2)
+        # two lines more: at the edge of what was padded, JPEG has mixed the two
+        low = min(busy[0] + 2 * (busy[0] > 0), most)
+        after = len(spread) - 1 - busy[-1]
+        ends.append(slice(low, len(spread) - min(after + 2 * (after > 0), most)))
+    return image[:, ends[0], ends[1]]
+
+
+class Canon:
+    """Rows of a split in the one format of the control: plain borders cropped, squashed, `side` pixels of detail.
+
+    It is read as a split is. What still tells domains apart is not their aspect ratio, padding, size or sharpness (but
+    for images that have less than `side` pixels of detail to begin with).
+    """
+
+    def __init__(self, split: Split, rows: np.ndarray, side: int, size: int = 128) -> None:
+        self.split, self.rows, self.side, self.size = split, rows, side, size
+        self.folder, self.domain = split.folder, split.domain
+        chosen = hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest()[:8]
+        self.name = f"{split.name}-canon{side}-{chosen}"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def jpeg(self, row: int) -> tuple[str, bytes]:
+        """Key and bytes of the split's own image."""
+        return self.split.jpeg(int(self.rows[row]))
+
+    def image(self, row: int) -> torch.Tensor:
+        """uint8 [3, size, size]; BadImage where the split's own image is damaged."""
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms.v2.functional import resize
+
+        x = crop_padding(self.split.image(int(self.rows[row]))).float()
+        small = resize(x, [self.side] * 2, antialias=True)
+        return resize(small, [self.size] * 2, InterpolationMode.BICUBIC).clamp(0, 255).round().to(torch.uint8)
+
+
+CLASSIFIERS = {"logistic": "logistic regression", "lda": "LDA", "svm": "linear SVM"}
+
+
+def make_classifier(name: str):
+    """A linear classifier on standardised features: "logistic" (multinomial), "lda" or "svm" (one against the rest)."""
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import LinearSVC
+
+    # balanced: of a task with few images the classifier would else seldom think, whatever they look like
+    models = {"logistic": LogisticRegression(max_iter=500, class_weight="balanced"),
+              "lda": LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"),
+              "svm": LinearSVC(class_weight="balanced", dual=False)}
+    return make_pipeline(StandardScaler(), models[name])
+
+
+def predict(name: str, fit: list[np.ndarray], test: list[np.ndarray]) -> list[np.ndarray]:
+    """The task that a classifier fitted on `fit` ([n_d, D] per task) sees in each row of `test` ([m_d, D])."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "did not converge": the accuracy says what was reached
+        model = make_classifier(name).fit(np.concatenate(fit).astype(np.float64),
+                                          np.repeat(np.arange(len(fit)), [len(part) for part in fit]))
+        found = model.predict(np.concatenate(test).astype(np.float64))
+    return np.split(found, np.cumsum([len(part) for part in test])[:-1])
+
+
+def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int, seed: int) -> Figure:
+    """Mean over tasks of the share of right answers, resampled by identity.
+
+    Args:
+        right: bool [m_d] per task.
+        ids: [m_d] per task, from `name_identities`: who is in two tasks is drawn, or not, in both.
+    """
+    names = np.unique(np.concatenate(ids), return_inverse=True)[1]
+    ends = np.cumsum([len(part) for part in right])[:-1]
+
+    def statistic(weights: np.ndarray | None) -> dict[str, float]:
+        parts = [None] * len(right) if weights is None else np.split(weights, ends)
+        return {"value": float(np.mean([weighted_mean(hit.astype(float), w)
+                                        for hit, w in zip(right, parts, strict=True)]))}
+
+    return intervals(statistic, bootstrap_counts(names, draws, seed), len(names))["value"]
+
+
+def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.ndarray], draws: int,
+                 seed: int) -> dict[str, Figure]:
+    """Balanced accuracy of telling the tasks apart, on unseen identities.
+
+    Args:
+        fit: per task [n_d, D].
+        test: per task [m_d, D], of other identities.
+        ids: per task [m_d], identities for the bootstrap (see `balanced_accuracy`).
+
+    Returns:
+        "logistic", "lda", "svm", and "a/b" for every pair of tasks by number (logistic).
+    """
+    result = {}
+    for name in CLASSIFIERS:
+        right = [found == k for k, found in enumerate(predict(name, fit, test))]
+        result[name] = balanced_accuracy(right, ids, draws, seed)
+    for a in range(len(fit)):
+        for b in range(a + 1, len(fit)):
+            found = predict("logistic", [fit[a], fit[b]], [test[a], test[b]])
+            result[f"{a}/{b}"] = balanced_accuracy([found[0] == 0, found[1] == 1], [ids[a], ids[b]], draws, seed)
+    return result
+
+
+def sources_of(split: Split, rows: np.ndarray) -> np.ndarray:
+    """Where each image comes from, [n] names: the source that its JSON names.
+
+    Out of distribution the split's name is part of it: photographs and sketches that one adapter prepared are two.
+    """
+    source = split.index["provenance"]["source"]
+    names = [split.fields(int(row))["source"] for row in rows] if source == "merge" else [source] * len(rows)
+    mark = f" ({split.name})" if split.protocol and split.protocol.get("ood") else ""
+    return np.array([name + mark for name in names])
+
+
+Features = Callable[[Split, np.ndarray], np.ndarray]  # a split and rows of it -> [n, D]
+
+
+def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndarray]],
+                   tested: dict[str, list[np.ndarray]], ids: list[np.ndarray], tasks: list[Task],
+                   fits: list[np.ndarray], others: dict, n: int, draws: int, seed: int) -> list[dict]:
+    """`separability` where the images of one domain are of a source never fitted on; for domains that have two.
+
+    Args:
+        features: by space.
+        fitted: by space, per task: features of the rows `fits`.
+        tested, ids: likewise of the test rows, and who is on them.
+        tasks: the tasks.
+        fits: per task, rows of the training split.
+        others: domain -> its test splits and the rows of them that may be used.
+        n: at most so many images a source.
+        draws, seed: of the bootstrap.
+
+    Returns:
+        Rows domain, source, images, identities, and per space the balanced accuracy over all tasks (value, low, high)
+        with the recall of the domain itself.
+    """
+    rng, table = np.random.default_rng(seed), []
+    known = [sources_of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
+    people = [name_identities(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
+    for d, task in enumerate(tasks):
+        candidates: dict[str, tuple[Split, np.ndarray]] = {}
+        for split, rows in others[task.domain]:
+            rows = rng.permutation(rows)[:n]
+            names = sources_of(split, rows)
+            for name in np.unique(names):
+                candidates.setdefault(name, (split, rows[names == name]))
+        for name in np.unique(known[d]):
+            candidates.setdefault(name, (task.train, fits[d][known[d] == name]))
+        for name, (split, rows) in candidates.items():
+            left, who = known[d] != name, name_identities(split, rows)
+            seen = np.concatenate([part[left] if i == d else part for i, part in enumerate(people)])
+            rows, who = rows[~np.isin(who, seen)], who[~np.isin(who, seen)]
+            if len(candidates) < 2 or left.sum() < 2 or not len(rows):
+                continue
+            row = {"domain": task.domain, "source": name, "images": len(rows), "identities": len(np.unique(who)),
+                   "spaces": {}}
+            names = [who if i == d else part for i, part in enumerate(ids)]
+            for space, of in features.items():
+                parts = [part[left] if i == d else part for i, part in enumerate(fitted[space])]
+                test = [of(split, rows) if i == d else part for i, part in enumerate(tested[space])]
+                right = [found == i for i, found in enumerate(predict("logistic", parts, test))]
+                row["spaces"][space] = show(balanced_accuracy(right, names, draws, seed)) | {
+                    "recall": float(right[d].mean())}
+            table.append(row)
+    return table
+
+
+def gather_sources(task: Task, fits: np.ndarray, others: list[tuple[Split, np.ndarray]], n: int,
+                   rng: np.random.Generator) -> dict[str, list[tuple[Split, np.ndarray, np.ndarray]]]:
+    """Images of each source of a domain: splits, rows, and who is on them.
+
+    Args:
+        task: of the domain.
+        fits: rows of its training split.
+        others: its test splits and the rows of them that may be used.
+        n: at most so many images of a source and split.
+        rng: of their choice.
+    """
+    found: dict[str, list[tuple[Split, np.ndarray, np.ndarray]]] = {}
+    for split, rows in [(task.train, fits), *others]:
+        rows = rng.permutation(rows)[:n]
+        names, who = sources_of(split, rows), name_identities(split, rows)
+        for name in np.unique(names):
+            found.setdefault(name, []).append((split, rows[names == name], who[names == name]))
+    return found
+
+
+def hold_out(people: list[np.ndarray], rng: np.random.Generator) -> set[str]:
+    """Half of the identities of each source, [images] per source: who is in several is held out of all, or of none."""
+    known: dict[str, bool] = {}
+    for names in sorted((np.unique(part) for part in people), key=len):
+        fresh = rng.permutation([name for name in names if name not in known])
+        missing = len(names) // 2 - sum(known.get(name, False) for name in names)
+        known |= {name: i < missing for i, name in enumerate(fresh)}
+    return {name for name, out in known.items() if out}
+
+
+def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np.ndarray], others: dict, n: int,
+                 draws: int, seed: int) -> dict[str, dict]:
+    """`separability` of the sources WITHIN each domain: what a space knows of how the images were made.
+
+    A linear classifier that tells sources of one domain as well as it tells domains may have told the domains by their
+    sources. Classifiers are fitted on half of the identities, and tested on the others.
+
+    Args:
+        features, tasks, fits, others, n, draws, seed: see `unseen_sources`.
+
+    Returns:
+        By domain: "images" and "identities" by source, "chance", and "spaces" with a figure for each of CLASSIFIERS; or
+        "why" it was not measured.
+    """
+    rng, result = np.random.default_rng(seed), {}
+    for task, rows in zip(tasks, fits, strict=True):
+        found = gather_sources(task, rows, others[task.domain], n, rng)
+        people = {name: np.concatenate([who for *_, who in parts]) for name, parts in found.items()}
+        out = hold_out(list(people.values()), rng)
+        halves = {name: np.isin(who, list(out)) for name, who in people.items()}
+        usable = [name for name, held in halves.items() if held.any() and not held.all()]
+        if len(usable) < 2:
+            few = sorted(set(found) - set(usable))
+            result[task.domain] = {"why": f"one source alone: {', '.join(found)}" if len(found) < 2 else
+                                   f"too few identities of {', '.join(few)} to fit on some and test others"}
+            continue
+        ids, spaces = [people[name][halves[name]] for name in usable], {}
+        for space, of in features.items():
+            x = [np.concatenate([of(split, part) for split, part, _ in found[name]]) for name in usable]
+            fit = [part[~halves[name]] for name, part in zip(usable, x, strict=True)]
+            test = [part[halves[name]] for name, part in zip(usable, x, strict=True)]
+            spaces[space] = {}
+            for model in CLASSIFIERS:
+                right = [answer == i for i, answer in enumerate(predict(model, fit, test))]
+                spaces[space][model] = show(balanced_accuracy(right, ids, draws, seed))
+        result[task.domain] = {"images": {name: len(people[name]) for name in usable},
+                               "identities": {name: len(np.unique(people[name])) for name in usable},
+                               "chance": 1 / len(usable), "spaces": spaces}
+    return result
+
+
+def measure_separability(features: dict[str, Features], tasks: list[Task], others: dict, draws: int, seed: int,
+                         limit: int) -> dict:
+    """`separability` in every space; chance is 1 / tasks.
+
+    Args:
+        features: by space: tuned, foundation, pixels, and the same with " canon".
+        tasks: the tasks.
+        others: see `unseen_sources`.
+        draws, seed: of the bootstrap.
+        limit: images a task at most.
+    """
+    rng = np.random.default_rng(seed)
+    n = min(limit, *(len(task.fit) for task in tasks), *(len(task.probe) for task in tasks))
+    fits = [rng.permutation(task.fit)[:n] for task in tasks]
+    probes = [rng.permutation(task.probe)[:n] for task in tasks]
+    ids = [name_identities(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
+    found, fitted, tested = {}, {}, {}
+    for name, of in tqdm(features.items(), desc="separability", unit="space", disable=None):
+        fitted[name] = [of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
+        tested[name] = [of(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
+        found[name] = separability(fitted[name], tested[name], ids, draws, seed)
+    names = [task.domain for task in tasks]
+    spaces = {}
+    for name, figures in found.items():
+        pairwise = {"/".join(names[int(i)] for i in key.split("/")): show(figure)
+                    for key, figure in figures.items() if "/" in key}
+        spaces[name] = {model: show(figures[model]) for model in CLASSIFIERS} | {"pairwise": pairwise}
+        mine = "tuned canon" if name.endswith("canon") else "tuned"
+        if name != mine:
+            spaces[name]["lead_of_tuned"] = show(minus(found[mine]["logistic"], figures["logistic"]))
+    plain = {name: of for name, of in features.items() if not name.endswith("canon")}
+    return {"images_per_task": n, "chance": 1 / len(tasks), "spaces": spaces,
+            "identities": {name: len(np.unique(part)) for name, part in zip(names, ids, strict=True)},
+            "unseen_sources": unseen_sources(plain, fitted, tested, ids, tasks, fits, others, n, draws, seed),
+            "sources": tell_sources(plain, tasks, fits, others, n, draws, seed)}

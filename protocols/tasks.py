@@ -1,0 +1,222 @@
+"""What an analysis works on: the probes and galleries of each task, and the images that components are fitted on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_prep import DOMAINS, InputError
+from data_prep.degrade import degrade
+from data_prep.format import ROLES, Split
+from evaluate import choose_splits
+from protocols.bootstrap import normalise
+from protocols.classify import class_means
+from protocols.embed import Embedder
+from protocols.search import mates_in, name_identities
+
+ROWS = 1 << 16  # vectors handled at once
+
+
+@dataclass
+class Task:
+    """What one domain contributes: rows to fit on, and a test on other identities.
+
+    A projection is scored by the share of probes whose nearest gallery vector is a mate. The gallery vectors are single
+    images for people, and class means for objects.
+    """
+
+    domain: str
+    split: Split  # the test split
+    train: Split
+    fit: np.ndarray  # rows of the training split, identities disjoint from the tested ones
+    probe: np.ndarray  # rows of the test split, [n]
+    gallery: np.ndarray  # rows of the test split (people) or of the training split (objects)
+    group: np.ndarray  # [gallery] the gallery vector 0..m-1 that a row is averaged into; all different for people
+    target: np.ndarray  # [n] identity of each probe
+    mates: list[np.ndarray]  # [n] gallery vectors that are right, at least one
+    ignored: list[np.ndarray]  # [n] gallery vectors that do not count: the probe itself, its identity under its camera
+
+    @property
+    def vectors(self) -> int:
+        """Number of gallery vectors, m."""
+        return int(self.group.max()) + 1
+
+    def chance(self) -> float:
+        """Expected share of hits of a random nearest vector."""
+        m = self.vectors
+        return float(np.mean([len(right) / (m - len(out))
+                              for right, out in zip(self.mates, self.ignored, strict=True)]))
+
+
+def find_splits(splits: dict[str, Split], test: Split | None = None) -> tuple[Split, Split] | None:
+    """Training split and test split (default: the first in distribution) of a domain, or None where it lacks one."""
+    tests = [test] if test else [s for s in splits.values() if s.protocol and not s.protocol.get("ood")]
+    return (splits["train"], tests[0]) if "train" in splits and tests else None
+
+
+def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: str | None, where: str
+                 ) -> tuple[dict[str, tuple[Split, Split]], dict[str, str]]:
+    """Training and test split of each domain; and of the domains that are left out, why.
+
+    Args:
+        root, where: the data root and its name.
+        domains: of the run.
+        names: of --splits; a domain that it does not name is tested on its first split in distribution.
+    """
+    chosen: dict[str, Split] = {}
+    for split in choose_splits(root, names, where) if names else []:
+        if split.domain not in domains:
+            raise InputError(f"--splits: {split.domain}/{split.name}: the run has no {split.domain}; it has "
+                             f"{', '.join(domains)}")
+        if split.domain in chosen:
+            raise InputError(f"--splits: two of {split.domain}: one test split of a domain is analysed")
+        chosen[split.domain] = split
+    pairs, left_out = {}, {}
+    for domain in domains:
+        splits = root.get(domain, {})
+        if pair := find_splits(splits, chosen.get(domain)):
+            pairs[domain] = pair
+            if rest := [s.name for s in splits.values() if s.protocol and s.folder != pair[1].folder]:
+                print(f"  {domain}: tested on {pair[1].name}, not on {', '.join(rest)} (--splits chooses)")
+        else:
+            left_out[domain] = "no test split in distribution" if "train" in splits else "no training split"
+    return pairs, left_out
+
+
+class Degraded(Split):
+    """A training split as `train.py --degrade` shows it: each image degraded by up to `severity`, always alike."""
+
+    def __init__(self, folder: Path, severity: float, seed: int) -> None:
+        super().__init__(folder)
+        self.severity, self.seed = severity, seed
+        self.name += f"-degraded{100 * severity:g}-{seed}"  # its embeddings are kept apart
+
+    def __reduce__(self):
+        return Degraded, (self.folder, self.severity, self.seed)
+
+    def image(self, row: int) -> torch.Tensor:
+        rng = np.random.default_rng((self.seed, DOMAINS.index(self.domain), row))
+        return degrade(super().image(row), self.severity * rng.random(), rng)[0]
+
+
+def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray], limit: int, seed: int) -> Task | None:
+    """The task of a domain, or None where too little is left to fit or to test.
+
+    Classes that are in both splits (objects) are divided: every second one is fitted on, the others are tested.
+    Identities that other tasks test are still among its rows to fit on: see `drop_tested`.
+
+    Args:
+        base: the training split.
+        test: the test split.
+        readable: bool, rows of either split that may be used.
+        limit: at most so many probes.
+        seed: of their choice.
+
+    Raises:
+        InputError: one identity alone is tested.
+    """
+    domain, rng = base.domain, np.random.default_rng((seed, DOMAINS.index(base.domain)))
+    shared = sorted(set(test.classes) & set(base.classes))
+    for_fit, for_test = set(shared[::2]), set(shared[1::2])
+    tested = np.array([name not in for_fit for name in test.classes])
+    fitted = np.array([name not in for_test for name in base.classes])
+    fit = np.flatnonzero(fitted[base.labels] & readable[0])
+    rows = np.flatnonzero(np.where(test.labels >= 0, tested[test.labels], True) & readable[1])
+
+    if domain == "object":
+        place = {name: i for i, name in enumerate(base.classes)}
+        label = np.array([place.get(name, -1) for name in test.classes])[test.labels]
+        probe = rng.permutation(rows[label[rows] >= 0])[:limit]
+        found = np.unique(label[probe])
+        gallery = np.flatnonzero(np.isin(base.labels, found) & readable[0])
+        group = np.searchsorted(found, base.labels[gallery])
+        if len(fit) < 2 or not len(found) or len(np.unique(group)) < len(found):
+            return None
+        refuse_one(test, found)
+        mates = list(np.searchsorted(found, label[probe])[:, None])
+        return Task(domain, test, base, fit, probe, gallery, group, label[probe], mates, [mates[0][:0]] * len(probe))
+
+    roles, cameras, labels = test.optional("role"), test.optional("camera"), np.array(test.labels)
+    gallery = rows[roles[rows] != ROLES.index("probe")]
+    probe = rows[roles[rows] <= ROLES.index("probe")]  # without roles every image is a probe and in the gallery
+    probe = rng.permutation(probe[labels[probe] >= 0])[:limit]
+    same, kept, mates, ignored = mates_in(labels[gallery]), [], [], []
+    for row in probe:
+        places = same(labels[row])
+        out = gallery[places] == row
+        if test.protocol["name"] == "reid":
+            out |= cameras[gallery[places]] == cameras[row]
+        if not out.all():
+            kept.append(row)
+            mates.append(places[~out])
+            ignored.append(places[out])
+    if len(fit) < 2 or not kept:
+        return None
+    probe = np.array(kept)
+    refuse_one(test, labels[probe])
+    return Task(domain, test, base, fit, probe, gallery, np.arange(len(gallery)), labels[probe], mates, ignored)
+
+
+def refuse_one(test: Split, target: np.ndarray) -> None:
+    """Intervals are over identities: of one alone every resampling is the same, and the interval has no width."""
+    if len(np.unique(target)) < 2:
+        raise InputError(f"{test.folder}: one identity alone can be tested, want at least 2: name another split of "
+                         f"{test.domain} with --splits")
+
+
+def drop_tested(tasks: list[Task], most: int, seed: int) -> None:
+    """Take from the rows that each task is fitted on every identity that ANY task tests: people may be in several.
+
+    Args:
+        tasks: changed in place.
+        most: rows a task at most, drawn at random: more would not be used, and each costs a read.
+        seed: of the draw.
+    """
+    tested = set()
+    for task in tasks:
+        rows = task.probe if task.domain == "object" else np.union1d(task.probe, task.gallery)
+        tested.update(name_identities(task.split, rows).tolist())
+    known = np.array(sorted(tested - {""}))
+    for task in tasks:
+        rows = np.sort(np.random.default_rng((seed, DOMAINS.index(task.domain))).permutation(task.fit)[:most])
+        task.fit = rows[~np.isin(name_identities(task.train, rows), known)]
+
+
+def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Probe vectors [n, D] and gallery vectors [m, D] of a task, from the unit embeddings of its two splits.
+
+    An object class is the mean of its unit embeddings in the full space, as in `class_means`, and is centred
+    and projected as an image is. (Normalising every image anew in each subspace before averaging would weigh it by how
+    little of it the subspace holds, and would cost a pass over the training set for every k. So projecting the mean is
+    the mean of the projections, and one sweep serves people and objects.)
+    """
+    base, test = embedded
+    x, m = base if task.domain == "object" else test, task.vectors
+    if m == len(task.gallery):  # single images: a million of them are gigabytes, and are not held in float64 as well
+        return test[task.probe], x[task.gallery[np.argsort(task.group)]]
+    means = np.zeros((m, x.shape[1]))
+    for start in range(0, len(task.gallery), ROWS):  # by blocks: a copy of a million images would be gigabytes
+        part = slice(start, start + ROWS)
+        means += class_means(x[task.gallery[part]], task.group[part], m)
+    return test[task.probe], means / np.bincount(task.group)[:, None]
+
+
+class Embeddings:
+    """Unit embeddings [M, D] in their file: rows are read when they are asked for, since a million are gigabytes."""
+
+    def __init__(self, path: Path) -> None:
+        self.raw = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.shape = self.raw.shape
+
+    def __len__(self) -> int:
+        return len(self.raw)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        """float32 [rows, D]; NaN in those of unreadable images."""
+        return normalise(np.array(self.raw[rows]))
+
+
+def read_embeddings(embedder: Embedder, split: Split) -> Embeddings:
+    """The embeddings of a split, computed where they are not there."""
+    return Embeddings(embedder.prepare(split))

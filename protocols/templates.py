@@ -1,0 +1,374 @@
+
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse
+import torch
+
+from data_prep import InputError
+from data_prep.format import Split
+from protocols.bootstrap import Figure, bootstrap_counts, intervals, normalise, weighted_mean
+from protocols.pairs import BINS, FARS, SCORE_BINS, tar_at_far
+from protocols.search import FPIRS, mates_in, score_blocks, search_gallery, tpir_at_fpir
+
+
+@dataclass
+class Templates:
+    """What the images of a template set amount to: one vector a template, and whose it is."""
+
+    ids: np.ndarray  # int64 [T], ascending: every template that has an image or is listed
+    vectors: np.ndarray  # unit float32 [T, D]; zeros where not enrolled
+    identity: np.ndarray  # int64 [T]; below 0, and its own, where neither images nor a genuine pair tell the person
+    enrolled: np.ndarray  # bool [T]: has a readable image
+
+    def places(self, ids: np.ndarray) -> np.ndarray:
+        """Where templates stand in these arrays."""
+        if len(self.ids) and self.ids[0] >= 0 and self.ids[-1] < 1 << 24:  # numbers like IJB's: ten times as fast
+            place = np.zeros(self.ids[-1] + 1, dtype=np.int32)
+            place[self.ids] = np.arange(len(self.ids))
+            return place[ids]
+        return np.searchsorted(self.ids, ids).astype(np.int32)
+
+
+def pool_templates(x: np.ndarray, split: Split, quality: np.ndarray) -> Templates:
+    """Templates: the mean over the images of each medium (a video counts once), summed over media, normalised.
+
+    Source: insightface, `ijb_evals.py`.
+
+    Args:
+        x: embeddings float32 [M, D], not normalised; NaN where unreadable.
+        split: a split with the protocol "templates".
+        quality: [M], multiplied to the embeddings.
+    """
+    template, media = np.array(split.optional("template")), split.optional("media")
+    tables = {"template_pairs": 2, "template_gallery": 1, "template_probes": 1}  # columns that name templates
+    listed = [split.column(name)[:, :n].ravel() for name, n in tables.items() if name in split.index["columns"]]
+    ids = np.unique(np.concatenate([template[template >= 0], *listed]))
+    listed = np.flatnonzero(template >= 0)
+    named = np.searchsorted(ids, template[listed])
+    good = np.isfinite(x[listed, 0])
+    rows, place = listed[good], named[good]
+    _, medium, size = np.unique(place * (int(media.max()) + 2) + media[rows] + 1, return_inverse=True,
+                                return_counts=True)
+    weight = (quality[rows] / size[medium]).astype(np.float32)
+    vectors = normalise(scipy.sparse.csr_array((weight, (place, rows)), shape=(len(ids), len(x))) @ x)
+    enrolled, identity = np.zeros(len(ids), dtype=bool), -2 - np.arange(len(ids))
+    enrolled[place], identity[named] = True, split.labels[listed]  # unreadable images tell whose it is, too
+    found, told = Templates(ids, vectors, identity, enrolled), np.isin(np.arange(len(ids)), named)
+    if "template_pairs" in split.index["columns"] and not told.all():
+        pairs = split.column("template_pairs")
+        left, right = (found.places(column) for column in pairs[pairs[:, 2] == 1, :2].T)
+        for a, b in ((left, right), (right, left)):
+            known = ~told[a] & told[b]
+            identity[a[known]] = identity[b[known]]
+    return found
+
+
+def score_listed(x: np.ndarray, left: np.ndarray, right: np.ndarray, block: int = 256,
+                 device: torch.device | str = "cpu") -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places in the list and inner products float32 of listed pairs of rows of x, some at a time, each pair once.
+
+    By blocks of left rows times all rows: lists of templates name the same ones thousands of times, and to gather both
+    sides pair by pair moves far more memory.
+    """
+    order = np.argsort(left, kind="stable")
+    lefts, size = np.unique(left, return_counts=True)
+    first = np.concatenate([[0], np.cumsum(size)])
+    x = torch.from_numpy(x).to(device)
+    for start in range(0, len(lefts), block):
+        some = lefts[start : start + block]
+        pairs = order[first[start] : first[start + len(some)]]
+        rows = np.repeat(np.arange(len(some)), size[start : start + len(some)])
+        scores = x[torch.from_numpy(some).to(device)] @ x.T
+        places = torch.from_numpy(rows * len(x) + right[pairs]).to(device)
+        yield pairs, scores.flatten()[places].cpu().numpy()
+
+
+@dataclass
+class Scores:
+    """What a long list of pairs scored, in bounded memory: each score in a bin, and the highest in full."""
+
+    bins: np.ndarray  # int64 [2, BINS + 1]: impostors and genuine pairs by cosine; first those never accepted
+    pairs: np.ndarray  # [n] places in the list of those kept, the highest score first
+    scores: np.ndarray  # float32 [n] theirs
+    whole: bool  # all are kept
+
+
+def collect_scores(listed: Iterator[tuple[np.ndarray, np.ndarray]], same: np.ndarray, need: int) -> Scores:
+    """Bin the scores of `score_listed`; keep every pair that scores as high as the `need`-th highest impostor.
+
+    Args:
+        listed: places in the list, and cosines; below -1: a pair that is never accepted.
+        same: bool [P], genuine pairs.
+    """
+    bins, least, kept, held, limit = np.zeros((2, BINS + 1), dtype=np.int64), 0, [], 0, 2 * need
+    for pairs, scores in listed:
+        at = np.where(scores < -1.5, 0, np.clip((scores + 1) * (BINS / 2), 0, BINS - 1).astype(np.int64) + 1)
+        bins += np.bincount(same[pairs] * (BINS + 1) + at, minlength=2 * (BINS + 1)).reshape(2, -1)
+        # the bin of the need-th highest impostor so far can only rise: what is below it will not be needed
+        above = np.cumsum(bins[0, ::-1])
+        least = BINS - int(np.searchsorted(above, need)) if above[-1] >= need else 0
+        high = at >= least
+        kept.append((pairs[high], scores[high], at[high]))
+        held += int(high.sum())
+        if held > limit:
+            kept = [tuple(column[part[2] >= least] for column in part) for part in kept]
+            held = sum(len(part[0]) for part in kept)
+            limit = 2 * max(need, held)
+    pairs, scores, at = (np.concatenate(column) for column in zip(*kept, strict=True))
+    pairs, scores = pairs[at >= least], scores[at >= least]
+    order = np.argsort(-scores, kind="stable")
+    return Scores(bins, pairs[order], scores[order], least == 0)
+
+
+@dataclass
+class Tail:
+    """The ROC of millions of pairs where the FAR is small: exact, and quick to reweight."""
+
+    pairs: np.ndarray  # [n] the highest scores, descending
+    start: np.ndarray  # [points] first of the `pairs` between this point and the one before
+    corner: np.ndarray  # bool [points]: also a point of scikit-learn's roc_curve, which drops some
+
+
+def find_tail(found: Scores, same: np.ndarray, target: float) -> Tail | None:
+    """The part of the ROC that decides TAR at every FAR up to `target`; None where too few scores were kept.
+
+    Points without a genuine pair of their own are kept only where scikit-learn keeps them: where the steps to the
+    neighbouring thresholds differ. The rule of the nearest FAR depends on that, to the last digit.
+    """
+    last = np.flatnonzero(np.append(np.diff(found.scores) != 0, True))  # ties are accepted together
+    matched = same[found.pairs]
+    genuine, false = np.cumsum(matched)[last], np.cumsum(~matched)[last]
+    corner = np.ones(len(last), dtype=bool)
+    corner[1:-1] = (np.diff(genuine, 2) != 0) | (np.diff(false, 2) != 0)
+    corner[-1] = found.whole  # else its neighbour below is not known
+    if not found.whole and not (corner & (false >= target * found.bins[0].sum())).any():
+        return None
+    kept = corner | (np.diff(genuine, prepend=0) > 0)
+    ends = last[kept]
+    return Tail(found.pairs[: ends[-1] + 1], np.append(0, ends[:-1] + 1), corner[kept])
+
+
+def tar_at_nearest_far(far: np.ndarray, tar: np.ndarray, target: float) -> float:
+    """The TAR at the FAR nearest to the target, of several the last (insightface's rule; may exceed the target)."""
+    if math.isnan(far[-1] + tar[-1]):
+        return math.nan
+    gap = np.abs(far - target)
+    return float(tar[np.flatnonzero(gap == gap.min())[-1]])
+
+
+def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, seed: int,
+                         device: torch.device | str = "cpu") -> tuple[dict[str, dict[str, Figure]], dict]:
+    """TAR@FAR of listed pairs of templates, by rule for the FAR ("nearest", "strict"), and curves to draw.
+
+    Only FARs of which the list has an impostor to spare. A pair with a template that is not enrolled is never accepted.
+    """
+    left, right = templates.places(pairs[:, 0]), templates.places(pairs[:, 1])
+    same = np.array(pairs[:, 2] == 1)
+    _, identity = np.unique(templates.identity, return_inverse=True)
+    identity = identity.astype(np.int32)
+    people, others = int(identity.max()) + 1, int((~same).sum())
+    targets = [far for far in FARS if far * others >= 1]
+    if not targets or others == len(pairs):
+        return {}, {}
+    genuine_of = np.bincount(identity[left[same]], minlength=people)
+    impostors_of = scipy.sparse.csr_array((people, people), dtype=np.int32)
+    for start in range(0, len(pairs), 1 << 22):  # how often two people are compared, added up bit by bit
+        part = slice(start, start + (1 << 22))
+        a, b = (identity[side[part][~same[part]]] for side in (left, right))
+        impostors_of += scipy.sparse.csr_array((np.ones(len(a), dtype=np.int32), (a, b)), shape=(people, people))
+
+    def listed() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for places, scores in score_listed(templates.vectors, left, right, device=device):
+            scores[~(templates.enrolled[left[places]] & templates.enrolled[right[places]])] = -2  # below every cosine
+            yield places, scores
+
+    def resample(tail: Tail) -> tuple[dict[tuple[str, float], Figure], tuple[np.ndarray, np.ndarray], float]:
+        """Figures by rule and FAR, the ROC, and the least FAR at which a resampling's tail ends."""
+        a, b, matched = identity[left[tail.pairs]], identity[right[tail.pairs]], same[tail.pairs]
+        corner, ends = np.append(True, tail.corner), []
+
+        def roc_of(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            """FAR and TAR at the tail's points when each person is there so many times; NaN without pairs of a kind."""
+            once = counts[a]
+            genuine = np.add.reduceat(np.where(matched, once, 0), tail.start)
+            false = np.add.reduceat(np.where(matched, 0, once * counts[b]), tail.start)
+            total, impostors = counts @ genuine_of, counts @ (impostors_of @ counts)
+            return (np.append(0, np.cumsum(false)) / (impostors or math.nan),
+                    np.append(0, np.cumsum(genuine)) / (total or math.nan))
+
+        def statistic(counts: np.ndarray | None) -> dict[str, float]:
+            far, tar = roc_of(np.ones(people, dtype=np.int64) if counts is None else counts)
+            ends.append(far[corner][-1])
+            nearest = {("nearest", f): tar_at_nearest_far(far[corner], tar[corner], f) for f in targets}
+            return nearest | {("strict", f): tar_at_far(far, tar, f) for f in targets}
+
+        found = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs))
+        return found, roc_of(np.ones(people, dtype=np.int64)), np.nanmin(ends)
+
+    # all of them where many scores are equal, or where a resampling lacks the people of the highest impostors
+    for need in (int(1.5 * max(targets) * others) + 2, others + 1):
+        scores = collect_scores(listed(), same, need)
+        if tail := find_tail(scores, same, max(targets)):
+            found, curve, end = resample(tail)
+            if scores.whole or end > max(targets):
+                break
+    figures = {rule: {f"tar@far={far:g}": found[rule, far] for far in targets} for rule in ("nearest", "strict")}
+    return figures, draw_from_bins(scores.bins, *curve)
+
+
+def draw_from_bins(bins: np.ndarray, far: np.ndarray, tar: np.ndarray, points: int = 2000) -> dict:
+    """What is drawn of a long list of pairs: its ROC, exact as far as the tail goes, then from the bins; its scores."""
+    impostor, genuine = (np.cumsum(kind[::-1]) / max(kind.sum(), 1) for kind in bins)
+    below = impostor > far[-1]
+    far, tar = np.append(far, impostor[below]), np.append(tar, genuine[below])
+    grid = np.geomspace(max(far[far > 0].min(), 1e-7), 1, points)
+    some = np.unique(np.concatenate([[0, len(far) - 1], np.searchsorted(far, grid, side="right") - 1]))
+    wide = bins[:, 1:].reshape(2, len(SCORE_BINS) - 1, -1).sum(2)
+    return {"far": far[some], "tar": tar[some], "same": wide[1], "different": wide[0]}
+
+
+def score_template_search(templates: Templates, galleries: list[np.ndarray], probes: np.ndarray, draws: int,
+                          seed: int, device: torch.device | str = "cpu") -> dict[str, Figure]:
+    """Rank-k and TPIR@FPIR of probe templates in each gallery for itself.
+
+    Hits at a rank are added over the galleries and divided by all probes (each has its mate in one of them); TPIR is
+    the mean over galleries. Mated is a probe whose person a gallery lists, enrolled or not: where either of the two is
+    not enrolled, it counts as a miss. So does, in every gallery, a probe that is not enrolled and of unknown person.
+    Source: insightface, `ijb_evals.py`, evaluation_1N.
+    """
+    probes, searches = templates.places(probes), []
+    lost, people = ~templates.enrolled[probes], templates.identity[probes]
+    mated = [np.isin(people, templates.identity[templates.places(gallery)]) & (people >= 0) for gallery in galleries]
+    for gallery, listed in zip(galleries, mated, strict=True):
+        rows = templates.places(gallery)
+        rows = rows[templates.enrolled[rows]]
+        same = mates_in(templates.identity[rows])
+        search = search_gallery(templates.vectors, probes, rows, lambda p, same=same: (same(templates.identity[p]), []),
+                                device=device)
+        search.own[lost], search.first[lost], search.wrong[lost] = -np.inf, np.inf, -2
+        searches.append((search, listed | (lost & (people < 0))))
+    supported = [f for f in FPIRS if all((~mated).sum() * f >= 1 and mated.any() for _, mated in searches)]
+
+    def statistic(weights: np.ndarray | None) -> dict[str, float]:
+        values = {f"rank-{k}": weighted_mean(sum((search.first <= k).astype(float) for search, _ in searches), weights)
+                  for k in (1, 5, 10)}
+        for f in supported:
+            values[f"tpir@fpir={f:g}"] = float(np.mean([tpir_at_fpir(*found, f, weights) for found in searches]))
+        return values
+
+    return intervals(statistic, bootstrap_counts(templates.identity[probes], draws, seed), len(probes))
+
+
+def highest_wrong(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, most: int,
+                  device: torch.device | str = "cpu") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The `most` highest scores of probes with what is not theirs, and each probe's own highest.
+
+    Both are of the same products: a mate and another one that are the same image must not differ by a rounding.
+
+    Args:
+        x, probes, gallery, mates, device: as of `search_gallery`.
+
+    Returns:
+        Scores, descending, and the number of the probe of each; the score of each probe's nearest mate, or -inf.
+    """
+    kept, whose, own = np.zeros(0, dtype=x.dtype), np.zeros(0, dtype=np.int64), np.full(len(probes), -np.inf)
+    for start, scores in score_blocks(x, probes, gallery, 1 << 22, device):
+        for i, s in enumerate(scores, start):
+            right, ignored = mates(probes[i])
+            own[i] = s[right].max(initial=-np.inf)
+            s[right], s[ignored] = -np.inf, -np.inf
+        flat = scores.ravel()
+        # what is below the least of those kept so far cannot be among the highest
+        high = np.flatnonzero(flat > (kept[-1] if len(kept) == most else -np.inf))
+        if len(high) > most:
+            high = high[np.argpartition(-flat[high], most - 1)[:most]]
+        kept, whose = np.append(kept, flat[high]), np.append(whose, start + high // len(gallery))
+        order = np.argsort(-kept, kind="stable")[:most]
+        kept, whose = kept[order], whose[order]
+    return kept, whose, own
+
+
+def score_legacy_search(templates: Templates, galleries: list[np.ndarray], probes: np.ndarray, draws: int, seed: int,
+                        device: torch.device | str = "cpu") -> dict[str, Figure]:
+    """Rank-k and TPIR@FPIR of probe templates in all galleries merged, as published before `score_template_search`.
+
+    The threshold is the ceil(probes x FPIR)-th highest of all scores with gallery templates of other people; TPIR is
+    the share of all probes whose mate scores above it, first or not. Probes that are not enrolled are misses.
+    Source: insightface, `ijb_1n.py`, evaluation.
+    """
+    probes, rows = templates.places(probes), templates.places(np.unique(np.concatenate(galleries)))
+    rows, lost = rows[templates.enrolled[rows]], ~templates.enrolled[probes]
+    same = mates_in(templates.identity[rows])
+
+    def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
+        return same(templates.identity[probe]), np.zeros(0, dtype=np.int64)
+
+    search, there = search_gallery(templates.vectors, probes, rows, mates, device=device), np.flatnonzero(~lost)
+    search.first[lost] = np.inf
+    supported = [f for f in FPIRS if len(probes) * f >= 1]
+    pairs = len(there) * len(rows) - sum(len(search.ranks[i]) for i in there)
+
+    def figures(most: int) -> dict[str, Figure]:
+        own = np.full(len(probes), -np.inf)
+        scores, whose, own[there] = highest_wrong(templates.vectors, probes[there], rows, mates, most, device)
+        whose = there[whose]
+
+        def statistic(weights: np.ndarray | None) -> dict[str, float]:
+            w = np.ones(len(probes)) if weights is None else weights
+            values = {f"rank-{k}": weighted_mean((search.first <= k).astype(float), w) for k in (1, 5, 10)}
+            above = np.cumsum(w[whose])  # as if every pair stood there w times
+            for f in supported:
+                place = np.searchsorted(above, math.ceil(w.sum() * f))
+                reached = place < len(scores) or len(scores) == pairs
+                threshold = scores[place] if place < len(scores) else -np.inf
+                values[f"tpir@fpir={f:g}"] = weighted_mean((own > threshold).astype(float), w) if reached \
+                    else math.nan
+            return values
+
+        return intervals(statistic, bootstrap_counts(templates.identity[probes], draws, seed), len(probes))
+
+    most = 4 * math.ceil(len(probes) * max(supported, default=0)) + 1
+    while True:
+        found = figures(max(min(most, pairs), 1))
+        # a resampling may lack the people of the highest scores, and reach below what was kept
+        if most >= pairs or not any(np.isnan(figure.draws).any() for figure in found.values()):
+            return found
+        most *= 4
+
+
+def score_templates(x: np.ndarray, split: Split, draws: int, seed: int,
+                    device: torch.device | str = "cpu") -> tuple[dict, dict]:
+    """1:1 and 1:N figures of a template set, by rule, with and without the detector's score as a weight.
+
+    Args:
+        x: embeddings [M, D], not normalised.
+
+    Returns:
+        {rule: {metric: Figure}}, the customary one first, and to draw, of that one: as `score_verification`.
+    """
+    columns, found, curve = split.index["columns"], {}, {}
+    poolings = {"norm": np.ones(len(split), dtype=np.float32)}
+    if "quality" in columns:
+        poolings = {"norm x detector score": np.maximum(split.column("quality"), 0)} | poolings
+    for pooling, quality in poolings.items():
+        templates, how = pool_templates(x, split, quality), f"means of media weighted by {pooling}"
+        if "template_pairs" in columns:
+            by_rule, drawn = score_template_pairs(templates, split.column("template_pairs"), draws, seed, device)
+            curve = curve or drawn
+            found |= {f"1:1, {how}, {rule} FAR": figures for rule, figures in by_rule.items()}
+        if {"template_gallery", "template_probes"} <= set(columns):
+            listed, probes = split.column("template_gallery"), split.column("template_probes")[:, 0]
+            galleries = [listed[listed[:, 1] == g, 0] for g in np.unique(listed[:, 1])]
+            rule = f"1:N in {len(galleries)} galleries, {how}, TPIR above the floor(N x FPIR)-th non-mate"
+            found[rule] = score_template_search(templates, galleries, probes, draws, seed, device)
+            legacy = score_legacy_search(templates, galleries, probes, draws, seed, device)
+            found[f"legacy 1:N in {len(galleries)} galleries merged, {how}, TPIR above the ceil(N x FPIR)-th non-mate "
+                  "similarity"] = legacy
+    if not any(found.values()):
+        raise InputError(f"{split.folder}: its lists support no figure: {1 / max(FARS):g} impostor pairs and a genuine "
+                         "one, or a gallery and probes, are the least")
+    return found, curve

@@ -1,0 +1,267 @@
+"""What stands beside a run's own figures: published ones, the stages of a sequential run; the report as one HTML file.
+
+evaluate.py writes report.md; nothing here computes a metric.
+"""
+
+import base64
+import csv
+import html
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep import DOMAINS, InputError
+from models.runs import read_lines, write_atomically
+
+PUBLISHED = Path(__file__).parent.parent / "protocols" / "published"  # humans.csv, experts.csv: figures whose source was checked, no others
+
+
+# ---------------------------------------------------------------- published figures
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure that somebody else published."""
+
+    kind: str  # "human" or "expert"
+    dataset: str
+    domain: str
+    metric: str  # as in the rows of evaluate.py
+    protocol: str  # how it was made, in words
+    value: float  # 0..1 (the file: percent, as printed)
+    who: str
+    source: str
+    same_protocol: bool
+    requires: tuple[str, ...]  # parts of the protocol string of a run whose figure it may be compared with
+
+    def comparable(self, protocol: str) -> bool:
+        """Whether a figure with this protocol string was made in the same way."""
+        return self.same_protocol and set(self.requires) <= set(protocol.split(", "))
+
+
+def read_published(folder: Path = PUBLISHED) -> list[Published]:
+    """The figures of people, then those of experts; InputError names a line that is not one."""
+    found = []
+    for kind in ("human", "expert"):
+        path = folder / f"{kind}s.csv"
+        with open(path, newline="", encoding="utf-8") as file:
+            for line, row in enumerate(csv.DictReader(file), 2):
+                try:
+                    value, same = float(row["value"]) / 100, {"yes": True, "no": False}[row["same_protocol"]]
+                    if not 0 <= value <= 1 or row["domain"] not in DOMAINS or not row["source"]:
+                        raise ValueError("want percent, a domain and a source")
+                    found.append(Published(kind, row["dataset"], row["domain"], row["metric"], row["protocol"], value,
+                                           row["who"], row["source"], same,
+                                           tuple(part for part in row["requires"].split(" & ") if part)))
+                except (KeyError, TypeError, ValueError) as error:
+                    raise InputError(f"{path}, line {line}: not a published figure ({error!r})") from error
+    return found
+
+
+def plain(name: str) -> str:
+    """A data set's name without case, spaces and signs: Market-1501 is market1501."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def datasets_of(names: list[str], given: tuple[str, ...], published: list[Published]) -> dict[str, str]:
+    """The data set of each split, by its name or as --published says, e.g. object/val=imagenet.
+
+    Args:
+        names: splits that are scored, "domain/split".
+        given: NAME=DATASET; NAME= for none.
+        published: what is known.
+
+    Returns:
+        {"domain/split": data set}, plain names; splits whose name is no data set with published figures are absent.
+    """
+    known = {(row.domain, plain(row.dataset)) for row in published}
+    found = {name: plain(name.split("/")[1]) for name in names
+             if (name.split("/")[0], plain(name.split("/")[1])) in known}
+    for word in given:
+        name, sign, dataset = word.partition("=")
+        if not sign or name not in names:
+            raise InputError(f"--published {word}: want SPLIT=DATASET with a split that is scored: {', '.join(names)}")
+        domain = name.split("/")[0]
+        if not dataset:
+            found.pop(name, None)
+        elif (domain, plain(dataset)) not in known:
+            sets = sorted({row.dataset for row in published if row.domain == domain})
+            raise InputError(f"--published {word}: nothing is published of {dataset!r} as {domain}; there is "
+                             f"{', '.join(sets) or 'nothing'}")
+        else:
+            found[name] = plain(dataset)
+    return found
+
+
+def beside(rows: list, datasets: dict[str, str], published: list[Published]) -> list[tuple[Published, str, object]]:
+    """Each published figure of the run's data sets: with the split, and the run's row to put beside it or None.
+
+    The row is a tuned one of the same metric where there is one, best of the same protocol, else the first.
+    """
+    found = []
+    for name, dataset in datasets.items():
+        for one in published:
+            if (one.domain, plain(one.dataset)) != (name.split("/")[0], dataset):
+                continue
+            own = [row for row in rows if f"{row.domain}/{row.split}" == name and row.metric == one.metric]
+            own.sort(key=lambda row: (row.weights != "tuned", not one.comparable(row.protocol)))  # else in their order
+            found.append((one, name, own[0] if own else None))
+    return found
+
+
+def show_published(found: list[tuple[Published, str, object]]) -> list[str]:
+    """Lines of report.md; none where nothing is published of the run's data sets."""
+    if not found:
+        return []
+    lines = ["", "## Published figures", "", "Of people and of models that others trained; their sources were checked. "
+             "Own experts are another matter: `evaluate.py compare RUN --experts`. Where the protocol is not the same, "
+             "a difference may be the protocol's."]
+    for kind, title in (("human", "People"), ("expert", "Experts")):
+        chosen = [one for one in found if one[0].kind == kind]
+        if chosen:
+            lines += ["", f"### {title}", "", "| split | metric | this run | published | who | same protocol | how | "
+                      "source |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+        for one, name, row in sorted(chosen, key=lambda one: (one[1], one[0].metric, -one[0].value)):
+            own = f"{100 * row.value:.1f} ({row.weights})" if row else "not computed"
+            same = "yes" if row and one.comparable(row.protocol) else "no"
+            lines.append(f"| {literal(name)} | {one.metric} | {own} | {100 * one.value:.2f} | {one.who} | {same} | "
+                         f"{one.protocol} | {one.source} |")
+    return lines
+
+
+# ---------------------------------------------------------------- stages of a sequential run
+
+
+@dataclass
+class Stages:
+    """Scores after each stage of a sequential run: what later tasks did to earlier ones."""
+
+    names: list[str]  # "start", then the domain of each stage that was looked at
+    steps: list[int]  # where it was looked at
+    ends: list[int]  # where the stage ended
+    tasks: list[str]  # splits that were looked at
+    scores: list[list[float]]  # [stages, tasks]; NaN where a look lacks the task
+
+
+def read_stages(folder: Path, config: dict) -> Stages | None:
+    """The last look of --eval-every in each stage of a run; None where there are no looks.
+
+    Stage k of K holds the steps s with floor(s K / steps) = k, as train.py plans them.
+    """
+    looks = read_lines(folder / "probe.jsonl")
+    if not looks:
+        return None
+    order, steps = config["order"] or config["domains"], config["steps"]
+    ends = [0] + [-(-(k + 1) * steps // len(order)) for k in range(len(order))]
+    found = Stages([], [], [], list(looks[-1]["auc"]), [])
+    for name, first, end in zip(["start", *order], [-1, *ends[:-1]], ends, strict=True):
+        inside = [look for look in looks if first < look["step"] <= end]
+        if inside:
+            found.names.append(name)
+            found.steps.append(inside[-1]["step"])
+            found.ends.append(end)
+            found.scores.append([inside[-1]["auc"].get(task, math.nan) for task in found.tasks])
+    return found
+
+
+def show_stages(stages: Stages | None, config: dict) -> list[str]:
+    """The stage x task matrix as lines of report.md."""
+    lines = ["", "## Stages of the sequential run", ""]
+    count = len(config["order"] or config["domains"])
+    if stages is None:
+        return [*lines, "The stage x task matrix needs scores after each stage: train with `--eval-every "
+                f"{max(config['steps'] // count, 1)}` (the steps of a stage)."]
+    lines += ["Same/different AUC of fixed images after each stage (percent; chance 50), and what is lost from the "
+              "best stage to the end.", "", f"| after | step | {' | '.join(stages.tasks)} |",
+              f"| --- | --- |{' --- |' * len(stages.tasks)}"]
+    for name, step, end, scores in zip(stages.names, stages.steps, stages.ends, stages.scores, strict=True):
+        seen = f"{step:,}" if step == end else f"{step:,} of {end:,}"
+        cells = " | ".join("" if math.isnan(score) else f"{100 * score:.1f}" for score in scores)
+        lines.append(f"| {name} | {seen} | {cells} |")
+    lost = [max((row[i] for row in stages.scores if not math.isnan(row[i])), default=math.nan) - stages.scores[-1][i]
+            for i in range(len(stages.tasks))]
+    lines.append("| lost | | " + " | ".join("" if math.isnan(x) else f"{100 * x:.1f}" for x in lost) + " |")
+    if len(stages.names) <= count:
+        lines += ["", f"Not every stage was looked at: take an --eval-every that divides {config['steps'] // count}."]
+    return lines
+
+
+def draw_stages(path: Path, stages: Stages) -> None:
+    """The matrix as a picture: a row a stage, a column a task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(2 + 1.1 * len(stages.tasks), 1.2 + 0.5 * len(stages.names)))
+    image = ax.imshow(stages.scores, vmin=0.5, vmax=1, cmap="viridis", aspect="auto")
+    for i, row in enumerate(stages.scores):
+        for j, score in enumerate(row):
+            if not math.isnan(score):
+                ax.text(j, i, f"{100 * score:.1f}", ha="center", va="center", fontsize=9,
+                        color="white" if score < 0.8 else "black")
+    ax.set_xticks(range(len(stages.tasks)), [task.replace("/", "\n") for task in stages.tasks], fontsize=8)
+    ax.set_yticks(range(len(stages.names)), [name if name == "start" else f"after {name}" for name in stages.names],
+                  fontsize=8)
+    figure.colorbar(image, label="same/different AUC")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- report.html
+
+
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; display: block; overflow-x: auto; }
+th, td { border: 1px solid #ddd; padding: .25rem .55rem; text-align: left; vertical-align: top; }
+th { background: #f2f2f0; } tr:nth-child(even) td { background: #fafaf8; }
+img { max-width: 100%; } code { background: #f2f2f0; padding: 0 .2rem; }"""
+
+
+def literal(name: str) -> str:
+    """A name that somebody chose, as Markdown that shows it as it is."""
+    return re.sub(r"[\\|*!\[\]`<>&]", r"\\\g<0>", name)
+
+
+def inline(text: str, folder: Path) -> str:
+    """Code, bold and pictures of a line; a picture becomes part of the page."""
+    text = re.sub(r"\\(&lt;|&gt;|&amp;|[\\|*!\[\]`])", lambda sign: sign[1] if len(sign[1]) > 1 else
+                  f"&#{ord(sign[1])};", html.escape(text, quote=False))  # what `literal` wrote
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+    text = re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", text)
+
+    def picture(match: re.Match) -> str:
+        data = base64.b64encode((folder / match[2]).read_bytes()).decode()
+        return f'<img alt="{html.escape(match[1])}" src="data:image/png;base64,{data}">'
+
+    return re.sub(r"!\[([^\]]*)\]\(([\w.-]+\.png)\)", picture, text)
+
+
+def to_html(lines: list[str], folder: Path) -> str:
+    """The lines of report.md as one page: the headings, tables, paragraphs and pictures that evaluate.py writes."""
+    body, rows = [], []
+    for line in [*lines, ""]:
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line[1:-1])])
+            continue
+        if rows:  # the table is over; its second line is the rule below the head
+            table = ["".join(f"<{tag}>{inline(cell, folder)}</{tag}>" for cell in row)
+                     for tag, row in [("th", rows[0]), *(("td", row) for row in rows[2:])]]
+            body.append("<table>" + "".join(f"<tr>{row}</tr>\n" for row in table) + "</table>")
+            rows = []
+        if heading := re.match(r"(#{1,3}) (.*)", line):
+            level = len(heading[1])
+            body.append(f"<h{level}>{inline(heading[2], folder)}</h{level}>")
+        elif line:
+            body.append(f"<p>{inline(line, folder)}</p>")
+    title = html.escape(re.sub(r"\\(.)", r"\1", lines[0].lstrip("# ")))
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+            f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n")
+
+
+def write_report(folder: Path, lines: list[str]) -> None:
+    """report.md and report.html, the same content; the pictures that it names lie in the folder."""
+    write_atomically(folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+    page = to_html(lines, folder)
+    write_atomically(folder / "report.html", lambda path: path.write_text(page))

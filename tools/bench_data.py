@@ -1,0 +1,282 @@
+"""Speed of writing and reading shards, beside what decoding and encoding alone allow on the same cores.
+
+Every contender runs in `workers` processes of its own, each with its share of the images, and delivers decoded images
+with their labels to the process that decoded them. They take turns of a fraction of a second, so that a busy minute of
+the machine hits them all, and a goal is judged by the median of the ratios of turns that followed each other. Pictures
+are drawn here.
+"""
+
+import io
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from data_prep import InputError
+from data_prep.demo import draw_face
+from data_prep.format import Record, Source, Split, decoder
+from data_prep.stream import Batches, Order, Stream
+from data_prep.write import PROCESSES, fit_image, write_split
+
+BATCH = 64
+DISTINCT = 200  # pictures that are drawn; a corpus repeats them
+CLASSES = 50
+
+
+def draw_pictures(size: int) -> list[bytes]:
+    """Encoded pictures of size x size pixels with some grain: about as many bytes as a photograph of that size."""
+    pictures = []
+    for i in range(DISTINCT):
+        face = Image.open(io.BytesIO(draw_face(0, i, 0))).resize((size, size), Image.Resampling.BICUBIC)
+        grain = np.random.default_rng(i).normal(0, 4, (size, size, 3))
+        out = io.BytesIO()
+        Image.fromarray((np.asarray(face) + grain).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+        pictures.append(out.getvalue())
+    return pictures
+
+
+# ---------------------------------------------------------------- contenders: they yield how many images came, for ever
+
+
+def shuffled(split: Split, part: int, parts: int) -> np.ndarray:
+    """A process's share of the rows, in the order of training."""
+    order = Order([shard["samples"] for shard in split.index["shards"]], 0, 0, 8)
+    return np.array([order(n)[1] for n in range(part, len(split), parts)])
+
+
+def decode_only(folder: Path, part: int, parts: int) -> Iterator[int]:
+    """The ceiling: JPEGs in memory, decoded and dropped."""
+    split = Split(folder)
+    data = [bytearray(split.jpeg(row)[1]) for row in shuffled(split, part, parts)]
+    decode = decoder()
+    while True:
+        for jpeg in data:
+            decode(jpeg)
+            yield 1
+
+
+def our_images(folder: Path, part: int, parts: int) -> Iterator[int]:
+    """Images and labels one by one, shuffled."""
+    split = Split(folder)
+    rows = shuffled(split, part, parts).tolist()
+    while True:
+        for row in rows:
+            split.image(row)
+            int(split.labels[row])
+            yield 1
+
+
+def our_batches(folder: Path, part: int, parts: int) -> Iterator[int]:
+    """Shuffled batches in one tensor, as embeddings are computed."""
+    split = Split(folder)
+    batches = Batches(split, shuffled(split, part, parts), BATCH)
+    while True:
+        for b in range(len(batches)):
+            rows, _ = batches[b]
+            split.labels[rows]
+            yield len(rows)
+
+
+def our_stream(folder: Path, part: int, parts: int) -> Iterator[int]:
+    """Training batches: shuffled, in one tensor, with the draws of crop and mirror."""
+    split = Split(folder)
+    steps = max(len(split) // BATCH, parts)
+    stream = Stream([split], np.full((steps, 1), BATCH), seed=0, crop=[0.8])
+    while True:
+        for step in range(part, steps, parts):
+            stream[step]
+            yield BATCH
+
+
+def library(folder: Path, part: int, parts: int, batched: bool) -> Iterator[int]:
+    """The `webdataset` library with the same decoder, shuffled in the way that it recommends."""
+    import webdataset
+
+    shards = [str(path) for path in sorted(folder.glob("shard-*.tar"))][part::parts]
+    decode = decoder()
+
+    def sample(fields: dict) -> tuple[torch.Tensor, int]:
+        return decode(bytearray(fields["jpg"])), json.loads(fields["json"])["label"]
+
+    images = webdataset.WebDataset(shards, shardshuffle=100).shuffle(1000).map(sample)
+    while True:
+        yield from (len(labels) for _, labels in images.batched(BATCH)) if batched else (1 for _ in images)
+
+
+def decode_and_encode(files: list[Path], size: int, part: int, parts: int) -> Iterator[int]:
+    """The ceiling of preparing: images in memory, decoded, resized, encoded and dropped."""
+    data = [path.read_bytes() for path in files[part::parts]]
+    while True:
+        for image in data:
+            fit_image(image, size, "squash", 95)
+            yield 1
+
+
+READERS: dict[str, Callable] = {
+    "decode only": decode_only, "ours, images": our_images, "ours, batches": our_batches, "ours, training": our_stream,
+    "webdataset, images": partial(library, batched=False), "webdataset, batches": partial(library, batched=True),
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def take_turns(contender: Callable, part: int, parts: int, seconds: float, pipe) -> None:
+    """In a process of its own: at every word from the parent, run for some seconds and send images a second."""
+    torch.set_num_threads(1)
+    images = contender(part=part, parts=parts)
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds:  # warm up
+        next(images)
+    pipe.send(None)
+    while pipe.recv():
+        begin, count = time.perf_counter(), 0
+        while time.perf_counter() - begin < seconds:
+            count += next(images)
+        pipe.send(count / (time.perf_counter() - begin))
+
+
+@contextmanager
+def contestants(contenders: dict[str, Callable], workers: int, seconds: float) -> Iterator[Callable[[str], float]]:
+    """Processes of every contender, ready to run; gives the function from a name to its images a second in a turn."""
+    pipes: dict[str, list] = {name: [] for name in contenders}
+    processes = []
+
+    def ask(name: str, word: bool = True) -> float:
+        try:
+            for pipe in pipes[name]:
+                pipe.send(word)
+            return sum(pipe.recv() for pipe in pipes[name])
+        except (EOFError, OSError) as error:
+            raise InputError(f"bench: a process of {name!r} ended early (out of memory?)") from error
+
+    try:
+        for name, contender in contenders.items():
+            for part in range(workers):
+                ours, theirs = PROCESSES.Pipe()
+                process = PROCESSES.Process(target=take_turns, args=(contender, part, workers, seconds, theirs),
+                                            daemon=True)
+                process.start()
+                theirs.close()  # so that its end is noticed here
+                processes.append(process)
+                pipes[name].append(ours)
+            for pipe in pipes[name]:
+                try:
+                    pipe.recv()  # ready
+                except EOFError as error:
+                    raise InputError(f"bench: a process of {name!r} ended early (out of memory?)") from error
+        yield ask
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def preparing(folder: Path, files: list[Path], size: int, workers: int) -> float:
+    """Images a second of a whole preparation."""
+    records = [Record(partial(Path.read_bytes, path), path.name, f"{i % CLASSES:03d}") for i, path in enumerate(files)]
+    begin = time.perf_counter()
+    write_split(folder, Source(records), source_name="bench", size=size, fit="squash", quality=95, train=True,
+                shard_size=max(len(files) // (8 * max(workers, 2)), 1), workers=workers)
+    return len(files) / (time.perf_counter() - begin)
+
+
+def bench_size(scratch: Path, size: int, images: int, prepared: int, rounds: int, seconds: float, workers: int
+               ) -> dict[str, dict[str, list[float]]]:
+    """Images a second of every contender in every round: {"read": {contender: [...]}, "write": {...}}."""
+    pictures, large = draw_pictures(size), draw_pictures(size * 3 // 2)
+    split = scratch / f"{size}/face_hq/train"
+    records = [Record(partial(bytes, pictures[i % DISTINCT]), str(i), f"{i % CLASSES:03d}") for i in range(images)]
+    # at least eight shards a process, for the library deals shards to processes
+    write_split(split, Source(records), source_name="bench", size=size, fit="squash", quality=95, train=True,
+                shard_size=max(images // (8 * workers), 1))
+    files = [scratch / f"{size}-{i:05d}.jpg" for i in range(prepared)]
+    for i, path in enumerate(files):
+        path.write_bytes(large[i % DISTINCT])
+    readers = {name: partial(reader, split) for name, reader in READERS.items()}
+    try:
+        version("webdataset")
+    except PackageNotFoundError:
+        print("webdataset is not installed (it is in requirements-dev.txt): measured without it")
+        readers = {name: reader for name, reader in readers.items() if not name.startswith("webdataset")}
+    read: dict[str, list[float]] = {name: [] for name in readers}
+    with contestants(readers, workers, seconds) as turn:
+        for _ in tqdm(range(4 * rounds), desc=f"read {size} px", unit="round", disable=None):
+            for name in read:
+                read[name].append(turn(name))
+    counts = sorted({1, workers})
+    write: dict[str, list[float]] = {f"{what}, {n} workers": [] for n in counts
+                                     for what in ("decode and encode", "prepare")}
+    for number in tqdm(range(rounds), desc=f"write {size} px", unit="round", disable=None):
+        for n in counts:
+            with contestants({"": partial(decode_and_encode, files, size)}, n, 4 * seconds) as turn:
+                write[f"decode and encode, {n} workers"].append(turn(""))
+            folder = scratch / f"{size}-{number}-{n}/face_hq/train"
+            write[f"prepare, {n} workers"].append(preparing(folder, files, size, n))
+    return {"read": read, "write": write}
+
+
+def machine() -> dict[str, object]:
+    """Where it was measured."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    versions = {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")}
+    return {"cpu": model, "cores": os.cpu_count(), "load before": [round(x, 2) for x in os.getloadavg()],
+            "python": platform.python_version(), **versions}
+
+
+def goals(size: int, found: dict[str, dict[str, list[float]]], workers: int) -> list[tuple[str, float, float]]:
+    """(what, measured ratio, goal) of one size."""
+    read, write = found["read"], found["write"]
+
+    def ratio(a: list[float], b: list[float]) -> float:
+        return float(np.median(np.array(a) / b))
+
+    judged = [("reader / decode only", ratio(read["ours, images"], read["decode only"]), 0.9)]
+    for kind in ("images", "batches"):
+        if f"webdataset, {kind}" in read:
+            judged.append((f"reader / webdataset, {kind}", ratio(read[f"ours, {kind}"], read[f"webdataset, {kind}"]),
+                           1.3 if size <= 112 else 1.1))
+    if workers == 2:
+        # what the cores themselves give: below 2 where something else runs on them
+        cores = ratio(write["decode and encode, 2 workers"], write["decode and encode, 1 workers"])
+        judged.append((f"prepare, 2 workers / 1 (decode and encode: {cores:.2f})",
+                       ratio(write["prepare, 2 workers"], write["prepare, 1 workers"]), 1.8))
+    return judged
+
+
+def run_bench(sizes: tuple[int, ...], images: int, prepared: int, rounds: int, seconds: float, workers: int,
+              scratch: Path | None) -> dict:
+    """Measure everything, print the tables and return them."""
+    result: dict = {"machine": machine(), "workers": workers, "rounds": rounds, "sizes": {}}
+    print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
+    for size in sizes:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            found = bench_size(Path(folder), size, images, prepared, rounds, seconds, workers)
+        for title, ceiling in (("read", "decode only"), ("write", f"decode and encode, {workers} workers")):
+            print(f"\n{title}, {size} px" + f", {workers} processes, shuffled" * (title == "read"))
+            print(f"  {'':28s}{'images/s':>10s}{'p20':>9s}{'p80':>9s}{'of ceiling':>12s}")
+            for name, rates in found[title].items():
+                low, median, high = np.percentile(rates, (20, 50, 80)).tolist()
+                share = float(np.median(np.array(rates) / found[title][ceiling]))
+                print(f"  {name:28s}{median:10,.0f}{low:9,.0f}{high:9,.0f}{share:12.2f}")
+        verdicts = goals(size, found, workers)
+        print("".join(f"\n  {what}: {ratio:.2f} (goal {goal}) {'met' if ratio >= goal else 'MISSED'}"
+                      for what, ratio, goal in verdicts))
+        result["sizes"][size] = found | {"goals": [
+            {"what": what, "ratio": round(ratio, 3), "goal": goal} for what, ratio, goal in verdicts]}
+    return result

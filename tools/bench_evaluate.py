@@ -1,0 +1,256 @@
+"""The large cases of evaluate.py, timed beside plainer ways: `python evaluate.py bench --help`.
+
+Every measurement has a process of its own, so that its peak of memory is its own too; the ways of a case take turns, so
+that a busy machine slows them alike. What the ways find has to agree, or the command ends with an error.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from sklearn.metrics import auc, roc_curve
+
+from data_prep import InputError
+from models.runs import write_atomically
+from protocols.bootstrap import normalise
+from protocols.pairs import FARS, roc, tar_at_far
+from protocols.search import score_gallery, search_gallery
+from protocols.templates import Templates, score_template_pairs
+
+D = 512  # width of the embeddings
+
+
+def memory() -> tuple[float, float]:
+    """MiB that this process holds, and the most that it ever held."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return tuple(int(status.partition(f"{key}:")[2].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
+    except (OSError, IndexError):  # no Linux: the peak alone is known
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
+        return peak, peak
+
+
+def make_embeddings(rng: np.random.Generator, identity: np.ndarray, spread: float) -> np.ndarray:
+    """Unit vectors float32 [n, D] around a centre for each identity, made block by block; -1: around none."""
+    centres = rng.standard_normal((max(identity.max() + 1, 1), D), dtype=np.float32)
+    x = np.empty((len(identity), D), dtype=np.float32)
+    for start in range(0, len(x), 1 << 14):
+        who, part = identity[start : start + (1 << 14)], x[start : start + (1 << 14)]
+        rng.standard_normal(out=part, dtype=np.float32)
+        part *= spread
+        part[who >= 0] += centres[who[who >= 0]]
+    return normalise(x)
+
+
+# ---------------------------------------------------------------- re-identification
+
+
+def make_reid(scale: float) -> dict:
+    """10,000 queries and a gallery of 20,000 images of 1,500 people under 6 cameras."""
+    rng, queries, gallery = np.random.default_rng(0), int(10_000 * scale), int(20_000 * scale)
+    labels = rng.integers(0, max(int(1500 * scale), 2), queries + gallery)
+    columns = {"camera": rng.integers(0, 6, len(labels)), "role": (np.arange(len(labels)) >= queries).astype(int)}
+    split = SimpleNamespace(labels=labels, protocol={"name": "reid"}, folder="bench", classes=[],
+                            optional=lambda name: columns.get(name, np.full(len(labels), -1)))
+    return {"x": make_embeddings(rng, labels, 3.0), "split": split, "cameras": columns["camera"], "queries": queries}
+
+
+def reid_here(x: np.ndarray, split: SimpleNamespace, **_) -> dict[str, float]:
+    figures, _ = score_gallery(x, split, 0, 0)
+    return {name: figures[name].value for name in ("rank-1", "mAP", "mINP")}
+
+
+def reid_plain(x: np.ndarray, split: SimpleNamespace, cameras: np.ndarray, queries: int,
+               published: bool = False) -> dict[str, float]:
+    """torchreid's definition in plain numpy: the whole matrix, ordered, then query by query.
+
+    published: divide by a comprehension over the gallery, as its eval_market1501 does.
+    """
+    q_ids, g_ids, q_cams, g_cams = (a for c in (split.labels, cameras) for a in (c[:queries], c[queries:]))
+    indices = np.argsort(1 - x[:queries] @ x[queries:].T, axis=1)
+    matches = (g_ids[indices] == q_ids[:, None]).astype(np.int32)
+    firsts, aps, inps = [], [], []
+    for i in range(queries):
+        order = indices[i]
+        keep = ~((g_ids[order] == q_ids[i]) & (g_cams[order] == q_cams[i]))
+        found = matches[i][keep]
+        if found.any():
+            if published:
+                precision = np.asarray([count / (i + 1.0) for i, count in enumerate(found.cumsum())])
+            else:
+                precision = found.cumsum() / np.arange(1, len(found) + 1)
+            firsts.append(found[0])
+            aps.append((precision * found).sum() / found.sum())
+            inps.append(found.sum() / (np.flatnonzero(found)[-1] + 1))
+    return {"rank-1": float(np.mean(firsts)), "mAP": float(np.mean(aps)), "mINP": float(np.mean(inps))}
+
+
+# ---------------------------------------------------------------- lists of pairs
+
+
+def make_ijbc(scale: float) -> dict:
+    """As many templates, people and pairs as IJB-C's 1:1 list has: 23,124, 3,531, 19,557 + 15,638,932."""
+    rng, count = np.random.default_rng(0), max(int(23_124 * scale), 200)
+    identity = rng.integers(0, max(int(3531 * scale), 20), count)
+    total = int(15_638_932 * scale)
+    left, right = rng.integers(0, count, (2, total), dtype=np.int32)
+    order = np.argsort(identity, kind="stable")
+    next_of = np.flatnonzero(identity[order][:-1] == identity[order][1:])
+    genuine = np.stack([order[next_of], order[next_of + 1]], 1)
+    pairs = np.empty((len(genuine) + total, 3), dtype=np.int32)
+    pairs[:, :2] = np.concatenate([genuine, np.stack([left, right], 1)])
+    pairs[:, 2] = identity[pairs[:, 0]] == identity[pairs[:, 1]]
+    x, enrolled = make_embeddings(rng, identity, 3.0), np.ones(count, dtype=bool)
+    return {"templates": Templates(np.arange(count), x, identity, enrolled),
+            "pairs": pairs[pairs[:, 0] != pairs[:, 1]]}
+
+
+def pairs_here(templates: Templates, pairs: np.ndarray) -> dict[str, float]:
+    """With 20 resamplings, which the other way does not have."""
+    figures = score_template_pairs(templates, pairs, 20, 0)[0]["nearest"]
+    return {name: figure.value for name, figure in figures.items()}
+
+
+def pairs_sklearn(templates: Templates, pairs: np.ndarray) -> dict[str, float]:
+    """As insightface's ijb_evals.py: pairs by blocks, scikit-learn's curve, the nearest FAR."""
+    x, blocks = templates.vectors, np.array_split(pairs, max(len(pairs) // 100_000, 1))
+    scores = np.concatenate([np.einsum("nd,nd->n", x[block[:, 0]], x[block[:, 1]]) for block in blocks])
+    far, tar, _ = roc_curve(pairs[:, 2], scores)
+    impostors = int((pairs[:, 2] == 0).sum())
+    return {f"tar@far={f:g}": float(tar[::-1][np.argmin(np.abs(far[::-1] - f))])
+            for f in FARS if f * impostors >= 1}
+
+
+def make_scores(scale: float) -> dict:
+    """15.7 million scores, of which 1 in 800 is genuine."""
+    rng, count = np.random.default_rng(0), int(15_658_489 * scale)
+    same = rng.random(count) < 1 / 800
+    return {"scores": rng.standard_normal(count, dtype=np.float32) + 3 * same.astype(np.float32), "same": same}
+
+
+def curve_here(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
+    far, tar = roc(scores, same)
+    return {"auc": float(np.trapezoid(tar, far)), "tar@far=0.001": tar_at_far(far, tar, 1e-3)}
+
+
+def curve_sklearn(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
+    far, tar, _ = roc_curve(same, scores)
+    return {"auc": float(auc(far, tar)), "tar@far=0.001": float(tar[far <= 1e-3].max())}
+
+
+# ---------------------------------------------------------------- one to many
+
+
+def make_search(probes: int, distractors: int, scale: float) -> dict:
+    """A mate for each probe, far down the gallery or not, and distractors."""
+    rng, n, m = np.random.default_rng(0), int(probes * scale), int(distractors * scale)
+    identity = np.concatenate([np.arange(n), np.arange(n), np.full(m, -1)])
+    return {"x": make_embeddings(rng, identity, 2.5), "probes": n}
+
+
+def search_here(x: np.ndarray, probes: int) -> dict[str, float]:
+    found = search_gallery(x, np.arange(probes), np.arange(probes, len(x)),
+                           lambda probe: (np.array([probe]), np.empty(0, int)))
+    return {f"rank-{k}": float((found.first <= k).mean()) for k in (1, 5, 20)}
+
+
+def search_plain(x: np.ndarray, probes: int) -> dict[str, float]:
+    order = np.argsort(-(x[:probes] @ x[probes:].T), axis=1)
+    first = (order == np.arange(probes)[:, None]).argmax(1) + 1
+    return {f"rank-{k}": float((first <= k).mean()) for k in (1, 5, 20)}
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class Case:
+    """A size, and the ways that manage it, ours first."""
+
+    title: str
+    make: Callable[[float], dict]
+    ways: dict[str, Callable[..., dict[str, float]]]
+
+
+def make_small_search(scale: float) -> dict:
+    return make_search(2000, 98_000, scale)
+
+
+def make_large_search(scale: float) -> dict:
+    return make_search(20_000, 980_000, scale)
+
+
+CASES = {
+    "reid": Case("re-identification, 10,000 x 20,000", make_reid, {
+        "here": reid_here, "numpy": reid_plain, "torchreid": partial(reid_plain, published=True)}),
+    "pairs": Case("15.7 M listed pairs of templates", make_ijbc, {"here": pairs_here, "scikit-learn": pairs_sklearn}),
+    "curve": Case("ROC of 15.7 M scores", make_scores, {"here": curve_here, "scikit-learn": curve_sklearn}),
+    "search": Case("1:N, 2,000 x 100,000", make_small_search, {"here": search_here, "numpy": search_plain}),
+    "million": Case("1:N, 20,000 x 1,000,000", make_large_search, {"here": search_here}),
+}
+
+
+def measure(name: str, way: str, scale: float) -> dict:
+    """Seconds, of the clock and of all processors, and peak MiB of one way of a case: in all, and above its inputs."""
+    inputs = CASES[name].make(scale)
+    before, _ = memory()
+    start, busy = time.perf_counter(), time.process_time()
+    values = CASES[name].ways[way](**inputs)
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    _, peak = memory()
+    return {"seconds": seconds, "cpu_seconds": busy, "peak_MiB": peak, "above_inputs_MiB": peak - before,
+            "values": values}
+
+
+def run_bench(names: list[str], scale: float, rounds: int) -> dict:
+    """All measurements of some cases; InputError where two ways of one disagree."""
+    context, result = multiprocessing.get_context("spawn"), {}
+    for name in names:
+        case, found = CASES[name], {}
+        for _ in range(rounds if len(case.ways) > 1 else 1):
+            for way in case.ways:
+                with ProcessPoolExecutor(1, context) as pool:
+                    found.setdefault(way, []).append(pool.submit(measure, name, way, scale).result())
+                    print(f"  {name} {way}: {found[way][-1]['seconds']:.2f} s", file=sys.stderr)
+        ours = found["here"][0]["values"]
+        for way, measured in found.items():
+            for key, value in measured[0]["values"].items():
+                if abs(value - ours[key]) > 2e-3:
+                    raise InputError(f"{name}: {key} is {ours[key]:.6f} here and {value:.6f} by {way}")
+        middle = {way: {key: float(np.median([m[key] for m in measured])) for key in ("seconds", "cpu_seconds")}
+                  for way, measured in found.items()}
+        result[name] = {"case": case.title, "ways": {
+            way: {**middle[way], "times_here": middle[way]["seconds"] / middle["here"]["seconds"],
+                  "cpu_times_here": middle[way]["cpu_seconds"] / max(middle["here"]["cpu_seconds"], 1e-9),
+                  **{key: max(m[key] for m in measured) for key in ("peak_MiB", "above_inputs_MiB")},
+                  "values": measured[0]["values"]} for way, measured in found.items()}}
+    threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
+    return {"machine": platform.processor() or platform.machine(), "threads": int(threads), "numpy": np.__version__,
+            "scale": scale, "rounds": rounds, "cases": result}
+
+
+def bench(names: list[str], scale: float, rounds: int, path: Path | None) -> int:
+    """Measure, print the table and write the JSON."""
+    result = run_bench(names, scale, rounds)
+    print(f"{result['threads']} threads, sizes x {scale:g}; seconds of the clock and of all processors (fairer on a "
+          "busy\nmachine), each also in multiples of ours; peak memory in all, and above the inputs")
+    for case in result["cases"].values():
+        for way, found in case["ways"].items():
+            times = (f"{found[key]:8.2f} s {found[ratio]:6.1f} x" for key, ratio in (("seconds", "times_here"),
+                                                                                     ("cpu_seconds", "cpu_times_here")))
+            print(f"{case['case']:36s} {way:13s} {' '.join(times)} {found['peak_MiB']:8,.0f} MiB "
+                  f"{found['above_inputs_MiB']:8,.0f} MiB")
+    if path:
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
+    return 0

@@ -1,0 +1,71 @@
+
+
+import numpy as np
+
+from data_prep.format import Split
+from models.runs import Run
+from protocols.classify import Readouts, nearest_rows
+from protocols.embed import Embedder
+from reports.plots import MISS, Tile
+from reports.rows import Row, clean_of, make_rows, score
+
+LEAK = ("split", "row", "key", "identity", "cosine", "train_split", "train_key", "train_identity")  # leaks.csv
+
+
+def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
+               threshold: float) -> tuple[list[dict], list[tuple[Tile, Tile]]]:
+    """The images of test splits whose nearest training image, of any domain, is as near as the threshold.
+
+    Returns:
+        A row for each, the nearest first, and the two images of each, to draw.
+    """
+    nearest: dict = {}  # by test split, row: cosine, training split, its row
+    for source in training:
+        y = embed(source)
+        for split in splits:
+            rows, cosines = (found[:, 0] for found in nearest_rows(embed(split), y, device=embed.device))
+            for row in np.flatnonzero(cosines >= threshold):
+                key = (f"{split.domain}/{split.name}", int(row))
+                if key not in nearest or cosines[row] > nearest[key][0]:
+                    nearest[key] = (float(cosines[row]), source, int(rows[row]))
+
+    def describe(split: Split, row: int) -> tuple[str, str]:
+        return split.jpeg(row)[0], split.classes[split.labels[row]] if split.labels[row] >= 0 else ""
+
+    by_name, table, images = {f"{split.domain}/{split.name}": split for split in splits}, [], []
+    for (name, row), (cosine, source, other) in sorted(nearest.items(), key=lambda leak: -leak[1][0]):
+        (key, identity), (train_key, train_identity) = describe(by_name[name], row), describe(source, other)
+        values = name, row, key, identity, cosine, f"{source.domain}/{source.name}", train_key, train_identity
+        table.append(dict(zip(LEAK, values, strict=True)))
+        images.append(((by_name[name], row, MISS, f"{key}  {cosine:.3f}"), (source, other, "#000000", train_key)))
+    return table, images
+
+
+def score_without(embed: Embedder, splits: list[Split], root: dict, run: Run, draws: int, seed: int, flip: bool,
+                  without: dict[str, list[int]], how: str) -> tuple[list[Row], list[Row]]:
+    """The rows of the splits that leaks touch, of all images and without the leaked ones.
+
+    Touched is also a shifted split of whose clean images some leaked, for its gaps.
+
+    Args:
+        splits: test splits.
+        without: leaked rows by "domain/split".
+        how: the leaks were found, for the protocol.
+    """
+    def count(split: Split | None, left_out: dict) -> int:
+        return len(left_out.get(f"{split.domain}/{split.name}", [])) if split else 0
+
+    by_name, tables = {f"{split.domain}/{split.name}": split for split in splits}, ([], [])
+    clean = {name: clean_of(split, splits) for name, split in by_name.items()}
+    touched = [split for name, split in by_name.items() if count(split, without) + count(clean[name], without)]
+    for table, left_out in zip(tables, ({}, without), strict=True):
+        figures, _ = score(embed, touched, root, run, draws, seed, Readouts({}, 0, run.config, []), left_out, splits)
+        for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, flip):
+            name = f"{row.domain}/{row.split}"
+            own = count(by_name[name], left_out)
+            others = count(clean[name], left_out) if row.metric.startswith(("gap of ", "clean ")) else 0
+            if own or others:
+                row.protocol += f", without {own} leaked" + f" and {others} of the clean" * (others > 0) + f" {how}"
+            if own or others or table is tables[0]:  # what lacks nothing is told once
+                table.append(row)
+    return tables

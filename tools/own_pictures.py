@@ -1,0 +1,73 @@
+
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_prep import InputError
+from data_prep.format import BadImage
+from data_prep.sources.folders import image_suffixes
+from data_prep.write import fit_image
+from models.runs import Run, describe_sources, write_atomically
+from reports.rows import write_csv
+from train import open_splits
+
+
+@dataclass
+class Pictures:
+    """Image files that are read as a split is, so that `embed_rows` takes either: each becomes what its shard held."""
+
+    paths: list[Path]
+    size: int  # pixels
+    fit: str  # see `fit_image`, as is quality
+    quality: int
+
+    def image(self, row: int) -> torch.Tensor:
+        """uint8 [3, size, size], RGB; BadImage where the file is none or is damaged."""
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        try:
+            data = fit_image(self.paths[row].read_bytes(), self.size, self.fit, self.quality)
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        except (OSError, RuntimeError) as error:
+            raise BadImage(f"{self.paths[row]}: unreadable") from error
+
+
+def find_pictures(places: tuple[Path, ...]) -> list[Path]:
+    """The files named, and every image (by its name) below the folders named; each once."""
+    found, endings = [], image_suffixes()
+    for place in places:
+        if not place.exists():
+            raise InputError(f"{place}: no such file or folder; name pictures, or a folder that holds some")
+        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in endings and p.is_file())
+        if place.is_dir() and not inside:
+            raise InputError(f"{place}: holds no images (looked for names that end in .jpg, .png and the like)")
+        found += inside if place.is_dir() else [place]
+    return list(dict.fromkeys(found))
+
+
+def find_fitting(run: Run, domain: str | None) -> dict:
+    """Size, fit and JPEG quality of the shards that a domain of a run was trained on."""
+    domain = domain or run.config["domains"][0]
+    if domain not in run.config["domains"]:
+        raise InputError(f"--domain {domain}: the run was trained on {', '.join(run.config['domains'])}: take the one "
+                         "whose images are prepared like yours")
+    known = run.config.get("sources") or describe_sources(open_splits(run.config))
+    print(f"fitted as {domain}: {known[domain]['size']} px, {known[domain]['fit']}")
+    return {key: known[domain][key] for key in ("size", "fit", "quality")}
+
+
+def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
+    """`files` [M] and `embeddings` [M, D] as .npz, or a .csv with a line a file."""
+    if path.suffix == ".csv":
+        write_csv(path, [{"file": name} | {f"e{i}": f"{value:.9g}" for i, value in enumerate(row)}
+                         for name, row in zip(names, x, strict=True)])
+        return
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # given a name, savez would add .npz
+            np.savez(file, files=np.array(names), embeddings=x)
+
+    write_atomically(path, write)
