@@ -21,7 +21,7 @@ import torch
 
 from analyze_figures import draw_up_map
 from analyze_report import write_analysis
-from data_prep import DOMAINS, InputError, Number, run_command
+from data_prep import DOMAINS, InputError, Number, refuse_options, run_command
 from data_prep.format import Split, open_root
 from evaluate import model_options
 from models.runs import load_foundation, load_run, load_tuned, pick_device
@@ -43,7 +43,6 @@ from protocols.subspaces import (
     unit,
 )
 from protocols.tasks import ROWS, Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
-from train_options import refuse_options
 
 # ---------------------------------------------------------------- the job
 
@@ -70,7 +69,7 @@ def analyse(options: dict) -> int:
                          "nothing to analyse")
     degraded = {}
     if run.config.get("degrade") and "face_lq" in splits:  # the network never saw these images as they are stored
-        degraded["face_lq"] = run.config["degrade_severity"]
+        degraded["face_lq"] = float(str(run.config["degrade"]).partition("@")[0])
         base, test = splits["face_lq"]
         splits["face_lq"] = (Degraded(base.folder, degraded["face_lq"], seed), test)
     delete = parse_range(options["delete"])

@@ -6,7 +6,6 @@
     python evaluate.py --model tf_efficientnet_lite0 --weights FILE           # an untouched backbone, without a run
     torchrun --nproc-per-node 8 -- evaluate.py --run runs/NAME                # eight GPUs embed, the first scores
     python evaluate.py --run runs/NAME --humans anna.csv --humans ben.csv     # beside people, on the same trials
-    python evaluate.py --run runs/NAME --watch                                # every --keep checkpoint as it appears
     python evaluate.py compare runs/A-s0 runs/A-s1 runs/B-s0                 # paired differences; seeds are averaged
     python evaluate.py compare runs/B --experts runs/face runs/body          # non-inferiority to your own experts
     python evaluate.py leaks --run runs/NAME --threshold 0.95                # test images that training nearly repeats
@@ -27,12 +26,9 @@ domains: multi-tasking), where they rated several:
 Their intervals resample the people and things on the pictures, not the raters.
 """
 
-import csv
 import json
 import os
-import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import chain
@@ -43,20 +39,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, Number, run_command
+from data_prep import DOMAINS, InputError, Number, refuse_options, run_command
 from data_prep.format import Split, open_root
-from models.backbones import BACKBONES, SIZES, Backbone, embed_rows, load_backbone, resolve_backbone
+from data_prep.stream import LOADERS
+from models.backbones import BACKBONES, SIZES, Backbone, Network, embed_rows, load_backbone, resolve_backbone
 from models.runs import (
     Ranks,
     Run,
     join_ranks,
-    kept_steps,
     load_foundation,
     load_run,
     load_tuned,
     make_folder,
     pick_device,
-    read_json,
     write_atomically,
 )
 from protocols.classify import Readouts, read_prompts
@@ -66,7 +61,6 @@ from protocols.search import choose_crowd, make_members, score_unified
 from reports.plots import draw_figures, draw_search, draw_sheet
 from reports.rows import (
     HEADLINE,
-    Row,
     headlines,
     make_report,
     make_rows,
@@ -102,10 +96,6 @@ from tools.compare import (
 from tools.leaks import LEAK, find_leaks, score_without
 from tools.own_pictures import Pictures, find_fitting, find_pictures, write_embeddings
 from tools.trials import read_ratings
-from train_options import LOADERS, refuse_options
-
-PATIENCE = 5.0  # seconds between looks at a run that trains (--watch)
-
 
 # ---------------------------------------------------------------- leaks
 
@@ -150,8 +140,8 @@ def leave(ranks: Ranks) -> None:
 
 
 def open_models(options: dict, given: set[str]
-                ) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str, dict]:
-    """Name, output folder, run (if any), loaders of the foundation and the tuned backbone, data root, its options.
+                ) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str]:
+    """Name, output folder, run (if any), loaders of the foundation and the tuned backbone, data root.
 
     Args:
         options: all of them.
@@ -161,98 +151,22 @@ def open_models(options: dict, given: set[str]
         for key in ("backbone", "size", "model", "weights", "image_size", "out"):
             if key in given:
                 raise InputError(f"--{key.replace('_', '-')} describes an untouched backbone: leave it out with --run")
-        if options["watch"]:
-            watch(Path(options["run"]), options)  # then the run is complete
         run = load_run(Path(options["run"]), options["allow_partial"])
         models = {"foundation": lambda: load_foundation(run), "tuned": lambda: load_tuned(run)}
         if not options["foundation"]:
             del models["foundation"]
-        return run.folder.name, run.folder, run, models, options["data"] or run.config["data"], run.config
+        return run.folder.name, run.folder, run, models, options["data"] or run.config["data"]
     if not options["model"] and not options["backbone"]:
         raise InputError("what is to be scored? give --run RUN, or --model NAME for an untouched backbone")
     for name, used in (("--no-foundation", not options["foundation"]), ("--allow-partial", options["allow_partial"])):
         if used:
             raise InputError(f"{name} describes how a run is scored: give --run RUN, or leave it out")
-    config = {key: options[key] for key in ("backbone", "size", "model", "weights", "image_size")}
-    config |= {"embed_dim": 0, "seed": options["seed"]}
-    resolve_backbone(config)  # refuses an unknown name before anything is read
-    name = (options["model"] or f"{options['backbone']}-{options['size']}").replace("/", "_") + "-foundation"
+    network = Network.of(options | {"embed_dim": 0})
+    resolve_backbone(network)  # refuses an unknown name before anything is read
+    name = f"{network.name}-foundation"
     folder = Path(options["out"] or f"runs/{name}")
-    models = {"foundation": lambda: load_backbone(config).eval()}
-    return name, folder, None, models, options["data"] or "data", config
-
-
-def watch(folder: Path, options: dict) -> None:
-    """--watch: score every checkpoint that --keep leaves, once, as it appears, until the run is complete.
-
-    RUN/eval/watch.csv gets their rows, each with its step (0: the untouched backbone), watch.png the headlines.
-    """
-    if not (folder / "config.json").is_file() or not (config := read_json(folder / "config.json")).get("keep"):
-        raise InputError(f"--watch: {folder} is no run that keeps checkpoints: train it with --keep N")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: one line, and what is written stays
-    out, data = folder / "eval", options["data"] or config["data"]
-    root, prompts, table = open_root(Path(data)), read_prompts(options["prompts"]), []
-    splits = choose_splits(root, options["splits"], data)
-    make_folder(out, "--run")
-    if (out / "watch.csv").exists():  # stopped before: goes on
-        with open(out / "watch.csv", newline="") as file:
-            table = list(csv.DictReader(file))
-    complete = False
-    while not complete:
-        complete = (folder / "done.json").exists()  # asked first: what came before it is still scored
-        known = {int(row["step"]) for row in table}
-        there = {step: place for step, place in kept_steps(folder).items() if step not in known}
-        if options["foundation"] and there and 0 not in known:
-            there = {0: next(iter(there.values())), **there}
-        for step, place in there.items():
-            try:
-                run = load_run(place)
-                model = load_tuned(run) if step else load_foundation(run)
-            except InputError:
-                if not place.exists():  # older than --keep allows by now
-                    continue
-                raise
-            name = "watched" if step else "foundation"
-            embed = make_embedder(lambda model=model: model, name, out, options)
-            readouts = Readouts(prompts, options["probe"], run.config, run.classes.get("object", []))
-            figures, _ = score(embed, splits, root, run if step else None, options["bootstrap"], options["seed"],
-                               readouts)
-            rows = [row for row, _ in make_rows(folder.name, splits, {"tuned" if step else "foundation": figures},
-                                                options["flip"])]
-            table += [{"step": step} | asdict(row) for row in rows]
-            write_csv(out / "watch.csv", table)
-            draw_watch(out / "watch.png", table)
-            print(f"step {step}: " + "   ".join(f"{'/'.join(key)} {show_value(next(iter(pair.values())))}"
-                                                for key, pair in headlines(rows).items()), flush=True)
-        if not complete:
-            time.sleep(PATIENCE)
-
-
-def draw_watch(path: Path, table: list[dict]) -> None:
-    """The headline of every split over the steps of training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    points: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for line in sorted(table, key=lambda line: int(line["step"])):
-        row = Row(**{key: value for key, value in line.items() if key != "step"})
-        if row.headline:
-            label = f"{row.domain}/{row.split}", row.metric
-            points.setdefault(label, []).append((int(line["step"]), 100 * float(row.value)))
-    figure, ax = plt.subplots(figsize=(7, 4))
-    drawn: list[str] = []  # a domain's second split is dashed, its third dotted
-    for (name, metric), values in points.items():
-        domain = name.split("/")[0]
-        ax.plot(*zip(*dict(reversed(values)).items(), strict=True), marker=".", label=f"{name}, {metric}",
-                color=DOMAIN_COLOURS[domain], ls=("-", "--", ":")[drawn.count(domain) % 3])
-        drawn.append(domain)
-    ax.set(xlabel="step", ylabel="percent")
-    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png",
-                                                            bbox_inches="tight"))
-    plt.close(figure)
+    models = {"foundation": lambda: load_backbone(network).eval()}
+    return name, folder, None, models, options["data"] or "data"
 
 
 def model_options(command):
@@ -282,8 +196,6 @@ def model_options(command):
 @click.option("--splits", metavar="NAMES",
               help="Comma-separated domain/split: the results then hold these alone (default: all).")
 @click.option("--foundation/--no-foundation", default=True, help="Score the untouched backbone too.")
-@click.option("--watch", is_flag=True,
-              help="Score the checkpoints of train.py --keep as they appear (watch.csv, watch.png), then the run.")
 @click.option("--backbone", type=click.Choice(list(BACKBONES)), help="Without --run: an untouched backbone.")
 @click.option("--size", type=click.Choice(SIZES), default="large", help="Its size.")
 @click.option("--model", metavar="NAME", help="Any timm or open_clip model instead of --backbone.")
@@ -311,19 +223,18 @@ def main(context: click.Context, **options) -> int | None:
     if context.invoked_subcommand:
         refuse_options(context)
         return None
-    if options["watch"] and not options["run"]:
-        raise InputError("--watch follows a run: give --run RUN")
     given = {key for key in options if context.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE}
-    name, folder, run, models, data, config = open_models(options, given)
+    name, folder, run, models, data = open_models(options, given)
     trained = run.classes.get("object", []) if run else []
-    readouts = Readouts(read_prompts(options["prompts"]), options["probe"], config, trained)
+    readouts = Readouts(read_prompts(options["prompts"]), options["probe"], trained)
     root = open_root(Path(data))
     splits = choose_splits(root, options["splits"], data)
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
     published = read_published()
     datasets = datasets_of(list(by_name), options["published"], published)
     ratings = read_ratings(list(options["humans"]), by_name) if options["humans"] else []
-    ranks, out = join_ranks(options), folder / "eval"
+    ranks, device = join_ranks(options["device"])
+    out, options["device"] = folder / "eval", str(device)
     make_folder(out, "--run" if run else "--out")
     embedders = {weights: make_embedder(load, weights, out, options, ranks) for weights, load in models.items()}
     for embed in embedders.values():  # all of it first, by all ranks: what follows is the first one's alone

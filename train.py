@@ -10,381 +10,419 @@
     python train.py export --run runs/NAME --to onnx                              # a model for others, with its card
 
 A schedule is three numbers (domains per batch, images per batch, batches per optimiser step); every step minimises
-L = sum_i w_d(i) l_i / (K n_d(i)), whatever the schedule. What is written into runs/NAME: see README, "A run folder".
+L = sum_i w_d(i) l_i / (K n_d(i)), whatever the schedule. What is written into runs/NAME: docs/training.md.
 """
 
 import contextlib
+import functools
 import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from data_prep import InputError, Number, run_command
-from data_prep.format import Split, matched_pairs, open_root
-from kernels.margin_loss import margin_loss
-from models.adapt import choose_trained
-from models.backbones import Backbone, embed_rows, load_backbone, resolve_backbone, text_weights
-from models.head import GatherSamples, gather_rows, head_slices
-from models.runs import (
-    RUN_ROLES,
-    STOPPED,
-    Ranks,
-    StopRequest,
-    append,
-    averaged,
-    find_run,
-    forget_after,
-    join_ranks,
-    keep_checkpoint,
-    load_checkpoint,
-    load_run,
-    make_folder,
-    pick_device,
-    provenance,
-    save_checkpoint,
-    write_json,
-)
-from reports.training import check_health, draw_samples, log_window, write_report
-from tools.conflicts import add_gradients, couple
-from train_input import check_cache, load_steps, make_stream, receive
-from train_options import (
-    MANY_CLASSES,
-    MARGINS,
-    check_options,
-    class_shares,
-    describe_losses,
+from data_prep import (
+    DOMAIN_LIST,
+    DOMAINS,
+    MIX_RAMP,
+    SEVERITY,
+    GroupedHelp,
+    InputError,
+    MixRamp,
+    Number,
+    add_options,
+    as_texts,
+    one_or_per_domain,
+    option,
     per_domain,
     refuse_options,
-    run_options,
-    settle_options,
+    replay_config,
+    run_command,
 )
-from train_schedule import make_schedule, parse_shares, plan_batches, ramp, rate
+from data_prep.format import Split, matched_pairs, open_root, open_training
+from data_prep.stream import LOADERS, Feed, Stream, decode_split, too_large
+from models import runs
+from models.adapt import RunningAverage, add_drop_path, add_low_rank
+from models.backbones import BACKBONES, RECIPES, SIZES, Backbone, Network, embed_rows, load_backbone, resolve_backbone
+from models.head import LOSS_TYPE, MANY_CLASSES, HeadSettings, Loss, MarginHead, show_loss, starting_weights
+from models.runs import Ranks, join_ranks, pick_device
+from reports.training import Tally, TrainingLog, add_to_totals, draw_samples, empty_totals, write_report
 
-# ---------------------------------------------------------------- loss and optimiser
+MIN_RATE = 0.01  # of the peak learning rate, at the end of the cosine
+CLIP = 1.0  # gradient norm above which a step is scaled down
 
-
-def loss_options(config: dict, class_counts: list[int], device: torch.device, ranks: Ranks = Ranks()) -> dict:
-    """What margin_loss is told about the domains of a run: its keyword arguments that no step changes."""
-    sharded = ranks.world > 1 and config["shard_head"]
-    _, ranges, shard = head_slices(class_counts, ranks.rank if sharded else 0, ranks.world if sharded else 1)
-    values = {name: torch.tensor(per_domain(config, name), device=device)
-              for name in ("scale", *MARGINS, "domain_weight", "label_smoothing")}
-    reduction = "sample" if config["coupling"] == "sample" else "domain"
-    first = torch.tensor([start for start, _ in ranges], device=device)
-    return values | {"rows": None, "class_ranges": ranges, "first": first, "num_domains": len(class_counts),
-                     "reduction": reduction, "gradient": config["margin_gradient"].replace("-", "_"),
-                     "extension": config["margin_extension"], "shard": shard if sharded else None}
+# ---------------------------------------------------------------- options
 
 
-def lengths_of(x: torch.Tensor) -> torch.Tensor:
-    """Detached lengths [B] of embeddings [B, D], in float32 or better."""
-    return torch.linalg.vector_norm(x.detach(), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+@dataclass
+class Options:
+    """Everything that can be said of a run. Default < recipe of the backbone < --config < command line."""
+
+    data: str = option("data", "data", str, "Data root: DIR/<domain>/train holds the shards.", metavar="DIR")
+    domains: list[str] | None = option("data", None, DOMAIN_LIST, "Subset of the four domains (default: all);"
+                                       " --schedule sequential takes them in this order.")
+    crop_scale: dict[str, float] = option("data", "object=0.35,face_hq=0.8,face_lq=0.8,body=0.8", per_domain(0.01, 1),
+                                          "Least area of the random crop, per domain; 1: none.")
+    erase: dict[str, float] = option("data", "0", per_domain(0, 1), "Chance of erasing a patch, per domain; "
+                                     "re-identification takes body=0.5.")
+    degrade: tuple[float, float] | None = option(
+        "data", None, SEVERITY, "Degrade the sharp crops of face_lq/train online: largest severity, reached after a "
+        "fraction of training (no value: 1@0.3).", is_flag=False, flag_value="1@0.3")
+    cache: str = option("data", "none", click.Choice(["none", "ram", "gpu"]), "Decode each image once and keep it.")
+    workers: int = option("data", LOADERS, click.IntRange(0, 1024), "Loader processes.")
+
+    backbone: str | None = option("model", None, click.Choice(list(BACKBONES)), "Foundation model family; where "
+                                  "weights are loaded, its recipe fills what is not given.")
+    size: str = option("model", "large", click.Choice(SIZES), "Size within the family.")
+    model: str | None = option("model", None, str, "Any timm or open_clip NAME (or NAME/TAG) instead of --backbone.")
+    weights: str = option("model", "pretrained", str, "'pretrained' (downloads), 'none' (random start) or a file.")
+    image_size: int | None = option("model", None, click.IntRange(16, 4096), "Input side in pixels (default: 224, "
+                                    "DINOv3 256, --model: its own).")
+    embed_dim: int = option("model", 0, click.IntRange(0, 65536), "Width of a linear layer at the end; 0: none.")
+    lora: int = option("model", 0, click.IntRange(0, 4096), "Rank of low-rank updates of the attention's projections, "
+                       "trained instead of the network; 0: off.")
+    drop_path: float = option("model", 0.0, Number(0, 1, max_open=True), "Stochastic depth: chance of dropping the top "
+                              "block's branches, falling to 0 at the lowest.")
+
+    schedule: str = option("schedule", "B", click.Choice(["A", "B", "alternate", "sequential"]),
+                           "A: one domain a batch, a step after each round. B: every batch blended.")
+    batch: int = option("schedule", 256, click.IntRange(1, 1 << 20), "Images per optimiser step.")
+    micro_batch: int | None = option("schedule", None, click.IntRange(1), "At most so many images per forward pass "
+                                     "(default: the batch).")
+    images: int | None = option("schedule", None, click.IntRange(1, 1 << 48), "Length of the run, in images.")
+    epochs: float | None = option("schedule", None, Number(0, 1e9, min_open=True), "Length as passes over the largest "
+                                  "domain (default: 10).")
+    mix: float | dict[str, float] = option(
+        "schedule", "0.5", one_or_per_domain(0, 1e12), "Shares of schedule B: one number T for shares ∝ (images)^T (0: "
+        "equal, 1: proportional), or object=1,face_hq=2,...")
+    mix_ramp: MixRamp | None = option("schedule", None, MIX_RAMP, "Let a share move, e.g. object:1.0->0.25@0.3 over "
+                                      "the first 0.3 of training.")
+
+    loss: dict[str, Loss] = option(
+        "loss", "object=softmax;face_hq=cosface;face_lq=cosface;body=cosface", LOSS_TYPE, "softmax, cosface, arcface, "
+        "adaface or combined, per domain, e.g. face_hq=arcface:m=0.5,s=64;body=cosface; s: scale, e: smoothing, w: "
+        "weight of the domain.")
+    coupling: str = option("loss", "domain", click.Choice(["domain", "sample", "pcgrad"]), "What a step averages over "
+                           "first: each domain, or all samples; pcgrad: each domain, its gradient freed of what points "
+                           "against another's (schedule A, a backward pass per domain).")
+    negatives: str = option("loss", "own", click.Choice(["own", "all"]), "Softmax over the domain's classes or all.")
+    sample_classes: float | dict[str, float] = option(
+        "loss", "1", one_or_per_domain(1e-6, 1), "Partial FC: share of the class weights that a step draws; one number:"
+        f" of domains with {MANY_CLASSES:,} classes or more; 1: all.")
+    margin_ramp: float = option("loss", 0.1, Number(0, 1), "Margins grow from 0 over this fraction of training.")
+    head_init: str = option("loss", "means", click.Choice(["means", "text", "text-frozen", "random"]), "Class weights "
+                            "start at class means, at prompts' CLIP embeddings (objects; frozen: and stay) or random.")
+    head_warmup: float = option("loss", 0.02, Number(0, 1), "First fraction of the steps: class weights alone.")
+    shard_head: bool = option("loss", False, bool, "torchrun: every process holds a slice of the class weights.")
+
+    lr: float = option("optimiser", 2e-5, Number(0), "Peak learning rate of the top layer of the backbone.")
+    head_lr: float = option("optimiser", 1e-3, Number(0, infinite=True), "Peak learning rate of the class weights.")
+    layer_decay: float = option("optimiser", 0.8, Number(0, 1), "Factor on the learning rate per layer downwards.")
+    weight_decay: float = option("optimiser", 0.05, Number(0), "AdamW weight decay of the backbone's matrices.")
+    warmup: float = option("optimiser", 0.05, Number(0, 1), "Fraction of the steps over which the learning rate rises.")
+    ema: float = option("optimiser", 0.0, Number(0, 1, max_open=True), "Export the running average of the weights with "
+                        "this decay, e.g. 0.9998; 0: off.")
+    seed: int = option("optimiser", 0, click.IntRange(0, 2**63 - 1), "Of the start, the data order and every draw.")
+
+    device: str = option("machine", "auto", str, "auto, cpu or cuda; under torchrun each process takes its own GPU.")
+    precision: str = option("machine", "auto", click.Choice(["auto", "fp32", "bf16"]), "bf16 autocast of the backbone; "
+                            "auto: where CUDA has it.")
+    compile: bool = option("machine", False, bool, "torch.compile: minutes at the start, then faster steps.")
+    grad_checkpointing: bool = option("machine", False, bool, "Recompute activations in backward: less memory, slower.")
+
+    out: str | None = option("logging", None, str, "Run folder (default: runs/{backbone}-{size}-{schedule}-{domains}-"
+                             "s{seed}).", metavar="DIR")
+    resume: bool = option("logging", False, bool, "Continue the run in --out, or start it.")
+    log_every: int = option("logging", 10, click.IntRange(1), "Steps between lines of log.jsonl.")
+    eval_every: int = option("logging", 0, click.IntRange(0), "Steps between same/different AUCs of 2,000 fixed images "
+                             "per domain; 0: never.")
+    save_every: int = option("logging", 500, click.IntRange(1), "Steps between checkpoints.")
+    keep: int = option("logging", 0, click.IntRange(0), "Checkpoints that stay in RUN/checkpoints, one an --eval-every "
+                       " (else --save-every): the newest and the best by --eval-every.")
+    conflict_every: int = option("logging", 0, click.IntRange(0), "Steps between looks at how the gradients of domains "
+                                 "conflict (conflict.png); 0: never.")
+
+    @property
+    def trained(self) -> list[str]:
+        """The domains of the run, in the house order."""
+        return [name for name in DOMAINS if name in (self.domains or DOMAINS)]
+
+    def per_domain(self, name: str) -> list:
+        """The values of an option for the domains of the run."""
+        return [getattr(self, name)[domain] for domain in self.trained]
 
 
-def adaptive_margins(length: torch.Tensor, angular: torch.Tensor, additive: torch.Tensor, h: torch.Tensor,
-                     norms: torch.Tensor) -> dict[str, torch.Tensor]:
-    """AdaFace's margins: long embeddings (sharp images) get a harder additive and an easier angular margin.
+def settle_options(context: click.Context, values: dict) -> tuple[Options, dict[str, float]]:
+    """The options of a run, and what of them the backbone's recipe filled; contradictions are refused."""
+    sources = {name: context.get_parameter_source(name) for name in values}
+    given = {name: source.name if source else "DEFAULT" for name, source in sources.items()}
+    for name, rival in (("images", "epochs"), ("epochs", "images"), ("backbone", "model"), ("model", "backbone")):
+        if given[name] == "COMMANDLINE" and given[rival] == "DEFAULT_MAP":  # what --config says in another way
+            values[rival] = None
+    recipe: dict[str, float] = {}
+    if values["backbone"] and values["weights"] != "none":
+        for name in (values["backbone"], f"{values['backbone']}-{values['size']}", "lora" if values["lora"] else ""):
+            recipe |= RECIPES.get(name, {})
+    recipe = {name: value for name, value in recipe.items() if given[name] == "DEFAULT"}
+    options = Options(**values | recipe)
+    for name, idle, why in (("size", options.model and not options.backbone, "is a size of --backbone"),
+                            ("mix", options.schedule != "B", "sets the shares of schedule B; the others deal equally"),
+                            ("mix_ramp", options.schedule != "B", "moves the shares of schedule B")):
+        if given[name] == "COMMANDLINE" and idle:
+            raise InputError(f"--{name.replace('_', '-')} {why}: leave it out")
+    check_options(options)
+    return options, recipe
 
-        z = clip(h (|x| - mean) / std, -1, 1)       m_ang = angular - m z       m_add = m + m z,  m = additive
 
-    Args:
-        length: [N] of the embeddings; the other ones [N] too, of each sample's domain.
-        h: concentration; 0: the margins stay as they are.
-        norms: [N, 3], see `Job.norms`. Until two lengths of a domain are known z is 0, which is CosFace.
+def check_options(options: Options) -> None:
+    """Refuse contradictions before any work; fills what follows from other options."""
+    domains = options.trained
+    for one in fields(options):
+        value = getattr(options, one.name)
+        if isinstance(value, dict) and (missing := [name for name in domains if name not in value]):
+            raise InputError(f"--{one.name.replace('_', '-')}: no value for {missing[0]}")
+    if options.weights not in ("pretrained", "none"):
+        options.weights = str(Path(options.weights).resolve())  # a run is read from other folders too
+    if not options.model and not options.backbone:
+        raise InputError("which backbone? give --backbone clip|eva02|dinov3 or --model NAME (of timm or open_clip)")
+    is_clip = resolve_backbone(Network.of(options))[0] == "open_clip"
+    for wrong, why in (
+        (options.images and options.epochs, "--images and --epochs both say how long to train: give one of them"),
+        (options.model and options.backbone, "--backbone and --model both name the network: give one of them"),
+        (options.head_init.startswith("text") and (not is_clip or options.embed_dim),
+         "--head-init text needs CLIP's text tower and its own width: only CLIP models, no --embed-dim"),
+        (options.head_init == "text-frozen" and "object" not in domains,
+         "--head-init text-frozen freezes the object classes: object is not among --domains"),
+        (options.degrade and options.cache != "none",
+         "--degrade makes another image each time, --cache keeps the decoded ones: give one of them"),
+        (options.cache == "gpu" and pick_device(options.device).type != "cuda",
+         "--cache gpu needs a CUDA device: take --cache ram"),
+        (options.coupling == "pcgrad" and options.schedule != "A",
+         "--coupling pcgrad goes through the domains one by one: it needs --schedule A"),
+        (options.shard_head and options.negatives == "all",
+         "--shard-head deals out every domain's classes by themselves: not with --negatives all"),
+        (options.degrade and "face_lq" not in domains, "--degrade acts on face_lq, which is not among --domains"),
+        (isinstance(options.mix, float) and options.mix > 1, "--mix: one number is a temperature: want 0 to 1"),
+    ):
+        if wrong:
+            raise InputError(why)
+    # what the runs of a batch may share is no error where it has nothing to do
+    if options.conflict_every and (len(domains) == 1 or options.schedule in ("alternate", "sequential")):
+        print("  --conflict-every: every step has one domain here: nothing conflicts, so it is off")
+        options.conflict_every = 0
+    if options.head_init == "text" and "object" not in domains:
+        print("  --head-init text: no object among the domains; the others start at class means")
+        options.head_init = "means"
+    if not options.out:
+        names = "all" if len(domains) == len(DOMAINS) else "+".join(domains)
+        options.out = f"runs/{Network.of(options).name}-{options.schedule}-{names}-s{options.seed}"
 
-    Source: arXiv 2204.00964, eq. 6-8, and the authors' code for the 1e-3.
+
+# ---------------------------------------------------------------- schedule: which domains' images every batch holds
+
+
+class Schedule(NamedTuple):
+    """Three numbers make a schedule; `plan_batches` says which domains' images the batches hold."""
+
+    domains_per_batch: int
+    images_per_batch: int
+    batches_per_step: int
+
+
+def make_schedule(name: str, num_domains: int, batch: int) -> Schedule:
+    """A (accumulate), B (blend), alternate or sequential at `batch` images per optimiser step."""
+    if name == "A":
+        if batch % num_domains:
+            raise InputError(f"--batch {batch} cannot be dealt to {num_domains} domains by schedule A: "
+                             f"take {max(batch // num_domains, 1) * num_domains}")
+        return Schedule(1, batch // num_domains, num_domains)
+    return Schedule(num_domains if name == "B" else 1, batch, 1)
+
+
+def shares_at(progress: float, shares: np.ndarray, ramp: tuple[int, float, float, float] | None) -> np.ndarray:
+    """Shares [K] of the blended pool when a fraction `progress` of training is over, with the --mix-ramp applied.
+
+    The ramp is (domain number, first share, last share, fraction of training); the others are rescaled to sum to 1.
     """
-    n, total, squares = norms.unbind(1)
-    mean = total / n.clamp(min=1e-9)
-    std = (squares / n.clamp(min=1e-9) - mean.square()).clamp(min=0).sqrt()
-    z = (h * (length - mean) / (std + 1e-3)).clamp(-1, 1)
-    z = torch.where(n > 1, z, 0.0)
-    return {"margin_angular": angular - additive * z, "margin_additive": additive + additive * z}
+    if ramp is None:
+        return shares
+    k, first, last, fraction = ramp
+    moving = first + (last - first) * min(progress / fraction, 1.0)
+    rest = np.where(np.arange(len(shares)) == k, 0.0, shares)
+    mixed = rest / rest.sum() * (1.0 - moving)
+    mixed[k] = moving
+    return mixed
 
 
-def learn_norms(job: "Job", sums: torch.Tensor, taken: torch.Tensor) -> None:
-    """After a step: its (n, sum, sum of squares) of lengths [K, 3], of this rank, enter the running ones of AdaFace.
+def blend_counts(shares: Iterable[np.ndarray], batch: int) -> np.ndarray:
+    """Images per batch and domain [batches, K], replayed from batch 0 so that the long-run shares are exact.
 
-    Decayed sums and not a decayed mean and deviation: a single sample of a domain then needs no deviation of its own,
-    and every sample weighs the same whatever batch it came in. 0.99 is the authors' t_alpha = 0.01.
+    Every domain carries its remainder from batch to batch; the places of a batch go to the largest credits.
     """
-    if job.norms is not None:
-        sums = job.ranks.sum(sums.clone())
-        counts = (sums[:, :1] > 0) & (taken > 0)  # a domain that was not drawn, or a skipped step, changes nothing
-        job.norms.copy_(torch.where(counts, 0.99 * job.norms + sums, job.norms))
+    counts, credit = [], 0.0
+    for share in shares:
+        credit = credit + batch * share
+        places = np.floor(np.maximum(credit, 0.0)).astype(np.int64)
+        while (left := batch - places.sum()) != 0:
+            # while a ramp moves a share through less than one image, a floor can hand out one place too many
+            k = np.argmax(credit - places) if left > 0 else np.argmin(np.where(places > 0, credit - places, np.inf))
+            places[k] += np.sign(left)
+        credit = credit - places
+        counts.append(places)
+    return np.array(counts)
 
 
-def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], counts: torch.Tensor, options: dict, *,
-               margin: float = 1.0, negatives: str = "own", tune_backbone: bool = True, ranks: Ranks = Ranks(),
-               passes: int = 1, by_domain: list[list[torch.Tensor]] | None = None,
-               there: list[list[int]] | None = None, norms: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-    """Add the gradients of one optimiser step, batch by batch, to `.grad` of the backbone and of the class weights.
-
-    With several ranks every one of them holds the gradients of the whole step afterwards (of a sharded head: of its own
-    rows): n_d counts the samples of all ranks, so what the ranks add up is exact.
-
-    Args:
-        model: images [B, 3, S, S] -> embeddings [B, D]; with several ranks a DistributedDataParallel.
-        head: class weights [C, D], requires grad.
-        batches: (images, labels [B], domains [B]) of the step: any split of it gives the same gradients to rounding.
-            Label -1 counts for nothing.
-        counts: [K] samples per domain in the whole step, the denominators n_d.
-        options: from `loss_options`, or for the classes of this step from `draw_classes`.
-        margin: factor on both margins, 0..1.
-        negatives: "own" (softmax over the domain's classes) or "all" (over every row of the head).
-        tune_backbone: False trains the class weights alone.
-        ranks: the processes of the run.
-        passes: number of `batches`; the ranks add up their gradients in the last one.
-        by_domain: K lists; they are filled with each domain's own gradient of the model's trainable parameters, by a
-            backward pass for each, and `.grad` of the backbone is left alone.
-        there: the domains that each of the `batches` may hold (None: all): others need no backward pass.
-        norms: [K, 3] statistics from before the step, where a domain has AdaFace's margins; see `Job.norms`.
-
-    Returns:
-        Detached sums over this rank's samples: loss; cos, correct, count [K]; direction [D], of unit embeddings;
-        norms [K, 3], (n, sum, sum of squares) of their lengths.
-    """
-    K, device, shard = len(counts), head.device, options.get("shard")
-    options = options | {name: options[name] * margin for name in ("margin_angular", "margin_additive")}
-    adaptive, _ = options.pop("margin_adaptive"), options.pop("rows")
-    first = options.pop("first")
-    if negatives == "all":
-        options["class_ranges"] = [(0, len(head))] * K
-    total = {"loss": torch.zeros((), device=device), "direction": torch.zeros(head.shape[1], device=device)}
-    total |= {name: torch.zeros(K, device=device) for name in ("loss_by_domain", "cos", "correct", "count")}
-    total["norms"] = torch.zeros(K, 3, dtype=torch.float64, device=device)
-    for number, (images, labels, domains) in enumerate(batches, 1):
-        last = (number == passes and by_domain is None) or ranks.world == 1 or not tune_backbone
-        with contextlib.nullcontext() if last else model.no_sync():
-            with torch.set_grad_enabled(tune_backbone):
-                x = model(images)
-            mine, valid = slice(0, len(labels)), labels >= 0
-            target, of, own = labels, domains, x
-            if negatives == "all":
-                target = torch.where(valid, labels + first[domains], -1)
-            if shard is not None:
-                mine = slice(ranks.rank * len(labels), (ranks.rank + 1) * len(labels))
-                own = GatherSamples.apply(x, ranks)
-                target, of = gather_rows(labels, ranks), gather_rows(domains, ranks)
-            # one value a sample: with as many samples as domains a vector [K] would be taken for one
-            values = {name: options[name][of] for name in ("scale", "margin_angular", "margin_additive")}
-            if norms is not None:
-                values |= adaptive_margins(lengths_of(own), values["margin_angular"], values["margin_additive"],
-                                           adaptive[of], norms[of])
-            result = margin_loss(own, head, target, of, domain_count=counts, **options | values)
-            if by_domain is None or not tune_backbone:
-                (result.loss * ranks.world).backward()  # DistributedDataParallel averages over the ranks
-            else:
-                some = range(K) if there is None else there[number - 1]
-                for k in some:
-                    part = result.loss if len(some) == 1 else margin_loss(
-                        own, head, torch.where(of == k, target, -1), of, domain_count=counts, **options | values).loss
-                    add_gradients(by_domain[k], part * ranks.world, model, head, keep=k != some[-1])
-        share = 1.0 if shard is None else 1.0 / ranks.world  # a sharded head gives every rank the loss of all
-        total["loss"] += result.loss.detach() * share
-        total["loss_by_domain"] += result.per_domain.nan_to_num(0.0) * share
-        total["cos"].index_add_(0, domains, result.target_cos[mine].float().nan_to_num(0.0))
-        total["correct"].index_add_(0, domains, result.correct[mine].float())
-        total["count"].index_add_(0, domains, valid.float())
-        length = lengths_of(x).double()
-        powers = torch.stack([torch.ones_like(length), length, length.square()], 1)
-        total["norms"].index_add_(0, domains, torch.where(valid[:, None], powers, 0.0))
-        total["direction"] += (F.normalize(x.detach().float(), dim=1) * valid[:, None]).sum(0)
-    if ranks.world > 1:
-        head.grad /= ranks.world
-        if shard is None:
-            ranks.sum(head.grad)
-    return total
+def plan_batches(options: Options, splits: list[Split]) -> np.ndarray:
+    """Images of each domain in each batch of the run: int64 [steps, batches per step, K]."""
+    K, sizes = len(splits), np.array([len(split) for split in splits], dtype=float)
+    schedule = make_schedule(options.schedule, K, options.batch)
+    shares, ramp = blend_shares(options, sizes) if options.schedule == "B" else (np.full(K, 1.0 / K), None)
+    largest = int(np.where(shares > 0, sizes, 0).argmax())
+    images = options.images or (options.epochs or 10.0) * sizes[largest] / shares[largest]
+    steps, batch = max(round(images / options.batch), 1), schedule.images_per_batch
+    if options.schedule == "B":
+        plan = blend_counts((shares_at(s / steps, shares, ramp) for s in range(steps)), batch)
+    elif options.schedule == "sequential":
+        order = [options.trained.index(name) for name in options.domains or DOMAINS]
+        plan = batch * np.eye(K, dtype=np.int64)[[order[s * K // steps] for s in range(steps)]]
+    else:  # A and alternate: the domains one after another
+        plan = batch * np.eye(K, dtype=np.int64)[np.arange(steps * schedule.batches_per_step) % K]
+    return plan.reshape(steps, schedule.batches_per_step, K)
 
 
-def gradient_norm(parameters: list[nn.Parameter], head: nn.Parameter, sharded: bool, ranks: Ranks) -> torch.Tensor:
-    """Length of the gradient of the backbone and of the whole head, the same on every rank."""
-    own = head.grad.square().sum()
-    if sharded:
-        ranks.sum(own)
-    gradients = [p.grad for p in parameters if p.grad is not None and p is not head]
-    return (nn.utils.get_total_norm(gradients).to(own) ** 2 + own).sqrt() if gradients else own.sqrt()
+def blend_shares(options: Options, sizes: np.ndarray) -> tuple[np.ndarray, tuple[int, float, float, float] | None]:
+    """Shares [K] of schedule B by --mix, and its --mix-ramp with the number of the domain."""
+    shares, ramp = np.array(options.per_domain("mix")) if isinstance(options.mix, dict) else sizes**options.mix, None
+    if shares.sum() <= 0:
+        raise InputError("--mix: at least one share must be above 0")
+    shares = shares / shares.sum()
+    if options.mix_ramp:
+        if options.mix_ramp.domain not in options.trained:
+            raise InputError(f"--mix-ramp: {options.mix_ramp.domain} is not among --domains")
+        ramp = (options.trained.index(options.mix_ramp.domain), *options.mix_ramp[1:])
+        if shares.sum() - shares[ramp[0]] <= 0:
+            raise InputError("--mix-ramp needs another domain with a share above 0")
+    for progress in (0.0, 1.0):
+        for name, share in zip(options.trained, shares_at(progress, shares, ramp), strict=True):
+            if share and options.batch * share < 1:
+                raise InputError(f"--batch {options.batch} gives {name} {options.batch * share:.2f} images each: "
+                                 f"raise --batch to {math.ceil(1 / share)} or set its share with --mix")
+    return shares, ramp
 
 
-def make_optimizer(model: Backbone, head: nn.Parameter, config: dict) -> torch.optim.AdamW:
+def ramp_up(progress: float, fraction: float) -> float:
+    """0 -> 1, linear over the first `fraction` of training (0: no ramp)."""
+    return min(progress / fraction, 1.0) if fraction > 0 else 1.0
+
+
+def rate(step: int, steps: int, warmup: float) -> float:
+    """Factor on every learning rate at a step: linear warm-up over a fraction of the steps, then a cosine."""
+    rising = (step + 1) / max(warmup * steps, 1.0)
+    falling = MIN_RATE + (1 - MIN_RATE) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
+    return min(rising, 1.0) * falling
+
+
+# ---------------------------------------------------------------- model and optimiser
+
+
+class AutocastModel(nn.Module):
+    """The model's forward pass in the precision of --precision."""
+
+    def __init__(self, model: Backbone, bf16: bool, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.bf16, self.device = model, bf16, device.type
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            return self.model(images)
+
+
+def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> torch.optim.AdamW:
     """AdamW with layer-wise learning rates lr * decay^(distance from the top) and no weight decay on vectors.
 
-    Every group's `scale` times the rate of the step is its learning rate; the class weights have their own.
+    Every group's `scale` times the rate of the step is its learning rate; the class weights come last.
     """
     layers = model.layers()
     deepest, groups = max(layers.values()), {}
     skip = {f"net.{name}" for name in getattr(model.net, "no_weight_decay", set)()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decay = 0.0 if parameter.ndim < 2 or name in skip else config["weight_decay"]
-            scale = config["lr"] * config["layer_decay"] ** (deepest - layers[name])
+            decay = 0.0 if parameter.ndim < 2 or name in skip else options.weight_decay
+            scale = options.lr * options.layer_decay ** (deepest - layers[name])
             groups.setdefault((scale, decay), []).append(parameter)
     parameters = [{"params": p, "weight_decay": decay, "scale": scale} for (scale, decay), p in groups.items()]
     # cosines do not see the length of a class weight: decaying it would only raise its effective learning rate
-    parameters.append({"params": [head], "weight_decay": 0.0, "scale": config["head_lr"]})
+    parameters.append({"params": [head.weight], "weight_decay": 0.0, "scale": options.head_lr})
     # fused: one launch, and a step that is not finite is left out on the device (`found_inf`), without asking the CPU
-    return torch.optim.AdamW(parameters, lr=config["lr"], betas=(0.9, 0.999), fused=True)
+    return torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.999), fused=True)
 
 
-# ---------------------------------------------------------------- embeddings, and the class weights to start from
+def build_model(options: Options, device: torch.device) -> Backbone:
+    """The backbone with what of it is trained."""
+    model = load_backbone(Network.of(options))
+    if options.drop_path:
+        add_drop_path(model, options.drop_path)
+    if options.lora:
+        add_low_rank(model, options.lora)
+    if options.grad_checkpointing:
+        try:
+            model.net.set_grad_checkpointing(True)
+        except AssertionError as error:  # timm's way to say so
+            raise InputError(f"--grad-checkpointing: {model.name} has none: leave it out") from error
+    return model.to(device, memory_format=torch.channels_last)
 
 
-def probe_splits(config: dict) -> list[Split]:
-    """What --eval-every looks at: a split per domain (the training one at need), and one out of distribution."""
-
-    def shifted(split: Split) -> bool:
-        return bool((split.index["protocol"] or {}).get("ood"))
-
-    root, found = open_root(Path(config["data"]), config["domains"]), []
-    for domain in config["domains"]:
-        others = [split for name, split in root[domain].items() if name != "train" and not shifted(split)]
-        found += [split for split in [*others, root[domain]["train"]] if (split.labels >= 0).sum() > 1][:1]
-    return found + [split for split in root.get("object", {}).values() if shifted(split)][:1]
+def head_settings(options: Options, splits: list[Split]) -> HeadSettings:
+    """What the options say of the class weights."""
+    share = options.sample_classes
+    shares = options.per_domain("sample_classes") if isinstance(share, dict) else \
+        [share if len(split.classes) >= MANY_CLASSES else 1.0 for split in splits]
+    coupling = "sample" if options.coupling == "sample" else "domain"
+    return HeadSettings(options.per_domain("loss"), shares, coupling, options.negatives,
+                        options.head_init == "text-frozen", options.seed)
 
 
-def probe(job: "Job", splits: list[Split], count: int = 2000) -> dict[str, float]:
-    """Same/different AUC of `count` fixed images of each split, on matched numbers of random pairs; chance is 0.5."""
-    from sklearn.metrics import roc_auc_score
-
-    scores = {}
-    for split in splits:
-        rows = np.flatnonzero(split.labels >= 0)
-        rows = np.sort(np.random.default_rng(0).permutation(rows)[:count])
-        parts = list(embed_rows(job.model, split, rows, job.device, job.config["micro_batch"] or 64,
-                                job.config["workers"]))
-        used, x = np.concatenate([r for r, _ in parts]), F.normalize(torch.cat([x for _, x in parts]), dim=1)
-        pairs = matched_pairs(split.labels[used], 5000, seed=0)
-        if len(pairs):
-            same, score = np.arange(len(pairs)) < len(pairs) // 2, (x[pairs[:, 0]] * x[pairs[:, 1]]).sum(1)
-            scores[f"{split.domain}/{split.name}"] = float(roc_auc_score(same, score.cpu().numpy()))
-    return scores
-
-
-def init_head(model: Backbone, splits: list[Split], config: dict, device: torch.device,
-              ranks: Ranks = Ranks(), rows: torch.Tensor | None = None) -> torch.Tensor:
-    """Class weights [C, D] to start from: unit class means of the untouched backbone, prompts, or random.
-
-    `rows`: these alone, this rank's part of a sharded head, which no GPU need hold whole.
-    """
-    place = device if rows is None else torch.device("cpu")
-    if config["head_init"] == "random":
-        generator = torch.Generator().manual_seed(config["seed"])
-        count = sum(len(split.classes) for split in splits)
-        whole = F.normalize(torch.randn(count, model.dim, generator=generator), dim=1)
-        return (whole if rows is None else whole[rows.cpu()]).to(device)
-    blocks = []
-    for split in splits:
-        if config["head_init"] == "text" and split.domain == "object":
-            blocks.append(text_weights(model, config, split.names, device).to(place))
-            continue
-        order = np.argsort(split.labels, kind="stable")  # the first images of each class
-        number = np.arange(len(order)) - np.searchsorted(split.labels[order], split.labels[order])
-        own = np.sort(order[number < config["head_init_images"]])[ranks.rank :: ranks.world]
-        total = torch.zeros(len(split.classes), model.dim, device=place)
-        parts = embed_rows(model, split, own, device, config["micro_batch"] or 64, config["workers"])
-        with tqdm(total=len(own), desc=f"class means {split.domain}", unit="img",
-                  disable=True if ranks.rank else None) as bar:
-            for used, x in parts:
-                total.index_add_(0, torch.from_numpy(split.labels[used]).to(place), F.normalize(x, dim=1).to(place))
-                bar.update(len(used))
-        blocks.append(F.normalize(ranks.sum(total), dim=1))
-    whole = torch.cat(blocks)
-    return whole if rows is None else whole[rows.cpu()].to(device)
-
-
-# ---------------------------------------------------------------- the job
-
-
-def open_splits(config: dict) -> list[Split]:
-    """The training split of every domain of the run."""
-    try:
-        root = open_root(Path(config["data"]), config["domains"], "train")
-    except InputError as error:
-        if ": no shards there" not in error.message or config["weights"] != "pretrained":
-            raise
-        _, name, tag = resolve_backbone(config)
-        raise InputError(
-            f"{error.message}; the weights of {name} are "
-            + ("downloaded at the first start (without network: --weights FILE, or --weights none for a random start)"
-               if tag is not None else "not published: give --weights none")
-        ) from error
-    splits = []
-    for domain in config["domains"]:
-        if "train" not in root.get(domain, {}):
-            folder = f"{config['data']}/{domain}/train"
-            raise InputError(f"{folder}: no shards; make them: `python -m data_prep SOURCE --src PATH --out {folder}`, "
-                             f"or leave {domain} out with --domains")
-        split = root[domain]["train"]
-        if not len(split) or (split.labels < 0).any():
-            raise InputError(f"{split.folder}: a training split needs images with labels; prepare it with --part train")
-        splits.append(split)
-    return splits
-
-
-def describe_plan(config: dict, splits: list[Split], plan: np.ndarray, steps: int) -> dict[str, int]:
-    """Print what will be seen, before anything is; returns the images per domain."""
-    counts = dict(zip(config["domains"], plan.sum(0).tolist(), strict=True))
-    print(f"{config['out']}: schedule {config['schedule']}, {steps} steps of {config['batch']} images")
-    if config.get("recipe"):
-        print(f"  recipe of {config['backbone']}: " + ", ".join(f"{k}={v:g}" for k, v in config["recipe"].items()))
-    shares = class_shares(config, [len(split.classes) for split in splits])
-    for split, loss, share in zip(splits, describe_losses(config), shares, strict=True):
-        seen = counts[split.domain]
-        loss += f" over {share:g} of the classes a step" if share < 1 else ""
-        passes = seen / len(split)
-        warning = "  WARNING: above 50 passes, expect memorisation" if passes > 50 else ""
-        print(f"  {split.domain:8s} {len(split):9,d} images of {len(split.classes):7,d} classes: {seen:10,d} drawn, "
-              f"{passes:.1f} passes; {loss}{warning}")
-    print(f"  learning rate {config['lr']:g} at the top of the backbone, x {config['layer_decay']:g} per layer "
-          f"downwards, class weights {config['head_lr']:g}; warm-up {config['warmup']:.0%}, cosine to x "
-          f"{config['min_lr']:g}; not scaled with the batch or the number of processes")
-    if "=" not in str(config["sample_classes"]) and float(config["sample_classes"]) < min(shares):
-        print(f"  --sample-classes: no domain has {MANY_CLASSES:,} classes, all are used; to draw from fewer name the "
-              "domains: object=1,...")
-    return counts
+# ---------------------------------------------------------------- the run
 
 
 @dataclass
 class Job:
     """A run that is ready to take its next step."""
 
-    config: dict
+    options: Options
     folder: Path
     device: torch.device
     ranks: Ranks
-    splits: list[Split]
+    splits: list[Split]  # training, one a domain
     plan: np.ndarray  # int64 [steps, batches per step, K]: images of each domain
-    counts: torch.Tensor  # int64 [steps, K] on the device: the same of whole steps
+    counts: Tensor  # int64 [steps, K] on the device: the same of whole steps
     model: Backbone
-    head: nn.Parameter  # [C, D]; with --shard-head this rank's rows
-    rows: torch.Tensor | None  # int64, which these are; None: all
+    head: MarginHead
     optimizer: torch.optim.AdamW
-    tally: dict  # what accumulates over resumptions
-    health: torch.Tensor  # int64 [2] on the device: steps that were not finite, of these the last ones in a row
-    ema: list[torch.Tensor] | None = None  # running averages of `parameters`
-    norms: torch.Tensor | None = None  # float64 [K, 3]: running n, sum, sum of squares of embedding lengths (AdaFace)
-    cache: list[torch.Tensor] | None = None  # per domain, every image of its split
+    health: Tensor  # int64 [2] on the device: steps that were not finite, of these the last ones in a row
+    tally: Tally = field(default_factory=Tally)
+    average: RunningAverage | None = None  # --ema, of `parameters`
+    hook: Any = None  # takes over the backward passes of some steps, e.g. tools.conflicts.DomainGradients
     first: int = 0  # the next step
-    bad: int = 0  # damaged images of this rank since the last log line
 
     @property
     def steps(self) -> int:
         return len(self.plan)
 
     @property
-    def half(self) -> bool:
+    def bf16(self) -> bool:
         """Whether the backbone computes in bfloat16 (--precision)."""
-        precision, cuda = self.config["precision"], self.device.type == "cuda"
+        precision, cuda = self.options.precision, self.device.type == "cuda"
         return precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
 
     @property
@@ -392,142 +430,76 @@ class Job:
         """What is trained; the class weights come last."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def save(self, step: int) -> None:
-        """Checkpoint: the state that step `step` starts from."""
-        save_checkpoint(self, step)
-
-
-def set_up(config: dict) -> Job | None:
-    """From options to a run that is ready to go; None: it is complete. Refuses before it builds anything."""
-    check_options(config)
-    splits = open_splits(config)
-    schedule = make_schedule(config["schedule"], len(splits), config["batch"])
-    shares, mix_ramp = parse_shares(config, splits)
-    sizes = np.array([len(split) for split in splits])
-    largest = int(np.where(shares > 0, sizes, 0).argmax())
-    images = config["images"] or (config["epochs"] or 10.0) * sizes[largest] / shares[largest]
-    steps = max(round(images / config["batch"]), 1)
-    plan = plan_batches(config, schedule, steps, shares, mix_ramp)
-    folder, found = Path(config["out"]), find_run(config, splits)
-    if found == "complete":
-        print(f"{folder} is complete")
-        return None
-
-    asked = config["device"]
-    ranks = join_ranks(config)
-    device, config["device"] = pick_device(config["device"]), asked
-    if ranks.rank == 0 and (folder / "STOP").exists():  # of an earlier start; one that comes from now on counts
-        (folder / "STOP").unlink()
-    if schedule.images_per_batch < ranks.world:
-        raise InputError(f"batches of {schedule.images_per_batch} images cannot be dealt to {ranks.world} processes: "
-                         "raise --batch or start fewer")
-    if device.index:
-        torch.cuda.set_device(device)  # kernels and generators go by the current device
-    torch.set_float32_matmul_precision("high")
-    counts = describe_plan(config, splits, plan, steps)
-    model = load_backbone(config)
-    choose_trained(model, config)
-    if config["grad_checkpointing"]:
-        try:
-            model.net.set_grad_checkpointing(True)
-        except AssertionError as error:  # timm's way to say so
-            raise InputError(f"--grad-checkpointing: {resolve_backbone(config)[1]} has none: leave it out") from error
-    model = model.to(device, memory_format=torch.channels_last)
-    for split in splits:
-        if model.image_size > split.size:
-            print(f"  {split.domain}/{split.name}: images of {split.size} px are enlarged to {model.image_size} px")
-    if config["cache"] != "none":
-        check_cache(config["cache"], splits, device, ranks)
-    if found == "nothing" and ranks.rank == 0:
-        role = RUN_ROLES[1 if len(splits) == 1 else 2 if config["schedule"] == "sequential" else 0]
-        make_folder(folder, "--out")
-        write_json(folder / "config.json",
-                   config | {"role": role, "steps": steps, "counts": counts, **provenance(splits)})
-    classes = [len(split.classes) for split in splits]
-    sharded = config["shard_head"] and ranks.world > 1
-    if config["shard_head"] and not sharded:
-        print("  --shard-head: one process holds all class weights")
-    rows = head_slices(classes, ranks.rank, ranks.world)[0].to(device) if sharded else None
-    head = nn.Parameter(torch.zeros(len(rows) if sharded else sum(classes), model.dim, device=device))
-    optimizer = make_optimizer(model, head, config)
-    tally = {"skipped": 0, "bad": 0, "collapsed_at": None, "seconds": 0.0}
-    plan = plan.reshape(steps, schedule.batches_per_step, len(splits))
-    job = Job(config, folder, device, ranks, splits, plan, torch.from_numpy(plan.sum(1)).to(device), model, head, rows,
-              optimizer, tally, torch.zeros(2, dtype=torch.int64, device=device))
-    if any(per_domain(config, "margin_adaptive")):
-        job.norms = torch.zeros(len(splits), 3, dtype=torch.float64, device=device)
-    if config["ema"]:
-        job.ema = [p.detach().float().clone() for p in job.parameters]
-    if (folder / "last" / "state.pt").exists():
-        job.first = load_checkpoint(job)
-    else:
-        head.data.copy_(init_head(model, splits, config, device, ranks, rows))
-        if job.ema is not None:
-            job.ema[-1].copy_(head.data)
-    if ranks.rank == 0:
-        forget_after(folder, job.first or -1)  # -1: a run that was killed before its first checkpoint
-    return job
-
 
 # ---------------------------------------------------------------- the step
 
 
-@contextlib.contextmanager
-def drawn(job: Job, rows: torch.Tensor | None) -> Iterator[None]:
-    """Inside, the class weights and their moments are those of `rows` alone: the others neither decay nor move.
+def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int, passes: int) -> dict[str, Tensor]:
+    """One optimiser step: the gradients of its micro-batches, clipping, update. Nothing in it waits for the device.
 
-    The number of steps in Adam's bias correction is that of the run, as in torch's SparseAdam.
+    Args:
+        forward: images [B, 3, S, S] -> embeddings [B, D].
+        batches: (images, labels [B], domains [B]) of the step: any split of it gives the same gradients to rounding.
+        passes: number of batches; the ranks add up their gradients in the last one.
+
+    Returns:
+        What `add_to_totals` adds up, and grad_norm and finite (0 where the step was skipped).
     """
-    if rows is None:
-        yield
-        return
-    weight, state = job.head.data, job.optimizer.state[job.head]
-    whole = {key: v for key, v in state.items() if v.ndim}
-    job.head.data = weight[rows]
-    state.update({key: v[rows] for key, v in whole.items()})
-    yield
-    weight[rows] = job.head.data
-    for key in [key for key, v in state.items() if v.ndim]:
-        moments = whole[key] if key in whole else torch.zeros_like(weight)  # none before the first step
-        moments[rows] = state[key]
-        state[key] = moments
-    job.head.data = weight
-
-
-class Precise(nn.Module):
-    """The model's forward pass in the precision of --precision."""
-
-    def __init__(self, model: Backbone, half: bool, device: torch.device) -> None:
-        super().__init__()
-        self.model, self.half, self.device = model, half, device.type
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
-            return self.model(images)
-
-
-def make_forward(job: Job) -> nn.Module:
-    """The backbone in the precision of the run, compiled and spread over the ranks where that is asked for."""
-    forward = Precise(job.model, job.half, job.device)
-    if job.ranks.world > 1:
-        # what never gets a gradient must not be waited for
-        images = torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)
-        forward(images).sum().backward()
-        for parameter in job.model.parameters():
-            parameter.requires_grad_(parameter.grad is not None)
+    options, head, ranks = job.options, job.head, job.ranks
+    set_rates_and_seed(job, step)
+    margin = ramp_up(step / job.steps, options.margin_ramp)
+    tune_backbone = step >= round(options.head_warmup * job.steps)  # else the class weights alone
+    hook = job.hook if job.hook and tune_backbone and job.hook.acts(step) else None
+    total = empty_totals(len(job.splits), job.model.dim, job.device)
+    if hook:
+        hook.begin()
+    with head.drawn(job.optimizer):
+        for number, (images, labels, domains) in enumerate(batches):
+            ranks_add_up = number == passes - 1 and not hook
+            with contextlib.nullcontext() if ranks_add_up or ranks.world == 1 or not tune_backbone else \
+                    forward.no_sync():
+                with torch.set_grad_enabled(tune_backbone):
+                    x = forward(images)
+                result = head(x, labels, domains, job.counts[step], margin)
+                if hook:
+                    present = np.flatnonzero(job.plan[step][number * len(job.plan[step]) // passes]).tolist()
+                    hook.backward(result, (x, labels, domains, job.counts[step], margin), present)
+                else:
+                    result.loss.backward()
+            add_to_totals(total, x, result, labels, domains)
+        head.finish_gradient()
+        if hook:
+            hook.finish(step)
+        total["grad_norm"] = gradient_norm(job)
+        nn.utils.clip_grads_with_norm_(job.parameters, CLIP, total["grad_norm"])
+        total["finite"] = update(job, total["grad_norm"])
         job.optimizer.zero_grad(set_to_none=True)
-    if job.config["compile"]:
-        if job.config["conflict_every"] or job.config["coupling"] == "pcgrad":
-            torch._functorch.config.donated_buffer = False  # their backward passes keep the graph
-        forward.compile(dynamic=False)  # batches have one size, but for a smaller last part
-    if job.ranks.world > 1:
-        forward = nn.parallel.DistributedDataParallel(
-            forward, device_ids=[job.device] if job.device.type == "cuda" else None, broadcast_buffers=False)
-    return forward
+    if job.average:
+        job.average.update(step + 1 - job.health[0], total["finite"])
+    head.learn_lengths(total["norms"], total["finite"])
+    return total
+
+
+def set_rates_and_seed(job: Job, step: int) -> None:
+    """Learning rates and generators of a step; dropped paths are keyed by (seed, step, rank), so no state is kept."""
+    key = int(np.random.SeedSequence((job.options.seed, step, job.ranks.rank)).generate_state(1)[0])
+    torch.default_generator.manual_seed(key)  # torch.manual_seed formats a stack for each kind of GPU that is not there
+    if job.device.type == "cuda":
+        torch.cuda.manual_seed(key)
+    factor = rate(step, job.steps, job.options.warmup)
+    for group in job.optimizer.param_groups:
+        group["lr"] = factor * group["scale"]
+
+
+def gradient_norm(job: Job) -> Tensor:
+    """Length of the gradient of the backbone and of the whole head, the same on every rank."""
+    square = job.head.squared_gradient()
+    gradients = [p.grad for p in job.parameters[:-1] if p.grad is not None]
+    return (nn.utils.get_total_norm(gradients).to(square) ** 2 + square).sqrt() if gradients else square.sqrt()
 
 
 @torch.no_grad()
-def update(job: Job, norm: torch.Tensor) -> torch.Tensor:
+def update(job: Job, norm: Tensor) -> Tensor:
     """Take the optimiser step unless the gradient is not finite; decided on the device, nobody waits for it.
 
     Returns 1 for a step that was taken, else 0.
@@ -540,63 +512,149 @@ def update(job: Job, norm: torch.Tensor) -> torch.Tensor:
     return finite.float()
 
 
-@torch.no_grad()
-def follow(job: Job, step: int, taken: torch.Tensor) -> None:
-    """--ema: the running averages take up the weights after a step, unless it was skipped."""
-    if job.ema is not None:
-        t = step + 1 - job.health[0]  # steps taken; decay as Karras et al. warm it up
-        pull = (1 - ((1 + t) / (10 + t)).clamp(max=job.config["ema"])) * taken
-        away = torch._foreach_sub([p.detach() for p in job.parameters], job.ema)
-        torch._foreach_mul_(away, pull.to(away[0].dtype))
-        torch._foreach_add_(job.ema, away)
-
-
-def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int, options: dict,
-              passes: int) -> dict[str, torch.Tensor]:
-    """One optimiser step: gradients of its batches, clipping, update. Nothing in it waits for the device."""
-    config, frozen = job.config, slice(*options["class_ranges"][0]) if job.config["freeze_text_head"] else slice(0)
-    # dropped paths are keyed by (seed, step, rank), so that no state of a generator has to be kept
-    key = int(np.random.SeedSequence((config["seed"], step, job.ranks.rank)).generate_state(1)[0])
-    torch.default_generator.manual_seed(key)  # torch.manual_seed formats a stack for each kind of GPU that is not there
-    if job.device.type == "cuda":
-        torch.cuda.manual_seed(key)
-    factor = rate(step, job.steps, config["warmup"], config["min_lr"])
-    for group in job.optimizer.param_groups:
-        group["lr"] = factor * group["scale"]
-    tune_backbone = step >= round(config["head_warmup"] * job.steps)
-    look = tune_backbone and config["conflict_every"] > 0 and step % config["conflict_every"] == 0
-    by_domain = [[] for _ in job.splits] if tune_backbone and (look or config["coupling"] == "pcgrad") else None
-    counts = job.counts[step]
-    per_batch = passes // len(job.plan[step])
-    there = [np.flatnonzero(images).tolist() for images in job.plan[step] for _ in range(per_batch)]
-    with drawn(job, options["rows"]):
-        total = accumulate(forward, job.head, batches, counts, options, negatives=config["negatives"], ranks=job.ranks,
-                           margin=ramp(step / job.steps, config["margin_ramp"]), tune_backbone=tune_backbone,
-                           passes=passes, by_domain=by_domain, there=there, norms=job.norms)
-        if by_domain is not None:
-            couple(job, by_domain, step, look)
-        job.head.grad[frozen].zero_()  # --freeze-text-head: object comes first
-        total["grad_norm"] = gradient_norm(job.parameters, job.head, options["shard"] is not None, job.ranks)
-        nn.utils.clip_grads_with_norm_(job.parameters, config["clip"] or math.inf, total["grad_norm"])
-        total["finite"] = update(job, total["grad_norm"])
-        job.optimizer.zero_grad(set_to_none=True)
-    follow(job, step, total["finite"])
-    learn_norms(job, total["norms"], total["finite"])
-    return total
-
-
 # ---------------------------------------------------------------- the loop
 
 
-def look_at_fixed_images(job: Job, splits: list[Split], board, step: int) -> None:
+def run_steps(job: Job) -> int:
+    """The training loop; returns the exit code."""
+    options, steps, tally, ranks = job.options, job.steps, job.tally, job.ranks
+    feed = make_feed(job)
+    board = open_board(job, feed) if ranks.rank == 0 else None
+    log = TrainingLog(job.folder, {s.domain: len(s) for s in job.splits}, job.plan, ranks, tally, board)
+    fixed = probe_splits(options) if options.eval_every else []
+    if fixed and not job.first:
+        look_at_fixed_images(job, fixed, board, 0)
+    stop, window, started = runs.StopRequest(job.folder, ranks), [], time.time() - tally.seconds
+    forward, ending = make_forward(job), False
+
+    feed.start(job.first)
+    forward.train()
+    bar = tqdm(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train",
+               disable=True if ranks.rank else None)
+    for step in bar:
+        draw = functools.partial(job.head.draw_classes, step) if job.head.samples_classes else None
+        window.append(take_step(job, forward, feed.next_step(draw), step, feed.passes))
+        tally.seconds, done = time.time() - started, step + 1
+        ending = ranks.any(bool(stop)) and done < steps
+        if done % options.log_every == 0 or done == steps or ending:
+            record = log.write(window, done, rates_of(job, step), job.health, feed.bad)
+            log.check_health(done, job.health)
+            bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}", img_s=f"{record['images_per_second']:.0f}")
+            window, feed.bad = [], 0
+        if fixed and (done % options.eval_every == 0 or done == steps):
+            look_at_fixed_images(job, fixed, board, done)
+            forward.train()
+        if options.keep and (done % (options.eval_every or options.save_every) == 0 or done == steps):
+            counts = dict(zip(options.trained, job.plan[:done].sum((0, 1)).tolist(), strict=True))
+            runs.keep_checkpoint(job.folder, done, counts, options.keep, functools.partial(export_weights, job), ranks)
+        if ending or done % options.save_every == 0 or done == steps:
+            save_checkpoint(job, done)
+        if ending:
+            print(f"stopped by {stop.reason or 'another process'} after step {done} of {steps}; continue with --resume")
+            break
+    if board:
+        board.close()
+    if ending:
+        return runs.STOPPED
+    if ranks.rank == 0:
+        write_report(log, options.schedule, job.device.type)
+        runs.write_json(job.folder / "done.json", {"steps": steps, "images": steps * options.batch, **vars(tally)})
+    print(f"done: {job.folder} in {tally.seconds:.0f} s; next: python evaluate.py --run {job.folder}")
+    ranks.wait()
+    return 0
+
+
+def rates_of(job: Job, step: int) -> dict:
+    """What the schedule says of a step, for its line of the log."""
+    factor, options = rate(step, job.steps, job.options.warmup), job.options
+    return {"lr": factor * options.lr, "head_lr": factor * options.head_lr,
+            "margin": ramp_up(step / job.steps, options.margin_ramp),
+            "backbone": step >= round(options.head_warmup * job.steps)}
+
+
+def make_forward(job: Job) -> nn.Module:
+    """The backbone in the precision of the run, compiled and spread over the ranks where that is asked for."""
+    forward = AutocastModel(job.model, job.bf16, job.device)
+    if job.ranks.world > 1:
+        # what never gets a gradient must not be waited for
+        images = torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)
+        forward(images).sum().backward()
+        for parameter in job.model.parameters():
+            parameter.requires_grad_(parameter.grad is not None)
+        job.optimizer.zero_grad(set_to_none=True)
+    if job.options.compile:
+        if job.hook:
+            torch._functorch.config.donated_buffer = False  # its backward passes keep the graph
+        forward.compile(dynamic=False)  # batches have one size, but for a smaller last part
+    if job.ranks.world > 1:
+        forward = nn.parallel.DistributedDataParallel(
+            forward, device_ids=[job.device] if job.device.type == "cuda" else None, broadcast_buffers=False)
+    return forward
+
+
+# ---------------------------------------------------------------- input
+
+
+def make_feed(job: Job) -> Feed:
+    """The micro-batches of the run, for this rank."""
+    options, cache, readable, severity = job.options, None, None, None
+    if options.cache != "none":
+        place = job.device if options.cache == "gpu" else torch.device("cpu")
+        parts = [decode_split(split, place, options.workers, bool(job.ranks.rank)) for split in job.splits]
+        cache, readable = [bank for bank, _ in parts], [good for _, good in parts]
+    if options.degrade:
+        progress = np.repeat(np.arange(job.steps) / job.steps, job.plan.shape[1])
+        severity = options.degrade[0] * np.array([ramp_up(p, options.degrade[1]) for p in progress])
+    stream = Stream(job.splits, job.plan.reshape(-1, len(job.splits)), seed=options.seed, severity=severity,
+                    micro_batch=options.micro_batch, crop=options.per_domain("crop_scale"), readable=readable,
+                    erase=options.per_domain("erase"), rank=job.ranks.rank, world=job.ranks.world)
+    return Feed(stream, job.plan.shape[1], job.model.look, job.device, bf16=job.bf16, workers=options.workers,
+                cache=cache)
+
+
+# ---------------------------------------------------------------- quick evaluation
+
+
+def probe_splits(options: Options) -> list[Split]:
+    """What --eval-every looks at: a split per domain (the training one at need), and one out of distribution."""
+
+    def shifted(split: Split) -> bool:
+        return bool((split.index["protocol"] or {}).get("ood"))
+
+    root, found = open_root(Path(options.data), options.trained), []
+    for domain in options.trained:
+        others = [split for name, split in root[domain].items() if name != "train" and not shifted(split)]
+        found += [split for split in [*others, root[domain]["train"]] if (split.labels >= 0).sum() > 1][:1]
+    return found + [split for split in root.get("object", {}).values() if shifted(split)][:1]
+
+
+def probe(job: Job, splits: list[Split], count: int = 2000) -> dict[str, float]:
+    """Same/different AUC of `count` fixed images of each split, on matched numbers of random pairs; chance is 0.5."""
+    from sklearn.metrics import roc_auc_score
+
+
+    scores = {}
+    for split in splits:
+        rows = np.flatnonzero(split.labels >= 0)
+        rows = np.sort(np.random.default_rng(0).permutation(rows)[:count])
+        parts = list(embed_rows(job.model, split, rows, job.device, job.options.micro_batch or 64, job.options.workers))
+        used, x = np.concatenate([r for r, _ in parts]), F.normalize(torch.cat([x for _, x in parts]), dim=1)
+        pairs = matched_pairs(split.labels[used], 5000, seed=0)
+        if len(pairs):
+            same, score = np.arange(len(pairs)) < len(pairs) // 2, (x[pairs[:, 0]] * x[pairs[:, 1]]).sum(1)
+            scores[f"{split.domain}/{split.name}"] = float(roc_auc_score(same, score.cpu().numpy()))
+    return scores
+
+
+def look_at_fixed_images(job: Job, splits: list[Split], board: Any, step: int) -> None:
     """--eval-every: AUC of fixed images into probe.jsonl; a task that falls below its start is named."""
     if job.ranks.rank == 0:
         job.model.eval()
         with averaged(job):
             scores = probe(job, splits)
         job.model.train()
-        append(job.folder / "probe.jsonl", {"step": step, "auc": scores})
-        start = job.tally.setdefault("start", scores)
+        runs.append(job.folder / "probe.jsonl", {"step": step, "auc": scores})
+        start = job.tally.start = job.tally.start or scores
         for name, score in scores.items():
             board.add_scalar(f"auc/{name}", score, step)
             if score < start.get(name, 0) - 0.01:
@@ -605,76 +663,180 @@ def look_at_fixed_images(job: Job, splits: list[Split], board, step: int) -> Non
     job.ranks.wait()
 
 
-def run_steps(job: Job) -> int:
-    """The training loop; returns the exit code."""
-    config, steps, tally, ranks = job.config, job.steps, job.tally, job.ranks
-    stream = make_stream(job)
-    passes = stream.per_batch * job.plan.shape[1]
-    chunks = load_steps(job, stream, job.first * passes)
-    board = None
-    if ranks.rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
-        if not job.first:
-            draw_samples(job.folder / "samples.png", stream, job.model, job.cache)
-    options = loss_options(config, [len(split.classes) for split in job.splits], job.device, ranks)
-    fixed = probe_splits(config) if config["eval_every"] else []
-    if fixed and not job.first:
-        look_at_fixed_images(job, fixed, board, 0)
-    stop, window, started = StopRequest(job.folder, ranks), [], time.time() - tally["seconds"]
-    forward, ending = make_forward(job), False
-
-    forward.train()
-    bar = tqdm(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train",
-               disable=True if ranks.rank else None)
-    for step in bar:
-        batches, now = receive(job, chunks, step, options, passes)
-        window.append(take_step(job, forward, batches, step, now, passes))
-        tally["seconds"], done = time.time() - started, step + 1
-        ending = ranks.any(bool(stop)) and done < steps
-        if done % config["log_every"] == 0 or done == steps or ending:
-            record = log_window(job, board, window, done)
-            check_health(job, done)
-            if "loss" in record:
-                bar.set_postfix(loss=f"{record['loss']:.3f}", img_s=f"{record['images_per_second']:.0f}")
-            window = []
-        if fixed and (done % config["eval_every"] == 0 or done == steps):
-            look_at_fixed_images(job, fixed, board, done)
-            forward.train()
-        if config["keep"] and (done % (config["eval_every"] or config["save_every"]) == 0 or done == steps):
-            keep_checkpoint(job, done)
-        if ending or done % config["save_every"] == 0 or done == steps:
-            job.save(done)
-        if ending:
-            print(f"stopped by {stop.reason or 'another process'} after step {done} of {steps}; continue with --resume")
-            break
-    if board:
-        board.close()
-    if ending:
-        return STOPPED
-    if ranks.rank == 0:
-        write_report(job)
-        write_json(job.folder / "done.json", {"steps": steps, "images": steps * config["batch"], **tally})
-    print(f"done: {job.folder} in {tally['seconds']:.0f} s; next: python evaluate.py --run {job.folder}")
-    ranks.wait()
-    return 0
+# ---------------------------------------------------------------- checkpoint and resume
 
 
-# ---------------------------------------------------------------- options
+def averaged(job: Job) -> contextlib.AbstractContextManager:
+    """Inside, the trained parameters are their running averages, where --ema keeps any."""
+    return job.average.swapped_in() if job.average else contextlib.nullcontext()
 
 
-@click.group(invoke_without_command=True, context_settings={"show_default": True, "max_content_width": 120},
-             help=__doc__.split("\n\n")[0])
-@run_options
+def export_weights(job: Job, folder: Path) -> None:
+    """Write what the run is for: its weights, or their running averages."""
+    with averaged(job):
+        head = job.head.whole(job.head.weight.detach())
+        if job.ranks.rank == 0:
+            runs.save_weights(folder, job.model, head, {split.domain: split.classes for split in job.splits})
+
+
+def save_checkpoint(job: Job, step: int) -> None:
+    """Write the weights, then last/state.pt: everything that step `step` starts from, whatever the number of ranks.
+
+    In this order a run that is killed in between repeats the steps since the former state, and ends with both.
+    """
+    head, optimizer = job.head, job.optimizer.state_dict()
+    last = max(optimizer["state"], default=None)  # the class weights: last group, last number
+    if last is not None:
+        optimizer["state"][last] = {key: head.whole(v) if v.ndim else v for key, v in optimizer["state"][last].items()}
+    whole, average = head.whole(head.weight.detach()), job.average and job.average.values
+    average = average and [*average[:-1], head.whole(average[-1])]
+    export_weights(job, job.folder)
+    if job.ranks.rank == 0:
+        (job.folder / "last").mkdir(exist_ok=True)
+        state = {"step": step, "model": job.model.state_dict(), "head": whole, "optimizer": optimizer,
+                 "tally": vars(job.tally), "health": job.health, "ema": average, "norms": head.statistics}
+        runs.write_atomically(job.folder / "last" / "state.pt", lambda path: torch.save(state, path))
+    job.ranks.wait()
+
+
+def load_checkpoint(job: Job) -> int:
+    """Restore what save_checkpoint wrote; returns the next step."""
+    path, head = job.folder / "last" / "state.pt", job.head
+    try:
+        # of a sharded head every rank reads its own rows alone
+        state = torch.load(path, "cpu", weights_only=True, mmap=head.rows is not None)
+    except Exception as error:  # a damaged zip, a foreign pickle
+        what = type(error).__name__
+        raise InputError(f"{path}: damaged ({what}): restore it, or start anew in another --out") from error
+    job.model.load_state_dict(state["model"])
+    head.set_whole(state["head"])
+    if moments := state["optimizer"]["state"]:
+        last = max(moments)
+        moments[last] = {key: head.part_of(v) if v.ndim else v for key, v in moments[last].items()}
+    job.optimizer.load_state_dict(state["optimizer"])
+    if job.average:
+        for value, saved in zip(job.average.values, [*state["ema"][:-1], head.part_of(state["ema"][-1])], strict=True):
+            value.copy_(saved)
+    job.health.copy_(state["health"])
+    if head.statistics is not None:
+        head.statistics.copy_(state["norms"])
+    vars(job.tally).update(state["tally"])
+    return state["step"]
+
+
+# ---------------------------------------------------------------- from options to a run
+
+
+def describe_run(options: Options, recipe: dict[str, float], splits: list[Split], plan: np.ndarray) -> None:
+    """Print what will be seen, before anything is."""
+    print(f"{options.out}: schedule {options.schedule}, {len(plan)} steps of {options.batch} images")
+    if recipe:
+        print(f"  recipe of {options.backbone}: " + ", ".join(f"{key}={value:g}" for key, value in recipe.items()))
+    shares = head_settings(options, splits).class_share
+    for split, loss, share, seen in zip(splits, options.per_domain("loss"), shares, plan.sum((0, 1)), strict=True):
+        passes = seen / len(split)
+        warning = "  WARNING: above 50 passes, expect memorisation" if passes > 50 else ""
+        over = f" over {share:g} of the classes a step" if share < 1 else ""
+        print(f"  {split.domain:8s} {len(split):9,d} images of {len(split.classes):7,d} classes: {seen:10,d} drawn, "
+              f"{passes:.1f} passes; {show_loss(loss)}{over}{warning}")
+    print(f"  learning rate {options.lr:g} at the top of the backbone, x {options.layer_decay:g} per layer downwards, "
+          f"class weights {options.head_lr:g}; warm-up {options.warmup:.0%}, cosine to x {MIN_RATE:g}; not scaled with "
+          "the batch or the number of processes")
+    if isinstance(options.sample_classes, float) and options.sample_classes < min(shares):
+        print(f"  --sample-classes: no domain has {MANY_CLASSES:,} classes, all are used; to draw from fewer name the "
+              "domains: object=1,...")
+
+
+def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
+    """From options to a run that is ready to go; None: it is complete. Refuses before it builds anything."""
+    splits = open_training(options.data, options.trained)
+    plan = plan_batches(options, splits)
+    folder, texts = Path(options.out), as_texts(options)
+    found = runs.find_run(folder, texts, splits)
+    if found == "complete":
+        print(f"{folder} is complete")
+        return None
+    ranks, device = join_ranks(options.device)
+    if ranks.rank == 0 and (folder / "STOP").exists():  # of an earlier start; one that comes from now on counts
+        (folder / "STOP").unlink()
+    if plan[0][0].sum() < ranks.world:
+        raise InputError(f"batches of {plan[0][0].sum()} images cannot be dealt to {ranks.world} processes: raise "
+                         "--batch or start fewer")
+    if device.index:
+        torch.cuda.set_device(device)  # kernels and generators go by the current device
+    torch.set_float32_matmul_precision("high")
+    describe_run(options, recipe, splits, plan)
+    model = build_model(options, device)
+    for split in splits:
+        if model.image_size > split.size:
+            print(f"  {split.domain}/{split.name}: images of {split.size} px are enlarged to {model.image_size} px")
+    if options.cache != "none":
+        why = too_large(splits, device if options.cache == "gpu" else torch.device("cpu"))
+        if ranks.any(bool(why)):  # nobody begins before all have looked
+            raise InputError(f"--cache {options.cache}: {why or 'another process has too little memory'}: leave "
+                             "--cache out, or prepare smaller images (--size)")
+    if found == "nothing" and ranks.rank == 0:
+        runs.make_folder(folder, "--out")
+        counts = dict(zip(options.trained, plan.sum((0, 1)).tolist(), strict=True))
+        runs.write_config(folder, texts, runs.gather_facts(splits, options.schedule, len(plan), counts, recipe))
+    if options.shard_head and ranks.world == 1:
+        print("  --shard-head: one process holds all class weights")
+    head = MarginHead([len(split.classes) for split in splits], model.dim, head_settings(options, splits), ranks=ranks,
+                      shard=options.shard_head, device=device)
+    job = Job(options, folder, device, ranks, splits, plan, torch.from_numpy(plan.sum(1)).to(device), model, head,
+              make_optimizer(model, head, options), torch.zeros(2, dtype=torch.int64, device=device))
+    return start_or_resume(job)
+
+
+def start_or_resume(job: Job) -> Job:
+    """Fill the weights of a run: from its last checkpoint, or from where class weights start."""
+    options, head, folder = job.options, job.head, job.folder
+    if options.ema:
+        job.average = RunningAverage(job.parameters, options.ema)
+    if options.coupling == "pcgrad" or options.conflict_every:
+        from tools.conflicts import DomainGradients
+
+        job.hook = DomainGradients(job.model, head, options.trained, folder, pcgrad=options.coupling == "pcgrad",
+                                   every=options.conflict_every, seed=options.seed)
+    if (folder / "last" / "state.pt").exists():
+        job.first = load_checkpoint(job)
+    else:
+        head.set_whole(starting_weights(
+            job.model, job.splits, options.head_init, seed=options.seed, batch=options.micro_batch or 64,
+            workers=options.workers, ranks=job.ranks, device="cpu" if head.sharded else job.device))
+        if job.average:
+            job.average.values[-1].copy_(head.weight.data)
+    if job.ranks.rank == 0:
+        runs.forget_after(folder, job.first or -1)  # -1: a run that was killed before its first checkpoint
+    return job
+
+
+def open_board(job: Job, feed: Feed) -> Any:
+    """TensorBoard's writer; at the start of a run also samples.png."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if not job.first:
+        draw_samples(job.folder / "samples.png", feed.stream, feed.look, feed.cache)
+    return SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
+
+
+# ---------------------------------------------------------------- command line
+
+
+@click.group(cls=GroupedHelp, invoke_without_command=True, help=__doc__.split("\n\n")[0],
+             context_settings={"show_default": True, "max_content_width": 120})
+@click.option("--config", is_eager=True, expose_value=False, callback=replay_config, metavar="FILE",
+              help="Replay a run's config.json; options given here win over it.")
+@add_options(Options)
+@click.option("--debug", is_flag=True, expose_value=False, hidden=True, help="Show the traceback of an input error.")
 @click.pass_context
-def main(context: click.Context, **config) -> int | None:
+def main(context: click.Context, **values) -> int | None:
     if context.invoked_subcommand:
         refuse_options(context)
         return None
-    settle_options(context, config)
+    options, recipe = settle_options(context, values)
     try:
-        job = set_up(config)
+        job = set_up(options, recipe)
         code = run_steps(job) if job else 0
     except torch.OutOfMemoryError as error:
         raise InputError(f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --micro-batch, or add "
@@ -685,17 +847,18 @@ def main(context: click.Context, **config) -> int | None:
     return code
 
 
-@main.command(params=[p for p in main.params if p.name not in ("out", "resume", "epochs", "images")], help="""Where the
-time of a step goes: real data, one batch on the device, the bare backbone. Takes the options of training.""")
+@main.command(help="""Where the time of a step goes: real data, one batch on the device, the bare backbone. Takes the
+options of training.""")
+@add_options(Options, leave_out=("out", "resume", "epochs", "images"))
 @click.option("--rounds", type=click.IntRange(1), default=4, help="Turns of each kind.")
 @click.option("--count", type=click.IntRange(1), default=8, help="Steps of a turn.")
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there, too.")
 @click.pass_context
-def bench(context: click.Context, rounds: int, count: int, path: Path | None, **config) -> int:
-    from tools.bench_train import bench_run  # here, because it builds on this module
+def bench(context: click.Context, rounds: int, count: int, path: Path | None, **values) -> int:
+    from tools.bench_train import bench_run
 
-    settle_options(context, config)  # the step that is timed is the step of training
-    return bench_run(config, rounds, count, path)
+    options, _ = settle_options(context, {"out": None, "resume": False, "epochs": None, "images": None} | values)
+    return bench_run(sys.modules[__name__], options, rounds, count, path)
 
 
 @main.command(help="Write a run's model for others: weights of timm or open_clip, or an ONNX graph; with a model card.")
@@ -708,11 +871,11 @@ def bench(context: click.Context, rounds: int, count: int, path: Path | None, **
 @click.option("--wise-ft", type=Number(0, 1), default=1.0, metavar="ALPHA",
               help="Mix with the foundation: ALPHA of the run's weights, the rest of those it started from; 1: none.")
 @click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
+@click.option("--debug", is_flag=True, expose_value=False, hidden=True, help="Show the traceback of an input error.")
 def export(run: str, to: str, out: Path | None, tolerance: float, wise_ft: float, allow_partial: bool) -> int:
-    from tools.export import export_run  # here, because it builds on this module
+    from tools.export import export_run
 
-    return export_run(load_run(Path(run), allow_partial), to, out, tolerance, wise_ft)
+    return export_run(runs.load_run(Path(run), allow_partial), to, out, tolerance, wise_ft)
 
 
 if __name__ == "__main__":

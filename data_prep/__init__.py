@@ -1,7 +1,13 @@
 """Data preparation: images in any published layout become uniform, verified shards (`python -m data_prep --help`)."""
 
+import dataclasses
+import json
 import math
+import re
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import click
 
@@ -46,3 +52,185 @@ def run_command(command: click.Command) -> None:
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+# ---------------------------------------------------------------- options: notations
+
+
+class Parsed(click.ParamType):
+    """A value with a notation of its own, parsed once, on the command line or from a config.json.
+
+    Args:
+        name: what the help calls it.
+        parse: text -> value; ValueError says what is wanted.
+        show: value -> text, so that parse(show(value)) is the value again.
+    """
+
+    def __init__(self, name: str, parse: Callable[[str], Any], show: Callable[[Any], str] = str) -> None:
+        self.name, self.parse, self.show = name, parse, show
+
+    def convert(self, value, parameter, context):
+        if not isinstance(value, str | int | float):
+            return value
+        try:
+            return self.parse(str(value))
+        except ValueError as error:
+            self.fail(f"{value!r}: {error}", parameter, context)
+
+
+def check_domain(name: str) -> str:
+    """The name of a domain; ValueError where it is none."""
+    if name not in DOMAINS:
+        raise ValueError(f"no domain {name!r}; the domains are {', '.join(DOMAINS)}")
+    return name
+
+
+def parse_domains(text: str) -> list[str]:
+    """`object,body` -> the names, in the order given."""
+    names = [check_domain(name.strip()) for name in text.split(",")]
+    if len(set(names)) < len(names):
+        raise ValueError("names a domain twice")
+    return names
+
+
+def per_domain(low: float, high: float) -> Parsed:
+    """One number for every domain, or NAME=NUMBER,... for some: {domain: number}, each number in low..high."""
+
+    def parse(text: str) -> dict[str, float]:
+        try:
+            pairs = [part.split("=") for part in text.split(",")] if "=" in text else [(d, text) for d in DOMAINS]
+            values = {check_domain(name.strip()): float(number) for name, number in pairs}
+        except ValueError as error:
+            raise ValueError(str(error) if "no domain" in str(error) else "want a number or NAME=NUMBER,...") from error
+        for name, value in values.items():
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value:g}; want {low:g} to {high:g}")
+        return values
+
+    return Parsed("numbers", parse, lambda values: ",".join(f"{name}={value!r}" for name, value in values.items()))
+
+
+def parse_ramp(text: str) -> tuple[float, float]:
+    """`SEVERITY[@FRACTION]`: the largest severity, and the fraction of training over which it grows from 0."""
+    match = re.fullmatch(r"(\d*\.?\d+)(?:@(\d*\.?\d+))?", text)
+    severity, fraction = (float(match[1]), float(match[2] or 0.3)) if match else (2.0, 2.0)
+    if max(severity, fraction) > 1:
+        raise ValueError("want SEVERITY[@FRACTION], both in 0..1")
+    return severity, fraction
+
+
+class MixRamp(NamedTuple):
+    """A share of schedule B that moves linearly over the first `fraction` of training."""
+
+    domain: str
+    first: float
+    last: float
+    fraction: float
+
+
+def parse_mix_ramp(text: str) -> MixRamp:
+    """`DOMAIN:FIRST->LAST[@FRACTION]`."""
+    number = r"(\d+(?:\.\d*)?)"
+    match = re.fullmatch(rf"(\w+):{number}->{number}(?:@{number})?", text)
+    values = [float(x) for x in (*match.groups()[1:3], match[4] or 0.3)] if match else [2.0]
+    if not match or max(values) > 1 or not values[2]:
+        raise ValueError("want DOMAIN:FIRST->LAST[@FRACTION], shares in 0..1, FRACTION of training above 0 and up to 1")
+    return MixRamp(check_domain(match[1]), *values)
+
+
+def one_or_per_domain(low: float, high: float) -> Parsed:
+    """A number that means something else than the same one for every domain; or NAME=NUMBER,..."""
+    several = per_domain(low, high)
+    return Parsed("numbers", lambda text: several.parse(text) if "=" in text else several.parse(text)["object"],
+                  lambda value: several.show(value) if isinstance(value, dict) else repr(value))
+
+
+DOMAIN_LIST = Parsed("names", parse_domains, ",".join)
+SEVERITY = Parsed("severity", parse_ramp, lambda value: f"{value[0]!r}@{value[1]!r}")
+MIX_RAMP = Parsed("ramp", parse_mix_ramp, lambda ramp: f"{ramp[0]}:{ramp[1]!r}->{ramp[2]!r}@{ramp[3]!r}")
+
+
+# ---------------------------------------------------------------- from dataclasses to commands
+
+
+class Option(click.Option):
+    """An option that knows the group of its help."""
+
+    def __init__(self, *arguments, group: str = "other", **settings) -> None:
+        super().__init__(*arguments, **settings)
+        self.group = group
+
+
+class GroupedHelp(click.Group):
+    """A command whose help lists its options by group."""
+
+    def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list] = {}
+        for parameter in self.get_params(context):
+            if record := parameter.get_help_record(context):
+                groups.setdefault(getattr(parameter, "group", "other"), []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name.capitalize()):
+                formatter.write_dl(records)
+        self.format_commands(context, formatter)
+
+
+def option(group: str, default: Any, kind: click.ParamType | type, text: str, **settings) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        group: heading of the help under which it stands.
+        default: as on the command line; the field's default is its parsed value.
+        kind: click type; bool: a flag.
+        text: help, with the unit.
+        settings: further ones of click.Option.
+    """
+    parsed = kind.convert(default, None, None) if isinstance(kind, Parsed) and default is not None else default
+    metadata = {"group": group, "default": default, "kind": kind, "help": text, "settings": settings}
+    return dataclasses.field(default_factory=lambda: parsed, metadata=metadata)
+
+
+def add_options(options: type, leave_out: tuple[str, ...] = ()) -> Callable:
+    """Decorator: a command gets an option for every field of a dataclass of options."""
+
+    def decorate(command: Callable) -> Callable:
+        for field in reversed(dataclasses.fields(options)):
+            if field.name in leave_out:
+                continue
+            about, name = field.metadata, f"--{field.name.replace('_', '-')}"
+            flag = {"is_flag": True} if about["kind"] is bool else {"type": about["kind"]}
+            settings = flag | about["settings"]
+            command = click.option(name, cls=Option, group=about["group"], default=about["default"], help=about["help"],
+                                   **settings)(command)
+        return command
+
+    return decorate
+
+
+def as_texts(options: Any) -> dict[str, Any]:
+    """The values of a dataclass of options as JSON: what has a notation of its own as on the command line."""
+    return {field.name: field.metadata["kind"].show(value) if isinstance(field.metadata["kind"], Parsed) and
+            value is not None else value
+            for field in dataclasses.fields(options) for value in [getattr(options, field.name)]}
+
+
+def refuse_options(context: click.Context) -> None:
+    """Options given before a sub-command's name would be parsed and ignored."""
+    for parameter in context.command.params:
+        if context.get_parameter_source(parameter.name).name == "COMMANDLINE":
+            raise InputError(f"{parameter.opts[0]} before {context.invoked_subcommand}: give options after the "
+                             f"command's name (see `{context.invoked_subcommand} --help`)")
+
+
+def replay_config(context: click.Context, _parameter, path: str | None) -> None:
+    """Callback of --config FILE: the options of a run's config.json become defaults; the command line still wins."""
+    if path is None:
+        return
+    try:
+        values = json.loads(Path(path).read_text())["options"]
+        unknown = sorted(set(values) - {parameter.name for parameter in context.command.params})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--config {path}: not a readable JSON file of options; take a run's config.json") from error
+    if unknown:
+        raise InputError(f"--config {path}: no option {unknown[0]!r}")
+    context.default_map = {key: value for key, value in values.items() if key not in ("out", "resume")}

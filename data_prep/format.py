@@ -352,3 +352,22 @@ def matched_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     apart = labels[order[left]] != labels[order[right]]
     different = np.stack([order[left], order[right]], 1)[apart][:count]
     return np.concatenate([same[: len(different)], different])
+
+
+def open_training(data: str, domains: list[str]) -> list[Split]:
+    """The training split of each domain of a data root.
+
+    Raises:
+        InputError: there is none, or it has images without labels.
+    """
+    root, splits = open_root(Path(data), domains, "train"), []
+    for domain in domains:
+        if "train" not in root.get(domain, {}):
+            folder = f"{data}/{domain}/train"
+            raise InputError(f"{folder}: no shards; make them: `python -m data_prep SOURCE --src PATH --out {folder}`, "
+                             f"or leave {domain} out with --domains")
+        split = root[domain]["train"]
+        if not len(split) or (split.labels < 0).any():
+            raise InputError(f"{split.folder}: a training split needs images with labels; prepare it with --part train")
+        splits.append(split)
+    return splits

@@ -26,7 +26,7 @@ class Records(Sequence):
     role (int8 [N], -1: none).
     """
 
-    def __init__(self, records: Iterable["Record"], folder: Path) -> None:
+    def __init__(self, records: Iterable[Record], folder: Path) -> None:
         """Take the records, in source order; the file lies on the disk of `folder`, or of its nearest parent."""
         there = next((place for place in (folder, *folder.parents) if place.is_dir()), None)
         # no name: nothing is left behind, however the process ends; it lives as long as this object
@@ -45,7 +45,7 @@ class Records(Sequence):
     def __len__(self) -> int:
         return len(self.start)
 
-    def __getitem__(self, place: int) -> "Record":
+    def __getitem__(self, place: int) -> Record:
         # our own file, which nobody else can reach: no pickle of a stranger is ever loaded here
         return pickle.loads(os.pread(self.file.fileno(), int(self.length[place]), int(self.start[place])))
 

@@ -4,18 +4,27 @@ Everything here is a closed-form function of the seed and of running numbers, so
 nor an interruption changes what a run sees.
 """
 
+import contextlib
 import functools
 import math
+import os
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data_prep import DOMAINS, InputError
 from data_prep.degrade import degrade
 from data_prep.format import BadImage, Split
+from kernels.gather import gather_interleaved
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+LOADERS = min(16, max(CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, 1))  # default number of loader processes
 
 
 class Order:
@@ -90,26 +99,6 @@ def random_patch(u: np.ndarray, chance: float) -> tuple[float, float, float, flo
     return x, y, x + w, y + h
 
 
-@functools.lru_cache
-def constant(values: tuple[float, float, float], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A value for each channel, [3, 1, 1]; sent to a GPU once, because a copy of a list waits for it."""
-    return torch.tensor(values, device=device, dtype=dtype).view(3, 1, 1)
-
-
-def change_colors(pixels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-    """Brightness, contrast and saturation of images [B, 3, S, S], RGB 0..1, times `factors` [B, 3] (1: as it is).
-
-    As torchvision's ColorJitter has them, without hue and always in this order.
-    """
-    brightness, contrast, saturation = factors.to(pixels)[:, :, None, None, None].unbind(1)
-    luma = constant((0.2989, 0.587, 0.114), pixels.device, pixels.dtype)
-    pixels = (pixels * brightness).clamp(0, 1)
-    mean = (pixels * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    pixels = torch.lerp(mean.expand_as(pixels), pixels, contrast).clamp(0, 1)
-    grey = (pixels * luma).sum(1, keepdim=True)
-    return torch.lerp(grey.expand_as(pixels), pixels, saturation).clamp(0, 1)
-
-
 def erase_patches(images: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
     """Normalised images [B, 3, S, S] with the mean colour (0) in `patches` [B, 4]; see `random_patch`."""
     size = images.shape[-1]
@@ -130,8 +119,7 @@ class Chunk:
     boxes: torch.Tensor  # float32 [B, 4], pixels of the bank's images
     flip: torch.Tensor  # bool [B]
     bad: list[str]  # what had to be replaced: "domain/split key: reason"
-    color: torch.Tensor | None = None  # float32 [B, 3], factors of `change_colors`; None: no domain has any
-    erase: torch.Tensor | None = None  # float32 [B, 4], patches of `erase_patches`
+    erase: torch.Tensor | None = None  # float32 [B, 4], patches of `erase_patches`; None: no domain has any
     images: torch.Tensor | None = None  # [B, 3, S, S], where the finished batch was made with the chunk
 
     def __getstate__(self) -> dict:
@@ -147,18 +135,6 @@ class Chunk:
         """Called by the DataLoader where CUDA copies without waiting."""
         tensors = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return Chunk([bank.pin_memory() for bank in self.banks], **tensors, bad=self.bad)
-
-    def augment(self, images: torch.Tensor, mean: tuple, std: tuple) -> torch.Tensor:
-        """Colours and erased patches of the finished, normalised batch [B, 3, S, S], on its device.
-
-        On the batch, so that neither the loader nor an image cache has to do with it.
-        """
-        if self.color is not None:
-            factors = self.color.to(images.device, non_blocking=True)
-            mean, std = (constant(tuple(v), images.device, images.dtype) for v in (mean, std))
-            changed = (change_colors(images * std + mean, factors) - mean) / std
-            images = torch.where((factors != 1).any(1)[:, None, None, None], changed, images)  # others keep their bits
-        return images if self.erase is None else erase_patches(images, self.erase)
 
 
 def image_memory(*shape: int) -> torch.Tensor:
@@ -184,8 +160,7 @@ class Stream(torch.utils.data.Dataset):
         window: shards among which rows are shuffled.
         micro_batch: at most so many images per chunk (None: the batch).
         crop: least area of the random crop, 0..1, per domain.
-        flip, color, erase: chance of a mirror image (None: 0.5), largest change of the colours (factors 1 - c to 1 + c)
-            and chance of an erased patch, per domain (None: none).
+        erase: chance of an erased patch, per domain (None: none).
         severity: largest severity 0..1 of the degradation of face_lq in each batch [batches]; None: no degradation.
         rank, world: this process takes the places rank, rank + world, ... of every batch.
         readable: per domain [M_d] bool, which images somebody has decoded already: the chunks then come without banks
@@ -195,11 +170,10 @@ class Stream(torch.utils.data.Dataset):
     def __init__(self, splits: list[Split], plan: np.ndarray, *, seed: int, window: int = 8,
                  micro_batch: int | None = None, crop: list[float], severity: np.ndarray | None = None,
                  rank: int = 0, world: int = 1, readable: list[np.ndarray] | None = None,
-                 flip: list[float] | None = None, color: list[float] | None = None,
                  erase: list[float] | None = None) -> None:
         self.splits, self.plan, self.seed, self.crop, self.severity = splits, plan, seed, crop, severity
         self.rank, self.world, self.readable = rank, world, readable
-        self.flip, self.color, self.erase = flip or [0.5] * len(splits), color or [], erase or []
+        self.erase = erase or []
         most = math.ceil(int(plan[0].sum()) / world)
         self.micro = min(micro_batch or most, most)
         self.per_batch = math.ceil(most / self.micro)  # chunks
@@ -224,20 +198,18 @@ class Stream(torch.utils.data.Dataset):
         banks = [image_memory(n, *((split.size, split.size) if n else (1, 1)), 3)
                  for n, split in zip(counts, self.splits, strict=True)]
         filled = [0] * len(self.splits)
-        row, label, boxes, flip, color, erase, bad = [], [], [], [], [], [], []
+        row, label, boxes, flip, erase, bad = [], [], [], [], [], []
         for d, n in zip(domain.tolist(), number.tolist(), strict=True):
             split = self.splits[d]
             epoch, sample = self.orders[d](n)
             image, used = self.read(d, sample, bad)
             rng = np.random.default_rng((self.seed, DOMAINS.index(split.domain), epoch, sample))
             boxes.append(random_box(rng, split.size, split.size, self.crop[d]))
-            flip.append(rng.random() < self.flip[d])
+            flip.append(rng.random() < 0.5)
             if self.severity is not None and split.domain == "face_lq":
                 image, _ = degrade(image, float(self.severity[batch]) * rng.random(), rng)
-            if any(self.color) or any(self.erase):
-                u = rng.random(8)  # drawn whole, so that one augmentation does not shift the other
-                color.append([1 + self.color[d] * (2 * v - 1) for v in u[:3]] if any(self.color) else [1.0] * 3)
-                erase.append(random_patch(u[3:], self.erase[d]) if any(self.erase) else (0.0,) * 4)
+            if any(self.erase):
+                erase.append(random_patch(rng.random(5), self.erase[d]))
             row.append(used if self.readable else filled[d])
             label.append(int(split.labels[used]))
             if image is not None:
@@ -246,7 +218,6 @@ class Stream(torch.utils.data.Dataset):
         label[real:] = [-1] * (size - real)
         return Chunk(banks, torch.from_numpy(domain), torch.tensor(row), torch.tensor(label),
                      torch.tensor(boxes, dtype=torch.float32), torch.tensor(flip), bad,
-                     torch.tensor(color, dtype=torch.float32) if any(self.color) else None,
                      torch.tensor(erase, dtype=torch.float32) if any(self.erase) else None)
 
     def read(self, d: int, sample: int, bad: list[str]) -> tuple[torch.Tensor | None, int]:
@@ -289,6 +260,42 @@ class Batches(torch.utils.data.Dataset):
         return np.array(good, dtype=np.int64), images[: len(good)].permute(0, 3, 1, 2)
 
 
+# ---------------------------------------------------------------- from chunks to images
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a network wants its images."""
+
+    image_size: int  # pixels
+    mean: tuple[float, float, float]  # RGB, of images scaled to 0..1
+    std: tuple[float, float, float]
+
+
+def make_images(chunk: Chunk, look: Look, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The interleaved, augmented, normalised batch [B, 3, S, S] of a chunk."""
+    banks = [bank.to(device, non_blocking=True) for bank in chunk.banks]
+    images = gather_interleaved(banks, chunk.domain, chunk.row, size=look.image_size, mean=look.mean, std=look.std,
+                                boxes=chunk.boxes, flip=chunk.flip, dtype=dtype)
+    return images if chunk.erase is None else erase_patches(images, chunk.erase)
+
+
+class FinishedImages(torch.utils.data.Dataset):
+    """The chunks of a stream with their finished images, for a step on the CPU: made by the loader processes."""
+
+    def __init__(self, stream: Stream, cache: list[torch.Tensor] | None, look: Look) -> None:
+        self.stream, self.cache, self.look = stream, cache, look
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, c: int) -> Chunk:
+        chunk = self.stream[c]
+        if self.cache is not None:
+            chunk = replace(chunk, banks=self.cache)
+        return replace(chunk, banks=[], images=make_images(chunk, self.look, torch.device("cpu")))
+
+
 def quiet_worker(_: int) -> None:
     """Loader workers leave signals to the main process, which ends the run after the current step."""
     for number in (signal.SIGINT, signal.SIGTERM):  # terminals and schedulers signal the whole group
@@ -306,3 +313,103 @@ def load(dataset: torch.utils.data.Dataset, first: int, workers: int, pin: bool)
         dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers, pin_memory=pin,
         worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None, collate_fn=as_it_is,
     ))
+
+
+# ---------------------------------------------------------------- images decoded once and kept (--cache)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is left on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, IndexError, ValueError):  # what Linux would give back counts as free
+        free[0] = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) << 10
+    with contextlib.suppress(OSError, ValueError):  # a limit of the job's own (SLURM, a container)
+        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return max(min(free), 0)
+
+
+def too_large(splits: list[Split], device: torch.device) -> str:
+    """Why the decoded images of the splits do not fit the memory of a device; "" where they do."""
+    need, have = sum(len(split) * 3 * split.size**2 for split in splits), free_bytes(device)
+    copies = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    each = f" for each of {copies} processes here" * (copies > 1)
+    return f"the images take {need / 2**30:.1f} GiB decoded{each} and {have / 2**30:.1f} GiB are free" \
+        if need * copies > 0.8 * have else ""
+
+
+def decode_split(split: Split, device: torch.device, workers: int, quiet: bool) -> tuple[torch.Tensor, np.ndarray]:
+    """Every image of a split, uint8 [M, S, S, 3] on the device, and which could be read, bool [M]."""
+    bank = torch.zeros(len(split), split.size, split.size, 3, dtype=torch.uint8, device=device)
+    readable = np.zeros(len(split), dtype=bool)
+    with tqdm(total=len(split), desc=f"cache {split.domain}", unit="img", disable=True if quiet else None) as bar:
+        for rows, images in load(Batches(split, np.arange(len(split)), 256), 0, workers, False):
+            bank[torch.from_numpy(rows).to(device)] = images.permute(0, 2, 3, 1).to(device)
+            readable[rows] = True
+            bar.update(len(rows))
+    return bank, readable
+
+
+def from_cache(cache: list[torch.Tensor], chunk: Chunk, device: torch.device) -> Chunk:
+    """The chunk with its banks: the cache itself where it lies on the device, else the rows that the chunk names."""
+    if cache[0].device == device:
+        return replace(chunk, banks=cache)
+    banks, row = [], torch.empty_like(chunk.row)
+    for d, bank in enumerate(cache):
+        places = (chunk.domain == d).nonzero().flatten()
+        banks.append(bank[chunk.row[places]].pin_memory())
+        row[places] = torch.arange(len(places))
+    return replace(chunk, banks=banks, row=row)
+
+
+class Feed:
+    """The micro-batches of a run's steps on the device: decoded ahead by loader processes, made into images there.
+
+    Args:
+        stream: of this rank.
+        batches_per_step: of the schedule.
+        look: how the network wants its images.
+        bf16: the network computes in bfloat16.
+        cache: the decoded images of every split, for a stream with `readable`.
+
+    Attributes: passes (micro-batches of a step), bad (damaged images that were replaced).
+    """
+
+    def __init__(self, stream: Stream, batches_per_step: int, look: Look, device: torch.device, *, bf16: bool = False,
+                 workers: int = 0, cache: list[torch.Tensor] | None = None) -> None:
+        self.stream, self.look, self.device, self.workers, self.cache = stream, look, device, workers, cache
+        self.dtype = torch.bfloat16 if bf16 else torch.float32  # what autocast would make of them
+        self.passes, self.bad, self.chunks = stream.per_batch * batches_per_step, 0, iter(())
+
+    def start(self, step: int) -> None:
+        """Go on with a step."""
+        on_gpu = self.device.type == "cuda"  # there the device makes the images, of fewer bytes
+        chunks = self.stream if on_gpu else FinishedImages(self.stream, self.cache, self.look)
+        self.chunks = load(chunks, step * self.passes, self.workers, on_gpu)
+
+    def next_step(self, relabel: Callable | None = None) -> Iterator[tuple]:
+        """The micro-batches of the next step, one by one: (images [B, 3, S, S], labels [B], domains [B]).
+
+        Args:
+            relabel: gets the labels and the domains of all micro-batches, on the CPU, and returns other labels.
+        """
+        part: Iterable[Chunk] = (next(self.chunks) for _ in range(self.passes))
+        if relabel:
+            part = list(part)
+            labels = relabel([chunk.label for chunk in part], [chunk.domain for chunk in part])
+            part = [replace(chunk, label=label) for chunk, label in zip(part, labels, strict=True)]
+        return self.finish(part)
+
+    def finish(self, part: Iterable[Chunk]) -> Iterator[tuple]:
+        """Chunks as they are wanted on the device."""
+        for chunk in part:
+            for line in chunk.bad:
+                tqdm.write(f"damaged image replaced: {line}", file=sys.stderr)
+            self.bad += len(chunk.bad)
+            images = chunk.images
+            if images is None:
+                chunk = chunk if self.cache is None else from_cache(self.cache, chunk, self.device)
+                images = make_images(chunk, self.look, self.device, self.dtype)
+            yield images, *(v.to(self.device, non_blocking=True) for v in (chunk.label, chunk.domain))

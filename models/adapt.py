@@ -1,7 +1,12 @@
+"""What of a backbone is trained, and how its weights are averaged: LoRA, stochastic depth, running averages.
 
+Copy with it: models/backbones.py.
+"""
 
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -28,22 +33,6 @@ class LowRank(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         with torch.autocast(weight.device.type, enabled=False):  # in bf16 it would not be the matrix that is exported
             return weight + self.scale * (self.up @ self.down)
-
-
-def choose_trained(model: Backbone, config: dict) -> None:
-    """Apply --drop-path, --freeze-blocks and --lora to an untouched backbone; its outputs stay what they were."""
-    if config["drop_path"]:
-        add_drop_path(model, config["drop_path"])
-    if frozen := config["freeze_blocks"]:
-        layers = model.layers()
-        if frozen >= (deepest := max(layers.values())):
-            raise InputError(f"--freeze-blocks {frozen}: this network has {deepest} levels and trains the last: "
-                             f"take up to {deepest - 1}, or --head-warmup 1, which trains the class weights alone")
-        for name, parameter in model.named_parameters():
-            if layers.get(name, deepest) <= frozen:  # 0 is what comes before the first block
-                parameter.requires_grad_(False)
-    if config["lora"]:
-        add_low_rank(model, config["lora"])
 
 
 def add_low_rank(model: Backbone, rank: int) -> None:
@@ -78,3 +67,36 @@ def add_drop_path(model: Backbone, rate: float) -> None:
     for (module, found), probability in zip(blocks, np.linspace(0, rate, len(blocks)).tolist(), strict=True):
         for end in found:
             setattr(module, end, DropPath(probability))
+
+
+class RunningAverage:
+    """Exponential running average (EMA) of parameters, whose decay warms up: min(decay, (1 + t) / (10 + t)).
+
+    Source of the warm-up: Karras et al., arXiv 2312.02696, and TensorFlow's ExponentialMovingAverage.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = parameters, decay
+        self.values = [p.detach().float().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, t: torch.Tensor, taken: torch.Tensor) -> None:
+        """After step number t (from 1, not counting skipped ones); `taken`: 0 where this one was skipped."""
+        pull = (1 - ((1 + t) / (10 + t)).clamp(max=self.decay)) * taken
+        away = torch._foreach_sub([p.detach() for p in self.parameters], self.values)
+        torch._foreach_mul_(away, pull.to(away[0].dtype))
+        torch._foreach_add_(self.values, away)
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Inside, the parameters are their averages."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+    def swap(self) -> None:
+        """Exchange the parameters and their averages."""
+        for parameter, average in zip(self.parameters, self.values, strict=True):
+            parameter.data, average.data = average.data, parameter.data

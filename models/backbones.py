@@ -1,6 +1,6 @@
-"""Backbones of timm and open_clip: what there is, how each is built, filled with weights and made ready for training.
+"""Backbones of timm and open_clip: what there is, how each is built, filled with weights and fine-tuned (RECIPES).
 
-What is fine-tuned how (RECIPES) stands here too; options are read by their names from a run's configuration.
+Copy with it: data_prep/ (of it, reading) and kernels/gather.py.
 """
 
 import difflib
@@ -8,7 +8,9 @@ import logging
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 
 from data_prep import InputError
 from data_prep.format import Split
-from data_prep.stream import Batches, load
+from data_prep.stream import Batches, Look, load
 
 SIZES = ("tiny", "small", "base", "large")
 # Family -> size -> (library, name, pretrained tag or None), and the input size where --image-size is not given.
@@ -81,16 +83,41 @@ TINY_CLIP = {
 }
 
 
+@dataclass(frozen=True)
+class Network:
+    """Which network, with which weights, on which input."""
+
+    backbone: str | None  # a family of BACKBONES, with its size; None: model
+    size: str = "large"
+    model: str | None = None  # any name of timm or open_clip
+    weights: str = "pretrained"  # or "none", or a file
+    image_size: int | None = None  # pixels; None: the family's or the model's own
+    embed_dim: int = 0  # width of one linear layer after the backbone; 0: none
+    seed: int = 0  # a random start is a function of it
+
+    @classmethod
+    def of(cls, values: Any, **changes) -> "Network":
+        """From anything that has these names: options, or the configuration of a run."""
+        given = values if isinstance(values, dict) else vars(values)
+        return cls(**{field.name: given[field.name] for field in fields(cls)} | changes)
+
+    @property
+    def name(self) -> str:
+        """For folders and tables."""
+        return (self.model or f"{self.backbone}-{self.size}").replace("/", "_")
+
+
 class Backbone(nn.Module):
     """An image tower of timm or open_clip with what it needs to know about its input.
 
     Attributes: dim (width D of the embedding), image_size (pixels), mean and std (per RGB channel, images scaled to
-    0..1), interpolation ("bilinear" or "bicubic"), net (the library's own module, with its own key names).
+    0..1), interpolation ("bilinear" or "bicubic"), net (the library's own module, with its own key names), library and
+    name (in it).
     """
 
-    def __init__(self, net: nn.Module, library: str, embed_dim: int, image_size: int) -> None:
+    def __init__(self, net: nn.Module, library: str, name: str, embed_dim: int, image_size: int) -> None:
         super().__init__()
-        self.net, self.library, self.image_size = net, library, image_size
+        self.net, self.library, self.name, self.image_size = net, library, name, image_size
         if library == "open_clip":
             import open_clip
 
@@ -109,6 +136,11 @@ class Backbone(nn.Module):
         self.interpolation = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
         self.dim = embed_dim or width
         self.project = nn.Linear(width, embed_dim, bias=False) if embed_dim else None
+
+    @property
+    def look(self) -> Look:
+        """How the network wants its images."""
+        return Look(self.image_size, self.mean, self.std)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed normalised images [B, 3, S, S] to [B, D], not L2-normalised."""
@@ -143,14 +175,14 @@ class Backbone(nn.Module):
         return {name: depth.get(name, deepest) for name, p in self.named_parameters() if p.requires_grad}
 
 
-def resolve_backbone(config: dict) -> tuple[str, str, str | None]:
+def resolve_backbone(network: Network) -> tuple[str, str, str | None]:
     """(library, model name, pretrained tag: None where no weights exist) of --backbone and --size, or of --model."""
     import open_clip
     import timm
 
-    if not config["model"]:
-        return BACKBONES[config["backbone"]][config["size"]]
-    name, _, tag = config["model"].partition("/")
+    if not network.model:
+        return BACKBONES[network.backbone][network.size]
+    name, _, tag = network.model.partition("/")
     if timm.is_model(name):
         return "timm", name, ""
     if name in open_clip.list_models():
@@ -231,46 +263,42 @@ def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], p
     net.load_state_dict(state)
 
 
-def load_backbone(config: dict) -> Backbone:
-    """Build the untouched backbone of a configuration.
-
-    Args:
-        config: the keys backbone, size, model, weights ("pretrained", "none" or a file), image_size (None: the
-            family's default), embed_dim (0: none) and seed (a random start is a function of it).
+def load_backbone(network: Network) -> Backbone:
+    """Build an untouched backbone.
 
     Raises:
         InputError: unknown model, weights that cannot be had, or weights of another architecture.
     """
-    library, name, tag = resolve_backbone(config)
-    size = config["image_size"] or (None if config["model"] else IMAGE_SIZE[config["backbone"]])
-    torch.manual_seed(config["seed"])
+    library, name, tag = resolve_backbone(network)
+    size = network.image_size or (None if network.model else IMAGE_SIZE[network.backbone])
+    torch.manual_seed(network.seed)
     logging.disable(logging.ERROR)  # the hub clients' own pages about what ends here in one line
     try:
-        if config["weights"] == "pretrained":
-            net = download_network(config, library, name, size, tag)
+        if network.weights == "pretrained":
+            net = download_network(network, library, name, size, tag)
         else:
             net = build_network(library, name, size)
-            if config["weights"] != "none":
-                fill_weights(net, library, read_weights(Path(config["weights"])), Path(config["weights"]))
+            if network.weights != "none":
+                fill_weights(net, library, read_weights(Path(network.weights)), Path(network.weights))
         if size is None:
             import timm
 
             is_clip = library == "open_clip"
             size = net.visual.image_size if is_clip else timm.data.resolve_model_data_config(net)["input_size"][-1]
             size = size[0] if isinstance(size, tuple) else size
-        return Backbone(net, library, config["embed_dim"], size)
+        return Backbone(net, library, name, network.embed_dim, size)
     except (AssertionError, ValueError, RuntimeError) as error:
-        what = f"--image-size {config['image_size']}" if config["image_size"] else f"input size {size}"
+        what = f"--image-size {network.image_size}" if network.image_size else f"input size {size}"
         raise InputError(f"{what} does not fit {name}: {str(error).splitlines()[0]}") from error
     finally:
         logging.disable(logging.NOTSET)
 
 
-def download_network(config: dict, library: str, name: str, size: int | None, tag: str | None) -> nn.Module:
+def download_network(network: Network, library: str, name: str, size: int | None, tag: str | None) -> nn.Module:
     """The network with its published weights, from the libraries' hubs or their cache."""
     if tag is None:
-        which = config["model"] or f"{config['backbone']} {config['size']}"
-        more = " or, for OpenCLIP's, --model NAME/TAG" if library == "open_clip" and config["model"] else ""
+        which = network.model or f"{network.backbone} {network.size}"
+        more = " or, for OpenCLIP's, --model NAME/TAG" if library == "open_clip" and network.model else ""
         raise InputError(f"{which} has no weights to download: give --weights none or --weights FILE{more}")
     try:
         fail_fast_offline()
@@ -325,13 +353,12 @@ def embed_rows(model: Backbone, split: Split, rows: np.ndarray, device: torch.de
 
 
 @torch.no_grad()
-def text_weights(model: Backbone, config: dict, names: list[str], device: torch.device,
+def text_weights(model: Backbone, names: list[str], device: torch.device,
                  templates: Sequence[str] = ("a photo of a {}.",)) -> torch.Tensor:
     """Unit CLIP embeddings [C, D] of class names: each the mean of those of its prompts, {} being the name."""
     import open_clip
 
-    name = resolve_backbone(config)[1]
-    tokenizer = open_clip.get_tokenizer("ViT-B-32" if name == "tiny" else name)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32" if model.name == "tiny" else model.name)
     prompts = tokenizer([text.replace("{}", name.replace("_", " ")) for text in templates for name in names])
     x = torch.cat([model.net.encode_text(part.to(device)).float() for part in prompts.split(256)])
     return F.normalize(F.normalize(x, dim=1).view(len(templates), len(names), -1).mean(0), dim=1)

@@ -1,6 +1,6 @@
-"""A run folder: its files, its weights, its checkpoints. What lies where: README, "A run folder".
+"""A run: its processes and its folder with options, weights and checkpoints. What lies where: docs/training.md.
 
-Every stage reads runs by this module; train.py alone writes them.
+Copy with it: models/backbones.py and what it needs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,19 +25,77 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data_prep import InputError
+from data_prep import DOMAINS, InputError
 from data_prep.format import Split
-from models.backbones import Backbone, fill_weights, library_state, load_backbone
-from models.head import head_slices
-from train import Job
+from models.backbones import Backbone, Network, fill_weights, library_state, load_backbone
 
 RUN_ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py claims`
 LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # of a run, one record a line, each with its step
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
-NOT_OPTIONS = {"recipe", "role", "steps", "counts", "git_commit", "argv", "versions", "shards",
-               "sources"}  # of config.json
 FREE_ON_RESUME = {"workers", "device", "cache", "compile", "grad_checkpointing", "shard_head", "log_every",
-                  "save_every", "keep", "resume", "data", "out", "max_skipped", "max_bad", "config", "recipe"}
+                  "save_every", "keep", "resume", "data", "out", "splits"}
+
+
+# ---------------------------------------------------------------- processes
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of --device: `auto` takes CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"--device {name}: want auto, cpu, cuda or cuda:N")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
+    device = torch.device(name)
+    if (device.index or 0) >= max(torch.cuda.device_count(), 1):
+        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
+    return device
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that torchrun started for the run; alone it is rank 0 of 1."""
+
+    rank: int = 0
+    world: int = 1
+    control: object = None  # gloo group, for what the CPUs tell each other while the GPUs work
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, in place; what lies in the memory of the CPUs is summed there."""
+        if self.world > 1:
+            torch.distributed.all_reduce(tensor, group=self.control if tensor.device.type == "cpu" else None)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so; every rank has to ask."""
+        if self.world == 1:
+            return flag
+        told = torch.tensor(int(flag))
+        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self.control)
+        return bool(told)
+
+    def wait(self) -> None:
+        """Go on when every rank is here."""
+        self.any(False)
+
+
+def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
+    """The ranks of torchrun's environment, a process group where there are several, and the device of this one."""
+    world, device = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device_name)
+    if world == 1:
+        return Ranks(), device
+    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise InputError(f"WORLD_SIZE is {world} and {missing[0]} is not set: start several processes by torchrun, or "
+                         "unset WORLD_SIZE")
+    if device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    ranks = Ranks(torch.distributed.get_rank(), world, torch.distributed.new_group(backend="gloo"))
+    if ranks.rank:  # one voice
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return ranks, device
 
 
 # ---------------------------------------------------------------- files
@@ -118,18 +176,34 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def provenance(splits: list[Split]) -> dict:
-    """Versions and commit of the code, and which shards: for config.json."""
+@dataclass
+class Facts:
+    """What a run derived from its options and its data: beside the options in config.json."""
+
+    role: str  # one of RUN_ROLES, for `analyze.py claims`
+    steps: int
+    counts: dict[str, int]  # domain -> images that the run draws
+    recipe: dict[str, float]  # options that RECIPES filled
+    git_commit: str | None
+    argv: list[str]
+    versions: dict[str, str]
+    shards: dict[str, str]  # domain -> plan of its training split
+    sources: dict[str, dict]  # domain -> where its images come from
+
+
+def gather_facts(splits: list[Split], schedule: str, steps: int, counts: dict[str, int],
+                 recipe: dict[str, float]) -> Facts:
+    """The facts of a run that starts now: also versions and commit of the code, and which shards."""
     here = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
-    return {"git_commit": commit or None, "argv": sys.argv[1:],
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-            "shards": {split.domain: split.index["provenance"]["plan"] for split in splits},
-            "sources": describe_sources(splits)}
+    return Facts("expert" if len(splits) == 1 else "sequential" if schedule == "sequential" else "unified", steps,
+                 counts, recipe, commit or None, sys.argv[1:],
+                 {"python": platform.python_version()} | {name: version(name) for name in packages},
+                 {split.domain: split.index["provenance"]["plan"] for split in splits}, describe_sources(splits))
 
 
 def describe_sources(splits: list[Split]) -> dict[str, dict]:
@@ -139,20 +213,49 @@ def describe_sources(splits: list[Split]) -> dict[str, dict]:
                            **{key: split.index.get(key) for key in ("fit", "quality")}} for split in splits}
 
 
-def find_run(config: dict, splits: list[Split]) -> str:
-    """What the output folder holds: "nothing", "unfinished" or "complete"; InputError where it may not be continued."""
-    folder = Path(config["out"])
+def write_config(folder: Path, options: dict, facts: Facts) -> None:
+    """Write config.json: the options as on the command line, and what the run derived."""
+    write_json(folder / "config.json", {"options": options, "facts": asdict(facts)})
+
+
+FACTS = {field.name for field in fields(Facts)}
+
+
+def read_config(path: Path) -> tuple[dict, dict]:
+    """Options, as on the command line, and facts of a config.json; also of the flat form of former versions."""
+    config = read_json(path)
+    if isinstance(config.get("options"), dict) and isinstance(config.get("facts"), dict):
+        return config["options"], config["facts"]
+    options = {key: ",".join(value) if isinstance(value, list) else value for key, value in config.items()
+               if key not in FACTS}
+    options["domains"] = options.pop("order", None) or options.get("domains")
+    return options, {key: value for key, value in config.items() if key in FACTS}
+
+
+def describe_config(path: Path) -> dict:
+    """Options and facts of a config.json in one, with the domains in the house order and, as "order", in their own."""
+    options, facts = read_config(path)
+    order = options["domains"].split(",") if isinstance(options.get("domains"), str) else list(DOMAINS)
+    return options | facts | {"order": order, "domains": [name for name in DOMAINS if name in order]}
+
+
+def find_run(folder: Path, options: dict, splits: list[Split]) -> str:
+    """What the output folder holds: "nothing", "unfinished" or "complete"; InputError where it may not be continued.
+
+    Args:
+        options: of this start, as in config.json.
+    """
     if not (folder / "config.json").exists():
         return "nothing"
-    if not config["resume"]:
+    if not options["resume"]:
         raise InputError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
-    old = read_json(folder / "config.json")
-    if differing := [key for key, value in config.items() if key not in FREE_ON_RESUME and old.get(key) != value]:
-        key = differing[0]
-        raise InputError(f"--resume {folder}: --{key.replace('_', '-')} was {old.get(key)!r} and is now "
-                         f"{config[key]!r}; give what the run was started with (see its config.json)")
+    old, facts = read_config(folder / "config.json")
+    for key, value in options.items():
+        if key not in FREE_ON_RESUME and old.get(key) != value:
+            raise InputError(f"--resume {folder}: --{key.replace('_', '-')} was {old.get(key)!r} and is now {value!r}; "
+                             "give what the run was started with (see its config.json)")
     for split in splits:
-        if old["shards"][split.domain] != split.index["provenance"]["plan"]:
+        if facts["shards"][split.domain] != split.index["provenance"]["plan"]:
             raise InputError(f"--resume {folder}: {split.folder} is not the split that the run was started with")
     return "complete" if (folder / "done.json").exists() else "unfinished"
 
@@ -160,15 +263,15 @@ def find_run(config: dict, splits: list[Split]) -> str:
 # ---------------------------------------------------------------- weights
 
 
-def save_weights(folder: Path, model: Backbone, head: torch.Tensor, splits: list[Split]) -> None:
+def save_weights(folder: Path, model: Backbone, head: torch.Tensor, classes: dict[str, list[str]]) -> None:
     """Write model.safetensors (the library's own keys) and head.safetensors (class names in its metadata)."""
     net = library_state(model.net)
     write_atomically(folder / "model.safetensors", lambda path: save_file(net, path))
     tensors = {"weight": head.detach().contiguous()}
     if model.project is not None:
         tensors["project"] = model.project.weight.detach().contiguous()
-    classes = {"classes": json.dumps({split.domain: split.classes for split in splits})}
-    write_atomically(folder / "head.safetensors", lambda path: save_file(tensors, path, metadata=classes))
+    metadata = {"classes": json.dumps(classes)}
+    write_atomically(folder / "head.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
 
 
 @dataclass
@@ -176,7 +279,8 @@ class Run:
     """A finished run, as later stages read it."""
 
     folder: Path
-    config: dict
+    options: dict  # as on the command line
+    config: dict  # options and facts, "domains" in the house order and "order" as a list
     head: torch.Tensor  # float32 [C, D]
     classes: dict[str, list[str]]  # per trained domain
     class_ranges: dict[str, tuple[int, int]]  # rows of the head
@@ -193,7 +297,8 @@ def load_run(folder: Path, allow_partial: bool = False) -> Run:
     whole = (folder / "done.json").is_file() or folder.resolve().parent.name == "checkpoints"  # of --keep
     if not whole and not allow_partial:
         raise InputError(f"{folder} has not finished (no done.json): continue it with --resume or pass --allow-partial")
-    config = read_json(folder / "config.json")
+    options, _ = read_config(folder / "config.json")
+    config = describe_config(folder / "config.json")
     if missing := {"backbone", "model", "size", "image_size", "embed_dim", "seed", "domains", "data",
                    "counts", "steps", "shards", "versions", "git_commit"} - set(config):
         raise InputError(f"{folder}/config.json lacks {min(missing)!r}: restore it, or train the run again")
@@ -203,12 +308,12 @@ def load_run(folder: Path, allow_partial: bool = False) -> Run:
     head, classes = tensors["weight"], json.loads(metadata["classes"])
     ends = np.cumsum([len(names) for names in classes.values()])
     ranges = {d: (int(end) - len(classes[d]), int(end)) for d, end in zip(classes, ends, strict=True)}
-    return Run(folder, config, head, classes, ranges)
+    return Run(folder, options, config, head, classes, ranges)
 
 
 def load_tuned(run: Run) -> Backbone:
     """The fine-tuned backbone of a run, in eval mode."""
-    model, path = load_backbone(run.config | {"weights": "none"}), run.folder / "model.safetensors"
+    model, path = load_backbone(Network.of(run.config, weights="none")), run.folder / "model.safetensors"
     fill_weights(model.net, model.library, read_tensors(path)[0], path)
     if model.project is not None:
         model.project.weight.data.copy_(read_tensors(run.folder / "head.safetensors")[0]["project"])
@@ -217,96 +322,10 @@ def load_tuned(run: Run) -> Backbone:
 
 def load_foundation(run: Run) -> Backbone:
     """The untouched backbone that a run started from (without the run's own linear layer), in eval mode."""
-    return load_backbone(run.config | {"embed_dim": 0}).eval()
-
-
-def whole_head(tensor: torch.Tensor, job: Job) -> torch.Tensor | None:
-    """A tensor with one row per class of this rank's slice, with the rows of all ranks.
-
-    Of a sharded head on rank 0 alone, in the memory of its CPU: no GPU need hold what was sharded for its size.
-    """
-    if job.rows is None:
-        return tensor
-    own, ranks, counts = tensor.cpu(), job.ranks, [len(split.classes) for split in job.splits]
-    if ranks.rank:
-        torch.distributed.send(own, 0, group=ranks.control)
-        return None
-    whole = torch.empty(sum(counts), *own.shape[1:], dtype=own.dtype)
-    for rank in range(ranks.world):
-        rows = head_slices(counts, rank, ranks.world)[0]
-        part = own if rank == 0 else torch.empty(len(rows), *own.shape[1:], dtype=own.dtype)
-        if rank:
-            torch.distributed.recv(part, rank, group=ranks.control)
-        whole[rows] = part
-    return whole
-
-
-@contextlib.contextmanager
-def averaged(job: Job) -> Iterator[None]:
-    """Inside, the trainable parameters are their running averages, where --ema keeps any."""
-    swap = [] if job.ema is None else list(zip(job.parameters, job.ema, strict=True))
-    for parameter, average in swap:
-        parameter.data, average.data = average.data, parameter.data
-    yield
-    for parameter, average in swap:
-        parameter.data, average.data = average.data, parameter.data
-
-
-def export_weights(job: Job, folder: Path) -> None:
-    """Write what the run is for: its weights, or their running averages."""
-    with averaged(job):
-        head = whole_head(job.head.detach(), job)
-        if job.ranks.rank == 0:
-            save_weights(folder, job.model, head, job.splits)
+    return load_backbone(Network.of(run.config, embed_dim=0)).eval()
 
 
 # ---------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(job: Job, step: int) -> None:
-    """Write the weights, then last/state.pt: everything that step `step` starts from, whatever the number of ranks.
-
-    In this order a run that is killed in between repeats the steps since the former state, and ends with both.
-    """
-    folder, ranks, state = job.folder, job.ranks, job.optimizer.state_dict()
-    last = max(state["state"], default=None)  # the class weights: last group, last number
-    if last is not None:
-        state["state"][last] = {key: whole_head(v, job) if v.ndim else v for key, v in state["state"][last].items()}
-    head = whole_head(job.head.detach(), job)
-    average = None if job.ema is None else [*job.ema[:-1], whole_head(job.ema[-1], job)]
-    export_weights(job, folder)
-    if ranks.rank == 0:
-        (folder / "last").mkdir(exist_ok=True)
-        state = {"step": step, "model": job.model.state_dict(), "head": head, "optimizer": state,
-                 "tally": job.tally, "health": job.health, "ema": average, "norms": job.norms}
-        write_atomically(folder / "last" / "state.pt", lambda path: torch.save(state, path))
-    ranks.wait()
-
-
-def load_checkpoint(job: Job) -> int:
-    """Restore what save_checkpoint wrote; returns the next step."""
-    path = job.folder / "last" / "state.pt"
-    rows = slice(None) if job.rows is None else job.rows.cpu()
-    try:
-        # of a sharded head every rank reads its own rows alone
-        state = torch.load(path, "cpu", weights_only=True, mmap=job.rows is not None)
-    except Exception as error:  # a damaged zip, a foreign pickle
-        what = type(error).__name__
-        raise InputError(f"{path}: damaged ({what}): restore it, or start anew in another --out") from error
-    job.model.load_state_dict(state["model"])
-    job.head.data.copy_(state["head"][rows])
-    if moments := state["optimizer"]["state"]:
-        last = max(moments)
-        moments[last] = {key: v[rows] if v.ndim else v for key, v in moments[last].items()}
-    job.optimizer.load_state_dict(state["optimizer"])
-    if job.ema is not None:
-        for average, saved in zip(job.ema, [*state["ema"][:-1], state["ema"][-1][rows]], strict=True):
-            average.copy_(saved)
-    job.health.copy_(state["health"])
-    if job.norms is not None:
-        job.norms.copy_(state["norms"])
-    job.tally.update(state["tally"])
-    return state["step"]
 
 
 def kept_steps(run: Path) -> dict[int, Path]:
@@ -315,29 +334,34 @@ def kept_steps(run: Path) -> dict[int, Path]:
     return dict(sorted((int(step), folder) for step, folder in found if step.isdigit()))
 
 
-def keep_checkpoint(job: Job, step: int) -> None:
+def keep_checkpoint(run: Path, step: int, counts: dict[str, int], keep: int, export: Callable[[Path], None],
+                    ranks: Ranks) -> None:
     """--keep: RUN/checkpoints/step-NNNNNNNN, a run folder of its own. What is too old goes when it is complete.
 
     The newest ones stay, and the best by the mean AUC of --eval-every, to which the link `best` leads.
+
+    Args:
+        counts: images of each domain that were drawn until then.
+        export: writes the weights into a folder; every rank calls it.
     """
-    folder = job.folder / "checkpoints" / f"step-{step:08d}"
+    folder = run / "checkpoints" / f"step-{step:08d}"
     scratch = folder.with_suffix(".tmp")
-    if job.ranks.rank == 0:
+    if ranks.rank == 0:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     try:
-        export_weights(job, scratch)
-        if job.ranks.rank == 0:
-            counts = dict(zip(job.config["domains"], job.plan[:step].sum((0, 1)).tolist(), strict=True))
-            config = read_json(job.folder / "config.json") | {"steps": step, "counts": counts}
+        export(scratch)
+        if ranks.rank == 0:
+            config = read_json(run / "config.json")
+            config["facts"] |= {"steps": step, "counts": counts}
             write_json(scratch / "config.json", config)
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it could write its state
             os.replace(scratch, folder)
-            drop_checkpoints(job.folder, job.config["keep"])
+            drop_checkpoints(run, keep)
     finally:
-        if job.ranks.rank == 0:
+        if ranks.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
-    job.ranks.wait()
+    ranks.wait()
 
 
 def drop_checkpoints(run: Path, keep: int) -> None:
@@ -382,63 +406,3 @@ class StopRequest:
         if not self.reason and self.file and self.file.exists():
             self.reason = "file STOP"
         return bool(self.reason)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of --device: `auto` takes CUDA where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise InputError(f"--device {name}: want auto, cpu, cuda or cuda:N")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
-    device = torch.device(name)
-    if (device.index or 0) >= max(torch.cuda.device_count(), 1):
-        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
-    return device
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that torchrun started for the run; alone it is rank 0 of 1."""
-
-    rank: int = 0
-    world: int = 1
-    control: object = None  # gloo group, for what the CPUs tell each other while the GPUs work
-
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place; what lies in the memory of the CPUs is summed there."""
-        if self.world > 1:
-            torch.distributed.all_reduce(tensor, group=self.control if tensor.device.type == "cpu" else None)
-        return tensor
-
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so; every rank has to ask."""
-        if self.world == 1:
-            return flag
-        told = torch.tensor(int(flag))
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self.control)
-        return bool(told)
-
-    def wait(self) -> None:
-        """Go on when every rank is here."""
-        self.any(False)
-
-
-def join_ranks(config: dict) -> Ranks:
-    """The ranks of torchrun's environment; a process group where there are several."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        return Ranks()
-    if missing := [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise InputError(f"WORLD_SIZE is {world} and {missing[0]} is not set: start several processes by torchrun, or "
-                         "unset WORLD_SIZE")
-    device = pick_device(config["device"])
-    if device.type == "cuda":
-        config["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(pick_device(config["device"]))
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    ranks = Ranks(torch.distributed.get_rank(), world, torch.distributed.new_group(backend="gloo"))
-    if ranks.rank:  # one voice
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    return ranks

@@ -12,7 +12,7 @@ import numpy as np
 from analyze_report import interval
 from data_prep import DOMAINS, InputError
 from models.backbones import BACKBONES
-from models.runs import RUN_ROLES, read_json, write_atomically
+from models.runs import RUN_ROLES, describe_config, read_json, write_atomically
 from protocols.bootstrap import Figure
 from protocols.subspaces import above_chance, minus, show
 from reports.rows import HEADLINE, Row, read_rows, write_csv
@@ -222,7 +222,7 @@ def read_run(home: Path) -> Measured:
     """A run that evaluate.py has scored; InputError where it is not whole."""
     if not (home / "done.json").exists():
         raise InputError("not finished")
-    config = read_json(home / "config.json")
+    config = describe_config(home / "config.json")
     lacking = {"role", "backbone", "model", "weights", "domains", "schedule", "counts"} - set(config)
     if lacking:
         raise InputError(f"config.json lacks {min(lacking)!r}")

@@ -175,7 +175,6 @@ class Readouts:
 
     prompts: dict[str, list[str]]  # templates by set; for CLIP alone
     probe: int  # images of a reference that a linear probe is fitted to, at most
-    config: dict  # of the backbone
     trained: list[str]  # classes that the run has seen; of others retention is told apart
 
     def fit_once(self, embed: Embedder, y: np.ndarray, labels: np.ndarray, classes: int
@@ -208,7 +207,7 @@ class Readouts:
                 key = hashlib.sha256(json.dumps([embed.weights, templates, reference.names]).encode()).hexdigest()[:16]
                 w = keep(embed.folder / f"{embed.name}-text-{key}.npy", (len(reference.names), y.shape[1]),
                          lambda templates=templates: text_weights(
-                             embed.model, self.config, reference.names, embed.device, templates).cpu().numpy())
+                             embed.model, reference.names, embed.device, templates).cpu().numpy())
                 found[f"zero-shot {name.split()[0]}"] = w, np.zeros(len(w)), f"zero-shot by prompts {name}"
         return found
 

@@ -7,8 +7,8 @@ import numpy as np
 from data_prep.format import Split
 from models.runs import write_atomically
 from protocols.humans import human_rows
-from protocols.pairs import SCORE_BINS
 from protocols.search import make_members, score_blocks
+from protocols.templates import SCORE_BINS
 from reports.rows import Row, chance, headlines
 from reports.tables import Published
 

@@ -1,27 +1,166 @@
 """What a training run leaves to be looked at: its log, its first images, and a page on how it went with its curves.
+
+Copy with it: models/runs.py and models/ranks.py, data_prep/ (of it, reading).
 """
 
-from __future__ import annotations
-
-import dataclasses
 import math
 import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
 from data_prep import DOMAIN_COLOURS, InputError
-from data_prep.stream import Stream
-from models.backbones import Backbone
-from models.runs import append, read_lines, write_atomically
-from train import Job
-from train_input import to_images
-from train_schedule import ramp, rate
+from data_prep.stream import Look, Stream, make_images
+from models.head import HeadLoss, embedding_norms
+from models.runs import Ranks, append, read_lines, write_atomically
+
+MAX_SKIPPED = 10  # non-finite steps in a row that stop a run
+MAX_DAMAGED = 0.001  # share of damaged images that stops a run
 
 
-def draw_samples(path: Path, stream: Stream, model: Backbone, cache: list[torch.Tensor] | None = None,
+# ---------------------------------------------------------------- what a step leaves
+
+
+def empty_totals(num_domains: int, width: int, device: torch.device) -> dict[str, Tensor]:
+    """What `add_to_totals` adds up over the micro-batches of a step."""
+    total = {"loss": torch.zeros((), device=device), "direction": torch.zeros(width, device=device)}
+    total |= {name: torch.zeros(num_domains, device=device) for name in ("loss_by_domain", "cos", "correct", "count")}
+    return total | {"norms": torch.zeros(num_domains, 3, dtype=torch.float64, device=device)}
+
+
+@torch.no_grad()
+def add_to_totals(total: dict[str, Tensor], x: Tensor, result: HeadLoss, labels: Tensor, domains: Tensor) -> None:
+    """Add a micro-batch of this rank, without waiting for the device.
+
+    Adds to: loss; loss_by_domain, cos, correct, count [K]; direction [D], the sum of unit embeddings; norms [K, 3],
+    (n, sum, sum of squares) of the lengths of embeddings.
+    """
+    valid = labels >= 0
+    total["loss"] += result.own_loss
+    total["loss_by_domain"] += result.per_domain
+    total["cos"].index_add_(0, domains, result.target_cos)
+    total["correct"].index_add_(0, domains, result.correct.float())
+    total["count"].index_add_(0, domains, valid.float())
+    length = embedding_norms(x).double()
+    powers = torch.stack([torch.ones_like(length), length, length.square()], 1)
+    total["norms"].index_add_(0, domains, torch.where(valid[:, None], powers, 0.0))
+    total["direction"] += (F.normalize(x.detach().float(), dim=1) * valid[:, None]).sum(0)
+
+
+# ---------------------------------------------------------------- the log
+
+
+@dataclass
+class Tally:
+    """What accumulates over a run and its resumptions."""
+
+    skipped: int = 0  # steps without a finite gradient
+    bad: int = 0  # damaged images
+    collapsed_at: int | None = None  # step
+    seconds: float = 0.0
+    logged: float = 0.0  # `seconds` at the last line of the log
+    start: dict[str, float] = field(default_factory=dict)  # AUC of fixed images before the first step
+
+
+@dataclass
+class TrainingLog:
+    """log.jsonl and TensorBoard of a run."""
+
+    folder: Path
+    sizes: dict[str, int]  # domain -> images of its training split
+    plan: np.ndarray  # int64 [steps, batches per step, K]
+    ranks: Ranks
+    tally: Tally
+    board: Any = None  # TensorBoard's writer, on the first rank
+
+    def write(self, window: list[dict[str, Tensor]], done: int, rates: dict, health: Tensor, bad: int) -> dict:
+        """A line with means over the steps since the last one.
+
+        This is where the CPU waits for the GPU and the ranks for each other; in between nobody does.
+
+        Args:
+            window: totals of these steps, with "grad_norm" and "finite".
+            done: steps of the run that are over.
+            rates: what the schedule says of the last step, for the record.
+            health: int64 [2], steps that were not finite, and of these the last ones in a row.
+            bad: damaged images of this rank since the last line.
+        """
+        tally, before, batch = self.tally, self.tally.logged, int(self.plan[0].sum())
+        total = {name: torch.stack([t[name].float() for t in window]) for name in window[0]}
+        for name in ("loss", "loss_by_domain", "cos", "correct", "count", "direction", "norms"):
+            self.ranks.sum(total[name])
+        record = {"step": done, "images": done * batch, **rates, **summarise(total, list(self.sizes))}
+        for (name, size), images in zip(self.sizes.items(), self.plan[:done].sum((0, 1)).tolist(), strict=True):
+            record |= {f"images/{name}": images, f"passes/{name}": images / size}
+        tally.skipped = int(health[0])
+        if skipped := int((total["finite"] == 0).sum()):
+            tqdm.write(f"until step {done}: {skipped} of {len(window)} steps had no finite gradient and were skipped",
+                       file=sys.stderr)
+        record["images_per_second"] = len(window) * batch / max(tally.seconds - before, 1e-9)
+        if health.device.type == "cuda":
+            record["memory_GiB"] = torch.cuda.max_memory_allocated(health.device) / 2**30
+        tally.logged = tally.seconds
+        if record.get("mean_cosine", 0) > 0.99 and tally.collapsed_at is None:
+            tally.collapsed_at = done
+            tqdm.write(f"WARNING: step {done}: the embeddings have COLLAPSED (mean pairwise cosine "
+                       f"{record['mean_cosine']:.4f}): lower --lr or take --head-init means", file=sys.stderr)
+        tally.bad += int(self.ranks.sum(torch.tensor(bad)))
+        record |= {key: value for key, value in vars(tally).items() if key != "start"}
+        if self.board is not None:
+            append(self.folder / "log.jsonl", record)
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, done)
+        return record
+
+    def check_health(self, done: int, health: Tensor) -> None:
+        """Stop a run whose steps or images are bad; its last checkpoint stays."""
+        seen = done * int(self.plan[0].sum())
+        self.tally.skipped, in_a_row = health.tolist()
+        if in_a_row > MAX_SKIPPED:
+            raise InputError(f"{self.folder}: {in_a_row} steps in a row were not finite; the last good checkpoint is "
+                             f"in {self.folder}/last: lower --lr or raise --warmup")
+        if self.tally.bad > MAX_DAMAGED * max(seen, 1000):
+            raise InputError(f"{self.tally.bad} damaged images among {seen} are more than {MAX_DAMAGED:.1%}: check the "
+                             "shards with `python -m data_prep verify DIR`")
+
+
+def summarise(total: dict[str, torch.Tensor], domains: list[str]) -> dict:
+    """Means over the steps [n, ...] since the last log line, but for skipped ones; domains not drawn are absent."""
+    good = total["finite"] > 0
+    if not good.any():
+        return {}
+    total = {name: values[good] for name, values in total.items()}
+    count = total["count"].sum(0)
+    cosine = torch.stack([mean_pairwise_cosine(d, n.sum()) for d, n in zip(total["direction"], total["count"],
+                                                                           strict=True)]).mean()
+    record = {"loss": float(total["loss"].mean()), "grad_norm": float(total["grad_norm"].mean()),
+              "mean_cosine": float(cosine)}
+    for k, name in enumerate(domains):
+        if count[k] > 0:
+            drawn = (total["count"][:, k] > 0).sum()
+            record[f"loss/{name}"] = float(total["loss_by_domain"][:, k].sum() / drawn)
+            record[f"top1/{name}"] = float(total["correct"][:, k].sum() / count[k])
+            record[f"target_cosine/{name}"] = float(total["cos"][:, k].sum() / count[k])
+            record[f"norm/{name}"] = float(total["norms"][:, k, 1].sum() / count[k])
+    return record
+
+
+def mean_pairwise_cosine(direction: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    """Mean cosine over all pairs of n > 1 embeddings, from the sum of their unit vectors [D]."""
+    return (direction.square().sum() - n) / (n * (n - 1)).clamp(min=1)
+
+
+# ---------------------------------------------------------------- pages and figures
+
+
+def draw_samples(path: Path, stream: Stream, look: Look, cache: list[Tensor] | None = None,
                  columns: int = 8) -> None:
     """The first images as the network sees them, one row a domain: catches colour, crop and label bugs."""
     import matplotlib
@@ -29,7 +168,7 @@ def draw_samples(path: Path, stream: Stream, model: Backbone, cache: list[torch.
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.mean, model.std))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (look.mean, look.std))
     K = len(stream.splits)
     figure, axes = plt.subplots(K, columns, figsize=(1.4 * columns, 1.7 * K), squeeze=False)
     for ax in axes.flat:
@@ -37,8 +176,8 @@ def draw_samples(path: Path, stream: Stream, model: Backbone, cache: list[torch.
     for d, split in enumerate(stream.splits):
         chunk = stream[int((stream.plan[:, d] > 0).argmax()) * stream.per_batch]
         if cache is not None:
-            chunk = dataclasses.replace(chunk, banks=[bank.cpu() for bank in cache])
-        images = to_images(chunk, model, torch.device("cpu"))
+            chunk = replace(chunk, banks=[bank.cpu() for bank in cache])
+        images = make_images(chunk, look, torch.device("cpu"))
         for ax, b in zip(axes[d], (chunk.domain == d).nonzero().flatten().tolist(), strict=False):
             ax.imshow((images[b] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
             ax.set_title(split.names[int(chunk.label[b])][:16], fontsize=7)
@@ -47,16 +186,17 @@ def draw_samples(path: Path, stream: Stream, model: Backbone, cache: list[torch.
     plt.close(figure)
 
 
-def write_report(job: Job) -> None:
+def write_report(log_of: TrainingLog, schedule: str, device: str) -> None:
     """report.md, one page on how the run went, and its figures curves.png and conflict.png."""
-    log, looks, fights = (read_lines(job.folder / f"{name}.jsonl") for name in ("log", "probe", "conflict"))
+    folder, tally, plan, domains = log_of.folder, log_of.tally, log_of.plan, list(log_of.sizes)
+    log, looks, conflicts = (read_lines(folder / f"{name}.jsonl") for name in ("log", "probe", "conflict"))
     log = [record for record in log if "loss" in record]
-    draw_curves(job.folder / "curves.png", log, looks, job.config["domains"])
-    lines = [f"# {job.folder.name}", "",
-             f"Schedule {job.config['schedule']}, {job.steps} steps of {job.config['batch']} images, "
-             f"{job.tally['seconds'] / 60:.1f} minutes on {job.ranks.world} x {job.device.type}.", "",
+    draw_curves(folder / "curves.png", log, looks, domains)
+    lines = [f"# {folder.name}", "",
+             f"Schedule {schedule}, {len(plan)} steps of {plan[0].sum()} images, "
+             f"{tally.seconds / 60:.1f} minutes on {log_of.ranks.world} x {device}.", "",
              "| domain | images | passes | loss | top-1 | target cosine | norm |", "|---|---|---|---|---|---|---|"]
-    for name in job.config["domains"]:
+    for name in domains:
         last = next((r for r in reversed(log) if f"loss/{name}" in r), None)
         if last:
             figures = [f"{last[f'{key}/{name}']:.3f}" for key in ("loss", "top1", "target_cosine", "norm")]
@@ -68,17 +208,17 @@ def write_report(job: Job) -> None:
         lines += ["", "| same/different AUC of fixed images | start | end |", "|---|---|---|"]
         lines += [f"| {name} | {looks[0]['auc'].get(name, math.nan):.3f} | {value:.3f} |"
                   for name, value in looks[-1]["auc"].items()]
-    if fights:
-        draw_conflict(job.folder / "conflict.png", fights)
-        mean = {pair: np.mean([f["cosine"][pair] for f in fights if f["cosine"][pair] is not None] or [math.nan])
-                for pair in fights[0]["cosine"]}
+    if conflicts:
+        draw_conflict(folder / "conflict.png", conflicts)
+        mean = {pair: np.mean([f["cosine"][pair] for f in conflicts if f["cosine"][pair] is not None] or [math.nan])
+                for pair in conflicts[0]["cosine"]}
         lines += ["", "Cosines between the domains' gradients on the backbone (mean over the run; below 0 they pull "
                   "against each other): " + ", ".join(f"{pair} {value:+.2f}" for pair, value in mean.items()), "",
                   "![conflict](conflict.png)"]
-    if job.tally["skipped"] or job.tally["bad"] or job.tally["collapsed_at"]:
-        lines += ["", f"Skipped steps: {job.tally['skipped']}; damaged images: {job.tally['bad']}; collapsed at: "
-                  f"{job.tally['collapsed_at']}."]
-    write_atomically(job.folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+    if tally.skipped or tally.bad or tally.collapsed_at:
+        lines += ["", f"Skipped steps: {tally.skipped}; damaged images: {tally.bad}; collapsed at: "
+                  f"{tally.collapsed_at}."]
+    write_atomically(folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
 
 
 def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[str]) -> None:
@@ -109,7 +249,7 @@ def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[st
     plt.close(figure)
 
 
-def draw_conflict(path: Path, fights: list[dict]) -> None:
+def draw_conflict(path: Path, conflicts: list[dict]) -> None:
     """Cosines of the domains' gradients: over the run in the whole backbone, and by layer (mean over the run)."""
     import matplotlib
 
@@ -117,10 +257,10 @@ def draw_conflict(path: Path, fights: list[dict]) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
-    for pair in fights[0]["cosine"]:
-        values = np.array([[math.nan if v is None else v for v in f["cosine_by_layer"][pair]] for f in fights])
+    for pair in conflicts[0]["cosine"]:
+        values = np.array([[math.nan if v is None else v for v in f["cosine_by_layer"][pair]] for f in conflicts])
         seen = ~np.isnan(values).all(0)
-        left.plot([f["step"] for f in fights], [f["cosine"][pair] for f in fights], marker=".", label=pair)
+        left.plot([f["step"] for f in conflicts], [f["cosine"][pair] for f in conflicts], marker=".", label=pair)
         right.plot(np.flatnonzero(seen), np.nanmean(values[:, seen], 0), marker=".", label=pair)
     left.set(title="whole backbone", xlabel="step", ylabel="cosine of two domains' gradients")
     right.set(title="by layer, mean over the run", xlabel="layer (0: input)")
@@ -130,80 +270,3 @@ def draw_conflict(path: Path, fights: list[dict]) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def log_window(job: Job, board, window: list[dict], done: int) -> dict:
-    """Means over the steps since the last line, into log.jsonl and TensorBoard.
-
-    This is where the CPU waits for the GPU and the ranks for each other; in between nobody does.
-    """
-    config, before = job.config, job.tally.get("logged", 0.0)
-    total = {name: torch.stack([t[name].float() for t in window]) for name in window[0]}
-    for name in ("loss", "loss_by_domain", "cos", "correct", "count", "direction", "norms"):
-        job.ranks.sum(total[name])
-    factor = rate(done - 1, job.steps, config["warmup"], config["min_lr"])
-    record = {"step": done, "images": done * config["batch"], "lr": factor * config["lr"],
-              "head_lr": factor * config["head_lr"], "margin": ramp((done - 1) / job.steps, config["margin_ramp"]),
-              "backbone": done > round(config["head_warmup"] * job.steps)}
-    record |= summarise(total, config["domains"])
-    seen = job.plan[:done].sum((0, 1))
-    for name, split, images in zip(config["domains"], job.splits, seen.tolist(), strict=True):
-        record |= {f"images/{name}": images, f"passes/{name}": images / len(split)}
-    job.tally["skipped"] = int(job.health[0])
-    if skipped := int((total["finite"] == 0).sum()):
-        tqdm.write(f"until step {done}: {skipped} of {len(window)} steps had no finite gradient and were skipped",
-                   file=sys.stderr)
-    record["images_per_second"] = len(window) * config["batch"] / max(job.tally["seconds"] - before, 1e-9)
-    if job.device.type == "cuda":
-        record["memory_GiB"] = torch.cuda.max_memory_allocated(job.device) / 2**30
-    job.tally["logged"] = job.tally["seconds"]
-    if record.get("mean_cosine", 0) > 0.99 and job.tally["collapsed_at"] is None:
-        job.tally["collapsed_at"] = done
-        tqdm.write(f"WARNING: step {done}: the embeddings have COLLAPSED (mean pairwise cosine "
-                   f"{record['mean_cosine']:.4f}): lower --lr or take --head-init means", file=sys.stderr)
-    job.tally["bad"], job.bad = job.tally["bad"] + int(job.ranks.sum(torch.tensor(job.bad))), 0
-    record |= {key: value for key, value in job.tally.items() if key != "start"}
-    if board is not None:
-        append(job.folder / "log.jsonl", record)
-        for name, value in record.items():
-            if isinstance(value, int | float):
-                board.add_scalar(name, value, done)
-    return record
-
-
-def summarise(total: dict[str, torch.Tensor], domains: list[str]) -> dict:
-    """Means over the steps [n, ...] since the last log line, but for skipped ones; domains not drawn are absent."""
-    good = total["finite"] > 0
-    if not good.any():
-        return {}
-    total = {name: values[good] for name, values in total.items()}
-    count = total["count"].sum(0)
-    cosine = torch.stack([mean_pairwise_cosine(d, n.sum()) for d, n in zip(total["direction"], total["count"],
-                                                                           strict=True)]).mean()
-    record = {"loss": float(total["loss"].mean()), "grad_norm": float(total["grad_norm"].mean()),
-              "mean_cosine": float(cosine)}
-    for k, name in enumerate(domains):
-        if count[k] > 0:
-            drawn = (total["count"][:, k] > 0).sum()
-            record[f"loss/{name}"] = float(total["loss_by_domain"][:, k].sum() / drawn)
-            record[f"top1/{name}"] = float(total["correct"][:, k].sum() / count[k])
-            record[f"target_cosine/{name}"] = float(total["cos"][:, k].sum() / count[k])
-            record[f"norm/{name}"] = float(total["norms"][:, k, 1].sum() / count[k])
-    return record
-
-
-def mean_pairwise_cosine(direction: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-    """Mean cosine over all pairs of n > 1 embeddings, from the sum of their unit vectors [D]."""
-    return (direction.square().sum() - n) / (n * (n - 1)).clamp(min=1)
-
-
-def check_health(job: Job, done: int) -> None:
-    """Stop a run whose steps or images are bad; its last checkpoint stays."""
-    config, seen = job.config, done * job.config["batch"]
-    job.tally["skipped"], in_a_row = job.health.tolist()
-    if in_a_row > config["max_skipped"]:
-        raise InputError(f"{job.folder}: {in_a_row} steps in a row were not finite; the last good checkpoint is in "
-                         f"{job.folder}/last: lower --lr or raise --warmup")
-    if job.tally["bad"] > config["max_bad"] * max(seen, 1000):
-        raise InputError(f"{job.tally['bad']} damaged images among {seen} exceed --max-bad: check the shards with "
-                         "`python -m data_prep verify DIR`")

@@ -12,7 +12,7 @@ python -m data_prep show "$out/data/face_hq/train"
 # a small network from a random start: higher rates, smaller scale and margins than the defaults for large backbones
 python train.py --backbone clip --size tiny --weights none --schedule B --data "$out/data" --out "$run" --resume \
     --image-size 64 --batch 64 --images 102400 --lr 3e-3 --head-lr 1e-2 --layer-decay 1 \
-    --scale 24 --margin-additive object=0,face_hq=0.1,face_lq=0.1,body=0.1
+    --loss 'object=softmax:s=24;face_hq=cosface:m=0.1,s=24;face_lq=cosface:m=0.1,s=24;body=cosface:m=0.1,s=24'
 python evaluate.py --run "$run"
 python analyze.py --run "$run" --components 24
 python analyze.py claims "$out/runs"

@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import analyze
 import analyze_figures
-import data_prep.format
+import protocols.pairs
 from analyze_figures import draw_deletion, draw_up_map, find_measured
 from analyze_report import report_sources, write_analysis
 from protocols.bootstrap import Figure, bootstrap_counts, normalise
@@ -98,7 +98,7 @@ def test_other_metrics_equal_a_slow_computation(objects):
         assert found[k, name].value == pytest.approx(np.mean(by_hand), abs=1e-6)
         draws = [np.average(by_hand, weights=w) for w in bootstrap_counts(task.target, 20, 0)]
         np.testing.assert_allclose(found[k, name].draws, draws, atol=1e-6)
-    pairs = data_prep.format.matched_pairs(task.target, 5000, 0)
+    pairs = protocols.pairs.matched_pairs(task.target, 5000, 0)
     scores, same = (q[pairs[:, 0]] * q[pairs[:, 1]]).sum(1), np.arange(len(pairs)) < len(pairs) / 2
     assert found[k, "pair auc"].value == pytest.approx(roc_auc_score(same, scores), abs=1e-4)
     strangers = np.sort(scores[~same])[::-1]

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+import train_input
 from safetensors.torch import load_file
 from torch import nn
 
 import train
-import train_input
 from data_prep import InputError
 from models.runs import averaged
 from tests.conftest import TINY, script

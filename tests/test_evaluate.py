@@ -11,8 +11,8 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from sklearn.neighbors import NearestCentroid
 
-import data_prep.format
 import evaluate
+import protocols.pairs
 from data_prep import DOMAINS, InputError
 from data_prep.format import Split, open_root
 from models.runs import load_run, load_tuned
@@ -315,11 +315,11 @@ def test_bootstrap_resamples_identities_together():
 
 def test_matched_pairs_are_what_they_say():
     labels = np.array([0, 0, 0, 1, 1, 2, -1, -1, 3])
-    pairs = data_prep.format.matched_pairs(labels, 500, 0)
+    pairs = protocols.pairs.matched_pairs(labels, 500, 0)
     a, b = labels[pairs[:, 0]], labels[pairs[:, 1]]
     assert len(pairs) == 1000 and (a[:500] == b[:500]).all() and (a[500:] != b[500:]).all()
     assert (pairs[:, 0] != pairs[:, 1]).all() and a.min() >= 0 and set(a[:500]) == {0, 1}
-    assert len(data_prep.format.matched_pairs(np.array([0, 1, 2]), 10, 0)) == 0  # nobody twice: no genuine pair
+    assert len(protocols.pairs.matched_pairs(np.array([0, 1, 2]), 10, 0)) == 0  # nobody twice: no genuine pair
 
 
 def test_retention_is_corrected_for_chance():

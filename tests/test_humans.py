@@ -17,6 +17,7 @@ import click
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
+from train_schedule import make_schedule, plan_batches
 
 import evaluate
 from data_prep import InputError
@@ -25,7 +26,8 @@ from data_prep.format import Split
 from models.runs import read_lines
 from protocols.bootstrap import bootstrap_counts, intervals, weighted_mean
 from protocols.humans import human_verdict, score_humans
-from protocols.pairs import SCORE_BINS, score_verification
+from protocols.pairs import score_verification
+from protocols.templates import SCORE_BINS
 from reports.rows import Row, rows_of, write_draws, write_rows
 from reports.tables import (
     beside,
@@ -41,7 +43,6 @@ from tests.conftest import TINY, script
 from tests.test_train import spoil_jpeg
 from tools.compare import margin
 from tools.trials import RATING_COLUMNS, Rating, draw_pairs, draw_trials, find_row, read_ratings
-from train_schedule import make_schedule, plan_batches
 
 CHROMIUM, DRIVER = (next(filter(None, map(shutil.which, names)), None)
                     for names in (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)))

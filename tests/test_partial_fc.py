@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from train_input import draw_classes, make_stream, receive
+from train_options import class_shares, per_domain
 
 import data_prep
 import train
@@ -21,8 +23,6 @@ from tests.test_distributed import PLANS, C, K, assert_near, deal, make, torchru
 from tests.test_recipes import stop_at
 from tests.test_schedule import CONFIG, LOSS
 from tests.test_train import assert_same_weights, run_here
-from train_input import draw_classes, make_stream, receive
-from train_options import class_shares, per_domain
 
 PLAN = PLANS["B, uneven"]
 CLASSES = 40  # a domain: more than the images of a step, so that something is left to draw

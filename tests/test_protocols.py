@@ -18,7 +18,7 @@ from data_prep.format import Record, Source, Split, open_root
 from data_prep.write import write_split
 from protocols.bootstrap import bootstrap_counts, intervals, weighted_mean
 from protocols.classify import nearest_rows
-from protocols.pairs import BINS, SCORE_BINS, roc, tar_at_far
+from protocols.pairs import roc, tar_at_far
 from protocols.search import (
     Member,
     Search,
@@ -34,6 +34,8 @@ from protocols.search import (
     tpir_at_fpir,
 )
 from protocols.templates import (
+    BINS,
+    SCORE_BINS,
     Templates,
     collect_scores,
     find_tail,

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from train_input import to_images
+from train_options import MARGINS, PEOPLE, name_losses, per_domain
 
 import models.adapt
 import models.backbones
@@ -26,8 +28,6 @@ from tests.conftest import TINY, script
 from tests.test_distributed import SHORT, C, D, K, assert_near, deal, make, torchrun
 from tests.test_schedule import CONFIG, LOSS
 from tests.test_train import assert_same_weights, log_of, run_here, start, wait_for_step
-from train_input import to_images
-from train_options import MARGINS, PEOPLE, name_losses, per_domain
 
 # ---------------------------------------------------------------- losses by name
 

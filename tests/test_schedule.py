@@ -6,14 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from train_options import per_domain
+from train_schedule import blend_counts, make_schedule, plan_batches, ramp, rate, shares_at
 
 import train
 from data_prep import DOMAINS, InputError
 from data_prep.stream import Order, interleave, random_box
 from models import backbones
 from reports.training import mean_pairwise_cosine
-from train_options import per_domain
-from train_schedule import blend_counts, make_schedule, plan_batches, ramp, rate, shares_at
 
 CONFIG = {"schedule": "B", "domains": list(DOMAINS), "order": None, "coupling": "domain", "batch": 64}
 LOSS = {"scale": "object=30,face_hq=64,face_lq=64,body=64",

@@ -7,18 +7,18 @@ from pathlib import Path
 import click
 import pytest
 import torch
+import train_input
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
+from train_input import free_bytes
 
 import data_prep.stream
 import kernels.margin_loss
 import train
-import train_input
 from data_prep import InputError
 from models.runs import STOPPED, forget_after
 from tests.conftest import ROOT, TINY, script
 from tests.test_coupling import lines
-from train_input import free_bytes
 
 
 def run_here(*arguments) -> None:

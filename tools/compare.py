@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError
-from models.runs import FREE_ON_RESUME, read_json
+from models.runs import FREE_ON_RESUME, describe_config
 from protocols.bootstrap import Figure
 from reports.plots import COLOURS
 from reports.rows import Row, read_rows
@@ -56,7 +56,7 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
         raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
                          "--no-foundation")
     config = folder / "config.json"
-    return Scored(folder, read_json(config) if config.exists() else {}, seed, found)
+    return Scored(folder, describe_config(config) if config.exists() else {}, seed, found)
 
 
 def refuse_unlike(a: Scored, b: Scored, splits: set[str]) -> None:

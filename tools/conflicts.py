@@ -1,18 +1,21 @@
-"""How the domains' gradients on the shared backbone lie to each other, and what is done about it."""
+"""How the domains' gradients on the shared backbone conflict, and PCGrad: a hook into the step of train.py.
 
-from __future__ import annotations
+Copy with it: models/head.py, models/runs.py.
+"""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from models.backbones import Backbone
+from models.head import HeadLoss, MarginHead
 from models.runs import append
-from train import Job
 
 
-def add_gradients(gradients: list[torch.Tensor], loss: torch.Tensor, model: nn.Module, head: torch.Tensor,
+def add_gradients(gradients: list[Tensor], loss: Tensor, model: nn.Module, head: Tensor,
                   keep: bool) -> None:
     """Add the gradient of a loss: of the trainable parameters to `gradients` (may be empty), of the head to `.grad`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -21,7 +24,7 @@ def add_gradients(gradients: list[torch.Tensor], loss: torch.Tensor, model: nn.M
     gradients[:] = torch._foreach_add(gradients, found[:-1]) if gradients else found[:-1]
 
 
-def conflicts(by_domain: list[list[torch.Tensor]], depth: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def conflicts(by_domain: list[list[Tensor]], depth: list[int]) -> tuple[Tensor, Tensor]:
     """How the domains' gradients lie to each other, in the whole backbone and per depth.
 
     Args:
@@ -41,7 +44,7 @@ def conflicts(by_domain: list[list[torch.Tensor]], depth: list[int]) -> tuple[to
     return norms, inner / (norms[:, :, None] * norms[:, None, :])
 
 
-def project_conflicts(by_domain: list[list[torch.Tensor]], seed: int, step: int) -> list[torch.Tensor]:
+def project_conflicts(by_domain: list[list[Tensor]], seed: int, step: int) -> list[Tensor]:
     """The sum of the domains' gradients, each first freed of what points against another one's (PCGrad).
 
     Source: Yu et al., Gradient Surgery for Multi-Task Learning, arXiv 2001.06782, algorithm 1; the random order of the
@@ -49,7 +52,7 @@ def project_conflicts(by_domain: list[list[torch.Tensor]], seed: int, step: int)
     """
     K, rng = len(by_domain), np.random.default_rng((seed, step))
 
-    def dot(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
+    def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
         return torch.stack([(x.double() * y.double()).sum() for x, y in zip(a, b, strict=True)]).sum()
 
     length = [dot(g, g) for g in by_domain]
@@ -65,28 +68,65 @@ def project_conflicts(by_domain: list[list[torch.Tensor]], seed: int, step: int)
     return total
 
 
-def couple(job: Job, by_domain: list[list[torch.Tensor]], step: int, look: bool) -> None:
-    """From each domain's gradient to the step's: their sum, or PCGrad's; `look`: write down how they conflict."""
-    named = [(name, p) for name, p in job.model.named_parameters() if p.requires_grad]
-    for k, gradients in enumerate(by_domain):
-        if not gradients:  # a domain without an image in this step
-            by_domain[k] = gradients = [torch.zeros_like(p) for _, p in named]
-        if job.ranks.world > 1:  # all at once: hundreds of small sums would each wait for the network
-            whole = job.ranks.sum(torch.cat([gradient.flatten() for gradient in gradients])) / job.ranks.world
-            parts = whole.split([gradient.numel() for gradient in gradients])
-            for part, gradient in zip(parts, gradients, strict=True):
-                gradient.copy_(part.view_as(gradient))  # in its own memory layout, which fused AdamW goes by
-    if job.config["coupling"] == "pcgrad":
-        whole = project_conflicts(by_domain, job.config["seed"], step)
-    else:
-        whole = [sum(parts) for parts in zip(*by_domain, strict=True)]
-    for (_, parameter), gradient in zip(named, whole, strict=True):
-        parameter.grad = gradient
-    if look and job.ranks.rank == 0:
-        layers = job.model.layers()
-        norms, cosines = (v.cpu() for v in conflicts(by_domain, [layers[name] for name, _ in named]))
-        pairs = {f"{a}~{b}": (i, j) for (i, a), (j, b) in itertools.combinations(enumerate(job.config["domains"]), 2)}
-        append(job.folder / "conflict.jsonl", {
-            "step": step + 1, "norm": dict(zip(job.config["domains"], norms[-1].tolist(), strict=True)),
+class DomainGradients:
+    """Takes the step's backward passes domain by domain, to look at how their gradients conflict or to change them.
+
+    Args:
+        pcgrad: replace the sum of the gradients by PCGrad's (--coupling pcgrad).
+        every: steps between lines of conflict.jsonl (--conflict-every); 0: none.
+    """
+
+    def __init__(self, model: Backbone, head: MarginHead, domains: list[str], folder: Path, *, pcgrad: bool, every: int,
+                 seed: int) -> None:
+        self.model, self.head, self.domains, self.folder = model, head, domains, folder
+        self.pcgrad, self.every, self.seed = pcgrad, every, seed
+        self.by_domain: list[list[Tensor]] = []
+
+    def looks(self, step: int) -> bool:
+        """Whether the step gets a line in conflict.jsonl."""
+        return self.every > 0 and step % self.every == 0
+
+    def acts(self, step: int) -> bool:
+        """Whether the step's backward passes are taken apart; if not, the hook is not called."""
+        return self.pcgrad or self.looks(step)
+
+    def begin(self) -> None:
+        """Before the first micro-batch of a step."""
+        self.by_domain = [[] for _ in self.domains]
+
+    def backward(self, result: HeadLoss, batch: tuple, present: list[int]) -> None:
+        """In place of `result.loss.backward()`; `batch`: what the head was called with, `present`: domains in it."""
+        x, labels, domains, *more = batch
+        for k in present:
+            loss = result.loss if len(present) == 1 else \
+                self.head(x, torch.where(domains == k, labels, -1), domains, *more).loss
+            add_gradients(self.by_domain[k], loss, self.model, self.head.weight, keep=k != present[-1])
+
+    def finish(self, step: int) -> None:
+        """After the last micro-batch: the backbone's gradient of the step, the same on every rank."""
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        ranks = self.head.ranks
+        for k, gradients in enumerate(self.by_domain):
+            if not gradients:  # a domain without an image in this step
+                self.by_domain[k] = gradients = [torch.zeros_like(p) for _, p in named]
+            if ranks.world > 1:  # all at once: hundreds of small sums would each wait for the network
+                whole = ranks.sum(torch.cat([gradient.flatten() for gradient in gradients])) / ranks.world
+                parts = whole.split([gradient.numel() for gradient in gradients])
+                for part, gradient in zip(parts, gradients, strict=True):
+                    gradient.copy_(part.view_as(gradient))  # in its own memory layout, which fused AdamW goes by
+        whole = project_conflicts(self.by_domain, self.seed, step) if self.pcgrad else \
+            [sum(parts) for parts in zip(*self.by_domain, strict=True)]
+        for (_, parameter), gradient in zip(named, whole, strict=True):
+            parameter.grad = gradient
+        if self.looks(step) and ranks.rank == 0:
+            self.write(step, [name for name, _ in named])
+
+    def write(self, step: int, names: list[str]) -> None:
+        """A line of conflict.jsonl: norms and cosines of the domains' gradients."""
+        layers, domains = self.model.layers(), self.domains
+        norms, cosines = (v.cpu() for v in conflicts(self.by_domain, [layers[name] for name in names]))
+        pairs = {f"{a}~{b}": (i, j) for (i, a), (j, b) in itertools.combinations(enumerate(domains), 2)}
+        append(self.folder / "conflict.jsonl", {
+            "step": step + 1, "norm": dict(zip(domains, norms[-1].tolist(), strict=True)),
             "cosine": {name: float(cosines[-1, i, j]) for name, (i, j) in pairs.items()},
             "cosine_by_layer": {name: cosines[:-1, i, j].tolist() for name, (i, j) in pairs.items()}})

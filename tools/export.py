@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data_prep import InputError
-from models.backbones import TINY_CLIP, Backbone, resolve_backbone
-from models.runs import FREE_ON_RESUME, NOT_OPTIONS, Run, load_foundation, load_tuned, write_atomically
+from models.backbones import TINY_CLIP, Backbone
+from models.runs import FREE_ON_RESUME, Run, load_foundation, load_tuned, write_atomically
 
 
 class FromPixels(nn.Module):
@@ -37,12 +37,12 @@ class FromPixels(nn.Module):
         return self.model((pixels - self.mean) / self.std)
 
 
-def build_in_library(model: Backbone, config: dict) -> tuple[str, nn.Module]:
+def build_in_library(model: Backbone) -> tuple[str, nn.Module]:
     """The library call that makes the bare network, as code for the model card, and what it returns."""
     import open_clip
     import timm
 
-    library, name, _ = resolve_backbone(config)
+    library, name = model.library, model.name
     names, options = [name], {}
     if name == "tiny" and library == "open_clip":
         build, names = open_clip.CLIP, []
@@ -65,13 +65,13 @@ def build_in_library(model: Backbone, config: dict) -> tuple[str, nn.Module]:
     return f"{library}.{build.__name__}({', '.join(arguments)})", net
 
 
-def to_safetensors(model: Backbone, config: dict, path: Path) -> tuple[str, Callable]:
+def to_safetensors(model: Backbone, path: Path) -> tuple[str, Callable]:
     """Write the weights in the library's own keys; returns code that uses them, and what that code computes."""
     about = {"mean": model.mean, "std": model.std, "image_size": model.image_size, "interpolation": model.interpolation}
     net = {key: value.contiguous() for key, value in model.net.state_dict().items()}
     metadata = {"format": "pt", "preprocessing": json.dumps(about)}
     write_atomically(path, lambda temporary: save_file(net, temporary, metadata=metadata))
-    call, net = build_in_library(model, config)
+    call, net = build_in_library(model)
     net.load_state_dict(load_file(path), strict=True)
     forward = "encode_image" if model.library == "open_clip" else "forward"
     code = [f"import {model.library}, torch", "from safetensors.torch import load_file", "",
@@ -85,11 +85,11 @@ def to_safetensors(model: Backbone, config: dict, path: Path) -> tuple[str, Call
         write_atomically(extra, lambda temporary: save_file(tensors, temporary))
         project = load_file(extra)["project"].T
         code.append(f"embeddings = embeddings @ load_file({extra.name!r})['project'].T")
-    alone = FromPixels(Backbone(net, model.library, 0, model.image_size)).eval()
+    alone = FromPixels(Backbone(net, model.library, model.name, 0, model.image_size)).eval()
     return "\n".join(code), lambda pixels: alone(pixels) @ project
 
 
-def to_onnx(model: Backbone, config: dict, path: Path) -> tuple[str, Callable]:
+def to_onnx(model: Backbone, path: Path) -> tuple[str, Callable]:
     """Write an ONNX graph from pixels to embeddings for batches of any size; returns as `to_safetensors`."""
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]:
         raise InputError(f"--to onnx needs {' and '.join(missing)}: pip install onnxscript onnxruntime")
@@ -165,7 +165,7 @@ def export_run(run: Run, form: str, out: Path | None, tolerance: float, alpha: f
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
-            code, embed = FORMATS[form](model, run.config, Path(scratch) / out.name)
+            code, embed = FORMATS[form](model, Path(scratch) / out.name)
             worst = largest_difference(model, embed)
             verdict = (f"max abs difference of unit embeddings from the run's own: {worst:.1e} "
                        f"(tolerance {tolerance:g})")
@@ -196,7 +196,7 @@ def write_card(run: Run, model: Backbone, files: list[Path], code: str, verdict:
                alpha: float = 1.0) -> str:
     """The model card, Markdown: what the model is, how it is loaded, what it was trained on and how, and its limits."""
     config, size = run.config, model.image_size
-    library, name, _ = resolve_backbone(config)
+    library, name = model.library, model.name
     sources, people = config.get("sources", {}), [domain for domain in run.classes if domain != "object"]
     lines = [f"# {run.folder.resolve().name}", "",
              f"{library}'s `{name}`, fine-tuned on {', '.join(run.classes)} in one embedding space of {model.dim} "
@@ -222,10 +222,10 @@ def write_card(run: Run, model: Backbone, files: list[Path], code: str, verdict:
               "## Training", "", f"Code: commit {config['git_commit'] or 'unknown'}, "
               + ", ".join(f"{package} {number}" for package, number in config["versions"].items())
               + f". Optimiser steps: {config['steps']:,}. Options:", "", "| option | value |", "| --- | --- |"]
-    left_out = FREE_ON_RESUME | NOT_OPTIONS | ({"size"} if config["model"] else set())
-    for key, value in config.items():
+    left_out = FREE_ON_RESUME | ({"size"} if config["model"] else set())
+    for key, value in run.options.items():
         if key not in left_out and value is not None and value is not False:
-            shown = Path(value).name if key == "weights" else ",".join(value) if isinstance(value, list) else value
+            shown = Path(value).name if key == "weights" else value
             lines.append(f"| {key} | {shown} |")
     lines += ["", "## Scores", ""]
     if scores:

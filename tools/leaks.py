@@ -59,7 +59,7 @@ def score_without(embed: Embedder, splits: list[Split], root: dict, run: Run, dr
     clean = {name: clean_of(split, splits) for name, split in by_name.items()}
     touched = [split for name, split in by_name.items() if count(split, without) + count(clean[name], without)]
     for table, left_out in zip(tables, ({}, without), strict=True):
-        figures, _ = score(embed, touched, root, run, draws, seed, Readouts({}, 0, run.config, []), left_out, splits)
+        figures, _ = score(embed, touched, root, run, draws, seed, Readouts({}, 0, []), left_out, splits)
         for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, flip):
             name = f"{row.domain}/{row.split}"
             own = count(by_name[name], left_out)

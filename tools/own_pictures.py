@@ -7,12 +7,11 @@ import numpy as np
 import torch
 
 from data_prep import InputError
-from data_prep.format import BadImage
+from data_prep.format import BadImage, open_training
 from data_prep.sources.folders import image_suffixes
 from data_prep.write import fit_image
 from models.runs import Run, describe_sources, write_atomically
 from reports.rows import write_csv
-from train import open_splits
 
 
 @dataclass
@@ -54,7 +53,7 @@ def find_fitting(run: Run, domain: str | None) -> dict:
     if domain not in run.config["domains"]:
         raise InputError(f"--domain {domain}: the run was trained on {', '.join(run.config['domains'])}: take the one "
                          "whose images are prepared like yours")
-    known = run.config.get("sources") or describe_sources(open_splits(run.config))
+    known = run.config.get("sources") or describe_sources(open_training(run.config["data"], run.config["domains"]))
     print(f"fitted as {domain}: {known[domain]['size']} px, {known[domain]['fit']}")
     return {key: known[domain][key] for key in ("size", "fit", "quality")}
 
