@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data_prep import InputError, Number, run_command
-from data_prep.format import Split, matched_pairs, open_root
+from data_prep import DOMAINS, InputError, Number, lock_folder, progress, run_command
+from data_prep.format import Split, matched_pairs, named_splits, open_root, ordered_tests
 from kernels.margin_loss import margin_loss
 from models.adapt import choose_trained
 from models.backbones import Backbone, embed_rows, load_backbone, resolve_backbone, text_weights
@@ -53,10 +53,11 @@ from models.runs import (
     provenance,
     save_checkpoint,
     write_json,
+    writing,
 )
-from reports.training import check_health, draw_samples, log_window, write_report
+from reports.training import check_health, describe_saved, draw_samples, log_window, write_report
 from tools.conflicts import add_gradients, couple
-from train_input import check_cache, load_steps, make_stream, receive
+from train_input import check_cache, check_memory, load_steps, make_stream, receive
 from train_options import (
     MANY_CLASSES,
     MARGINS,
@@ -69,6 +70,9 @@ from train_options import (
     settle_options,
 )
 from train_schedule import make_schedule, parse_shares, plan_batches, ramp, rate
+
+MOST_STEPS = 10_000_000  # of a run, which is planned whole: beyond it the plan alone takes gigabytes
+
 
 # ---------------------------------------------------------------- loss and optimiser
 
@@ -83,7 +87,7 @@ def loss_options(config: dict, class_counts: list[int], device: torch.device, ra
     first = torch.tensor([start for start, _ in ranges], device=device)
     return values | {"rows": None, "class_ranges": ranges, "first": first, "num_domains": len(class_counts),
                      "reduction": reduction, "gradient": config["margin_gradient"].replace("-", "_"),
-                     "extension": config["margin_extension"], "shard": shard if sharded else None}
+                     "shard": shard if sharded else None}
 
 
 def lengths_of(x: torch.Tensor) -> torch.Tensor:
@@ -109,7 +113,7 @@ def adaptive_margins(length: torch.Tensor, angular: torch.Tensor, additive: torc
     std = (squares / n.clamp(min=1e-9) - mean.square()).clamp(min=0).sqrt()
     z = (h * (length - mean) / (std + 1e-3)).clamp(-1, 1)
     z = torch.where(n > 1, z, 0.0)
-    return {"margin_angular": angular - additive * z, "margin_additive": additive + additive * z}
+    return {"sample_margin_angular": angular - additive * z, "sample_margin_additive": additive + additive * z}
 
 
 def learn_norms(job: "Job", sums: torch.Tensor, taken: torch.Tensor) -> None:
@@ -176,11 +180,8 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
                 mine = slice(ranks.rank * len(labels), (ranks.rank + 1) * len(labels))
                 own = GatherSamples.apply(x, ranks)
                 target, of = gather_rows(labels, ranks), gather_rows(domains, ranks)
-            # one value a sample: with as many samples as domains a vector [K] would be taken for one
-            values = {name: options[name][of] for name in ("scale", "margin_angular", "margin_additive")}
-            if norms is not None:
-                values |= adaptive_margins(lengths_of(own), values["margin_angular"], values["margin_additive"],
-                                           adaptive[of], norms[of])
+            values = {} if norms is None else adaptive_margins(
+                lengths_of(own), options["margin_angular"][of], options["margin_additive"][of], adaptive[of], norms[of])
             result = margin_loss(own, head, target, of, domain_count=counts, **options | values)
             if by_domain is None or not tune_backbone:
                 (result.loss * ranks.world).backward()  # DistributedDataParallel averages over the ranks
@@ -240,16 +241,19 @@ def make_optimizer(model: Backbone, head: nn.Parameter, config: dict) -> torch.o
 
 
 def probe_splits(config: dict) -> list[Split]:
-    """What --eval-every looks at: a split per domain (the training one at need), and one out of distribution."""
-
-    def shifted(split: Split) -> bool:
-        return bool((split.index["protocol"] or {}).get("ood"))
-
-    root, found = open_root(Path(config["data"]), config["domains"]), []
-    for domain in config["domains"]:
-        others = [split for name, split in root[domain].items() if name != "train" and not shifted(split)]
-        found += [split for split in [*others, root[domain]["train"]] if (split.labels >= 0).sum() > 1][:1]
-    return found + [split for split in root.get("object", {}).values() if shifted(split)][:1]
+    """What --eval-every looks at: the test splits of --splits, else one a domain and one out of distribution."""
+    root = open_root(Path(config["data"]), DOMAINS if config["splits"] else config["domains"])
+    if config["splits"]:
+        return named_splits(root, config["splits"], config["data"])
+    chosen, others = [], {domain: list(root.get(domain, {}).values()) for domain in config["domains"]}
+    for domain, splits in others.items():
+        chosen += (tests := ordered_tests(splits)[:1])
+        if not tests:
+            print(f"  --eval-every: {domain} has no test split (--part test prepares one), so it is not looked at")
+    chosen += ordered_tests(others.get("object", []), ood=True)[:1]
+    names = ", ".join(f"{split.domain}/{split.name}" for split in chosen)
+    print(f"  --eval-every looks at {names or 'nothing'} (--splits chooses)")
+    return chosen
 
 
 def probe(job: "Job", splits: list[Split], count: int = 2000) -> dict[str, float]:
@@ -260,6 +264,8 @@ def probe(job: "Job", splits: list[Split], count: int = 2000) -> dict[str, float
     for split in splits:
         rows = np.flatnonzero(split.labels >= 0)
         rows = np.sort(np.random.default_rng(0).permutation(rows)[:count])
+        if not len(rows):
+            continue
         parts = list(embed_rows(job.model, split, rows, job.device, job.config["micro_batch"] or 64,
                                 job.config["workers"]))
         used, x = np.concatenate([r for r, _ in parts]), F.normalize(torch.cat([x for _, x in parts]), dim=1)
@@ -292,8 +298,7 @@ def init_head(model: Backbone, splits: list[Split], config: dict, device: torch.
         own = np.sort(order[number < config["head_init_images"]])[ranks.rank :: ranks.world]
         total = torch.zeros(len(split.classes), model.dim, device=place)
         parts = embed_rows(model, split, own, device, config["micro_batch"] or 64, config["workers"])
-        with tqdm(total=len(own), desc=f"class means {split.domain}", unit="img",
-                  disable=True if ranks.rank else None) as bar:
+        with progress(total=len(own), desc=f"class means {split.domain}", unit="img", disable=ranks.rank > 0) as bar:
             for used, x in parts:
                 total.index_add_(0, torch.from_numpy(split.labels[used]).to(place), F.normalize(x, dim=1).to(place))
                 bar.update(len(used))
@@ -327,6 +332,9 @@ def open_splits(config: dict) -> list[Split]:
         split = root[domain]["train"]
         if not len(split) or (split.labels < 0).any():
             raise InputError(f"{split.folder}: a training split needs images with labels; prepare it with --part train")
+        if len(split.classes) < 2:
+            raise InputError(f"{split.folder}: one class, {split.classes[0][:60]!r}, has nothing to be told from: "
+                             "prepare it again with --src the folder that holds the class folders")
         splits.append(split)
     return splits
 
@@ -374,7 +382,10 @@ class Job:
     ema: list[torch.Tensor] | None = None  # running averages of `parameters`
     norms: torch.Tensor | None = None  # float64 [K, 3]: running n, sum, sum of squares of embedding lengths (AdaFace)
     cache: list[torch.Tensor] | None = None  # per domain, every image of its split
+    fixed: list[Split] = field(default_factory=list)  # what --eval-every looks at
     first: int = 0  # the next step
+    saved: int | None = None  # the step that the checkpoint in `last` starts from
+    begun: float = field(default_factory=time.monotonic)  # when the seconds of `tally` began
     bad: int = 0  # damaged images of this rank since the last log line
 
     @property
@@ -385,7 +396,9 @@ class Job:
     def half(self) -> bool:
         """Whether the backbone computes in bfloat16 (--precision)."""
         precision, cuda = self.config["precision"], self.device.type == "cuda"
-        return precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+        # emulated, on cards before Ampere, it is slower than float32 and no more exact
+        has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        return precision == "bf16" or (precision == "auto" and has_bf16)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -393,12 +406,14 @@ class Job:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def save(self, step: int) -> None:
-        """Checkpoint: the state that step `step` starts from."""
-        save_checkpoint(self, step)
+        """Checkpoint: the state that step `step` starts from; not within a streak of steps that were not finite."""
+        if not self.health[1]:
+            save_checkpoint(self, step)
 
 
 def set_up(config: dict) -> Job | None:
     """From options to a run that is ready to go; None: it is complete. Refuses before it builds anything."""
+    begun = time.monotonic()
     check_options(config)
     splits = open_splits(config)
     schedule = make_schedule(config["schedule"], len(splits), config["batch"])
@@ -407,8 +422,13 @@ def set_up(config: dict) -> Job | None:
     largest = int(np.where(shares > 0, sizes, 0).argmax())
     images = config["images"] or (config["epochs"] or 10.0) * sizes[largest] / shares[largest]
     steps = max(round(images / config["batch"]), 1)
-    plan = plan_batches(config, schedule, steps, shares, mix_ramp)
-    folder, found = Path(config["out"]), find_run(config, splits)
+    if steps > MOST_STEPS:
+        raise InputError(f"a run of {steps:,} steps: at most {MOST_STEPS:,} are planned: raise --batch, or lower "
+                         "--images or --epochs")
+    plan, folder = plan_batches(config, schedule, steps, shares, mix_ramp), Path(config["out"])
+    if (context := click.get_current_context(silent=True)) and not int(os.environ.get("RANK", 0)):
+        context.with_resource(lock_folder(folder, "--out"))
+    found = find_run(config, splits)
     if found == "complete":
         print(f"{folder} is complete")
         return None
@@ -425,6 +445,7 @@ def set_up(config: dict) -> Job | None:
         torch.cuda.set_device(device)  # kernels and generators go by the current device
     torch.set_float32_matmul_precision("high")
     counts = describe_plan(config, splits, plan, steps)
+    fixed = probe_splits(config) if config["eval_every"] else []
     model = load_backbone(config)
     choose_trained(model, config)
     if config["grad_checkpointing"]:
@@ -432,6 +453,7 @@ def set_up(config: dict) -> Job | None:
             model.net.set_grad_checkpointing(True)
         except AssertionError as error:  # timm's way to say so
             raise InputError(f"--grad-checkpointing: {resolve_backbone(config)[1]} has none: leave it out") from error
+    check_memory(config, splits, model.image_size, ranks.world)
     model = model.to(device, memory_format=torch.channels_last)
     for split in splits:
         if model.image_size > split.size:
@@ -442,7 +464,7 @@ def set_up(config: dict) -> Job | None:
         role = RUN_ROLES[1 if len(splits) == 1 else 2 if config["schedule"] == "sequential" else 0]
         make_folder(folder, "--out")
         write_json(folder / "config.json",
-                   config | {"role": role, "steps": steps, "counts": counts, **provenance(splits)})
+                   config | {"role": role, "steps": steps, "counts": counts, **provenance(splits, config["weights"])})
     classes = [len(split.classes) for split in splits]
     sharded = config["shard_head"] and ranks.world > 1
     if config["shard_head"] and not sharded:
@@ -453,13 +475,14 @@ def set_up(config: dict) -> Job | None:
     tally = {"skipped": 0, "bad": 0, "collapsed_at": None, "seconds": 0.0}
     plan = plan.reshape(steps, schedule.batches_per_step, len(splits))
     job = Job(config, folder, device, ranks, splits, plan, torch.from_numpy(plan.sum(1)).to(device), model, head, rows,
-              optimizer, tally, torch.zeros(2, dtype=torch.int64, device=device))
+              optimizer, tally, torch.zeros(2, dtype=torch.int64, device=device), fixed=fixed, begun=begun)
     if any(per_domain(config, "margin_adaptive")):
         job.norms = torch.zeros(len(splits), 3, dtype=torch.float64, device=device)
     if config["ema"]:
         job.ema = [p.detach().float().clone() for p in job.parameters]
     if (folder / "last" / "state.pt").exists():
         job.first = load_checkpoint(job)
+        job.begun -= job.tally["seconds"]
     else:
         head.data.copy_(init_head(model, splits, config, device, ranks, rows))
         if job.ema is not None:
@@ -485,17 +508,19 @@ def drawn(job: Job, rows: torch.Tensor | None) -> Iterator[None]:
     whole = {key: v for key, v in state.items() if v.ndim}
     job.head.data = weight[rows]
     state.update({key: v[rows] for key, v in whole.items()})
-    yield
-    weight[rows] = job.head.data
-    for key in [key for key, v in state.items() if v.ndim]:
-        moments = whole[key] if key in whole else torch.zeros_like(weight)  # none before the first step
-        moments[rows] = state[key]
-        state[key] = moments
-    job.head.data = weight
+    try:
+        yield
+    finally:
+        weight[rows] = job.head.data
+        for key in [key for key, v in state.items() if v.ndim]:
+            moments = whole[key] if key in whole else torch.zeros_like(weight)  # none before the first step
+            moments[rows] = state[key]
+            state[key] = moments
+        job.head.data = weight
 
 
 class Precise(nn.Module):
-    """The model's forward pass in the precision of --precision."""
+    """The model's forward pass in the precision of --precision, embeddings included: some networks end in float32."""
 
     def __init__(self, model: Backbone, half: bool, device: torch.device) -> None:
         super().__init__()
@@ -503,7 +528,8 @@ class Precise(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
-            return self.model(images)
+            x = self.model(images)
+        return x.bfloat16() if self.half else x
 
 
 def make_forward(job: Job) -> nn.Module:
@@ -588,17 +614,19 @@ def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int,
 # ---------------------------------------------------------------- the loop
 
 
-def look_at_fixed_images(job: Job, splits: list[Split], board, step: int) -> None:
+def look_at_fixed_images(job: Job, board, step: int) -> None:
     """--eval-every: AUC of fixed images into probe.jsonl; a task that falls below its start is named."""
     if job.ranks.rank == 0:
         job.model.eval()
         with averaged(job):
-            scores = probe(job, splits)
+            scores = probe(job, job.fixed)
         job.model.train()
         append(job.folder / "probe.jsonl", {"step": step, "auc": scores})
         start = job.tally.setdefault("start", scores)
+        with writing(job.folder / "tensorboard"):
+            for name, score in scores.items():
+                board.add_scalar(f"auc/{name}", score, step)
         for name, score in scores.items():
-            board.add_scalar(f"auc/{name}", score, step)
             if score < start.get(name, 0) - 0.01:
                 tqdm.write(f"WARNING: step {step}: {name} has fallen below its start: same/different AUC {score:.3f}, "
                            f"was {start[name]:.3f}", file=sys.stderr)
@@ -615,44 +643,51 @@ def run_steps(job: Job) -> int:
     if ranks.rank == 0:
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
+        with writing(job.folder / "tensorboard"):
+            board = SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
         if not job.first:
             draw_samples(job.folder / "samples.png", stream, job.model, job.cache)
     options = loss_options(config, [len(split.classes) for split in job.splits], job.device, ranks)
-    fixed = probe_splits(config) if config["eval_every"] else []
-    if fixed and not job.first:
-        look_at_fixed_images(job, fixed, board, 0)
-    stop, window, started = StopRequest(job.folder, ranks), [], time.time() - tally["seconds"]
+    if job.fixed and not job.first:
+        look_at_fixed_images(job, board, 0)
+    stop, window = StopRequest(job.folder, ranks), []
     forward, ending = make_forward(job), False
 
     forward.train()
-    bar = tqdm(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train",
-               disable=True if ranks.rank else None)
+    tally["logged"] = time.monotonic() - job.begun
+    bar = progress(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train",
+                   disable=ranks.rank > 0)
     for step in bar:
         batches, now = receive(job, chunks, step, options, passes)
         window.append(take_step(job, forward, batches, step, now, passes))
-        tally["seconds"], done = time.time() - started, step + 1
+        tally["seconds"], done = time.monotonic() - job.begun, step + 1
         ending = ranks.any(bool(stop)) and done < steps
-        if done % config["log_every"] == 0 or done == steps or ending:
+        saving = ending or done % config["save_every"] == 0 or done == steps
+        if done % config["log_every"] == 0 or saving:  # so no line after a resume averages fewer steps than it would
             record = log_window(job, board, window, done)
             check_health(job, done)
             if "loss" in record:
                 bar.set_postfix(loss=f"{record['loss']:.3f}", img_s=f"{record['images_per_second']:.0f}")
             window = []
-        if fixed and (done % config["eval_every"] == 0 or done == steps):
-            look_at_fixed_images(job, fixed, board, done)
+        if job.fixed and (done % config["eval_every"] == 0 or done == steps):
+            look_at_fixed_images(job, board, done)
             forward.train()
         if config["keep"] and (done % (config["eval_every"] or config["save_every"]) == 0 or done == steps):
             keep_checkpoint(job, done)
-        if ending or done % config["save_every"] == 0 or done == steps:
+        if saving:
             job.save(done)
         if ending:
             print(f"stopped by {stop.reason or 'another process'} after step {done} of {steps}; continue with --resume")
             break
     if board:
-        board.close()
+        with writing(job.folder / "tensorboard"):
+            board.close()
     if ending:
         return STOPPED
+    if streak := int(job.health[1]):
+        raise InputError(f"{job.folder}: the last {streak} steps were not finite, so the run is not done; "
+                         f"{describe_saved(job)}: lower --lr or raise --warmup")
+    tally["seconds"] = time.monotonic() - job.begun
     if ranks.rank == 0:
         write_report(job)
         write_json(job.folder / "done.json", {"steps": steps, "images": steps * config["batch"], **tally})
@@ -680,6 +715,7 @@ def main(context: click.Context, **config) -> int | None:
         raise InputError(f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --micro-batch, or add "
                          "--grad-checkpointing; go on with --resume") from error
     if job and job.ranks.world > 1:
+        context.close()  # its lock
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)  # all is written; gloo's threads now and then abort an interpreter that is torn down
     return code

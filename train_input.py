@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_prep import InputError
+from data_prep import InputError, progress
 from data_prep.format import Split
 from data_prep.stream import Batches, Chunk, Stream, load
 from kernels.gather import gather_interleaved
@@ -33,7 +33,8 @@ class Finished(torch.utils.data.Dataset):
 
     def __init__(self, stream: Stream, cache: list[torch.Tensor] | None, model: Backbone) -> None:
         self.stream, self.cache = stream, cache
-        self.look = SimpleNamespace(image_size=model.image_size, mean=model.mean, std=model.std)
+        self.look = SimpleNamespace(image_size=model.image_size, mean=model.mean, std=model.std,
+                                    interpolation=model.interpolation)
 
     def __len__(self) -> int:
         return len(self.stream)
@@ -49,7 +50,7 @@ def to_images(chunk: Chunk, model: Backbone, device: torch.device, dtype: torch.
     """The interleaved, augmented, normalised batch [B, 3, S, S] of a chunk."""
     banks = [bank.to(device, non_blocking=True) for bank in chunk.banks]
     images = gather_interleaved(banks, chunk.domain, chunk.row, size=model.image_size, mean=model.mean, std=model.std,
-                                boxes=chunk.boxes, flip=chunk.flip, dtype=dtype)
+                                boxes=chunk.boxes, flip=chunk.flip, interpolation=model.interpolation, dtype=dtype)
     return chunk.augment(images, model.mean, model.std)
 
 
@@ -64,6 +65,16 @@ def free_bytes(device: torch.device) -> int:
         group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
         free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return max(min(free), 0)
+
+
+def check_memory(config: dict, splits: list[Split], image_size: int, world: int) -> None:
+    """Refuse a batch whose images alone the memory does not hold: as decoded bytes and as the network's float32."""
+    images = min(config["micro_batch"] or config["batch"], -(-config["batch"] // world))
+    need = images * 3 * (max(split.size for split in splits) ** 2 + 4 * image_size**2)
+    have = free_bytes(torch.device("cpu"))
+    if need > have:
+        raise InputError(f"--batch {config['batch']}: {images:,} images at a time take {need / 2**30:,.1f} GiB and "
+                         f"{have / 2**30:,.1f} GiB are free: lower --micro-batch or --batch")
 
 
 def check_cache(which: str, splits: list[Split], device: torch.device, ranks: Ranks) -> None:
@@ -85,8 +96,7 @@ def fill_cache(job: Job) -> list[np.ndarray]:
         bank = torch.zeros(len(split), split.size, split.size, 3, dtype=torch.uint8, device=place)
         good = np.zeros(len(split), dtype=bool)
         parts = load(Batches(split, np.arange(len(split)), 256), 0, job.config["workers"], False)
-        with tqdm(total=len(split), desc=f"cache {split.domain}", unit="img",
-                  disable=True if job.ranks.rank else None) as bar:
+        with progress(total=len(split), desc=f"cache {split.domain}", unit="img", disable=job.ranks.rank > 0) as bar:
             for rows, images in parts:
                 bank[torch.from_numpy(rows).to(place)] = images.permute(0, 2, 3, 1).to(place)
                 good[rows] = True

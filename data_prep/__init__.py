@@ -1,9 +1,19 @@
 """Data preparation: images in any published layout become uniform, verified shards (`python -m data_prep --help`)."""
 
+import errno
+import fcntl
 import math
+import os
+import re
+import socket
 import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import click
+from tqdm import tqdm
 
 DOMAINS = ("object", "face_hq", "face_lq", "body")  # these names, in this order, in every option, folder and legend
 DOMAIN_COLOURS = {"object": "#0072B2", "face_hq": "#D55E00", "face_lq": "#E69F00", "body": "#009E73"}  # Okabe and Ito's
@@ -29,6 +39,56 @@ class Number(click.FloatRange):
         return number
 
 
+LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+
+
+def progress(iterable: Iterable | None = None, disable: bool = False, **options) -> "tqdm | ProgressLines":
+    """tqdm's bar (desc, total, unit, initial), or, where there is no terminal, a line every LINE_EVERY seconds."""
+    if disable or sys.stderr.isatty():
+        return tqdm(iterable, disable=disable, **options)
+    return ProgressLines(iterable, **options)
+
+
+class ProgressLines:
+    """What a bar of tqdm does, in lines: for logs of schedulers, in which hours of silence look like a hang."""
+
+    def __init__(self, iterable: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it",
+                 initial: int = 0) -> None:
+        self.iterable, self.desc, self.unit, self.n, self.initial = iterable, desc, unit, initial, initial
+        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self.begin = self.last = time.monotonic()
+        self.postfix = ""
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        if (now := time.monotonic()) - self.last >= LINE_EVERY:
+            self.last = now
+            print(tqdm.format_meter(self.n, self.total, now - self.begin, ncols=0, prefix=self.desc, unit=self.unit,
+                                    initial=self.initial, postfix=self.postfix), file=sys.stderr, flush=True)
+
+    def set_postfix(self, values: dict | None = None, **more) -> None:
+        self.postfix = ", ".join(f"{key}={value}" for key, value in ((values or {}) | more).items())
+
+    def close(self) -> None:
+        pass
+
+    def __iter__(self) -> Iterator:
+        for item in self.iterable:
+            yield item
+            self.update()
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def literal(name: str) -> str:
+    """A name that somebody chose, as Markdown that shows it as it is."""
+    return re.sub(r"[\\|*!\[\]`<>&]", r"\\\g<0>", name)
+
+
 def run_command(command: click.Command) -> None:
     """Run a click command as a script: bad input ends in one line on stderr and exit code 2 (`--debug`: a traceback).
 
@@ -43,6 +103,62 @@ def run_command(command: click.Command) -> None:
             raise
         print("error: " + " ".join(error.format_message().split()), file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a disk that is full, read-only or gone
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error} (--debug shows where)",
+              file=sys.stderr)
+        sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def lock_folder(folder: Path, option: str) -> Iterator[None]:
+    """Hold a folder that one process writes at a time; it is made where it is not there, and removed if it stays empty.
+
+    The lock is POSIX's (`lockf`, not `flock`): it ends with this very process, however that ends, while children that
+    were forked from it do not hold it; network file systems carry it to other nodes. Where a file system has no locks,
+    there is none. A process can hold a folder once.
+
+    Args:
+        folder: to be held, in its file `.lock`, which is removed again.
+        option: that named it, for messages.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written to.
+    """
+    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise InputError(f"{option} {folder}: cannot be written ({error.strerror}): choose another, or move away what "
+                         "is in its way") from error
+    try:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = os.pread(file, 300, 0).decode() or "another process"
+                raise InputError(f"{option} {folder}: {holder} is writing it: wait for that one, or choose another "
+                                 f"{option}") from None
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        # after the one before has removed its file, a lock on that would hold nothing
+        if not path.exists() or not os.path.samestat(os.fstat(file), path.stat()):
+            raise InputError(f"{option} {folder}: the process that wrote it ended this moment: run the command again")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(file)
+        for place in made:
+            with suppress(OSError):  # it holds something
+                place.rmdir()
