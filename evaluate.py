@@ -37,34 +37,37 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from data_prep import DOMAINS, InputError, Number, refuse_options, run_command
-from data_prep.format import Split, open_root
-from data_prep.stream import LOADERS
-from models.backbones import BACKBONES, SIZES, Backbone, Network, embed_rows, load_backbone, resolve_backbone
-from models.runs import (
-    Ranks,
-    Run,
-    join_ranks,
-    load_foundation,
-    load_run,
-    load_tuned,
+from data_prep import (
+    DOMAINS,
+    InputError,
+    Number,
+    hash_file,
+    lock_folder,
     make_folder,
-    pick_device,
+    progress,
+    refuse_options,
+    run_command,
     write_atomically,
 )
+from data_prep.format import Split, named_splits, open_root
+from data_prep.stream import LOADERS
+from models.backbones import BACKBONES, SIZES, Backbone, Network, embed_rows, load_backbone, resolve_backbone
+from models.runs import Ranks, Run, join_ranks, load_foundation, load_run, load_tuned, pick_device
 from protocols.classify import Readouts, read_prompts
 from protocols.embed import Embedder, make_embedder
 from protocols.humans import human_rows, human_verdict, make_human_rows, score_humans, show_humans
 from protocols.search import choose_crowd, make_members, score_unified
-from reports.plots import draw_figures, draw_search, draw_sheet
+from reports.plots import draw_figures, draw_sheet, draw_split
 from reports.rows import (
+    FEW_NOTE,
     HEADLINE,
+    check_references,
     headlines,
     make_report,
     make_rows,
     make_unified_rows,
+    mark,
     read_rows,
     score,
     show_value,
@@ -81,6 +84,7 @@ from reports.tables import (
     show_published,
     show_stages,
     write_report,
+    write_text,
 )
 from tools.compare import (
     Scored,
@@ -108,22 +112,23 @@ from tools.trials import read_ratings
 
 def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: str) -> list[Split]:
     """The test splits to score: all that have a protocol, or those named as domain/split."""
-    everything = {f"{domain}/{name}": split for domain in root for name, split in root[domain].items()}
-    scored = {key: split for key, split in everything.items() if split.protocol}
-    if names:
-        for name in names.split(","):
-            if name not in everything:
-                raise InputError(f"--splits: {where} has no split {name!r}; it has {', '.join(everything)}")
-            if name not in scored:
-                raise InputError(f"--splits: {name} is a training split: it has no protocol to be scored by")
-        scored = {name: scored[name] for name in names.split(",")}
+    found = named_splits(root, names, where) if names else [s for splits in root.values() for s in splits.values()]
+    scored = {f"{split.domain}/{split.name}": split for split in found if split.protocol}
     for name, split in list(scored.items()):
         if split.protocol["name"] not in HEADLINE:
             print(f"  {name}: protocol {split.protocol['name']!r} is not scored yet: left out")
             del scored[name]
     if not scored:
         raise InputError(f"{where}: no test split to score: prepare one, `python -m data_prep SOURCE ... --part test`")
+    check_references(list(scored.values()), root)
     return sorted(scored.values(), key=lambda s: (DOMAINS.index(s.domain), bool(s.protocol.get("ood")), s.name))
+
+
+def training_split(run: Run | None, root: dict[str, dict[str, Split]]) -> Split | None:
+    """The split of objects that a run was trained on, where the data root holds it."""
+    split = root.get("object", {}).get("train")
+    known = run is not None and split is not None and run.config["shards"].get("object")
+    return split if known and split.index["provenance"]["plan"] == known else None
 
 
 def add_references(splits: list[Split], root: dict[str, dict[str, Split]]) -> list[Split]:
@@ -179,8 +184,8 @@ def model_options(command):
         click.option("--batch", type=click.IntRange(1), default=64, help="Images per forward pass."),
         click.option("--workers", type=click.IntRange(0), default=LOADERS, help="Loader processes."),
         click.option("--cache", metavar="DIR",
-                     help="Keep the embeddings of untouched backbones here, for all runs that share one (default: with "
-                          "each run)."),
+                     help="Keep the embeddings of untouched backbones here, for all runs that share one (default: "
+                          ".foundation beside the run)."),
         click.option("--device", default="auto",
                      help="auto, cpu or cuda; evaluate.py under torchrun: each process takes its own."),
         click.option("--seed", type=click.IntRange(0), default=0, help="Of every random draw."),
@@ -209,7 +214,8 @@ def model_options(command):
 @click.option("--probe", type=click.IntRange(0), default=50_000, metavar="N",
               help="Fit the linear probe to at most N images of a reference split (0: no probe).")
 @click.option("--sheet", is_flag=True,
-              help="Draw probes of each split with the ten images nearest to them: sheet-DOMAIN-SPLIT.png.")
+              help="Draw what is scored: probes of each split with the ten images nearest to them, of verification the "
+                   "hardest pairs: sheet-DOMAIN-SPLIT.png.")
 @click.option("--crowd", type=click.IntRange(0), default=5000,
               help="Probes of a domain that are searched among all domains at once (0: none).")
 @click.option("--humans", type=click.Path(path_type=Path), multiple=True, metavar="FILE.csv",
@@ -226,8 +232,8 @@ def main(context: click.Context, **options) -> int | None:
     given = {key for key in options if context.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE}
     name, folder, run, models, data = open_models(options, given)
     trained = run.classes.get("object", []) if run else []
-    readouts = Readouts(read_prompts(options["prompts"]), options["probe"], trained)
     root = open_root(Path(data))
+    readouts = Readouts(read_prompts(options["prompts"]), options["probe"], trained, training_split(run, root))
     splits = choose_splits(root, options["splits"], data)
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
     published = read_published()
@@ -235,7 +241,9 @@ def main(context: click.Context, **options) -> int | None:
     ratings = read_ratings(list(options["humans"]), by_name) if options["humans"] else []
     ranks, device = join_ranks(options["device"])
     out, options["device"] = folder / "eval", str(device)
-    make_folder(out, "--run" if run else "--out")
+    if ranks.rank == 0:
+        context.with_resource(lock_folder(out, "--run" if run else "--out"))
+    of = hash_file(folder / "model.safetensors")  # before it is read: a run that trains on writes another
     embedders = {weights: make_embedder(load, weights, out, options, ranks) for weights, load in models.items()}
     for embed in embedders.values():  # all of it first, by all ranks: what follows is the first one's alone
         for split in add_references(splits, root):
@@ -244,13 +252,16 @@ def main(context: click.Context, **options) -> int | None:
     if ranks.rank:
         leave(ranks)
     figures, curves, unified, people = {}, {}, {}, {}
-    crowd = choose_crowd(splits) if options["crowd"] else []
+    if crowd := choose_crowd(splits) if options["crowd"] else []:
+        print(f"  everything: {', '.join(f'{split.domain}/{split.name}' for split in crowd)} (--splits chooses)")
     for weights, embed in embedders.items():
         found = score(embed, splits, root, run if weights == "tuned" else None, options["bootstrap"], options["seed"],
                       readouts)
         figures[weights], curves[weights] = found
         if crowd:
             members = make_members(crowd, [embed(split) for split in crowd], options["crowd"], options["seed"])
+            crowd = [member.split for member in members]
+        if crowd:
             unified[weights] = score_unified(members, options["bootstrap"], options["seed"], embed.device)
         if ratings:
             rated = {name: embed(by_name[name]) for name in {rating.split for rating in ratings}}
@@ -260,7 +271,7 @@ def main(context: click.Context, **options) -> int | None:
     results += make_human_rows(name, ratings, by_name, people, options["flip"])
     rows = [row for row, _ in results]
     write_rows(out, rows)
-    write_draws(out, results, options["seed"])
+    write_draws(out, results, options["seed"], of)
     for path in [*(out / f"{name}.png" for name in ("roc", "cmc", "scores", "stages")), *out.glob("sheet-*.png")]:
         path.unlink(missing_ok=True)  # of an evaluation of other splits; a sheet shows people
     others = beside(rows, datasets, published)
@@ -275,7 +286,8 @@ def main(context: click.Context, **options) -> int | None:
             middle += ["", "![AUC after each stage](stages.png)"]
     write_report(out, make_report(rows, splits, options["flip"], middle))
     for split in splits if options["sheet"] else []:
-        draw_search(out, split, embed(split), options["seed"])
+        if f"{split.domain}/{split.name}" in curves[embed.name]:
+            draw_split(out, split, embed, root, options["seed"])
     for (domain, split), pair in headlines(rows).items():
         print(f"{domain + '/' + split:22s} {next(iter(pair.values())).metric:20s} "
               + "   ".join(f"{weights} {show_value(row)}" for weights, row in pair.items()))
@@ -288,8 +300,12 @@ def main(context: click.Context, **options) -> int | None:
             name = "everything" if domain == "all" else f"{domain}/{split}"
             print(f"{name:22s} {lead.metric:30s} {weights} {show_value(lead)}: "
                   f"{human_verdict(lead)}")
+    if any(mark(row.identities) for row in rows):
+        print(FEW_NOTE)
     print(f"written: {out}/report.html, report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
+    if "foundation" in embedders:
+        print(f"embeddings of the untouched backbone, for all runs that share it: {embedders['foundation'].folder}")
     leave(ranks)
     return 0
 
@@ -338,7 +354,7 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
     refuse_unshared(chosen, [first, *others], experts)
     table = compare_experts(first, others, chosen, delta) if experts else compare_groups([first, *others], chosen)
     make_folder(out, "--out")
-    text = show_experts(table, first[0].config["domains"]) if experts else show_comparison(table)
+    text = show_experts(table, first[0].config.get("domains", [])) if experts else show_comparison(table)
     if experts:
         draw_experts(out / "comparison.png", table)
     else:
@@ -347,7 +363,7 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
         draw_comparison(out / "comparison.png", table, untouched if "foundation" not in shown else [])
     write_atomically(out / "comparison.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
     write_csv(out / "comparison.csv", table)
-    write_atomically(out / "comparison.md", lambda path: path.write_text(text))
+    write_text(out / "comparison.md", text)
     if not experts:  # every figure is in the files; a terminal gets those that stand for their protocols
         text = show_comparison([row for row in table if row["headline"]] or table)
     print(text + f"written: {out}/comparison.md, .csv, .json and .png")
@@ -371,6 +387,7 @@ def leaks(**options) -> int:
     data, out = options["data"] or run.config["data"], run.folder / "eval"
     root = open_root(Path(data))
     splits = choose_splits(root, options["splits"], data)
+    click.get_current_context().with_resource(lock_folder(out, "--run"))
     training = [root[domain]["train"] for domain in run.config["domains"] if "train" in root.get(domain, {})]
     if not training:
         raise InputError(f"{data}: none of the run's training splits is there: name the data root that holds them")
@@ -380,7 +397,6 @@ def leaks(**options) -> int:
         return make_embedder(lambda: load(run), weights, out, options)
 
     found, images = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
-    make_folder(out, "--run")
     for name in ("leaks.json", "leaks-sheet.png"):  # of other leaks than leaks.csv will list
         (out / name).unlink(missing_ok=True)
     write_csv(out / "leaks.csv", found, LEAK)
@@ -392,7 +408,9 @@ def leaks(**options) -> int:
         without.setdefault(leak["split"], []).append(leak["row"])
     if options["sheet"]:  # the nearest 96, four pairs a line
         draw_sheet(out / "leaks-sheet.png", [[tile for pair in images[i : i + 4] for tile in (*pair, None)]
-                                             for i in range(0, min(len(images), 96), 4)])
+                                             for i in range(0, min(len(images), 96), 4)],
+                   [f"The nearest pairs, by the {options['by']} backbone: red: test image, with its cosine; black: "
+                    "the training image that it repeats"])
     tables = score_without(embedder("tuned"), splits, root, run, options["bootstrap"], options["seed"],
                            options["flip"], without, f"at {options['threshold']:g} by {options['by']}")
     write_atomically(out / "leaks.json", lambda path: path.write_text(
@@ -448,7 +466,7 @@ def embed(pictures: tuple[Path, ...], run: str, domain: str | None, out: Path, a
     files = Pictures(paths, **find_fitting(opened, domain))
     model = load_tuned(opened).to(where)
     rows, parts = [], []
-    with tqdm(total=len(paths), desc="embed", unit="img", disable=None) as bar:
+    with progress(total=len(paths), desc="embed", unit="img") as bar:
         for good, x in embed_rows(model, files, np.arange(len(paths)), where, batch, workers, flip):
             rows += good.tolist()
             parts.append(torch.nn.functional.normalize(x, dim=1).cpu().numpy())

@@ -32,25 +32,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_prep import (
-    DOMAIN_LIST,
-    DOMAINS,
-    MIX_RAMP,
-    SEVERITY,
-    GroupedHelp,
-    InputError,
-    MixRamp,
-    Number,
-    add_options,
-    as_texts,
-    one_or_per_domain,
-    option,
-    per_domain,
-    refuse_options,
-    replay_config,
-    run_command,
+    DOMAIN_LIST, DOMAINS, MIX_RAMP, SEVERITY, GroupedHelp, InputError, MixRamp, Number, add_options, append, as_texts,
+    lock_folder, make_folder, one_or_per_domain, option, per_domain, progress, refuse_options, replay_config, run_command,
+    write_atomically, write_json, writing,
 )
-from data_prep.format import Split, matched_pairs, open_root, open_training
-from data_prep.stream import LOADERS, Feed, Stream, decode_split, too_large
+from data_prep.format import Split, matched_pairs, named_splits, open_root, open_training, ordered_tests
+from data_prep.stream import LOADERS, Feed, Stream, decode_split, free_bytes, too_large
 from models import runs
 from models.adapt import RunningAverage, add_drop_path, add_low_rank
 from models.backbones import BACKBONES, RECIPES, SIZES, Backbone, Network, embed_rows, load_backbone, resolve_backbone
@@ -60,6 +47,7 @@ from reports.training import Tally, TrainingLog, add_to_totals, draw_samples, em
 
 MIN_RATE = 0.01  # of the peak learning rate, at the end of the cosine
 CLIP = 1.0  # gradient norm above which a step is scaled down
+MOST_STEPS = 10_000_000  # of a run, which is planned whole
 
 # ---------------------------------------------------------------- options
 
@@ -85,7 +73,8 @@ class Options:
                                   "weights are loaded, its recipe fills what is not given.")
     size: str = option("model", "large", click.Choice(SIZES), "Size within the family.")
     model: str | None = option("model", None, str, "Any timm or open_clip NAME (or NAME/TAG) instead of --backbone.")
-    weights: str = option("model", "pretrained", str, "'pretrained' (downloads), 'none' (random start) or a file.")
+    weights: str = option("model", "pretrained", str, "'pretrained' (downloads), 'none' (random start), FILE or FILE:NAME "
+                          "(one of its sets of weights).")
     image_size: int | None = option("model", None, click.IntRange(16, 4096), "Input side in pixels (default: 224, "
                                     "DINOv3 256, --model: its own).")
     embed_dim: int = option("model", 0, click.IntRange(0, 65536), "Width of a linear layer at the end; 0: none.")
@@ -96,7 +85,7 @@ class Options:
 
     schedule: str = option("schedule", "B", click.Choice(["A", "B", "alternate", "sequential"]),
                            "A: one domain a batch, a step after each round. B: every batch blended.")
-    batch: int = option("schedule", 256, click.IntRange(1, 1 << 20), "Images per optimiser step.")
+    batch: int = option("schedule", 256, click.IntRange(1, 1 << 36), "Images per optimiser step.")
     micro_batch: int | None = option("schedule", None, click.IntRange(1), "At most so many images per forward pass "
                                      "(default: the batch).")
     images: int | None = option("schedule", None, click.IntRange(1, 1 << 48), "Length of the run, in images.")
@@ -132,7 +121,7 @@ class Options:
     warmup: float = option("optimiser", 0.05, Number(0, 1), "Fraction of the steps over which the learning rate rises.")
     ema: float = option("optimiser", 0.0, Number(0, 1, max_open=True), "Export the running average of the weights with "
                         "this decay, e.g. 0.9998; 0: off.")
-    seed: int = option("optimiser", 0, click.IntRange(0, 2**63 - 1), "Of the start, the data order and every draw.")
+    seed: int = option("optimiser", 0, click.IntRange(0, 2**62 - 1), "Of the start, the data order and every draw.")
 
     device: str = option("machine", "auto", str, "auto, cpu or cuda; under torchrun each process takes its own GPU.")
     precision: str = option("machine", "auto", click.Choice(["auto", "fp32", "bf16"]), "bf16 autocast of the backbone; "
@@ -146,9 +135,11 @@ class Options:
     log_every: int = option("logging", 10, click.IntRange(1), "Steps between lines of log.jsonl.")
     eval_every: int = option("logging", 0, click.IntRange(0), "Steps between same/different AUCs of 2,000 fixed images "
                              "per domain; 0: never.")
+    splits: str | None = option("logging", None, str, "Comma-separated domain/split for --eval-every (default: a test split "
+                                "of each domain and one out of distribution).", metavar="NAMES")
     save_every: int = option("logging", 500, click.IntRange(1), "Steps between checkpoints.")
     keep: int = option("logging", 0, click.IntRange(0), "Checkpoints that stay in RUN/checkpoints, one an --eval-every "
-                       " (else --save-every): the newest and the best by --eval-every.")
+                       "(else --save-every): the newest and the best by --eval-every.")
     conflict_every: int = option("logging", 0, click.IntRange(0), "Steps between looks at how the gradients of domains "
                                  "conflict (conflict.png); 0: never.")
 
@@ -177,7 +168,8 @@ def settle_options(context: click.Context, values: dict) -> tuple[Options, dict[
     options = Options(**values | recipe)
     for name, idle, why in (("size", options.model and not options.backbone, "is a size of --backbone"),
                             ("mix", options.schedule != "B", "sets the shares of schedule B; the others deal equally"),
-                            ("mix_ramp", options.schedule != "B", "moves the shares of schedule B")):
+                            ("mix_ramp", options.schedule != "B", "moves the shares of schedule B"),
+                            ("splits", not options.eval_every, "chooses what --eval-every looks at")):
         if given[name] == "COMMANDLINE" and idle:
             raise InputError(f"--{name.replace('_', '-')} {why}: leave it out")
     check_options(options)
@@ -192,7 +184,7 @@ def check_options(options: Options) -> None:
         if isinstance(value, dict) and (missing := [name for name in domains if name not in value]):
             raise InputError(f"--{one.name.replace('_', '-')}: no value for {missing[0]}")
     if options.weights not in ("pretrained", "none"):
-        options.weights = str(Path(options.weights).resolve())  # a run is read from other folders too
+        options.weights = os.path.abspath(options.weights)  # a run is read from other folders too
     if not options.model and not options.backbone:
         raise InputError("which backbone? give --backbone clip|eva02|dinov3 or --model NAME (of timm or open_clip)")
     is_clip = resolve_backbone(Network.of(options))[0] == "open_clip"
@@ -290,6 +282,9 @@ def plan_batches(options: Options, splits: list[Split]) -> np.ndarray:
     largest = int(np.where(shares > 0, sizes, 0).argmax())
     images = options.images or (options.epochs or 10.0) * sizes[largest] / shares[largest]
     steps, batch = max(round(images / options.batch), 1), schedule.images_per_batch
+    if steps > MOST_STEPS:
+        raise InputError(f"a run of {steps:,} steps: at most {MOST_STEPS:,} are planned: raise --batch, or lower "
+                         "--images or --epochs")
     if options.schedule == "B":
         plan = blend_counts((shares_at(s / steps, shares, ramp) for s in range(steps)), batch)
     elif options.schedule == "sequential":
@@ -312,8 +307,8 @@ def blend_shares(options: Options, sizes: np.ndarray) -> tuple[np.ndarray, tuple
         ramp = (options.trained.index(options.mix_ramp.domain), *options.mix_ramp[1:])
         if shares.sum() - shares[ramp[0]] <= 0:
             raise InputError("--mix-ramp needs another domain with a share above 0")
-    for progress in (0.0, 1.0):
-        for name, share in zip(options.trained, shares_at(progress, shares, ramp), strict=True):
+    for when in (0.0, 1.0):
+        for name, share in zip(options.trained, shares_at(when, shares, ramp), strict=True):
             if share and options.batch * share < 1:
                 raise InputError(f"--batch {options.batch} gives {name} {options.batch * share:.2f} images each: "
                                  f"raise --batch to {math.ceil(1 / share)} or set its share with --mix")
@@ -336,7 +331,7 @@ def rate(step: int, steps: int, warmup: float) -> float:
 
 
 class AutocastModel(nn.Module):
-    """The model's forward pass in the precision of --precision."""
+    """The model's forward pass in the precision of --precision, embeddings included: some networks end in float32."""
 
     def __init__(self, model: Backbone, bf16: bool, device: torch.device) -> None:
         super().__init__()
@@ -344,7 +339,8 @@ class AutocastModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            return self.model(images)
+            x = self.model(images)
+        return x.bfloat16() if self.bf16 else x
 
 
 def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> torch.optim.AdamW:
@@ -413,7 +409,10 @@ class Job:
     tally: Tally = field(default_factory=Tally)
     average: RunningAverage | None = None  # --ema, of `parameters`
     hook: Any = None  # takes over the backward passes of some steps, e.g. tools.conflicts.DomainGradients
+    fixed: list[Split] = field(default_factory=list)  # what --eval-every looks at
     first: int = 0  # the next step
+    saved: int | None = None  # the step that the checkpoint in `last` starts from
+    begun: float = field(default_factory=time.monotonic)  # when the seconds of `tally` began
 
     @property
     def steps(self) -> int:
@@ -423,7 +422,9 @@ class Job:
     def bf16(self) -> bool:
         """Whether the backbone computes in bfloat16 (--precision)."""
         precision, cuda = self.options.precision, self.device.type == "cuda"
-        return precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+        # emulated, on cards before Ampere, it is slower than float32 and no more exact
+        has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        return precision == "bf16" or (precision == "auto" and has_bf16)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -520,45 +521,48 @@ def run_steps(job: Job) -> int:
     options, steps, tally, ranks = job.options, job.steps, job.tally, job.ranks
     feed = make_feed(job)
     board = open_board(job, feed) if ranks.rank == 0 else None
-    log = TrainingLog(job.folder, {s.domain: len(s) for s in job.splits}, job.plan, ranks, tally, board)
-    fixed = probe_splits(options) if options.eval_every else []
-    if fixed and not job.first:
-        look_at_fixed_images(job, fixed, board, 0)
-    stop, window, started = runs.StopRequest(job.folder, ranks), [], time.time() - tally.seconds
-    forward, ending = make_forward(job), False
+    log = TrainingLog(job.folder, {s.domain: len(s) for s in job.splits}, job.plan, ranks, tally, board, job.saved)
+    if job.fixed and not job.first:
+        look_at_fixed_images(job, board, 0)
+    stop, window, ending = runs.StopRequest(job.folder, ranks), [], False
+    draw = job.head.draw_classes if job.head.samples_classes else None
 
+    forward = make_forward(job).train()
     feed.start(job.first)
-    forward.train()
-    bar = tqdm(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train",
-               disable=True if ranks.rank else None)
+    tally.logged = time.monotonic() - job.begun
+    bar = progress(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train",
+                   disable=ranks.rank > 0)
     for step in bar:
-        draw = functools.partial(job.head.draw_classes, step) if job.head.samples_classes else None
-        window.append(take_step(job, forward, feed.next_step(draw), step, feed.passes))
-        tally.seconds, done = time.time() - started, step + 1
+        batches = feed.next_step(draw and functools.partial(draw, step))
+        window.append(take_step(job, forward, batches, step, feed.passes))
+        tally.seconds, done = time.monotonic() - job.begun, step + 1
         ending = ranks.any(bool(stop)) and done < steps
-        if done % options.log_every == 0 or done == steps or ending:
+        saving = ending or done % options.save_every == 0 or done == steps
+        if done % options.log_every == 0 or saving:  # so no line after a resume averages fewer steps than it would
             record = log.write(window, done, rates_of(job, step), job.health, feed.bad)
             log.check_health(done, job.health)
             bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}", img_s=f"{record['images_per_second']:.0f}")
             window, feed.bad = [], 0
-        if fixed and (done % options.eval_every == 0 or done == steps):
-            look_at_fixed_images(job, fixed, board, done)
+        if job.fixed and (done % options.eval_every == 0 or done == steps):
+            look_at_fixed_images(job, board, done)
             forward.train()
         if options.keep and (done % (options.eval_every or options.save_every) == 0 or done == steps):
-            counts = dict(zip(options.trained, job.plan[:done].sum((0, 1)).tolist(), strict=True))
-            runs.keep_checkpoint(job.folder, done, counts, options.keep, functools.partial(export_weights, job), ranks)
-        if ending or done % options.save_every == 0 or done == steps:
+            keep_checkpoint(job, done)
+        if saving and not job.health[1]:  # not within a streak of steps that were not finite
             save_checkpoint(job, done)
+            log.saved = done
         if ending:
             print(f"stopped by {stop.reason or 'another process'} after step {done} of {steps}; continue with --resume")
             break
     if board:
-        board.close()
+        with writing(job.folder / "tensorboard"):
+            board.close()
     if ending:
         return runs.STOPPED
+    tally.seconds = time.monotonic() - job.begun
     if ranks.rank == 0:
         write_report(log, options.schedule, job.device.type)
-        runs.write_json(job.folder / "done.json", {"steps": steps, "images": steps * options.batch, **vars(tally)})
+        write_json(job.folder / "done.json", {"steps": steps, "images": steps * options.batch, **vars(tally)})
     print(f"done: {job.folder} in {tally.seconds:.0f} s; next: python evaluate.py --run {job.folder}")
     ranks.wait()
     return 0
@@ -616,27 +620,31 @@ def make_feed(job: Job) -> Feed:
 
 
 def probe_splits(options: Options) -> list[Split]:
-    """What --eval-every looks at: a split per domain (the training one at need), and one out of distribution."""
+    """What --eval-every looks at: the test splits of --splits, else one a domain and one out of distribution."""
+    root = open_root(Path(options.data), DOMAINS if options.splits else options.trained)
+    if options.splits:
+        return named_splits(root, options.splits, options.data)
+    chosen, others = [], {domain: list(root.get(domain, {}).values()) for domain in options.trained}
+    for domain, splits in others.items():
+        chosen += (tests := ordered_tests(splits)[:1])
+        if not tests:
+            print(f"  --eval-every: {domain} has no test split (--part test prepares one), so it is not looked at")
+    chosen += ordered_tests(others.get("object", []), ood=True)[:1]
+    names = ", ".join(f"{split.domain}/{split.name}" for split in chosen)
+    print(f"  --eval-every looks at {names or 'nothing'} (--splits chooses)")
+    return chosen
 
-    def shifted(split: Split) -> bool:
-        return bool((split.index["protocol"] or {}).get("ood"))
 
-    root, found = open_root(Path(options.data), options.trained), []
-    for domain in options.trained:
-        others = [split for name, split in root[domain].items() if name != "train" and not shifted(split)]
-        found += [split for split in [*others, root[domain]["train"]] if (split.labels >= 0).sum() > 1][:1]
-    return found + [split for split in root.get("object", {}).values() if shifted(split)][:1]
-
-
-def probe(job: Job, splits: list[Split], count: int = 2000) -> dict[str, float]:
-    """Same/different AUC of `count` fixed images of each split, on matched numbers of random pairs; chance is 0.5."""
+def probe(job: Job, count: int = 2000) -> dict[str, float]:
+    """Same/different AUC of `count` fixed images of each of job.fixed, on matched numbers of random pairs; chance is 0.5."""
     from sklearn.metrics import roc_auc_score
 
-
     scores = {}
-    for split in splits:
+    for split in job.fixed:
         rows = np.flatnonzero(split.labels >= 0)
         rows = np.sort(np.random.default_rng(0).permutation(rows)[:count])
+        if not len(rows):
+            continue
         parts = list(embed_rows(job.model, split, rows, job.device, job.options.micro_batch or 64, job.options.workers))
         used, x = np.concatenate([r for r, _ in parts]), F.normalize(torch.cat([x for _, x in parts]), dim=1)
         pairs = matched_pairs(split.labels[used], 5000, seed=0)
@@ -646,17 +654,19 @@ def probe(job: Job, splits: list[Split], count: int = 2000) -> dict[str, float]:
     return scores
 
 
-def look_at_fixed_images(job: Job, splits: list[Split], board: Any, step: int) -> None:
+def look_at_fixed_images(job: Job, board: Any, step: int) -> None:
     """--eval-every: AUC of fixed images into probe.jsonl; a task that falls below its start is named."""
     if job.ranks.rank == 0:
         job.model.eval()
         with averaged(job):
-            scores = probe(job, splits)
+            scores = probe(job)
         job.model.train()
-        runs.append(job.folder / "probe.jsonl", {"step": step, "auc": scores})
+        append(job.folder / "probe.jsonl", {"step": step, "auc": scores})
         start = job.tally.start = job.tally.start or scores
+        with writing(job.folder / "tensorboard"):
+            for name, score in scores.items():
+                board.add_scalar(f"auc/{name}", score, step)
         for name, score in scores.items():
-            board.add_scalar(f"auc/{name}", score, step)
             if score < start.get(name, 0) - 0.01:
                 tqdm.write(f"WARNING: step {step}: {name} has fallen below its start: same/different AUC {score:.3f}, "
                            f"was {start[name]:.3f}", file=sys.stderr)
@@ -695,33 +705,43 @@ def save_checkpoint(job: Job, step: int) -> None:
         (job.folder / "last").mkdir(exist_ok=True)
         state = {"step": step, "model": job.model.state_dict(), "head": whole, "optimizer": optimizer,
                  "tally": vars(job.tally), "health": job.health, "ema": average, "norms": head.statistics}
-        runs.write_atomically(job.folder / "last" / "state.pt", lambda path: torch.save(state, path))
+        write_atomically(job.folder / "last" / "state.pt", lambda path: torch.save(state, path))
+    job.saved = step
     job.ranks.wait()
 
 
-def load_checkpoint(job: Job) -> int:
-    """Restore what save_checkpoint wrote; returns the next step."""
-    path, head = job.folder / "last" / "state.pt", job.head
-    try:
-        # of a sharded head every rank reads its own rows alone
-        state = torch.load(path, "cpu", weights_only=True, mmap=head.rows is not None)
-    except Exception as error:  # a damaged zip, a foreign pickle
-        what = type(error).__name__
-        raise InputError(f"{path}: damaged ({what}): restore it, or start anew in another --out") from error
+def keep_checkpoint(job: Job, step: int) -> None:
+    """--keep: the weights of now in RUN/checkpoints, unless the last steps were not finite."""
+    if not job.health[1]:
+        counts = dict(zip(job.options.trained, job.plan[:step].sum((0, 1)).tolist(), strict=True))
+        runs.keep_checkpoint(job.folder, step, counts, job.options.keep, functools.partial(export_weights, job),
+                             job.ranks)
+
+
+def load_checkpoint(job: Job) -> None:
+    """Restore what save_checkpoint wrote."""
+    head, average = job.head, job.average
+    shapes = [p.shape for p in job.parameters[:-1]] + [torch.Size([sum(head.class_counts), job.model.dim])]
+    check = functools.partial(runs.misfit, steps=job.steps, model=job.model.state_dict(), shapes=shapes,
+                              averaged=average is not None, statistics=head.statistics)
+    # of a sharded head every rank reads its own rows alone
+    state = runs.read_state(job.folder / "last" / "state.pt", job.ranks.rank == 0, head.sharded, check)
     job.model.load_state_dict(state["model"])
     head.set_whole(state["head"])
     if moments := state["optimizer"]["state"]:
         last = max(moments)
         moments[last] = {key: head.part_of(v) if v.ndim else v for key, v in moments[last].items()}
-    job.optimizer.load_state_dict(state["optimizer"])
-    if job.average:
-        for value, saved in zip(job.average.values, [*state["ema"][:-1], head.part_of(state["ema"][-1])], strict=True):
+    # the groups are the options' own, which are those that the run was started with
+    job.optimizer.load_state_dict(job.optimizer.state_dict() | {"state": moments})
+    if average:
+        for value, saved in zip(average.values, [*state["ema"][:-1], head.part_of(state["ema"][-1])], strict=True):
             value.copy_(saved)
     job.health.copy_(state["health"])
     if head.statistics is not None:
         head.statistics.copy_(state["norms"])
-    vars(job.tally).update(state["tally"])
-    return state["step"]
+    vars(job.tally).update({key: state["tally"][key] for key in vars(job.tally) if key in state["tally"]})
+    job.first = job.saved = state["step"]
+    job.begun -= job.tally.seconds
 
 
 # ---------------------------------------------------------------- from options to a run
@@ -749,9 +769,10 @@ def describe_run(options: Options, recipe: dict[str, float], splits: list[Split]
 
 def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
     """From options to a run that is ready to go; None: it is complete. Refuses before it builds anything."""
-    splits = open_training(options.data, options.trained)
-    plan = plan_batches(options, splits)
-    folder, texts = Path(options.out), as_texts(options)
+    begun, splits = time.monotonic(), open_training(options.data, options.trained)
+    plan, folder, texts = plan_batches(options, splits), Path(options.out), as_texts(options)
+    if (context := click.get_current_context(silent=True)) and not int(os.environ.get("RANK", 0)):
+        context.with_resource(lock_folder(folder, "--out"))
     found = runs.find_run(folder, texts, splits)
     if found == "complete":
         print(f"{folder} is complete")
@@ -766,26 +787,39 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
         torch.cuda.set_device(device)  # kernels and generators go by the current device
     torch.set_float32_matmul_precision("high")
     describe_run(options, recipe, splits, plan)
+    fixed = probe_splits(options) if options.eval_every else []
     model = build_model(options, device)
+    check_memory(options, splits, model.image_size, device, ranks)
+    if found == "nothing" and ranks.rank == 0:
+        make_folder(folder, "--out")
+        counts = dict(zip(options.trained, plan.sum((0, 1)).tolist(), strict=True))
+        facts = runs.gather_facts(splits, options.schedule, len(plan), counts, recipe, options.weights)
+        runs.write_config(folder, texts, facts)
+    head = MarginHead([len(split.classes) for split in splits], model.dim, head_settings(options, splits), ranks=ranks,
+                      shard=options.shard_head, device=device)
+    job = Job(options, folder, device, ranks, splits, plan, torch.from_numpy(plan.sum(1)).to(device), model, head,
+              make_optimizer(model, head, options), torch.zeros(2, dtype=torch.int64, device=device), fixed=fixed,
+              begun=begun)
+    return start_or_resume(job)
+
+
+def check_memory(options: Options, splits: list[Split], image_size: int, device: torch.device, ranks: Ranks) -> None:
+    """Say what is enlarged and who holds the head; refuse a batch or a --cache that the memory does not hold."""
     for split in splits:
-        if model.image_size > split.size:
-            print(f"  {split.domain}/{split.name}: images of {split.size} px are enlarged to {model.image_size} px")
+        if image_size > split.size:
+            print(f"  {split.domain}/{split.name}: images of {split.size} px are enlarged to {image_size} px")
+    if options.shard_head and ranks.world == 1:
+        print("  --shard-head: one process holds all class weights")
+    images = min(options.micro_batch or options.batch, -(-options.batch // ranks.world))
+    side, have = max(split.size for split in splits), free_bytes(torch.device("cpu"))
+    if (need := images * 3 * (side**2 + 4 * image_size**2)) > have:  # decoded bytes and the network's float32
+        raise InputError(f"--batch {options.batch}: {images:,} images at a time take {need / 2**30:,.1f} GiB and "
+                         f"{have / 2**30:,.1f} GiB are free: lower --micro-batch or --batch")
     if options.cache != "none":
         why = too_large(splits, device if options.cache == "gpu" else torch.device("cpu"))
         if ranks.any(bool(why)):  # nobody begins before all have looked
             raise InputError(f"--cache {options.cache}: {why or 'another process has too little memory'}: leave "
                              "--cache out, or prepare smaller images (--size)")
-    if found == "nothing" and ranks.rank == 0:
-        runs.make_folder(folder, "--out")
-        counts = dict(zip(options.trained, plan.sum((0, 1)).tolist(), strict=True))
-        runs.write_config(folder, texts, runs.gather_facts(splits, options.schedule, len(plan), counts, recipe))
-    if options.shard_head and ranks.world == 1:
-        print("  --shard-head: one process holds all class weights")
-    head = MarginHead([len(split.classes) for split in splits], model.dim, head_settings(options, splits), ranks=ranks,
-                      shard=options.shard_head, device=device)
-    job = Job(options, folder, device, ranks, splits, plan, torch.from_numpy(plan.sum(1)).to(device), model, head,
-              make_optimizer(model, head, options), torch.zeros(2, dtype=torch.int64, device=device))
-    return start_or_resume(job)
 
 
 def start_or_resume(job: Job) -> Job:
@@ -799,7 +833,7 @@ def start_or_resume(job: Job) -> Job:
         job.hook = DomainGradients(job.model, head, options.trained, folder, pcgrad=options.coupling == "pcgrad",
                                    every=options.conflict_every, seed=options.seed)
     if (folder / "last" / "state.pt").exists():
-        job.first = load_checkpoint(job)
+        load_checkpoint(job)
     else:
         head.set_whole(starting_weights(
             job.model, job.splits, options.head_init, seed=options.seed, batch=options.micro_batch or 64,
@@ -817,7 +851,8 @@ def open_board(job: Job, feed: Feed) -> Any:
 
     if not job.first:
         draw_samples(job.folder / "samples.png", feed.stream, feed.look, feed.cache)
-    return SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
+    with writing(job.folder / "tensorboard"):
+        return SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
 
 
 # ---------------------------------------------------------------- command line
@@ -842,6 +877,7 @@ def main(context: click.Context, **values) -> int | None:
         raise InputError(f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --micro-batch, or add "
                          "--grad-checkpointing; go on with --resume") from error
     if job and job.ranks.world > 1:
+        context.close()  # its lock
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)  # all is written; gloo's threads now and then abort an interpreter that is torn down
     return code

@@ -1,15 +1,24 @@
 """Data preparation: images in any published layout become uniform, verified shards (`python -m data_prep --help`)."""
 
 import dataclasses
+import errno
+import fcntl
+import hashlib
 import json
 import math
+import os
 import re
+import shutil
+import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from tqdm import tqdm
 
 DOMAINS = ("object", "face_hq", "face_lq", "body")  # these names, in this order, in every option, folder and legend
 DOMAIN_COLOURS = {"object": "#0072B2", "face_hq": "#D55E00", "face_lq": "#E69F00", "body": "#009E73"}  # Okabe and Ito's
@@ -35,6 +44,56 @@ class Number(click.FloatRange):
         return number
 
 
+LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+
+
+def progress(iterable: Iterable | None = None, disable: bool = False, **options) -> "tqdm | ProgressLines":
+    """tqdm's bar (desc, total, unit, initial), or, where there is no terminal, a line every LINE_EVERY seconds."""
+    if disable or sys.stderr.isatty():
+        return tqdm(iterable, disable=disable, **options)
+    return ProgressLines(iterable, **options)
+
+
+class ProgressLines:
+    """What a bar of tqdm does, in lines: for logs of schedulers, in which hours of silence look like a hang."""
+
+    def __init__(self, iterable: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it",
+                 initial: int = 0) -> None:
+        self.iterable, self.desc, self.unit, self.n, self.initial = iterable, desc, unit, initial, initial
+        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self.begin = self.last = time.monotonic()
+        self.postfix = ""
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        if (now := time.monotonic()) - self.last >= LINE_EVERY:
+            self.last = now
+            print(tqdm.format_meter(self.n, self.total, now - self.begin, ncols=0, prefix=self.desc, unit=self.unit,
+                                    initial=self.initial, postfix=self.postfix), file=sys.stderr, flush=True)
+
+    def set_postfix(self, values: dict | None = None, **more) -> None:
+        self.postfix = ", ".join(f"{key}={value}" for key, value in ((values or {}) | more).items())
+
+    def close(self) -> None:
+        pass
+
+    def __iter__(self) -> Iterator:
+        for item in self.iterable:
+            yield item
+            self.update()
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+def literal(name: str) -> str:
+    """A name that somebody chose, as Markdown that shows it as it is."""
+    return re.sub(r"[\\|*!\[\]`<>&]", r"\\\g<0>", name)
+
+
 def run_command(command: click.Command) -> None:
     """Run a click command as a script: bad input ends in one line on stderr and exit code 2 (`--debug`: a traceback).
 
@@ -48,6 +107,15 @@ def run_command(command: click.Command) -> None:
         if "--debug" in sys.argv:
             raise
         print("error: " + " ".join(error.format_message().split()), file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # a disk that is full, read-only or gone
+        if "--debug" in sys.argv:
+            raise
+        print(f"error: {error.filename or 'input or output'}: {error.strerror or error} (--debug shows where)",
+              file=sys.stderr)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
@@ -234,3 +302,143 @@ def replay_config(context: click.Context, _parameter, path: str | None) -> None:
     if unknown:
         raise InputError(f"--config {path}: no option {unknown[0]!r}")
     context.default_map = {key: value for key, value in values.items() if key not in ("out", "resume")}
+
+
+@contextmanager
+def lock_folder(folder: Path, option: str) -> Iterator[None]:
+    """Hold a folder that one process writes at a time; it is made where it is not there, and removed if it stays empty.
+
+    The lock is POSIX's (`lockf`, not `flock`): it ends with this very process, however that ends, while children that
+    were forked from it do not hold it; network file systems carry it to other nodes. Where a file system has no locks,
+    there is none. A process can hold a folder once.
+
+    Args:
+        folder: to be held, in its file `.lock`, which is removed again.
+        option: that named it, for messages.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written to.
+    """
+    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise InputError(f"{option} {folder}: cannot be written ({error.strerror}): choose another, or move away what "
+                         "is in its way") from error
+    try:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = os.pread(file, 300, 0).decode() or "another process"
+                raise InputError(f"{option} {folder}: {holder} is writing it: wait for that one, or choose another "
+                                 f"{option}") from None
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        # after the one before has removed its file, a lock on that would hold nothing
+        if not path.exists() or not os.path.samestat(os.fstat(file), path.stat()):
+            raise InputError(f"{option} {folder}: the process that wrote it ended this moment: run the command again")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(file)
+        for place in made:
+            with suppress(OSError):  # it holds something
+                place.rmdir()
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under a temporary name, sync it, rename it: the old one stays whole until the new one is."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        write(temporary)
+        temporary.chmod(mode)  # safetensors would keep its files from everybody else
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except InputError:  # not of this file: a loader process died meanwhile
+        temporary.unlink(missing_ok=True)
+        raise
+    except Exception as error:  # torch and safetensors report a full disk in ways of their own, or not at all
+        free = shutil.disk_usage(path.parent).free >> 20 if path.parent.is_dir() else 0
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}; {free:,} MiB free there); what was saved before is "
+                         "intact") from error
+
+
+def make_folder(path: Path, option: str) -> None:
+    """Make a folder for results, where it is not there; InputError names the option that asked for it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{option}: {path} cannot be made a folder ({error.strerror}): choose another, or move "
+                         "away what is there") from error
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write JSON for people: indented, atomic."""
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+
+
+def read_json(path: Path) -> dict:
+    """An object that write_json wrote; InputError where the file is damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error}): restore it, or run the stage that wrote it again") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: damaged (no JSON object): restore it, or run the stage that wrote it again")
+    return value
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, what cannot be written to the disk is bad input that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); the last checkpoint is intact: make "
+                         "room, then continue with --resume") from error
+
+
+def append(path: Path, record: dict) -> None:
+    """Add a line to a .jsonl file of the run; NaN has no place in JSON and becomes null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with writing(path), open(path, "a") as file:
+        file.write(json.dumps(plain(record)) + "\n")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records of a .jsonl file of a run, none where there is no file; a last one that a kill cut is left out."""
+    lines, records = path.read_bytes().splitlines() if path.exists() else [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number}: damaged ({error}): remove the line") from error
+    return records
+
+
+def hash_file(path: Path) -> str | None:
+    """SHA-256 of a file; None where there is none."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,11 +7,15 @@
                             a protocol (TABLES), one row a pair or template
 """
 
+import csv
 import json
 import os
 import re
+import resource
 import tarfile
-from collections import Counter
+import tempfile
+import unicodedata
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
@@ -22,7 +26,7 @@ import numpy as np
 from data_prep import DOMAINS, InputError
 
 FORMAT = "imic-shards/1"
-VERSION = "0.1"  # of data_prep, recorded with every split
+VERSION = "0.2"  # of data_prep, recorded with every split
 ROLES = ("probe", "gallery", "distractor")  # numbered in the column `role`; a re-identification query is a probe
 # columns that only some sources have: integers, but for the quality that a detector gave to a face; -1: none
 OPTIONAL = ("camera", "clothes", "role", "template", "media", "quality")
@@ -34,8 +38,27 @@ TABLES = {
 }
 FITS = ("crop", "squash", "pad")
 # raster formats alone: Pillow would hand PostScript to an interpreter, whatever a file is called
-READABLE = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-OPEN_SHARDS = 64  # files that a split keeps open at once: far below the usual limit of 1024 a process
+READABLE = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_SIZE = 4096  # pixels
+OPEN_SHARDS = 256  # files that the splits of a process keep open at once; at most a quarter of its limit
+
+
+class Skipped(Counter):
+    """Files that are left out, counted by reason. `add` also names them, in a nameless file, for `skipped.csv`."""
+
+    file = None
+
+    def add(self, name: str, reason: str) -> None:
+        self[reason] += 1
+        if self.file is None:
+            self.file = tempfile.TemporaryFile(  # noqa: SIM115
+                "w+", newline="", encoding="utf-8", errors="surrogateescape")
+        csv.writer(self.file, lineterminator="\n").writerow((name, reason))
+
+
+def as_text(name: str) -> str:
+    """A name in composed form (NFC), which people type and macOS does not store; what is no UTF-8 in it as \\udcff."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name.encode(errors="backslashreplace").decode())
 
 
 class BadImage(Exception):
@@ -69,10 +92,14 @@ class Source:
     records: Iterable[Record]  # a list, or, for sets that are no list in memory, anything that yields them once
     protocol: dict | None = None  # {"name": ..., options}; None: a training split
     pairs: list[tuple[int, int, int, int]] = field(default_factory=list)  # left, right (places in records), same, fold
-    skipped: Counter = field(default_factory=Counter)  # files left out by reason, before reading
+    skipped: Skipped = field(default_factory=Skipped)  # files left out, before reading
     names: dict[str, str] = field(default_factory=dict)  # identity -> a name for people and prompts
     blocks: list[int] = field(default_factory=list)  # first places of runs of records that are cheap to read together
     tables: dict[str, np.ndarray] = field(default_factory=dict)  # TABLES without rows: written as they are
+    # what is dealt among the images that could be read: the roles, of (labels [M], class names), or, where there are
+    # pairs, their folds, of (same [P]); None: roles and folds stand in the data set
+    deal: Callable[..., np.ndarray] | None = None
+    listed: bool = False  # a list of the protocol names the images: one that cannot be read stays there, as a miss
 
 
 # ---------------------------------------------------------------- one image
@@ -99,6 +126,11 @@ def jpeg_sides(data: bytes | bytearray) -> tuple[int, int] | None:
 # ---------------------------------------------------------------- writing
 
 
+def column_type(name: str) -> np.dtype:
+    """What the numbers of a column are."""
+    return np.dtype({"hash": np.uint64, "quality": np.float64}.get(name, np.int64))
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -120,13 +152,15 @@ def read_index(folder: Path) -> dict:
     wrong = [key for key, kind in INDEX.items() if not fits(index[key], kind)]
     wrong += ["merged"] * (not fits(index.get("merged", []), [{"split": str}]))
     wrong += ["protocol"] * (not (index["protocol"] is None or fits_protocol(index["protocol"])))
+    wrong += ["provenance"] * ("provenance" not in wrong and not fits(index["provenance"].get("data_set", []), [str]))
     if not wrong:
-        sound = {"domain": index["domain"] in DOMAINS, "size": 0 < index["size"] < 1 << 16,
+        sound = {"domain": index["domain"] in DOMAINS, "size": 0 < index["size"] <= MAX_SIZE,
                  "names": len(index["names"]) == len(index["classes"]),
                  "columns": {*index["columns"]} <= {"shard", "offset", "length", "label", "hash", *OPTIONAL, *TABLES}}
         wrong = [key for key, good in sound.items() if not good]
     if wrong:
         raise InputError(f"{path}: {wrong[0]!r} is not what it should be; prepare the split again")
+    index["provenance"].setdefault("data_set", [index["provenance"]["source"]])  # splits of older versions
     return index
 
 
@@ -153,13 +187,15 @@ def fits_protocol(protocol: object) -> bool:
     if not fits(protocol, {"name": str}):
         return False
     needed = {"verification": {"folds": int}, "classification": {"reference": str}}.get(protocol["name"], {})
-    optional = {"ood": bool, "groups": {}, "variants": [str], "draws": int}
+    optional = {"ood": bool, "groups": {}, "variants": [str], "draws": int, "misses": int, "unreadable": int,
+                "pairs_lost": int, "open_set": float}
     kinds = needed | {key: kind for key, kind in optional.items() if key in protocol}
     return (fits(protocol, kinds) and protocol.get("variants") != [] and 1 <= protocol.get("draws", 1) <= 10_000
             and all(fits(group, [str]) for group in protocol.get("groups", {}).values()))
 
 
 SHARD = re.compile(r"(\.\./(?!\.)[^/\0]+/)?shard-\d{6}\.tar")  # a split's own, or, where it is merged, a neighbour's
+OPEN_FILES: OrderedDict[tuple[object, int], int] = OrderedDict()  # (split's key, shard) -> descriptor, last used last
 
 
 class Split:
@@ -174,18 +210,22 @@ class Split:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.index = Path(folder), read_index(Path(folder))
+        self.key = object()  # its own in OPEN_FILES: a split at the same path may be another one
         self.domain, self.name, self.size = self.index["domain"], self.index["split"], self.index["size"]
         self.classes, self.names, self.protocol = (self.index[key] for key in ("classes", "names", "protocol"))
         self.shard, self.offset, self.length, self.labels = (
             np.asarray(self.column(name)) for name in ("shard", "offset", "length", "label")
         )  # still mapped, but plain arrays: to look one number up in a memmap takes a microsecond
-        self.files: dict[int, int] = {}  # shard -> file descriptor
         again = "prepare the split again, or find what differs with `python -m data_prep verify`"
         sizes = np.array([shard["bytes"] for shard in self.index["shards"]], dtype=np.int64)
+        parts = {part["split"] for part in self.index.get("merged", [])}
         for shard in self.index["shards"]:
             if not SHARD.fullmatch(shard["file"]):
                 raise InputError(f"{self.folder}/index.json: {shard['file'][:80]!r} is no name of a shard; {again}")
             path = self.folder / shard["file"]
+            if path.is_symlink() or (shard["file"].startswith("../") and shard["file"].split("/")[1] not in parts):
+                raise InputError(f"{path}: a link, or another split's shard: refused; put the file itself there, or "
+                                 f"{again}")
             if not path.is_file():
                 raise InputError(f"{path}: missing; {again}")
             if path.stat().st_size != shard["bytes"]:
@@ -199,6 +239,13 @@ class Split:
             raise InputError(f"{self.folder}/index: rows that lie outside the shards; {again}")
         if len(self) and not -1 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise InputError(f"{self.folder}/index/label.npy: labels outside -1..{len(self.classes) - 1}; {again}")
+        # a reader allocates what the index says; several, as one may be damaged
+        sides = {jpeg_sides(self.jpeg(row)[1]) for row in range(min(len(self), 4))} - {None}
+        for place in [place for place in OPEN_FILES if place[0] is self.key]:  # most splits are only looked at
+            os.close(OPEN_FILES.pop(place))
+        if sides and (self.size, self.size) not in sides:
+            raise InputError(f"{self.folder}/index.json: size is {self.size}, its first images have "
+                             f"{'x'.join(map(str, min(sides)))} pixels; {again}")
 
     def __len__(self) -> int:
         return self.index["samples"]
@@ -215,7 +262,7 @@ class Split:
         except Exception as error:  # NumPy raises OSError, ValueError, EOFError, SyntaxError, TokenError, ... by damage
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: column {name!r} cannot be read ({reason}); prepare the split again") from error
-        kind = np.dtype({"hash": np.uint64, "quality": np.float64}.get(name, np.int64))
+        kind = column_type(name)
         width = TABLES[name].count(",") + 1 if name in TABLES else None
         if column.dtype != kind or column.shape != ((*column.shape[:1], width) if width else (len(self),)):
             wanted = f"[rows, {width}]: {TABLES[name]}" if width else f"[{len(self)}], one a sample"
@@ -231,6 +278,11 @@ class Split:
         """Whether it has the column `hash`, which splits of older versions lack."""
         return "hash" in self.index["columns"]
 
+    @cached_property
+    def missing(self) -> np.ndarray:
+        """Listed images that could not be read when the split was prepared, bool [M]: they count as misses."""
+        return self.column("hash") == 0 if (self.protocol or {}).get("misses") else np.zeros(len(self), dtype=bool)
+
     def optional(self, name: str) -> np.ndarray:
         """As `column`, but -1 for every sample where the source had no such column."""
         return self.column(name) if name in self.index["columns"] else np.full(len(self), -1)
@@ -241,12 +293,16 @@ class Split:
         return np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
 
     def open_shard(self, shard: int) -> int:
-        """The file descriptor of a shard."""
-        if shard not in self.files:
-            if len(self.files) >= OPEN_SHARDS:
-                os.close(self.files.pop(next(iter(self.files))))
-            self.files[shard] = os.open(self.folder / self.index["shards"][shard]["file"], os.O_RDONLY)
-        return self.files[shard]
+        """The file descriptor of a shard; those of all splits that were not used for longest are closed for it."""
+        if (place := (self.key, shard)) in OPEN_FILES:
+            OPEN_FILES.move_to_end(place)
+        else:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: none
+            most = OPEN_SHARDS if limit < 0 else min(OPEN_SHARDS, limit // 4)
+            while len(OPEN_FILES) >= max(most, 1):
+                os.close(OPEN_FILES.popitem(last=False)[1])
+            OPEN_FILES[place] = os.open(self.folder / self.index["shards"][shard]["file"], os.O_RDONLY)
+        return OPEN_FILES[place]
 
     def jpeg(self, row: int) -> tuple[str, bytes]:
         """Key and JPEG bytes of a sample."""
@@ -276,6 +332,8 @@ class Split:
         Raises:
             BadImage: it cannot be decoded or has another size.
         """
+        if self.protocol and self.protocol.get("misses") and self.missing[row]:
+            raise BadImage(f"{self.jpeg(row)[0]}: could not be read when the split was prepared")
         data = bytearray(int(self.length[row]))
         read = os.preadv(self.open_shard(int(self.shard[row])), (data,), int(self.offset[row]))
         sides = jpeg_sides(data) if read == len(data) else None
@@ -321,6 +379,30 @@ def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> 
         raise InputError(f"{root}: no shards there; draw the demo corpus with `python -m data_prep demo --out {root}`, "
                          f"or prepare images: `python -m data_prep SOURCE --src PATH --out {root}/<domain>/<split>`")
     return {domain: splits for domain, splits in found.items() if splits}
+
+
+def ordered_tests(splits: Iterable[Split], ood: bool = False) -> list[Split]:
+    """The test splits of a domain in the order in which one of them stands for all; a training split is none of them.
+
+    First those whose classes are the training split's own (reference `train`, or none), then by name.
+
+    Args:
+        splits: of one domain.
+        ood: those out of distribution instead of those in distribution.
+    """
+    tests = [split for split in splits if split.protocol and bool(split.protocol.get("ood")) == ood]
+    return sorted(tests, key=lambda split: (split.protocol.get("reference", "train") != "train", split.name))
+
+
+def named_splits(root: dict[str, dict[str, Split]], names: str, where: str) -> list[Split]:
+    """The test splits that --splits names as `domain/split,...`; `where` is the name of the data root."""
+    everything = {f"{domain}/{name}": split for domain in root for name, split in root[domain].items()}
+    for name in names.split(","):
+        if name not in everything:
+            raise InputError(f"--splits: {where} has no split {name!r}; it has {', '.join(everything)}")
+        if not everything[name].protocol:
+            raise InputError(f"--splits: {name} is a training split: it has no protocol to be scored by")
+    return [everything[name] for name in dict.fromkeys(names.split(","))]
 
 
 # ---------------------------------------------------------------- checking
@@ -369,5 +451,8 @@ def open_training(data: str, domains: list[str]) -> list[Split]:
         split = root[domain]["train"]
         if not len(split) or (split.labels < 0).any():
             raise InputError(f"{split.folder}: a training split needs images with labels; prepare it with --part train")
+        if len(split.classes) < 2:
+            raise InputError(f"{split.folder}: one class, {split.classes[0][:60]!r}, has nothing to be told from: "
+                             "prepare it again with --src the folder that holds the class folders")
         splits.append(split)
     return splits

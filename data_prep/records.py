@@ -1,19 +1,27 @@
 """The images of a source before they are read: held compactly, and chosen by identity, by list and by content."""
 
+import csv
 import hashlib
 import os
 import pickle
+import shutil
 import tempfile
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import InputError
-from data_prep.format import Record, Source
+from data_prep import InputError, progress
+from data_prep.format import Record, Source, as_text
+
+
+def disk_error(folder: Path, error: OSError) -> InputError:
+    """What to say where the disk does not take what is written to a split folder."""
+    free = f"{shutil.disk_usage(folder).free >> 20:,} MiB free there; " if folder.is_dir() else ""
+    return InputError(f"--out {folder}: cannot be written ({error.strerror or error}; {free}what is done stays done, "
+                      "and the same command goes on from there)")
 
 
 class Records(Sequence):
@@ -32,30 +40,49 @@ class Records(Sequence):
         # no name: nothing is left behind, however the process ends; it lives as long as this object
         self.file = tempfile.TemporaryFile(dir=there)  # noqa: SIM115
         start, identity, role, numbers = array("q", [0]), array("i"), array("b"), {None: -1}
-        for record in records:
-            start.append(start[-1] + self.file.write(pickle.dumps(record, pickle.HIGHEST_PROTOCOL)))
+        for record in progress(records, desc="list the source", unit="img"):
+            if record.identity is not None and (name := as_text(record.identity)) != record.identity:
+                record = replace(record, identity=name)
+            try:
+                start.append(start[-1] + self.file.write(pickle.dumps(record, pickle.HIGHEST_PROTOCOL)))
+            except OSError as error:
+                raise disk_error(folder, error) from error
             identity.append(numbers.setdefault(record.identity, len(numbers) - 1))
             role.append(-1 if record.role is None else record.role)
-        self.file.flush()
+        try:
+            self.file.flush()
+        except OSError as error:
+            raise disk_error(folder, error) from error
         ends = np.frombuffer(start, dtype=np.int64)
         self.start, self.length = ends[:-1], np.diff(ends).astype(np.int32)
         self.identity, self.role = np.frombuffer(identity, dtype=np.int32), np.frombuffer(role, dtype=np.int8)
-        self.identities = list(numbers)[1:]
+        self.identities, self.names = list(numbers)[1:], {}
 
     def __len__(self) -> int:
         return len(self.start)
 
     def __getitem__(self, place: int) -> Record:
         # our own file, which nobody else can reach: no pickle of a stranger is ever loaded here
-        return pickle.loads(os.pread(self.file.fileno(), int(self.length[place]), int(self.start[place])))
+        record = pickle.loads(os.pread(self.file.fileno(), int(self.length[place]), int(self.start[place])))
+        return replace(record, identity=self.names.get(record.identity)) if self.names else record
 
     def take(self, keep: np.ndarray) -> "Records":
         """The records at these places (or where this mask is true), of the same file."""
         part = object.__new__(Records)
-        part.file, part.identities = self.file, self.identities
+        part.file, part.identities, part.names = self.file, self.identities, self.names
         part.start, part.length, part.identity, part.role = (
             column[keep] for column in (self.start, self.length, self.identity, self.role)
         )
+        return part
+
+    def rename(self, names: dict[str, str]) -> "Records":
+        """The same records under other identities; `names` has all that are there."""
+        part = self.take(slice(None))
+        part.names = names
+        part.identities = list(dict.fromkeys(names[name] for name in self.identities if name in names))
+        place = {name: i for i, name in enumerate(part.identities)}
+        number = [place.get(names.get(name), -1) for name in self.identities]
+        part.identity = np.array([*number, -1], dtype=np.int32)[self.identity]
         return part
 
     def labels(self) -> tuple[list[str], np.ndarray]:
@@ -68,8 +95,8 @@ class Records(Sequence):
         return classes, label[self.identity]
 
 
-def restrict(source: "Source", keep: np.ndarray, reason: str) -> "Source":
-    """The source without the records where `keep` is false, which count as skipped for this reason.
+def restrict(source: "Source", keep: np.ndarray, reason: str, named: bool = False) -> "Source":
+    """The source without the records where `keep` is false, which count as skipped for this reason, or are `named`.
 
     Pairs keep their order: an end that is gone becomes -1, and the writer leaves such pairs out and counts them.
     """
@@ -83,14 +110,17 @@ def restrict(source: "Source", keep: np.ndarray, reason: str) -> "Source":
         pairs[:, :2] = np.where((ends >= 0) & keep[ends], before[ends], -1)
         pairs = pairs.tolist()
     blocks = np.unique(before[source.blocks]) if source.blocks else np.array([], dtype=int)
-    return replace(source, records=source.records.take(keep), pairs=pairs,
-                   blocks=blocks[blocks < keep.sum()].tolist(),
-                   skipped=source.skipped + Counter({reason: int((~keep).sum())}))
+    if named:
+        for place in np.flatnonzero(~keep):
+            source.skipped.add(source.records[place].name, reason)
+    else:
+        source.skipped[reason] += int((~keep).sum())
+    return replace(source, records=source.records.take(keep), pairs=pairs, blocks=blocks[blocks < keep.sum()].tolist())
 
 
 def draw(seed: int, identity: str) -> float:
     """A number 0..1 that belongs to an identity, whatever else its set holds and however it was filtered."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{identity}".encode()).digest()[:8]) / 2**64
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{identity}".encode(errors="surrogateescape")).digest()[:8]) / 2**64
 
 
 def read_list(path: Path) -> dict[str, int]:
@@ -99,7 +129,7 @@ def read_list(path: Path) -> dict[str, int]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--list {path}: cannot be read as text ({error})") from error
-    listed = {line.strip(): number for number, line in enumerate(lines, 1) if line.strip()}
+    listed = {as_text(line.strip()): number for number, line in enumerate(lines, 1) if line.strip()}
     if not listed:
         raise InputError(f"--list {path}: no names in it; want one identity or image name a line")
     return listed
@@ -123,6 +153,41 @@ def in_list(records: Records, path: Path) -> np.ndarray:
         raise InputError(f"--list {path}, line {listed[name]}: {name[:80]!r} is neither an identity nor an image of "
                          "the source: do the list and --src belong together?")
     return by_identity[records.identity] | by_name
+
+
+def read_classes(path: Path) -> dict[str, str]:
+    """`folder,class` lines, as CSV or with tabs: the class of each folder."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        mark = "\t" if lines and "\t" in lines[0] else ","
+        rows = [(number, [field.strip() for field in row])
+                for number, row in enumerate(csv.reader(lines, delimiter=mark, strict=True), 1) if any(row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--classes {path}: cannot be read ({error})") from error
+    classes: dict[str, str] = {}
+    for number, row in rows:
+        if len(row) != 2 or not all(row):
+            raise InputError(f"--classes {path}, line {number}: want folder,class, found {','.join(row)[:60]!r}")
+        if classes.setdefault(row[0], row[1]) != row[1]:
+            raise InputError(f"--classes {path}, line {number}: {row[0][:60]!r} is {classes[row[0]][:60]!r} further up")
+    return classes
+
+
+def group_classes(source: "Source", path: Path) -> "Source":
+    """The source by the coarser classes of --classes; folders that the file does not name are left out."""
+    classes, found = read_classes(path), set(source.records.identities)
+    if (first := next(iter(classes), "")) not in found and list(classes.values()).count(classes.get(first)) == 1:
+        classes.pop(first, None)  # a header
+    if not found & set(classes):
+        raise InputError(f"--classes {path}: names none of the {len(found):,} class folders of the source, such as "
+                         f"{min(found, default='')[:60]!r}")
+    if unknown := sorted(set(classes) - found):
+        print(f"  --classes {path}: {len(unknown):,} of its folders are not in the source: {', '.join(unknown[:10])}"
+              + ", ..." * (len(unknown) > 10))
+    keep = np.array([*(name in classes for name in source.records.identities), False])[source.records.identity]
+    source = restrict(source, keep, "folder not in --classes")
+    protocol = source.protocol and {key: value for key, value in source.protocol.items() if key != "groups"}
+    return replace(source, records=source.records.rename(classes), names={}, protocol=protocol)
 
 
 def rank_in_group(group: np.ndarray) -> np.ndarray:
@@ -184,7 +249,9 @@ def select(source: "Source", train: bool, seed: int, *, listed: Path | None = No
     if max_images is not None:
         records = source.records
         rank = rank_in_group(records.identity.astype(np.int64) * 8 + records.role)
-        keep((rank < max_images) | (records.identity < 0), "image beyond --max-images", f"--max-images {max_images}")
+        first = 0 if source.deal is None or len(source.pairs) else 1  # the gallery, a role of its own
+        keep((rank < max_images + first) | (records.identity < 0), "image beyond --max-images",
+             f"--max-images {max_images}")
     return source
 
 

@@ -3,10 +3,13 @@
 Copy with it: data_prep/ (of it, reading) and kernels/gather.py.
 """
 
+import contextlib
 import difflib
 import logging
+import re
 import socket
 import sys
+import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import nn
 
 from data_prep import InputError
 from data_prep.format import Split
 from data_prep.stream import Batches, Look, load
+from models.weights import from_openai, from_transformers, read_weights, strip_prefixes
 
 SIZES = ("tiny", "small", "base", "large")
 # Family -> size -> (library, name, pretrained tag or None), and the input size where --image-size is not given.
@@ -140,7 +143,7 @@ class Backbone(nn.Module):
     @property
     def look(self) -> Look:
         """How the network wants its images."""
-        return Look(self.image_size, self.mean, self.std)
+        return Look(self.image_size, self.mean, self.std, self.interpolation)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed normalised images [B, 3, S, S] to [B, D], not L2-normalised."""
@@ -186,7 +189,12 @@ def resolve_backbone(network: Network) -> tuple[str, str, str | None]:
     if timm.is_model(name):
         return "timm", name, ""
     if name in open_clip.list_models():
-        return "open_clip", name, tag or None
+        if tag and not (settings := open_clip.get_pretrained_cfg(name, tag)):
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+            raise InputError(f"--model: open_clip has no weights {tag!r} for {name}; it has {tags or 'none'}")
+        # the tag knows with which activation its weights were trained, the plain name does not
+        quick = tag and settings.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu")
+        return "open_clip", name + "-quickgelu" * bool(quick), tag or None
     close = difflib.get_close_matches(name, [*timm.list_models(), *open_clip.list_models()], n=3)
     hint = f"; near it: {', '.join(close)}" if close else "; any timm or open_clip name will do"
     raise InputError(f"--model: neither timm nor open_clip knows {name!r}{hint}")
@@ -213,53 +221,36 @@ def build_network(library: str, name: str, image_size: int | None, **pretrained)
         return timm.create_model(name, **options)
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from a safetensors file or from a .pt/.bin file that holds tensors only."""
-    if not path.is_file():
-        raise InputError(f"--weights: no file {path}; give 'pretrained', 'none' or a safetensors/pt file")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"--weights {path}: not a file of plain tensors ({type(error).__name__}); want safetensors "
-                         "or a .pt that torch.load(weights_only=True) reads") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"--weights {path}: holds no dictionary of tensors")
-    return {key.removeprefix("module."): value.float() for key, value in state.items()}
-
-
-def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], path: Path) -> None:
+def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], path: Path | str) -> None:
     """Load a state dict strictly, with position embeddings resampled and classifiers of other sizes left out."""
+    expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    given = state
     try:
+        given = state = from_transformers(strip_prefixes(state, expected), expected)
         if library == "open_clip":
             from open_clip.model import resize_pos_embed
 
+            state = from_openai(state, net, path)
             resize_pos_embed(state, net)
         else:
             classifiers = net.default_cfg.get("classifier") or ()
             for classifier in [classifiers] if isinstance(classifiers, str) else classifiers:
                 state = {key: value for key, value in state.items() if not key.startswith(f"{classifier}.")}
             convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
-            state = convert(state, net) if convert else state
+            with contextlib.redirect_stdout(None):  # it prints what it passes over
+                state = convert(state, net) if convert else state
         # BatchNorm's step counters carry nothing while its statistics stay frozen, and some exports drop them
         state = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")} | state
-        expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
-        given = {key: tuple(value.shape) for key, value in state.items()}
-        wrong = [f"{key} is missing" for key in expected if key not in given]
-        wrong += [f"{key} is not part of the model" for key in given if key not in expected]
-        wrong += [f"{k} is {given[k]}, not {expected[k]}" for k in expected if k in given and expected[k] != given[k]]
     except (KeyError, RuntimeError, AttributeError, IndexError, ValueError):
-        # the library's own conversion met keys that it does not know: name those
-        expected = net.state_dict().keys()
-        wrong = [f"{key} is missing" for key in expected if key not in state]
-        wrong += [f"{key} is not part of the model" for key in state if key not in expected]
-    if wrong:
-        raise InputError(
-            f"--weights {path}: not the weights of this architecture: {'; '.join(wrong[:4])}"
-            + (f"; and {len(wrong) - 4} more keys" if len(wrong) > 4 else "")
-        )
+        state = given  # the library's own conversion met keys that it does not know: name those
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    missing, foreign = [key for key in expected if key not in shapes], [key for key in shapes if key not in expected]
+    wrong = [f"{k} is {shapes[k]}, not {expected[k]}" for k in expected if k in shapes and expected[k] != shapes[k]]
+    if missing or foreign or wrong:
+        lists = [f"{what} {', '.join(keys[:3])}" + f" and {len(keys) - 3} more" * (len(keys) > 3)
+                 for what, keys in (("the network wants", missing), ("the file holds", foreign)) if keys]
+        raise InputError(f"--weights {path}: not the weights of this architecture: {'; '.join([*lists, *wrong[:3]])}"
+                         + f" and {len(wrong) - 3} more shapes" * (len(wrong) > 3))
     net.load_state_dict(state)
 
 
@@ -279,7 +270,7 @@ def load_backbone(network: Network) -> Backbone:
         else:
             net = build_network(library, name, size)
             if network.weights != "none":
-                fill_weights(net, library, read_weights(Path(network.weights)), Path(network.weights))
+                fill_weights(net, library, read_weights(network.weights), network.weights)
         if size is None:
             import timm
 
@@ -303,7 +294,10 @@ def download_network(network: Network, library: str, name: str, size: int | None
     try:
         fail_fast_offline()
         return build_network(library, name, size, pretrained=tag or True)
-    except Exception as error:  # the hub clients raise a dozen kinds
+    except Exception as error:  # the hub clients raise a dozen kinds, open_clip one that it makes of all
+        client = re.match(r"huggingface_hub|httpx|requests|urllib3", type(error).__module__)
+        if not client and not isinstance(error, OSError) and not str(error).startswith("Failed to download"):
+            raise
         raise InputError(
             f"the weights of {name} cannot be downloaded ({str(error).splitlines()[0][:120]}): fetch them on a "
             "machine with network and give --weights FILE, or start at random with --weights none"
@@ -314,6 +308,8 @@ def fail_fast_offline() -> None:
     """Without a route to the hub use its cache at once, instead of a minute of retries and a page of warnings."""
     import huggingface_hub.constants as hub
 
+    if {"https", "all"} & urllib.request.getproxies().keys():  # the proxy resolves names
+        return
     try:
         socket.getaddrinfo(hub.ENDPOINT.split("//")[-1].split("/")[0], 443)
     except OSError:

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from data_prep import DOMAINS, Parsed, check_domain
+from data_prep import DOMAINS, Parsed, check_domain, progress
 from data_prep.format import Split
 from kernels.margin_loss import Shard, margin_loss, merge_over, sample_classes
 from models.backbones import Backbone, embed_rows, text_weights
@@ -105,7 +104,7 @@ LOSS_TYPE = Parsed("losses", parse_losses,
 
 
 def adaptive_margins(length: Tensor, angular: Tensor, additive: Tensor, concentration: Tensor,
-                     statistics: Tensor) -> tuple[Tensor, Tensor]:
+                     statistics: Tensor) -> dict[str, Tensor]:
     """AdaFace's margins: long embeddings (sharp images) get a harder additive and an easier angular margin.
 
         z = clip(h (|x| - mean) / std, -1, 1)       m_ang = angular - m z       m_add = m + m z,  m = additive
@@ -117,7 +116,7 @@ def adaptive_margins(length: Tensor, angular: Tensor, additive: Tensor, concentr
             which is CosFace.
 
     Returns:
-        m_ang, m_add.
+        m_ang and m_add of each sample, as `margin_loss` takes them.
 
     Source: arXiv 2204.00964, eq. 6-8, and the authors' code for the 1e-3.
     """
@@ -126,7 +125,7 @@ def adaptive_margins(length: Tensor, angular: Tensor, additive: Tensor, concentr
     std = (squares / n.clamp(min=1e-9) - mean.square()).clamp(min=0).sqrt()
     z = (concentration * (length - mean) / (std + 1e-3)).clamp(-1, 1)
     z = torch.where(n > 1, z, 0.0)
-    return angular - additive * z, additive + additive * z
+    return {"sample_margin_angular": angular - additive * z, "sample_margin_additive": additive + additive * z}
 
 
 def embedding_norms(x: Tensor) -> Tensor:
@@ -222,15 +221,14 @@ class MarginHead(nn.Module):
             mine = slice(ranks.rank * len(labels), (ranks.rank + 1) * len(labels))
             every = GatherSamples.apply(x, ranks)
             target, of = gather_rows(target, ranks), gather_rows(domains, ranks)
-        scale = self.values["scale"][of]
-        angular, additive = ((self.values[name] * margin)[of] for name in ("angular", "additive"))
-        if self.statistics is not None:
-            angular, additive = adaptive_margins(embedding_norms(every), angular, additive,
-                                                 self.values["concentration"][of], self.statistics[of])
+        angular, additive = (self.values[name] * margin for name in ("angular", "additive"))
+        adaptive = {} if self.statistics is None else adaptive_margins(
+            embedding_norms(every), angular[of], additive[of], self.values["concentration"][of], self.statistics[of])
         result = margin_loss(
-            every, self.weight, target, of, ranges, scale=scale, margin_angular=angular, margin_additive=additive,
-            domain_weight=self.values["weight"], domain_count=counts, num_domains=len(ranges),
-            reduction=self.settings.coupling, label_smoothing=self.values["smoothing"], shard=shard)
+            every, self.weight, target, of, ranges, scale=self.values["scale"], margin_angular=angular,
+            margin_additive=additive, domain_weight=self.values["weight"], domain_count=counts,
+            num_domains=len(ranges), reduction=self.settings.coupling, label_smoothing=self.values["smoothing"],
+            shard=shard, **adaptive)
         share = 1.0 if shard is None else 1.0 / ranks.world  # a sharded head gives every rank the loss of all
         # DistributedDataParallel averages gradients over the ranks
         return HeadLoss(result.loss * ranks.world, result.loss.detach() * share,
@@ -372,8 +370,7 @@ def starting_weights(model: Backbone, splits: list[Split], how: str, *, seed: in
         number = np.arange(len(order)) - np.searchsorted(split.labels[order], split.labels[order])
         rows = np.sort(order[number < MEAN_IMAGES])[ranks.rank :: ranks.world]
         total = torch.zeros(len(split.classes), model.dim, device=device)
-        with tqdm(total=len(rows), desc=f"class means {split.domain}", unit="img",
-                  disable=True if ranks.rank else None) as bar:
+        with progress(total=len(rows), desc=f"class means {split.domain}", unit="img", disable=ranks.rank > 0) as bar:
             for used, x in embed_rows(model, split, rows, place, batch, workers):
                 total.index_add_(0, torch.from_numpy(split.labels[used]).to(device), F.normalize(x, dim=1).to(device))
                 bar.update(len(used))

@@ -3,11 +3,10 @@
 Copy with it: models/backbones.py and what it needs.
 """
 
-from __future__ import annotations
-
 import contextlib
+import hashlib
 import json
-import math
+import multiprocessing
 import os
 import platform
 import re
@@ -15,6 +14,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -25,15 +27,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data_prep import DOMAINS, InputError
-from data_prep.format import Split
+from data_prep import DOMAINS, InputError, hash_file, read_json, read_lines, write_atomically, write_json
+from data_prep.format import Split, fits
 from models.backbones import Backbone, Network, fill_weights, library_state, load_backbone
 
 RUN_ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py claims`
 LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # of a run, one record a line, each with its step
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
-FREE_ON_RESUME = {"workers", "device", "cache", "compile", "grad_checkpointing", "shard_head", "log_every",
-                  "save_every", "keep", "resume", "data", "out", "splits"}
+FREE_ON_RESUME = {"workers", "micro_batch", "device", "cache", "compile", "grad_checkpointing", "shard_head",
+                  "log_every", "save_every", "keep", "resume", "data", "out", "splits"}
 
 
 # ---------------------------------------------------------------- processes
@@ -80,6 +82,15 @@ class Ranks:
         self.any(False)
 
 
+def watch_parent(parent: int, patience: float = 120.0) -> None:
+    """End a rank whose torchrun was killed, which can no longer end it: by SIGTERM, so that a run saves first."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(patience)  # in a collective that others have left, nobody would come to handle the signal
+    os._exit(128 + signal.SIGTERM)
+
+
 def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
     """The ranks of torchrun's environment, a process group where there are several, and the device of this one."""
     world, device = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device_name)
@@ -91,6 +102,7 @@ def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
     if device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
+    threading.Thread(target=watch_parent, args=(os.getppid(),), daemon=True).start()
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = Ranks(torch.distributed.get_rank(), world, torch.distributed.new_group(backend="gloo"))
     if ranks.rank:  # one voice
@@ -101,79 +113,43 @@ def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
 # ---------------------------------------------------------------- files
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name, sync it, rename it: the old one stays whole until the new one is."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors would keep its files from everybody else
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except Exception as error:  # torch and safetensors report a full disk in ways of their own, or not at all
-        free = shutil.disk_usage(path.parent).free >> 20 if path.parent.is_dir() else 0
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}; {free:,} MiB free there); what was saved before is "
-                         "intact") from error
+def digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of tensors on the CPU, with their names, types and shapes, and of the metadata beside them."""
+    about = {key: [str(value.dtype), list(value.shape)] for key, value in sorted(tensors.items())}
+    whole = hashlib.sha256(json.dumps([about, metadata], sort_keys=True).encode())
+    for key in about:
+        whole.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
-def make_folder(path: Path, option: str) -> None:
-    """Make a folder for results, where it is not there; InputError names the option that asked for it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{option}: {path} cannot be made a folder ({error.strerror}): choose another, or move "
-                         "away what is there") from error
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write JSON for people: indented, atomic."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
-
-
-def read_json(path: Path) -> dict:
-    """An object that write_json wrote; InputError where the file is damaged."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: damaged ({error}): restore it, or run the stage that wrote it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: damaged (no JSON object): restore it, or run the stage that wrote it again")
-    return value
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    """Write a safetensors file with the digest of its contents in its metadata: `read_tensors` compares it."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    metadata = metadata | {"sha256": digest(tensors, metadata)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file of a run; InputError where it is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except Exception as error:  # safetensors raises a kind of its own
-        raise InputError(f"{path}: damaged ({error}): restore it, or continue the run with --resume") from error
+        raise damaged(path, str(error)) from error
+    if (expected := metadata.pop("sha256", None)) and digest(tensors, metadata) != expected:
+        raise damaged(path, "its contents are not what was written: their SHA-256 differs")
+    if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise damaged(path, f"{wrong[0]} holds numbers that are not finite")
+    return tensors, metadata
 
 
-def append(path: Path, record: dict) -> None:
-    """Add a line to a .jsonl file of the run; NaN has no place in JSON and becomes null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(v) for key, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(plain(record)) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error}); the last checkpoint is intact: make room, then "
-                         "continue with --resume") from error
+def damaged(path: Path, what: str) -> InputError:
+    """The error about a file of a run that a stage cannot use."""
+    return InputError(f"{path}: damaged ({what}): restore it, or continue the run with --resume")
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The records of a .jsonl file of a run; none where it does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+# ---------------------------------------------------------------- config.json
 
 
 @dataclass
@@ -189,11 +165,21 @@ class Facts:
     versions: dict[str, str]
     shards: dict[str, str]  # domain -> plan of its training split
     sources: dict[str, dict]  # domain -> where its images come from
+    weights_sha256: str | None  # of the file of weights that it started from
 
 
-def gather_facts(splits: list[Split], schedule: str, steps: int, counts: dict[str, int],
-                 recipe: dict[str, float]) -> Facts:
-    """The facts of a run that starts now: also versions and commit of the code, and which shards."""
+FACTS = {field.name for field in fields(Facts)}
+
+
+def weights_of(config: dict) -> str | None:
+    """What tells the weights that a run started from: the SHA-256 of their file, wherever it lies, or their name."""
+    name = config.get("weights")
+    return config.get("weights_sha256") or (hash_file(Path(name)) if isinstance(name, str) else None) or name
+
+
+def gather_facts(splits: list[Split], schedule: str, steps: int, counts: dict[str, int], recipe: dict[str, float],
+                 weights: str) -> Facts:
+    """The facts of a run that starts now, with versions and commit of the code, shards, and the hash of the weights."""
     here = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -203,7 +189,8 @@ def gather_facts(splits: list[Split], schedule: str, steps: int, counts: dict[st
     return Facts("expert" if len(splits) == 1 else "sequential" if schedule == "sequential" else "unified", steps,
                  counts, recipe, commit or None, sys.argv[1:],
                  {"python": platform.python_version()} | {name: version(name) for name in packages},
-                 {split.domain: split.index["provenance"]["plan"] for split in splits}, describe_sources(splits))
+                 {split.domain: split.index["provenance"]["plan"] for split in splits}, describe_sources(splits),
+                 hash_file(Path(weights.rpartition(":")[0])) or hash_file(Path(weights)))
 
 
 def describe_sources(splits: list[Split]) -> dict[str, dict]:
@@ -218,25 +205,51 @@ def write_config(folder: Path, options: dict, facts: Facts) -> None:
     write_json(folder / "config.json", {"options": options, "facts": asdict(facts)})
 
 
-FACTS = {field.name for field in fields(Facts)}
+# what stages read of a config.json: a type, several of which one has to fit, or a list of such things
+CONFIG = {
+    "backbone": (str, None), "model": (str, None), "size": str, "weights": str, "image_size": (int, None),
+    "embed_dim": int, "seed": int, "domains": [str], "data": str, "schedule": str, "counts": {}, "steps": int,
+    "shards": {}, "versions": {}, "git_commit": (str, None),
+}
 
 
-def read_config(path: Path) -> tuple[dict, dict]:
+def read_parts(path: Path) -> tuple[dict, dict]:
     """Options, as on the command line, and facts of a config.json; also of the flat form of former versions."""
     config = read_json(path)
     if isinstance(config.get("options"), dict) and isinstance(config.get("facts"), dict):
         return config["options"], config["facts"]
-    options = {key: ",".join(value) if isinstance(value, list) else value for key, value in config.items()
+    options = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in config.items()
                if key not in FACTS}
     options["domains"] = options.pop("order", None) or options.get("domains")
     return options, {key: value for key, value in config.items() if key in FACTS}
 
 
-def describe_config(path: Path) -> dict:
-    """Options and facts of a config.json in one, with the domains in the house order and, as "order", in their own."""
-    options, facts = read_config(path)
-    order = options["domains"].split(",") if isinstance(options.get("domains"), str) else list(DOMAINS)
-    return options | facts | {"order": order, "domains": [name for name in DOMAINS if name in order]}
+def read_config(folder: Path) -> dict:
+    """Options and facts of a run in one, "domains" in the house order and "order" as they were given.
+
+    Raises:
+        InputError: what stages read of it is missing or of another kind.
+    """
+    path = folder / "config.json"
+    options, facts = read_parts(path)
+    order = options.get("domains", None) or ",".join(DOMAINS)
+    order = order.split(",") if isinstance(order, str) else order
+    known = isinstance(order, list) and order and set(map(str, order)) <= set(DOMAINS)
+    domains = [name for name in DOMAINS if name in order] if known else order
+    config = options | facts | {"order": order, "domains": domains}
+    if missing := CONFIG.keys() - config.keys():
+        raise InputError(f"{path} lacks {min(missing)!r}: restore it, or train the run again")
+    for key, kinds in CONFIG.items():
+        value = config[key]
+        if not any(value is None if kind is None else fits(value, kind)
+                   for kind in (kinds if isinstance(kinds, tuple) else (kinds,))):
+            raise InputError(f"{path}: {key} is {str(value)[:60]!r}: restore it, or train the run again")
+    if not known or len(set(order)) < len(order):
+        raise InputError(f"{path}: domains is {str(order)[:60]}: restore it, or train the run again")
+    if not all(fits(config["counts"].get(name), int) and isinstance(config["shards"].get(name), str)
+               for name in config["domains"]):
+        raise InputError(f"{path}: counts and shards do not name every domain: restore it, or train the run again")
+    return config
 
 
 def find_run(folder: Path, options: dict, splits: list[Split]) -> str:
@@ -249,13 +262,18 @@ def find_run(folder: Path, options: dict, splits: list[Split]) -> str:
         return "nothing"
     if not options["resume"]:
         raise InputError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
-    old, facts = read_config(folder / "config.json")
+    if "options" not in (config := read_json(folder / "config.json")):
+        raise InputError(f"--resume {folder}: it was trained by a former version (commit {config.get('git_commit')}): "
+                         "continue it there, or start anew in another --out; it can be evaluated as it is")
+    config = read_config(folder)
+    old = read_parts(folder / "config.json")[0]
     for key, value in options.items():
-        if key not in FREE_ON_RESUME and old.get(key) != value:
+        moved = key == "weights" and weights_of(config) == weights_of({"weights": value})  # the file may lie elsewhere
+        if key not in FREE_ON_RESUME and old.get(key) != value and not moved:
             raise InputError(f"--resume {folder}: --{key.replace('_', '-')} was {old.get(key)!r} and is now {value!r}; "
                              "give what the run was started with (see its config.json)")
     for split in splits:
-        if facts["shards"][split.domain] != split.index["provenance"]["plan"]:
+        if config["shards"].get(split.domain) != split.index["provenance"]["plan"]:
             raise InputError(f"--resume {folder}: {split.folder} is not the split that the run was started with")
     return "complete" if (folder / "done.json").exists() else "unfinished"
 
@@ -265,13 +283,9 @@ def find_run(folder: Path, options: dict, splits: list[Split]) -> str:
 
 def save_weights(folder: Path, model: Backbone, head: torch.Tensor, classes: dict[str, list[str]]) -> None:
     """Write model.safetensors (the library's own keys) and head.safetensors (class names in its metadata)."""
-    net = library_state(model.net)
-    write_atomically(folder / "model.safetensors", lambda path: save_file(net, path))
-    tensors = {"weight": head.detach().contiguous()}
-    if model.project is not None:
-        tensors["project"] = model.project.weight.detach().contiguous()
-    metadata = {"classes": json.dumps(classes)}
-    write_atomically(folder / "head.safetensors", lambda path: save_file(tensors, path, metadata=metadata))
+    write_tensors(folder / "model.safetensors", library_state(model.net))
+    tensors = {"weight": head} | ({} if model.project is None else {"project": model.project.weight})
+    write_tensors(folder / "head.safetensors", tensors, classes=json.dumps(classes))
 
 
 @dataclass
@@ -279,11 +293,15 @@ class Run:
     """A finished run, as later stages read it."""
 
     folder: Path
-    options: dict  # as on the command line
-    config: dict  # options and facts, "domains" in the house order and "order" as a list
+    config: dict  # options and facts, see `read_config`
     head: torch.Tensor  # float32 [C, D]
     classes: dict[str, list[str]]  # per trained domain
     class_ranges: dict[str, tuple[int, int]]  # rows of the head
+
+    @property
+    def options(self) -> dict:
+        """The options of the run, as on the command line."""
+        return read_parts(self.folder / "config.json")[0]
 
 
 def load_run(folder: Path, allow_partial: bool = False) -> Run:
@@ -297,40 +315,119 @@ def load_run(folder: Path, allow_partial: bool = False) -> Run:
     whole = (folder / "done.json").is_file() or folder.resolve().parent.name == "checkpoints"  # of --keep
     if not whole and not allow_partial:
         raise InputError(f"{folder} has not finished (no done.json): continue it with --resume or pass --allow-partial")
-    options, _ = read_config(folder / "config.json")
-    config = describe_config(folder / "config.json")
-    if missing := {"backbone", "model", "size", "image_size", "embed_dim", "seed", "domains", "data",
-                   "counts", "steps", "shards", "versions", "git_commit"} - set(config):
-        raise InputError(f"{folder}/config.json lacks {min(missing)!r}: restore it, or train the run again")
-    if not (folder / "head.safetensors").is_file():
+    config = read_config(folder)
+    if not (path := folder / "head.safetensors").is_file():
         raise InputError(f"{folder} holds no weights yet (no head.safetensors): continue it with `train.py --resume`")
-    tensors, metadata = read_tensors(folder / "head.safetensors")
-    head, classes = tensors["weight"], json.loads(metadata["classes"])
+    tensors, metadata = read_tensors(path)
+    head = tensors.get("weight")
+    try:
+        classes = json.loads(metadata["classes"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise damaged(path, "no class names") from error
+    if not isinstance(classes, dict) or list(classes) != config["domains"] or not all(
+            fits(names, [str]) for names in classes.values()):
+        raise damaged(path, "its class names are no list for each domain")
     ends = np.cumsum([len(names) for names in classes.values()])
+    if head is None or not head.is_floating_point() or head.ndim != 2 or len(head) != ends[-1]:
+        form = "none" if head is None else f"{head.dtype} {list(head.shape)}"
+        raise damaged(path, f"its class weights are {form}, want float [{ends[-1]}, width], one row a class")
     ranges = {d: (int(end) - len(classes[d]), int(end)) for d, end in zip(classes, ends, strict=True)}
-    return Run(folder, options, config, head, classes, ranges)
+    return Run(folder, config, head.float(), classes, ranges)
 
 
 def load_tuned(run: Run) -> Backbone:
     """The fine-tuned backbone of a run, in eval mode."""
     model, path = load_backbone(Network.of(run.config, weights="none")), run.folder / "model.safetensors"
     fill_weights(model.net, model.library, read_tensors(path)[0], path)
+    if run.head.shape[1] != model.dim:
+        raise damaged(run.folder / "head.safetensors", f"class weights of width {run.head.shape[1]}, not {model.dim}")
     if model.project is not None:
-        model.project.weight.data.copy_(read_tensors(run.folder / "head.safetensors")[0]["project"])
+        project = read_tensors(run.folder / "head.safetensors")[0].get("project")
+        if project is None or project.shape != model.project.weight.shape:
+            raise damaged(run.folder / "head.safetensors", "no linear layer of the width --embed-dim")
+        model.project.weight.data.copy_(project)
     return model.eval()
 
 
 def load_foundation(run: Run) -> Backbone:
     """The untouched backbone that a run started from (without the run's own linear layer), in eval mode."""
+    path, told = Path(str(run.config.get("weights"))), run.config.get("weights_sha256")
+    if told and hash_file(path) not in (None, told):
+        raise InputError(f"{path}: not the file that {run.folder} started from (its SHA-256 differs): restore that, or "
+                         "leave the untouched backbone out with --no-foundation")
     return load_backbone(Network.of(run.config, embed_dim=0)).eval()
 
 
 # ---------------------------------------------------------------- checkpoints
 
 
+def misfit(state: object, steps: int, model: dict[str, torch.Tensor], shapes: list[torch.Size], averaged: bool,
+           statistics: torch.Tensor | None) -> str:
+    """What in a state file does not fit the run, "" where all does: an optimiser would read beyond a short moment.
+
+    Args:
+        steps: of the run.
+        model: the state of its backbone.
+        shapes: of its trained parameters; the whole class weights come last.
+        averaged: it keeps running averages.
+        statistics: of AdaFace, where it keeps any.
+    """
+    keys = ("step", "model", "head", "optimizer", "tally", "health", "ema", "norms")
+    if not isinstance(state, dict) or (missing := [key for key in keys if key not in state]):
+        return f"lacks {missing[0]}" if isinstance(state, dict) else "no dictionary"
+
+    def tensor(value: object, shape: torch.Size, kind: torch.dtype = torch.float32) -> bool:
+        return isinstance(value, torch.Tensor) and value.shape == shape and value.dtype == kind
+
+    def tensors(values: object, like: dict[str, torch.Tensor]) -> bool:
+        return isinstance(values, dict) and values.keys() == like.keys() and all(
+            tensor(values[key], value.shape, value.dtype) for key, value in like.items())
+
+    moments = state["optimizer"].get("state") if isinstance(state["optimizer"], dict) else None
+    sound = {
+        "step": type(state["step"]) is int and 0 <= state["step"] <= steps,
+        "model": tensors(state["model"], model),
+        "head": tensor(state["head"], shapes[-1]),
+        "optimizer": isinstance(moments, dict) and all(
+            i in range(len(shapes)) and isinstance(own, dict) and own.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            and tensor(own["step"], torch.Size()) and tensor(own["exp_avg"], shapes[i])
+            and tensor(own["exp_avg_sq"], shapes[i]) for i, own in moments.items()),
+        "tally": isinstance(state["tally"], dict) and state["tally"].keys() >= {"skipped", "bad", "seconds"}
+        and all(isinstance(state["tally"][key], int | float) for key in ("skipped", "bad", "seconds")),
+        "health": tensor(state["health"], torch.Size([2]), torch.int64),
+        "ema": not averaged or (isinstance(state["ema"], list) and len(state["ema"]) == len(shapes)
+                                   and all(map(tensor, state["ema"], shapes))),
+        "norms": statistics is None or tensor(state["norms"], statistics.shape, torch.float64),
+    }
+    return next((f"{key} is not what this run saves" for key, good in sound.items() if not good), "")
+
+
+def read_state(path: Path, checksum: bool, mapped: bool, check: Callable[[object], str]) -> dict:
+    """The state of a checkpoint; InputError where it is damaged.
+
+    Args:
+        checksum: compare the checksums of the archive, past which PyTorch reads.
+        mapped: leave tensors in the file until they are read.
+        check: says what in it does not fit the run.
+    """
+    try:
+        if checksum:
+            with zipfile.ZipFile(path) as file:
+                if bad := file.testzip():
+                    raise ValueError(f"the checksum of {bad} differs")
+        state = torch.load(path, "cpu", weights_only=True, mmap=mapped)
+        wrong = check(state)
+    except Exception as error:  # a damaged zip, a foreign pickle
+        wrong = str(error).splitlines()[0][:120] if isinstance(error, ValueError) else type(error).__name__
+    if wrong:
+        raise InputError(f"{path}: damaged ({wrong}): restore it, or start anew in another --out")
+    return state
+
+
 def kept_steps(run: Path) -> dict[int, Path]:
     """The checkpoints that --keep left in a run, by step."""
-    found = ((folder.name.removeprefix("step-"), folder) for folder in (run / "checkpoints").glob("step-*"))
+    found = ((folder.name.removeprefix("step-"), folder) for folder in (run / "checkpoints").glob("step-*")
+             if folder.is_dir() and not folder.is_symlink())
     return dict(sorted((int(step), folder) for step, folder in found if step.isdigit()))
 
 
@@ -381,10 +478,10 @@ def forget_after(folder: Path, step: int) -> None:
     """Cut what a run left about steps after `step`, where it goes on: they come again."""
     for log in (folder / name for name in LOGS if (folder / name).exists()):
         kept = []
-        for line in log.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line that was cut
+        for line in log.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a line that was cut
                 kept += [line] if json.loads(line)["step"] <= step else []
-        write_atomically(log, lambda path, kept=kept: path.write_text("".join(f"{line}\n" for line in kept)))
+        write_atomically(log, lambda path, kept=kept: path.write_bytes(b"".join(line + b"\n" for line in kept)))
     for late in [place for number, place in kept_steps(folder).items() if number > step]:
         shutil.rmtree(late)
 
@@ -399,6 +496,8 @@ class StopRequest:
 
     def handle(self, number: int, _frame) -> None:
         if self.reason:
+            for process in multiprocessing.active_children():  # nobody would read what they send
+                process.kill()
             os._exit(128 + number)
         self.reason = signal.Signals(number).name
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,10 +15,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_prep import InputError
+from data_prep import InputError, make_folder, progress, write_atomically, write_json
 from data_prep.format import Split
 from models.backbones import Backbone, embed_rows
-from models.runs import Ranks, make_folder, pick_device, write_atomically, write_json
+from models.runs import Ranks, pick_device
 from protocols.bootstrap import normalise
 
 PART = 2048  # images, about, that an interrupted embedding loses at most
@@ -41,14 +43,19 @@ def save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def load_array(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """The finite floats of a file, mapped; None where it holds others, or another shape, or is damaged."""
+def load_array(path: Path, shape: tuple[int, int], missing: np.ndarray | bool = False) -> np.ndarray | None:
+    """The finite floats of a file, mapped; None where it holds others, or another shape, or is damaged.
+
+    `missing`: rows that need not be finite, bool [M].
+    """
     try:
         x = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception:  # NumPy raises OSError, ValueError, EOFError, SyntaxError, TokenError, ... by damage
         return None
     whole = isinstance(x, np.ndarray) and x.dtype == np.float32 and x.shape == shape
-    return x if whole and all(np.isfinite(x[i : i + 4096]).all() for i in range(0, len(x), 4096)) else None
+    missing = np.broadcast_to(missing, shape[:1])
+    return x if whole and all((np.isfinite(x[i : i + 4096]).all(1) | missing[i : i + 4096]).all()
+                              for i in range(0, len(x), 4096)) else None
 
 
 def keep(path: Path, shape: tuple[int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -130,9 +137,14 @@ class Embedder:
                 return False
 
         def known() -> bool:
-            return path in self.made or (noted() and load_array(path, (len(split), self.model.dim)) is not None)
+            shape = (len(split), self.model.dim)
+            return path in self.made or (noted() and load_array(path, shape, split.missing) is not None)
 
-        if self.ranks.world == 1 and known():
+        def leftovers() -> list[Path]:
+            """Parts that an evaluation left which was killed, of these weights or of others."""
+            return list(path.parent.glob(f".{glob.escape(path.stem)}.{'[0-9a-f]' * 16}.parts"))
+
+        if self.ranks.world == 1 and known() and not leftovers():
             self.made.add(path)  # to look for damage once is enough
             return path
         parts.parent.mkdir(parents=True, exist_ok=True)
@@ -151,10 +163,11 @@ class Embedder:
                     note.unlink(missing_ok=True)
                     write_atomically(path, lambda temporary: self.join_parts(split, parts, temporary))
                     # a split with damaged images may be repaired: its embeddings are made anew next time
-                    if np.isfinite(np.load(path, mmap_mode="r")[:, 0]).all():
+                    if (np.isfinite(np.load(path, mmap_mode="r")[:, 0]) | split.missing).all():
                         write_json(note, fingerprint)
-                    shutil.rmtree(parts)
                 self.ranks.wait()
+            for folder in leftovers() if self.ranks.rank == 0 else []:
+                shutil.rmtree(folder, ignore_errors=True)
         self.made.add(path)
         return path
 
@@ -183,8 +196,8 @@ class Embedder:
 
         parts = embed_rows(self.model, split, np.concatenate(rows), self.device, self.batch, self.workers,
                                  self.flip)
-        with tqdm(total=sum(map(len, rows)), desc=f"{self.name} {split.domain}/{split.name}", unit="img",
-                  disable=True if self.ranks.rank else None) as bar:
+        with tqdm(disable=True) if self.ranks.rank else progress(
+                total=sum(map(len, rows)), desc=f"{self.name} {split.domain}/{split.name}", unit="img") as bar:
             for good, found in parts:
                 while good[0] > rows[place][-1]:
                     finish()
@@ -215,10 +228,27 @@ class Embedder:
 
 def make_embedder(load: Callable[[], Backbone], weights: str, folder: Path, options: dict,
                   ranks: Ranks = Ranks()) -> Embedder:
-    """An embedder by the options that evaluate.py and analyze.py share; `folder`: of the run's results."""
-    shared = bool(options["cache"]) and weights == "foundation"
-    if shared:
-        make_folder(Path(options["cache"]), "--cache")
-    return Embedder(load(), weights, Path(options["cache"]) if shared else folder / "embeddings",
-                    pick_device(options["device"]), options["batch"], options["workers"], options["flip"], shared,
-                    ranks)
+    """An embedder by the options that evaluate.py and analyze.py share; `folder`: of the run's results.
+
+    Those of the untouched backbone go to --cache or, where it can be written to, to a folder beside the runs.
+    """
+    cache = shared_folder(folder, options["cache"]) if weights == "foundation" else None
+    return Embedder(load(), weights, cache or folder / "embeddings", pick_device(options["device"]), options["batch"],
+                    options["workers"], options["flip"], cache is not None, ranks)
+
+
+def shared_folder(folder: Path, cache: str | None) -> Path | None:
+    """Where runs share what is their untouched backbone's: --cache, or RUNS/.foundation; None where there is no place.
+
+    `folder`: RUN/eval.
+    """
+    if cache:
+        make_folder(Path(cache), "--cache")
+        return Path(cache)
+    runs = folder.resolve().parents[1]
+    runs = runs.parents[1] if runs.name == "checkpoints" else runs
+    with contextlib.suppress(OSError):
+        (runs / ".foundation").mkdir(parents=True, exist_ok=True)
+        if os.access(runs / ".foundation", os.W_OK):
+            return runs / ".foundation"
+    return None

@@ -5,13 +5,12 @@ import math
 
 import numpy as np
 
-from data_prep import InputError
+from data_prep import InputError, literal
 from data_prep.format import Split, fingerprint
 from protocols.bootstrap import Figure, bootstrap_counts, intervals
 from protocols.pairs import roc
 from protocols.search import name_identities
 from reports.rows import Results, Row, rows_of, show_value
-from reports.tables import literal
 from tools.trials import Rating
 
 
@@ -96,10 +95,14 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
     missing = dict.fromkeys(whole, math.nan)
     found = intervals(lambda counts: whole if counts is None else missing | statistic(counts),
                       bootstrap_counts(np.arange(len(people)), draws, seed))
+    who = {name: np.unique(np.concatenate([np.append(a[i], b[i]) for (split, _), i in used.items() if split == name]))
+           for name in names if any(split == name for split, _ in used)}
     shown = {name: {pair for (split, _), pairs in seen.items() if split == name for pair in pairs} for name in names}
     figures: dict[str, dict[str, Figure]] = {}
     for (place, metric), figure in found.items():
-        figure.count = sum(len(shown[name]) for name in ([place] if place in shown else domains.get(place, shown)))
+        these = [place] if place in shown else domains.get(place, shown)
+        figure.count = sum(len(shown[name]) for name in these)
+        figure.identities = len(np.unique(np.concatenate([who[name] for name in these if name in who])))
         figures.setdefault(place, {})[metric] = figure
     return figures
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_prep import InputError
 from data_prep.format import Split, matched_pairs
 from protocols.bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
+from protocols.search import Unscorable
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 SCORE_BINS = np.linspace(-1, 1, 51)  # of the score distributions
@@ -159,7 +159,7 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
     pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
     left, right, same, folds = pairs[:, 0], pairs[:, 1], pairs[:, 2] == 1, pairs[:, 3]
     if same.all() or not same.any():
-        raise InputError(f"{split.folder}: its pairs are all genuine or all impostors: nothing to verify")
+        raise Unscorable(f"{split.folder}: its pairs are all genuine or all impostors: nothing to verify")
     scores = (x[left] * x[right]).sum(1)
     a, b = split.labels[left], split.labels[right]
 
@@ -174,14 +174,14 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
         for counts in bootstrap_counts(split.labels, draws, seed):
             yield np.where(a == b, counts[left], counts[left] * counts[right])
 
-    far, tar = roc(scores, same)
+    (far, tar), people = roc(scores, same), split.labels[pairs[:, :2]]
     spread = {kind: np.histogram(scores[mask], SCORE_BINS)[0] for kind, mask in (("same", same), ("different", ~same))}
-    found = {f"{folded}, exact thresholds, strict FAR": intervals(statistic, pair_weights(), len(pairs)),
+    found = {f"{folded}, exact thresholds, strict FAR": intervals(statistic, pair_weights(), len(pairs), people),
              f"{folded}, thresholds 0 to 4 by 0.01 on the squared distance": intervals(
-                 lambda w: grid_accuracy(scores, same, folds, w), pair_weights(), len(pairs))}
+                 lambda w: grid_accuracy(scores, same, folds, w), pair_weights(), len(pairs), people)}
     if (~same).sum() - np.unique(folds[~same], return_counts=True)[1].max() >= 1000:
         found[f"{folded}, thresholds 0 to 4 by 0.001 on the squared distance, interpolated to the FAR of the other "
-              "folds"] = intervals(lambda w: grid_tar(scores, same, folds, w), pair_weights(), len(pairs))
+              "folds"] = intervals(lambda w: grid_tar(scores, same, folds, w), pair_weights(), len(pairs), people)
     return found, {"far": far, "tar": tar, **spread}
 
 
@@ -207,4 +207,4 @@ def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count:
         for counts in bootstrap_counts(labels, draws, seed):
             yield np.where(same, counts[pairs[:, 0]], counts[pairs[:, 0]] * counts[pairs[:, 1]])
 
-    return intervals(statistic, pair_weights(), len(pairs))
+    return intervals(statistic, pair_weights(), len(pairs), labels[pairs])

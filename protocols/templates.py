@@ -8,11 +8,10 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from data_prep import InputError
 from data_prep.format import Split
 from protocols.bootstrap import Figure, bootstrap_counts, intervals, normalise, weighted_mean
 from protocols.pairs import BINS, FARS, SCORE_BINS, tar_at_far
-from protocols.search import FPIRS, mates_in, score_blocks, search_gallery, tpir_at_fpir
+from protocols.search import FPIRS, Unscorable, mates_in, score_blocks, search_gallery, tpir_at_fpir
 
 
 @dataclass
@@ -206,7 +205,7 @@ def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, se
             nearest = {("nearest", f): tar_at_nearest_far(far[corner], tar[corner], f) for f in targets}
             return nearest | {("strict", f): tar_at_far(far, tar, f) for f in targets}
 
-        found = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs))
+        found = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs), np.arange(people))
         return found, roc_of(np.ones(people, dtype=np.int64)), np.nanmin(ends)
 
     # all of them where many scores are equal, or where a resampling lacks the people of the highest impostors
@@ -260,7 +259,8 @@ def score_template_search(templates: Templates, galleries: list[np.ndarray], pro
             values[f"tpir@fpir={f:g}"] = float(np.mean([tpir_at_fpir(*found, f, weights) for found in searches]))
         return values
 
-    return intervals(statistic, bootstrap_counts(templates.identity[probes], draws, seed), len(probes))
+    who = templates.identity[probes]
+    return intervals(statistic, bootstrap_counts(who, draws, seed), len(probes), who)
 
 
 def highest_wrong(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, most: int,
@@ -329,7 +329,8 @@ def score_legacy_search(templates: Templates, galleries: list[np.ndarray], probe
                     else math.nan
             return values
 
-        return intervals(statistic, bootstrap_counts(templates.identity[probes], draws, seed), len(probes))
+        who = templates.identity[probes]
+        return intervals(statistic, bootstrap_counts(who, draws, seed), len(probes), who)
 
     most = 4 * math.ceil(len(probes) * max(supported, default=0)) + 1
     while True:
@@ -369,6 +370,6 @@ def score_templates(x: np.ndarray, split: Split, draws: int, seed: int,
             found[f"legacy 1:N in {len(galleries)} galleries merged, {how}, TPIR above the ceil(N x FPIR)-th non-mate "
                   "similarity"] = legacy
     if not any(found.values()):
-        raise InputError(f"{split.folder}: its lists support no figure: {1 / max(FARS):g} impostor pairs and a genuine "
+        raise Unscorable(f"{split.folder}: its lists support no figure: {1 / max(FARS):g} impostor pairs and a genuine "
                          "one, or a gallery and probes, are the least")
     return found, curve

@@ -11,8 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep import DOMAINS, InputError
-from models.runs import read_lines, write_atomically
+from data_prep import DOMAINS, InputError, literal, read_lines, write_atomically
 
 PUBLISHED = Path(__file__).parent.parent / "protocols" / "published"  # humans.csv, experts.csv: figures whose source was checked, no others
 
@@ -149,7 +148,8 @@ def read_stages(folder: Path, config: dict) -> Stages | None:
 
     Stage k of K holds the steps s with floor(s K / steps) = k, as train.py plans them.
     """
-    looks = read_lines(folder / "probe.jsonl")
+    looks = [look for look in read_lines(folder / "probe.jsonl") if isinstance(look, dict)
+             and isinstance(look.get("step"), int) and isinstance(look.get("auc"), dict)]  # others are damaged
     if not looks:
         return None
     order, steps = config["order"] or config["domains"], config["steps"]
@@ -161,7 +161,8 @@ def read_stages(folder: Path, config: dict) -> Stages | None:
             found.names.append(name)
             found.steps.append(inside[-1]["step"])
             found.ends.append(end)
-            found.scores.append([inside[-1]["auc"].get(task, math.nan) for task in found.tasks])
+            scores = [inside[-1]["auc"].get(task) for task in found.tasks]
+            found.scores.append([score if isinstance(score, float) else math.nan for score in scores])
     return found
 
 
@@ -173,18 +174,26 @@ def show_stages(stages: Stages | None, config: dict) -> list[str]:
         return [*lines, "The stage x task matrix needs scores after each stage: train with `--eval-every "
                 f"{max(config['steps'] // count, 1)}` (the steps of a stage)."]
     lines += ["Same/different AUC of fixed images after each stage (percent; chance 50), and what is lost from the "
-              "best stage to the end.", "", f"| after | step | {' | '.join(stages.tasks)} |",
+              "best stage to the end.", "", f"| after | step | {' | '.join(map(literal, stages.tasks))} |",
               f"| --- | --- |{' --- |' * len(stages.tasks)}"]
     for name, step, end, scores in zip(stages.names, stages.steps, stages.ends, stages.scores, strict=True):
         seen = f"{step:,}" if step == end else f"{step:,} of {end:,}"
         cells = " | ".join("" if math.isnan(score) else f"{100 * score:.1f}" for score in scores)
-        lines.append(f"| {name} | {seen} | {cells} |")
+        lines.append(f"| {literal(name)} | {seen} | {cells} |")
     lost = [max((row[i] for row in stages.scores if not math.isnan(row[i])), default=math.nan) - stages.scores[-1][i]
             for i in range(len(stages.tasks))]
     lines.append("| lost | | " + " | ".join("" if math.isnan(x) else f"{100 * x:.1f}" for x in lost) + " |")
     if len(stages.names) <= count:
         lines += ["", f"Not every stage was looked at: take an --eval-every that divides {config['steps'] // count}."]
     return lines
+
+
+def save_figure(path: Path, figure) -> None:
+    """A matplotlib figure as PNG, atomically, cut to what is drawn; it is closed."""
+    import matplotlib.pyplot as plt
+
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png", bbox_inches="tight"))
+    plt.close(figure)
 
 
 def draw_stages(path: Path, stages: Stages) -> None:
@@ -205,8 +214,7 @@ def draw_stages(path: Path, stages: Stages) -> None:
     ax.set_yticks(range(len(stages.names)), [name if name == "start" else f"after {name}" for name in stages.names],
                   fontsize=8)
     figure.colorbar(image, label="same/different AUC")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 # ---------------------------------------------------------------- report.html
@@ -217,11 +225,6 @@ table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; display: blo
 th, td { border: 1px solid #ddd; padding: .25rem .55rem; text-align: left; vertical-align: top; }
 th { background: #f2f2f0; } tr:nth-child(even) td { background: #fafaf8; }
 img { max-width: 100%; } code { background: #f2f2f0; padding: 0 .2rem; }"""
-
-
-def literal(name: str) -> str:
-    """A name that somebody chose, as Markdown that shows it as it is."""
-    return re.sub(r"[\\|*!\[\]`<>&]", r"\\\g<0>", name)
 
 
 def inline(text: str, folder: Path) -> str:
@@ -262,6 +265,10 @@ def to_html(lines: list[str], folder: Path) -> str:
 
 def write_report(folder: Path, lines: list[str]) -> None:
     """report.md and report.html, the same content; the pictures that it names lie in the folder."""
-    write_atomically(folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
-    page = to_html(lines, folder)
-    write_atomically(folder / "report.html", lambda path: path.write_text(page))
+    write_text(folder / "report.md", "\n".join(lines) + "\n")
+    write_text(folder / "report.html", to_html(lines, folder))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text in UTF-8, atomically, in any locale; names of files, and so of runs and classes, need not be text."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data_prep import DOMAIN_COLOURS, InputError
+from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, append, literal, read_lines, write_atomically, writing
 from data_prep.stream import Look, Stream, make_images
 from models.head import HeadLoss, embedding_norms
-from models.runs import Ranks, append, read_lines, write_atomically
+from models.runs import Ranks
 
 MAX_SKIPPED = 10  # non-finite steps in a row that stop a run
 MAX_DAMAGED = 0.001  # share of damaged images that stops a run
@@ -78,6 +78,7 @@ class TrainingLog:
     ranks: Ranks
     tally: Tally
     board: Any = None  # TensorBoard's writer, on the first rank
+    saved: int | None = None  # the step that the checkpoint in `last` starts from
 
     def write(self, window: list[dict[str, Tensor]], done: int, rates: dict, health: Tensor, bad: int) -> dict:
         """A line with means over the steps since the last one.
@@ -114,18 +115,21 @@ class TrainingLog:
         record |= {key: value for key, value in vars(tally).items() if key != "start"}
         if self.board is not None:
             append(self.folder / "log.jsonl", record)
-            for name, value in record.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, done)
+            with writing(self.folder / "tensorboard"):
+                for name, value in record.items():
+                    if isinstance(value, int | float):
+                        self.board.add_scalar(name, value, done)
         return record
 
     def check_health(self, done: int, health: Tensor) -> None:
         """Stop a run whose steps or images are bad; its last checkpoint stays."""
-        seen = done * int(self.plan[0].sum())
+        seen, most = done * int(self.plan[0].sum()), MAX_SKIPPED if done < len(self.plan) else 0
         self.tally.skipped, in_a_row = health.tolist()
-        if in_a_row > MAX_SKIPPED:
-            raise InputError(f"{self.folder}: {in_a_row} steps in a row were not finite; the last good checkpoint is "
-                             f"in {self.folder}/last: lower --lr or raise --warmup")
+        if in_a_row > most:
+            kept = f"no checkpoint was written before them, {self.folder} starts anew" if self.saved is None else \
+                f"the checkpoint from before them, of step {self.saved}, is in {self.folder}/last"
+            raise InputError(f"{self.folder}: {in_a_row} steps in a row were not finite; {kept}: lower --lr or raise "
+                             "--warmup")
         if self.tally.bad > MAX_DAMAGED * max(seen, 1000):
             raise InputError(f"{self.tally.bad} damaged images among {seen} are more than {MAX_DAMAGED:.1%}: check the "
                              "shards with `python -m data_prep verify DIR`")
@@ -182,7 +186,14 @@ def draw_samples(path: Path, stream: Stream, look: Look, cache: list[Tensor] | N
             ax.imshow((images[b] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
             ax.set_title(split.names[int(chunk.label[b])][:16], fontsize=7)
         axes[d][0].text(-0.15, 0.5, split.domain, transform=axes[d][0].transAxes, rotation=90, va="center", ha="right")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    save_figure(figure, path, bbox_inches="tight")
+
+
+def save_figure(figure, path: Path, **options) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    import matplotlib.pyplot as plt
+
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, **options))
     plt.close(figure)
 
 
@@ -192,7 +203,7 @@ def write_report(log_of: TrainingLog, schedule: str, device: str) -> None:
     log, looks, conflicts = (read_lines(folder / f"{name}.jsonl") for name in ("log", "probe", "conflict"))
     log = [record for record in log if "loss" in record]
     draw_curves(folder / "curves.png", log, looks, domains)
-    lines = [f"# {folder.name}", "",
+    lines = [f"# {literal(folder.name)}", "",
              f"Schedule {schedule}, {len(plan)} steps of {plan[0].sum()} images, "
              f"{tally.seconds / 60:.1f} minutes on {log_of.ranks.world} x {device}.", "",
              "| domain | images | passes | loss | top-1 | target cosine | norm |", "|---|---|---|---|---|---|---|"]
@@ -206,7 +217,7 @@ def write_report(log_of: TrainingLog, schedule: str, device: str) -> None:
               "![curves](curves.png)"]
     if looks:
         lines += ["", "| same/different AUC of fixed images | start | end |", "|---|---|---|"]
-        lines += [f"| {name} | {looks[0]['auc'].get(name, math.nan):.3f} | {value:.3f} |"
+        lines += [f"| {literal(name)} | {looks[0]['auc'].get(name, math.nan):.3f} | {value:.3f} |"
                   for name, value in looks[-1]["auc"].items()]
     if conflicts:
         draw_conflict(folder / "conflict.png", conflicts)
@@ -222,31 +233,33 @@ def write_report(log_of: TrainingLog, schedule: str, device: str) -> None:
 
 
 def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[str]) -> None:
-    """Loss, top-1, target cosine per domain and, where --eval-every looked, AUC, over the images seen."""
+    """Loss, top-1, target cosine per domain and, where --eval-every looked, AUC, over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     keys = [("loss", "training loss"), ("top1", "training top-1"), ("target_cosine", "cosine to the own class")]
-    figure, axes = plt.subplots(1, len(keys) + bool(looks), figsize=(4 * (len(keys) + bool(looks)), 3), squeeze=False)
+    figure, axes = plt.subplots(1, len(keys) + bool(looks), figsize=(4 * (len(keys) + bool(looks)), 3.8), squeeze=False)
     for ax, (key, title) in zip(axes[0], keys, strict=False):
         for name in domains:
-            points = [(r["images"], r[f"{key}/{name}"]) for r in log if f"{key}/{name}" in r]
+            points = [(r["step"], r[f"{key}/{name}"]) for r in log if f"{key}/{name}" in r]
             ax.plot(*zip(*points, strict=True) if points else ((), ()), label=name, color=DOMAIN_COLOURS[name])
-        ax.set(title=title, xlabel="images")
+        ax.set(title=title, xlabel="optimiser step")
     if looks:
-        for number, name in enumerate(looks[0]["auc"]):
-            domain = name.split("/")[0]
-            again = domain in [n.split("/")[0] for n in list(looks[0]["auc"])[:number]]
+        names = sorted(dict.fromkeys(name for look in looks for name in look["auc"]),
+                       key=lambda name: DOMAINS.index(name.partition("/")[0]))
+        for name in names:
+            domain = name.partition("/")[0]
+            number = [other for other in names if other.startswith(f"{domain}/")].index(name)
             axes[0][-1].plot([r["step"] for r in looks], [r["auc"].get(name, math.nan) for r in looks], label=name,
-                             color=DOMAIN_COLOURS[domain], ls="--" if again else "-", marker=".")
-        axes[0][-1].set(title="same/different AUC, fixed images", xlabel="step")
-        axes[0][-1].legend(fontsize=7)
-    axes[0][0].legend(fontsize=7)
+                             color=DOMAIN_COLOURS[domain], ls=("-", "--", ":", "-.")[number % 4],
+                             marker="osD^v"[number % 5], markersize=4)
+        axes[0][-1].set(title="same/different AUC, fixed images", xlabel="optimiser step")
+    for ax in axes[0][:: len(keys)]:  # below the panel, where no curve runs
+        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2, frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_conflict(path: Path, conflicts: list[dict]) -> None:
@@ -268,5 +281,4 @@ def draw_conflict(path: Path, conflicts: list[dict]) -> None:
         ax.axhline(0, color="0.6", lw=0.8)
     right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)

@@ -3,8 +3,10 @@
 import csv
 import html
 import json
+import os
 import re
 import shutil
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,17 +16,33 @@ import pytest
 
 import evaluate
 import protocols.classify
-from data_prep import InputError
+import reports.plots
+import train
+from data_prep import InputError, hash_file, literal, lock_folder
+from data_prep.degrade import degraded_split
 from data_prep.format import Record, Source, Split, open_root
 from data_prep.write import write_split
-from protocols.bootstrap import normalise
+from models.runs import Run, find_run, load_foundation, provenance
+from protocols.bootstrap import Figure, normalise
 from protocols.classify import Readouts, class_means, fit_probe, nearest_mean, nearest_neighbours
 from protocols.pairs import FARS
-from reports.rows import Row, say_once, score, show_value, unsupported_fars
-from reports.tables import literal, to_html
-from tests.test_evaluate import run_here, unit
+from protocols.search import make_members, name_identities, say_once, score_gallery, score_unified
+from reports.rows import (
+    Row,
+    make_unified_rows,
+    scopes_of,
+    score,
+    show_value,
+    unsupported_fars,
+    write_csv,
+    write_draws,
+    write_rows,
+)
+from reports.tables import read_stages, to_html
+from tests.conftest import script
+from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_protocols import write_run
-from tools.compare import Scored, refuse_unshared
+from tools.compare import Scored, refuse_unshared, start_of
 from tools.trials import RATING_COLUMNS
 
 OPTIONS = ["--bootstrap", "3", "--workers", "0", "--device", "cpu"]
@@ -169,7 +187,7 @@ def test_figures_of_an_earlier_evaluation_go(run):
     (["--run", "{run}", "--cache", "{file}"], "--cache: {file} cannot be made a folder (File exists)"),
     (["--run", "{run}", "--cache", "{file}/more"], "--cache: {file}/more cannot be made a folder (Not a directory)"),
     (["--backbone", "clip", "--size", "tiny", "--weights", "none", "--data", "{data}", "--out", "{file}"],
-     "--out: {file}/eval cannot be made a folder (Not a directory)"),
+     "--out {file}/eval: cannot be written (Not a directory)"),
 ])  # fmt: skip
 def test_options_without_effect_and_files_for_folders(arguments, words, run, demo_root, tmp_path):
     (tmp_path / "file").write_text("mine")
@@ -189,6 +207,90 @@ def test_compare_refuses_a_split_that_the_runs_do_not_share(tmp_path):
     with pytest.raises(InputError, match=f"in common on these --splits: typo/x; they share {min(shared)}$"):
         run_here(*arguments, f"{min(shared)},typo/x")
     assert run_here(*arguments, min(shared)) == 0
+
+
+def test_compare_takes_what_the_runs_share(tmp_path, capsys):
+    """One figure by one protocol, one by two: the first is compared, the second told; named, it is refused."""
+    runs = []
+    for name in "ab":
+        runs.append(write_run(tmp_path / name, np.ones(10), np.arange(10), config={"schedule": name}))
+        rows = [Row(**row) for row in json.loads((runs[-1] / "eval/results.json").read_text())]
+        rows.append(replace(rows[0], split="other", protocol=f"reid, general, set {name}, flip"))
+        write_rows(runs[-1] / "eval", rows)
+        write_draws(runs[-1] / "eval", [(row, np.ones(400)) for row in rows], 0)
+    assert run_here("compare", *runs, "--out", tmp_path / "c") == 0
+    table = json.loads((tmp_path / "c/comparison.json").read_text())
+    assert {row["split"] for row in table} == {"test"}
+    assert "body/other: 1 figures left out; rank-1: only " in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"body/other rank-1: only .* by the protocol 'reid, general, set a, flip'"):
+        run_here("compare", *runs, "--out", tmp_path / "c", "--splits", "body/other")
+
+
+def test_weights_are_known_by_their_hash(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "w.safetensors").write_bytes(b"the same")
+    (tmp_path / "two/other.safetensors").write_bytes(b"others")
+    configs = [{"weights": str(tmp_path / name)} for name in ("one/w.safetensors", "two/w.safetensors",
+                                                              "two/other.safetensors")]
+    told = provenance([], configs[0]["weights"])["weights_sha256"]
+    moved = {"weights": "/gone.safetensors", "weights_sha256": told}
+    assert start_of(configs[0]) == start_of(configs[1]) == start_of(moved) != start_of(configs[2])
+    assert provenance([], "pretrained")["weights_sha256"] is None
+    assert start_of({"weights": "pretrained", "weights_sha256": None})[-1] == "pretrained"
+    a, b, c = (Scored(tmp_path, {"seed": i} | config, 0, {0: (SimpleNamespace(weights="tuned"), None)})
+               for i, config in enumerate((configs[0], moved, configs[2])))
+    assert a.recipe == b.recipe != c.recipe  # seeds of one recipe
+    (tmp_path / "config.json").write_text(json.dumps(configs[0] | {"weights_sha256": told, "shards": {}}))
+    options = {"out": str(tmp_path), "resume": True}
+    assert find_run(options | {"weights": configs[1]["weights"]}, []) == "unfinished"  # its file has moved
+    with pytest.raises(InputError, match="--weights was"):
+        find_run(options | {"weights": configs[2]["weights"]}, [])
+    replaced = Run(tmp_path, {"weights": configs[2]["weights"], "weights_sha256": told}, None, {}, {})
+    with pytest.raises(InputError, match=r"not the file that .* started from .its SHA-256 differs.*--no-foundation"):
+        load_foundation(replaced)
+
+
+def test_results_of_other_weights_are_refused_and_a_copy_is_not(tmp_path):
+    runs = [write_run(tmp_path / name, np.ones(10), np.arange(10), config={"schedule": name}) for name in "ab"]
+    weights, rows = runs[1] / "model.safetensors", json.loads((runs[1] / "eval/results.json").read_text())
+    weights.write_bytes(b"of these")
+    write_draws(runs[1] / "eval", [(Row(**row), np.ones(400)) for row in rows], 0, hash_file(weights))
+    os.utime(runs[1] / "eval/results.json", (0, 0))  # however old a copy says that it is
+    assert run_here("compare", *runs, "--out", tmp_path / "c") == 0
+    weights.write_bytes(b"of others")
+    with pytest.raises(InputError, match=r"b/eval is of other weights than model.safetensors: run evaluate.py on"):
+        run_here("compare", *runs, "--out", tmp_path / "c")
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[:-30]),
+    lambda path: np.savez(path, draws=np.zeros(1), seed=0), lambda path: np.savez(path, draws=np.zeros((1, 1)), seed=0),
+    lambda path: np.savez(path, draws=np.array([["a", "b"]]), seed=0), lambda path: np.savez(path, seed=0),
+    lambda path: np.savez(path, draws=np.zeros((1, 400)), seed=np.zeros(3)), lambda path: path.unlink(),
+])  # fmt: skip
+def test_damaged_draws_are_one_line(spoil, tmp_path):
+    runs = [write_run(tmp_path / name, np.ones(10), np.arange(10), config={"schedule": name}) for name in "ab"]
+    spoil(runs[1] / "eval/draws.npz")
+    with pytest.raises(InputError, match=r"b/eval/draws.npz: cannot be read .*; run evaluate.py on .*b again"):
+        run_here("compare", *runs, "--out", tmp_path / "c")
+
+
+def test_a_second_evaluation_of_a_run_is_refused_at_the_start(run):
+    with lock_folder(run / "eval", "--run"):
+        result = script("evaluate.py", "--run", run, *OPTIONS, check=2)
+        again = script("evaluate.py", "leaks", "--run", run, *OPTIONS, check=2)
+    for said in (result.stderr, again.stderr):
+        assert said.count("\n") == 1 and "is writing it: wait for that one" in said
+    assert not (run / "eval").exists()  # nothing was begun
+
+
+def test_cells_that_a_spreadsheet_would_run_are_prefixed(tmp_path):
+    row = {"name": "=HYPERLINK(1)", "other": "@x", "more": "-cmd", "number": -0.5, "text": "-1.5e-3", "plain": "a=b"}
+    write_csv(tmp_path / "t.csv", [row])
+    with open(tmp_path / "t.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == [{"name": "'=HYPERLINK(1)", "other": "'@x", "more": "'-cmd",
+                                               "number": "-0.5", "text": "-1.5e-3", "plain": "a=b"}]
 
 
 def test_experts_are_asked_for_their_own_domains():
@@ -249,7 +351,7 @@ def test_damaged_embeddings_are_computed_again(run, capsys):
     options = ["--run", run, *OPTIONS, "--splits", "face_hq/test"]
     run_here(*options)
     assert "computed again" not in capsys.readouterr().out
-    path = run / "eval/embeddings/foundation-face_hq-test.npy"
+    path, = (run.parent / ".foundation").glob("foundation-face_hq-test-*.npy")
     whole, rows = path.read_bytes(), (run / "eval/results.json").read_bytes()
     x = np.load(path)
     holes = x.copy()
@@ -310,6 +412,192 @@ def test_names_of_raters_are_text_in_the_report(run, demo_root, tmp_path, capsys
     assert "<" not in cell and html.unescape(cell) == f"AUC of rater {ODD}"
     ratings("Zoë O'Neill-Ø")
     assert "AUC of rater Zoë O'Neill-Ø |" in (run / "eval/report.md").read_text()
+
+
+# ---------------------------------------------------------------- what a figure is taken on
+
+
+def degraded_copy(split: Split, folder) -> Split:
+    write_split(folder, degraded_split(split, (0.0, 0.0), 0, 95), source_name="degrade", size=split.size, fit="squash",
+                quality=95, train=False, options={"src": f"{split.domain}/{split.name}",
+                                                  "src_plan": split.index["provenance"]["plan"]})
+    return Split(folder)
+
+
+def test_degraded_copies_show_the_same_people_and_the_probes_picture_is_no_hit(demo_root, tmp_path):
+    """By the numbers: each image's copy is nearest to it, the person's other picture next, a stranger far away."""
+    base, body = Split(demo_root / "face_hq/test"), Split(demo_root / "body/test")
+    rows = [np.flatnonzero(base.labels == label)[:2] for label in range(4)]
+    protocol = {"name": "verification", "folds": 1}
+    sharp = copy_of(base, tmp_path / "face_hq/test", np.concatenate(rows).tolist(), protocol)  # no `person`
+    lq = degraded_copy(sharp, tmp_path / "face_lq/test")
+    assert name_identities(lq).tolist() == name_identities(sharp).tolist() and "person" not in lq.fields(0)
+    who, angle = np.repeat(np.arange(4), 2), 0.1 * np.tile([0, 1], 4)
+    x = np.zeros((8, 8))
+    x[np.arange(8), 2 * who], x[np.arange(8), 2 * who + 1] = np.cos(angle), np.sin(angle)
+    strangers = unit(np.random.default_rng(0).normal(size=(len(body), 8)))
+    members = make_members([sharp, lq, body], [x, x.copy(), strangers], 100, 0)
+    found = {domain: {m: f.value for m, f in by.items()} for domain, by in score_unified(members, 2, 0).items()}
+    for domain, other in (("face_hq", "face_lq"), ("face_lq", "face_hq")):
+        assert found[domain]["rank-1 in the crowd"] == found[domain]["rank-1 alone"] == 1  # a copy is no stranger ...
+        assert found[domain][f"rank-1 in {other}"] == 1
+    x[1::2] = -x[1::2]  # the person's other picture is far: nothing but the copy would be a hit
+    members = make_members([sharp, lq, body], [x, x.copy(), strangers], 100, 0)
+    found = score_unified(members, 2, 0)
+    assert found["face_hq"]["rank-1 in the crowd"].value == 0  # ... and no hit either
+    other = copy_of(base, tmp_path / "face_hq/other", np.concatenate(rows).tolist()[::-1], protocol)
+    assert not set(make_members([other, lq], [x, x], 9, 0)[0].who) & set(make_members([other, lq], [x, x], 9, 0)[1].who)
+
+
+def test_the_unified_gallery_names_its_splits(demo_root):
+    root = open_root(demo_root)
+    crowd = [root["object"]["val"], root["face_hq"]["test"]]
+    figures = {"tuned": {"all": {"x": Figure(0.5, np.zeros(2), 3, np.nan, 30)}}}
+    (row, _), = make_unified_rows("r", crowd, figures, True, 10, 0)
+    assert "sets object/val demo " in row.protocol and " + face_hq/test demo " in row.protocol and row.identities == 30
+
+
+def one_camera(base: Split, folder, cameras: list[int]) -> Split:
+    rows = np.concatenate([np.flatnonzero(base.labels == label)[:2] for label in range(len(cameras) // 2)]).tolist()
+    return copy_of(base, folder, rows, {"name": "reid"}, role=[0, 1] * (len(rows) // 2), camera=cameras)
+
+
+def test_a_split_of_one_camera_is_named_and_the_others_are_scored(demo_root, run, tmp_path, capsys):
+    say_once.cache_clear()
+    root, base = tmp_path / "data", Split(demo_root / "body/train")
+    one_camera(base, root / "body/one", [0] * 8)
+    one_camera(base, root / "body/two", [0, 0, 0, 0, 0, 1, 0, 1])
+    shutil.copytree(demo_root / "face_hq/test", root / "face_hq/test")
+    assert run_here("--run", run, "--data", root, *OPTIONS) == 0
+    out = capsys.readouterr().out
+    assert "body/one: NOT SCORED: " in out
+    assert "none of 4 probes can be scored: every mate is of the probe's own camera (4)\n" in out
+    assert "body/two, general: 2 of 4 probes are not scored: every mate is of the probe's own camera (2)\n" in out
+    assert "everything: without body/one: no probe has a mate" in out
+    rows = json.loads((run / "eval/results.json").read_text())
+    assert {row["split"] for row in rows} == {"two", "test"}
+    assert next(row["count"] for row in rows if row["metric"] == "rank-1") == 2
+    with pytest.raises(InputError, match="every mate is of the probe's own camera"):
+        run_here("--run", run, "--data", root, *OPTIONS, "--splits", "body/one")
+
+
+def test_protocols_say_what_was_computed_and_few_classes_are_marked(run, demo_root):
+    run_here("--run", run, *OPTIONS, "--splits", "object/val", "--no-foundation")
+    rows = [Row(**row) for row in json.loads((run / "eval/results.json").read_text())]
+    rule = {row.metric: row.protocol.split(", ")[1] for row in rows}
+    assert rule["nearest-mean top-1"] == "nearest class mean" and rule["knn top-1"] == "20 neighbours at T 0.07"
+    assert rule["head top-1"] == rule["head top-5"] == "trained class weights"
+    assert rule["probe top-1"].startswith("L-BFGS probe")
+    assert {row.identities for row in rows} == {4} and show_value(rows[0]).endswith("]†")
+    assert not show_value(replace(rows[0], identities=20)).endswith("†")
+    assert "†: of fewer than 20 identities" in (run / "eval/report.md").read_text()
+
+
+def test_a_class_is_seen_by_its_wordnet_id_name_or_images(demo_root, tmp_path):
+    def split_of(name: str, classes: list[str], first: int, reference: str | None = "train") -> Split:
+        base = Split(demo_root / "object/train")
+        records = [Record(partial(bytes, base.jpeg(first + i)[1]), f"{i}", name) for i, name in enumerate(classes)]
+        protocol = reference and {"name": "classification", "reference": reference, "ood": False}
+        write_split(tmp_path / "object" / name, Source(records, protocol, names={"n02084071": "dog, a pet"}),
+                    source_name="folder", size=base.size, fit="crop", quality=95, train=False)
+        return Split(tmp_path / "object" / name)
+
+    training = split_of("train", ["Polar-bear", "n02084071", "n03126707", "thing"], 0, None)
+    test = split_of("test", ["polar bear", "dog", "n02012849", "n03126707", "0001", "0002"], 10, "own")
+    own = split_of("own", ["n02012849", "0001"], 2)  # images 2 and 3: those of n03126707 and thing
+    readouts = Readouts({}, 0, {}, training.classes, training)
+    assert readouts.seen_classes(test, test) == ({"polar bear", "dog", "n03126707"}, "by name and images")
+    assert readouts.seen_classes(test, own)[0] == {"polar bear", "dog", "n03126707", "n02012849", "0001"}
+    assert Readouts({}, 0, {}, training.classes).seen_classes(test, own) == ({"polar bear", "n03126707"}, "by name")
+    (_, _, rule) = scopes_of(test, test, readouts)[1]
+    assert rule.startswith(", open set of 3 classes not trained on by name and images ")
+
+
+def test_a_wrong_reference_is_told_before_anything_is_embedded(demo_root, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "embed_rows", lambda *_: pytest.fail("embeds"))
+    base, root = Split(demo_root / "object/val"), tmp_path / "data"
+    shutil.copytree(demo_root / "face_hq/test", root / "face_hq/test")
+    copy_of(base, root / "object/val", list(range(len(base))), {"name": "classification", "reference": "photos"})
+    with pytest.raises(InputError, match=r"its reference split 'photos' is not there.*--reference SPLIT"):
+        run_here("--run", run, "--data", root, *OPTIONS)
+    some = np.flatnonzero(base.labels > 0).tolist()
+    copy_of(base, root / "object/photos", some, {"name": "classification", "reference": "photos"})
+    with pytest.raises(InputError, match=f"class '{base.classes[0]}', 1 in all, is not in its reference"):
+        run_here("--run", run, "--data", root, *OPTIONS)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_a_sheet_shows_the_neighbours_that_are_scored(demo_root, tmp_path, monkeypatch):
+    """Of classes those in the reference; of a gallery what the camera rule leaves; of pairs the hardest, each once."""
+    drawn = {}
+    monkeypatch.setattr(reports.plots, "draw_sheet", lambda path, lines, legend: drawn.update({path.stem: lines}))
+    root, rng = open_root(demo_root), np.random.default_rng(0)
+    body = one_camera(Split(demo_root / "body/train"), tmp_path / "body/one", [0, 0, 0, 1, 0, 1])
+    splits = [root["object"]["val"], body, root["face_hq"]["test"]]
+    x = {f"{split.domain}/{split.name}": rng.normal(size=(len(split), 8)).astype(np.float32)
+         for split in [*splits, root["object"]["train"]]}
+    for split in splits:
+        reports.plots.draw_split(tmp_path, split, known(x), root, 0)
+    reference = root["object"]["train"]
+    y, probes = unit(x["object/train"]), unit(x["object/val"])
+    for probe, _, *tiles in drawn["sheet-object-val"]:
+        best = np.argsort(-(y @ probes[probe[1]]))[:10]
+        assert [tile[1] for tile in tiles] == best.tolist() and all(tile[0] is reference for tile in tiles)
+        assert [tile[2] == reports.plots.HIT for tile in tiles] == [
+            reference.labels[row] == splits[0].labels[probe[1]] for row in best]
+        assert all(tile[3].endswith(f"\n{reference.names[reference.labels[tile[1]]]}") for tile in tiles)
+    rows = {line[0][1]: {tile[1] for tile in line[2:]} for line in drawn["sheet-body-one"]}
+    assert rows == {2: {1, 3, 5}, 4: {1, 3, 5}}  # the first probe has no mate of another camera: it is not scored
+    pairs = [tuple(tile[1] for tile in line[i : i + 2]) for line in drawn["sheet-face_hq-test"]
+             for i in range(0, len(line), 3)]
+    assert len(set(map(frozenset, pairs))) == len(pairs) == 40
+    z = unit(x["face_hq/test"])
+    scores = [float(z[a] @ z[b]) for a, b in pairs]
+    listed = {tuple(sorted(map(int, row[:2]))): row[2] for row in splits[2].column("pairs")}
+    assert scores[0] == pytest.approx(min(z[a] @ z[b] for (a, b), same in listed.items() if same))
+    assert scores[20] == pytest.approx(max(z[a] @ z[b] for (a, b), same in listed.items() if not same))
+
+
+def test_a_cmc_ends_where_the_gallery_does():
+    split = FakeSplit([0, 1, 0, 1, 2], {"name": "identification"}, role=np.array([0, 0, 1, 1, 1]))
+    _, curve = score_gallery(unit(np.random.default_rng(0).normal(size=(5, 3))), split, 2, 0)
+    assert len(curve["cmc"]) == 3 and curve["cmc"][-1] == 1
+
+
+# ---------------------------------------------------------------- damaged files of a run
+
+
+def test_stages_of_a_damaged_log(tmp_path):
+    looks = [{"step": 1, "auc": {"face_hq/test": 0.5}}, 3, {"step": "x", "auc": {}}, {"step": 2},
+             {"step": 3, "auc": [1]},
+             {"step": 4, "auc": {"face_hq/test": None}}]
+    (tmp_path / "probe.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
+    stages = read_stages(tmp_path, {"order": ["face_hq", "body"], "domains": [], "steps": 4})
+    assert stages.steps == [1, 4] and stages.scores[0] == [0.5] and np.isnan(stages.scores[1]).all()
+
+
+@pytest.mark.parametrize("change", [{"domains": 3}, {"domains": [["x"]]}, {"counts": []}, {"counts": {"body": "many"}}])
+def test_compare_of_a_damaged_config_is_one_line(change, tmp_path):
+    runs = [write_run(tmp_path / name, np.ones(10), np.arange(10), config={"schedule": name}) for name in "ab"]
+    path = runs[1] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=r"b/config.json: domains and counts do not name tasks"):
+        run_here("compare", *runs, "--out", tmp_path / "c")
+
+
+@pytest.mark.parametrize("text", ["", "step,run\n1,a\n", "\xff\xfe", "run\n" + "x" * 200_000])
+def test_a_damaged_watch_csv_is_one_line(text, run):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"keep": 1}))
+    (run / "eval").mkdir()
+    (run / "eval/watch.csv").write_bytes(text.encode("latin-1"))
+    if not text:  # nothing yet: as if it were not there
+        assert run_here("--run", run, *OPTIONS, "--watch", "--splits", "body/test", "--no-foundation") == 0
+        return
+    with pytest.raises(InputError, match=r"watch.csv: cannot be read .*: remove it"):
+        run_here("--run", run, *OPTIONS, "--watch", "--splits", "body/test")
 
 
 # ---------------------------------------------------------------- FARs that the pairs do not support

@@ -20,10 +20,9 @@ from sklearn.metrics import roc_auc_score
 from train_schedule import make_schedule, plan_batches
 
 import evaluate
-from data_prep import InputError
+from data_prep import InputError, read_lines
 from data_prep.__main__ import cli
 from data_prep.format import Split
-from models.runs import read_lines
 from protocols.bootstrap import bootstrap_counts, intervals, weighted_mean
 from protocols.humans import human_verdict, score_humans
 from protocols.pairs import score_verification
@@ -333,6 +332,7 @@ class Fake:
 
     def __init__(self, domain: str, labels: list[int]) -> None:
         self.domain, self.name, self.labels, self.classes = domain, "test", np.array(labels), ["a", "b", "c", "d"]
+        self.index = {"provenance": {"source": domain, "plan": domain}}
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -20,7 +20,7 @@ import protocols.embed
 import protocols.pairs
 import protocols.search
 import tools.leaks
-from data_prep import InputError
+from data_prep import InputError, literal
 from data_prep.__main__ import cli
 from data_prep.format import Split
 from protocols.bootstrap import bootstrap_counts, normalise
@@ -31,7 +31,7 @@ from protocols.pairs import grid_tar, score_verification
 from protocols.search import describe_variant, gallery_rule, score_blocks, score_gallery, search_shots, variants_of
 from protocols.templates import Templates, highest_wrong, score_legacy_search, score_template_search, score_templates
 from reports.rows import Row, score
-from reports.tables import literal, to_html
+from reports.tables import to_html
 from tests.test_definitions import classified
 from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_humans import FACES, THINGS, Fake, rate, vectors

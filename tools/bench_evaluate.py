@@ -21,8 +21,7 @@ from types import SimpleNamespace
 import numpy as np
 from sklearn.metrics import auc, roc_curve
 
-from data_prep import InputError
-from models.runs import write_atomically
+from data_prep import InputError, write_atomically
 from protocols.bootstrap import normalise
 from protocols.pairs import FARS, roc, tar_at_far
 from protocols.search import score_gallery, search_gallery

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data_prep import write_json
 from models.backbones import Network
-from models.runs import write_json
 from reports.training import TrainingLog
 
 

@@ -1,18 +1,17 @@
 """Runs beside each other and against experts: paired intervals, seeds, non-inferiority."""
 
 import json
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import DOMAIN_COLOURS, DOMAINS, InputError
-from models.runs import FREE_ON_RESUME, describe_config
+from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, hash_file, literal, read_json
+from models.runs import FREE_ON_RESUME, weights_of
 from protocols.bootstrap import Figure
 from reports.plots import COLOURS
-from reports.rows import Row, read_rows
-from reports.tables import literal
+from reports.rows import FEW_NOTE, Row, mark, read_rows
+from reports.tables import save_figure
 
 
 @dataclass
@@ -25,13 +24,19 @@ class Scored:
     found: dict[tuple[str, str, str, str], tuple[Row, np.ndarray]]  # by domain, split, metric, protocol
 
     @property
+    def name(self) -> str:
+        """Of the run; a folder's name need not be text, and a figure has no sign for what is none."""
+        return self.folder.resolve().name.encode("utf-8", "backslashreplace").decode()
+
+    @property
     def recipe(self) -> str:
         """What two runs share that differ in their seed alone; a backbone without a run is only itself."""
-        free = FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions"}
+        free = FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions", "weights", "weights_sha256"}
         weights = next(iter(self.found.values()))[0].weights
         if not self.config:
             return str(self.folder.resolve())
-        return weights + json.dumps({key: value for key, value in self.config.items() if key not in free})
+        options = {key: value for key, value in self.config.items() if key not in free}
+        return weights + json.dumps(options | {"weights": weights_of(self.config)})
 
 
 def read_scored(folder: Path, weights: str | None) -> Scored:
@@ -44,23 +49,35 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
     rows, path = read_rows(folder / "eval"), folder / "eval" / "draws.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
-            draws, seed = file["draws"], int(file["seed"])
-        if len(draws) != len(rows):
-            raise ValueError(f"{len(draws)} rows for {len(rows)} of results.json")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: cannot be read ({error}); run evaluate.py on {folder} again") from error
+            draws, seed = file["draws"].astype(np.float32), int(file["seed"])
+            of = str(file["weights"]) if "weights" in file else ""
+        if draws.ndim != 2 or len(draws) != len(rows) or draws.shape[1] < 2:
+            raise ValueError(f"{list(draws.shape)} values for the {len(rows)} rows of results.json")
+    except Exception as error:  # a damaged archive raises many kinds
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); run evaluate.py on {folder} "
+                         "again") from error
+    if of and (now := hash_file(folder / "model.safetensors")) and of != now:
+        raise InputError(f"{folder}/eval is of other weights than model.safetensors: run evaluate.py on {folder} again")
     weights = weights or max((row.weights for row in rows), default="tuned")  # "tuned" comes after "foundation"
     found = {(row.domain, row.split, row.metric, row.protocol): (row, drawn.astype(float))
              for row, drawn in zip(rows, draws, strict=True) if row.weights == weights}
     if not found:
         raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
                          "--no-foundation")
-    config = folder / "config.json"
-    return Scored(folder, describe_config(config) if config.exists() else {}, seed, found)
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() else {}
+    domains, counts = config.get("domains", []), config.get("counts", {})
+    if not isinstance(domains, list) or not set(map(str, domains)) <= {*DOMAINS} or not isinstance(counts, dict) \
+            or not all(isinstance(count, int | float) for count in counts.values()):
+        raise InputError(f"{path}: domains and counts do not name tasks and their images: restore it")
+    return Scored(folder, config, seed, found)
 
 
-def refuse_unlike(a: Scored, b: Scored, splits: set[str]) -> None:
-    """InputError where a figure that both runs have was made in different ways, or their resamplings do not pair."""
+def unlike_figures(a: Scored, b: Scored) -> dict[tuple[str, str, str], str]:
+    """Why a figure that both runs have cannot be compared, by domain, split, metric.
+
+    InputError where the resamplings of the runs do not pair.
+    """
     if a.seed != b.seed or len(next(iter(a.found.values()))[1]) != len(next(iter(b.found.values()))[1]):
         raise InputError(f"{a.folder} and {b.folder} were resampled differently: run evaluate.py on both with the same "
                          "--seed and --bootstrap")
@@ -68,26 +85,43 @@ def refuse_unlike(a: Scored, b: Scored, splits: set[str]) -> None:
     for strings, scored in zip(made, (a, b), strict=True):
         for domain, split, metric, protocol in scored.found:
             strings.setdefault((domain, split, metric), set()).add(protocol)
-    for key in made[0].keys() & made[1].keys():
-        name = "/".join(key[:2])
-        if splits and name not in splits:
-            continue
+    found = {}
+    for key in [key for key in made[0] if key in made[1]]:
         if unlike := sorted(made[0][key] ^ made[1][key]):
             where = [a.folder if protocol in made[0][key] else b.folder for protocol in unlike]
-            raise InputError(f"{name} {key[2]}: only {where[0]} has it by the protocol '{unlike[0]}'"
-                             + (f", only {where[-1]} by '{unlike[-1]}'" if where[-1] != where[0] else "")
-                             + ": score both on the same splits with the same options, or leave it out with --splits")
-        for protocol in made[0][key]:
+            found[key] = (f"only {where[0]} has it by the protocol '{unlike[0]}'"
+                          + (f", only {where[-1]} by '{unlike[-1]}'" if where[-1] != where[0] else "")
+                          + ": score both on the same splits with the same options")
+        for protocol in made[0][key] & made[1][key]:
             counts = [scored.found[(*key, protocol)][0].count for scored in (a, b)]
             if counts[0] != counts[1]:
-                raise InputError(f"{name} {key[2]}: {counts[0]:,} samples in {a.folder}, {counts[1]:,} in {b.folder} "
-                                 "(unreadable images?): run evaluate.py on both again")
+                found[key] = (f"{counts[0]:,} samples in {a.folder}, {counts[1]:,} in {b.folder} (unreadable images?): "
+                              "run evaluate.py on both again")
+    return found
+
+
+def shared_figures(runs: list[Scored], splits: set[str]) -> list[tuple[str, str, str, str]]:
+    """The figures that all runs have, made in the same way; InputError where --splits names others, or none is left."""
+    first, *others = runs
+    unlike = {key: why for other in others for key, why in unlike_figures(first, other).items()}
+    unlike = {key: why for key, why in unlike.items() if not splits or "/".join(key[:2]) in splits}
+    keys = [key for key in first.found if all(key in other.found for other in others) and key[:3] not in unlike
+            and (not splits or "/".join(key[:2]) in splits)]
+    by_split: dict[str, list[str]] = {}
+    for key, why in unlike.items():
+        by_split.setdefault("/".join(key[:2]), []).append(f"{key[2]}: {why}")
+    for name, reasons in by_split.items():
+        if splits or not keys:
+            raise InputError(f"{name} {reasons[0]}")
+        print(f"{name}: {len(reasons)} figures left out; {reasons[0]}")
+    return keys
 
 
 def aggregate(group: list[Scored], key: tuple) -> Figure:
     """The mean of a figure over runs that differ in their seed, and of its resampled values, person by person."""
     rows, draws = zip(*(scored.found[key] for scored in group), strict=True)
-    return Figure(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count)
+    return Figure(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count,
+                  identities=rows[0].identities)
 
 
 def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
@@ -96,12 +130,8 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
     The interval of a difference resamples people, the same ones in both runs, so that what makes a set hard for all
     cancels out. Seeds are not resampled: their standard deviation stands beside.
     """
-    first, *others = [scored for group in groups for scored in group]
-    for other in others:
-        refuse_unlike(first, other, splits)
-    keys = [key for key in first.found if all(key in other.found for other in others)
-            and not key[2].startswith(("AUC of rater ", "human AUC"))  # people's own, the same beside every run
-            and (not splits or f"{key[0]}/{key[1]}" in splits)]
+    keys = [key for key in shared_figures([scored for group in groups for scored in group], splits)
+            if not key[2].startswith(("AUC of rater ", "human AUC"))]  # people's own, the same beside every run
     if not keys:
         raise InputError("the runs have no figure in common" + (" on these --splits" if splits else "")
                          + ": score them on the same splits")
@@ -114,15 +144,15 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
                 lead = Figure(figure.value - reference.value, figure.draws - reference.draws)
             spread = float(np.std(values, ddof=1)) if len(group) > 1 else None
             row = dict(zip(("domain", "split", "metric", "protocol"), key, strict=True))
-            row |= {"runs": " ".join(scored.folder.resolve().name for scored in group),
+            row |= {"runs": " ".join(scored.name for scored in group),
                     "weights": group[0].found[key][0].weights, "seeds": len(group), "value": figure.value,
                     "low": figure.low, "high": figure.high, "seed_sd": spread, "count": figure.count,
-                    "headline": group[0].found[key][0].headline}
+                    "headline": group[0].found[key][0].headline, "identities": group[0].found[key][0].identities}
             if group is not groups[0]:
                 row |= {"difference": lead.value, "difference_low": lead.low, "difference_high": lead.high}
             table.append({"difference": None, "difference_low": None, "difference_high": None} | row)
     order = ("domain", "split", "metric", "protocol", "runs", "weights", "seeds", "value", "low", "high", "seed_sd",
-             "difference", "difference_low", "difference_high", "headline", "count")
+             "difference", "difference_low", "difference_high", "headline", "count", "identities")
     return [{name: row[name] for name in order} for row in table]
 
 
@@ -141,7 +171,7 @@ def refuse_unshared(names: set[str], groups: list[list[Scored]], experts: bool) 
 
 def start_of(config: dict) -> tuple:
     """What two runs must share to be compared: the untouched backbone and its input."""
-    return tuple(config.get(key) for key in ("backbone", "size", "model", "weights", "image_size", "embed_dim"))
+    return *(config.get(key) for key in ("backbone", "size", "model", "image_size", "embed_dim")), weights_of(config)
 
 
 def as_many(seen: int, wanted: int) -> bool:
@@ -162,7 +192,7 @@ def find_expertise(run: Scored, expert: Scored) -> str:
     if start_of(run.config) != start_of(expert.config):
         raise InputError(f"{expert.folder} starts from another backbone, weights or input size than {run.folder}: "
                          "train the expert like the run")
-    own, theirs = run.config["counts"][domain], expert.config["counts"][domain]
+    own, theirs = (one.config.get("counts", {}).get(domain, 0) for one in (run, expert))
     if not as_many(theirs, own):
         raise InputError(f"{expert.folder} saw {theirs:,} images of {domain}, {run.folder} {own:,}: not the same "
                          f"number (within a quarter); train the expert with --images {own}")
@@ -197,21 +227,18 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
             kept.append(replace(one, found=found))
         if any(not one.found for one in kept):
             raise InputError(f"{group[0].folder} and {runs[0].folder}: no figures of {domain}: run evaluate.py on both")
-        for one in kept[1:]:
-            refuse_unlike(kept[0], one, splits)
         ours, theirs = kept[: len(runs)], kept[len(runs) :]
-        for key, (row, _) in ours[0].found.items():
-            if not all(key in one.found for one in kept) or (splits and f"{key[0]}/{key[1]}" not in splits):
-                continue
+        for key in shared_figures(kept, splits):
+            row = ours[0].found[key][0]
             run, expert = aggregate(ours, key), aggregate(theirs, key)
             lead, allowed = Figure(run.value - expert.value, run.draws - expert.draws), margin(expert.value, delta)
             verdict = ("non-inferior" if lead.low > -allowed or lead.low >= 0 else
                        "inferior" if lead.high < -allowed else "undecided")
-            named = [" ".join(one.folder.resolve().name for one in some) for some in (ours, theirs)]
+            named = [" ".join(one.name for one in some) for some in (ours, theirs)]
             table.append(dict(zip(("domain", "split", "metric", "protocol"), key, strict=True)) | {
                 "run": named[0], "expert": named[1], "value": run.value, "expert_value": expert.value,
                 "difference": lead.value, "low": lead.low, "high": lead.high, "delta": allowed, "verdict": verdict,
-                "headline": row.headline, "count": run.count})
+                "headline": row.headline, "count": run.count, "identities": row.identities})
     if not table:
         raise InputError("the run and its experts have no figure in common: score them on the same splits")
     return table
@@ -220,14 +247,16 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
 def show_experts(table: list[dict], domains: list[str]) -> str:
     """The rows of `compare_experts` as Markdown; headlines first, then what they say together."""
     lines = ["Percent; differences run - expert, paired by person, with 95 % intervals. Non-inferior: the whole "
-             "interval above -δ, which is --delta and, for an expert above 90 %, at most a tenth of its error.", "",
+             "interval above -δ, which is --delta and, for an expert above 90 %, at most a tenth of its error."
+             + f" {FEW_NOTE}." * any(mark(row["identities"]) for row in table), "",
              "| split | metric | run | expert | difference | low | high | δ | verdict | expert's name | protocol |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for row in sorted(table, key=lambda row: not row["headline"]):
         name, metric, expert, protocol = map(literal, (f"{row['domain']}/{row['split']}", row["metric"],
                                                        row["expert"], row["protocol"]))
         cells = [name, metric, *(f"{100 * row[key]:.1f}" for key in ("value", "expert_value")),
-                 *(f"{100 * row[key]:+.2f}" for key in ("difference", "low", "high")), f"{100 * row['delta']:.2f}",
+                 *(f"{100 * row[key]:+.2f}" + mark(row["identities"]) * (key == "high")
+                   for key in ("difference", "low", "high")), f"{100 * row['delta']:.2f}",
                  f"**{row['verdict']}**" if row["headline"] else row["verdict"], expert, protocol]
         lines.append(f"| {' | '.join(cells)} |")
     verdicts = {row["verdict"] for row in table if row["headline"]}
@@ -258,8 +287,7 @@ def draw_experts(path: Path, table: list[dict]) -> None:
     ax.invert_yaxis()
     ax.set_xlabel("run - expert, points, 95 % interval")
     ax.legend(fontsize=8)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None:
@@ -295,13 +323,13 @@ def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None
         ax.set_title(f"{domain}/{split}\n{rows[0]['metric']}", fontsize=9)
         ax.tick_params(labelsize=8)
         ax.grid(axis="x", lw=0.4)
-    axes[0][0].set_yticks(range(len(labels)), labels, parse_math=False)  # a run's name may hold dollar signs
+    for ax in axes[:, 0]:
+        ax.set_yticks(range(len(labels)), labels, parse_math=False)  # a run's name may hold dollar signs
     axes[0][0].set_ylim(len(labels) - 0.5, -0.5)
     for ax in list(axes.flat)[len(panels):]:
         ax.set_axis_off()
     figure.supxlabel("percent, 95 % interval" + "; grey: the untouched backbone" * bool(before), fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 def show_comparison(table: list[dict]) -> str:
@@ -311,7 +339,8 @@ def show_comparison(table: list[dict]) -> str:
         return [f"{row[name] * (1 if 'd-prime' in row['metric'] else 100):{sign}.1f}" for name in names]
 
     lines = ["Percent (d-prime: as it is) with 95 % intervals. Differences to the first run or group of seeds, paired "
-             "by person; in bold where the interval leaves out 0. Seed SD: between runs that differ in the seed alone.",
+             "by person; in bold where the interval leaves out 0. Seed SD: between runs that differ in the seed alone."
+             + f" {FEW_NOTE}." * any(mark(row["identities"]) for row in table),
              "",
              "| split | metric | runs | value | seed SD | difference | count | protocol |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
@@ -319,9 +348,10 @@ def show_comparison(table: list[dict]) -> str:
         lead = ""
         if row["difference"] is not None:
             lead = "{} [{}, {}]".format(*show(row, "difference", "difference_low", "difference_high", sign="+"))
+            lead += mark(row["identities"])
             lead = f"**{lead}**" if row["difference_low"] > 0 or row["difference_high"] < 0 else lead
         spread = "" if row["seed_sd"] is None else show(row, "seed_sd")[0]
-        value = "{} [{}, {}]".format(*show(row, "value", "low", "high"))
+        value = "{} [{}, {}]".format(*show(row, "value", "low", "high")) + mark(row["identities"])
         name, metric, runs, protocol = map(literal, (f"{row['domain']}/{row['split']}", row["metric"],
                                                      row["runs"], row["protocol"]))
         cells = [name, metric, f"{runs} ({row['weights']})", value, spread, lead, f"{row['count']:,}", protocol]

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_prep import append
 from models.backbones import Backbone
 from models.head import HeadLoss, MarginHead
-from models.runs import append
 
 
 def add_gradients(gradients: list[Tensor], loss: Tensor, model: nn.Module, head: Tensor,

@@ -37,7 +37,8 @@ def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
         (key, identity), (train_key, train_identity) = describe(by_name[name], row), describe(source, other)
         values = name, row, key, identity, cosine, f"{source.domain}/{source.name}", train_key, train_identity
         table.append(dict(zip(LEAK, values, strict=True)))
-        images.append(((by_name[name], row, MISS, f"{key}  {cosine:.3f}"), (source, other, "#000000", train_key)))
+        images.append(((by_name[name], row, MISS, f"{cosine:.3f}  {key}\n{identity}"),
+                       (source, other, "#000000", f"{train_key}\n{train_identity}")))
     return table, images
 
 

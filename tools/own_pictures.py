@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_prep import InputError
+from data_prep import InputError, write_atomically
 from data_prep.format import BadImage, open_training
+from data_prep.sources.archives import members
 from data_prep.sources.folders import image_suffixes
 from data_prep.write import fit_image
-from models.runs import Run, describe_sources, write_atomically
+from models.runs import Run, describe_sources
 from reports.rows import write_csv
 
 
@@ -40,7 +41,8 @@ def find_pictures(places: tuple[Path, ...]) -> list[Path]:
     for place in places:
         if not place.exists():
             raise InputError(f"{place}: no such file or folder; name pictures, or a folder that holds some")
-        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in endings and p.is_file())
+        inside = [place / file.name for file in members(place)] if place.is_dir() else []  # linked folders, too
+        inside = [path for path in inside if path.suffix.lower() in endings]
         if place.is_dir() and not inside:
             raise InputError(f"{place}: holds no images (looked for names that end in .jpg, .png and the like)")
         found += inside if place.is_dir() else [place]
@@ -54,8 +56,13 @@ def find_fitting(run: Run, domain: str | None) -> dict:
         raise InputError(f"--domain {domain}: the run was trained on {', '.join(run.config['domains'])}: take the one "
                          "whose images are prepared like yours")
     known = run.config.get("sources") or describe_sources(open_training(run.config["data"], run.config["domains"]))
-    print(f"fitted as {domain}: {known[domain]['size']} px, {known[domain]['fit']}")
-    return {key: known[domain][key] for key in ("size", "fit", "quality")}
+    try:
+        found = {key: known[domain][key] for key in ("size", "fit", "quality")}
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{run.folder}/config.json: its sources do not say how {domain} was fitted ({error!r}): "
+                         "restore it") from None
+    print(f"fitted as {domain}: {found['size']} px, {found['fit']}")
+    return found
 
 
 def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:

@@ -10,16 +10,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
+from itertools import groupby
+from pathlib import Path, PurePosixPath
 
 from data_prep import InputError
-from data_prep.format import BadImage, Record, Source
+from data_prep.format import BadImage, Record, Skipped, Source
 from data_prep.sources.archives import members
-from data_prep.sources.folders import search_roles
+from data_prep.sources.folders import deal_roles
 from data_prep.sources.lists import below, images_of, match_images, place_of, read_json, read_lines, read_table
-from data_prep.write import open_image
+from data_prep.write import as_rgb, open_image
 
 LARGEST_LABELS = 2**24  # bytes of a list of labels; ReaL's has 630,000
 
@@ -39,7 +39,7 @@ def imagenet_wnids() -> list[str]:
     return list(imagenet_classes())
 
 
-def split_of(records: Iterable[Record], domain: str, train: bool, skipped: Counter, names: dict[str, str],
+def split_of(records: Iterable[Record], domain: str, train: bool, skipped: Skipped, names: dict[str, str],
              reference: str | None = None, ood: bool = False, **protocol) -> Source:
     """Labelled images as a split: for training, or scored as classification (objects) or identification (people).
 
@@ -52,10 +52,7 @@ def split_of(records: Iterable[Record], domain: str, train: bool, skipped: Count
     if domain == "object":
         classification = {"name": "classification", "reference": reference or "train", "ood": ood, **protocol}
         return Source(records, classification, skipped=skipped, names=names)
-    records = list(records)
-    roles = search_roles([record.identity for record in records])
-    records = [replace(record, role=role) for record, role in zip(records, roles, strict=True)]
-    return Source(records, {"name": "identification"}, skipped=skipped, names=names)
+    return Source(records, {"name": "identification"}, skipped=skipped, names=names, deal=deal_roles)
 
 
 # ---------------------------------------------------------------- ImageNet and its test sets
@@ -112,7 +109,7 @@ def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, 
                            f"ILSVRC/Data/CLS-LOC/{part}", part)
     lists = {file.name[len(top):]: file for file in members(src) if file.name in (f"{top}{n}" for n in KAGGLE_LISTS)}
     solution, mapping = (name if name in lists else None for name in KAGGLE_LISTS)
-    wnids, names, skipped = {}, {}, Counter()
+    wnids, names, skipped = {}, {}, Skipped()
     columns = ("ImageId", "PredictionString")
     for where, row in read_table(src, lists, solution, columns) if solution and not train else ():
         wnids[row["ImageId"]] = row["PredictionString"].partition(" ")[0]
@@ -126,7 +123,7 @@ def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, 
         extra = {"real": hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16]}
 
     def records() -> Iterator[Record]:
-        files = ((file.name[len(top):], file) for file in members(src) if file.name.startswith(top))
+        files = ((file.name[len(top):], file) for file in members(src, skipped) if file.name.startswith(top))
         for m, member in match_images(files, pattern, "ImageNet", skipped, (f"{folder}/",)):
             wnid, read = m["wnid"] or wnids.get(m["image"]), member.read
             if not wnid and solution:
@@ -211,7 +208,7 @@ def inside_border(read: Callable[[], bytes], border: int) -> bytes:
     if min(image.size) <= 2 * border:
         raise BadImage("nothing inside its border")
     out = io.BytesIO()
-    image = image.convert("RGB").crop((border, border, image.width - border, image.height - border))
+    image = as_rgb(image).crop((border, border, image.width - border, image.height - border))
     image.save(out, "PNG", compress_level=0)  # decoded again at once
     return out.getvalue()
 
@@ -239,15 +236,49 @@ def objectnet(src: Path, domain: str, train: bool, reference: str | None = None)
         raise InputError(f"{src}/mappings: the four files do not fit together ({error}): restore them from the data "
                          "set") from error
     found, skipped = images_of(files, re.compile(r"images/([^/]+)/[^/]+"), "ObjectNet", ("images/",))
-    skipped["class that ImageNet lacks"] = sum(m[1] not in groups for m, _ in found)
+    for m, member in found:
+        if m[1] not in groups:
+            skipped.add(member.name, "class that ImageNet lacks")
     records = [Record(partial(inside_border, member.read, 2), member.name, groups[m[1]][0])
                for m, member in found if m[1] in groups]
     names = {group[0]: folder_label[folder] for folder, group in groups.items()}
     several = {group[0]: group for group in groups.values() if len(group) > 1}
-    return split_of(records, domain, train, +skipped, names, reference, ood=True, groups=several)
+    return split_of(records, domain, train, skipped, names, reference, ood=True, groups=several)
 
 
 # ---------------------------------------------------------------- Hugging Face parquet
 
 
 # ---------------------------------------------------------------- WebDataset tars
+
+
+def tar_samples(files: Iterable[tuple[str, int, int]], endings: frozenset[str], skipped: Skipped
+                ) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Key and fields (ending -> offset, size) of every sample: neighbours in the tar whose names agree to a dot.
+
+    By the format that is the first dot of the name, so that `7.seg.png` is a field of `7.jpg`. But names with dots of
+    their own, such as `img.v1.7.jpg` and `img.v1.7.cls`, are samples, too, and where a field comes again the next
+    sample of the same key begins.
+    """
+    def visible() -> Iterator[tuple[PurePosixPath, tuple[int, int]]]:
+        for name, *place in files:
+            if (path := PurePosixPath(name)).name.startswith("."):  # such as the ._7.jpg that macOS puts beside 7.jpg
+                skipped.add(name, "hidden file")
+            else:
+                yield path, tuple(place)
+
+    def has_image(again: list[dict]) -> bool:
+        return any(f".{ending}" in endings for fields in again for ending in fields)
+
+    for (folder, _), parts in groupby(visible(), lambda part: (part[0].parent, part[0].name.partition(".")[0])):
+        samples: dict[str, list[dict]] = {}  # by the name to its last dot
+        for path, place in parts:
+            again, ending = samples.setdefault(path.stem, [{}]), path.suffix[1:].lower()
+            if ending in again[-1]:
+                again.append({})
+            again[-1][ending] = place
+        for stem, again in samples.items():
+            part_of = any(has_image(samples.get(stem[:n], [])) for n, sign in enumerate(stem) if sign == ".")
+            for fields in again:
+                if not part_of or (has_image([fields]) and {"cls", "json"} & fields.keys()):
+                    yield str(folder / stem), fields

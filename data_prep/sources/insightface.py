@@ -6,19 +6,17 @@ import pickle
 import re
 import struct
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
 from data_prep import InputError
-from data_prep.format import BadImage, Record, Source
+from data_prep.format import BadImage, Record, Skipped, Source
 from data_prep.sources.archives import check_size, read_range
 from data_prep.sources.faces import ten_folds
-from data_prep.sources.folders import search_roles
+from data_prep.sources.folders import deal_roles
 
 # ---------------------------------------------------------------- RecordIO
 
@@ -87,7 +85,10 @@ def read_record(path: Path, offset: int) -> bytes:
 
 
 def read_offsets(rec: Path) -> Iterator[tuple[int, int]]:
-    """(key, offset) of all records in the order of keys, from the .idx; without one, numbered as they lie."""
+    """(key, offset) of all records in the order of keys, from the .idx.
+
+    Without one, or where it repeats a key for another record, they are numbered as they lie.
+    """
     idx, total = rec.with_suffix(".idx"), rec.stat().st_size
     if idx.exists():
         keys, offsets = array("q"), array("q")  # a dictionary of 42 million would take gigabytes
@@ -99,12 +100,15 @@ def read_offsets(rec: Path) -> Iterator[tuple[int, int]]:
                                      f"found {line[:60]!r}; do the two files belong together?")
                 keys.append(int(match[1]))
                 offsets.append(int(match[2]))
-        if keys:
-            order = np.argsort(np.frombuffer(keys, dtype=np.int64), kind="stable")
-            for n, place in enumerate(order):
-                if n + 1 == len(order) or keys[place] != keys[order[n + 1]]:  # of a key that comes twice the last holds
-                    yield keys[place], offsets[place]
-        return
+        ids, starts = np.frombuffer(keys or b"", dtype=np.int64), np.frombuffer(offsets or b"", dtype=np.int64)
+        first = np.unique(starts, return_index=True)[1]  # one of each record, in the order of the file
+        if repeats := len(np.unique(ids[first])) < len(first):  # written from a list with one number for all images
+            print(f"  note: {idx} gives one key to several records: they are numbered as they lie in {rec.name}")
+        for n, place in enumerate(first if repeats else first[np.argsort(ids[first])]):
+            yield n if repeats else int(ids[place]), int(starts[place])
+        if len(first):
+            return
+        print(f"  note: {idx} is empty: {rec.name} is read from end to end")
     key, offset, file = 0, 0, os.open(rec, os.O_RDONLY)
     try:
         while len(block := os.pread(file, PART.size, offset)) == PART.size:
@@ -135,19 +139,19 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
     rec = next((path for path in found if path.name == "train.rec"), found[0] if len(found) == 1 else None)
     if rec is None or not rec.is_file():
         raise InputError(f"--src {src}: want a folder with train.rec (and train.idx, property), or one .rec file")
-    keys, offsets, people, skipped, announced = array("q"), array("q"), array("q"), Counter(), ()
+    keys, offsets, people, skipped, announced = array("q"), array("q"), array("q"), Skipped(), ()
     file = os.open(rec, os.O_RDONLY)
     try:
         for key, offset in read_offsets(rec):
             try:
                 labels, image = peek(file, offset)
             except BadImage as error:
-                skipped[str(error)] += 1
+                skipped.add(f"{rec.name}:{key}", str(error))
                 continue
             if not image:
                 announced = announced or (labels if key == 0 else (0, 0))
             elif not (labels[0].is_integer() and 0 <= labels[0] < 2**62):
-                skipped["its label is no whole number"] += 1
+                skipped.add(f"{rec.name}:{key}", "its label is no whole number")
             else:
                 people.append(int(labels[0]))
                 keys.append(key)
@@ -162,10 +166,10 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
     classes = re.match(rb"(\d{1,9}),\d+,\d+", note.read_bytes()[:99]) if note.is_file() else None
     if classes and int(classes[1]) != len(set(people)):
         print(f"  note: {note} says {int(classes[1]):,} people, the records name {len(set(people)):,}")
-    roles = repeat(None) if train else search_roles(people)
-    records = (Record(partial(read_record, rec, offset), f"{rec.name}:{key}", f"{person:07d}", role=role)
-               for key, offset, person, role in zip(keys, offsets, people, roles, strict=False))
-    return Source(records, None if train else {"name": "identification"}, skipped=skipped)
+    records = (Record(partial(read_record, rec, offset), f"{rec.name}:{key}", f"{person:07d}")
+               for key, offset, person in zip(keys, offsets, people, strict=True))
+    return Source(records, None if train else {"name": "identification"}, skipped=skipped,
+                  deal=None if train else deal_roles)
 
 
 # ---------------------------------------------------------------- verification sets

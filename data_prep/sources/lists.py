@@ -6,13 +6,14 @@ is absolute is simply not there.
 
 import csv
 import json
+import posixpath
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from data_prep import InputError
-from data_prep.sources.archives import Member, members
+from data_prep.format import Record, Skipped, as_text
+from data_prep.sources.archives import Member, absent, members
 from data_prep.sources.folders import image_suffixes
 
 
@@ -42,25 +43,25 @@ def below(src: Path, layout: str, *landmarks: str) -> dict[str, Member]:
     return {file.name[len(top):]: file for file in members(src) if file.name.startswith(top)}
 
 
-def match_images(files: Iterable[tuple[str, Member]], pattern: re.Pattern, kind: str, skipped: Counter,
+def match_images(files: Iterable[tuple[str, Member]], pattern: re.Pattern, kind: str, skipped: Skipped,
                  folders: tuple[str, ...] = ("",)) -> Iterator[tuple[re.Match, Member]]:
-    """The images in these folders whose whole name fits the pattern; others are counted in `skipped` by reason."""
+    """The images in these folders whose whole name fits the pattern; others go to `skipped`."""
     endings = image_suffixes()
     for name, member in files:
         if not name.startswith(folders):
             continue
         if PurePosixPath(name).suffix.lower() not in endings:
-            skipped["not an image by its name"] += 1
+            skipped.add(member.name, "not an image by its name")
         elif match := pattern.fullmatch(name):
             yield match, member
         else:
-            skipped[f"name is not {kind}'s"] += 1
+            skipped.add(member.name, f"name is not {kind}'s")
 
 
 def images_of(files: dict[str, Member], pattern: re.Pattern, kind: str, folders: tuple[str, ...] = ("",)
-              ) -> tuple[list[tuple[re.Match, Member]], Counter]:
+              ) -> tuple[list[tuple[re.Match, Member]], Skipped]:
     """As `match_images`, all at once, and what was left out."""
-    skipped = Counter()
+    skipped = Skipped()
     return list(match_images(files.items(), pattern, kind, skipped, folders)), skipped
 
 
@@ -112,8 +113,22 @@ def read_table(src: Path, files: dict[str, Member], name: str, columns: tuple[st
 
 
 def find(files: dict[str, Member], name: str, where: str) -> Member:
-    """The member that a list names; `where` the list does so."""
-    if name not in files:
+    """The member that a list names, in any spelling; where there is none, one that cannot be read: a miss.
+
+    InputError where the name leads out of the source; `where` the list says it.
+    """
+    name = as_text(posixpath.normpath(name.replace("\\", "/")))
+    if name.startswith(("/", "../")):
         raise InputError(f"{where}: names {name[:80]!r}, which is not in the source: do the list and the images belong "
                          "together?")
-    return files[name]
+    return files.get(name) or Member(name, absent)
+
+
+def check_found(listed: Iterable[tuple[Record, ...]], where: str) -> None:
+    """InputError where more than half of what a list names (images, or pairs of them) lacks an image in the source."""
+    count, missing = 0, []
+    for count, records in enumerate(listed, 1):  # noqa: B007
+        missing += [record.name for record in records if record.read is absent][:1]
+    if 2 * len(missing) > count:
+        raise InputError(f"{where}: of {len(missing):,} of {count:,} entries the images are not in the source, such as "
+                         f"{missing[0][:80]!r}: do the list and the images belong together?")

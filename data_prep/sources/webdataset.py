@@ -5,18 +5,16 @@ import io
 import json
 import re
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO
 
 from data_prep import InputError
-from data_prep.format import Record, Source
+from data_prep.format import Record, Skipped, Source
 from data_prep.sources.archives import members
 from data_prep.sources.folders import image_suffixes
-from data_prep.sources.imagenet import imagenet_classes, split_of
+from data_prep.sources.imagenet import imagenet_classes, split_of, tar_samples
 from data_prep.sources.parquet import class_of, one_line
 
 MOST_TARS = 100_000
@@ -47,7 +45,8 @@ def open_tar(url: str) -> BinaryIO:
     import fsspec
 
     try:
-        file = fsspec.open(url, "rb").open()
+        # fsspec would take brackets and stars in the path of a file for a pattern
+        file = fsspec.open(url, "rb").open() if "://" in url else open(url, "rb")  # noqa: SIM115
         if not file.seekable():
             raise OSError("it cannot be read in parts: download it first")
         return file
@@ -66,15 +65,14 @@ def read_at(file: BinaryIO, where: str, offset: int, size: int) -> bytes:
 
 def list_tars(src: str) -> list[str]:
     """The tars that --src means: those of a folder, or of a path or URL with braces, * and ?."""
-    if "://" not in src and Path(src).is_dir():
-        found = [str(Path(src) / file.name) for file in members(Path(src)) if file.name.endswith(".tar")]
-    else:
-        found = []
-        for pattern in expand(src):
-            if "://" in pattern or not glob.has_magic(pattern):
-                found.append(pattern)
-            else:
-                found += sorted(glob.glob(pattern))
+    if "://" in src:
+        found = expand(src)
+    elif Path(src).is_dir():
+        found = [file.path for file in members(Path(src)) if file.name.endswith(".tar")]
+    else:  # what is there under its very name is no pattern, whatever signs it holds
+        top = next(path for path in (Path(src), *Path(src).parents) if path.exists())
+        found = [str(top / name) for pattern in expand(str(Path(src).relative_to(top)))
+                 for name in (sorted(glob.glob(pattern, root_dir=top)) if glob.has_magic(pattern) else [pattern])]
     if not found:
         raise InputError(f"--src {src}: no tar there; give a folder, a tar, a pattern like 'a-{{000..146}}.tar' or "
                          "a URL")
@@ -126,8 +124,12 @@ def read_range(url: str, offset: int, size: int) -> bytes:
     import fsspec
 
     try:
-        system, path = fsspec.core.url_to_fs(url)
-        data = system.cat_file(path, start=offset, end=offset + size)
+        if "://" in url:
+            system, path = fsspec.core.url_to_fs(url)
+            data = system.cat_file(path, start=offset, end=offset + size)
+        else:
+            with open(url, "rb") as file:
+                data = read_at(file, url, offset, size)
         if len(data) != size:
             raise OSError(f"{len(data)} of {size} bytes")
     except Exception as error:  # as in open_tar
@@ -144,23 +146,21 @@ def webdataset(src: str, domain: str, train: bool, label_key: str = "label", wni
     opens (read twice: once for the labels, then image by image). A label is a number (below 0: none) or a word. Source:
     the format of the webdataset library.
     """
-    urls, skipped, endings = list_tars(src), Counter(), image_suffixes()
+    urls, skipped, endings = list_tars(src), Skipped(), image_suffixes()
 
     def records() -> Iterator[Record]:
         for url in urls:
             with open_tar(url) as file:
-                files = ((PurePosixPath(name), offset, size) for name, offset, size in tar_files(file, url))
-                for key, parts in groupby(files, lambda part: part[0].parent / part[0].name.partition(".")[0]):
-                    fields = {name.name.partition(".")[2].lower(): (offset, size) for name, offset, size in parts}
+                for key, fields in tar_samples(tar_files(file, url), endings, skipped):
                     image = next((field for field in fields if f".{field}" in endings), None)
                     if image is None:
-                        skipped["sample without an image"] += 1
+                        skipped.add(f"{url}: {key}", "sample without an image")
                         continue
                     label = field_label(file, url, fields, label_key)
                     if (identity := class_of(label, wnids, f"{url}: {key}")) is None:
-                        skipped["no label"] += 1
+                        skipped.add(f"{url}: {key}", "no label")
                     elif fields[image][1] > LARGEST_IMAGE:
-                        skipped[f"larger than {LARGEST_IMAGE >> 20} MiB"] += 1
+                        skipped.add(f"{url}: {key}", f"larger than {LARGEST_IMAGE >> 20} MiB")
                     else:
                         yield Record(partial(read_range, url, *fields[image]), f"{url}: {key}", identity)
 
