@@ -857,13 +857,17 @@ def open_board(job: Job, feed: Feed) -> Any:
 
 # ---------------------------------------------------------------- command line
 
+CONFIG = click.option("--config", is_eager=True, expose_value=False, callback=replay_config, metavar="FILE",
+                      help="Replay a run's config.json; options given here win over it.")
+DEBUG = click.option("--debug", is_flag=True, expose_value=False, hidden=True,
+                     help="Show the traceback of an input error.")
+
 
 @click.group(cls=GroupedHelp, invoke_without_command=True, help=__doc__.split("\n\n")[0],
              context_settings={"show_default": True, "max_content_width": 120})
-@click.option("--config", is_eager=True, expose_value=False, callback=replay_config, metavar="FILE",
-              help="Replay a run's config.json; options given here win over it.")
+@CONFIG
 @add_options(Options)
-@click.option("--debug", is_flag=True, expose_value=False, hidden=True, help="Show the traceback of an input error.")
+@DEBUG
 @click.pass_context
 def main(context: click.Context, **values) -> int | None:
     if context.invoked_subcommand:
@@ -885,10 +889,12 @@ def main(context: click.Context, **values) -> int | None:
 
 @main.command(help="""Where the time of a step goes: real data, one batch on the device, the bare backbone. Takes the
 options of training.""")
+@CONFIG
 @add_options(Options, leave_out=("out", "resume", "epochs", "images"))
 @click.option("--rounds", type=click.IntRange(1), default=4, help="Turns of each kind.")
 @click.option("--count", type=click.IntRange(1), default=8, help="Steps of a turn.")
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there, too.")
+@DEBUG
 @click.pass_context
 def bench(context: click.Context, rounds: int, count: int, path: Path | None, **values) -> int:
     from tools.bench_train import bench_run
@@ -907,7 +913,7 @@ def bench(context: click.Context, rounds: int, count: int, path: Path | None, **
 @click.option("--wise-ft", type=Number(0, 1), default=1.0, metavar="ALPHA",
               help="Mix with the foundation: ALPHA of the run's weights, the rest of those it started from; 1: none.")
 @click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished.")
-@click.option("--debug", is_flag=True, expose_value=False, hidden=True, help="Show the traceback of an input error.")
+@DEBUG
 def export(run: str, to: str, out: Path | None, tolerance: float, wise_ft: float, allow_partial: bool) -> int:
     from tools.export import export_run
 

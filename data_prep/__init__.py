@@ -138,8 +138,6 @@ class Parsed(click.ParamType):
         self.name, self.parse, self.show = name, parse, show
 
     def convert(self, value, parameter, context):
-        if not isinstance(value, str | int | float):
-            return value
         try:
             return self.parse(str(value))
         except ValueError as error:
@@ -170,19 +168,29 @@ def per_domain(low: float, high: float) -> Parsed:
             values = {check_domain(name.strip()): float(number) for name, number in pairs}
         except ValueError as error:
             raise ValueError(str(error) if "no domain" in str(error) else "want a number or NAME=NUMBER,...") from error
+        if len(values) < len(pairs):
+            raise ValueError("names a domain twice")
         for name, value in values.items():
             if not low <= value <= high:
-                raise ValueError(f"{name} is {value:g}; want {low:g} to {high:g}")
+                raise ValueError(f"{name + ' is ' if '=' in text else ''}{value:g}; want {low:g} to {high:g}")
         return values
 
     return Parsed("numbers", parse, lambda values: ",".join(f"{name}={value!r}" for name, value in values.items()))
 
 
+def unit_number(text: str) -> float | None:
+    """A number in 0..1; None where the text is none."""
+    try:
+        return float(text) if 0 <= float(text) <= 1 else None
+    except ValueError:
+        return None
+
+
 def parse_ramp(text: str) -> tuple[float, float]:
     """`SEVERITY[@FRACTION]`: the largest severity, and the fraction of training over which it grows from 0."""
-    match = re.fullmatch(r"(\d*\.?\d+)(?:@(\d*\.?\d+))?", text)
-    severity, fraction = (float(match[1]), float(match[2] or 0.3)) if match else (2.0, 2.0)
-    if max(severity, fraction) > 1:
+    first, at, second = text.partition("@")
+    severity, fraction = numbers = [unit_number(first), unit_number(second) if at else 0.3]
+    if None in numbers:
         raise ValueError("want SEVERITY[@FRACTION], both in 0..1")
     return severity, fraction
 
@@ -198,10 +206,9 @@ class MixRamp(NamedTuple):
 
 def parse_mix_ramp(text: str) -> MixRamp:
     """`DOMAIN:FIRST->LAST[@FRACTION]`."""
-    number = r"(\d+(?:\.\d*)?)"
-    match = re.fullmatch(rf"(\w+):{number}->{number}(?:@{number})?", text)
-    values = [float(x) for x in (*match.groups()[1:3], match[4] or 0.3)] if match else [2.0]
-    if not match or max(values) > 1 or not values[2]:
+    match = re.fullmatch(r"(\w+):(.*)->(.*)@(.*)", text if "@" in text else f"{text}@0.3")
+    values = [unit_number(number) for number in (match[2], match[3], match[4])] if match else [None]
+    if None in values or not values[2]:
         raise ValueError("want DOMAIN:FIRST->LAST[@FRACTION], shares in 0..1, FRACTION of training above 0 and up to 1")
     return MixRamp(check_domain(match[1]), *values)
 
@@ -296,9 +303,10 @@ def replay_config(context: click.Context, _parameter, path: str | None) -> None:
         return
     try:
         values = json.loads(Path(path).read_text())["options"]
-        unknown = sorted(set(values) - {parameter.name for parameter in context.command.params})
+        unknown = sorted(set(values) - {parameter.name for parameter in context.find_root().command.params})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--config {path}: not a readable JSON file of options; take a run's config.json") from error
+        raise InputError(f"--config {path}: not a readable JSON file of options; take the config.json of a run of this "
+                         "version") from error
     if unknown:
         raise InputError(f"--config {path}: no option {unknown[0]!r}")
     context.default_map = {key: value for key, value in values.items() if key not in ("out", "resume")}

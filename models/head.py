@@ -1,6 +1,6 @@
 """MarginHead: the class weights of all domains and the losses on them, as one module.
 
-Copy with it: kernels/margin_loss.py, models/ranks.py, data_prep/__init__.py and data_prep/options.py.
+Copy with it: kernels/margin_loss.py, models/backbones.py, models/runs.py and what they need.
 """
 
 import contextlib
@@ -96,7 +96,8 @@ def show_loss(loss: Loss) -> str:
             "arcface" if loss.angular else "cosface" if loss.additive else "softmax")
     fields = {key: field for key, (field, _) in LOSSES[name].items()} | {"s": "scale"}
     fields |= {key: COMMON[key] for key in ("e", "w") if getattr(loss, COMMON[key]) != getattr(Loss(1.0), COMMON[key])}
-    return name + ":" + ",".join(f"{key}={getattr(loss, field):g}" for key, field in fields.items())
+    numbers = {key: repr(getattr(loss, field)).removesuffix(".0") for key, field in fields.items()}
+    return name + ":" + ",".join(f"{key}={number}" for key, number in numbers.items())
 
 
 LOSS_TYPE = Parsed("losses", parse_losses,

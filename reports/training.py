@@ -1,6 +1,6 @@
 """What a training run leaves to be looked at: its log, its first images, and a page on how it went with its curves.
 
-Copy with it: models/runs.py and models/ranks.py, data_prep/ (of it, reading).
+Copy with it: models/head.py, models/runs.py, data_prep/stream.py and what they need.
 """
 
 import math

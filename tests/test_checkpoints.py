@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import evaluate
 import data_prep
+import evaluate
 import models.runs
 import train
 from data_prep import InputError, lock_folder

@@ -7,18 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import train_input
 from safetensors.torch import load_file
 from torch import nn
 
+import data_prep.stream
 import train
 from data_prep import InputError
 from data_prep.format import ordered_tests
-from models.runs import averaged
+from models.head import HeadSettings
 from tests.conftest import TINY, script
-from tests.test_distributed import C, K, make
-from tests.test_schedule import CONFIG, LOSS
-from tools.conflicts import add_gradients, conflicts, project_conflicts
+from tests.test_distributed import K, make
+from tests.test_schedule import LOSSES, make_head, step_gradients
+from tools.conflicts import DomainGradients, add_gradients, conflicts, project_conflicts
 
 
 def lines(path) -> list[dict]:
@@ -55,24 +55,25 @@ def test_pcgrad_is_its_algorithm():
 
 
 @pytest.mark.parametrize("coupling", ["domain", "sample"])
-def test_the_domains_gradients_add_up_to_the_steps(coupling):
-    options = train.loss_options(CONFIG | LOSS | {"coupling": coupling}, [C] * K, torch.device("cpu"))
-    counts, results = torch.tensor([4, 4, 4, 4]), []
-    for by_domain in (None, [[] for _ in range(K)]):
-        model, head, images, labels = make()
+def test_the_domains_gradients_add_up_to_the_steps(coupling, tmp_path):
+    plan, results = [[4, 4, 4, 4]], []
+    for watch in (False, True):
+        model, weight, images, labels = make()
+        head = make_head(weight, HeadSettings(LOSSES, coupling=coupling))
+        hook = DomainGradients(model, head, list("abcd"), tmp_path, pcgrad=False, every=1, seed=0) if watch else None
         batches = [(images[:, :4].flatten(0, 1), labels[:, :4].flatten(), torch.arange(K).repeat_interleave(4))]
-        train.accumulate(model, head, batches, counts, options, by_domain=by_domain)
-        gradients = [p.grad for p in model.parameters()] if by_domain is None else \
-            [sum(parts) for parts in zip(*by_domain, strict=True)]
-        results.append([*gradients, head.grad])
-        if by_domain is not None:  # and each is the gradient of its own domain's images alone
-            alone, head, images, labels = make()
-            own = [(images[1, :4], labels[1, :4], torch.full((4,), 1))]
-            train.accumulate(alone, head, own, counts, options)
-            for one, p in zip(by_domain[1], alone.parameters(), strict=True):
-                torch.testing.assert_close(one, p.grad, rtol=1e-10, atol=1e-13)
+        backbone, own, _ = step_gradients(model, head, batches, plan, hook=hook)
+        results.append([*backbone, own])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+    # and each is the gradient of its own domain's images alone
+    alone, _, _ = step_gradients(model, head, [(images[1, :4], labels[1, :4], torch.full((4,), 1))], plan)
+    for one, other in zip(hook.by_domain[1], alone, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+    line, = lines(tmp_path / "conflict.jsonl")
+    assert line["step"] == 1 and len(line["cosine"]) == 6 and len(line["cosine_by_layer"]["a~b"]) == 2
+    norm = torch.cat([g.flatten() for g in alone]).norm()
+    assert line["norm"]["b"] == pytest.approx(float(norm), rel=1e-10)
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +86,11 @@ def watched(demo_root, tmp_path_factory):
 
 
 def test_a_watched_run_writes_what_it_saw(watched):
-    fights, looks = lines(watched / "conflict.jsonl"), lines(watched / "probe.jsonl")
-    assert [f["step"] for f in fights] == [1, 3, 5] and [r["step"] for r in looks] == [0, 2, 4, 6]
-    for fight in fights:
-        assert len(fight["cosine"]) == 6 and all(-1 <= v <= 1 for v in fight["cosine"].values())
-        assert all(v > 0 for v in fight["norm"].values())
+    conflict, looks = lines(watched / "conflict.jsonl"), lines(watched / "probe.jsonl")
+    assert [record["step"] for record in conflict] == [1, 3, 5] and [r["step"] for r in looks] == [0, 2, 4, 6]
+    for record in conflict:
+        assert len(record["cosine"]) == 6 and all(-1 <= v <= 1 for v in record["cosine"].values())
+        assert all(v > 0 for v in record["norm"].values())
     assert all(0 <= score <= 1 for look in looks for score in look["auc"].values())
     domains = [name.split("/")[0] for name in looks[0]["auc"]]
     assert domains == ["object", "face_hq", "face_lq", "body", "object"]  # the last one out of distribution
@@ -100,11 +101,13 @@ def test_a_watched_run_writes_what_it_saw(watched):
     assert all((watched / name).stat().st_size > 5000 for name in ("curves.png", "conflict.png"))
 
 
-def test_pcgrad_changes_the_backbone_alone_at_first(watched, demo_root, tmp_path):
+def test_pcgrad_changes_the_backbone_alone_at_first(demo_root, tmp_path, monkeypatch):
     """One step: the class weights of both couplings are the same, the backbones are not."""
+    monkeypatch.setattr(train, "CLIP", math.inf)  # else each is scaled by its own norm
     for coupling in ("domain", "pcgrad"):
-        script("train.py", *TINY, "--data", demo_root, "--out", tmp_path / coupling, "--schedule", "A", "--coupling",
-               coupling, "--images", "16", "--head-warmup", "0", "--clip", "0")
+        options = options_of(demo_root, tmp_path / coupling, "--schedule", "A", "--coupling", coupling, "--images",
+                             "16", "--head-warmup", "0")
+        train.run_steps(train.set_up(options, {}))
     weights = [load_file(tmp_path / c / "head.safetensors")["weight"] for c in ("domain", "pcgrad")]
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-7)
     nets = [load_file(tmp_path / c / "model.safetensors") for c in ("domain", "pcgrad")]
@@ -112,9 +115,8 @@ def test_pcgrad_changes_the_backbone_alone_at_first(watched, demo_root, tmp_path
 
 
 def test_a_fallen_task_is_named(demo_root, tmp_path, capsys):
-    job = train.set_up(run_config(demo_root, tmp_path / "run"))
-    job.fixed = train.probe_splits(job.config | {"splits": "object/val"})
-    job.tally["start"] = {"object/val": 1.5}
+    job = train.set_up(options_of(demo_root, tmp_path / "run", "--eval-every", "1", "--splits", "object/val"), {})
+    job.tally.start = {"object/val": 1.5}
 
     class Board:
         add_scalar = staticmethod(lambda *_: None)
@@ -140,44 +142,44 @@ def test_which_split_stands_for_a_domain(monkeypatch, capsys):
     assert [s.name for s in ordered_tests(root["object"])] == ["val", "birds"]
     assert [s.name for s in ordered_tests(root["object"], ood=True)] == ["sketch", "art"]
     monkeypatch.setattr(train, "open_root", lambda *_: {d: {s.name: s for s in splits} for d, splits in root.items()})
-    config = {"data": "data", "domains": ["object", "face_hq", "body"], "splits": None}
-    names = [f"{s.domain}/{s.name}" for s in train.probe_splits(config)]
+    options = train.Options(domains=["object", "face_hq", "body"])
+    names = [f"{s.domain}/{s.name}" for s in train.probe_splits(options)]
     assert names == ["object/val", "face_hq/lfw", "object/sketch"]
     out = capsys.readouterr().out
     assert "--eval-every looks at object/val, face_hq/lfw, object/sketch (--splits chooses)" in out
     assert "body has no test split" in out
-    chosen = train.probe_splits(config | {"splits": "object/birds,face_hq/lfw", "domains": ["face_hq"]})
+    chosen = train.probe_splits(train.Options(splits="object/birds,face_hq/lfw", domains=["face_hq"]))
     assert [s.name for s in chosen] == ["birds", "lfw"]
     for names, words in (("face_hq/casia", "is a training split"), ("face_hq/ijbc", "has no split 'face_hq/ijbc'")):
         with pytest.raises(InputError, match=words):
-            train.probe_splits(config | {"splits": names})
+            train.probe_splits(train.Options(splits=names))
 
 
-def run_config(demo_root, out, *more) -> dict:
-    context = train.main.make_context("train.py", [*TINY, "--data", str(demo_root), "--out", str(out), *more])
-    return dict(context.params)
+def options_of(demo_root, out, *more) -> train.Options:
+    arguments = [*TINY, "--data", demo_root, "--out", out, *more]
+    context = train.main.make_context("train.py", [str(word) for word in arguments])
+    return train.settle_options(context, dict(context.params))[0]
 
 
 def test_average_of_the_weights_in_closed_form(demo_root, tmp_path):
     """EMA_t = EMA + (1 - min(d, (1 + t)/(10 + t))) (w_t - EMA); a step that is skipped moves nothing."""
-    job = train.set_up(run_config(demo_root, tmp_path / "run", "--ema", "0.3"))
+    job = train.set_up(options_of(demo_root, tmp_path / "run", "--ema", "0.3"), {})
     expected = [p.detach().clone() for p in job.parameters]
     for step, finite in enumerate([True, False, True]):
         for p in job.parameters:
             p.grad = torch.full_like(p, 1.0 if finite else math.nan)
-        norm = torch.tensor(1.0 if finite else math.nan)
-        taken = train.update(job, norm)
-        train.follow(job, step, taken)
+        taken = train.update(job, torch.tensor(1.0 if finite else math.nan))
+        job.average.update(step + 1 - job.health[0], taken)
         assert taken == finite
-        taken = 1 + step - (step > 0)
+        t = 1 + step - (step > 0)
         if finite:
-            decay = min(0.3, (1 + taken) / (10 + taken))
+            decay = min(0.3, (1 + t) / (10 + t))
             expected = [e + (1 - decay) * (p.detach() - e) for e, p in zip(expected, job.parameters, strict=True)]
-    for one, other in zip(job.ema, expected, strict=True):
+    for one, other in zip(job.average.values, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     assert job.health.tolist() == [1, 0]
     inside = job.parameters[-1].detach().clone()
-    with averaged(job):
+    with train.averaged(job):
         torch.testing.assert_close(job.parameters[-1].data, expected[-1], rtol=1e-5, atol=1e-7)
     assert torch.equal(job.parameters[-1], inside)
 
@@ -200,9 +202,9 @@ def test_grad_checkpointing_changes_rounding_at_most(demo_root, tmp_path):
 
 
 def test_a_cache_that_does_not_fit_is_refused(demo_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_input, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(data_prep.stream, "free_bytes", lambda device: 1000)
     with pytest.raises(InputError, match=r"--cache ram: the images take .* GiB are free"):
-        train.set_up(run_config(demo_root, tmp_path / "run", "--cache", "ram"))
+        train.set_up(options_of(demo_root, tmp_path / "run", "--cache", "ram"), {})
     assert not (tmp_path / "run").exists()  # the same command without --cache then needs no other --out
 
 

@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
-import train
 from data_prep.stream import interleave
-from models.head import head_slices
+from models.head import HeadSettings
 from models.runs import Ranks
 from tests.conftest import ROOT, TINY, assert_gone, script
-from tests.test_schedule import CONFIG, LOSS
+from tests.test_schedule import LOSSES, Net, make_head, step_gradients
 
 K, C, D = 4, 7, 12
 
@@ -27,10 +25,9 @@ K, C, D = 4, 7, 12
 def make(seed=0):
     """A small float64 network, class weights, and images of every domain."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 20), nn.GELU(), nn.Linear(20, D)).double()
-    head = nn.Parameter(torch.randn(K * C, D, dtype=torch.float64))
+    model, weight = Net(4, 20, D), torch.randn(K * C, D, dtype=torch.float64)
     images, labels = torch.randn(K, 9, 3, 4, 4, dtype=torch.float64), torch.randint(0, C, (K, 9))
-    return model, head, images, labels
+    return model, weight, images, labels
 
 
 def deal(plan: list[list[int]], rank: int, world: int, micro: int) -> list[tuple[list[int], list[int], list[bool]]]:
@@ -48,27 +45,27 @@ def deal(plan: list[list[int]], rank: int, world: int, micro: int) -> list[tuple
     return found
 
 
+def dealt(plan, rank, world, micro, images, labels) -> list[tuple]:
+    """(images, labels, domains) of a rank's micro-batches."""
+    return [(images[domain, number], torch.where(torch.tensor(real), labels[domain, number], -1), torch.tensor(domain))
+            for domain, number, real in deal(plan, rank, world, micro)]
+
+
+def in_whole(part, rows, classes):
+    """Gradients of a rank's rows among those of the whole head; the others are 0."""
+    whole = torch.zeros(classes, part.shape[1], dtype=part.dtype)
+    whole[rows] = part
+    return whole
+
+
 def gradients(rank, world, plan, micro, sharded, coupling, tune_backbone=True):
     """Gradients of a step on this rank: of the backbone, and of the whole head with the rows that are elsewhere 0."""
-    model, head, images, labels = make()
-    config = CONFIG | LOSS | {"coupling": coupling, "shard_head": sharded}
-    ranks = Ranks(rank, world)
-    options = train.loss_options(config, [C] * K, torch.device("cpu"), ranks)
-    rows = torch.arange(K * C)
-    if options["shard"] is not None:
-        rows = head_slices([C] * K, rank, world)[0]
-        head = nn.Parameter(head.data[rows])
-    batches = []
-    for domain, number, real in deal(plan, rank, world, micro):
-        target = torch.where(torch.tensor(real), labels[domain, number], -1)
-        batches.append((images[domain, number], target, torch.tensor(domain)))
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    total = train.accumulate(net, head, batches, torch.tensor(plan).sum(0), options, ranks=ranks, passes=len(batches),
-                             tune_backbone=tune_backbone)
-    norm = train.gradient_norm([*model.parameters(), head], head, options["shard"] is not None, ranks)
-    whole = torch.zeros(K * C, D, dtype=torch.float64)
-    whole[rows] = head.grad
-    return [p.grad for p in model.parameters()], whole, rows, total, norm
+    model, weight, images, labels = make()
+    head = make_head(weight, HeadSettings(LOSSES, coupling=coupling), Ranks(rank, world), sharded)
+    backbone, own, total = step_gradients(model, head, dealt(plan, rank, world, micro, images, labels), plan,
+                                          tune_backbone=tune_backbone)
+    rows = torch.arange(K * C) if head.rows is None else head.rows
+    return backbone, in_whole(own, rows, K * C), rows, total
 
 
 PLANS = {
@@ -105,17 +102,17 @@ def ranks(request, tmp_path_factory):
 @pytest.mark.parametrize("name", PLANS)
 def test_gradients_are_those_of_one_process(name, micro, sharded, coupling, ranks):
     world, folder = ranks
-    backbone, head, _, total, norm = gradients(0, 1, PLANS[name], 100, False, coupling)
+    backbone, head, _, total = gradients(0, 1, PLANS[name], 100, False, coupling)
     found = [torch.load(f"{folder}/{name}-{micro}-{sharded}-{coupling}-{rank}.pt") for rank in range(world)]
-    for rank, (mine, own, rows, _, length) in enumerate(found):
+    for rank, (mine, own, rows, sums) in enumerate(found):
         for one, other in zip(mine, backbone, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
         torch.testing.assert_close(own[rows], head[rows], rtol=1e-10, atol=1e-13)
-        assert float(length) == pytest.approx(float(norm), rel=1e-10), rank
+        assert float(sums["grad_norm"]) == pytest.approx(float(total["grad_norm"]), rel=1e-10), rank
     assert max(g.abs().max() for g in backbone) > 1e-6 and head.abs().max() > 1e-6
-    assert torch.cat([rows for _, _, rows, _, _ in found]).unique().tolist() == list(range(K * C))
+    assert torch.cat([rows for _, _, rows, _ in found]).unique().tolist() == list(range(K * C))
     for key in ("loss", "loss_by_domain", "cos", "correct", "count", "direction"):
-        torch.testing.assert_close(sum(t[key] for *_, t, _ in found), total[key], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sum(t[key] for *_, t in found), total[key], rtol=1e-5, atol=1e-5)
 
 
 def test_head_warmup_on_several_ranks(ranks):

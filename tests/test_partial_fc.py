@@ -4,72 +4,56 @@ import itertools
 import os
 from types import SimpleNamespace
 
+import click
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from train_input import draw_classes, make_stream, receive
-from train_options import class_shares, per_domain
 
-import data_prep
 import train
-from data_prep.stream import load
 from kernels.margin_loss import sample_classes
-from models.head import head_slices
+from models.head import HeadSettings
 from models.runs import Ranks
 from tests.conftest import TINY, script
-from tests.test_coupling import run_config
-from tests.test_distributed import PLANS, C, K, assert_near, deal, make, torchrun
+from tests.test_coupling import options_of
+from tests.test_distributed import PLANS, C, K, assert_near, deal, dealt, in_whole, make, torchrun
 from tests.test_recipes import stop_at
-from tests.test_schedule import CONFIG, LOSS
+from tests.test_schedule import LOSSES, make_head, step_gradients
 from tests.test_train import assert_same_weights, run_here
 
 PLAN = PLANS["B, uneven"]
 CLASSES = 40  # a domain: more than the images of a step, so that something is left to draw
-PART = CONFIG | LOSS | {"coupling": "domain", "seed": 3, "sample_classes": "object=0.5,face_hq=1,face_lq=0.6,body=0.1"}
+SHARES = [0.5, 1, 0.6, 0.1]
+
+
+def class_weights() -> torch.Tensor:
+    return torch.randn(K * CLASSES, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def step(rank: int, world: int, micro: int, sharded: bool, negatives: str) -> tuple:
     """(gradients of the backbone, of the whole head, rows that were drawn, loss) of one step on this rank."""
     model, _, images, labels = make()
-    labels = labels * (CLASSES // C)  # spread over the classes
-    weight = torch.randn(K * CLASSES, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    ranks, config = Ranks(rank, world), PART | {"shard_head": sharded}
-    options = train.loss_options(config, [CLASSES] * K, torch.device("cpu"), ranks)
-    mine = torch.arange(K * CLASSES)
-    if options["shard"] is not None:
-        mine = head_slices([CLASSES] * K, rank, world)[0]
-    chunks, pictures = [], []
-    for domain, number, real in deal(PLAN, rank, world, micro):
-        target = torch.where(torch.tensor(real), labels[domain, number], -1)
-        chunks.append(SimpleNamespace(label=target, domain=torch.tensor(domain)))
-        pictures.append(images[domain, number])
-    splits = [SimpleNamespace(classes=range(CLASSES))] * K
-    job = SimpleNamespace(config=config, ranks=ranks, splits=splits, device=torch.device("cpu"))
-    options |= draw_classes(job, chunks, 7, options["shard"] is not None)
-    head = nn.Parameter(weight[mine][options["rows"]])
-    batches = [(x, chunk.label, chunk.domain) for x, chunk in zip(pictures, chunks, strict=True)]
-    net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-    total = train.accumulate(net, head, batches, torch.tensor(PLAN).sum(0), options, ranks=ranks, passes=len(batches),
-                             negatives=negatives)
-    whole, rows = torch.zeros_like(weight), mine[options["rows"]]
-    whole[rows] = head.grad
-    return [p.grad for p in model.parameters()], whole, rows, total["loss"]
+    settings = HeadSettings(LOSSES, SHARES, negatives=negatives, seed=3)
+    head = make_head(class_weights(), settings, Ranks(rank, world), sharded)
+    pictures, targets, domains = zip(*dealt(PLAN, rank, world, micro, images, labels), strict=True)
+    spread = [torch.where(target >= 0, target * (CLASSES // C), -1) for target in targets]
+    targets = head.draw_classes(7, spread, list(domains))
+    batches = list(zip(pictures, targets, domains, strict=True))
+    backbone, own, total = step_gradients(model, head, batches, PLAN)
+    rows = head.step_rows.rows if head.rows is None else head.rows[head.step_rows.rows]
+    return backbone, in_whole(own, rows, K * CLASSES), rows, total["loss"]
 
 
 def reference(negatives: str) -> tuple:
     """The same step, literally: a cross-entropy per sample over the classes of the draw."""
     model, _, images, labels = make()
-    weight = torch.randn(K * CLASSES, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    weight.requires_grad_()
+    weight = class_weights().requires_grad_()
     (domains, numbers, _), = deal(PLAN, 0, 1, 100)
     label = labels[domains, numbers] * (CLASSES // C)
     ranges = [(k * CLASSES, (k + 1) * CLASSES) for k in range(K)]
-    rows, _, kept = sample_classes(label, torch.tensor(domains), ranges, [0.5, 1, 0.6, 0.1], seed=3, step=7, minimum=0)
+    rows, _, kept = sample_classes(label, torch.tensor(domains), ranges, SHARES, seed=3, step=7, minimum=0)
     assert [b - a for a, b in kept] == [20, 40, 24, 17]  # 17: as many as there are images in the step
     drawn, loss = set(rows.tolist()), 0.0
-    values = {key: per_domain(PART, key) for key in ("scale", "margin_angular", "margin_additive",
-                                                     "domain_weight", "label_smoothing")}
     x = nn.functional.normalize(model(images[domains, numbers]), dim=1)
     for i, d in enumerate(domains):
         own = d * CLASSES + int(label[i])
@@ -77,12 +61,10 @@ def reference(negatives: str) -> tuple:
         others = [row for row in domain if row in drawn]
         assert own in others
         cos = x[i] @ nn.functional.normalize(weight[others], dim=1).T
-        place, s, m = others.index(own), values["scale"][d], values["margin_additive"][d]
-        target = (cos[place].clamp(-1, 1).arccos() + values["margin_angular"][d]).cos() - m
-        logits = s * torch.where(torch.arange(len(others)) == place, target, cos)
-        soft = torch.full((len(others),), values["label_smoothing"][d] / len(others), dtype=torch.float64)
-        soft[place] += 1 - values["label_smoothing"][d]
-        loss = loss - values["domain_weight"][d] * (soft * logits.log_softmax(0)).sum() / (K * PLAN[0][d])
+        place = others.index(own)
+        target = (cos[place].clamp(-1, 1).arccos() + LOSSES[d].angular).cos() - LOSSES[d].additive
+        logits = LOSSES[d].scale * torch.where(torch.arange(len(others)) == place, target, cos)
+        loss = loss - LOSSES[d].weight * logits.log_softmax(0)[place] / (K * PLAN[0][d])
     loss.backward()
     return [p.grad for p in model.parameters()], weight.grad, rows, loss.detach()
 
@@ -131,28 +113,26 @@ FEW = [*TINY, "--batch", "8", "--domains", "face_hq,body", "--head-warmup", "0",
 
 def test_classes_that_are_not_drawn_stay_as_they_are(demo_root, tmp_path):
     """Bit for bit: neither decay nor momentum moves them, and what their moments had gathered stays too."""
-    config = run_config(demo_root, tmp_path / "run", *FEW, *SOME, "--ema", "0.5")
-    job = train.set_up(config)
-    stream = make_stream(job)
-    chunks = load(stream, 0, 0, False)
-    options = train.loss_options(config, [len(s.classes) for s in job.splits], job.device)
-    forward, classes = train.make_forward(job), len(job.head)
-    state, seen = job.optimizer.state[job.head], torch.zeros(classes, dtype=torch.bool)
+    job = train.set_up(options_of(demo_root, tmp_path / "run", *FEW, *SOME, "--ema", "0.5"), {})
+    feed, forward = train.make_feed(job), train.make_forward(job)
+    feed.start(0)
+    weight, state = job.head.weight, job.optimizer.state[job.head.weight]
+    classes, seen = len(weight), torch.zeros(len(weight), dtype=torch.bool)
     for number in range(6):
-        before = job.head.detach().clone()
+        before = weight.detach().clone()
         moments = {key: v.clone() for key, v in state.items() if v.ndim}
-        batches, now = receive(job, chunks, number, options, 1)
-        train.take_step(job, forward, batches, number, now, 1)
+        batches = feed.next_step(lambda *labels, number=number: job.head.draw_classes(number, *labels))
+        train.take_step(job, forward, batches, number, 1)
         drawn = torch.zeros(classes, dtype=torch.bool)
-        drawn[now["rows"]] = True
-        assert drawn.sum() == 20 and job.head.shape == before.shape and state["exp_avg"].shape == before.shape
-        assert torch.equal(job.head[~drawn], before[~drawn]) and not (job.head[drawn] == before[drawn]).all(1).any()
+        drawn[job.head.step_rows.rows] = True
+        assert drawn.sum() == 20 and weight.shape == before.shape and state["exp_avg"].shape == before.shape
+        assert torch.equal(weight[~drawn], before[~drawn]) and not (weight[drawn] == before[drawn]).all(1).any()
         for key, value in moments.items():
             assert torch.equal(state[key][~drawn], value[~drawn]) and not torch.equal(state[key][drawn], value[drawn])
         assert (state["exp_avg"][~drawn & ~seen] == 0).all()
         assert (state["exp_avg"][~drawn & seen].abs().sum(1) > 0).all()
         seen |= drawn
-    assert not torch.equal(job.ema[-1], job.head)
+    assert not torch.equal(job.average.values[-1], weight)
 
 
 def test_where_all_are_drawn_nothing_changes(demo_root, tmp_path):
@@ -187,13 +167,19 @@ def test_two_processes_draw_what_one_draws(demo_root, tmp_path):
 
 
 def test_one_number_is_for_domains_of_many_classes():
-    config = {"domains": ["object", "body"], "sample_classes": "0.1"}
-    assert class_shares(config, [9_999, 10_000]) == [1.0, 0.1]
-    assert class_shares(config | {"sample_classes": "object=0.2,body=1"}, [50, 10_000]) == [0.2, 1.0]
+    def shares(value, *classes):
+        options = train.Options(domains=["object", "body"], sample_classes=value)
+        return train.head_settings(options, [SimpleNamespace(classes=range(n)) for n in classes]).class_share
+
+    assert shares(0.1, 9_999, 10_000) == [1.0, 0.1]
+    assert shares({"object": 0.2, "body": 1.0}, 50, 10_000) == [0.2, 1.0]
 
 
-@pytest.mark.parametrize("value, words", [("0", "--sample-classes: object is 0"), ("1.5", "--sample-classes: object"),
-                                          ("object=0.1", "--sample-classes 'object=0.1': no value for face_hq")])
+@pytest.mark.parametrize("value, words", [
+    ("0", "'0': 0; want 1e-06 to 1"), ("body=1.5", "body is 1.5; want 1e-06 to 1"),
+    ("object=0.1", "--sample-classes: no value for face_hq"), ("object=1,object=1", "names a domain twice"),
+])  # fmt: skip
 def test_bad_shares_are_refused(value, words, demo_root, tmp_path):
-    with pytest.raises(data_prep.InputError, match=words):
+    with pytest.raises(click.ClickException) as error:
         run_here(*TINY, "--sample-classes", value, "--data", demo_root, "--out", tmp_path / "run")
+    assert words in error.value.format_message() and "\n" not in error.value.format_message()

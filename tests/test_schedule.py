@@ -1,25 +1,73 @@
 """The schedule: what is drawn when, and that A and B couple the gradients alike."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
-from train_options import per_domain
-from train_schedule import blend_counts, make_schedule, plan_batches, ramp, rate, shares_at
+from torch import Tensor, nn
 
 import train
-from data_prep import DOMAINS, InputError
+from data_prep import InputError, MixRamp
 from data_prep.stream import Order, interleave, random_box
-from models import backbones
+from models.backbones import Network, load_backbone
+from models.head import HeadSettings, Loss, MarginHead
+from models.runs import Ranks
 from reports.training import mean_pairwise_cosine
+from train import Options, blend_counts, make_schedule, plan_batches, ramp_up, rate, shares_at
 
-CONFIG = {"schedule": "B", "domains": list(DOMAINS), "order": None, "coupling": "domain", "batch": 64}
-LOSS = {"scale": "object=30,face_hq=64,face_lq=64,body=64",
-        "margin_additive": "object=0,face_hq=0.35,face_lq=0.2,body=0.1",
-        "margin_angular": "0.1", "domain_weight": "object=1,face_hq=2,face_lq=0.5,body=1", "label_smoothing": "0",
-        "margin_adaptive": "0", "margin_gradient": "exact"}
+# of the four domains; every value differs from some other one
+LOSSES = [Loss(30.0, angular=0.1), Loss(64.0, 0.35, 0.1, weight=2.0), Loss(64.0, 0.2, 0.1, weight=0.5),
+          Loss(64.0, 0.1, 0.1)]
+
+
+class Net(nn.Sequential):
+    """A small float64 network from images [B, 3, S, S] to embeddings, with what a step asks of a backbone."""
+
+    def __init__(self, side: int, hidden: int, dim: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(3 * side**2, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.dim = dim
+        self.double()
+
+    def layers(self) -> dict[str, int]:
+        return {name: int(name[0]) // 2 for name, p in self.named_parameters() if p.requires_grad}
+
+
+def make_head(weight: Tensor, settings: HeadSettings, ranks: Ranks = Ranks(), shard: bool = False) -> MarginHead:
+    """A head in the precision of `weight` [C, D], with as many classes in every domain."""
+    classes = [len(weight) // len(settings.losses)] * len(settings.losses)
+    head = MarginHead(classes, weight.shape[1], settings, ranks=ranks, shard=shard).to(weight.dtype)
+    head.set_whole(weight)
+    return head
+
+
+class Gradients(torch.optim.SGD):
+    """Takes no step, but keeps the gradients that it was to take one with; those of the class weights come last."""
+
+    def step(self) -> None:
+        self.kept = [p.grad for group in self.param_groups for p in group["params"]]
+
+
+def step_gradients(model: Net, head: MarginHead, batches: list[tuple], plan: list[list[int]], *, hook=None,
+                   tune_backbone: bool = True) -> tuple[list[Tensor], Tensor, dict[str, Tensor]]:
+    """(gradients of the backbone, of the head, totals) of one step of training that is not clipped.
+
+    Args:
+        batches: (images, labels, domains) of this rank's micro-batches.
+        plan: images of each domain in each batch of the step.
+    """
+    options, plan = Options(margin_ramp=0.0, head_warmup=0.0 if tune_backbone else 1.0), np.array([plan])
+    optimizer = Gradients([{"params": list(model.parameters()), "scale": 1.0}, {"params": [head.weight], "scale": 1.0}])
+    job = train.Job(options, Path(), torch.device("cpu"), head.ranks, [None] * plan.shape[2], plan,
+                    torch.from_numpy(plan.sum(1)), model, head, optimizer, torch.zeros(2, dtype=torch.int64), hook=hook)
+    net = nn.parallel.DistributedDataParallel(model) if head.ranks.world > 1 else model
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "CLIP", float("inf"))
+        total = train.take_step(job, net, batches, 0, len(batches))
+    *backbone, own = optimizer.kept
+    return backbone, own, total
 
 
 @given(st.lists(st.floats(0.001, 1.0), min_size=1, max_size=5), st.integers(1, 300))
@@ -49,20 +97,34 @@ def test_blend_counts_follow_a_ramp():
 
 
 def test_plan_of_every_schedule():
-    shares = np.full(4, 0.25)
-
     def plan(name, steps):
-        schedule = make_schedule(name, 4, 64)
-        return plan_batches(CONFIG | {"schedule": name, "order": ["body", "object", "face_lq", "face_hq"]},
-                            schedule, steps, shares)
+        options = Options(schedule=name, domains=["body", "object", "face_lq", "face_hq"], batch=64, images=64 * steps)
+        return plan_batches(options, [range(100)] * 4)
 
     a = plan("A", 3)
-    assert a.shape == (12, 4) and (a.reshape(3, 4, 4).sum(1) == 16).all() and ((a > 0).sum(1) == 1).all()
-    assert (plan("B", 3) == 16).all()
-    assert plan("alternate", 5).argmax(1).tolist() == [0, 1, 2, 3, 0] and (plan("alternate", 5).sum(1) == 64).all()
-    assert plan("sequential", 8).argmax(1).tolist() == [3, 3, 0, 0, 2, 2, 1, 1]
+    assert a.shape == (3, 4, 4) and (a.sum(1) == 16).all() and ((a > 0).sum(2) == 1).all()
+    assert plan("B", 3).shape == (3, 1, 4) and (plan("B", 3) == 16).all()
+    assert (plan("alternate", 5).sum((1, 2)) == 64).all() and (plan("sequential", 8).sum((1, 2)) == 64).all()
+    assert plan("alternate", 5)[:, 0].argmax(1).tolist() == [0, 1, 2, 3, 0]
+    assert plan("sequential", 8)[:, 0].argmax(1).tolist() == [3, 3, 0, 0, 2, 2, 1, 1]  # in the order of --domains
     with pytest.raises(InputError, match=r"62 cannot be dealt to 4 domains .* take 60"):
         make_schedule("A", 4, 62)
+
+
+def test_length_and_shares_by_hand():
+    """Sizes 900 and 100: T = 0.5 makes shares 30 : 10; an epoch is 900 images of the first, 1,200 in all."""
+    options = {"domains": ["object", "body"], "batch": 40}
+    sizes = [range(900), range(100)]
+    plan = plan_batches(Options(**options, epochs=1.0), sizes)
+    assert plan.shape == (30, 1, 2) and (plan[:, 0] == [30, 10]).all()
+    assert len(plan_batches(Options(**options), sizes)) == 300  # ten epochs
+    assert (plan_batches(Options(**options, images=80, mix=0.0), sizes) == 20).all()
+    assert (plan_batches(Options(**options, images=80, mix=1.0), sizes) == [36, 4]).all()
+    named = Options(**options, images=80, mix={"body": 3.0, "object": 1.0, "face_hq": 9.0})
+    assert (plan_batches(named, sizes) == [10, 30]).all()  # of the domains that are trained
+    ramp = Options(**options, images=160, mix_ramp=MixRamp("body", 1.0, 0.5, 0.5))
+    assert plan_batches(ramp, sizes)[:, 0].tolist() == [[0, 40], [10, 30], [20, 20], [20, 20]]
+    assert plan_batches(Options(**options, epochs=1.0, mix={"object": 0.0, "body": 1.0}), sizes).sum() == 100 // 40 * 40
 
 
 def test_interleave_spreads_every_domain_over_the_batch():
@@ -102,18 +164,9 @@ def test_crops_stay_inside_and_keep_their_area():
 
 
 def test_rates_and_ramps_in_closed_form():
-    assert rate(0, 100, 0.1, 0.0) == pytest.approx(0.1) and rate(50, 100, 0.1, 0.0) == pytest.approx(0.5)
-    assert rate(100, 100, 0.1, 0.02) == pytest.approx(0.02)
-    assert [ramp(p, 0.5) for p in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 1] and ramp(0.0, 0.0) == 1
-
-
-def test_options_per_domain():
-    config = {"domains": ["object", "body"], "scale": "object=1, body=2"}
-    assert per_domain(config, "scale") == [1, 2] and per_domain({**config, "scale": "3"}, "scale") == [3, 3]
-    cases = [("objects=1,body=2", "no domain 'objects'"), ("object=1", "no value for body"), ("x", "want a number")]
-    for bad, words in cases:
-        with pytest.raises(InputError, match=words):
-            per_domain({**config, "scale": bad}, "scale")
+    assert rate(0, 100, 0.1) == pytest.approx(0.1) and rate(50, 100, 0.1) == pytest.approx(0.01 + 0.99 / 2)
+    assert rate(100, 100, 0.1) == pytest.approx(0.01) and rate(0, 100, 0.0) == 1
+    assert [ramp_up(p, 0.5) for p in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 1] and ramp_up(0.0, 0.0) == 1
 
 
 @pytest.mark.parametrize("coupling", ["domain", "sample"])
@@ -123,20 +176,15 @@ def test_A_and_B_have_the_same_gradient_on_the_same_images(coupling, margins):
     torch.manual_seed(0)
     K, per, C = 4, 6, 5
     images, labels = torch.randn(K, per, 3, 8, 8, dtype=torch.float64), torch.randint(0, C, (K, per))
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 24), nn.GELU(), nn.Linear(24, 16)).double()
-    head = nn.Parameter(torch.randn(K * C, 16, dtype=torch.float64))
-    config = CONFIG | LOSS | {"coupling": coupling} | ({} if margins == "with margins" else {"margin_additive": "0"})
-    options = train.loss_options(config, [C] * K, torch.device("cpu"))
-    counts = torch.full((K,), per)
+    losses = LOSSES if margins == "with margins" else [Loss(loss.scale, weight=loss.weight) for loss in LOSSES]
+    model = Net(8, 24, 16)
+    head = make_head(torch.randn(K * C, 16, dtype=torch.float64), HeadSettings(losses, coupling=coupling))
 
-    def gradient(batches):
-        total = train.accumulate(model, head, batches, counts, options)
-        grads = [p.grad.clone() for p in [*model.parameters(), head]]
-        for p in [*model.parameters(), head]:
-            p.grad = None
-        return grads, total
+    def gradient(batches, plan=([per] * K,)):
+        backbone, own, total = step_gradients(model, head, batches, plan)
+        return [*backbone, own], total
 
-    a, total_a = gradient([(images[k], labels[k], torch.full((per,), k)) for k in range(K)])
+    a, total_a = gradient([(images[k], labels[k], torch.full((per,), k)) for k in range(K)], np.eye(K, dtype=int) * per)
     domain, number = map(torch.from_numpy, interleave(np.full(K, per)))
     b, total_b = gradient([(images[domain, number], labels[domain, number], domain)])
     parts = zip(domain.split(7), number.split(7), strict=True)
@@ -153,9 +201,7 @@ def test_A_and_B_have_the_same_gradient_on_the_same_images(coupling, margins):
 
 def test_frozen_batchnorm_makes_samples_independent():
     """No layer may mix the samples of a batch: the invariant above depends on it."""
-    config = {"backbone": None, "size": "large", "model": "test_efficientnet", "weights": "none", "image_size": 64,
-              "embed_dim": 0, "seed": 0}
-    model = backbones.load_backbone(config).train()
+    model = load_backbone(Network(None, model="test_efficientnet", weights="none", image_size=64)).train()
     images = torch.randn(4, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(model(images)[:2], model(images[:2]), rtol=1e-4, atol=1e-5)

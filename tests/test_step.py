@@ -7,15 +7,14 @@ from pathlib import Path
 import click
 import pytest
 import torch
-import train_input
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_input import free_bytes
 
 import data_prep.stream
-import kernels.margin_loss
+import models.head
 import train
 from data_prep import InputError
+from data_prep.stream import erase_patches, free_bytes
 from models.runs import STOPPED, forget_after
 from tests.conftest import ROOT, TINY, script
 from tests.test_coupling import lines
@@ -45,10 +44,14 @@ class Waits(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-@pytest.mark.parametrize("more", [(), ("--negatives", "all"), ("--ema", "0.9"), ("--loss", "adaface")])
+@pytest.mark.parametrize("more", [
+    (), ("--negatives", "all"), ("--ema", "0.9"), ("--loss", "adaface;object=combined:e=0.1,w=2"),
+    ("--sample-classes", "object=0.5,face_hq=0.5,face_lq=1,body=0.5"), ("--head-init", "text-frozen"),
+    ("--schedule", "A", "--coupling", "pcgrad"),
+])  # fmt: skip
 def test_a_step_never_waits_for_the_device(demo_root, tmp_path, monkeypatch, more):
     """All that would be on a GPU but for the loss, whose own kernels take that place there."""
-    inside, found, loss, taken = Waits(), [], kernels.margin_loss.margin_loss, train.take_step
+    inside, found, loss, taken = Waits(), [], models.head.margin_loss, train.take_step
 
     def apart(*arguments, **options):
         before = len(inside.found)
@@ -56,28 +59,25 @@ def test_a_step_never_waits_for_the_device(demo_root, tmp_path, monkeypatch, mor
         del inside.found[before:]
         return result
 
-    def watched(job, forward, batches, step, options, passes):
+    def watched(job, forward, batches, step, passes):
         batches = [tuple(v for v in batch) for batch in batches]
         with inside:
-            result = taken(job, forward, iter(batches), step, options, passes)
+            result = taken(job, forward, iter(batches), step, passes)
         if step:  # the first may build what is kept
             found.extend(inside.found)
         inside.found.clear()
         return result
 
-    monkeypatch.setattr(train, "margin_loss", apart)
+    monkeypatch.setattr(models.head, "margin_loss", apart)
     monkeypatch.setattr(train, "take_step", watched)
     run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", *more)
     # AdamW on the CPU asks for nothing either; the backward pass of the reference loss may index by numbers
     assert found == []
 
 
-def test_colours_send_no_list_to_the_device():
-    chunk = data_prep.stream.Chunk([], *[torch.zeros(2, dtype=torch.int64)] * 3, torch.zeros(2, 4),
-                                   torch.zeros(2, dtype=torch.bool), [], color=torch.full((2, 3), 1.1))
-    chunk.augment(torch.zeros(2, 3, 4, 4), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+def test_erasing_sends_no_list_to_the_device():
     with Waits() as inside:
-        chunk.augment(torch.zeros(2, 3, 4, 4), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+        erase_patches(torch.zeros(2, 3, 4, 4), torch.zeros(2, 4))
     assert inside.found == []
 
 
@@ -111,17 +111,17 @@ def test_a_domain_that_is_not_there_costs_no_backward_pass(demo_root, tmp_path, 
 
 
 def test_a_stop_during_the_start_is_kept(demo_root, tmp_path, monkeypatch):
-    run, real = tmp_path / "run", train.init_head
+    run, real = tmp_path / "run", train.starting_weights
 
-    def slow(*arguments):
+    def slow(*arguments, **options):
         (run / "STOP").touch()
-        return real(*arguments)
+        return real(*arguments, **options)
 
     run.mkdir()
     (run / "STOP").touch()  # an older one says nothing
     run_here(*TINY, "--data", demo_root, "--out", run, "--images", "32")
     assert (run / "done.json").exists() and not (run / "STOP").exists()
-    monkeypatch.setattr(train, "init_head", slow)
+    monkeypatch.setattr(train, "starting_weights", slow)
     out = tmp_path / "other"
     run = out
     assert train.main([*map(str, (*TINY, "--data", demo_root, "--out", out))], standalone_mode=False) == STOPPED
@@ -136,10 +136,10 @@ def test_a_cut_line_of_a_log_is_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("options, words", [
-    (("--epochs", "inf"), "inf is not a finite number"),
+    (("--epochs", "inf"), "inf is not in the range 0<x<=1000000000.0"),
     (("--lr", "nan"), "nan is not a finite number"),
-    (("--order", "body,object,face_hq,face_lq"), "--order orders the blocks of --schedule sequential"),
-    (("--degrade-severity", "0.5"), "--degrade-severity goes with --degrade"),
+    (("--schedule", "A", "--mix", "0"), "--mix sets the shares of schedule B"),
+    (("--schedule", "alternate", "--mix-ramp", "object:1->0.5"), "--mix-ramp moves the shares of schedule B"),
     (("--device", "cuda:99"), "--device cuda"),
 ])
 def test_what_means_nothing_is_refused(demo_root, tmp_path, options, words):
@@ -154,16 +154,16 @@ def test_what_means_nothing_is_refused(demo_root, tmp_path, options, words):
 
 def test_more_starts_that_are_refused_in_one_line(demo_root, tmp_path):
     (tmp_path / "file").touch()
-    (tmp_path / "config.json").write_text(json.dumps({"scale": [1, 2]}))
+    (tmp_path / "config.json").write_text(json.dumps({"options": {"erase": [1, 2]}}))
     for options, words in ((("--out", tmp_path / "file" / "x"), "cannot be written"),
-                           (("--config", tmp_path / "config.json"), "scale is [1, 2]: want text")):
+                           (("--config", tmp_path / "config.json"), "want a number or NAME=NUMBER")):
         failed = script("train.py", *TINY, "--data", demo_root, "--out", tmp_path / "run", *options, check=2)
         assert words in failed.stderr and "Traceback" not in failed.stderr
 
 
 def test_the_cache_counts_every_process_of_the_machine(demo_root, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(train_input, "free_bytes", lambda device: 30 << 20)
+    monkeypatch.setattr(data_prep.stream, "free_bytes", lambda device: 30 << 20)
     with pytest.raises(InputError, match="for each of 4 processes here"):
         run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--cache", "ram")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
