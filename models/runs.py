@@ -224,19 +224,19 @@ def read_parts(path: Path) -> tuple[dict, dict]:
     return options, {key: value for key, value in config.items() if key in FACTS}
 
 
-def read_config(folder: Path) -> dict:
-    """Options and facts of a run in one, "domains" in the house order and "order" as they were given.
-
-    Raises:
-        InputError: what stages read of it is missing or of another kind.
-    """
-    path = folder / "config.json"
+def join_config(path: Path) -> dict:
+    """Options and facts of a config.json in one, "domains" in the house order and "order" as they were given."""
     options, facts = read_parts(path)
-    order = options.get("domains", None) or ",".join(DOMAINS)
+    order = options.get("domains") or list(DOMAINS)
     order = order.split(",") if isinstance(order, str) else order
-    known = isinstance(order, list) and order and set(map(str, order)) <= set(DOMAINS)
-    domains = [name for name in DOMAINS if name in order] if known else order
-    config = options | facts | {"order": order, "domains": domains}
+    known = isinstance(order, list) and set(map(str, order)) <= set(DOMAINS)
+    return options | facts | {"order": order, "domains": [d for d in DOMAINS if d in order] if known else order}
+
+
+def read_config(folder: Path) -> dict:
+    """`join_config` of a run; InputError where what stages read of it is missing or of another kind."""
+    path = folder / "config.json"
+    config = join_config(path)
     if missing := CONFIG.keys() - config.keys():
         raise InputError(f"{path} lacks {min(missing)!r}: restore it, or train the run again")
     for key, kinds in CONFIG.items():
@@ -244,8 +244,8 @@ def read_config(folder: Path) -> dict:
         if not any(value is None if kind is None else fits(value, kind)
                    for kind in (kinds if isinstance(kinds, tuple) else (kinds,))):
             raise InputError(f"{path}: {key} is {str(value)[:60]!r}: restore it, or train the run again")
-    if not known or len(set(order)) < len(order):
-        raise InputError(f"{path}: domains is {str(order)[:60]}: restore it, or train the run again")
+    if sorted(set(config["order"])) != sorted(config["order"]) or not set(config["order"]) <= set(DOMAINS):
+        raise InputError(f"{path}: domains is {str(config['order'])[:60]}: restore it, or train the run again")
     if not all(fits(config["counts"].get(name), int) and isinstance(config["shards"].get(name), str)
                for name in config["domains"]):
         raise InputError(f"{path}: counts and shards do not name every domain: restore it, or train the run again")

@@ -12,7 +12,7 @@ import numpy as np
 from analyze_report import interval, needed
 from data_prep import DOMAINS, InputError, hash_file, literal, read_json, write_atomically
 from models.backbones import BACKBONES
-from models.runs import RUN_ROLES, describe_config
+from models.runs import RUN_ROLES, join_config
 from protocols.bootstrap import Figure
 from protocols.subspaces import above_chance, minus, show
 from reports.rows import FEW_NOTE, HEADLINE, Row, mark, read_rows, write_csv
@@ -233,7 +233,7 @@ def read_run(home: Path) -> Measured:
     """A run that evaluate.py has scored; InputError where it is not whole."""
     if not (home / "done.json").exists():
         raise InputError("not finished")
-    config = describe_config(home / "config.json")
+    config = join_config(home / "config.json")
     lacking = {"role", "backbone", "model", "weights", "domains", "schedule", "counts"} - set(config)
     if lacking:
         raise InputError(f"config.json lacks {min(lacking)!r}")

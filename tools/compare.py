@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, hash_file, literal, read_json
-from models.runs import FREE_ON_RESUME, weights_of
+from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, hash_file, literal
+from models.runs import FREE_ON_RESUME, join_config, weights_of
 from protocols.bootstrap import Figure
 from reports.plots import COLOURS
 from reports.rows import FEW_NOTE, Row, mark, read_rows
@@ -65,7 +65,7 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
         raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
                          "--no-foundation")
     path = folder / "config.json"
-    config = read_json(path) if path.exists() else {}
+    config = join_config(path) if path.exists() else {}
     domains, counts = config.get("domains", []), config.get("counts", {})
     if not isinstance(domains, list) or not set(map(str, domains)) <= {*DOMAINS} or not isinstance(counts, dict) \
             or not all(isinstance(count, int | float) for count in counts.values()):
