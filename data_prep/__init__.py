@@ -309,6 +309,9 @@ def replay_config(context: click.Context, _parameter, path: str | None) -> None:
                          "version") from error
     if unknown:
         raise InputError(f"--config {path}: no option {unknown[0]!r}")
+    for key, value in values.items():
+        if isinstance(value, list | dict):
+            raise InputError(f"--config {path}: {key} is {value}: want text as on the command line")
     context.default_map = {key: value for key, value in values.items() if key not in ("out", "resume")}
 
 

@@ -30,8 +30,13 @@ def export(*arguments) -> int:
     return train.main.main(["export", *map(str, arguments)], standalone_mode=False)
 
 
+def evaluate(*arguments) -> int:
+    main = importlib.import_module("evaluate").main
+    return main.main([*map(str, arguments), "--workers", "0"], standalone_mode=False)
+
+
 def embed(*arguments) -> int:
-    return importlib.import_module("evaluate").main.main(["embed", *map(str, arguments), "--workers", "0"], standalone_mode=False)
+    return evaluate("embed", *arguments)
 
 
 NETWORKS = {
@@ -130,8 +135,8 @@ def test_onnx_computes_the_same_for_any_batch(run_of_each, tmp_path, monkeypatch
 
 
 def test_a_form_that_computes_something_else_is_not_written(tiny_run, tmp_path, monkeypatch, capsys):
-    def spoiled(model, config, path):
-        code, same = tools.export.to_safetensors(model, config, path)
+    def spoiled(model, path):
+        code, same = tools.export.to_safetensors(model, path)
         return code, lambda pixels: same(pixels) + 0.01
 
     monkeypatch.setitem(tools.export.FORMATS, "safetensors", spoiled)
@@ -232,8 +237,7 @@ def test_embeddings_equal_the_cache_of_a_scored_split(tiny_run, demo_root, tmp_p
         (tmp_path / f"{key}.jpg").write_bytes(data)
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("eval", "analysis"))
-    importlib.import_module("evaluate").main.main(["--run", str(run), "--splits", "face_hq/test", "--no-foundation", "--bootstrap", "2",
-                        "--workers", "0"], standalone_mode=False)
+    evaluate("--run", run, "--splits", "face_hq/test", "--no-foundation", "--bootstrap", "2")
     cached = np.load(run / "eval" / "embeddings" / "tuned-face_hq-test.npy")
     csv = tmp_path / "faces.csv"
     embed(*sorted(tmp_path.glob("*.jpg")), "--run", run, "--domain", "face_hq", "--out", csv)

@@ -552,7 +552,7 @@ BAD = [
     (["--loss", "softmax:w=-1"], "'w=-1' is no parameter of softmax"),
     (["--loss", "body=arcface;body=cosface"], "body has two losses"),
     (["--loss", "arcface;cosface"], "every domain has two losses"),
-    (["--loss", "arcface;"], "no loss ''"),
+    (["--loss", "body=arcface;"], "no loss ''"),
     (["--loss", "adaface:m=0"], "adaface with m=0 has no margin that could adapt"),
     (["--lora", "4"], "this network has no attention projections to adapt"),
     (["--crop-scale", "-1"], "'-1': -1; want 0.01 to 1"),

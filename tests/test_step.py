@@ -156,7 +156,7 @@ def test_more_starts_that_are_refused_in_one_line(demo_root, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "config.json").write_text(json.dumps({"options": {"erase": [1, 2]}}))
     for options, words in ((("--out", tmp_path / "file" / "x"), "cannot be written"),
-                           (("--config", tmp_path / "config.json"), "want a number or NAME=NUMBER")):
+                           (("--config", tmp_path / "config.json"), "erase is [1, 2]: want text")):
         failed = script("train.py", *TINY, "--data", demo_root, "--out", tmp_path / "run", *options, check=2)
         assert words in failed.stderr and "Traceback" not in failed.stderr
 
