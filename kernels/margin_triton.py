@@ -35,13 +35,8 @@ TINY = tl.constexpr(1e-12)  # as in margin_loss.py
 # rows of the table [9, S] of fp32 values by slot
 NORM, SCALE, ANGULAR, ADDITIVE, TARGET, LSE, OTHER, SHIFT, OWN = (tl.constexpr(row) for row in range(9))
 
-
-def kernel(*changing: str):
-    """triton.jit; integers that change from call to call get no kernel of their own where they are 1 or 16 n."""
-    return triton.jit(do_not_specialize=list(changing))
-
-
 # ---------------------------------------------------------------- kernels: forward
+# do_not_specialize: what changes from call to call gets no kernel of its own where it is 1 or divisible by 16
 
 
 @triton.jit
@@ -51,11 +46,9 @@ def find_members(labels, domains, total, i, N, k):
     return ((domain[:, None] == k) & (label[:, None] >= 0) & (label[:, None] < total)).to(tl.int32), label
 
 
-@kernel("N", "tiles")
-def group_rows(
-    labels, domains, classes, order, slots, owner, groups, count, N, K, tiles,
-    KP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["N", "tiles"])
+def group_rows(labels, domains, classes, order, slots, owner, groups, count, N, K, tiles, KP: tl.constexpr,
+               ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Counting sort by domain, in one program; a label that is not among its domain's classes gets no slot.
 
     order [S] (preset to -1) sample of a slot, slots [N] slot of a sample or -1, owner [tiles] domain of a tile or -1,
@@ -98,11 +91,9 @@ def find_range(classes, domain, low, window):
 
 
 @triton.jit
-def sample_norms(
-    x, w, labels, order, owner, classes, scale, m_ang, m_add, fields, column, copy, S, D, pitch,
-    BY_S: tl.constexpr, BY_ANG: tl.constexpr, BY_ADD: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
+def sample_norms(x, w, labels, order, owner, classes, scale, m_ang, m_add, fields, column, copy, S, D, pitch,
+                 BY_S: tl.constexpr, BY_ANG: tl.constexpr, BY_ADD: tl.constexpr, ROWS: tl.constexpr,
+                 SLOTS: tl.constexpr, WIDTH: tl.constexpr):
     """Of SLOTS slots: copy of x, 1/|x|, s, margins, target cosine (-inf: its class is not here), its class (or -1)."""
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     sample = tl.load(order + slot)
@@ -129,10 +120,9 @@ def sample_norms(
     tl.store(column + slot, tl.where(here, own, -1))
 
 
-@kernel("low", "window")
-def class_norms(
-    w, classes, copy, inverse, D, pitch, low, window, COPY: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["low", "window"])
+def class_norms(w, classes, copy, inverse, D, pitch, low, window, COPY: tl.constexpr, CLASSES: tl.constexpr,
+                WIDTH: tl.constexpr):
     """1/|w_j| of CLASSES classes a program, and their copy in the same pass."""
     k = tl.program_id(1)
     start, size, base = find_range(classes, k, low, window)
@@ -152,12 +142,10 @@ def class_norms(
     tl.store(inverse + start + c, tl.where(square >= TINY, tl.rsqrt(square), 0.0), mask=c < size)
 
 
-@kernel("low", "window", "strip", "part", "parts")
-def cosine_tiles(
-    x, w, inverse, fields, column, owner, classes, out, S, pitch, low, window, strip, part, parts,
-    SMOOTH: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["low", "window", "strip", "part", "parts"])
+def cosine_tiles(x, w, inverse, fields, column, owner, classes, out, S, pitch, low, window, strip, part, parts,
+                 SMOOTH: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+                 WIDTH: tl.constexpr, STAGES: tl.constexpr):
     """out [2 or 3, parts, S]: best cosine, log-sum-exp (and sum) of s c of ROWS samples over `strip` classes of theirs.
 
     The target is left out. Tiles of samples are neighbours in launch order, so that a strip of W comes from memory once
@@ -215,16 +203,13 @@ def margin_target(cos, m, STRAIGHT: tl.constexpr):
     slope = tl.where(low | high, 1.0, cos_m + t * sin_m * tl.rsqrt(tl.maximum(square, 1e-6)))
     if STRAIGHT:
         slope = tl.full(slope.shape, 1.0, tl.float32)
-    return tl.where(m == 0, t, phi), slope
+    return phi, slope
 
 
-@kernel("N", "num_domains")
-def losses(
-    best, lse, total, target, fields, slots, owner, classes, count, step_count, weight, smoothing, loss, per_domain,
-    target_cos, correct, S, N, K, num_domains,
-    BY_SAMPLE: tl.constexpr, STRAIGHT: tl.constexpr, SMOOTH: tl.constexpr, ROWS: tl.constexpr, KP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["N", "num_domains"])
+def losses(best, lse, total, target, fields, slots, owner, classes, count, step_count, weight, smoothing, loss,
+           per_domain, target_cos, correct, S, N, K, num_domains, BY_SAMPLE: tl.constexpr, STRAIGHT: tl.constexpr,
+           SMOOTH: tl.constexpr, ROWS: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr):
     """ℓ of every sample and the sums by domain, in one program: N values are few, and their order stays fixed.
 
     With z = lse⁻ - sφ, q = sigmoid(z) = 1 - p_y and G = w_d / denominator, for the backward pass:
@@ -278,13 +263,10 @@ def losses(
 # ---------------------------------------------------------------- kernels: backward
 
 
-@kernel("first", "low", "window")
-def gradient_tiles(
-    x, w, inverse, fields, column, upstream, owner, groups, classes, gradients, along, S, K, pitch, chunk, first, low,
-    window,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, CLASSES: tl.constexpr, WIDTH: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["first", "low", "window"])
+def gradient_tiles(x, w, inverse, fields, column, upstream, owner, groups, classes, gradients, along, S, K, pitch,
+                   chunk, first, low, window, PRECISION: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr,
+                   CLASSES: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr):
     """P [S, chunk] and along_j = Σ_i P_ij <x_i, w_j> / |w_j|² of HEIGHT samples [S / HEIGHT, chunk].
 
     A tile in which the domain ends is written whole, with zeros for what is not there; tiles past its end are neither
@@ -321,12 +303,10 @@ def gradient_tiles(
     tl.store(along + m.to(tl.int64) * chunk + place, tl.sum(P.to(tl.float32) * dots, 0) * norm_w * norm_w)
 
 
-@kernel("first", "last", "low", "window")
-def sample_products(
-    w, gradients, owner, groups, classes, out, S, K, pitch, chunk, first, last, low, window,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["first", "last", "low", "window"])
+def sample_products(w, gradients, owner, groups, classes, out, S, K, pitch, chunk, first, last, low, window,
+                    PRECISION: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
+                    STEP: tl.constexpr, STAGES: tl.constexpr):
     """out[split, slot] += Σ_j P_ij w_j over a split's share of the chunk; splits fill the GPU where samples are few."""
     m = tl.program_id(0)
     domain = tl.load(owner + m * HEIGHT // ROWS)
@@ -350,12 +330,10 @@ def sample_products(
     tl.store(out, tl.load(out) + sums)
 
 
-@kernel("first", "low", "window")
-def class_products(
-    x, w, gradients, along, groups, classes, out, K, D, pitch, chunk, first, low, window,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, HEIGHT: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr,
-    STEP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["first", "low", "window"])
+def class_products(x, w, gradients, along, groups, classes, out, K, D, pitch, chunk, first, low, window,
+                   ADD: tl.constexpr, PRECISION: tl.constexpr, HEIGHT: tl.constexpr, CLASSES: tl.constexpr,
+                   COLUMNS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr):
     """dw_j = Σ_i P_ij x_i - along_j w_j over every domain that has this range, in their order; 0 without a sample."""
     k = tl.program_id(2)
     start, size, base = find_range(classes, k, low, window)
@@ -397,9 +375,8 @@ def class_tables(ranges: tuple, starts: tuple, totals: tuple, device: torch.devi
     for turn in [ranges, *(turns if len(turns) > 1 else [])]:
         rows = [(a, b if (a, b) in turn else a, number, total, ranges.index((a, b)))
                 for (a, b), number, total in zip(ranges, starts, totals, strict=True)]
-        with torch.inference_mode(False):  # else a first call under inference mode would spoil later training
-            table = torch.tensor(rows, dtype=torch.int64)
-            tables.append(table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table)
+        table = torch.tensor(rows, dtype=torch.int64)
+        tables.append(table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table)
     return tuple(tables)
 
 
@@ -453,10 +430,8 @@ def backward(plan: Plan, x, w, tables, upstream, saved, need_x: bool, need_w: bo
     empty = partial(torch.empty, device=x.device)
     gradients, along = empty(S, chunk, dtype=plan.operand), empty(tiles, chunk)
     sums = torch.zeros(plan.splits, S, pitch, device=x.device) if need_x else None
-    dw = None
-    if need_w:  # rows in no range get 0; what is added to is fp32
-        make = torch.empty_like if plan.covers == len(w) else torch.zeros_like
-        dw = make(w, dtype=torch.float32 if len(turns) > 1 else w.dtype)
+    make = torch.empty_like if plan.covers == len(w) else torch.zeros_like  # rows in no range get 0
+    dw = make(w, dtype=torch.float32 if len(turns) > 1 else w.dtype) if need_w else None  # what is added to is fp32
     if plan.window:
         operand = empty(plan.window * K, pitch, dtype=plan.operand)
     shape = {"PRECISION": plan.precision, "HEIGHT": launch.height, "STAGES": launch.stages}
@@ -478,10 +453,10 @@ def backward(plan: Plan, x, w, tables, upstream, saved, need_x: bool, need_w: bo
                 class_products[(blocks, columns, K)](
                     samples, operand, gradients, along, groups, table, dw, K, D, pitch, chunk, first, *at,
                     ADD=len(turns) > 1, CLASSES=launch.classes, num_warps=launch.class_warps, **steps, **shape)
-    if not need_x:
-        return None, dw.to(w.dtype)
-    v, unit = sums.sum(0)[slots, :D], x.float() * fields[0][slots, None]
-    dx = torch.where((slots >= 0)[:, None], v - (v * unit).sum(1, keepdim=True) * unit, 0.0).to(x.dtype)
+    dx = None
+    if need_x:  # without a slot: -1, which is the last one, and empty where any sample has none
+        v, unit = sums.sum(0)[slots, :D], x.float() * fields[0][slots, None]
+        dx = (v - (v * unit).sum(1, keepdim=True) * unit).to(x.dtype)
     return dx, dw if dw is None else dw.to(w.dtype)
 
 
@@ -493,7 +468,7 @@ class MarginLossFunction(torch.autograd.Function):
         with torch.cuda.device_of(x):  # Triton launches on the current device
             out, saved = forward(plan, x, w, labels, domains, tables, *rest)
         ctx.save_for_backward(x, w, *saved)
-        ctx.plan, ctx.tables = plan, tables
+        ctx.plan, ctx.tables = plan, tables  # tables may be inference tensors of an earlier call, which cannot be saved
         ctx.mark_non_differentiable(*out[1:])
         return out
 
@@ -510,13 +485,10 @@ def margin_loss(embeddings, weight, labels, domains, class_ranges, shard, values
                 step_count, **options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`margin_loss.margin_loss` with every argument as an fp32 tensor: scale and margins [N] where `by_sample`, else
     [K]; weight, smoothing and counts [K]. The options are those of `losses`."""
-    ranges, device = tuple((int(start), int(end)) for start, end in class_ranges), embeddings.device
-    starts, totals = (((0,) * len(ranges), tuple(end - start for start, end in ranges)) if shard is None else
-                      (tuple(shard.start), tuple(shard.total)))
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if embeddings.is_cuda else 132
-    plan = make_plan(*embeddings.shape, ranges, embeddings.dtype, weight.dtype, torch.get_float32_matmul_precision(),
-                     processors)
-    return MarginLossFunction.apply(
-        embeddings.contiguous(), weight.contiguous(), plan, labels.contiguous(), domains.contiguous(),
-        class_tables(ranges, starts, totals, device), values, by_sample, domain_weight, smoothing, step_count,
-        None if shard is None else shard.merge, options)
+    x, w, ranges = embeddings.contiguous(), weight.contiguous(), tuple((int(a), int(b)) for a, b in class_ranges)
+    starts, totals, merge = shard or ((0,) * len(ranges), [end - start for start, end in ranges], None)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+    plan = make_plan(*x.shape, ranges, x.dtype, w.dtype, torch.get_float32_matmul_precision(), processors)
+    tables = class_tables(ranges, tuple(starts), tuple(totals), x.device)
+    return MarginLossFunction.apply(x, w, plan, labels.contiguous(), domains.contiguous(), tables, values, by_sample,
+                                    domain_weight, smoothing, step_count, merge, options)

@@ -6,10 +6,9 @@ Its own tl.dot multiplies the bit patterns as integers, and its conversion from 
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-cast, dot, launch = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, interpreter.GridExecutor.__call__
+cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
 
 def round_to_even(self, src: TensorHandle, dst_type) -> TensorHandle:

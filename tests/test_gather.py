@@ -4,6 +4,7 @@ The Triton kernels run on a GPU where there is one, else through the interpreter
 """
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,16 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from kernels import gather, gather_triton
+from kernels import gather
 from kernels.gather import gather_interleaved
+from train_input import to_images
 
 GPU = torch.cuda.is_available()
 IMPLS = ["torch", "triton"] if find_spec("triton") else ["torch"]
+if find_spec("triton"):
+    from tests import interpreter
 
+    interpreter.repair()
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
@@ -120,10 +125,12 @@ def test_flips_of_any_kind_and_layout(impl):
     b, flip = banks((6, 9, 9)), torch.tensor([True, False, False, True, True, False])
     wide = torch.stack([flip, ~flip], 1)
     rows, zero = torch.arange(6), torch.zeros(12, dtype=torch.long)[::2]
-    expected = run("torch", b, zero, rows, flip=flip, size=5, mean=MEAN, std=STD, dtype=torch.float32)
+    boxes = torch.tensor([[1.0, 0, 8, 9]]).repeat(6, 1)
+    options = {"size": 5, "mean": MEAN, "std": STD, "dtype": torch.float32}
+    expected = run("torch", b, zero, rows, flip=flip, boxes=boxes, **options)
     for kind in (wide[:, 0], wide[:, 0].to(torch.int64) * 7, wide[:, 0].float()):
-        out = run(impl, b, zero, torch.stack([rows, rows], 1)[:, 1], flip=kind, size=5, mean=MEAN, std=STD,
-                  dtype=torch.float32)
+        out = run(impl, b, zero, torch.stack([rows, rows], 1)[:, 1], flip=kind,
+                  boxes=torch.cat([boxes, 0 * boxes], 1)[:, :4], **options)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -164,6 +171,7 @@ def test_a_first_call_under_inference_mode_spoils_nothing(monkeypatch):
 @pytest.mark.parametrize("place, change", [("row", 2), ("row", -1), ("domain", 7), ("domain", -1)])
 def test_wrong_places_on_a_gpu_are_reported_and_read_nothing(place, change, size):
     """The kernel is given what the check on the CPU would have refused."""
+    from kernels import gather_triton
 
     device = "cuda" if GPU else "cpu"
     b = [bank.to(device) for bank in banks((2, 8, 8), (2, 8, 8))]
@@ -180,6 +188,7 @@ def test_wrong_places_on_a_gpu_are_reported_and_read_nothing(place, change, size
 
 @pytest.mark.skipif("triton" not in IMPLS, reason="Triton is not installed")
 def test_wrong_boxes_on_a_gpu_end_as_well():
+    from kernels import gather_triton
 
     device = "cuda" if GPU else "cpu"
     b, zero = [bank.to(device) for bank in banks((2, 8, 8))], torch.zeros(4, dtype=torch.long, device=device)
@@ -208,3 +217,14 @@ def test_bad_arguments(change, error, words):
     gather_interleaved(**call)
     with pytest.raises(error, match=words):
         gather_interleaved(**call | change)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_training_sees_the_pixels_of_evaluation(interpolation):
+    """A whole image of 20 px at 32 px, through train_input and as `train.embed_rows` and evaluate.py resize it."""
+    b, zero = banks((1, 20, 20)), torch.zeros(1, dtype=torch.long)
+    model = SimpleNamespace(image_size=32, mean=MEAN, std=STD, interpolation=interpolation)
+    chunk = SimpleNamespace(banks=b, domain=zero, row=zero, boxes=None, flip=None, augment=lambda images, *_: images)
+    whole = resize(b[0][0].permute(2, 0, 1).float(), [32, 32], InterpolationMode(interpolation), antialias=True)
+    images = to_images(chunk, model, torch.device("cpu"))
+    torch.testing.assert_close(images[0], normalise(whole.clamp(0, 255)), rtol=1e-4, atol=1e-4)
