@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
-# The paper's grid: for every backbone and seed the four schedules, and for every domain two experts: one that sees as
-# many images as a unified run, all of its own domain ("images"), and one that sees its domain as often as a unified
-# run does ("exposure"). Each cell is trained, evaluated and (unified ones) analysed; what is complete is skipped.
+# The grid of the study: for every backbone and seed the four schedules, and for every domain two experts: one trained on
+# as many images as a unified run, all of its own domain ("images"), and one trained on as many images of its domain as a
+# unified run ("exposure"). Each cell is trained, evaluated and, if unified, analysed; complete cells are skipped.
 #   scripts/grid.sh             every cell, one after another, then the summary
 #   scripts/grid.sh list        number and run folder of every cell
-#   scripts/grid.sh summary     the scores of what is there and the verdicts on the abstract's claims
-# CELL=N (or a SLURM array, see scripts/slurm.sbatch) picks one cell. Exit code 75: stopped with a checkpoint, run it
-# again. Everything else is said by environment variables, below with their defaults. A first try, ten minutes on a CPU:
+#   scripts/grid.sh summary     the scores of all evaluated cells and the verdicts on the abstract's claims
+# CELL=N (or a SLURM array, see scripts/slurm.sbatch) selects one cell. Exit code 75: stopped with a checkpoint; run the
+# command again. Environment variables set the rest; their defaults are below. A first trial, ten minutes on a CPU:
 #   python -m data_prep demo --out demo/data
 #   export DATA=demo/data OUT=demo/grid BACKBONES=clip SIZE=tiny SEEDS=0 IMAGES=12800 ANALYZE="--components 24"
-#   export TRAIN="--weights none --image-size 64 --batch 64 --lr 3e-3 --head-lr 1e-2 --layer-decay 1 --scale 24"
+#   export TRAIN="--weights none --image-size 64 --batch 64 --lr 3e-3 --head-lr 1e-2 --layer-decay 1
+#       --loss cosface:s=24;object=softmax:s=24"
 #   scripts/grid.sh
 set -eufo pipefail  # -f: lists are split at spaces, a * in them is no pattern
 cd "$(dirname "$0")/.."
 : "${DATA:=data}" "${OUT:=runs/grid}"
 : "${BACKBONES:=clip eva02 dinov3}" "${SIZE:=large}" "${SEEDS:=0 1 2}"
 : "${MODEL:=}"                    # any timm or open_clip model instead of BACKBONES and SIZE (its weights go into TRAIN)
-: "${DOMAINS:=object face_hq face_lq body}" "${SCHEDULES:=A B sequential alternate}" "${MATCH:=images exposure}"
+: "${DOMAINS:=object face_hq face_lq body}"  # also the order of the sequential run
+: "${SCHEDULES:=A B sequential alternate}" "${MATCH:=images exposure}"
 : "${IMAGES:=2000000}"            # of a unified run, all domains together
 : "${EXPOSURE:=A}"                # whose exposure experts match: A (equal shares; also sequential and alternate), or B
 : "${LAUNCH:=python}"             # e.g. "torchrun --standalone --nproc-per-node=8"
@@ -41,10 +43,10 @@ exposure() {  # images of domain $3 in the unified run of backbone $1, seed $2
     [ "$EXPOSURE" = B ] || { set -- $DOMAINS; echo $((IMAGES / $#)); return; }
     config=$(folder "$1" "$2" B)/config.json
     [ -e "$config" ] || refuse "EXPOSURE=B needs $config: start that cell first"
-    python -c 'import json, sys; print(json.load(open(sys.argv[1]))["counts"][sys.argv[2]])' "$config" "$3"
+    python -c 'import json, sys; print(json.load(open(sys.argv[1]))["facts"]["counts"][sys.argv[2]])' "$config" "$3"
 }
 
-run_cell() {  # called where `set -e` is off: every step says what follows its failure
+run_cell() {  # called where `set -e` is off: every step handles its own failure
     local run options images=$IMAGES code=0 network=(--backbone "$1" --size "$SIZE")
     [ -z "$MODEL" ] || network=(--model "$MODEL")
     run=$(folder "$@")
@@ -60,14 +62,14 @@ run_cell() {  # called where `set -e` is off: every step says what follows its f
         rm -f "$run/STOP"
         $LAUNCH train.py "${network[@]}" --seed "$2" --data "$DATA" --out "$run" --resume \
             "${options[@]}" $TRAIN || code=$?
-        # torchrun makes 1 of every exit code of its processes: a run that was asked to stop is known by its STOP file
+        # torchrun turns every exit code of its processes into 1: a run that was asked to stop is known by its STOP file
         [ $code = 0 ] || [ ! -e "$run/STOP" ] || code=75
         [ $code = 0 ] || return $code
     fi
     [ "$run/eval/results.json" -nt "$run/done.json" ] || python evaluate.py --run "$run" \
         --cache "$OUT/embeddings" $EVALUATE || return  # the untouched backbone is embedded once for all cells
     case $3 in
-        *-*) ;;  # an expert's components serve nobody else
+        *-*) ;;  # an expert has one task: nothing to transfer
         *) [ "$run/analysis/analysis.json" -nt "$run/eval/results.json" ] || python analyze.py --run "$run" \
             --cache "$OUT/embeddings" $ANALYZE ;;
     esac
@@ -75,18 +77,18 @@ run_cell() {  # called where `set -e` is off: every step says what follows its f
 
 summarise() {
     python - "$OUT" <<'PYTHON' || return
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-from evaluate import headlines, read_rows
+from models.runs import read_config
+from reports.rows import headlines, read_rows
 
 out, values = Path(sys.argv[1]), defaultdict(lambda: defaultdict(list))
 for path in sorted(out.glob("*/eval/results.json")):
     name = path.parts[-3].rpartition("-s")[0]
-    config = json.loads((path.parent.parent / "config.json").read_text())
-    network = config["model"] or f"{config['backbone']}-{config['size']}"
+    options, _ = read_config(path.parent.parent / "config.json")
+    network = options["model"] or f"{options['backbone']}-{options['size']}"
     for (domain, split), pair in headlines(read_rows(path.parent)).items():
         for weights, row in pair.items():
             cell = name if weights == "tuned" else f"{network}, untouched"
@@ -120,9 +122,9 @@ case ${1:-} in
     summary) summarise; exit ;;
     ?*) refuse "$1: no such command; want list, summary or nothing" ;;
 esac
-if [ -z "$CELL" ] && [ "$JOBS" -gt 1 ]; then  # what is not complete after this is tried once more below
+if [ -z "$CELL" ] && [ "$JOBS" -gt 1 ]; then  # cells that are incomplete after this are retried below
     export BACKBONES SEEDS DOMAINS SCHEDULES MATCH IMAGES EXPOSURE LAUNCH TRAIN EVALUATE ANALYZE SEQUENTIAL DATA OUT SIZE MODEL
-    # xargs ends at a 255: one cell that was asked to stop stops the others from being started
+    # xargs stops at an exit code of 255: after one cell was asked to stop, no other is started
     printf '%s\n' "${!grid[@]}" | xargs -P "$JOBS" -I{} bash -c 'CELL={} "$0" || { [ $? != 75 ] || exit 255; }' "$0" ||
         exit 75
 fi

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# The small-scale study: one small foundation fine-tuned on all four tasks by schedules A and B, one task after another
-# (sequential), in turn (alternate), and on each task alone (experts: matched in images, and in exposure to their task);
-# everything scored, analysed and turned into verdicts on the abstract's claims: OUT/summary.md, OUT/claims.md and
-# OUT/comparison.
+# The small-scale study: one small backbone is fine-tuned on all four tasks by schedules A and B, one task after another
+# (sequential), one task a step in turn (alternate), and on each task alone (experts, matched in images and in exposure).
+# Every run is evaluated and analysed; the verdicts on the abstract's claims are in OUT/claims.md, the scores in
+# OUT/summary.md and OUT/comparison.
 #   scripts/study.sh DATA_ROOT WEIGHTS
 # DATA_ROOT   prepared splits: face_hq, face_lq, body and object, each with a train split (see scripts/prepare_real.sh)
 # WEIGHTS     safetensors file of MODEL
 # FORM=full     three seeds, 112 pixels, 900 steps of 64 images: for a GPU
 # FORM=reduced  one seed, 96 pixels, 300 steps: for two CPU cores within an hour (default without a GPU)
-# What is complete is skipped, so that the same command goes on after a stop. Everything that scripts/grid.sh reads from the
-# environment (SEEDS, IMAGES, JOBS, OUT, ...) can be given here too.
+# Complete cells are skipped, so that the same command continues after a stop. The environment variables of
+# scripts/grid.sh (SEEDS, IMAGES, JOBS, OUT, ...) work here, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# = 2 ] || { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
@@ -27,11 +27,11 @@ case $FORM in
 esac
 : "${OUT:=runs/study}"
 export SEEDS IMAGES JOBS OUT OMP_NUM_THREADS
-# A small foundation and few images: other rates, scale and margins than the defaults, no layer-wise decay; the
+# A small backbone and few images: other learning rates, scale and margins than the defaults, no layer-wise decay; the
 # same for every cell.
 export TRAIN="--weights $2 --image-size $SIDE --batch 64 --lr 2e-4 --head-lr 1e-3 --layer-decay 1 --margin-ramp 0.3
-    --crop-scale object=0.5,face_hq=0.9,face_lq=0.9,body=0.7 --scale object=30,face_hq=32,face_lq=32,body=32
-    --margin-additive object=0,face_hq=0.2,face_lq=0.2,body=0.2 --cache ram --workers 0 ${TRAIN:-}"
+    --crop-scale object=0.5,face_hq=0.9,face_lq=0.9,body=0.7 --loss cosface:m=0.2,s=32;object=softmax:s=30
+    --cache ram --workers 0 ${TRAIN:-}"
 export SEQUENTIAL="--eval-every $((IMAGES / 64 / 4)) ${SEQUENTIAL:-}"  # at the end of each of the four stages
 scripts/grid.sh
 runs=()

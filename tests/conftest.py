@@ -27,8 +27,8 @@ TINY = ["--backbone", "clip", "--size", "tiny", "--weights", "none", "--image-si
 def script(*arguments, check: int | None = 0, **options) -> subprocess.CompletedProcess:
     """Run a script of the project as a user would; `check` is the exit code to expect (None: any)."""
     result = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, **options,
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, **{"cwd": ROOT} | options,
     )
     assert check is None or result.returncode == check, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result

@@ -12,9 +12,9 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from data_prep.stream import Look, make_images
 from kernels import gather
 from kernels.gather import gather_interleaved
-from train_input import to_images
 
 GPU = torch.cuda.is_available()
 IMPLS = ["torch", "triton"] if find_spec("triton") else ["torch"]
@@ -221,10 +221,9 @@ def test_bad_arguments(change, error, words):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_training_sees_the_pixels_of_evaluation(interpolation):
-    """A whole image of 20 px at 32 px, through train_input and as `train.embed_rows` and evaluate.py resize it."""
+    """A whole image of 20 px at 32 px, as training gets it and as `embed_rows` resizes it."""
     b, zero = banks((1, 20, 20)), torch.zeros(1, dtype=torch.long)
-    model = SimpleNamespace(image_size=32, mean=MEAN, std=STD, interpolation=interpolation)
-    chunk = SimpleNamespace(banks=b, domain=zero, row=zero, boxes=None, flip=None, augment=lambda images, *_: images)
+    chunk = SimpleNamespace(banks=b, domain=zero, row=zero, boxes=None, flip=None, erase=None)
     whole = resize(b[0][0].permute(2, 0, 1).float(), [32, 32], InterpolationMode(interpolation), antialias=True)
-    images = to_images(chunk, model, torch.device("cpu"))
+    images = make_images(chunk, Look(32, MEAN, STD, interpolation), torch.device("cpu"))
     torch.testing.assert_close(images[0], normalise(whole.clamp(0, 255)), rtol=1e-4, atol=1e-4)

@@ -45,7 +45,7 @@ def test_the_grid_on_the_demo_corpus_and_again(demo_root, tmp_path):
     first = grid(**GRID, DATA=demo_root, OUT=out)
     cells = ["A", "object-exposure", "body-exposure"]
     runs = [out / f"clip-tiny-{cell}-s0" for cell in cells]
-    counts = [json.loads((run / "config.json").read_text())["counts"] for run in runs]
+    counts = [json.loads((run / "config.json").read_text())["facts"]["counts"] for run in runs]
     half = IMAGES // 2
     assert counts == [{"object": half, "body": half}, {"object": half}, {"body": half}]
     assert all((run / name).exists() for run in runs for name in ("done.json", "eval/results.json"))
@@ -93,7 +93,7 @@ def test_an_expert_with_the_exposure_of_schedule_b(tmp_path):
     missing = grid(CELL=7, OUT=tmp_path, LAUNCH=stub, EXPOSURE="B", check=2)
     assert missing.stderr == f"error: EXPOSURE=B needs {run}/config.json: start that cell first\n"
     run.mkdir()
-    (run / "config.json").write_text('{"counts": {"face_hq": 321}}')
+    (run / "config.json").write_text('{"facts": {"counts": {"face_hq": 321}}}')
     assert "--domains face_hq --images 321" in grid(CELL=7, OUT=tmp_path, LAUNCH=stub, EXPOSURE="B", check=75).stdout
 
 
