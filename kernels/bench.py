@@ -1,4 +1,5 @@
 """Benchmarks of the kernels: `python -m kernels.bench [margin|gather|compile|check] [--csv FILE]`.
+Copy with it: kernels/.
 
     margin    the multi-domain margin loss against what a user would write: forward, backward, both
     gather    the interleaved gather against indexing and normalising in PyTorch, and against plain copies

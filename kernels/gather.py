@@ -1,5 +1,5 @@
 """The interleaved gather: one normalised batch out of several banks of uint8 images, cropped, resized and flipped.
-To use it elsewhere, copy this file and, for GPUs, gather_triton.py into one package.
+Copy with it: for GPUs kernels/gather_triton.py, into one package.
 
 `gather_interleaved_reference` is the definition, the fallback on every device and the oracle of the tests.
 """

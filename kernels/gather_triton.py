@@ -1,5 +1,5 @@
 """The interleaved gather in Triton: what `gather.gather_interleaved` runs on a GPU; it is defined there.
-To use it elsewhere, copy it with gather.py.
+Copy with it: nothing; kernels/gather.py calls it.
 
 The kernel reads uint8 and writes the finished batch in one pass. A row, domain or box outside the banks makes NaN of
 its output image and leaves its place in `flag`: an assert on the device would end the whole process.

@@ -1,4 +1,6 @@
-"""What the compiler says of every launch of the kernels, without a GPU: registers, spills, shared memory, overlap."""
+"""What the compiler says of every launch of the kernels, without a GPU: registers, spills, shared memory, overlap.
+Copy with it: kernels/.
+"""
 
 import re
 import subprocess

@@ -1,5 +1,5 @@
 """Sizes of the margin loss's launches: what the host decides, from shapes and class ranges alone (no Triton needed).
-To use it elsewhere, copy it with margin_loss.py and margin_triton.py.
+Copy with it: nothing; kernels/margin_triton.py calls it.
 """
 
 from functools import lru_cache

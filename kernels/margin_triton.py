@@ -1,5 +1,5 @@
 """The margin loss in Triton: what `margin_loss.margin_loss` runs on a GPU; its formulas are defined there.
-To use it elsewhere, copy it with margin_loss.py and margin_plan.py.
+Copy with it: kernels/margin_plan.py; kernels/margin_loss.py calls it.
 
 One call is
 
