@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import ROOT
 
 SCRIPTS = ("train.py", "evaluate.py", "analyze.py")
-LEVELS = ("kernels", "data_prep", "models", "protocols", "reports", "tools", "scripts")  # who may import those before it
+LEVELS = ("kernels", "data_prep", "models", "protocols", "reports", "tools", "scripts")  # each imports those before it
 TOP = {*SCRIPTS, "kernels", "data_prep", "models", "protocols", "reports", "tools", "scripts", "docs", "tests",
        "README.md", "LICENSE", "Makefile", "pyproject.toml", "requirements.txt", "requirements-dev.txt",
        "constraints.txt"}
@@ -122,7 +122,8 @@ def test_a_file_says_what_to_copy_with_it(name):
     """Below the first line of its docstring: files, or folders of which any are needed."""
     lines = [line for line in (ast.get_docstring(tree(name)) or "").splitlines() if line] + ["", ""]
     assert lines[1].startswith("Copy with it: "), f"{name}: {lines[1]}"
-    said = set(re.findall(r"[\w/]+(?:\.py|/)", lines[1].partition(";")[0] + " " + lines[2] * (not lines[1].endswith("."))))
+    text = lines[1].partition(";")[0] + (" " + lines[2] if not lines[1].endswith(".") else "")
+    said = set(re.findall(r"[\w/]+(?:\.py|/)", text))
     for other in closure(name) - {name}:
         assert any(other == place or (place.endswith("/") and other.startswith(place)) for place in said), (name, other)
 
