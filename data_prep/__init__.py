@@ -1,5 +1,6 @@
 """Data preparation: images in any published layout become uniform, verified shards (`python -m data_prep --help`)."""
 
+import csv
 import dataclasses
 import errno
 import fcntl
@@ -406,6 +407,28 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path}: damaged (no JSON object): restore it, or run the stage that wrote it again")
     return value
+
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a formula in a spreadsheet
+
+
+def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> None:
+    """A list of like dictionaries as CSV with a header, atomically; `columns`: of a table that may be empty.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe before it; numbers, negative ones too, do not.
+    """
+
+    def plain(value: Any) -> Any:
+        formula = isinstance(value, str) and value[:1] in FORMULA
+        return f"'{value}" if formula and not re.fullmatch(r"[-+][\d.]+(e[-+]?\d+)?", value) else value
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.DictWriter(file, columns or list(table[0]))
+            writer.writeheader()
+            writer.writerows({key: plain(value) for key, value in row.items()} for row in table)
+
+    write_atomically(path, write)
 
 
 @contextmanager

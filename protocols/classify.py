@@ -1,4 +1,7 @@
-"""Objects: nearest class mean, k-NN, linear probe, trained class weights, CLIP's prompts."""
+"""Objects: nearest class mean, k-NN, linear probe, trained class weights, CLIP's prompts.
+
+Copy with it: protocols/bootstrap.py, protocols/embed.py, protocols/search.py, models/, kernels/, data_prep/.
+"""
 
 import hashlib
 import json
@@ -13,9 +16,9 @@ import torch
 from data_prep import InputError
 from data_prep.format import Split, fingerprint
 from models.backbones import text_weights
-from protocols.bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
+from protocols.bootstrap import Figure, Unscorable, bootstrap_counts, intervals, weighted_mean
 from protocols.embed import Embedder, keep
-from protocols.search import Unscorable, take_rows
+from protocols.search import take_rows
 
 
 def class_means(x: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Listed pairs: 10-fold verification, templates (IJB-B/C, with their 1:N), and the yardstick that every split gets."""
+"""Listed pairs: 10-fold verification, and the yardstick that every split gets.
+
+Copy with it: protocols/bootstrap.py, data_prep/__init__.py, data_prep/format.py.
+"""
 
 import math
 from collections.abc import Iterator
@@ -6,8 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_prep.format import Split, matched_pairs
-from protocols.bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
-from protocols.search import Unscorable
+from protocols.bootstrap import Figure, Unscorable, bootstrap_counts, intervals, weighted_mean
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 SCORE_BINS = np.linspace(-1, 1, 51)  # of the score distributions
@@ -183,9 +185,6 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
         found[f"{folded}, thresholds 0 to 4 by 0.001 on the squared distance, interpolated to the FAR of the other "
               "folds"] = intervals(lambda w: grid_tar(scores, same, folds, w), pair_weights(), len(pairs), people)
     return found, {"far": far, "tar": tar, **spread}
-
-
-# ---------------------------------------------------------------- templates
 
 
 # ---------------------------------------------------------------- one yardstick for all

@@ -1,4 +1,8 @@
+"""Templates of IJB-B and IJB-C: listed pairs (1:1) and search in galleries (1:N).
 
+Copy with it: protocols/bootstrap.py, protocols/pairs.py, protocols/search.py, data_prep/__init__.py,
+data_prep/format.py.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,9 +13,9 @@ import scipy.sparse
 import torch
 
 from data_prep.format import Split
-from protocols.bootstrap import Figure, bootstrap_counts, intervals, normalise, weighted_mean
+from protocols.bootstrap import Figure, Unscorable, bootstrap_counts, intervals, normalise, weighted_mean
 from protocols.pairs import BINS, FARS, SCORE_BINS, tar_at_far
-from protocols.search import FPIRS, Unscorable, mates_in, score_blocks, search_gallery, tpir_at_fpir
+from protocols.search import FPIRS, mates_in, score_blocks, search_gallery, tpir_at_fpir
 
 
 @dataclass

@@ -1,24 +1,23 @@
 """Rows of results: from splits to figures to results.json, results.csv and the pages of a report."""
 
-import csv
 import hashlib
 import json
 import math
-import re
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import InputError, literal, write_atomically
+from data_prep import InputError, literal, write_atomically, write_csv
 from data_prep.format import ROLES, Split, fingerprint
 from models.runs import Run
-from protocols.bootstrap import FEW, Figure, gap, normalise, retention
+from protocols.bootstrap import FEW, Figure, Unscorable, gap, normalise, retention, say_once
 from protocols.classify import Readouts, score_classification
 from protocols.embed import Embedder
+from protocols.humans import Rating
 from protocols.pairs import FARS, score_pairs, score_verification
-from protocols.search import Unscorable, describe_variant, gallery_rule, origin_of, say_once, score_gallery, variants_of
+from protocols.search import describe_variant, gallery_rule, origin_of, score_gallery, variants_of
 from protocols.templates import score_templates
 
 # the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
@@ -308,6 +307,23 @@ def make_unified_rows(run: str, splits: list[Split], figures: dict[str, dict], f
             for row in rows_of(run, weights, domain, "everything", protocol, found)]
 
 
+def make_human_rows(run: str, ratings: list[Rating], splits: dict[str, Split], figures: dict[str, dict],
+                    flip: bool) -> Results:
+    """The rows of `score_humans`, by weights: of each split, of "all splits" of a domain, and of domain "all"."""
+    rows: Results = []
+    for weights, found in figures.items():
+        for place, by_metric in found.items():
+            some = [r for r in ratings if place in (r.split, r.split.split("/")[0], "everything")]
+            told = hashlib.sha256(repr(sorted((r.split, *sorted((r.left, r.right)), r.rater, r.value)
+                                              for r in some)).encode()).hexdigest()[:8]
+            sets = " + ".join(f"{name} {fingerprint(splits[name])}" for name in sorted({r.split for r in some}))
+            protocol = f"human trials, ratings {told}, sets {sets}, {'flip' if flip else 'no flip'}"
+            domain, _, split = ("all/human trials" if place == "everything" else place).partition("/")
+            split = split or "all splits"
+            rows += rows_of(run, weights, domain, split, protocol, by_metric)
+    return rows
+
+
 def headlines(rows: list[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     """{(domain, split): {weights: its headline row}} in the order of the rows."""
     found: dict = {}
@@ -362,9 +378,6 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
     return lines
 
 
-# ---------------------------------------------------------------- people on the same trials
-
-
 def write_rows(folder: Path, rows: list[Row]) -> None:
     """results.json and results.csv: the same rows."""
     table = [asdict(row) for row in rows]
@@ -385,28 +398,6 @@ def write_draws(folder: Path, results: Results, seed: int, weights: str | None =
                                 weights=weights or "")
 
     write_atomically(folder / "draws.npz", write)
-
-
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a formula in a spreadsheet
-
-
-def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> None:
-    """A list of like dictionaries as CSV with a header, atomically; `columns`: of a table that may be empty.
-
-    Text that a spreadsheet would take for a formula gets an apostrophe before it; numbers, negative ones too, do not.
-    """
-
-    def plain(value):
-        formula = isinstance(value, str) and value[:1] in FORMULA
-        return f"'{value}" if formula and not re.fullmatch(r"[-+][\d.]+(e[-+]?\d+)?", value) else value
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.DictWriter(file, columns or list(table[0]))
-            writer.writeheader()
-            writer.writerows({key: plain(value) for key, value in row.items()} for row in table)
-
-    write_atomically(path, write)
 
 
 def read_rows(folder: Path) -> list[Row]:

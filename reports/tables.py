@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep import DOMAINS, InputError, literal, read_lines, write_atomically
+from reports.rows import Row, show_value
 
-PUBLISHED = Path(__file__).parent.parent / "protocols" / "published"  # humans.csv, experts.csv: figures whose source was checked, no others
+PUBLISHED = Path(__file__).parent.parent / "protocols" / "published"  # figures whose source was checked
 
 
 # ---------------------------------------------------------------- published figures
@@ -126,6 +127,46 @@ def show_published(found: list[tuple[Published, str, object]]) -> list[str]:
             same = "yes" if row and one.comparable(row.protocol) else "no"
             lines.append(f"| {literal(name)} | {one.metric} | {own} | {100 * one.value:.2f} | {one.who} | {same} | "
                          f"{one.protocol} | {one.source} |")
+    return lines
+
+
+# ---------------------------------------------------------------- people on the same trials
+
+
+def human_rows(rows: list[Row]) -> dict[tuple[str, str], dict[str, dict[str, Row]]]:
+    """{(domain, split): {weights: {metric: row}}} of the human trials."""
+    found: dict = {}
+    for row in rows:
+        if row.protocol.startswith("human trials,"):
+            found.setdefault((row.domain, row.split), {}).setdefault(row.weights, {})[row.metric] = row
+    return found
+
+
+def human_verdict(difference: Row) -> str:
+    """What "model minus human AUC" says."""
+    return "above humans" if difference.low > 0 else "below humans" if difference.high < 0 else "undecided"
+
+
+def show_humans(rows: list[Row]) -> list[str]:
+    """Lines of report.md; none where there are no human trials."""
+    found = human_rows(rows)
+    if not found:
+        return []
+    lines = ["", "## Human trials", "", "People and model on identical pairs: AUC of the ratings (-3 to +3) and of the "
+             "cosine, chance 50. Intervals resample who and what is on the pictures; the raters are these, not a "
+             "sample of mankind. All splits: the mean over those of a domain; everything: over the domains; of the "
+             "raters who did them all.", "",
+             "| split | pairs | raters | people: mean (range) | weights | model | model minus people | beaten | |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for (domain, split), by_weights in found.items():
+        for weights, by_metric in by_weights.items():
+            each = [row.value for metric, row in by_metric.items() if metric.startswith("AUC of rater ")]
+            people, lead = by_metric["human AUC (mean of raters)"], by_metric["model minus human AUC"]
+            name = "everything" if domain == "all" else literal(f"{domain}/{split}")
+            reach = f"{100 * min(each):.1f} to {100 * max(each):.1f}"
+            lines.append(f"| {name} | {people.count} | {len(each)} | {show_value(people)} ({reach}) | {weights} "
+                         f"| {show_value(by_metric['AUC on human trials'])} | {show_value(lead)} "
+                         f"| {100 * by_metric['share of raters beaten'].value:.0f} % | {human_verdict(lead)} |")
     return lines
 
 

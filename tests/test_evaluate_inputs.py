@@ -14,19 +14,21 @@ import click
 import numpy as np
 import pytest
 
-import evaluate
 import protocols.classify
 import reports.plots
+import tools.leaks
 import train
-from data_prep import InputError, hash_file, literal, lock_folder
+from data_prep import InputError, hash_file, literal, lock_folder, write_csv
 from data_prep.degrade import degraded_split
 from data_prep.format import Record, Source, Split, open_root
 from data_prep.write import write_split
 from models.runs import Run, find_run, load_foundation, provenance
-from protocols.bootstrap import Figure, normalise
+from protocols.bootstrap import Figure, normalise, say_once
 from protocols.classify import Readouts, class_means, fit_probe, nearest_mean, nearest_neighbours
+from protocols.humans import RATING_COLUMNS
 from protocols.pairs import FARS
-from protocols.search import make_members, name_identities, say_once, score_gallery, score_unified
+from protocols.search import name_identities, score_gallery
+from protocols.unified import make_members, score_unified
 from reports.rows import (
     Row,
     make_unified_rows,
@@ -34,7 +36,6 @@ from reports.rows import (
     score,
     show_value,
     unsupported_fars,
-    write_csv,
     write_draws,
     write_rows,
 )
@@ -43,7 +44,6 @@ from tests.conftest import script
 from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_protocols import write_run
 from tools.compare import Scored, refuse_unshared, start_of
-from tools.trials import RATING_COLUMNS
 
 OPTIONS = ["--bootstrap", "3", "--workers", "0", "--device", "cpu"]
 NO_READOUTS = Readouts({}, 0, {}, [])
@@ -133,7 +133,7 @@ def test_leaks_tell_the_first_headline_of_each_split(demo_root, run, tmp_path, m
     copy_of(base, root / "body/sets", rows, {"name": "templates"}, template=list(range(12)), tables={
         "template_pairs": np.array([(a, b, labels[a] == labels[b]) for a in range(12) for b in range(a)])})
     leaks = [{"split": name, "row": 11} for name in ("body/reid", "body/sets")]
-    monkeypatch.setattr(evaluate, "find_leaks", lambda *_: (leaks, []))
+    monkeypatch.setattr(tools.leaks, "find_leaks", lambda *_: (leaks, []))
     leaks_here(run, root)
     rows = [Row(**row) for row in json.loads((run / "eval/leaks.json").read_text())]
     ranks = [row for row in rows if row.metric == "rank-1"]
@@ -152,7 +152,7 @@ def test_leaks_that_find_nothing_leave_nothing_of_others(demo_root, run, tmp_pat
     (run / "eval").mkdir()
     for name in ("leaks.csv", "leaks.json", "leaks-sheet.png"):
         (run / "eval" / name).write_text("older")
-    monkeypatch.setattr(evaluate, "find_leaks", lambda *_: ([], []))
+    monkeypatch.setattr(tools.leaks, "find_leaks", lambda *_: ([], []))
     assert leaks_here(run, root, "--cache", tmp_path / "cache") == []
     assert (run / "eval/leaks.csv").read_text().strip() == (
         "split,row,key,identity,cosine,train_split,train_key,train_identity")

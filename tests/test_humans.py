@@ -24,14 +24,14 @@ from data_prep import InputError, read_lines
 from data_prep.__main__ import cli
 from data_prep.format import Split
 from protocols.bootstrap import bootstrap_counts, intervals, weighted_mean
-from protocols.humans import human_verdict, score_humans
-from protocols.pairs import score_verification
-from protocols.templates import SCORE_BINS
+from protocols.humans import RATING_COLUMNS, Rating, find_row, read_ratings, score_humans
+from protocols.pairs import SCORE_BINS, score_verification
 from reports.rows import Row, rows_of, write_draws, write_rows
 from reports.tables import (
     beside,
     datasets_of,
     draw_stages,
+    human_verdict,
     read_published,
     read_stages,
     show_published,
@@ -41,7 +41,7 @@ from reports.tables import (
 from tests.conftest import TINY, script
 from tests.test_train import spoil_jpeg
 from tools.compare import margin
-from tools.trials import RATING_COLUMNS, Rating, draw_pairs, draw_trials, find_row, read_ratings
+from tools.trials import draw_pairs, draw_trials
 
 CHROMIUM, DRIVER = (next(filter(None, map(shutil.which, names)), None)
                     for names in (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)))

@@ -19,6 +19,7 @@ from scipy.interpolate import interp1d
 import protocols.embed
 import protocols.pairs
 import protocols.search
+import protocols.templates
 import tools.leaks
 from data_prep import InputError, literal
 from data_prep.__main__ import cli
@@ -26,12 +27,12 @@ from data_prep.format import Split
 from protocols.bootstrap import bootstrap_counts, normalise
 from protocols.classify import Readouts
 from protocols.embed import Embedder, map_copy
-from protocols.humans import make_human_rows, score_humans, show_humans
+from protocols.humans import score_humans
 from protocols.pairs import grid_tar, score_verification
 from protocols.search import describe_variant, gallery_rule, score_blocks, score_gallery, search_shots, variants_of
 from protocols.templates import Templates, highest_wrong, score_legacy_search, score_template_search, score_templates
-from reports.rows import Row, score
-from reports.tables import to_html
+from reports.rows import Row, make_human_rows, score
+from reports.tables import show_humans, to_html
 from tests.test_definitions import classified
 from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_humans import FACES, THINGS, Fake, rate, vectors
@@ -335,7 +336,7 @@ def test_resamplings_of_the_legacy_search_equal_repeated_probes(monkeypatch):
     rows, probes, kept = np.arange(6), np.arange(6, 66), []
     templates.identity[6:36], templates.vectors[6:36] = 0, templates.vectors[1]  # of 0, all taken for 1
     highest = highest_wrong
-    monkeypatch.setattr(protocols.pairs, "highest_wrong", lambda *a: kept.append(a[4]) or highest(*a))
+    monkeypatch.setattr(protocols.templates, "highest_wrong", lambda *a: kept.append(a[4]) or highest(*a))
     found = score_legacy_search(templates, [rows[:3], rows[3:]], probes, 40, 2)
     identity = templates.identity[probes]
     for draw, counts in enumerate(bootstrap_counts(identity, 40, 2)):
@@ -352,7 +353,7 @@ def test_the_highest_scores_of_others_equal_a_whole_sort(most, monkeypatch):
     x = rng.integers(-3, 4, (90, 4)).astype(float)  # ties
     probes, gallery, labels = np.arange(50), np.arange(50, 90), rng.integers(0, 9, 90)
     blocks = score_blocks
-    monkeypatch.setattr(protocols.pairs, "score_blocks", lambda x, p, g, size, device: blocks(x, p, g, 7 * 40, device))
+    monkeypatch.setattr(protocols.templates, "score_blocks", lambda x, p, g, size, device: blocks(x, p, g, 7 * 40, device))
 
     def mates(probe):
         return np.flatnonzero(labels[gallery] == labels[probe]), np.zeros(0, int)

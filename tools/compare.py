@@ -6,12 +6,21 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, hash_file, literal
+from data_prep import (
+    DOMAIN_COLOURS,
+    DOMAINS,
+    InputError,
+    hash_file,
+    literal,
+    make_folder,
+    write_atomically,
+    write_csv,
+)
 from models.runs import FREE_ON_RESUME, join_config, weights_of
 from protocols.bootstrap import Figure
 from reports.plots import COLOURS
 from reports.rows import FEW_NOTE, Row, mark, read_rows
-from reports.tables import save_figure
+from reports.tables import save_figure, write_text
 
 
 @dataclass
@@ -357,3 +366,46 @@ def show_comparison(table: list[dict]) -> str:
         cells = [name, metric, f"{runs} ({row['weights']})", value, spread, lead, f"{row['count']:,}", protocol]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def write_comparison(runs: tuple[Path, ...], weights: str | None, splits: set[str], delta: float | None, out: Path
+                     ) -> None:
+    """`evaluate.py compare`: comparison.md, .csv, .json and .png.
+
+    Args:
+        runs: folders; the first, with its seeds, is what the others are compared with.
+        weights: whose figures (None: tuned where a run has them).
+        splits: "domain/split" (none: all that the runs share).
+        delta: of non-inferiority; the runs after the first are then its experts.
+    """
+    experts = delta is not None
+    if experts:
+        scored = [read_scored(folder, "tuned") for folder in runs]
+    elif len(runs) == 1:
+        if weights:
+            raise InputError("--weights chooses between the figures of several runs: leave it out with one run")
+        scored = [read_scored(runs[0], which) for which in ("foundation", "tuned")]
+    else:
+        scored = [read_scored(folder, weights) for folder in runs]
+    groups: dict[str, list[Scored]] = {}
+    for one in scored:
+        groups.setdefault(one.recipe, []).append(one)
+    first, *others = groups.values()
+    if experts and not others:
+        raise InputError("--experts: want RUN and at least one expert of its domains")
+    refuse_unshared(splits, [first, *others], experts)
+    table = compare_experts(first, others, splits, delta) if experts else compare_groups([first, *others], splits)
+    make_folder(out, "--out")
+    text = show_experts(table, first[0].config.get("domains", [])) if experts else show_comparison(table)
+    if experts:
+        draw_experts(out / "comparison.png", table)
+    else:
+        shown = [row.weights for row, _ in first[0].found.values()]
+        untouched = [row for row in read_rows(first[0].folder / "eval") if row.weights == "foundation"]
+        draw_comparison(out / "comparison.png", table, untouched if "foundation" not in shown else [])
+    write_atomically(out / "comparison.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
+    write_csv(out / "comparison.csv", table)
+    write_text(out / "comparison.md", text)
+    if not experts:  # every figure is in the files; a terminal gets those that stand for their protocols
+        text = show_comparison([row for row in table if row["headline"]] or table)
+    print(text + f"written: {out}/comparison.md, .csv, .json and .png")
