@@ -33,13 +33,13 @@ from tqdm import tqdm
 
 from data_prep import (
     DOMAIN_LIST, DOMAINS, MIX_RAMP, SEVERITY, GroupedHelp, InputError, MixRamp, Number, add_options, append, as_texts,
-    lock_folder, make_folder, one_or_per_domain, option, per_domain, progress, refuse_options, replay_config, run_command,
-    write_atomically, write_json, writing,
+    lock_folder, make_folder, one_or_per_domain, option, per_domain, progress, refuse_options, replay_config,
+    run_command, write_atomically, write_json, writing,
 )
 from data_prep.format import Split, matched_pairs, named_splits, open_root, open_training, ordered_tests
-from data_prep.stream import LOADERS, Feed, Stream, decode_split, free_bytes, too_large
+from data_prep.stream import LOADERS, Feed, Stream, batch_too_large, decode_split, too_large
 from models import runs
-from models.adapt import RunningAverage, add_drop_path, add_low_rank
+from models.adapt import AutocastModel, RunningAverage, add_drop_path, add_low_rank
 from models.backbones import BACKBONES, RECIPES, SIZES, Backbone, Network, embed_rows, load_backbone, resolve_backbone
 from models.head import LOSS_TYPE, MANY_CLASSES, HeadSettings, Loss, MarginHead, show_loss, starting_weights
 from models.runs import Ranks, join_ranks, pick_device
@@ -48,7 +48,6 @@ from reports.training import Tally, TrainingLog, add_to_totals, draw_samples, em
 MIN_RATE = 0.01  # of the peak learning rate, at the end of the cosine
 CLIP = 1.0  # gradient norm above which a step is scaled down
 MOST_STEPS = 10_000_000  # of a run, which is planned whole
-
 # ---------------------------------------------------------------- options
 
 
@@ -57,8 +56,8 @@ class Options:
     """Everything that can be said of a run. Default < recipe of the backbone < --config < command line."""
 
     data: str = option("data", "data", str, "Data root: DIR/<domain>/train holds the shards.", metavar="DIR")
-    domains: list[str] | None = option("data", None, DOMAIN_LIST, "Subset of the four domains (default: all);"
-                                       " --schedule sequential takes them in this order.")
+    domains: list[str] | None = option("data", None, DOMAIN_LIST, "Which domains (default: all four); --schedule "
+                                       "sequential takes them in this order.")
     crop_scale: dict[str, float] = option("data", "object=0.35,face_hq=0.8,face_lq=0.8,body=0.8", per_domain(0.01, 1),
                                           "Least area of the random crop, per domain; 1: none.")
     erase: dict[str, float] = option("data", "0", per_domain(0, 1), "Chance of erasing a patch, per domain; "
@@ -73,10 +72,8 @@ class Options:
                                   "weights are loaded, its recipe fills what is not given.")
     size: str = option("model", "large", click.Choice(SIZES), "Size within the family.")
     model: str | None = option("model", None, str, "Any timm or open_clip NAME (or NAME/TAG) instead of --backbone.")
-    weights: str = option("model", "pretrained", str, "'pretrained' (downloads), 'none' (random start), FILE or FILE:NAME "
-                          "(one of its sets of weights).")
-    image_size: int | None = option("model", None, click.IntRange(16, 4096), "Input side in pixels (default: 224, "
-                                    "DINOv3 256, --model: its own).")
+    weights: str = option("model", "pretrained", str, "'pretrained' (downloads), 'none' (random), FILE or FILE:NAME.")
+    image_size: int | None = option("model", None, click.IntRange(16, 4096), "Input side in pixels (default: its own).")
     embed_dim: int = option("model", 0, click.IntRange(0, 65536), "Width of a linear layer at the end; 0: none.")
     lora: int = option("model", 0, click.IntRange(0, 4096), "Rank of low-rank updates of the attention's projections, "
                        "trained instead of the network; 0: off.")
@@ -86,11 +83,9 @@ class Options:
     schedule: str = option("schedule", "B", click.Choice(["A", "B", "alternate", "sequential"]),
                            "A: one domain a batch, a step after each round. B: every batch blended.")
     batch: int = option("schedule", 256, click.IntRange(1, 1 << 36), "Images per optimiser step.")
-    micro_batch: int | None = option("schedule", None, click.IntRange(1), "At most so many images per forward pass "
-                                     "(default: the batch).")
+    micro_batch: int | None = option("schedule", None, click.IntRange(1), "Images per forward pass, at most.")
     images: int | None = option("schedule", None, click.IntRange(1, 1 << 48), "Length of the run, in images.")
-    epochs: float | None = option("schedule", None, Number(0, 1e9, min_open=True), "Length as passes over the largest "
-                                  "domain (default: 10).")
+    epochs: float | None = option("schedule", None, Number(0, 1e9, min_open=True), "Or passes of the largest domain.")
     mix: float | dict[str, float] = option(
         "schedule", "0.5", one_or_per_domain(0, 1e12), "Shares of schedule B: one number T for shares ∝ (images)^T (0: "
         "equal, 1: proportional), or object=1,face_hq=2,...")
@@ -119,13 +114,11 @@ class Options:
     layer_decay: float = option("optimiser", 0.8, Number(0, 1), "Factor on the learning rate per layer downwards.")
     weight_decay: float = option("optimiser", 0.05, Number(0), "AdamW weight decay of the backbone's matrices.")
     warmup: float = option("optimiser", 0.05, Number(0, 1), "Fraction of the steps over which the learning rate rises.")
-    ema: float = option("optimiser", 0.0, Number(0, 1, max_open=True), "Export the running average of the weights with "
-                        "this decay, e.g. 0.9998; 0: off.")
+    ema: float = option("optimiser", 0.0, Number(0, 1, max_open=True), "Decay of the exported running average.")
     seed: int = option("optimiser", 0, click.IntRange(0, 2**62 - 1), "Of the start, the data order and every draw.")
 
     device: str = option("machine", "auto", str, "auto, cpu or cuda; under torchrun each process takes its own GPU.")
-    precision: str = option("machine", "auto", click.Choice(["auto", "fp32", "bf16"]), "bf16 autocast of the backbone; "
-                            "auto: where CUDA has it.")
+    precision: str = option("machine", "auto", click.Choice(["auto", "fp32", "bf16"]), "auto: bf16 where CUDA has it.")
     compile: bool = option("machine", False, bool, "torch.compile: minutes at the start, then faster steps.")
     grad_checkpointing: bool = option("machine", False, bool, "Recompute activations in backward: less memory, slower.")
 
@@ -135,13 +128,11 @@ class Options:
     log_every: int = option("logging", 10, click.IntRange(1), "Steps between lines of log.jsonl.")
     eval_every: int = option("logging", 0, click.IntRange(0), "Steps between same/different AUCs of 2,000 fixed images "
                              "per domain; 0: never.")
-    splits: str | None = option("logging", None, str, "Comma-separated domain/split for --eval-every (default: a test split "
-                                "of each domain and one out of distribution).", metavar="NAMES")
+    splits: str | None = option("logging", None, str, "domain/split,... for --eval-every (default: one a domain).")
     save_every: int = option("logging", 500, click.IntRange(1), "Steps between checkpoints.")
     keep: int = option("logging", 0, click.IntRange(0), "Checkpoints that stay in RUN/checkpoints, one an --eval-every "
                        "(else --save-every): the newest and the best by --eval-every.")
-    conflict_every: int = option("logging", 0, click.IntRange(0), "Steps between looks at how the gradients of domains "
-                                 "conflict (conflict.png); 0: never.")
+    conflict_every: int = option("logging", 0, click.IntRange(0), "Steps between looks at conflicting gradients.")
 
     @property
     def trained(self) -> list[str]:
@@ -328,19 +319,6 @@ def rate(step: int, steps: int, warmup: float) -> float:
 
 
 # ---------------------------------------------------------------- model and optimiser
-
-
-class AutocastModel(nn.Module):
-    """The model's forward pass in the precision of --precision, embeddings included: some networks end in float32."""
-
-    def __init__(self, model: Backbone, bf16: bool, device: torch.device) -> None:
-        super().__init__()
-        self.model, self.bf16, self.device = model, bf16, device.type
-
-    def forward(self, images: Tensor) -> Tensor:
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
-            x = self.model(images)
-        return x.bfloat16() if self.bf16 else x
 
 
 def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> torch.optim.AdamW:
@@ -636,7 +614,7 @@ def probe_splits(options: Options) -> list[Split]:
 
 
 def probe(job: Job, count: int = 2000) -> dict[str, float]:
-    """Same/different AUC of `count` fixed images of each of job.fixed, on matched numbers of random pairs; chance is 0.5."""
+    """Same/different AUC of `count` images of each of job.fixed, on matched numbers of random pairs; chance is 0.5."""
     from sklearn.metrics import roc_auc_score
 
     scores = {}
@@ -790,6 +768,11 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
     fixed = probe_splits(options) if options.eval_every else []
     model = build_model(options, device)
     check_memory(options, splits, model.image_size, device, ranks)
+    for split in splits:
+        if model.image_size > split.size:
+            print(f"  {split.domain}/{split.name}: images of {split.size} px are enlarged to {model.image_size} px")
+    if options.shard_head and ranks.world == 1:
+        print("  --shard-head: one process holds all class weights")
     if found == "nothing" and ranks.rank == 0:
         make_folder(folder, "--out")
         counts = dict(zip(options.trained, plan.sum((0, 1)).tolist(), strict=True))
@@ -804,17 +787,10 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
 
 
 def check_memory(options: Options, splits: list[Split], image_size: int, device: torch.device, ranks: Ranks) -> None:
-    """Say what is enlarged and who holds the head; refuse a batch or a --cache that the memory does not hold."""
-    for split in splits:
-        if image_size > split.size:
-            print(f"  {split.domain}/{split.name}: images of {split.size} px are enlarged to {image_size} px")
-    if options.shard_head and ranks.world == 1:
-        print("  --shard-head: one process holds all class weights")
+    """Refuse a batch or a --cache that the memory does not hold."""
     images = min(options.micro_batch or options.batch, -(-options.batch // ranks.world))
-    side, have = max(split.size for split in splits), free_bytes(torch.device("cpu"))
-    if (need := images * 3 * (side**2 + 4 * image_size**2)) > have:  # decoded bytes and the network's float32
-        raise InputError(f"--batch {options.batch}: {images:,} images at a time take {need / 2**30:,.1f} GiB and "
-                         f"{have / 2**30:,.1f} GiB are free: lower --micro-batch or --batch")
+    if why := batch_too_large(splits, images, image_size):
+        raise InputError(f"--batch {options.batch}: {why}: lower --micro-batch or --batch")
     if options.cache != "none":
         why = too_large(splits, device if options.cache == "gpu" else torch.device("cpu"))
         if ranks.any(bool(why)):  # nobody begins before all have looked

@@ -438,6 +438,14 @@ def too_large(splits: list[Split], device: torch.device) -> str:
         if need * copies > 0.8 * have else ""
 
 
+def batch_too_large(splits: list[Split], images: int, image_size: int) -> str:
+    """Why so many images at a time do not fit the memory, as decoded bytes and as the network's float32; "" if so."""
+    need = images * 3 * (max(split.size for split in splits) ** 2 + 4 * image_size**2)
+    have = free_bytes(torch.device("cpu"))
+    return f"{images:,} images at a time take {need / 2**30:,.1f} GiB and {have / 2**30:,.1f} GiB are free" \
+        if need > have else ""
+
+
 def decode_split(split: Split, device: torch.device, workers: int, quiet: bool) -> tuple[torch.Tensor, np.ndarray]:
     """Every image of a split, uint8 [M, S, S, 3] on the device, and which could be read, bool [M]."""
     bank = torch.zeros(len(split), split.size, split.size, 3, dtype=torch.uint8, device=device)

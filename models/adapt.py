@@ -1,4 +1,4 @@
-"""What of a backbone is trained, and how its weights are averaged: LoRA, stochastic depth, running averages.
+"""How a backbone is trained: LoRA, stochastic depth, running averages of its weights, bfloat16.
 
 Copy with it: models/backbones.py.
 """
@@ -100,3 +100,16 @@ class RunningAverage:
         """Exchange the parameters and their averages."""
         for parameter, average in zip(self.parameters, self.values, strict=True):
             parameter.data, average.data = average.data, parameter.data
+
+
+class AutocastModel(nn.Module):
+    """The model's forward pass in the precision of --precision, embeddings included: some networks end in float32."""
+
+    def __init__(self, model: Backbone, bf16: bool, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.bf16, self.device = model, bf16, device.type
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            x = self.model(images)
+        return x.bfloat16() if self.bf16 else x

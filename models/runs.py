@@ -365,12 +365,7 @@ def misfit(state: object, steps: int, model: dict[str, torch.Tensor], shapes: li
            statistics: torch.Tensor | None) -> str:
     """What in a state file does not fit the run, "" where all does: an optimiser would read beyond a short moment.
 
-    Args:
-        steps: of the run.
-        model: the state of its backbone.
-        shapes: of its trained parameters; the whole class weights come last.
-        averaged: it keeps running averages.
-        statistics: of AdaFace, where it keeps any.
+    `shapes`: of the trained parameters, the whole class weights last; `averaged`: the run keeps running averages.
     """
     keys = ("step", "model", "head", "optimizer", "tally", "health", "ema", "norms")
     if not isinstance(state, dict) or (missing := [key for key in keys if key not in state]):
@@ -405,10 +400,8 @@ def misfit(state: object, steps: int, model: dict[str, torch.Tensor], shapes: li
 def read_state(path: Path, checksum: bool, mapped: bool, check: Callable[[object], str]) -> dict:
     """The state of a checkpoint; InputError where it is damaged.
 
-    Args:
-        checksum: compare the checksums of the archive, past which PyTorch reads.
-        mapped: leave tensors in the file until they are read.
-        check: says what in it does not fit the run.
+    `checksum`: compare those of the archive, past which PyTorch reads; `mapped`: leave tensors in the file until they
+    are read; `check` says what in it does not fit the run.
     """
     try:
         if checksum:

@@ -1,6 +1,5 @@
 """What a run keeps: --keep, and that nothing which ends a run early costs more than the steps since its checkpoint."""
 
-import csv
 import json
 import os
 import re
@@ -17,12 +16,10 @@ import pytest
 import torch
 
 import data_prep
-import evaluate
 import models.runs
 import train
 from data_prep import InputError, lock_folder
 from models.runs import load_run, load_tuned, save_weights
-from reports.rows import make_rows, read_rows
 from tests.conftest import ROOT, TINY, assert_gone
 from tests.test_recipes import stop_at
 from tests.test_train import (
@@ -96,83 +93,6 @@ def test_older_ones_go_only_when_the_new_one_is_complete(demo_root, tmp_path, mo
         run_here(*SHORT, "--data", demo_root, "--out", run, "--keep", "1")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000004"]
     load_tuned(load_run(run / "checkpoints/step-00000004"))
-
-
-# ---------------------------------------------------------------- evaluate.py --watch
-
-
-WATCH = ["--watch", "--splits", "object/val,body/test", "--bootstrap", "2", "--workers", "0", "--crowd", "0",
-         "--probe", "0"]
-
-
-def watched(run: Path) -> dict[int, list[dict]]:
-    with open(run / "eval/watch.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {step: [row for row in rows if int(row["step"]) == step] for step in sorted({int(r["step"]) for r in rows})}
-
-
-def test_checkpoints_are_scored_as_they_appear_each_once(demo_root, tmp_path, monkeypatch):
-    """What appears while others are scored, between two looks, and together with the end of the run."""
-    whole, run, seen = tmp_path / "whole", tmp_path / "run", []
-    run_here(*SHORT, "--data", demo_root, "--out", whole, "--keep", "9")
-    shutil.copytree(whole, run, ignore=lambda folder, names: [n for n in names if n in ("checkpoints", "done.json")])
-    shutil.copytree(whole / "checkpoints/step-00000002", run / "checkpoints/step-00000002")
-    (run / "checkpoints/step-00000004.tmp").mkdir()  # not complete: no business of ours
-    made = make_rows
-    monkeypatch.setattr(evaluate, "make_rows", lambda *a: seen.append(a) or made(*a))
-
-    def later(_: float) -> None:
-        if not (run / "checkpoints/step-00000006").exists():
-            shutil.copytree(whole / "checkpoints/step-00000006", run / "checkpoints/step-00000006")
-        else:
-            shutil.copytree(whole / "checkpoints/step-00000010", run / "checkpoints/step-00000010")
-            shutil.rmtree(run / "checkpoints/step-00000002")  # an old one goes
-            shutil.copy(whole / "done.json", run / "done.json")
-
-    monkeypatch.setattr(evaluate.time, "sleep", later)
-    evaluate.main.main(["--run", str(run), *WATCH], standalone_mode=False)
-    rows = watched(run)
-    assert list(rows) == [0, 2, 6, 10] and len(seen) == 5  # the fifth: the run itself
-    assert {row["weights"] for row in rows[0]} == {"foundation"} and {row["weights"] for row in rows[6]} == {"tuned"}
-    final = {(r.domain, r.split, r.protocol, r.metric): r.value for r in read_rows(run / "eval")
-             if r.weights == "tuned" and not r.metric.startswith("retention")}
-    last = {(r["domain"], r["split"], r["protocol"], r["metric"]): float(r["value"]) for r in rows[10]}
-    assert last == pytest.approx(final) and last and (run / "eval/watch.png").stat().st_size > 5000
-    assert [r["value"] for r in rows[2]] != [r["value"] for r in rows[10]]
-    evaluate.main.main(["--run", str(run), *WATCH], standalone_mode=False)  # complete and scored: only the run again
-    assert len(seen) == 6 and watched(run) == rows
-
-
-def test_a_watch_ends_in_one_line_and_goes_on(demo_root, tmp_path):
-    run = tmp_path / "run"
-    run_here(*SHORT, "--data", demo_root, "--out", run, "--keep", "9")
-    (run / "done.json").unlink()
-    (run / "checkpoints/step-00000010").rename(tmp_path / "held")
-    for number, first in ((signal.SIGTERM, "step 0: "), (signal.SIGINT, "step 10: ")):
-        process = subprocess.Popen([sys.executable, "evaluate.py", "--run", str(run), *WATCH], cwd=ROOT, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
-        line = process.stdout.readline()
-        if number == signal.SIGTERM:  # the second one is waiting, and has scored nothing again
-            for _ in range(4):
-                process.stdout.readline()
-            (tmp_path / "held").rename(run / "checkpoints/step-00000010")
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 130 and err.strip().splitlines()[-1] == "interrupted", err
-        assert line.startswith(first) and "Traceback" not in err
-    assert list(watched(run)) == [0, 2, 4, 6, 8, 10]
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["--run", "RUN"], "is no run that keeps checkpoints: train it with --keep N"),
-    (["--model", "test_vit"], "--watch follows a run: give --run RUN"),
-    (["--run", "RUN", "--backbone", "clip"], "--backbone describes an untouched backbone"),
-])  # fmt: skip
-def test_what_cannot_be_watched(arguments, words, tiny_run):
-    arguments = [str(tiny_run) if word == "RUN" else word for word in arguments]
-    with pytest.raises(InputError, match=words):
-        evaluate.main.main([*arguments, "--watch"], standalone_mode=False)
 
 
 # ---------------------------------------------------------------- what ends a run early
@@ -439,9 +359,9 @@ def test_too_few_files_may_be_open(demo_root, tmp_path):
 
 # argv: which write of which file ends the process by kill -9, when half of it is written or after it
 KILLED_WHILE_WRITING = """
-import os, run_folder, signal, sys, train
+import models.runs, os, signal, sys, train
 name, number, half = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1) == "half"
-write, seen = run_folder.write_atomically, 0
+write, seen = models.runs.write_atomically, 0
 
 def fatal(path, fill):
     global seen
@@ -455,7 +375,7 @@ def fatal(path, fill):
     write(path, part if half else fill)
     os.kill(os.getpid(), signal.SIGKILL)
 
-run_folder.write_atomically = fatal
+models.runs.write_atomically = fatal
 train.run_command(train.main)
 """
 

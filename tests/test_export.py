@@ -1,5 +1,6 @@
 """train.py export and evaluate.py embed: what leaves the project computes what the run computes."""
 
+import importlib
 import json
 import re
 import shutil
@@ -16,7 +17,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import data_prep.__main__
-import evaluate
 import tools.export
 import train
 from data_prep import DOMAINS, InputError
@@ -31,7 +31,7 @@ def export(*arguments) -> int:
 
 
 def embed(*arguments) -> int:
-    return evaluate.main.main(["embed", *map(str, arguments), "--workers", "0"], standalone_mode=False)
+    return importlib.import_module("evaluate").main.main(["embed", *map(str, arguments), "--workers", "0"], standalone_mode=False)
 
 
 NETWORKS = {
@@ -157,13 +157,13 @@ def test_the_card_says_what_the_model_is_made_of(tiny_run, demo_root, tmp_path):
     shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("eval", "analysis"))
     export("--run", run, "--to", "safetensors")
     card = (run / "export" / "run.safetensors.md").read_text()
-    config = json.loads((run / "config.json").read_text())
+    facts = json.loads((run / "config.json").read_text())["facts"]
     for domain in DOMAINS:
-        split, drawn = Split(demo_root / domain / "train"), config["counts"][domain]
+        split, drawn = Split(demo_root / domain / "train"), facts["counts"][domain]
         assert (f"| {domain} | demo | {len(split):,} | {len(split.classes)} | {drawn} | {drawn / len(split):.1f} | "
                 f"{split.size} px, {split.index['fit']} |") in card
     assert "| lr | 0.001 |" in card and "| seed | 0 |" in card and "| schedule | B |" in card
-    assert config["versions"]["torch"] in card and config["shards"]["body"][:12] in card
+    assert facts["versions"]["torch"] in card and facts["shards"]["body"][:12] in card
     assert "personal data" in card and "None: the run was exported without an evaluation" in card
     assert str(demo_root) not in card and str(tmp_path) not in card  # a card is published
 
@@ -232,7 +232,7 @@ def test_embeddings_equal_the_cache_of_a_scored_split(tiny_run, demo_root, tmp_p
         (tmp_path / f"{key}.jpg").write_bytes(data)
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("eval", "analysis"))
-    evaluate.main.main(["--run", str(run), "--splits", "face_hq/test", "--no-foundation", "--bootstrap", "2",
+    importlib.import_module("evaluate").main.main(["--run", str(run), "--splits", "face_hq/test", "--no-foundation", "--bootstrap", "2",
                         "--workers", "0"], standalone_mode=False)
     cached = np.load(run / "eval" / "embeddings" / "tuned-face_hq-test.npy")
     csv = tmp_path / "faces.csv"
@@ -247,7 +247,7 @@ def test_a_run_that_did_not_record_its_sources(tiny_run, demo_root, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("eval", "analysis"))
     config = json.loads((run / "config.json").read_text())
-    del config["sources"]
+    del config["facts"]["sources"]
     (run / "config.json").write_text(json.dumps(config))
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     embed(tmp_path / "red.png", "--run", run, "--out", tmp_path / "x.npz")  # taken from the shards
@@ -271,7 +271,8 @@ def place(tiny_run, demo_root, tmp_path) -> dict:
         shutil.copytree(tiny_run, tmp_path / name, ignore=shutil.ignore_patterns("eval", "analysis"))
     (tmp_path / "unfinished" / "done.json").unlink()
     config = json.loads((tiny_run / "config.json").read_text())
-    (tmp_path / "poor" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "counts"}))
+    del config["facts"]["counts"]
+    (tmp_path / "poor" / "config.json").write_text(json.dumps(config))
     (tmp_path / "scored" / "eval").mkdir()
     (tmp_path / "scored" / "eval" / "results.json").write_text('[{"domain": "body"}]')
     return {"tmp": tmp_path, "run": tiny_run}
@@ -310,7 +311,7 @@ def test_bad_input_is_refused_in_one_line(words, expected, place):
     script_name, *arguments = words.format(**place).split()
     before = sorted(place["tmp"].rglob("*"))
     with pytest.raises(click.ClickException) as error:
-        {"train": train, "evaluate": evaluate}[script_name].main.main(arguments, standalone_mode=False)
+        importlib.import_module(script_name).main.main(arguments, standalone_mode=False)
     message = error.value.format_message()
     assert error.value.exit_code == 2 and expected in message
     assert "\n" not in message or not isinstance(error.value, InputError)  # click's own are joined by run_command

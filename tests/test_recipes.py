@@ -2,8 +2,8 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -11,81 +11,79 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from train_input import to_images
-from train_options import MARGINS, PEOPLE, name_losses, per_domain
 
-import models.adapt
-import models.backbones
+import reports.training
 import tools.bench_train
 import train
-from data_prep import DOMAINS, InputError
+from data_prep import InputError
 from data_prep.format import open_root
-from data_prep.stream import Stream, change_colors, erase_patches, interleave
-from models.head import head_slices
-from models.runs import Ranks, load_foundation, load_run, load_tuned, save_checkpoint
+from data_prep.stream import Look, Stream, erase_patches, make_images
+from models.adapt import add_drop_path, add_low_rank
+from models.backbones import BACKBONES, RECIPES, Backbone, Network, library_state, load_backbone
+from models.head import HeadSettings, Loss, MarginHead, adaptive_margins, parse_losses
+from models.runs import Ranks, load_foundation, load_run, load_tuned
 from tests.conftest import TINY, script
-from tests.test_distributed import SHORT, C, D, K, assert_near, deal, make, torchrun
-from tests.test_schedule import CONFIG, LOSS
+from tests.test_distributed import SHORT, C, K, assert_near, dealt, in_whole, make, torchrun
+from tests.test_schedule import LOSSES, make_head, step_gradients
 from tests.test_train import assert_same_weights, log_of, run_here, start, wait_for_step
 
 # ---------------------------------------------------------------- losses by name
 
 
-NUMBERS = {"domains": list(DOMAINS), "scale": "object=30,face_hq=64,face_lq=64,body=64",
-           "margin_additive": PEOPLE(0.35), "margin_angular": "0", "margin_adaptive": "0"}
-
-
-def named(loss: str, **more) -> dict[str, list[float]]:
-    config = NUMBERS | more | {"loss": loss}
-    name_losses(config)
-    assert config["loss"] is None  # the numbers are what is kept
-    return {key: per_domain(config, key) for key in ("scale", *MARGINS)}
-
-
-@pytest.mark.parametrize("loss, scale, additive, angular, adaptive", [
+@pytest.mark.parametrize("text, scale, additive, angular, adaptive", [
     ("face_hq=arcface:m=0.4,s=32", [30, 32, 64, 64], [0, 0, 0.35, 0.35], [0, 0.4, 0, 0], [0] * 4),
     ("face_hq=arcface; body=adaface", [30, 64, 64, 64], [0, 0, 0.35, 0.4], [0, 0.5, 0, 0], [0, 0, 0, 0.333]),
     ("cosface:m=.2", [30, 64, 64, 64], [0.2] * 4, [0] * 4, [0] * 4),
     ("adaface:m=0.3,h=0.5,s=48;object=softmax", [30, 48, 48, 48], [0, 0.3, 0.3, 0.3], [0] * 4, [0, 0.5, 0.5, 0.5]),
     ("object=softmax:s=16", [16, 64, 64, 64], [0, 0.35, 0.35, 0.35], [0] * 4, [0] * 4),
+    ("body=combined", [30, 64, 64, 64], [0, 0.35, 0.35, 0.2], [0, 0, 0, 0.3], [0] * 4),
+    ("body=combined:m2=0.1,m3=0.05", [30, 64, 64, 64], [0, 0.35, 0.35, 0.05], [0, 0, 0, 0.1], [0] * 4),
 ])  # fmt: skip
-def test_a_named_loss_is_its_numbers(loss, scale, additive, angular, adaptive):
-    assert named(loss) == {"scale": scale, "margin_additive": additive, "margin_angular": angular,
-                           "margin_adaptive": adaptive}
+def test_a_named_loss_is_its_numbers(text, scale, additive, angular, adaptive):
+    losses = list(parse_losses(text).values())
+    assert [loss.scale for loss in losses] == scale and [loss.additive for loss in losses] == additive
+    assert [loss.angular for loss in losses] == angular and [loss.concentration for loss in losses] == adaptive
+    assert {(loss.smoothing, loss.weight) for loss in losses} == {(0, 1)}
+
+
+def test_smoothing_and_weight_belong_to_every_loss():
+    losses = parse_losses("softmax:e=0.1;face_hq=arcface:w=2;body=adaface:e=0.2,w=0.5")
+    assert [loss.smoothing for loss in losses.values()] == [0.1, 0, 0.1, 0.2]
+    assert [loss.weight for loss in losses.values()] == [1, 2, 1, 0.5]
 
 
 def test_a_loss_for_a_domain_that_is_not_trained_is_allowed():
-    found = named("face_hq=arcface;body=adaface", domains=["body"])  # a grid gives all its runs the same options
-    assert found == {"scale": [64], "margin_additive": [0.4], "margin_angular": [0], "margin_adaptive": [0.333]}
+    options = train.Options(domains=["body"], loss=parse_losses("face_hq=arcface;body=adaface"))
+    assert options.per_domain("loss") == [Loss(64.0, 0.4, concentration=0.333)]  # a grid gives all its runs the same
 
 
-def test_a_named_loss_trains_as_its_numbers_and_is_replayed(demo_root, tmp_path):
-    by_name = ["--loss", "adaface:m=0.2,s=24;face_lq=arcface:m=0.1;object=softmax"]
-    run_here(*TINY, *by_name, "--data", demo_root, "--out", tmp_path / "name")
-    numbers = ["--scale", "object=30,face_hq=24,face_lq=64,body=24",
-               "--margin-additive", "object=0,face_hq=0.2,face_lq=0,body=0.2",
-               "--margin-angular", "object=0,face_hq=0,face_lq=0.1,body=0",
-               "--margin-adaptive", "object=0,face_hq=0.333,face_lq=0,body=0.333"]
-    run_here(*TINY, *numbers, "--data", demo_root, "--out", tmp_path / "numbers")
-    assert_same_weights(tmp_path / "name", tmp_path / "numbers")
-    run_here("--config", tmp_path / "name/config.json", "--out", tmp_path / "again")
-    assert_same_weights(tmp_path / "name", tmp_path / "again")
-    run_here("--config", tmp_path / "name/config.json", "--loss", "object=arcface:m=0.3", "--out", tmp_path / "other")
-    config = json.loads((tmp_path / "other/config.json").read_text())
-    assert per_domain(config, "margin_angular") == [0.3, 0, 0.1, 0]
-    assert per_domain(config, "margin_adaptive") == [0, 0.333, 0, 0.333]
+def test_every_number_of_a_loss_reaches_the_step():
+    """Each changes the gradient of the backbone: scale, both margins, h, smoothing and weight."""
+    model, weight, images, labels = make()
+    plan = [[7, 5, 3, 2]]
+
+    def gradient(loss: Loss) -> torch.Tensor:
+        head = make_head(weight, HeadSettings([loss, *LOSSES[1:]]))
+        if head.statistics is not None:
+            head.statistics += torch.tensor([10.0, 8.0, 8.0])  # lengths were seen: mean 0.8, deviation 0.4
+        return step_gradients(model, head, dealt(plan, 0, 1, 100, images, labels), plan)[0][0]
+
+    values = {"scale": 30.0, "additive": 0.2, "angular": 0.1, "concentration": 0.3, "smoothing": 0.0, "weight": 1.0}
+    before = gradient(Loss(**values))
+    for name in values:
+        other = gradient(Loss(**values | {name: values[name] + 0.1}))
+        assert not torch.allclose(before, other, rtol=1e-4, atol=1e-9), name
 
 
-def test_the_gradient_mode_reaches_the_loss(demo_root, tmp_path):
-    common = [*TINY, "--data", demo_root, "--margin-ramp", 0, "--loss", "arcface", "--images", 16]
-    run_here(*common, "--out", tmp_path / "exact")
-    run_here(*common, "--out", tmp_path / "straight", "--margin-gradient", "straight-through")
-    one, other = (log_of(tmp_path / name)[0] for name in ("exact", "straight"))
-    assert one["loss"] == other["loss"] and one["grad_norm"] > 1.05 * other["grad_norm"]  # φ' = cos m + t sin m / √…
-    config = CONFIG | LOSS | {"shard_head": False, "margin_gradient": "straight-through"}
-    options = train.loss_options(config, [C] * K, torch.device("cpu"))
-    assert options["gradient"] == "straight_through"
+def test_a_run_is_replayed_with_its_losses(demo_root, tmp_path):
+    text = "adaface:m=0.2,s=24,e=0.05;face_lq=arcface:m=0.1,w=0.5;object=softmax"
+    run_here(*TINY, "--loss", text, "--data", demo_root, "--out", tmp_path / "run")
+    run_here("--config", tmp_path / "run/config.json", "--out", tmp_path / "again")
+    assert_same_weights(tmp_path / "run", tmp_path / "again")
+    run_here("--config", tmp_path / "run/config.json", "--loss", "object=arcface:m=0.3", "--out", tmp_path / "other")
+    options = json.loads((tmp_path / "other/config.json").read_text())["options"]  # the command line's alone
+    assert options["loss"] == ("object=arcface:m=0.3,s=30;face_hq=cosface:m=0.35,s=64;face_lq=cosface:m=0.35,s=64;"
+                               "body=cosface:m=0.35,s=64")
 
 
 # ---------------------------------------------------------------- AdaFace
@@ -97,63 +95,54 @@ def test_adaptive_margins_by_hand():
     length 11.5811: z = 0.5 · 1.5811 / 1.5821 = 0.49968; length 2: z = -1 (clipped); m_ang = -m z, m_add = m + m z.
     """
     seen = torch.tensor([8.0, 9, 11, 12], dtype=torch.float64)
-    norms = torch.stack([torch.ones(4), seen, seen**2], 1).sum(0).expand(2, 3)
+    statistics = torch.stack([torch.ones(4), seen, seen**2], 1).sum(0).expand(2, 3)
     length = torch.tensor([10 + 2.5**0.5, 2.0], dtype=torch.float64)
     m, h = torch.full((2,), 0.4, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
-    found = train.adaptive_margins(length, torch.zeros(2), m, h, norms)
+    found = adaptive_margins(length, torch.zeros(2), m, h, statistics)
     z = torch.tensor([0.5 * 2.5**0.5 / (2.5**0.5 + 1e-3), -1.0], dtype=torch.float64)
     torch.testing.assert_close(found["sample_margin_angular"], -0.4 * z)
     torch.testing.assert_close(found["sample_margin_additive"], 0.4 + 0.4 * z)
-    off = train.adaptive_margins(length, torch.full((2,), 0.1), m, 0 * h, norms)
+    off = adaptive_margins(length, torch.full((2,), 0.1), m, 0 * h, statistics)
     assert off["sample_margin_angular"].tolist() == [pytest.approx(0.1)] * 2
     assert torch.equal(off["sample_margin_additive"], m)
 
 
 @pytest.mark.parametrize("samples", [0, 1])
 def test_a_single_sample_has_no_deviation(samples):
-    norms = torch.tensor([[samples, 9.0 * samples, 81.0 * samples]], dtype=torch.float64)
-    found = train.adaptive_margins(torch.tensor([20.0]), torch.zeros(1), torch.full((1,), 0.4), torch.ones(1), norms)
+    statistics = torch.tensor([[samples, 9.0 * samples, 81.0 * samples]], dtype=torch.float64)
+    found = adaptive_margins(torch.tensor([20.0]), torch.zeros(1), torch.full((1,), 0.4), torch.ones(1), statistics)
     assert float(found["sample_margin_additive"]) == pytest.approx(0.4) and float(found["sample_margin_angular"]) == 0
 
 
 def test_statistics_are_decayed_sums_and_skipped_steps_leave_them():
-    job = SimpleNamespace(ranks=Ranks(), norms=torch.zeros(2, 3, dtype=torch.float64))
+    head = MarginHead([2, 2], 4, HeadSettings([Loss(64.0, 0.4, concentration=0.333)] * 2))
     step = torch.tensor([[3.0, 30.0, 310.0], [0, 0, 0]], dtype=torch.float64)
-    train.learn_norms(job, step, torch.tensor(1.0))
-    assert job.norms.tolist() == step.tolist()
-    train.learn_norms(job, step * float("nan"), torch.tensor(0.0))
-    train.learn_norms(job, torch.tensor([[0.0] * 3, [1.0, 5.0, 25.0]], dtype=torch.float64), torch.tensor(1.0))
-    assert job.norms.tolist() == [[3.0, 30.0, 310.0], [1.0, 5.0, 25.0]]  # the domain not drawn keeps what it had
-    train.learn_norms(job, step, torch.tensor(1.0))
-    np.testing.assert_allclose(job.norms[0], 1.99 * step[0])
+    head.learn_lengths(step, torch.tensor(1.0))
+    assert head.statistics.tolist() == step.tolist()
+    head.learn_lengths(step * float("nan"), torch.tensor(0.0))
+    head.learn_lengths(torch.tensor([[0.0] * 3, [1.0, 5.0, 25.0]], dtype=torch.float64), torch.tensor(1.0))
+    # the domain that was not drawn keeps what it had
+    assert head.statistics.tolist() == [[3.0, 30.0, 310.0], [1.0, 5.0, 25.0]]
+    head.learn_lengths(step, torch.tensor(1.0))
+    np.testing.assert_allclose(head.statistics[0], 1.99 * step[0])
+    assert MarginHead([2], 4, HeadSettings([Loss(64.0, 0.4)])).statistics is None
 
 
-ADAPTIVE = CONFIG | LOSS | {"margin_adaptive": "object=0,face_hq=0.333,face_lq=0.5,body=0.333"}
+ADAPTIVE = [Loss(loss.scale, loss.additive, loss.angular, h, weight=loss.weight)
+            for loss, h in zip(LOSSES, (0.0, 0.333, 0.5, 0.333), strict=True)]
 STEPS = [[[7, 5, 3, 2]], [[9, 1, 1, 0]], [[4, 4, 4, 4]]]  # a single sample of a domain, and none
 
 
-def adaptive_steps(rank: int, world: int, micro: int, sharded: bool) -> list[tuple]:
+def adaptive_steps(rank: int, world: int, micro: int, sharded: bool, losses: list[Loss] = ADAPTIVE) -> list[tuple]:
     """(gradients of the backbone, of the whole head, statistics before) of three steps that share their statistics."""
-    ranks, found = Ranks(rank, world), []
-    config = ADAPTIVE | {"shard_head": sharded}
-    options = train.loss_options(config, [C] * K, torch.device("cpu"), ranks)
-    rows = head_slices([C] * K, rank, world)[0] if options["shard"] is not None else torch.arange(K * C)
-    job = SimpleNamespace(ranks=ranks, norms=torch.zeros(K, 3, dtype=torch.float64))
+    model, weight, images, labels = make()
+    head, found = make_head(weight, HeadSettings(losses), Ranks(rank, world), sharded), []
+    rows = torch.arange(K * C) if head.rows is None else head.rows
     for plan in STEPS:
-        model, head, images, labels = make()
-        head = nn.Parameter(head.data[rows])
-        batches = []
-        for domain, number, real in deal(plan, rank, world, micro):
-            target = torch.where(torch.tensor(real), labels[domain, number], -1)
-            batches.append((images[domain, number], target, torch.tensor(domain)))
-        net = nn.parallel.DistributedDataParallel(model) if world > 1 else model
-        before = job.norms.clone()
-        total = train.accumulate(net, head, batches, torch.tensor(plan).sum(0), options, ranks=ranks,
-                                 passes=len(batches), norms=job.norms)
-        train.learn_norms(job, total["norms"], torch.tensor(1.0))
-        whole = torch.zeros(K * C, D, dtype=torch.float64)
-        whole[rows] = head.grad
-        found.append(([p.grad for p in model.parameters()], whole, rows, before))
+        before = None if head.statistics is None else head.statistics.clone()
+        model = make()[0]
+        backbone, own, _ = step_gradients(model, head, dealt(plan, rank, world, micro, images, labels), plan)
+        found.append((backbone, in_whole(own, rows, K * C), rows, before))
     return found
 
 
@@ -183,20 +172,8 @@ def test_adaptive_margins_are_exact_over_micro_batches_and_ranks(tmp_path):
         for rank in range(2):
             assert_same_steps(torch.load(tmp_path / f"{sharded}-{rank}.pt"), expected)
     # and the statistics matter: at the first step, without any, the margins are CosFace's
-    plain = [step[0][0] for step in adaptive_steps_without(ADAPTIVE)]
+    plain = [backbone[0] for backbone, *_ in adaptive_steps(0, 1, 100, False, LOSSES)]
     assert torch.equal(plain[0], expected[0][0][0]) and not torch.allclose(plain[2], expected[2][0][0], rtol=1e-3)
-
-
-def adaptive_steps_without(config: dict) -> list:
-    options = train.loss_options(config | {"shard_head": False}, [C] * K, torch.device("cpu"))
-    found = []
-    for plan in STEPS:
-        model, head, images, labels = make()
-        domain, number = map(torch.from_numpy, interleave(np.array(plan[0])))
-        train.accumulate(model, head, [(images[domain, number], labels[domain, number], domain)],
-                         torch.tensor(plan).sum(0), options)
-        found.append(([p.grad for p in model.parameters()],))
-    return found
 
 
 ADAFACE = ["--loss", "adaface:m=0.3,s=32;object=softmax", "--margin-ramp", "0"]
@@ -228,26 +205,25 @@ def test_adaface_on_two_processes(demo_root, tmp_path):
 
 
 def test_a_skipped_step_leaves_the_statistics(demo_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(reports.training, "MAX_SKIPPED", 1)
     jobs, run_steps = [], train.run_steps
     monkeypatch.setattr(train, "run_steps", lambda job: jobs.append(job) or run_steps(job))
     with pytest.raises(InputError, match="steps in a row were not finite"):
-        run_here(*TINY, *ADAFACE, "--data", demo_root, "--out", tmp_path / "run", "--head-lr", "inf", "--max-skipped",
-                 "1", "--save-every", "1", "--log-every", "2")
+        run_here(*TINY, *ADAFACE, "--data", demo_root, "--out", tmp_path / "run", "--head-lr", "inf", "--save-every",
+                 "1", "--log-every", "2")
     taken = torch.load(tmp_path / "run/last/state.pt", weights_only=True)["step"]  # before the first that was skipped
-    assert int(jobs[0].health[0]) > 0 and 0 < float(jobs[0].norms[:, 0].sum()) <= 16 * taken
+    assert int(jobs[0].health[0]) > 0 and 0 < float(jobs[0].head.statistics[:, 0].sum()) <= 16 * taken
 
 
 # ---------------------------------------------------------------- what of the backbone is trained
 
 
 FAMILIES = {
-    "clip": {"backbone": None, "model": "tiny-test-clip", "image_size": 32},
-    "eva02": {"backbone": "eva02", "model": None, "image_size": 28},
-    "dinov3": {"backbone": "dinov3", "model": None, "image_size": 32},
-    "convolutional": {"backbone": "clip", "model": None, "image_size": 32},
+    "clip": Network(None, model="tiny-test-clip", weights="none", image_size=32),
+    "eva02": Network("eva02", "tiny", weights="none", image_size=28),
+    "dinov3": Network("dinov3", "tiny", weights="none", image_size=32),
+    "convolutional": Network("clip", "tiny", weights="none", image_size=32),
 }
-SETTINGS = {"size": "tiny", "weights": "none", "embed_dim": 0, "seed": 0, "drop_path": 0.0, "freeze_blocks": 0,
-            "lora": 0}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -260,21 +236,23 @@ def small_clip(tmp_path_factory):
     open_clip.add_model_config(path)
 
 
-def backbone(family: str, **options) -> tuple[models.backbones.Backbone, dict]:
-    config = SETTINGS | FAMILIES[family] | options
-    model = models.backbones.load_backbone(config)
-    models.adapt.choose_trained(model, config)
-    return model, config
+def backbone(family: str, lora: int = 0, drop_path: float = 0.0) -> Backbone:
+    model = load_backbone(FAMILIES[family])
+    if drop_path:
+        add_drop_path(model, drop_path)
+    if lora:
+        add_low_rank(model, lora)
+    return model
 
 
-def trained(model: models.backbones.Backbone) -> set[str]:
+def trained(model: Backbone) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("family, matrices", [("clip", 3), ("eva02", 12), ("dinov3", 12)])
 def test_lora_starts_at_the_foundation_and_is_merged_at_export(family, matrices):
-    model, config = backbone(family, lora=4)
-    before, images = models.backbones.load_backbone(config), torch.randn(2, 3, *[config["image_size"]] * 2)
+    model, before = backbone(family, lora=4), load_backbone(FAMILIES[family])
+    images = torch.randn(2, 3, *[model.image_size] * 2)
     assert torch.equal(model.eval()(images), before.eval()(images))
     factors = [p for p in model.parameters() if p.requires_grad]
     assert len(factors) == 2 * matrices and all(4 in p.shape for p in factors)
@@ -282,7 +260,7 @@ def test_lora_starts_at_the_foundation_and_is_merged_at_export(family, matrices)
     assert all(p.grad is not None for p in factors)
     for p in factors:
         p.data.normal_(std=0.05)
-    state = models.backbones.library_state(model.net)
+    state = library_state(model.net)
     changed = [key for key, value in before.net.state_dict().items() if not torch.equal(value, state[key])]
     assert len(changed) == matrices
     down, up = (next(p for n, p in model.named_parameters() if n.endswith(part) and p.requires_grad)
@@ -294,28 +272,13 @@ def test_lora_starts_at_the_foundation_and_is_merged_at_export(family, matrices)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_frozen_blocks_are_the_lowest(family):
-    layers = models.backbones.load_backbone(SETTINGS | FAMILIES[family]).layers()
-    model, _ = backbone(family, freeze_blocks=2)
-    assert trained(model) == {name for name, depth in layers.items() if depth > 2}
-    left = model.layers()  # learning rates fall from the top as before
-    assert all(max(left.values()) - depth == max(layers.values()) - layers[name] for name, depth in left.items())
-
-
-def test_lora_leaves_frozen_blocks_alone():
-    model, _ = backbone("eva02", freeze_blocks=10, lora=2)
-    assert {name.split(".")[2] for name in trained(model)} == {"10", "11"}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 def test_drop_path_acts_in_training_alone_and_grows_upwards(family):
     from timm.layers import DropPath
 
-    model, config = backbone(family, drop_path=0.4)
+    model, plain = backbone(family, drop_path=0.4), load_backbone(FAMILIES[family])
     rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
     assert rates[0] == 0 and rates[-1] == pytest.approx(0.4) and rates == sorted(rates)
-    plain = models.backbones.load_backbone(config)
-    images = torch.randn(1, 3, *[config["image_size"]] * 2).expand(8, -1, -1, -1)
+    images = torch.randn(1, 3, *[model.image_size] * 2).expand(8, -1, -1, -1)
     for net in (model, plain):
         for name, p in net.named_parameters():  # layer scales start near 0 and would hide the branches
             if "gamma" in name:
@@ -329,7 +292,7 @@ def test_drop_path_acts_in_training_alone_and_grows_upwards(family):
 @pytest.mark.parametrize("family, lora", [("clip", 0), ("clip", 2), ("eva02", 0), ("dinov3", 0)])
 def test_attention_is_fused_and_patches_are_read_channels_last(family, lora):
     """torch's scaled_dot_product_attention, which picks the fast kernel of the device, in every family."""
-    model = backbone(family, lora=lora)[0].to(memory_format=torch.channels_last).train()
+    model = backbone(family, lora=lora).to(memory_format=torch.channels_last).train()
     images = torch.zeros(1, 3, *[model.image_size] * 2).contiguous(memory_format=torch.channels_last)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as seen:
         model(images)
@@ -340,13 +303,13 @@ def test_attention_is_fused_and_patches_are_read_channels_last(family, lora):
 
 
 def test_a_network_without_branches_to_drop_is_refused():
-    config = SETTINGS | {"backbone": None, "model": "resnet18", "image_size": 32, "drop_path": 0.1}
+    model = load_backbone(Network(None, model="resnet18", weights="none", image_size=32))
     with pytest.raises(InputError, match=r"--drop-path 0.1: this network has no residual branches to drop: leave it"):
-        models.adapt.choose_trained(models.backbones.load_backbone(config), config)
+        add_drop_path(model, 0.1)
 
 
 def test_drop_path_keeps_the_mean():
-    model, _ = backbone("clip", drop_path=0.5)
+    model = backbone("clip", drop_path=0.5)
     ends = model.net.visual.transformer.resblocks[-1].train()
     x = ends.ls_2(torch.ones(4000, 3, 2))
     assert set(x.unique().tolist()) == {0.0, 2.0} and float(x.mean()) == pytest.approx(1, abs=0.1)
@@ -355,7 +318,7 @@ def test_drop_path_keeps_the_mean():
 
 def test_a_run_with_all_of_it_resumes_and_exports_plain_weights(demo_root, tmp_path):
     common = ["--model", "tiny-test-clip", "--weights", "none", "--image-size", 32, "--workers", 0, "--batch", 8,
-              "--images", 64, "--lora", 2, "--freeze-blocks", 1, "--drop-path", 0.3, "--ema", 0.9, "--lr", 1e-2,
+              "--images", 64, "--lora", 2, "--drop-path", 0.3, "--ema", 0.9, "--lr", 1e-2,
               "--head-warmup", 0, "--domains", "object,body", "--data", demo_root, "--save-every", 4, "--device", "cpu"]
     run_here(*common, "--out", tmp_path / "whole")
     assert stop_at(tmp_path / "run", common, 4)["step"] == 4
@@ -364,12 +327,12 @@ def test_a_run_with_all_of_it_resumes_and_exports_plain_weights(demo_root, tmp_p
     run = load_run(tmp_path / "run")
     before, after = load_foundation(run).net.state_dict(), load_tuned(run).net.state_dict()
     moved = {key for key in before if not torch.equal(before[key], after[key])}
-    assert moved == {f"visual.transformer.resblocks.{n}.attn.in_proj_weight" for n in (1, 2)}
+    assert moved == {f"visual.transformer.resblocks.{n}.attn.in_proj_weight" for n in (0, 1, 2)}
 
 
 def stop_at(run: Path, arguments: list, step: int) -> dict:
     """Start a run and interrupt it right after the checkpoint of `step`; returns that state."""
-    save = save_checkpoint
+    save = train.save_checkpoint
 
     def save_and_stop(job, done):
         save(job, done)
@@ -400,7 +363,7 @@ def test_wise_ft_is_the_line_between_the_foundation_and_the_run(alpha, from_file
 def weights_file(tmp_path_factory):
     """Weights of CLIP in miniature: a foundation, of which a run can be fine-tuned."""
     path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(models.backbones.load_backbone(SETTINGS | FAMILIES["convolutional"] | {"seed": 5}).net.state_dict(), path)
+    save_file(load_backbone(replace(FAMILIES["convolutional"], seed=5)).net.state_dict(), path)
     return path
 
 
@@ -427,16 +390,11 @@ def stream_of(root, domains=("object", "body"), **options) -> Stream:
     return Stream(splits, plan, **{"seed": 3, "crop": [0.5] * len(domains)} | options)
 
 
-def test_augmentations_are_drawn_per_domain_and_leave_the_other_draws_alone(demo_root):
-    plain = stream_of(demo_root)
-    stream = stream_of(demo_root, flip=[1.0, 0.0], color=[0.0, 0.4], erase=[0.5, 0.0])
+def test_patches_are_drawn_per_domain_and_leave_the_other_draws_alone(demo_root):
+    plain, stream = stream_of(demo_root), stream_of(demo_root, erase=[0.5, 0.0])
     chunks = [stream[c] for c in range(40)]
-    domain, flip, color, erase = (torch.cat([getattr(c, name) for c in chunks])
-                                  for name in ("domain", "flip", "color", "erase"))
-    assert torch.equal(flip, domain == 0)
-    assert (color[domain == 0] == 1).all() and (erase[domain == 1] == 0).all()
-    body = color[domain == 1]
-    assert 0.6 <= body.min() < 0.65 and 1.35 < body.max() <= 1.4 and float(body.mean()) == pytest.approx(1, abs=0.03)
+    domain, flip, erase = (torch.cat([getattr(c, name) for c in chunks]) for name in ("domain", "flip", "erase"))
+    assert (erase[domain == 1] == 0).all() and float(flip.float().mean()) == pytest.approx(0.5, abs=0.06)
     x0, y0, x1, y1 = erase[domain == 0].unbind(1)
     drawn = x1 > x0
     assert float(drawn.float().mean()) == pytest.approx(0.5, abs=0.08)
@@ -445,38 +403,28 @@ def test_augmentations_are_drawn_per_domain_and_leave_the_other_draws_alone(demo
     assert min(x0.min(), y0.min()) >= 0 and max(x1.max(), y1.max()) <= 1 + 1e-6
     for one, other in zip(chunks, (plain[c] for c in range(40)), strict=True):
         assert torch.equal(one.boxes, other.boxes) and torch.equal(one.banks[1], other.banks[1])
-        assert other.color is None and other.erase is None
+        assert torch.equal(one.flip, other.flip) and other.erase is None
 
 
 def test_augmentations_are_keyed_by_sample_and_epoch(demo_root):
     """Neither the number of ranks nor micro-batches nor the schedule changes what a sample gets in an epoch."""
-    options = {"color": [0.4, 0.4], "erase": [1.0, 1.0]}
+    options = {"erase": [1.0, 1.0]}
     whole = stream_of(demo_root, **options)
     for c in (0, 7):
         parts = [stream_of(demo_root, rank=r, world=2, micro_batch=4, **options) for r in range(2)]
         for r, part in enumerate(parts):
             got = [part[c * part.per_batch + i] for i in range(part.per_batch)]
-            for name in ("color", "erase", "flip", "label"):
+            for name in ("boxes", "erase", "flip", "label"):
                 assert torch.equal(torch.cat([getattr(g, name) for g in got]), getattr(whole[c], name)[r::2])
-    alone = stream_of(demo_root, domains=("body",), color=[0.4], erase=[1.0])
-    assert torch.equal(alone[0].color, whole[0].color[whole[0].domain == 1])
+    alone = stream_of(demo_root, domains=("body",), erase=[1.0])
+    assert torch.equal(alone[0].erase, whole[0].erase[whole[0].domain == 1])
     order = whole.orders[1]
     assert order(0)[0] == 0 and order(order.size)[0] == 1
     first = {order(n)[1]: n for n in range(order.size)}
     again = next(n for n in range(order.size, order.size + 8) if n // 8 < 120)
     before, after = first[order(again)[1]], again  # the same image, an epoch later
-    draws = [whole[n // 8].color[whole[n // 8].domain == 1][n % 8] for n in (before, after)]
+    draws = [whole[n // 8].erase[whole[n // 8].domain == 1][n % 8] for n in (before, after)]
     assert not torch.equal(*draws)
-
-
-def test_colors_are_those_of_torchvision():
-    from torchvision.transforms.v2 import functional
-
-    pixels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    factors = torch.tensor([[1.3, 0.7, 1.2], [0.6, 1.4, 0.0], [1.0, 1.0, 1.0]])
-    for image, (b, c, s), got in zip(pixels, factors.tolist(), change_colors(pixels, factors), strict=True):
-        image = functional.adjust_contrast(functional.adjust_brightness(image, b), c)
-        torch.testing.assert_close(got, functional.adjust_saturation(image, s), rtol=1e-4, atol=1e-4)
 
 
 def test_a_patch_is_erased_where_it_was_drawn():
@@ -488,19 +436,17 @@ def test_a_patch_is_erased_where_it_was_drawn():
 
 
 def test_a_batch_is_augmented_after_the_gather_and_untouched_domains_keep_their_bits(demo_root):
-    model = SimpleNamespace(image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), interpolation="bilinear")
-    plain, stream = stream_of(demo_root), stream_of(demo_root, color=[0.0, 0.5])
-    a, b = (to_images(s[0], model, torch.device("cpu")) for s in (plain, stream))
-    chunk, (mean, std) = stream[0], (torch.tensor(v).view(3, 1, 1) for v in (model.mean, model.std))
+    look = Look(32, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3))
+    plain, stream = stream_of(demo_root), stream_of(demo_root, erase=[0.0, 1.0])
+    a, b = (make_images(s[0], look, torch.device("cpu")) for s in (plain, stream))
+    chunk = stream[0]
     own = chunk.domain == 0
     assert torch.equal(a[own], b[own])
-    expected = (change_colors(a * std + mean, chunk.color) - mean) / std
-    torch.testing.assert_close(b[~own], expected[~own])
-    assert not torch.allclose(a[~own], b[~own], atol=0.05)
+    assert torch.equal(b, erase_patches(a, chunk.erase)) and not torch.equal(a[~own], b[~own])
 
 
-AUGMENTED = ["--color", "object=0.3,face_hq=0,face_lq=0,body=0.1", "--erase", "object=0,face_hq=0,face_lq=0,body=0.5",
-             "--flip", "object=0.5,face_hq=0.5,face_lq=0.5,body=0"]
+AUGMENTED = ["--crop-scale", "object=0.2,face_hq=1,face_lq=0.8,body=0.5",
+             "--erase", "object=0,face_hq=0,face_lq=0,body=0.5"]
 
 
 def test_a_cache_and_loader_processes_change_nothing(demo_root, tmp_path):
@@ -518,23 +464,24 @@ def test_a_cache_and_loader_processes_change_nothing(demo_root, tmp_path):
 # ---------------------------------------------------------------- recipes
 
 
-def merged(monkeypatch, *arguments) -> dict:
-    """The options that a command line ends in."""
+def merged(monkeypatch, *arguments) -> tuple[dict, dict]:
+    """The options that a command line ends in, and what of them is the recipe's."""
     found = []
-    monkeypatch.setattr(train, "set_up", found.append)
+    monkeypatch.setattr(train, "set_up", lambda options, recipe: found.extend((vars(options), recipe)))
     run_here(*arguments)
-    return found[0]
+    return tuple(found)
 
 
 def test_a_recipe_fills_only_what_nobody_gave(monkeypatch, tmp_path):
-    config = merged(monkeypatch, "--backbone", "eva02")
-    assert {key: config[key] for key in models.backbones.RECIPES["eva02"]} == models.backbones.RECIPES["eva02"] == config["recipe"]
-    config = merged(monkeypatch, "--backbone", "eva02", "--lr", 2e-5, "--drop-path", 0)  # the same or not: it was said
-    assert config["lr"] == 2e-5 and config["drop_path"] == 0 and config["layer_decay"] == 0.85
-    assert set(config["recipe"]) == {"layer_decay", "weight_decay", "warmup"}
-    (tmp_path / "config.json").write_text(json.dumps({"backbone": "eva02", "layer_decay": 0.7, "lr": 3e-4}))
-    config = merged(monkeypatch, "--config", tmp_path / "config.json", "--lr", 1e-4)
-    assert (config["lr"], config["layer_decay"], config["drop_path"]) == (1e-4, 0.7, 0.15)  # line, file, recipe
+    options, recipe = merged(monkeypatch, "--backbone", "eva02")
+    assert {key: options[key] for key in RECIPES["eva02"]} == RECIPES["eva02"] == recipe
+    options, recipe = merged(monkeypatch, "--backbone", "eva02", "--lr", 2e-5, "--drop-path", 0)  # said, if the same
+    assert options["lr"] == 2e-5 and options["drop_path"] == 0 and options["layer_decay"] == 0.85
+    assert set(recipe) == {"layer_decay", "weight_decay", "warmup"}
+    (tmp_path / "config.json").write_text(json.dumps({"options": {"backbone": "eva02", "layer_decay": 0.7,
+                                                                  "lr": 3e-4}}))
+    options, _ = merged(monkeypatch, "--config", tmp_path / "config.json", "--lr", 1e-4)
+    assert (options["lr"], options["layer_decay"], options["drop_path"]) == (1e-4, 0.7, 0.15)  # line, file, recipe
 
 
 @pytest.mark.parametrize("arguments, expected", [
@@ -546,23 +493,27 @@ def test_a_recipe_fills_only_what_nobody_gave(monkeypatch, tmp_path):
     (["--model", "test_vit"], {"lr": 2e-5, "layer_decay": 0.8, "drop_path": 0.0, "warmup": 0.05}),
 ])  # fmt: skip
 def test_what_each_backbone_gets(arguments, expected, monkeypatch):
-    config = merged(monkeypatch, *arguments)
-    assert {key: config[key] for key in expected} == expected
+    options, _ = merged(monkeypatch, *arguments)
+    assert {key: options[key] for key in expected} == expected
 
 
-def test_bench_times_the_step_of_training(monkeypatch):
+def test_bench_times_the_step_of_training(monkeypatch, tmp_path):
     found = []
-    monkeypatch.setattr(tools.bench_train, "bench_run", lambda config, *_: found.append(config))
+    monkeypatch.setattr(tools.bench_train, "bench_run", lambda _, options, *more: found.append(options))
     run_here("bench", "--backbone", "eva02", "--lr", 1e-4)
-    assert found[0]["drop_path"] == 0.15 and found[0]["lr"] == 1e-4
-    with pytest.raises(InputError, match="--loss and --margin-angular both set margins"):
-        run_here("bench", "--backbone", "eva02", "--loss", "arcface", "--margin-angular", "0.2")
+    assert found[0].drop_path == 0.15 and found[0].lr == 1e-4
+    texts = {"backbone": "eva02", "lr": 3e-4, "images": 64, "out": "run", "loss": "arcface"}
+    (tmp_path / "config.json").write_text(json.dumps({"options": texts}))
+    run_here("bench", "--config", tmp_path / "config.json", "--batch", 32)
+    assert found[1].lr == 3e-4 and found[1].batch == 32 and found[1].loss["body"] == Loss(64.0, angular=0.5)
+    with pytest.raises(click.ClickException, match="No such option"):
+        run_here("bench", "--backbone", "eva02", "--images", "64")
 
 
 def test_recipes_name_options_and_backbones():
     options = {parameter.name: parameter for parameter in train.main.params}
-    for name, recipe in models.backbones.RECIPES.items():
-        assert name == "lora" or name.partition("-")[0] in models.backbones.BACKBONES
+    for name, recipe in RECIPES.items():
+        assert name == "lora" or name.partition("-")[0] in BACKBONES
         for key, value in recipe.items():
             assert options[key].type.convert(value, None, None) == value  # within the option's range
 
@@ -573,36 +524,57 @@ def test_the_recipe_is_printed_saved_and_replayed(from_file, weights_file, demo_
     run_here(*common, "--out", tmp_path / "run")
     assert "recipe of clip: lr=2e-05, layer_decay=0.8, drop_path=0\n" in capsys.readouterr().out
     config = json.loads((tmp_path / "run/config.json").read_text())
-    assert config["lr"] == 2e-5 and config["weight_decay"] == 0.01 and "weight_decay" not in config["recipe"]
+    assert config["options"]["lr"] == 2e-5 and config["options"]["weight_decay"] == 0.01
+    assert config["facts"]["recipe"] == {"lr": 2e-5, "layer_decay": 0.8, "drop_path": 0.0}
     run_here("--config", tmp_path / "run/config.json", "--out", tmp_path / "again")
     assert "recipe of" not in capsys.readouterr().out  # everything was given
     assert_same_weights(tmp_path / "run", tmp_path / "again")
     run_here(*common, "--lr", 2e-5, "--out", tmp_path / "run", "--resume")  # what the recipe said, said: the same run
     assert "is complete" in capsys.readouterr().out
-    assert json.loads((from_file / "config.json").read_text())["lr"] == 1e-3  # the command line of that run
+    assert load_run(from_file).options["lr"] == 1e-3  # the command line of that run
 
 
 # ---------------------------------------------------------------- bad input
 
 
 BAD = [
-    (["--loss", "sphereface"], "want [DOMAIN=]NAME[:m=NUMBER,s=NUMBER]"),
-    (["--loss", "face=arcface"], "--loss: no domain 'face'"),
-    (["--loss", "arcface:h=1"], "'h=1' is no parameter of arcface; want s=NUMBER or m=NUMBER"),
+    (["--loss", "sphereface"], "no loss 'sphereface'; the losses are softmax, cosface, arcface, adaface, combined"),
+    (["--loss", "face=arcface"], "no domain 'face'; the domains are object"),
+    (["--loss", "arcface:h=1"], "'h=1' is no parameter of arcface; want m=NUMBER, s=NUMBER, e=NUMBER, w=NUMBER"),
+    (["--loss", "combined:m=1"], "'m=1' is no parameter of combined; want m2=NUMBER, m3=NUMBER"),
     (["--loss", "arcface:m"], "'m' is no parameter of arcface"),
     (["--loss", "cosface:m=x"], "'m=x' is no parameter of cosface"),
+    (["--loss", "cosface:m=nan"], "'m=nan' is no parameter of cosface"),
     (["--loss", "cosface:m=5"], "m is 5; want 0 to 2"),
+    (["--loss", "combined:m2=4"], "m2 is 4; want 0 to 3.14"),
+    (["--loss", "softmax:s=0"], "s is 0; want 0.001 to 1e+06"),
+    (["--loss", "softmax:e=2"], "e is 2; want 0 to 1"),
+    (["--loss", "softmax:w=-1"], "'w=-1' is no parameter of softmax"),
     (["--loss", "body=arcface;body=cosface"], "body has two losses"),
     (["--loss", "arcface;cosface"], "every domain has two losses"),
-    (["--loss", "face_hq=arcface:s=64", "--scale", "20"], "--loss and --scale both set scales"),
-    (["--loss", "face_hq=arcface", "--margin-angular", "0.1"], "--loss and --margin-angular both set margins"),
-    (["--margin-adaptive", "0.3"], "object has no additive margin that could adapt"),
+    (["--loss", "arcface;"], "no loss ''"),
+    (["--loss", "adaface:m=0"], "adaface with m=0 has no margin that could adapt"),
     (["--lora", "4"], "this network has no attention projections to adapt"),
-    (["--freeze-blocks", "10"], "this network has 10 levels and trains the last: take up to 9"),
-    (["--flip", "2"], "--flip: object is 2; want 0 to 1"),
-    (["--color", "object=0.1"], "--color 'object=0.1': no value for face_hq"),
-    (["--erase", "often"], "--erase 'often': want a number or NAME=NUMBER"),
+    (["--crop-scale", "-1"], "'-1': -1; want 0.01 to 1"),
+    (["--crop-scale", "object=0.1"], "--crop-scale: no value for face_hq"),
+    (["--crop-scale", "object=0.1,object=1"], "names a domain twice"),
+    (["--erase", "often"], "'often': want a number or NAME=NUMBER"),
+    (["--erase", "body=0.5=1"], "want a number or NAME=NUMBER"),
+    (["--erase", "cars=0.5"], "no domain 'cars'"),
+    (["--erase", "object=0,face_hq=0,face_lq=0,body=2"], "body is 2; want 0 to 1"),
     (["--drop-path", "1"], "1.0 is not in the range"),
+    (["--mix", "nan"], "'nan': nan; want 0 to 1e+12"),
+    (["--mix", "2"], "--mix: one number is a temperature: want 0 to 1"),
+    (["--mix", "object=1"], "--mix: no value for face_hq"),
+    (["--degrade", "2"], "want SEVERITY[@FRACTION], both in 0..1"),
+    (["--degrade", "1@"], "want SEVERITY[@FRACTION], both in 0..1"),
+    (["--degrade", "nan"], "want SEVERITY[@FRACTION], both in 0..1"),
+    (["--mix-ramp", "object:1->0.5@"], "want DOMAIN:FIRST->LAST[@FRACTION]"),
+    (["--mix-ramp", "cars:1->0.5"], "no domain 'cars'"),
+    (["--mix-ramp", "object:2->0.5"], "shares in 0..1"),
+    (["--domains", "object,object"], "names a domain twice"),
+    (["--domains", "body", "--mix-ramp", "object:1->0.5"], "--mix-ramp: object is not among --domains"),
+    (["--model", "test_vit", "--size", "base"], "--backbone and --model both name the network"),
 ]
 
 
