@@ -57,18 +57,15 @@ from models.runs import Ranks, Run, join_ranks, load_foundation, load_run, load_
 from protocols.classify import Readouts, read_prompts
 from protocols.embed import Embedder, make_embedder
 from protocols.humans import human_rows, human_verdict, make_human_rows, score_humans, show_humans
+from protocols.results import FEW_NOTE, HEADLINE, Scored, mark, read_rows, read_scored, read_stages
 from protocols.search import choose_crowd, make_members, score_unified
 from reports.plots import draw_figures, draw_sheet, draw_split
 from reports.rows import (
-    FEW_NOTE,
-    HEADLINE,
     check_references,
     headlines,
     make_report,
     make_rows,
     make_unified_rows,
-    mark,
-    read_rows,
     score,
     show_value,
     write_csv,
@@ -80,19 +77,16 @@ from reports.tables import (
     datasets_of,
     draw_stages,
     read_published,
-    read_stages,
     show_published,
     show_stages,
     write_report,
     write_text,
 )
 from tools.compare import (
-    Scored,
     compare_experts,
     compare_groups,
     draw_comparison,
     draw_experts,
-    read_scored,
     refuse_unshared,
     show_comparison,
     show_experts,

@@ -9,8 +9,9 @@ from data_prep import InputError, literal
 from data_prep.format import Split, fingerprint
 from protocols.bootstrap import Figure, bootstrap_counts, intervals
 from protocols.pairs import roc
+from protocols.results import Row
 from protocols.search import name_identities
-from reports.rows import Results, Row, rows_of, show_value
+from reports.rows import Results, rows_of, show_value
 from tools.trials import Rating
 
 

@@ -22,7 +22,8 @@ import models.runs
 import train
 from data_prep import InputError, lock_folder
 from models.runs import load_run, load_tuned, save_weights
-from reports.rows import make_rows, read_rows
+from protocols.results import read_rows
+from reports.rows import make_rows
 from tests.conftest import ROOT, TINY, assert_gone
 from tests.test_recipes import stop_at
 from tests.test_train import (

@@ -26,9 +26,9 @@ from models.runs import Run, find_run, load_foundation, provenance
 from protocols.bootstrap import Figure, normalise
 from protocols.classify import Readouts, class_means, fit_probe, nearest_mean, nearest_neighbours
 from protocols.pairs import FARS
+from protocols.results import Row, Scored, read_stages, start_of
 from protocols.search import make_members, name_identities, say_once, score_gallery, score_unified
 from reports.rows import (
-    Row,
     make_unified_rows,
     scopes_of,
     score,
@@ -38,11 +38,11 @@ from reports.rows import (
     write_draws,
     write_rows,
 )
-from reports.tables import read_stages, to_html
+from reports.tables import to_html
 from tests.conftest import script
 from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_protocols import write_run
-from tools.compare import Scored, refuse_unshared, start_of
+from tools.compare import refuse_unshared
 from tools.trials import RATING_COLUMNS
 
 OPTIONS = ["--bootstrap", "3", "--workers", "0", "--device", "cpu"]

@@ -26,21 +26,12 @@ from data_prep.format import Split
 from protocols.bootstrap import bootstrap_counts, intervals, weighted_mean
 from protocols.humans import human_verdict, score_humans
 from protocols.pairs import score_verification
+from protocols.results import Row, margin, read_stages
 from protocols.templates import SCORE_BINS
-from reports.rows import Row, rows_of, write_draws, write_rows
-from reports.tables import (
-    beside,
-    datasets_of,
-    draw_stages,
-    read_published,
-    read_stages,
-    show_published,
-    show_stages,
-    to_html,
-)
+from reports.rows import rows_of, write_draws, write_rows
+from reports.tables import beside, datasets_of, draw_stages, read_published, show_published, show_stages, to_html
 from tests.conftest import TINY, script
 from tests.test_train import spoil_jpeg
-from tools.compare import margin
 from tools.trials import RATING_COLUMNS, Rating, draw_pairs, draw_trials, find_row, read_ratings
 
 CHROMIUM, DRIVER = (next(filter(None, map(shutil.which, names)), None)

@@ -6,8 +6,9 @@ from data_prep.format import Split
 from models.runs import Run
 from protocols.classify import Readouts, nearest_rows
 from protocols.embed import Embedder
+from protocols.results import Row
 from reports.plots import MISS, Tile
-from reports.rows import Row, clean_of, make_rows, score
+from reports.rows import clean_of, make_rows, score
 
 LEAK = ("split", "row", "key", "identity", "cosine", "train_split", "train_key", "train_identity")  # leaks.csv
 
