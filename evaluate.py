@@ -42,19 +42,16 @@ from models.runs import Ranks, Run, join_ranks, load_foundation, load_run, load_
 from protocols.classify import Readouts, read_prompts
 from protocols.embed import Embedder, make_embedder
 from protocols.humans import Rating, read_ratings, score_humans
+from protocols.results import FEW_NOTE, HEADLINE, Row, mark, read_stages
 from protocols.unified import choose_crowd, make_members, score_unified
 from reports.plots import draw_figures, draw_split
 from reports.rows import (
-    FEW_NOTE,
-    HEADLINE,
-    Row,
     check_references,
     headlines,
     make_human_rows,
     make_report,
     make_rows,
     make_unified_rows,
-    mark,
     score,
     show_value,
     write_draws,
@@ -68,7 +65,6 @@ from reports.tables import (
     human_rows,
     human_verdict,
     read_published,
-    read_stages,
     show_humans,
     show_published,
     show_stages,

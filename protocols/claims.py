@@ -10,14 +10,26 @@ from pathlib import Path
 import numpy as np
 
 from analyze_report import interval, needed
-from data_prep import DOMAINS, InputError, hash_file, literal, read_json, write_atomically
+from data_prep import DOMAINS, InputError, hash_file, join_config, literal, read_json, write_atomically
 from models.backbones import BACKBONES
-from models.runs import RUN_ROLES, join_config
 from protocols.bootstrap import Figure
+from protocols.results import (
+    FEW_NOTE,
+    HEADLINE,
+    RUN_ROLES,
+    Row,
+    Scored,
+    aggregate,
+    as_many,
+    margin,
+    mark,
+    read_rows,
+    read_scored,
+    read_stages,
+    start_of,
+)
 from protocols.subspaces import above_chance, minus, show
-from reports.rows import FEW_NOTE, HEADLINE, Row, mark, read_rows, write_csv
-from reports.tables import read_stages
-from tools.compare import Scored, aggregate, as_many, margin, read_scored, start_of
+from reports.rows import write_csv
 
 HOLDS, FAILS, WIDE = "holds", "fails", "not measured (intervals too wide to decide)"
 ORDER = ("fails", "not measured", "holds, but", "holds")  # of verdicts, the weakest first

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import product
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,46 +11,16 @@ import numpy as np
 from data_prep import InputError, literal, write_atomically, write_csv
 from data_prep.format import ROLES, Split, fingerprint
 from models.runs import Run
-from protocols.bootstrap import FEW, Figure, Unscorable, gap, normalise, retention, say_once
+from protocols.bootstrap import Figure, Unscorable, gap, normalise, retention, say_once
 from protocols.classify import Readouts, score_classification
 from protocols.embed import Embedder
 from protocols.humans import Rating
 from protocols.pairs import FARS, score_pairs, score_verification
+from protocols.results import FEW_NOTE, Row, mark
 from protocols.search import describe_variant, gallery_rule, origin_of, score_gallery, variants_of
 from protocols.templates import score_templates
 
-# the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
-HEADLINE = {"verification": "auc", "templates": "tar@far=0.0001", "reid": "rank-1", "identification": "rank-1",
-            "classification": "nearest-mean top-1"}
-
-
 # ---------------------------------------------------------------- results
-
-
-@dataclass
-class Row:
-    """One figure. Values are fractions 0..1 but for d-prime; low and high: 95 % bootstrap over identities."""
-
-    run: str
-    weights: str  # "tuned" or "foundation"
-    domain: str
-    split: str
-    protocol: str
-    metric: str
-    value: float
-    low: float
-    high: float
-    count: int  # pairs, probes or images
-    identities: int = 0  # or classes, that the interval resamples; 0: unknown
-
-    @property
-    def headline(self) -> bool:
-        """Whether this is the figure that stands for its protocol."""
-        return HEADLINE.get(self.protocol.split(",")[0]) == self.metric
-
-    @property
-    def out_of_distribution(self) -> bool:
-        return self.protocol.endswith(", out of distribution")
 
 
 def chance(split: Split, metric: str) -> float:
@@ -339,14 +308,6 @@ def show_value(row: Row) -> str:
     return f"{factor * row.value:.1f} [{factor * row.low:.1f}, {factor * row.high:.1f}]" + mark(row.identities)
 
 
-def mark(identities: int) -> str:
-    """A sign behind an interval of so few identities or classes that it is too narrow."""
-    return "†" if 0 < identities < FEW else ""
-
-
-FEW_NOTE = f"†: of fewer than {FEW} identities or classes, whose bootstrap interval is too narrow"
-
-
 def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[str]) -> list[str]:
     """The lines of report.md: the headline of every split before and after, what stands between, then every figure."""
     by_name = {(split.domain, split.name): split for split in splits}
@@ -398,20 +359,3 @@ def write_draws(folder: Path, results: Results, seed: int, weights: str | None =
                                 weights=weights or "")
 
     write_atomically(folder / "draws.npz", write)
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """The rows of RUN/eval/results.json; InputError where there are none."""
-    path, kinds = folder / "results.json", {str: str, float: (int, float), int: int}
-    try:
-        rows = [Row(**row) for row in json.loads(path.read_text())]
-        for (number, row), one in product(enumerate(rows), fields(Row)):
-            value = getattr(row, one.name)
-            finite = not isinstance(value, float) or math.isfinite(value)
-            if not isinstance(value, kinds[one.type]) or isinstance(value, bool) or not finite:
-                raise ValueError(f"row {number}: {one.name} is {str(value)[:80]!r}")
-        return rows
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; run `python evaluate.py --run {folder.parent}` first") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); run evaluate.py again") from error

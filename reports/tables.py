@@ -11,8 +11,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep import DOMAINS, InputError, literal, read_lines, write_atomically
-from reports.rows import Row, show_value
+from data_prep import DOMAINS, InputError, literal, write_atomically
+from protocols.results import Row, Stages
+from reports.rows import show_value
 
 PUBLISHED = Path(__file__).parent.parent / "protocols" / "published"  # figures whose source was checked
 
@@ -171,40 +172,6 @@ def show_humans(rows: list[Row]) -> list[str]:
 
 
 # ---------------------------------------------------------------- stages of a sequential run
-
-
-@dataclass
-class Stages:
-    """Scores after each stage of a sequential run: what later tasks did to earlier ones."""
-
-    names: list[str]  # "start", then the domain of each stage that was looked at
-    steps: list[int]  # where it was looked at
-    ends: list[int]  # where the stage ended
-    tasks: list[str]  # splits that were looked at
-    scores: list[list[float]]  # [stages, tasks]; NaN where a look lacks the task
-
-
-def read_stages(folder: Path, config: dict) -> Stages | None:
-    """The last look of --eval-every in each stage of a run; None where there are no looks.
-
-    Stage k of K holds the steps s with floor(s K / steps) = k, as train.py plans them.
-    """
-    looks = [look for look in read_lines(folder / "probe.jsonl") if isinstance(look, dict)
-             and isinstance(look.get("step"), int) and isinstance(look.get("auc"), dict)]  # others are damaged
-    if not looks:
-        return None
-    order, steps = config["order"] or config["domains"], config["steps"]
-    ends = [0] + [-(-(k + 1) * steps // len(order)) for k in range(len(order))]
-    found = Stages([], [], [], list(looks[-1]["auc"]), [])
-    for name, first, end in zip(["start", *order], [-1, *ends[:-1]], ends, strict=True):
-        inside = [look for look in looks if first < look["step"] <= end]
-        if inside:
-            found.names.append(name)
-            found.steps.append(inside[-1]["step"])
-            found.ends.append(end)
-            scores = [inside[-1]["auc"].get(task) for task in found.tasks]
-            found.scores.append([score if isinstance(score, float) else math.nan for score in scores])
-    return found
 
 
 def show_stages(stages: Stages | None, config: dict) -> list[str]:

@@ -25,11 +25,10 @@ from protocols.claims import (
     group_runs,
     make_table,
 )
+from protocols.results import Row, Scored
 from protocols.separability import pixel_statistics
 from protocols.tasks import choose_pairs, make_task
-from reports.rows import Row
 from tests.conftest import script
-from tools.compare import Scored
 
 
 def run_here(*arguments) -> int:

@@ -17,6 +17,7 @@ from data_prep import InputError
 from protocols.bootstrap import bootstrap_counts
 from protocols.classify import class_means, fit_probe, nearest_mean, nearest_neighbours, score_classification
 from protocols.pairs import roc, score_verification, tar_at_far
+from protocols.results import Row, Scored
 from protocols.search import score_gallery
 from protocols.templates import (
     collect_scores,
@@ -26,10 +27,10 @@ from protocols.templates import (
     score_template_search,
     tar_at_nearest_far,
 )
-from reports.rows import Row, clean_of, score
+from reports.rows import clean_of, score
 from tests.test_evaluate import FakeSplit, unit
 from tests.test_protocols import FakeTemplates
-from tools.compare import Scored, compare_experts
+from tools.compare import compare_experts
 
 
 def classified(labels, classes, name, **more):

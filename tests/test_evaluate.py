@@ -19,8 +19,9 @@ from models.runs import load_run, load_tuned
 from protocols.bootstrap import Figure, bootstrap_counts, intervals, retention, weighted_mean
 from protocols.classify import class_means, nearest_mean, nearest_neighbours, score_classification
 from protocols.pairs import d_prime, equal_error_rate, fold_accuracy, roc, tar_at_far
+from protocols.results import read_rows
 from protocols.search import average_precision, score_gallery, trapezoid_precision
-from reports.rows import chance, read_rows
+from reports.rows import chance
 from tests.conftest import script
 from tests.test_train import spoil_jpeg
 

@@ -27,10 +27,10 @@ from protocols.bootstrap import Figure, normalise, say_once
 from protocols.classify import Readouts, class_means, fit_probe, nearest_mean, nearest_neighbours
 from protocols.humans import RATING_COLUMNS
 from protocols.pairs import FARS
+from protocols.results import Row, Scored, read_stages, start_of
 from protocols.search import name_identities, score_gallery
 from protocols.unified import make_members, score_unified
 from reports.rows import (
-    Row,
     make_unified_rows,
     scopes_of,
     score,
@@ -39,11 +39,11 @@ from reports.rows import (
     write_draws,
     write_rows,
 )
-from reports.tables import read_stages, to_html
+from reports.tables import to_html
 from tests.conftest import script
 from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_protocols import write_run
-from tools.compare import Scored, refuse_unshared, start_of
+from tools.compare import refuse_unshared
 
 OPTIONS = ["--bootstrap", "3", "--workers", "0", "--device", "cpu"]
 NO_READOUTS = Readouts({}, 0, {}, [])

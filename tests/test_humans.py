@@ -25,21 +25,20 @@ from data_prep.format import Split
 from protocols.bootstrap import bootstrap_counts, intervals, weighted_mean
 from protocols.humans import RATING_COLUMNS, Rating, find_row, read_ratings, score_humans
 from protocols.pairs import SCORE_BINS, score_verification
-from reports.rows import Row, rows_of, write_draws, write_rows
+from protocols.results import Row, margin, read_stages
+from reports.rows import rows_of, write_draws, write_rows
 from reports.tables import (
     beside,
     datasets_of,
     draw_stages,
     human_verdict,
     read_published,
-    read_stages,
     show_published,
     show_stages,
     to_html,
 )
 from tests.conftest import TINY, script
 from tests.test_train import spoil_jpeg
-from tools.compare import margin
 from tools.trials import draw_pairs, draw_trials
 from train import Options, plan_batches
 

@@ -29,23 +29,16 @@ from protocols.classify import Readouts
 from protocols.embed import Embedder, map_copy
 from protocols.humans import score_humans
 from protocols.pairs import grid_tar, score_verification
+from protocols.results import Row, Scored
 from protocols.search import describe_variant, gallery_rule, score_blocks, score_gallery, search_shots, variants_of
 from protocols.templates import Templates, highest_wrong, score_legacy_search, score_template_search, score_templates
-from reports.rows import Row, make_human_rows, score
+from reports.rows import make_human_rows, score
 from reports.tables import show_humans, to_html
 from tests.test_definitions import classified
 from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_humans import FACES, THINGS, Fake, rate, vectors
 from tests.test_protocols import FakeTemplates
-from tools.compare import (
-    Scored,
-    compare_experts,
-    compare_groups,
-    draw_comparison,
-    draw_experts,
-    show_comparison,
-    show_experts,
-)
+from tools.compare import compare_experts, compare_groups, draw_comparison, draw_experts, show_comparison, show_experts
 
 # ---------------------------------------------------------------- insightface's TAR@FAR of folds
 
@@ -568,6 +561,8 @@ class Stored(Embedder):
 
 
 class Sized(FakeSplit):
+    missing = np.zeros(240, dtype=bool)
+
     def __len__(self):
         return len(self.labels)
 

@@ -1,7 +1,7 @@
 """Runs beside each other and against experts: paired intervals, seeds, non-inferiority."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,76 +10,26 @@ from data_prep import (
     DOMAIN_COLOURS,
     DOMAINS,
     InputError,
-    hash_file,
     literal,
     make_folder,
     write_atomically,
     write_csv,
 )
-from models.runs import FREE_ON_RESUME, join_config, weights_of
 from protocols.bootstrap import Figure
+from protocols.results import (
+    FEW_NOTE,
+    Row,
+    Scored,
+    aggregate,
+    as_many,
+    margin,
+    mark,
+    read_rows,
+    read_scored,
+    start_of,
+)
 from reports.plots import COLOURS
-from reports.rows import FEW_NOTE, Row, mark, read_rows
 from reports.tables import save_figure, write_text
-
-
-@dataclass
-class Scored:
-    """What evaluate.py found for one run, with one set of weights."""
-
-    folder: Path
-    config: dict
-    seed: int  # of the resamplings
-    found: dict[tuple[str, str, str, str], tuple[Row, np.ndarray]]  # by domain, split, metric, protocol
-
-    @property
-    def name(self) -> str:
-        """Of the run; a folder's name need not be text, and a figure has no sign for what is none."""
-        return self.folder.resolve().name.encode("utf-8", "backslashreplace").decode()
-
-    @property
-    def recipe(self) -> str:
-        """What two runs share that differ in their seed alone; a backbone without a run is only itself."""
-        free = FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions", "weights", "weights_sha256"}
-        weights = next(iter(self.found.values()))[0].weights
-        if not self.config:
-            return str(self.folder.resolve())
-        options = {key: value for key, value in self.config.items() if key not in free}
-        return weights + json.dumps(options | {"weights": weights_of(self.config)})
-
-
-def read_scored(folder: Path, weights: str | None) -> Scored:
-    """The rows of a run and their resampled values; InputError where there are none.
-
-    Args:
-        folder: of the run.
-        weights: "tuned" or "foundation"; None: tuned where there are such rows.
-    """
-    rows, path = read_rows(folder / "eval"), folder / "eval" / "draws.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            draws, seed = file["draws"].astype(np.float32), int(file["seed"])
-            of = str(file["weights"]) if "weights" in file else ""
-        if draws.ndim != 2 or len(draws) != len(rows) or draws.shape[1] < 2:
-            raise ValueError(f"{list(draws.shape)} values for the {len(rows)} rows of results.json")
-    except Exception as error:  # a damaged archive raises many kinds
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); run evaluate.py on {folder} "
-                         "again") from error
-    if of and (now := hash_file(folder / "model.safetensors")) and of != now:
-        raise InputError(f"{folder}/eval is of other weights than model.safetensors: run evaluate.py on {folder} again")
-    weights = weights or max((row.weights for row in rows), default="tuned")  # "tuned" comes after "foundation"
-    found = {(row.domain, row.split, row.metric, row.protocol): (row, drawn.astype(float))
-             for row, drawn in zip(rows, draws, strict=True) if row.weights == weights}
-    if not found:
-        raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
-                         "--no-foundation")
-    path = folder / "config.json"
-    config = join_config(path) if path.exists() else {}
-    domains, counts = config.get("domains", []), config.get("counts", {})
-    if not isinstance(domains, list) or not set(map(str, domains)) <= {*DOMAINS} or not isinstance(counts, dict) \
-            or not all(isinstance(count, int | float) for count in counts.values()):
-        raise InputError(f"{path}: domains and counts do not name tasks and their images: restore it")
-    return Scored(folder, config, seed, found)
 
 
 def unlike_figures(a: Scored, b: Scored) -> dict[tuple[str, str, str], str]:
@@ -124,13 +74,6 @@ def shared_figures(runs: list[Scored], splits: set[str]) -> list[tuple[str, str,
             raise InputError(f"{name} {reasons[0]}")
         print(f"{name}: {len(reasons)} figures left out; {reasons[0]}")
     return keys
-
-
-def aggregate(group: list[Scored], key: tuple) -> Figure:
-    """The mean of a figure over runs that differ in their seed, and of its resampled values, person by person."""
-    rows, draws = zip(*(scored.found[key] for scored in group), strict=True)
-    return Figure(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count,
-                  identities=rows[0].identities)
 
 
 def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
@@ -178,16 +121,6 @@ def refuse_unshared(names: set[str], groups: list[list[Scored]], experts: bool) 
                          f"{', '.join(sorted(shared)) or 'none'}")
 
 
-def start_of(config: dict) -> tuple:
-    """What two runs must share to be compared: the untouched backbone and its input."""
-    return *(config.get(key) for key in ("backbone", "size", "model", "image_size", "embed_dim")), weights_of(config)
-
-
-def as_many(seen: int, wanted: int) -> bool:
-    """Whether an expert saw as many images as it should, within a quarter."""
-    return 0.75 <= seen / max(wanted, 1) <= 1.25
-
-
 def find_expertise(run: Scored, expert: Scored) -> str:
     """The domain that an expert was trained on; InputError where the two cannot be held against each other."""
     known = expert.config.get("domains", [])
@@ -206,14 +139,6 @@ def find_expertise(run: Scored, expert: Scored) -> str:
         raise InputError(f"{expert.folder} saw {theirs:,} images of {domain}, {run.folder} {own:,}: not the same "
                          f"number (within a quarter); train the expert with --images {own}")
     return domain
-
-
-def margin(expert: float, delta: float) -> float:
-    """How much worse still counts as no worse: delta; where the expert is above 0.9, at most a tenth of its error.
-
-    Such metrics are saturated: a point of 99.8 % would be five times what the expert gets wrong.
-    """
-    return delta if expert <= 0.9 else min(delta, 0.1 * (1 - expert))
 
 
 OTHER_METRICS = ("d-prime", "eer", "retention", "gap of ", "clean ", " sd", "far found")  # no shares, or told elsewhere

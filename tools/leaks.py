@@ -11,8 +11,9 @@ from data_prep.format import Split
 from models.runs import Run, load_foundation, load_tuned
 from protocols.classify import Readouts, nearest_rows
 from protocols.embed import Embedder, make_embedder
+from protocols.results import Row
 from reports.plots import MISS, Tile, draw_sheet
-from reports.rows import Row, clean_of, headlines, make_rows, score, show_value
+from reports.rows import clean_of, headlines, make_rows, score, show_value
 
 LEAK = ("split", "row", "key", "identity", "cosine", "train_split", "train_key", "train_identity")  # leaks.csv
 
