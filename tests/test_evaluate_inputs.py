@@ -22,7 +22,7 @@ from data_prep import InputError, hash_file, literal, lock_folder, write_csv
 from data_prep.degrade import degraded_split
 from data_prep.format import Record, Source, Split, open_root
 from data_prep.write import write_split
-from models.runs import Run, find_run, load_foundation, provenance
+from models.runs import Run, find_run, gather_facts, load_foundation
 from protocols.bootstrap import Figure, normalise, say_once
 from protocols.classify import Readouts, class_means, fit_probe, nearest_mean, nearest_neighbours
 from protocols.humans import RATING_COLUMNS
@@ -233,10 +233,10 @@ def test_weights_are_known_by_their_hash(tmp_path):
     (tmp_path / "two/other.safetensors").write_bytes(b"others")
     configs = [{"weights": str(tmp_path / name)} for name in ("one/w.safetensors", "two/w.safetensors",
                                                               "two/other.safetensors")]
-    told = provenance([], configs[0]["weights"])["weights_sha256"]
+    told = gather_facts([], "A", 1, {}, {}, configs[0]["weights"]).weights_sha256
     moved = {"weights": "/gone.safetensors", "weights_sha256": told}
     assert start_of(configs[0]) == start_of(configs[1]) == start_of(moved) != start_of(configs[2])
-    assert provenance([], "pretrained")["weights_sha256"] is None
+    assert gather_facts([], "A", 1, {}, {}, "pretrained").weights_sha256 is None
     assert start_of({"weights": "pretrained", "weights_sha256": None})[-1] == "pretrained"
     a, b, c = (Scored(tmp_path, {"seed": i} | config, 0, {0: (SimpleNamespace(weights="tuned"), None)})
                for i, config in enumerate((configs[0], moved, configs[2])))

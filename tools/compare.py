@@ -141,7 +141,7 @@ def find_expertise(run: Scored, expert: Scored) -> str:
     return domain
 
 
-OTHER_METRICS = ("d-prime", "eer", "retention", "gap of ", "clean ", " sd", "far found")  # no shares, or told elsewhere
+OTHER_METRICS = ("d-prime", "eer", "retention", "gap of ", "clean ", " sd")  # no shares, or told elsewhere
 
 
 def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[str], delta: float) -> list[dict]:
@@ -149,7 +149,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
 
     Non-inferior: the lower end of the paired 95 % interval of run - expert lies above -margin; inferior: its upper end
     lies below; else undecided. (The lower end of a two-sided interval: a test at 2.5 %.) Metrics are those that are
-    shares and better when higher: no d', EER, retention, gap to clean images, spread over folds or FAR found. What
+    shares and better when higher: no d', EER, retention, gap to clean images, or spread over folds. What
     clean images of a shifted split score is told of the split that they are of.
     """
     table = []
