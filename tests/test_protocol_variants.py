@@ -402,7 +402,7 @@ def test_mapped_embeddings_have_the_same_figures_to_the_bit(tmp_path, monkeypatc
         figures, _ = score(embed, splits, root, None, 5, 0, readouts, {"face_hq/reid": [10, 11]})
         whole.append({(name, rule, metric): (f.value, *f.draws) for name, found in figures.items()
                       for rule, by_metric in found.items() for metric, f in by_metric.items()})
-    assert len(whole[0]) > 50 and {name.split("/")[1] for name, *_ in whole[0]} == {
+    assert len(whole[0]) > 40 and {name.split("/")[1] for name, *_ in whole[0]} == {
         "verification", "identification", "reid", "templates", "val"}
     np.testing.assert_equal(whole[0], whole[1])  # NaN equals NaN
     held[:] = 0
