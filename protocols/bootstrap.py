@@ -90,3 +90,18 @@ def normalise(x: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1 IN PLACE: a copy of a million embeddings would be gigabytes."""
     x /= np.maximum(np.sqrt(np.einsum("nd,nd->n", x, x)), 1e-12)[:, None]
     return x
+
+
+def finite(value: float) -> float | None:
+    """A number for JSON, which knows no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
+def show(figure: Figure) -> dict[str, float | None]:
+    """A figure for JSON."""
+    return {"value": finite(figure.value), "low": finite(figure.low), "high": finite(figure.high)}
+
+
+def minus(a: Figure, b: Figure) -> Figure:
+    """The difference of two figures with paired resamplings."""
+    return Figure(a.value - b.value, a.draws - b.draws, a.count, identities=a.identities)
