@@ -34,7 +34,7 @@ def bootstrap_counts(identities: np.ndarray, draws: int, seed: int) -> Iterator[
 
 
 @dataclass
-class Figure:
+class Estimate:
     """A value with its 95 % percentile interval, the resampled values behind it and what it was computed from."""
 
     value: float
@@ -56,26 +56,29 @@ class Figure:
         return float(np.quantile(finite, q)) if len(finite) > 1 else self.value
 
 
+Figure = Estimate  # its former name, for the analysis
+
+
 def intervals(statistic: Callable[[np.ndarray | None], dict[str, float]], weights: Iterator[np.ndarray],
-              count: int = 0, identities: np.ndarray | None = None) -> dict[str, Figure]:
+              count: int = 0, identities: np.ndarray | None = None) -> dict[str, Estimate]:
     """Each figure of a statistic of sample weights (None: all 1), with its bootstrap; `identities`: its samples'."""
     draws, several = [statistic(w) for w in weights], 0 if identities is None else len(np.unique(identities))
-    return {name: Figure(float(value), np.array([draw[name] for draw in draws], dtype=float), count, math.nan, several)
+    return {name: Estimate(float(value), np.array([draw[name] for draw in draws], dtype=float), count, math.nan, several)
             for name, value in statistic(None).items()}
 
 
-def retention(before: Figure, after: Figure, chance: float) -> Figure | None:
+def retention(before: Estimate, after: Estimate, chance: float) -> Estimate | None:
     """(after - chance) / (before - chance), paired draw by draw; None where `before` is not above chance."""
     if not before.low > chance:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
-        return Figure((after.value - chance) / (before.value - chance),
+        return Estimate((after.value - chance) / (before.value - chance),
                       (after.draws - chance) / (before.draws - chance), after.count, math.nan, after.identities)
 
 
-def gap(clean: Figure, shifted: Figure, seed: int) -> Figure:
+def gap(clean: Estimate, shifted: Estimate, seed: int) -> Estimate:
     """What is lost from clean to shifted images; the two sets are resampled each for itself."""
-    return Figure(clean.value - shifted.value, clean.draws - np.random.default_rng(seed).permutation(shifted.draws),
+    return Estimate(clean.value - shifted.value, clean.draws - np.random.default_rng(seed).permutation(shifted.draws),
                   shifted.count, math.nan, min(clean.identities, shifted.identities))
 
 
@@ -97,11 +100,11 @@ def finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def show(figure: Figure) -> dict[str, float | None]:
+def show(figure: Estimate) -> dict[str, float | None]:
     """A figure for JSON."""
     return {"value": finite(figure.value), "low": finite(figure.low), "high": finite(figure.high)}
 
 
-def minus(a: Figure, b: Figure) -> Figure:
+def minus(a: Estimate, b: Estimate) -> Estimate:
     """The difference of two figures with paired resamplings."""
-    return Figure(a.value - b.value, a.draws - b.draws, a.count, identities=a.identities)
+    return Estimate(a.value - b.value, a.draws - b.draws, a.count, identities=a.identities)

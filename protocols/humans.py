@@ -16,7 +16,7 @@ import numpy as np
 
 from data_prep import InputError
 from data_prep.format import Split
-from protocols.bootstrap import Figure, bootstrap_counts, intervals
+from protocols.bootstrap import Estimate, bootstrap_counts, intervals
 from protocols.pairs import roc
 from protocols.search import name_identities
 
@@ -102,7 +102,7 @@ def read_ratings(paths: list[Path], splits: dict[str, Split]) -> list[Rating]:
 
 
 def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: dict[str, np.ndarray], draws: int,
-                 seed: int) -> dict[str, dict[str, Figure]]:
+                 seed: int) -> dict[str, dict[str, Estimate]]:
     """AUC of each rater and of the model on exactly the trials of that rater; ties count half.
 
     The figures of a split are of the raters who saw pairs of both kinds there; those of a domain with several splits of
@@ -110,7 +110,7 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
     every domain, each with the mean over domains of the mean over splits.
 
     Returns:
-        {place: {metric: Figure}}; a place is "domain/split", a domain with several splits, or "everything".
+        {place: {metric: Estimate}}; a place is "domain/split", a domain with several splits, or "everything".
 
     Args:
         ratings: as `read_ratings` gives them; trials with an unreadable image are left out, for both sides.
@@ -185,7 +185,7 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
     who = {name: np.unique(np.concatenate([np.append(a[i], b[i]) for (split, _), i in used.items() if split == name]))
            for name in names if any(split == name for split, _ in used)}
     shown = {name: {pair for (split, _), pairs in seen.items() if split == name for pair in pairs} for name in names}
-    figures: dict[str, dict[str, Figure]] = {}
+    figures: dict[str, dict[str, Estimate]] = {}
     for (place, metric), figure in found.items():
         these = [place] if place in shown else domains.get(place, shown)
         figure.count = sum(len(shown[name]) for name in these)

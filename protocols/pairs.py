@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_prep.format import Split, matched_pairs
-from protocols.bootstrap import Figure, Unscorable, bootstrap_counts, intervals, weighted_mean
+from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, intervals, weighted_mean
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 SCORE_BINS = np.linspace(-1, 1, 51)  # of the score distributions
@@ -121,7 +121,7 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
     """10-fold accuracy, AUC, EER, TAR@FAR (where there are 1 / FAR impostors) and d' of a split's pairs.
 
     Returns:
-        {rule: {metric: Figure}}, the exact thresholds first, and to draw: the ROC, and how many scores of either kind
+        {rule: {metric: Estimate}}, the exact thresholds first, and to draw: the ROC, and how many scores of either kind
         fall into each of SCORE_BINS.
     """
     pairs, folded = np.array(split.column("pairs")), f"{split.protocol['folds']} folds"
@@ -156,7 +156,7 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
 # ---------------------------------------------------------------- one yardstick for all
 
 
-def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count: int = 5000) -> dict[str, Figure]:
+def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count: int = 5000) -> dict[str, Estimate]:
     """Same/different AUC and d' on matched numbers of random pairs: one yardstick for every kind of split."""
     labels = np.where(np.isfinite(x[:, 0]), labels, -1)
     pairs = matched_pairs(labels, count, seed)

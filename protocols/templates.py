@@ -13,7 +13,7 @@ import scipy.sparse
 import torch
 
 from data_prep.format import Split
-from protocols.bootstrap import Figure, Unscorable, bootstrap_counts, intervals, normalise, weighted_mean
+from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, intervals, normalise, weighted_mean
 from protocols.pairs import BINS, FARS, SCORE_BINS, tar_at_far
 from protocols.search import FPIRS, mates_in, search_gallery, tpir_at_fpir
 
@@ -164,7 +164,7 @@ def tar_at_nearest_far(far: np.ndarray, tar: np.ndarray, target: float) -> float
 
 
 def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, seed: int,
-                         device: torch.device | str = "cpu") -> tuple[dict[str, dict[str, Figure]], dict]:
+                         device: torch.device | str = "cpu") -> tuple[dict[str, dict[str, Estimate]], dict]:
     """TAR@FAR of listed pairs of templates, by rule for the FAR ("nearest", "strict"), and curves to draw.
 
     Only FARs of which the list has an impostor to spare. A pair with a template that is not enrolled is never accepted.
@@ -189,7 +189,7 @@ def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, se
             scores[~(templates.enrolled[left[places]] & templates.enrolled[right[places]])] = -2  # below every cosine
             yield places, scores
 
-    def resample(tail: Tail) -> tuple[dict[tuple[str, float], Figure], tuple[np.ndarray, np.ndarray], float]:
+    def resample(tail: Tail) -> tuple[dict[tuple[str, float], Estimate], tuple[np.ndarray, np.ndarray], float]:
         """Figures by rule and FAR, the ROC, and the least FAR at which a resampling's tail ends."""
         a, b, matched = identity[left[tail.pairs]], identity[right[tail.pairs]], same[tail.pairs]
         corner, ends = np.append(True, tail.corner), []
@@ -235,7 +235,7 @@ def draw_from_bins(bins: np.ndarray, far: np.ndarray, tar: np.ndarray, points: i
 
 
 def score_template_search(templates: Templates, galleries: list[np.ndarray], probes: np.ndarray, draws: int,
-                          seed: int, device: torch.device | str = "cpu") -> dict[str, Figure]:
+                          seed: int, device: torch.device | str = "cpu") -> dict[str, Estimate]:
     """Rank-k and TPIR@FPIR of probe templates in each gallery for itself.
 
     Hits at a rank are added over the galleries and divided by all probes (each has its mate in one of them); TPIR is
@@ -275,7 +275,7 @@ def score_templates(x: np.ndarray, split: Split, draws: int, seed: int,
         x: embeddings [M, D], not normalised.
 
     Returns:
-        {rule: {metric: Figure}}, the customary one first, and to draw, of that one: as `score_verification`.
+        {rule: {metric: Estimate}}, the customary one first, and to draw, of that one: as `score_verification`.
     """
     columns, found, curve = split.index["columns"], {}, {}
     poolings = {"norm": np.ones(len(split), dtype=np.float32)}

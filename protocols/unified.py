@@ -11,7 +11,7 @@ import torch
 
 from data_prep import DOMAINS
 from data_prep.format import ROLES, Split, ordered_tests
-from protocols.bootstrap import Figure, bootstrap_counts, intervals, say_once, weighted_mean
+from protocols.bootstrap import Estimate, bootstrap_counts, intervals, say_once, weighted_mean
 from protocols.search import mates_in, name_identities, origin_of, search_gallery
 
 
@@ -92,7 +92,7 @@ def make_members(splits: list[Split], embeddings: list[np.ndarray], limit: int, 
 
 
 def score_unified(members: list[Member], draws: int, seed: int,
-                  device: torch.device | str = "cpu") -> dict[str, dict[str, Figure]]:
+                  device: torch.device | str = "cpu") -> dict[str, dict[str, Estimate]]:
     """Probes of every domain against the galleries of all domains together; ties count against the probe.
 
     A hit on the same person in another domain is right, but a copy of the probe's own picture (`data_prep degrade`)

@@ -11,7 +11,7 @@ import numpy as np
 from data_prep import InputError, literal, write_atomically, write_csv
 from data_prep.format import ROLES, Split, fingerprint
 from models.runs import Run
-from protocols.bootstrap import Figure, Unscorable, gap, normalise, retention, say_once
+from protocols.bootstrap import Estimate, Unscorable, gap, normalise, retention, say_once
 from protocols.classify import Readouts, score_classification
 from protocols.embed import Embedder
 from protocols.humans import Rating
@@ -98,7 +98,7 @@ def unsupported_fars(impostors: int) -> str:
 
 def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int, seed: int,
           readouts: Readouts, without: dict[str, np.ndarray] | None = None, among: list[Split] | None = None
-          ) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict]:
+          ) -> tuple[dict[str, dict[str, dict[str, Estimate]]], dict]:
     """Score one backbone on test splits.
 
     Args:
@@ -107,7 +107,7 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
         among: test splits that those clean images may be of (default: those that are scored).
 
     Returns:
-        By "domain/split": figures {rule: {metric: Figure}}, the customary rule first, and curves to draw.
+        By "domain/split": figures {rule: {metric: Estimate}}, the customary rule first, and curves to draw.
     """
     figures, curves, fitted, failed = {}, {}, {}, {}
     for split in splits:
@@ -171,7 +171,7 @@ def score_people(embed: Embedder, x: np.ndarray, split: Split, draws: int, seed:
 
 
 def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run: Run | None, draws: int, seed: int,
-                  readouts: Readouts, fitted: dict, without: dict, among: list[Split]) -> dict[str, dict[str, Figure]]:
+                  readouts: Readouts, fitted: dict, without: dict, among: list[Split]) -> dict[str, dict[str, Estimate]]:
     """Figures by rule of a classification split with unit embeddings x; other arguments as of `score`.
 
     `fitted`: the readouts of each reference so far.
@@ -259,7 +259,7 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
     return rows
 
 
-def rows_of(run: str, weights: str, domain: str, split: str, protocol: str, found: dict[str, Figure]) -> Results:
+def rows_of(run: str, weights: str, domain: str, split: str, protocol: str, found: dict[str, Estimate]) -> Results:
     """The rows of some figures; one that could not be computed is absent."""
     return [(Row(run, weights, domain, split, protocol, metric, f.value, f.low, f.high, f.count, f.identities), f.draws)
             for metric, f in found.items() if math.isfinite(f.value)]

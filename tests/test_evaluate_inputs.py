@@ -23,7 +23,7 @@ from data_prep.degrade import degraded_split
 from data_prep.format import Record, Source, Split, open_root
 from data_prep.write import write_split
 from models.runs import Run, find_run, gather_facts, load_foundation
-from protocols.bootstrap import Figure, normalise, say_once
+from protocols.bootstrap import Estimate, normalise, say_once
 from protocols.classify import Readouts, class_means, fit_probe, nearest_mean, nearest_neighbours
 from protocols.humans import RATING_COLUMNS
 from protocols.pairs import FARS
@@ -452,7 +452,7 @@ def test_degraded_copies_show_the_same_people_and_the_probes_picture_is_no_hit(d
 def test_the_unified_gallery_names_its_splits(demo_root):
     root = open_root(demo_root)
     crowd = [root["object"]["val"], root["face_hq"]["test"]]
-    figures = {"tuned": {"all": {"x": Figure(0.5, np.zeros(2), 3, np.nan, 30)}}}
+    figures = {"tuned": {"all": {"x": Estimate(0.5, np.zeros(2), 3, np.nan, 30)}}}
     (row, _), = make_unified_rows("r", crowd, figures, True, 10, 0)
     assert "sets object/val demo " in row.protocol and " + face_hq/test demo " in row.protocol and row.identities == 30
 

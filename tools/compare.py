@@ -15,7 +15,7 @@ from data_prep import (
     write_atomically,
     write_csv,
 )
-from protocols.bootstrap import Figure
+from protocols.bootstrap import Estimate
 from protocols.results import (
     FEW_NOTE,
     Row,
@@ -93,7 +93,7 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
         for group in groups:
             figure, values = aggregate(group, key), [scored.found[key][0].value for scored in group]
             with np.errstate(invalid="ignore"):  # a resampling without errors has an infinite d', of both
-                lead = Figure(figure.value - reference.value, figure.draws - reference.draws)
+                lead = Estimate(figure.value - reference.value, figure.draws - reference.draws)
             spread = float(np.std(values, ddof=1)) if len(group) > 1 else None
             row = dict(zip(("domain", "split", "metric", "protocol"), key, strict=True))
             row |= {"runs": " ".join(scored.name for scored in group),
@@ -165,7 +165,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
         for key in shared_figures(kept, splits):
             row = ours[0].found[key][0]
             run, expert = aggregate(ours, key), aggregate(theirs, key)
-            lead, allowed = Figure(run.value - expert.value, run.draws - expert.draws), margin(expert.value, delta)
+            lead, allowed = Estimate(run.value - expert.value, run.draws - expert.draws), margin(expert.value, delta)
             verdict = ("non-inferior" if lead.low > -allowed or lead.low >= 0 else
                        "inferior" if lead.high < -allowed else "undecided")
             named = [" ".join(one.name for one in some) for some in (ours, theirs)]
