@@ -63,7 +63,8 @@ def intervals(statistic: Callable[[np.ndarray | None], dict[str, float]], weight
               count: int = 0, identities: np.ndarray | None = None) -> dict[str, Estimate]:
     """Each figure of a statistic of sample weights (None: all 1), with its bootstrap; `identities`: its samples'."""
     draws, several = [statistic(w) for w in weights], 0 if identities is None else len(np.unique(identities))
-    return {name: Estimate(float(value), np.array([draw[name] for draw in draws], dtype=float), count, math.nan, several)
+    return {name: Estimate(float(value), np.array([draw[name] for draw in draws], dtype=float), count,
+                           identities=several)
             for name, value in statistic(None).items()}
 
 

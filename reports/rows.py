@@ -171,7 +171,8 @@ def score_people(embed: Embedder, x: np.ndarray, split: Split, draws: int, seed:
 
 
 def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run: Run | None, draws: int, seed: int,
-                  readouts: Readouts, fitted: dict, without: dict, among: list[Split]) -> dict[str, dict[str, Estimate]]:
+                  readouts: Readouts, fitted: dict, without: dict, among: list[Split]
+                  ) -> dict[str, dict[str, Estimate]]:
     """Figures by rule of a classification split with unit embeddings x; other arguments as of `score`.
 
     `fitted`: the readouts of each reference so far.

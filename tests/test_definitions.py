@@ -317,7 +317,8 @@ def test_the_interval_with_a_hub_person_equals_that_of_the_whole_list(monkeypatc
         np.testing.assert_allclose(found["strict"][f"tar@far={target:g}"].draws, expected, atol=1e-12)
     assert 0 in left and np.ptp(expected) > 0
     collect = collect_scores
-    monkeypatch.setattr(protocols.templates, "collect_scores", lambda listed, same, need: collect(listed, same, len(pairs)))
+    monkeypatch.setattr(protocols.templates, "collect_scores",
+                        lambda listed, same, need: collect(listed, same, len(pairs)))
     whole, _ = score_template_pairs(templates, pairs, 60, 3)
     for rule, figures in whole.items():
         for name, figure in figures.items():

@@ -17,7 +17,6 @@ import protocols.embed
 import protocols.pairs
 import protocols.search
 import protocols.templates
-import tools.leaks
 from data_prep import InputError, literal
 from data_prep.__main__ import cli
 from data_prep.format import Split
@@ -33,6 +32,7 @@ from tests.test_definitions import classified
 from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_humans import FACES, THINGS, Fake, rate, vectors
 from tools.compare import compare_experts, compare_groups, draw_comparison, draw_experts, show_comparison, show_experts
+from tools.leaks import score_without
 
 # ---------------------------------------------------------------- CUHK03's single-gallery-shot
 
@@ -241,7 +241,7 @@ def test_gaps_leave_leaked_images_out_on_both_sides(reference):
 
     def gaps(without):
         return [{row.metric: row for row in table if row.split == "r" and row.metric.startswith(("gap of ", "clean "))}
-                for table in tools.leaks.score_without(Known(**x), [val, r], root, run, 2, 0, True, without, "at 1 by x")]
+                for table in score_without(Known(**x), [val, r], root, run, 2, 0, True, without, "at 1 by x")]
 
     def top_1(split, rows, voters, itself):
         """Right by 20 neighbours among `voters` of the reference, by counting votes."""
@@ -277,12 +277,12 @@ def test_rows_that_leaks_do_not_touch_are_told_once():
     x = {name: np.random.default_rng(0).normal(size=(8, 3)) for name in ("train", "val", "r")}
     root, run = {"object": {"train": objects([0, 1] * 4, "train")}}, SimpleNamespace(
         config={}, classes={}, folder=Path("runs/x"))
-    whole, rest = tools.leaks.score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/val": [1]}, "at 1 by x")
+    whole, rest = score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/val": [1]}, "at 1 by x")
     told = {(row.split, row.metric.startswith(("gap of ", "clean ")), row.protocol.partition(", without ")[2])
             for row in rest}
     assert told == {("val", False, "1 leaked at 1 by x"), ("r", True, "0 leaked and 1 of the clean at 1 by x")}
     assert {row.split for row in whole} == {"val", "r"} and not any("without" in row.protocol for row in whole)
-    whole, _ = tools.leaks.score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/r": [1]}, "at 1 by x")
+    whole, _ = score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/r": [1]}, "at 1 by x")
     assert {row.split for row in whole} == {"r"}  # of val nothing changes
 
 

@@ -80,7 +80,7 @@ def test_parts_make_the_same_array_whoever_computes_them(embedder, demo_root, mo
     two.join_parts(split, parts, one.folder / "joined")
     np.testing.assert_array_equal(np.load(one.folder / "joined"), whole)
     everything = np.arange(len(split))
-    _, x = next(models.backbones.embed_rows(two.model, split, everything, two.device, len(split), 0, True))  # in one batch
+    _, x = next(models.backbones.embed_rows(two.model, split, everything, two.device, len(split), 0, True))
     np.testing.assert_allclose(whole, x.numpy(), rtol=1e-4, atol=1e-6)
 
 
