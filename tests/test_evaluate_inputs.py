@@ -14,11 +14,12 @@ import click
 import numpy as np
 import pytest
 
+import models.runs
 import protocols.classify
 import reports.plots
 import tools.leaks
 import train
-from data_prep import InputError, hash_file, literal, lock_folder, write_csv
+from data_prep import InputError, hash_file, join_config, literal, lock_folder, write_csv
 from data_prep.degrade import degraded_split
 from data_prep.format import Record, Source, Split, open_root
 from data_prep.write import write_split
@@ -226,7 +227,7 @@ def test_compare_takes_what_the_runs_share(tmp_path, capsys):
         run_here("compare", *runs, "--out", tmp_path / "c", "--splits", "body/other")
 
 
-def test_weights_are_known_by_their_hash(tmp_path):
+def test_weights_are_known_by_their_hash(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "w.safetensors").write_bytes(b"the same")
@@ -241,11 +242,11 @@ def test_weights_are_known_by_their_hash(tmp_path):
     a, b, c = (Scored(tmp_path, {"seed": i} | config, 0, {0: (SimpleNamespace(weights="tuned"), None)})
                for i, config in enumerate((configs[0], moved, configs[2])))
     assert a.recipe == b.recipe != c.recipe  # seeds of one recipe
-    (tmp_path / "config.json").write_text(json.dumps(configs[0] | {"weights_sha256": told, "shards": {}}))
-    options = {"out": str(tmp_path), "resume": True}
-    assert find_run(options | {"weights": configs[1]["weights"]}, []) == "unfinished"  # its file has moved
+    (tmp_path / "config.json").write_text(json.dumps({"options": configs[0], "facts": {"weights_sha256": told}}))
+    monkeypatch.setattr(models.runs, "read_config", lambda folder: join_config(folder / "config.json"))  # not whole
+    assert find_run(tmp_path, {"resume": True} | configs[1], []) == "unfinished"  # its file has moved
     with pytest.raises(InputError, match="--weights was"):
-        find_run(options | {"weights": configs[2]["weights"]}, [])
+        find_run(tmp_path, {"resume": True} | configs[2], [])
     replaced = Run(tmp_path, {"weights": configs[2]["weights"], "weights_sha256": told}, None, {}, {})
     with pytest.raises(InputError, match=r"not the file that .* started from .its SHA-256 differs.*--no-foundation"):
         load_foundation(replaced)
