@@ -19,22 +19,22 @@ import click
 import numpy as np
 import torch
 
-from analyze_figures import draw_up_map
-from analyze_report import write_analysis
 from data_prep import DOMAINS, InputError, Number, hash_file, lock_folder, refuse_options, run_command
 from data_prep.format import Split, open_root
 from evaluate import model_options
 from models.runs import load_foundation, load_run, load_tuned, pick_device
-from protocols.claims import make_table, read_runs, write_table
+from protocols.bootstrap import finite
+from protocols.claims import make_table
 from protocols.embed import make_embedder
+from protocols.explore import draw_up_map, measure_components
+from protocols.results import read_runs
 from protocols.separability import Canon, Features, measure_separability, pixel_statistics
-from protocols.sharing import debiased_cka, measure_components, measure_sharing
+from protocols.sharing import debiased_cka, measure_sharing
 from protocols.subspaces import (
     FITTED,
     FURTHER,
     GRID,
     Curve,
-    finite,
     hits_by_k,
     hits_one_by_one,
     hits_without_each,
@@ -43,6 +43,7 @@ from protocols.subspaces import (
     unit,
 )
 from protocols.tasks import ROWS, Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
+from reports.analysis import write_analysis, write_table
 
 # ---------------------------------------------------------------- the job
 

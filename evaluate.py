@@ -26,88 +26,50 @@ domains: multi-tasking), where they rated several:
 Their intervals resample the people and things on the pictures, not the raters.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
-from itertools import chain
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
-import numpy as np
-import torch
 
-from data_prep import (
-    DOMAINS,
-    InputError,
-    Number,
-    hash_file,
-    lock_folder,
-    make_folder,
-    progress,
-    refuse_options,
-    run_command,
-    write_atomically,
-)
+from data_prep import DOMAINS, InputError, Number, hash_file, lock_folder, refuse_options, run_command
 from data_prep.format import Split, named_splits, open_root
 from data_prep.stream import LOADERS
-from models.backbones import BACKBONES, SIZES, Backbone, Network, embed_rows, load_backbone, resolve_backbone
-from models.runs import Ranks, Run, join_ranks, load_foundation, load_run, load_tuned, pick_device
+from models.backbones import BACKBONES, SIZES, Backbone, Network, load_backbone, resolve_backbone
+from models.runs import Ranks, Run, join_ranks, load_foundation, load_run, load_tuned
 from protocols.classify import Readouts, read_prompts
 from protocols.embed import Embedder, make_embedder
-from protocols.humans import human_rows, human_verdict, make_human_rows, score_humans, show_humans
-from protocols.search import choose_crowd, make_members, score_unified
-from reports.plots import draw_figures, draw_sheet, draw_split
+from protocols.humans import Rating, read_ratings, score_humans
+from protocols.results import FEW_NOTE, HEADLINE, Row, mark, read_stages
+from protocols.unified import choose_crowd, make_members, score_unified
+from reports.plots import draw_figures, draw_split
 from reports.rows import (
-    FEW_NOTE,
-    HEADLINE,
     check_references,
     headlines,
+    make_human_rows,
     make_report,
     make_rows,
     make_unified_rows,
-    mark,
-    read_rows,
     score,
     show_value,
-    write_csv,
     write_draws,
     write_rows,
 )
 from reports.tables import (
+    Published,
     beside,
     datasets_of,
     draw_stages,
+    human_rows,
+    human_verdict,
     read_published,
-    read_stages,
+    show_humans,
     show_published,
     show_stages,
     write_report,
-    write_text,
 )
-from tools.compare import (
-    Scored,
-    compare_experts,
-    compare_groups,
-    draw_comparison,
-    draw_experts,
-    read_scored,
-    refuse_unshared,
-    show_comparison,
-    show_experts,
-)
-from tools.leaks import LEAK, find_leaks, score_without
-from tools.own_pictures import Pictures, find_fitting, find_pictures, write_embeddings
-from tools.trials import read_ratings
-
-# ---------------------------------------------------------------- leaks
-
-
-# ---------------------------------------------------------------- a user's own pictures
-
-
-# ---------------------------------------------------------------- the job
 
 
 def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: str) -> list[Split]:
@@ -172,6 +134,73 @@ def open_models(options: dict, given: set[str]
     folder = Path(options["out"] or f"runs/{name}")
     models = {"foundation": lambda: load_backbone(network).eval()}
     return name, folder, None, models, options["data"] or "data"
+
+
+@dataclass
+class Findings:
+    """What every set of weights scored, by its name."""
+
+    crowd: list[Split]  # the split of each domain that is searched among all domains at once
+    figures: dict[str, dict] = field(default_factory=dict)  # as `score` returns them
+    curves: dict[str, dict] = field(default_factory=dict)
+    unified: dict[str, dict] = field(default_factory=dict)  # as `score_unified`
+    people: dict[str, dict] = field(default_factory=dict)  # as `score_humans`
+
+
+def score_models(embedders: dict[str, Embedder], splits: list[Split], root: dict, run: Run | None, readouts: Readouts,
+                 ratings: list[Rating], options: dict) -> Findings:
+    """Score every set of weights on every split by its protocol, on all domains at once, and beside people."""
+    draws, seed = options["bootstrap"], options["seed"]
+    found = Findings(choose_crowd(splits) if options["crowd"] else [])
+    if found.crowd:
+        print(f"  everything: {', '.join(f'{split.domain}/{split.name}' for split in found.crowd)} (--splits chooses)")
+    by_name = {f"{split.domain}/{split.name}": split for split in splits}
+    for weights, embed in embedders.items():
+        found.figures[weights], found.curves[weights] = score(
+            embed, splits, root, run if weights == "tuned" else None, draws, seed, readouts)
+        if found.crowd:
+            members = make_members(found.crowd, [embed(split) for split in found.crowd], options["crowd"], seed)
+            found.crowd = [member.split for member in members]
+        if found.crowd:
+            found.unified[weights] = score_unified(members, draws, seed, embed.device)
+        if ratings:
+            rated = {name: embed(by_name[name]) for name in {rating.split for rating in ratings}}
+            found.people[weights] = score_humans(ratings, by_name, rated, draws, seed)
+    return found
+
+
+def write_pages(out: Path, rows: list[Row], splits: list[Split], curves: dict[str, dict],
+                others: list[tuple[Published, str, Row | None]], flip: bool, run: Run | None) -> None:
+    """report.md, report.html and their figures; `others`: published figures, as `beside` finds them."""
+    for path in [*(out / f"{name}.png" for name in ("roc", "cmc", "scores", "stages")), *out.glob("sheet-*.png")]:
+        path.unlink(missing_ok=True)  # of an evaluation of other splits; a sheet shows people
+    middle = [line for title, file in draw_figures(out, rows, curves, splits, others)
+              for line in ("", f"![{title}]({file})")]
+    middle += show_humans(rows) + show_published(others)
+    if run and run.config["schedule"] == "sequential":
+        stages = read_stages(run.folder, run.config)
+        middle += show_stages(stages, run.config)
+        if stages:
+            draw_stages(out / "stages.png", stages)
+            middle += ["", "![AUC after each stage](stages.png)"]
+    write_report(out, make_report(rows, splits, flip, middle))
+
+
+def print_rows(rows: list[Row]) -> None:
+    """The headline of every split, all figures over all domains, and the verdicts of the human trials."""
+    for (domain, split), pair in headlines(rows).items():
+        print(f"{domain + '/' + split:22s} {next(iter(pair.values())).metric:20s} "
+              + "   ".join(f"{weights} {show_value(row)}" for weights, row in pair.items()))
+    for row in rows:
+        if row.domain == "all":
+            print(f"{'everything':22s} {row.metric:30s} {row.weights} {show_value(row)}")
+    for (domain, split), by_weights in human_rows(rows).items():
+        for weights, found in by_weights.items():
+            lead = found["model minus human AUC"]
+            name = "everything" if domain == "all" else f"{domain}/{split}"
+            print(f"{name:22s} {lead.metric:30s} {weights} {show_value(lead)}: {human_verdict(lead)}")
+    if any(mark(row.identities) for row in rows):
+        print(FEW_NOTE)
 
 
 def model_options(command):
@@ -251,57 +280,18 @@ def main(context: click.Context, **options) -> int | None:
         embed.ranks = Ranks()
     if ranks.rank:
         leave(ranks)
-    figures, curves, unified, people = {}, {}, {}, {}
-    if crowd := choose_crowd(splits) if options["crowd"] else []:
-        print(f"  everything: {', '.join(f'{split.domain}/{split.name}' for split in crowd)} (--splits chooses)")
-    for weights, embed in embedders.items():
-        found = score(embed, splits, root, run if weights == "tuned" else None, options["bootstrap"], options["seed"],
-                      readouts)
-        figures[weights], curves[weights] = found
-        if crowd:
-            members = make_members(crowd, [embed(split) for split in crowd], options["crowd"], options["seed"])
-            crowd = [member.split for member in members]
-        if crowd:
-            unified[weights] = score_unified(members, options["bootstrap"], options["seed"], embed.device)
-        if ratings:
-            rated = {name: embed(by_name[name]) for name in {rating.split for rating in ratings}}
-            people[weights] = score_humans(ratings, by_name, rated, options["bootstrap"], options["seed"])
-    results = make_rows(name, splits, figures, options["flip"])
-    results += make_unified_rows(name, crowd, unified, options["flip"], options["crowd"], options["seed"])
-    results += make_human_rows(name, ratings, by_name, people, options["flip"])
+    found = score_models(embedders, splits, root, run, readouts, ratings, options)
+    results = make_rows(name, splits, found.figures, options["flip"])
+    results += make_unified_rows(name, found.crowd, found.unified, options["flip"], options["crowd"], options["seed"])
+    results += make_human_rows(name, ratings, by_name, found.people, options["flip"])
     rows = [row for row, _ in results]
     write_rows(out, rows)
     write_draws(out, results, options["seed"], of)
-    for path in [*(out / f"{name}.png" for name in ("roc", "cmc", "scores", "stages")), *out.glob("sheet-*.png")]:
-        path.unlink(missing_ok=True)  # of an evaluation of other splits; a sheet shows people
-    others = beside(rows, datasets, published)
-    middle = [line for title, file in draw_figures(out, rows, curves, splits, others)
-              for line in ("", f"![{title}]({file})")]
-    middle += show_humans(rows) + show_published(others)
-    if run and run.config["schedule"] == "sequential":
-        stages = read_stages(folder, run.config)
-        middle += show_stages(stages, run.config)
-        if stages:
-            draw_stages(out / "stages.png", stages)
-            middle += ["", "![AUC after each stage](stages.png)"]
-    write_report(out, make_report(rows, splits, options["flip"], middle))
+    write_pages(out, rows, splits, found.curves, beside(rows, datasets, published), options["flip"], run)
     for split in splits if options["sheet"] else []:
-        if f"{split.domain}/{split.name}" in curves[embed.name]:
+        if f"{split.domain}/{split.name}" in found.curves[embed.name]:
             draw_split(out, split, embed, root, options["seed"])
-    for (domain, split), pair in headlines(rows).items():
-        print(f"{domain + '/' + split:22s} {next(iter(pair.values())).metric:20s} "
-              + "   ".join(f"{weights} {show_value(row)}" for weights, row in pair.items()))
-    for row in rows:
-        if row.domain == "all":
-            print(f"{'everything':22s} {row.metric:30s} {row.weights} {show_value(row)}")
-    for (domain, split), by_weights in human_rows(rows).items():
-        for weights, found in by_weights.items():
-            lead = found["model minus human AUC"]
-            name = "everything" if domain == "all" else f"{domain}/{split}"
-            print(f"{name:22s} {lead.metric:30s} {weights} {show_value(lead)}: "
-                  f"{human_verdict(lead)}")
-    if any(mark(row.identities) for row in rows):
-        print(FEW_NOTE)
+    print_rows(rows)
     print(f"written: {out}/report.html, report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
     if "foundation" in embedders:
@@ -333,40 +323,11 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
         raise InputError("--delta is the margin of non-inferiority to experts: give --experts too")
     if experts and weights == "foundation":
         raise InputError("--weights foundation: with --experts the tuned weights are compared; leave it out")
-    folders = list(dict.fromkeys(folder.resolve() for folder in runs))
-    if len(folders) < len(runs):
+    if len({folder.resolve() for folder in runs}) < len(runs):
         raise InputError("a run is named twice: name each once")
-    if experts:
-        scored = [read_scored(folder, "tuned") for folder in runs]
-    elif len(runs) == 1:
-        if weights:
-            raise InputError("--weights chooses between the figures of several runs: leave it out with one run")
-        scored = [read_scored(runs[0], which) for which in ("foundation", "tuned")]
-    else:
-        scored = [read_scored(folder, weights) for folder in runs]
-    groups: dict[str, list[Scored]] = {}
-    for one in scored:
-        groups.setdefault(one.recipe, []).append(one)
-    first, *others = groups.values()
-    chosen = set(splits.split(",")) if splits else set()
-    if experts and not others:
-        raise InputError("--experts: want RUN and at least one expert of its domains")
-    refuse_unshared(chosen, [first, *others], experts)
-    table = compare_experts(first, others, chosen, delta) if experts else compare_groups([first, *others], chosen)
-    make_folder(out, "--out")
-    text = show_experts(table, first[0].config.get("domains", [])) if experts else show_comparison(table)
-    if experts:
-        draw_experts(out / "comparison.png", table)
-    else:
-        shown = [row.weights for row, _ in first[0].found.values()]
-        untouched = [row for row in read_rows(first[0].folder / "eval") if row.weights == "foundation"]
-        draw_comparison(out / "comparison.png", table, untouched if "foundation" not in shown else [])
-    write_atomically(out / "comparison.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
-    write_csv(out / "comparison.csv", table)
-    write_text(out / "comparison.md", text)
-    if not experts:  # every figure is in the files; a terminal gets those that stand for their protocols
-        text = show_comparison([row for row in table if row["headline"]] or table)
-    print(text + f"written: {out}/comparison.md, .csv, .json and .png")
+    from tools.compare import write_comparison
+
+    write_comparison(runs, weights, set(splits.split(",")) if splits else set(), delta if experts else None, out)
     return 0
 
 
@@ -384,44 +345,13 @@ def leaks(**options) -> int:
     if not options["run"]:
         raise InputError("whose training images? give --run RUN")
     run = load_run(Path(options["run"]), options["allow_partial"])
-    data, out = options["data"] or run.config["data"], run.folder / "eval"
+    data = options["data"] or run.config["data"]
     root = open_root(Path(data))
     splits = choose_splits(root, options["splits"], data)
-    click.get_current_context().with_resource(lock_folder(out, "--run"))
-    training = [root[domain]["train"] for domain in run.config["domains"] if "train" in root.get(domain, {})]
-    if not training:
-        raise InputError(f"{data}: none of the run's training splits is there: name the data root that holds them")
+    click.get_current_context().with_resource(lock_folder(run.folder / "eval", "--run"))
+    from tools.leaks import write_leaks
 
-    def embedder(weights: str) -> Embedder:
-        load = load_foundation if weights == "foundation" else load_tuned
-        return make_embedder(lambda: load(run), weights, out, options)
-
-    found, images = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
-    for name in ("leaks.json", "leaks-sheet.png"):  # of other leaks than leaks.csv will list
-        (out / name).unlink(missing_ok=True)
-    write_csv(out / "leaks.csv", found, LEAK)
-    if not found:
-        print(f"no test image has a training image at a cosine of {options['threshold']:g} or more")
-        return 0
-    without: dict[str, list[int]] = {}
-    for leak in found:
-        without.setdefault(leak["split"], []).append(leak["row"])
-    if options["sheet"]:  # the nearest 96, four pairs a line
-        draw_sheet(out / "leaks-sheet.png", [[tile for pair in images[i : i + 4] for tile in (*pair, None)]
-                                             for i in range(0, min(len(images), 96), 4)],
-                   [f"The nearest pairs, by the {options['by']} backbone: red: test image, with its cosine; black: "
-                    "the training image that it repeats"])
-    tables = score_without(embedder("tuned"), splits, root, run, options["bootstrap"], options["seed"],
-                           options["flip"], without, f"at {options['threshold']:g} by {options['by']}")
-    write_atomically(out / "leaks.json", lambda path: path.write_text(
-        json.dumps([asdict(row) for row in chain(*tables)], indent=1) + "\n"))
-    heads = [headlines(table) for table in tables]
-    for name, rows in without.items():
-        key = tuple(name.split("/"))
-        pair = [show_value(of[key]["tuned"]) for of in heads if key in of]
-        print(f"{name:22s} {len(rows):,} leaked"
-              + ("; all {}   without them {}".format(*pair) if len(pair) == 2 else ""))
-    print(f"written: {out}/leaks.csv, leaks.json")
+    write_leaks(run, splits, root, data, options)
     return 0
 
 
@@ -433,7 +363,7 @@ def leaks(**options) -> int:
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there, too.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
 def bench(cases: str, scale: float, rounds: int, path: Path | None) -> int:
-    from tools.bench_evaluate import CASES, bench  # here, because it builds on this module
+    from tools.bench_evaluate import CASES, bench
 
     names = cases.split(",")
     if unknown := [name for name in names if name not in CASES]:
@@ -462,22 +392,9 @@ def embed(pictures: tuple[Path, ...], run: str, domain: str | None, out: Path, a
         raise InputError(f"{out} exists: remove it, or choose another --out")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: {out.parent}: no such folder; make it, or choose another --out")
-    paths, opened, where = find_pictures(pictures), load_run(Path(run), allow_partial), pick_device(device)
-    files = Pictures(paths, **find_fitting(opened, domain))
-    model = load_tuned(opened).to(where)
-    rows, parts = [], []
-    with progress(total=len(paths), desc="embed", unit="img") as bar:
-        for good, x in embed_rows(model, files, np.arange(len(paths)), where, batch, workers, flip):
-            rows += good.tolist()
-            parts.append(torch.nn.functional.normalize(x, dim=1).cpu().numpy())
-            bar.update(len(good))
-    for row in sorted(set(range(len(paths))) - set(rows)):
-        print(f"skipped, not a readable image: {paths[row]}", file=sys.stderr)
-    if not rows:
-        raise InputError(f"none of the {len(paths)} files can be read as an image: nothing written")
-    write_embeddings(out, [str(paths[row]) for row in rows], np.concatenate(parts))
-    print(f"{out}: {len(rows)} embeddings of {model.dim} dimensions"
-          + (f"; {len(paths) - len(rows)} files skipped" if len(rows) < len(paths) else ""))
+    from tools.own_pictures import embed_pictures
+
+    embed_pictures(pictures, load_run(Path(run), allow_partial), domain, out, flip, batch, workers, device)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Data preparation: images in any published layout become uniform, verified shards (`python -m data_prep --help`)."""
 
+import csv
 import dataclasses
 import errno
 import fcntl
@@ -411,6 +412,28 @@ def read_json(path: Path) -> dict:
     return value
 
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a formula in a spreadsheet
+
+
+def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> None:
+    """A list of like dictionaries as CSV with a header, atomically; `columns`: of a table that may be empty.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe before it; numbers, negative ones too, do not.
+    """
+
+    def plain(value: Any) -> Any:
+        formula = isinstance(value, str) and value[:1] in FORMULA
+        return f"'{value}" if formula and not re.fullmatch(r"[-+][\d.]+(e[-+]?\d+)?", value) else value
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.DictWriter(file, columns or list(table[0]))
+            writer.writeheader()
+            writer.writerows({key: plain(value) for key, value in row.items()} for row in table)
+
+    write_atomically(path, write)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Inside, what cannot be written to the disk is bad input that names the path."""
@@ -453,3 +476,38 @@ def hash_file(path: Path) -> str | None:
         return None
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- config.json of a run
+
+FREE_ON_RESUME = {"workers", "micro_batch", "device", "cache", "compile", "grad_checkpointing", "shard_head",
+                  "log_every", "save_every", "keep", "resume", "data", "out", "splits"}
+
+# what a run derives from its options; a config.json of former versions holds both in one
+FACTS = {"role", "steps", "counts", "recipe", "git_commit", "argv", "versions", "shards", "sources", "weights_sha256"}
+
+
+def read_parts(path: Path) -> tuple[dict, dict]:
+    """Options, as on the command line, and facts of a config.json; also of the flat form of former versions."""
+    config = read_json(path)
+    if isinstance(config.get("options"), dict) and isinstance(config.get("facts"), dict):
+        return config["options"], config["facts"]
+    options = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in config.items()
+               if key not in FACTS}
+    options["domains"] = options.pop("order", None) or options.get("domains")
+    return options, {key: value for key, value in config.items() if key in FACTS}
+
+
+def join_config(path: Path) -> dict:
+    """Options and facts of a config.json in one, "domains" in the house order and "order" as they were given."""
+    options, facts = read_parts(path)
+    order = options.get("domains") or list(DOMAINS)
+    order = order.split(",") if isinstance(order, str) else order
+    known = isinstance(order, list) and set(map(str, order)) <= set(DOMAINS)
+    return options | facts | {"order": order, "domains": [d for d in DOMAINS if d in order] if known else order}
+
+
+def weights_of(config: dict) -> str | None:
+    """What tells the weights that a run started from: the SHA-256 of their file, wherever it lies, or their name."""
+    name = config.get("weights")
+    return config.get("weights_sha256") or (hash_file(Path(name)) if isinstance(name, str) else None) or name

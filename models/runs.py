@@ -18,7 +18,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,15 +27,24 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data_prep import DOMAINS, InputError, hash_file, read_json, read_lines, write_atomically, write_json
+from data_prep import (
+    DOMAINS,
+    FREE_ON_RESUME,
+    InputError,
+    hash_file,
+    join_config,
+    read_json,
+    read_lines,
+    read_parts,
+    weights_of,
+    write_atomically,
+    write_json,
+)
 from data_prep.format import Split, fits
 from models.backbones import Backbone, Network, fill_weights, library_state, load_backbone
 
-RUN_ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py claims`
 LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # of a run, one record a line, each with its step
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
-FREE_ON_RESUME = {"workers", "micro_batch", "device", "cache", "compile", "grad_checkpointing", "shard_head",
-                  "log_every", "save_every", "keep", "resume", "data", "out", "splits"}
 
 
 # ---------------------------------------------------------------- processes
@@ -168,15 +177,6 @@ class Facts:
     weights_sha256: str | None  # of the file of weights that it started from
 
 
-FACTS = {field.name for field in fields(Facts)}
-
-
-def weights_of(config: dict) -> str | None:
-    """What tells the weights that a run started from: the SHA-256 of their file, wherever it lies, or their name."""
-    name = config.get("weights")
-    return config.get("weights_sha256") or (hash_file(Path(name)) if isinstance(name, str) else None) or name
-
-
 def gather_facts(splits: list[Split], schedule: str, steps: int, counts: dict[str, int], recipe: dict[str, float],
                  weights: str) -> Facts:
     """The facts of a run that starts now, with versions and commit of the code, shards, and the hash of the weights."""
@@ -211,26 +211,6 @@ CONFIG = {
     "embed_dim": int, "seed": int, "domains": [str], "data": str, "schedule": str, "counts": {}, "steps": int,
     "shards": {}, "versions": {}, "git_commit": (str, None),
 }
-
-
-def read_parts(path: Path) -> tuple[dict, dict]:
-    """Options, as on the command line, and facts of a config.json; also of the flat form of former versions."""
-    config = read_json(path)
-    if isinstance(config.get("options"), dict) and isinstance(config.get("facts"), dict):
-        return config["options"], config["facts"]
-    options = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in config.items()
-               if key not in FACTS}
-    options["domains"] = options.pop("order", None) or options.get("domains")
-    return options, {key: value for key, value in config.items() if key in FACTS}
-
-
-def join_config(path: Path) -> dict:
-    """Options and facts of a config.json in one, "domains" in the house order and "order" as they were given."""
-    options, facts = read_parts(path)
-    order = options.get("domains") or list(DOMAINS)
-    order = order.split(",") if isinstance(order, str) else order
-    known = isinstance(order, list) and set(map(str, order)) <= set(DOMAINS)
-    return options | facts | {"order": order, "domains": [d for d in DOMAINS if d in order] if known else order}
 
 
 def read_config(folder: Path) -> dict:

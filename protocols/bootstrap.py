@@ -1,12 +1,28 @@
-"""Uncertainty: figures with the resamplings that their 95 % intervals are made of."""
+"""Uncertainty: figures with the resamplings that their 95 % intervals are made of.
 
+Copy with it: data_prep/__init__.py.
+"""
+
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep import InputError
+
 FEW = 20  # identities or classes below which a bootstrap's 95 % interval is too narrow (of 11 it covers 90 %)
+
+
+class Unscorable(InputError):
+    """A split whose images support no figure; an evaluation scores the others."""
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print what is the same for every set of weights."""
+    print(line)
 
 
 def bootstrap_counts(identities: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
@@ -18,7 +34,7 @@ def bootstrap_counts(identities: np.ndarray, draws: int, seed: int) -> Iterator[
 
 
 @dataclass
-class Figure:
+class Estimate:
     """A value with its 95 % percentile interval, the resampled values behind it and what it was computed from."""
 
     value: float
@@ -40,26 +56,30 @@ class Figure:
         return float(np.quantile(finite, q)) if len(finite) > 1 else self.value
 
 
+Figure = Estimate  # its former name, for the analysis
+
+
 def intervals(statistic: Callable[[np.ndarray | None], dict[str, float]], weights: Iterator[np.ndarray],
-              count: int = 0, identities: np.ndarray | None = None) -> dict[str, Figure]:
+              count: int = 0, identities: np.ndarray | None = None) -> dict[str, Estimate]:
     """Each figure of a statistic of sample weights (None: all 1), with its bootstrap; `identities`: its samples'."""
     draws, several = [statistic(w) for w in weights], 0 if identities is None else len(np.unique(identities))
-    return {name: Figure(float(value), np.array([draw[name] for draw in draws], dtype=float), count, math.nan, several)
+    return {name: Estimate(float(value), np.array([draw[name] for draw in draws], dtype=float), count,
+                           identities=several)
             for name, value in statistic(None).items()}
 
 
-def retention(before: Figure, after: Figure, chance: float) -> Figure | None:
+def retention(before: Estimate, after: Estimate, chance: float) -> Estimate | None:
     """(after - chance) / (before - chance), paired draw by draw; None where `before` is not above chance."""
     if not before.low > chance:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
-        return Figure((after.value - chance) / (before.value - chance),
+        return Estimate((after.value - chance) / (before.value - chance),
                       (after.draws - chance) / (before.draws - chance), after.count, math.nan, after.identities)
 
 
-def gap(clean: Figure, shifted: Figure, seed: int) -> Figure:
+def gap(clean: Estimate, shifted: Estimate, seed: int) -> Estimate:
     """What is lost from clean to shifted images; the two sets are resampled each for itself."""
-    return Figure(clean.value - shifted.value, clean.draws - np.random.default_rng(seed).permutation(shifted.draws),
+    return Estimate(clean.value - shifted.value, clean.draws - np.random.default_rng(seed).permutation(shifted.draws),
                   shifted.count, math.nan, min(clean.identities, shifted.identities))
 
 
@@ -74,3 +94,18 @@ def normalise(x: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1 IN PLACE: a copy of a million embeddings would be gigabytes."""
     x /= np.maximum(np.sqrt(np.einsum("nd,nd->n", x, x)), 1e-12)[:, None]
     return x
+
+
+def finite(value: float) -> float | None:
+    """A number for JSON, which knows no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
+def show(figure: Estimate) -> dict[str, float | None]:
+    """A figure for JSON."""
+    return {"value": finite(figure.value), "low": finite(figure.low), "high": finite(figure.high)}
+
+
+def minus(a: Estimate, b: Estimate) -> Estimate:
+    """The difference of two figures with paired resamplings."""
+    return Estimate(a.value - b.value, a.draws - b.draws, a.count, identities=a.identities)

@@ -1,26 +1,32 @@
-"""The abstract's claims, measured on a folder of runs."""
+"""The abstract's claims, measured on a folder of runs.
 
-import json
+Copy with it: protocols/results.py, protocols/bootstrap.py, data_prep/__init__.py.
+"""
+
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
-import numpy as np
-
-from analyze_report import interval, needed
-from data_prep import DOMAINS, InputError, hash_file, literal, read_json, write_atomically
-from models.backbones import BACKBONES
-from models.runs import RUN_ROLES, join_config
-from protocols.bootstrap import Figure
-from protocols.subspaces import above_chance, minus, show
-from reports.rows import FEW_NOTE, HEADLINE, Row, mark, read_rows, write_csv
-from reports.tables import read_stages
-from tools.compare import Scored, aggregate, as_many, margin, read_scored, start_of
+from data_prep import DOMAINS
+from protocols.bootstrap import Figure, show
+from protocols.results import (
+    HEADLINE,
+    RUN_ROLES,
+    Group,
+    Measured,
+    above_chance,
+    as_many,
+    group_runs,
+    interval,
+    margin,
+    mark,
+    needed,
+)
 
 HOLDS, FAILS, WIDE = "holds", "fails", "not measured (intervals too wide to decide)"
 ORDER = ("fails", "not measured", "holds, but", "holds")  # of verdicts, the weakest first
+PAPER = ("clip", "eva02", "dinov3")  # the families of backbones that the abstract names
 CROSS = {(a, b) for a in DOMAINS for b in DOMAINS if a != b}  # pairs of tasks: components of one, used by another
 
 
@@ -64,236 +70,6 @@ class Claim:
     def told(self) -> str:
         """The verdict for readers."""
         return self.verdict + " (1 seed)" * (self.seeds == 1 and self.verdict.startswith((HOLDS, FAILS)))
-
-
-@dataclass
-class Measured:
-    """A run with what evaluate.py and analyze.py found."""
-
-    name: str
-    config: dict
-    found: dict[str, Scored]  # by weights: "tuned", "foundation"
-    analysis: dict | None
-    lost: dict[str, float] = field(default_factory=dict)  # AUC from the best stage to the end, by "domain/split"
-
-    @property
-    def family(self) -> str:
-        """The backbone; one that began from random weights is nobody's foundation model."""
-        name = self.config["backbone"] or self.config["model"]
-        return name if self.config["weights"] != "none" else f"{name} from a random start"
-
-    @property
-    def start(self) -> tuple:
-        return start_of(self.config)
-
-
-@dataclass
-class Group:
-    """Runs that differ in their seed alone."""
-
-    runs: list[Measured]
-
-    @property
-    def name(self) -> str:
-        many = len(self.runs)
-        return self.runs[0].name + (f" and {many - 1} more seed{'s' * (many > 2)}" if many > 1 else "")
-
-    @property
-    def config(self) -> dict:
-        return self.runs[0].config
-
-    @property
-    def family(self) -> str:
-        return self.runs[0].family
-
-    @property
-    def start(self) -> tuple:
-        return self.runs[0].start
-
-    @property
-    def seeds(self) -> int:
-        return len({run.config.get("seed") for run in self.runs})
-
-    @property
-    def last(self) -> str:
-        """The domain that a sequential run learned last."""
-        return (self.config.get("order") or self.config["domains"])[-1]
-
-    @property
-    def lost(self) -> dict[str, float]:
-        """What every seed lost from its best stage to the end, averaged."""
-        return {task: float(np.mean([run.lost[task] for run in self.runs])) for task in self.runs[0].lost
-                if all(task in run.lost for run in self.runs)}
-
-    def rows(self, weights: str, wanted: Callable[[Row], bool]) -> dict[tuple, Figure]:
-        """Figures that all seeds have, averaged over them, by (domain, split, metric, protocol)."""
-        tables = [run.found[weights] for run in self.runs if weights in run.found]
-        if len(tables) < len(self.runs) or len({(t.seed, draws_of(t)) for t in tables}) > 1:
-            return {}
-        return {key: aggregate(tables, key) for key, (row, _) in tables[0].found.items()
-                if wanted(row) and all(key in table.found for table in tables)}
-
-    def headline(self, weights: str) -> dict[tuple, Figure]:
-        """The figure that stands for each trained domain's test split, in distribution."""
-        rows = self.rows(weights, lambda row: row.headline and not row.out_of_distribution
-                         and row.domain in self.config["domains"])
-        first: dict = {}  # the customary rule of a split comes first
-        return {key: figure for key, figure in rows.items() if first.setdefault(key[:2], key) == key}
-
-    def leads(self, other: "Group", mine: str = "tuned", theirs: str = "tuned") -> dict[tuple, Figure]:
-        """By domain and split, how far this group is above another, paired by person; none if resampled differently."""
-        a, b = self.headline(mine), other.headline(theirs)
-        seeds = [group.runs[0].found[weights].seed for group, weights in ((self, mine), (other, theirs))
-                 if weights in group.runs[0].found]
-        return {key[:2]: minus(a[key], b[key]) for key in a
-                if key in b and len(set(seeds)) == 1 and len(a[key].draws) == len(b[key].draws)}
-
-    def analysed(self, of: Callable[[dict], dict | None]) -> dict | None:
-        """A figure {"value", "low", "high"} of the analyses, averaged over the seeds; None where one lacks it."""
-        found = [of(run.analysis) if run.analysis else None for run in self.runs]
-        if any(f is None or None in f.values() for f in found):
-            return None
-        return {end: float(np.mean([f[end] for f in found])) for end in ("value", "low", "high")}
-
-    def unfinished(self, space: str) -> str:
-        """A remark where the logistic regression that tells the tasks apart in a space did not converge."""
-        spaces = [run.analysis["separability"]["spaces"][space] for run in self.runs]
-        return "" if all(found["converged"]["logistic"] for found in spaces) else "the fit did not converge"
-
-    def not_analysed(self) -> str:
-        """A verdict that names the run without an analysis of two tasks or more: others may have one."""
-        bare = [run.name for run in self.runs if run.analysis is None]
-        return (f"not measured ({', '.join(bare)}: not analysed; call analyze.py --run RUN on it)" if bare else
-                f"not measured ({self.name}: analysed on one task alone)")
-
-
-def draws_of(scored: Scored) -> int:
-    """Number of resamplings."""
-    return len(next(iter(scored.found.values()))[1])
-
-
-def check_numbers(found: dict, *names: str, kind: type = int | float | None) -> None:
-    """TypeError or KeyError unless each is of that kind."""
-    for name in names:
-        if isinstance(found[name], bool) or not isinstance(found[name], kind):
-            raise TypeError(f"{name!r} is no number")
-
-
-def read_analysis(path: Path) -> dict:
-    """RUN/analysis/analysis.json; InputError where it lacks what the claims rest on."""
-    known, ends, weights = read_json(path), ("value", "low", "high"), path.parent.parent / "model.safetensors"
-    if (of := known.get("weights_sha256")) and (now := hash_file(weights)) and of != now:
-        raise InputError(f"of other weights than {weights.name}: run analyze.py on {path.parent.parent} again")
-    try:
-        transferred, separated = known["transfer"]["tuned"], known["separability"]
-        check_numbers(transferred, "dim", "images_per_task", "limit", kind=int)
-        for pair in transferred["pairs"]:
-            check_numbers(pair, "k", "identities", kind=int)
-            check_numbers(pair, "kept", *ends[1:])
-            check_numbers(pair, "chance", "full_low", kind=int | float)
-            for figure in (pair["k95"], pair["k99"], pair["over_random"], pair.get("over_foundation")):
-                check_numbers({"above": None} | (figure or dict.fromkeys(ends)), *ends, "above")
-            if not {pair["fit"], pair["test"]} <= {*DOMAINS}:
-                raise TypeError("a task is unknown")
-        if separated is not None:
-            tables = [space["logistic"] for space in separated["spaces"].values()]
-            if not all(isinstance(space["converged"]["logistic"], bool) for space in separated["spaces"].values()):
-                raise TypeError("'converged' is neither true nor false")
-            tables += [space["lead_of_tuned"] for space in separated["spaces"].values() if "lead_of_tuned" in space]
-            check_numbers(separated["identities"], *known["domains"], kind=int)
-            for row in separated["unseen_sources"]:
-                check_numbers(row, "identities", kind=int)
-                tables.append(row["spaces"]["tuned"])
-                "/".join((row["domain"], row["source"]))  # TypeError unless both are text
-            for figure in tables:
-                check_numbers(figure, *ends)
-            if not {*known["domains"]} <= {*DOMAINS} or "tuned" not in separated["spaces"]:
-                raise TypeError("a task is unknown, or the tuned space missing")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"of another version or damaged: {error}; run analyze.py on {path.parent.parent} again") \
-            from None
-    return known
-
-
-def read_lost(home: Path, config: dict) -> dict[str, float]:
-    """AUC that a sequential run lost from its best stage to its last step, by "domain/split"."""
-    try:
-        stages = read_stages(home, config)
-        if stages is None or stages.steps[-1] != config["steps"]:
-            return {}
-        scores = np.array(stages.scores, dtype=float)
-        return {task: float(np.nanmax(column) - column[-1])
-                for task, column in zip(stages.tasks, scores.T, strict=True) if math.isfinite(column[-1])}
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        print(f"left out: {home / 'probe.jsonl'} (damaged: {error})")
-        return {}
-
-
-def read_run(home: Path) -> Measured:
-    """A run that evaluate.py has scored; InputError where it is not whole."""
-    if not (home / "done.json").exists():
-        raise InputError("not finished")
-    config = join_config(home / "config.json")
-    lacking = {"role", "backbone", "model", "weights", "domains", "schedule", "counts"} - set(config)
-    if lacking:
-        raise InputError(f"config.json lacks {min(lacking)!r}")
-    if config["role"] not in RUN_ROLES:
-        raise InputError(f"config.json: role {config['role']!r} is none of {', '.join(RUN_ROLES)}")
-    if not isinstance(config["backbone"] or config["model"], str):
-        raise InputError("config.json names no backbone")
-    domains, counts = config["domains"], config["counts"]
-    if not (isinstance(domains, list) and domains and all(d in DOMAINS for d in domains) and isinstance(counts, dict)
-            and all(isinstance(counts.get(d), int | float) for d in domains)):
-        raise InputError("config.json: domains and counts do not name tasks and their images")
-    order = config.get("order")
-    if not (isinstance(config.get("seed"), int) and (order is None or (isinstance(order, list) and order))):
-        raise InputError("config.json: seed is no whole number, or order no list of tasks")
-    results = home / "eval" / "results.json"
-    rows = read_rows(results.parent)
-    if not rows:
-        raise InputError(f"{results} is empty; run evaluate.py again")
-    try:
-        found = {name: read_scored(home, name) for name in sorted({row.weights for row in rows})}
-        if any(drawn.ndim != 1 or len(drawn) < 2 for scored in found.values() for _, drawn in scored.found.values()):
-            raise ValueError("not one list of resamplings a row")
-    except InputError:
-        raise
-    except Exception as error:  # a damaged archive raises many kinds
-        raise InputError(f"{home}/eval/draws.npz is damaged ({error}); run evaluate.py again") from None
-    known, path = None, home / "analysis" / "analysis.json"
-    if path.exists():
-        try:
-            known = read_analysis(path)
-        except InputError as error:
-            print(f"left out: {path} ({error.format_message()})")
-    return Measured(home.name, config, found, known, read_lost(home, config) if config["role"] == "sequential" else {})
-
-
-def read_runs(folder: Path) -> list[Measured]:
-    """Every evaluated run below a folder; one that cannot be used is named and left out."""
-    runs = []
-    for path in sorted(folder.glob("*/eval/results.json")):
-        home = path.parent.parent
-        if not (home / "config.json").exists():
-            continue
-        try:
-            runs.append(read_run(home))
-        except InputError as error:
-            print(f"left out: {home} ({error.format_message()})")
-    if not runs:
-        raise InputError(f"{folder}: no evaluated run in it; train runs below it and call evaluate.py on each")
-    if len({(table.seed, draws_of(table)) for run in runs for table in run.found.values()}) > 1:
-        print("the runs were resampled differently, so that some cannot be paired: call evaluate.py on all of them "
-              "with the same --seed and --bootstrap")
-    return runs
-
-
-def group_runs(runs: list[Measured]) -> list[Group]:
-    """Runs of one recipe and different seeds together, in the order of the first."""
-    groups: dict[str, list[Measured]] = {}
-    for run in runs:
-        groups.setdefault(next(iter(run.found.values())).recipe, []).append(run)
-    return [Group(members) for members in groups.values()]
 
 
 def decide(low: float | None, high: float | None, least: float) -> str:
@@ -661,7 +437,7 @@ def make_table(runs: list[Measured], delta: float, retention: float, separable: 
 
     Runs of all four tasks decide; those of fewer are listed for information.
     """
-    groups, paper = group_runs(runs), list(BACKBONES)
+    groups, paper = group_runs(runs), list(PAPER)
     others = sorted({run.family for run in runs} - set(paper))
     table = []
     for families in (paper, *([name] for name in others)):
@@ -694,19 +470,3 @@ def make_table(runs: list[Measured], delta: float, retention: float, separable: 
                 ", ".join(there) or f"none of {', '.join(families)}"
             table.append(claim)
     return table
-
-
-def write_table(folder: Path, table: list[Claim]) -> None:
-    """claims.md (the table, then every finding), claims.json and claims.csv."""
-    rows = [asdict(claim) for claim in table]
-    lines = ["| claim | backbones | decided by | threshold | verdict |", "| --- | --- | --- | --- | --- |"]
-    for c in table:
-        lines.append(f"| {' | '.join(map(literal, (c.claim, c.backbones, c.decided_by, c.rule, c.told)))} |")
-    lines += ["", f"{FEW_NOTE}."] * any("†" in claim.measured for claim in table)
-    for claim in (claim for claim in table if claim.findings):
-        lines += ["", f"## {literal(claim.claim)}: {literal(claim.backbones)}", ""]
-        lines += [f"- {literal(str(finding))}" + f": {literal(finding.verdict)}" * bool(finding.verdict)
-                  for finding in claim.findings]
-    write_atomically(folder / "claims.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
-    write_atomically(folder / "claims.md", lambda path: path.write_text("\n".join(lines) + "\n"))
-    write_csv(folder / "claims.csv", [{k: v for k, v in row.items() if k != "findings"} for row in rows])

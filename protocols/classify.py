@@ -1,4 +1,7 @@
-"""Objects: nearest class mean, k-NN, linear probe, trained class weights, CLIP's prompts."""
+"""Objects: nearest class mean, k-NN, linear probe, trained class weights, CLIP's prompts.
+
+Copy with it: protocols/bootstrap.py, protocols/embed.py, protocols/search.py, models/, kernels/, data_prep/.
+"""
 
 import hashlib
 import json
@@ -13,9 +16,9 @@ import torch
 from data_prep import InputError
 from data_prep.format import Split, fingerprint
 from models.backbones import text_weights
-from protocols.bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
+from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, intervals, weighted_mean
 from protocols.embed import Embedder, keep
-from protocols.search import Unscorable, take_rows
+from protocols.search import take_rows
 
 
 def class_means(x: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
@@ -261,7 +264,7 @@ def true_in_real(split: Split) -> np.ndarray | None:
 def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarray, Split], head: np.ndarray | None,
                          head_classes: list[str], draws: int, seed: int, groups: dict[str, list[str]] | None = None,
                          linear: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
-                         only: list[str] | None = None, device: torch.device | str = "cpu") -> dict[str, Figure]:
+                         only: list[str] | None = None, device: torch.device | str = "cpu") -> dict[str, Estimate]:
     """Top-1 of the nearest class mean and of 20 neighbours; top-1 and top-5 of class weights, trained or otherwise.
 
     Of classes with equal scores the first is the answer, as of argmax; where no image votes, there is none: a miss.

@@ -1,4 +1,7 @@
-"""The embeddings of a split: computed once per backbone, kept in a file, read from there by every figure."""
+"""The embeddings of a split: computed once per backbone, kept in a file, read from there by every figure.
+
+Copy with it: protocols/bootstrap.py, models/, kernels/, data_prep/.
+"""
 
 import contextlib
 import fcntl

@@ -1,21 +1,108 @@
-"""People and models on the same trials."""
+"""People and models on the same trials.
 
-import hashlib
+Copy with it: protocols/bootstrap.py, protocols/pairs.py, protocols/search.py, data_prep/__init__.py,
+data_prep/format.py.
+"""
+
+import csv
+import io
 import math
+import unicodedata
+from bisect import bisect_left
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from data_prep import InputError, literal
-from data_prep.format import Split, fingerprint
-from protocols.bootstrap import Figure, bootstrap_counts, intervals
+from data_prep import InputError
+from data_prep.format import Split
+from protocols.bootstrap import Estimate, bootstrap_counts, intervals
 from protocols.pairs import roc
 from protocols.search import name_identities
-from reports.rows import Results, Row, rows_of, show_value
-from tools.trials import Rating
+
+RATING_COLUMNS = ("split", "left_key", "right_key", "rater", "rating")
+
+
+@dataclass(frozen=True)
+class Rating:
+    """One answer of one rater."""
+
+    split: str  # "domain/split"
+    left: int  # rows of the split
+    right: int
+    same: bool  # the truth
+    rater: str
+    value: float  # -3 (different) to +3 (same)
+
+
+def find_row(split: Split, key: str) -> int | None:
+    """The row of a sample's key: keys ascend in a test split, which is written in source order."""
+    row = bisect_left(range(len(split)), key, key=lambda row: split.jpeg(row)[0])
+    return row if row < len(split) and split.jpeg(row)[0] == key else None
+
+
+def read_ratings(paths: list[Path], splits: dict[str, Split]) -> list[Rating]:
+    """Ratings of several files.
+
+    Args:
+        paths: CSV files with the columns RATING_COLUMNS.
+        splits: by "domain/split".
+
+    Raises:
+        InputError: with the file and the number of the line, which a text editor shows too.
+    """
+    found, seen, rows = [], {}, {}
+    for path in paths:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            if missing := [name for name in RATING_COLUMNS if name not in (reader.fieldnames or [])]:
+                raise InputError(f"--humans {path}: line 1 lacks the column {missing[0]!r}: want "
+                                 + ",".join(RATING_COLUMNS))
+            for record in reader:
+                where = f"--humans {path}, line {reader.line_num}"
+                name, left, right, rater, value = (record[column] for column in RATING_COLUMNS)
+                if None in record or None in (name, left, right, rater, value):
+                    raise InputError(f"{where}: not as many fields as the first line has columns")
+                if name not in splits:
+                    raise InputError(f"{where}: {name!r} is no split that is scored here; those are "
+                                     f"{', '.join(splits)}")
+                if not rater.strip():
+                    raise InputError(f"{where}: no rater: every line needs a name or a code")
+                if any(unicodedata.category(sign) in ("Cc", "Zl", "Zp") for sign in rater.strip()):
+                    raise InputError(f"{where}: rater {rater[:80]!r}: want a name without line breaks and control "
+                                     "characters")
+                try:
+                    rating = float(value)
+                except ValueError:
+                    rating = math.nan
+                if not -3 <= rating <= 3:
+                    raise InputError(f"{where}: rating {value!r}: want a number from -3 (different) to 3 (same)")
+                for key in (left, right):
+                    if (name, key) not in rows:
+                        rows[name, key] = find_row(splits[name], key)
+                    if rows[name, key] is None:
+                        raise InputError(f"{where}: {name} has no image {key!r}: were the trials drawn from another "
+                                         "preparation of it?")
+                if left == right:
+                    raise InputError(f"{where}: an image against itself")
+                trial = (name, *sorted((left, right)), rater.strip())
+                if trial in seen:
+                    raise InputError(f"{where}: {rater.strip()} has rated this pair before, {seen[trial]}")
+                seen[trial] = where.removeprefix("--humans ")
+                a, b = (int(splits[name].labels[rows[name, key]]) for key in (left, right))
+                if min(a, b) < 0:
+                    raise InputError(f"{where}: nobody knows who is on an image without a label")
+                found.append(Rating(name, rows[name, left], rows[name, right], a == b, rater.strip(), rating))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"--humans {path}: cannot be read ({error})") from error
+    if not found:
+        raise InputError(f"--humans {paths[0]}: holds no ratings")
+    return found
 
 
 def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: dict[str, np.ndarray], draws: int,
-                 seed: int) -> dict[str, dict[str, Figure]]:
+                 seed: int) -> dict[str, dict[str, Estimate]]:
     """AUC of each rater and of the model on exactly the trials of that rater; ties count half.
 
     The figures of a split are of the raters who saw pairs of both kinds there; those of a domain with several splits of
@@ -23,7 +110,7 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
     every domain, each with the mean over domains of the mean over splits.
 
     Returns:
-        {place: {metric: Figure}}; a place is "domain/split", a domain with several splits, or "everything".
+        {place: {metric: Estimate}}; a place is "domain/split", a domain with several splits, or "everything".
 
     Args:
         ratings: as `read_ratings` gives them; trials with an unreadable image are left out, for both sides.
@@ -98,64 +185,10 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
     who = {name: np.unique(np.concatenate([np.append(a[i], b[i]) for (split, _), i in used.items() if split == name]))
            for name in names if any(split == name for split, _ in used)}
     shown = {name: {pair for (split, _), pairs in seen.items() if split == name for pair in pairs} for name in names}
-    figures: dict[str, dict[str, Figure]] = {}
+    figures: dict[str, dict[str, Estimate]] = {}
     for (place, metric), figure in found.items():
         these = [place] if place in shown else domains.get(place, shown)
         figure.count = sum(len(shown[name]) for name in these)
         figure.identities = len(np.unique(np.concatenate([who[name] for name in these if name in who])))
         figures.setdefault(place, {})[metric] = figure
     return figures
-
-
-def make_human_rows(run: str, ratings: list[Rating], splits: dict[str, Split], figures: dict[str, dict],
-                    flip: bool) -> Results:
-    """The rows of `score_humans`, by weights: of each split, of "all splits" of a domain, and of domain "all"."""
-    rows: Results = []
-    for weights, found in figures.items():
-        for place, by_metric in found.items():
-            some = [r for r in ratings if place in (r.split, r.split.split("/")[0], "everything")]
-            told = hashlib.sha256(repr(sorted((r.split, *sorted((r.left, r.right)), r.rater, r.value)
-                                              for r in some)).encode()).hexdigest()[:8]
-            sets = " + ".join(f"{name} {fingerprint(splits[name])}" for name in sorted({r.split for r in some}))
-            protocol = f"human trials, ratings {told}, sets {sets}, {'flip' if flip else 'no flip'}"
-            domain, _, split = ("all/human trials" if place == "everything" else place).partition("/")
-            split = split or "all splits"
-            rows += rows_of(run, weights, domain, split, protocol, by_metric)
-    return rows
-
-
-def human_rows(rows: list[Row]) -> dict[tuple[str, str], dict[str, dict[str, Row]]]:
-    """{(domain, split): {weights: {metric: row}}} of the human trials."""
-    found: dict = {}
-    for row in rows:
-        if row.protocol.startswith("human trials,"):
-            found.setdefault((row.domain, row.split), {}).setdefault(row.weights, {})[row.metric] = row
-    return found
-
-
-def human_verdict(difference: Row) -> str:
-    """What "model minus human AUC" says."""
-    return "above humans" if difference.low > 0 else "below humans" if difference.high < 0 else "undecided"
-
-
-def show_humans(rows: list[Row]) -> list[str]:
-    """Lines of report.md; none where there are no human trials."""
-    found = human_rows(rows)
-    if not found:
-        return []
-    lines = ["", "## Human trials", "", "People and model on identical pairs: AUC of the ratings (-3 to +3) and of the "
-             "cosine, chance 50. Intervals resample who and what is on the pictures; the raters are these, not a "
-             "sample of mankind. All splits: the mean over those of a domain; everything: over the domains; of the "
-             "raters who did them all.", "",
-             "| split | pairs | raters | people: mean (range) | weights | model | model minus people | beaten | |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for (domain, split), by_weights in found.items():
-        for weights, by_metric in by_weights.items():
-            each = [row.value for metric, row in by_metric.items() if metric.startswith("AUC of rater ")]
-            people, lead = by_metric["human AUC (mean of raters)"], by_metric["model minus human AUC"]
-            name = "everything" if domain == "all" else literal(f"{domain}/{split}")
-            reach = f"{100 * min(each):.1f} to {100 * max(each):.1f}"
-            lines.append(f"| {name} | {people.count} | {len(each)} | {show_value(people)} ({reach}) | {weights} "
-                         f"| {show_value(by_metric['AUC on human trials'])} | {show_value(lead)} "
-                         f"| {100 * by_metric['share of raters beaten'].value:.0f} % | {human_verdict(lead)} |")
-    return lines

@@ -1,4 +1,7 @@
-"""Listed pairs: 10-fold verification, templates (IJB-B/C, with their 1:N), and the yardstick that every split gets."""
+"""Listed pairs: 10-fold verification, and the yardstick that every split gets.
+
+Copy with it: protocols/bootstrap.py, data_prep/__init__.py, data_prep/format.py.
+"""
 
 import math
 from collections.abc import Iterator
@@ -6,8 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_prep.format import Split, matched_pairs
-from protocols.bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
-from protocols.search import Unscorable
+from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, intervals, weighted_mean
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 SCORE_BINS = np.linspace(-1, 1, 51)  # of the score distributions
@@ -115,42 +117,11 @@ def grid_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray,
     return {"accuracy": float(accuracies.mean()), "accuracy sd": float(accuracies.std())}
 
 
-def grid_tar(scores: np.ndarray, same: np.ndarray, folds: np.ndarray, weights: np.ndarray | None = None,
-             target: float = 1e-3) -> dict[str, float]:
-    """TAR at a threshold that has this FAR on the other folds: mean and SD over the folds, and the FAR that it has.
-
-    Thresholds on the squared distance 2 - 2 cos in 0, 0.001, ..., 3.999, accepted below, and between two of them where
-    the FAR of the other folds, taken as linear, is the target; 0 where none has so high a FAR.
-    Source: insightface, `verification.py`, calculate_val (interp1d "slinear", as SciPy read repeated FARs until 1.3).
-    """
-    grid, w = np.arange(0, 4, 0.001), np.ones(len(scores)) if weights is None else weights.astype(float)
-    distances = np.maximum(2 - 2 * scores.astype(float), 0)  # of a vector with itself it may round below 0
-    names, fold = np.unique(folds, return_inverse=True)
-    false = np.zeros((len(names), len(grid) + 1))
-    np.add.at(false, (fold[~same], np.searchsorted(grid, distances[~same], side="right")), w[~same])
-    false = np.cumsum(false, axis=1)[:, : len(grid)]
-    genuine, impostors = np.bincount(fold, w * same), np.bincount(fold, w * ~same)
-    rest = impostors.sum() - impostors
-    far = (false.sum(0) - false) / np.maximum(rest, 1e-300)[:, None]
-    # of thresholds with one FAR, np.interp takes the last below the target and the first above it
-    thresholds = np.array([np.interp(target, row, grid) if row[-1] >= target else 0.0 for row in far])
-    accepted = w * (distances < thresholds[fold])
-    tars = (np.bincount(fold, accepted * same) / np.maximum(genuine, 1e-300))[(genuine > 0) & (rest > 0)]
-    fars = (np.bincount(fold, accepted * ~same) / np.maximum(impostors, 1e-300))[(impostors > 0) & (rest > 0)]
-    if not len(tars) or not len(fars):
-        return dict.fromkeys((f"tar@far={target:g}", f"tar@far={target:g} sd", f"far found for {target:g}"), math.nan)
-    return {f"tar@far={target:g}": float(tars.mean()), f"tar@far={target:g} sd": float(tars.std()),
-            f"far found for {target:g}": float(fars.mean())}
-
-
 def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
     """10-fold accuracy, AUC, EER, TAR@FAR (where there are 1 / FAR impostors) and d' of a split's pairs.
 
-    insightface's TAR@FAR=0.001 is of a threshold from the other folds: it is left out where those of a fold hold less
-    than 1,000 impostors.
-
     Returns:
-        {rule: {metric: Figure}}, the exact thresholds first, and to draw: the ROC, and how many scores of either kind
+        {rule: {metric: Estimate}}, the exact thresholds first, and to draw: the ROC, and how many scores of either kind
         fall into each of SCORE_BINS.
     """
     pairs, folded = np.array(split.column("pairs")), f"{split.protocol['folds']} folds"
@@ -179,19 +150,13 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
     found = {f"{folded}, exact thresholds, strict FAR": intervals(statistic, pair_weights(), len(pairs), people),
              f"{folded}, thresholds 0 to 4 by 0.01 on the squared distance": intervals(
                  lambda w: grid_accuracy(scores, same, folds, w), pair_weights(), len(pairs), people)}
-    if (~same).sum() - np.unique(folds[~same], return_counts=True)[1].max() >= 1000:
-        found[f"{folded}, thresholds 0 to 4 by 0.001 on the squared distance, interpolated to the FAR of the other "
-              "folds"] = intervals(lambda w: grid_tar(scores, same, folds, w), pair_weights(), len(pairs), people)
     return found, {"far": far, "tar": tar, **spread}
-
-
-# ---------------------------------------------------------------- templates
 
 
 # ---------------------------------------------------------------- one yardstick for all
 
 
-def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count: int = 5000) -> dict[str, Figure]:
+def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count: int = 5000) -> dict[str, Estimate]:
     """Same/different AUC and d' on matched numbers of random pairs: one yardstick for every kind of split."""
     labels = np.where(np.isfinite(x[:, 0]), labels, -1)
     pairs = matched_pairs(labels, count, seed)

@@ -11,9 +11,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 from data_prep import progress
 from data_prep.format import Split
-from protocols.bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
+from protocols.bootstrap import Figure, bootstrap_counts, intervals, minus, show, weighted_mean
 from protocols.search import name_identities
-from protocols.subspaces import minus, show
 from protocols.tasks import Task
 
 

@@ -4,9 +4,8 @@ import math
 
 import numpy as np
 
-from data_prep.format import matched_pairs
+from protocols.bootstrap import finite
 from protocols.classify import class_means
-from protocols.subspaces import finite
 from protocols.tasks import Task
 
 
@@ -51,38 +50,6 @@ def scatter_ratio(x: np.ndarray, labels: np.ndarray) -> float:
     means = class_means(x, labels, len(size)) / size[:, None]
     between = (size * np.square(means - x.mean(0, dtype=np.float64)).sum(1)).sum()
     return float(between / np.square(x - means[labels]).sum())
-
-
-def d_primes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(mean a - mean b) / √((var a + var b) / 2) of each column of [n, D] and [m, D]; NaN where nothing varies."""
-    spread = np.sqrt((a.var(0) + b.var(0)) / 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(spread > 0, (a.mean(0) - b.mean(0)) / spread, np.nan)
-
-
-def measure_components(embedded: dict, tasks: list[Task], bases: dict, limit: int, seed: int, pairs: int = 4000
-                       ) -> list[dict]:
-    """What each single component of each task, up to `limit`, says about the tasks and about identities.
-
-    Returns:
-        Rows fit, component (from 1), test, variance (share), task d' (probes of `test` against those of the others) and
-        identity d' (products of coordinates, a component's part of the cosine, of pairs of one person and of two).
-    """
-    rows = []
-    drawn = {task.domain: matched_pairs(task.target, pairs, seed) for task in tasks}
-    for fit, (mean, basis, variances) in bases.items():
-        z = {task.domain: (embedded[task.domain][1][task.probe] - mean) @ basis[:, :limit] for task in tasks}
-        share = variances[:limit] / variances.sum()
-        for test, own in z.items():
-            rest = [other for name, other in z.items() if name != test]
-            apart = d_primes(own, np.concatenate(rest)) if rest else np.full(len(share), np.nan)
-            left, right = own[drawn[test][:, 0]], own[drawn[test][:, 1]]
-            half = len(left) // 2
-            known = d_primes(*np.split(left * right, [half])) if half else np.full(len(share), np.nan)
-            rows += [{"fit": fit, "component": i + 1, "test": test, "variance": v, "task_dprime": finite(t),
-                      "identity_dprime": finite(p)}
-                     for i, (v, t, p) in enumerate(zip(share, apart, known, strict=True))]
-    return rows
 
 
 def measure_sharing(embedded: dict, tasks: list[Task], bases: dict, headline: int) -> dict:

@@ -11,7 +11,7 @@ import torch
 
 from data_prep import progress
 from data_prep.format import matched_pairs
-from protocols.bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
+from protocols.bootstrap import Figure, bootstrap_counts, finite, intervals, minus, show, weighted_mean
 from protocols.pairs import roc, tar_at_far
 from protocols.search import average_precision, inverse_negative_penalty, search_gallery
 from protocols.tasks import ROWS, Task, vectors_of
@@ -220,16 +220,6 @@ def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callab
 def unit(x: np.ndarray) -> np.ndarray:
     """Rows divided by their lengths."""
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
-def finite(value: float) -> float | None:
-    """A number for JSON, which knows no NaN."""
-    return float(value) if math.isfinite(value) else None
-
-
-def show(figure: Figure) -> dict[str, float | None]:
-    """A figure for JSON."""
-    return {"value": finite(figure.value), "low": finite(figure.low), "high": finite(figure.high)}
 
 
 def show_needed(figure: Figure, limit: int) -> dict[str, float | None]:
@@ -506,14 +496,4 @@ def largest(figures: list[Figure]) -> Figure:
     return Figure(float(np.max([f.value for f in figures])), np.max([f.draws for f in figures], axis=0))
 
 
-def minus(a: Figure, b: Figure) -> Figure:
-    """The difference of two figures with paired resamplings."""
-    return Figure(a.value - b.value, a.draws - b.draws, a.count, identities=a.identities)
-
-
 # ---------------------------------------------------------------- claims
-
-
-def above_chance(pair: dict) -> bool:
-    """Whether the full space is surely above chance, so that a share of what it is above means something."""
-    return None not in (pair["kept"], pair["low"], pair["high"]) and pair["full_low"] > pair["chance"]

@@ -1,7 +1,11 @@
+"""Templates of IJB-B and IJB-C: listed pairs (1:1) and search in galleries (1:N).
 
+Copy with it: protocols/bootstrap.py, protocols/pairs.py, protocols/search.py, data_prep/__init__.py,
+data_prep/format.py.
+"""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +13,9 @@ import scipy.sparse
 import torch
 
 from data_prep.format import Split
-from protocols.bootstrap import Figure, bootstrap_counts, intervals, normalise, weighted_mean
+from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, intervals, normalise, weighted_mean
 from protocols.pairs import BINS, FARS, SCORE_BINS, tar_at_far
-from protocols.search import FPIRS, Unscorable, mates_in, score_blocks, search_gallery, tpir_at_fpir
+from protocols.search import FPIRS, mates_in, search_gallery, tpir_at_fpir
 
 
 @dataclass
@@ -160,7 +164,7 @@ def tar_at_nearest_far(far: np.ndarray, tar: np.ndarray, target: float) -> float
 
 
 def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, seed: int,
-                         device: torch.device | str = "cpu") -> tuple[dict[str, dict[str, Figure]], dict]:
+                         device: torch.device | str = "cpu") -> tuple[dict[str, dict[str, Estimate]], dict]:
     """TAR@FAR of listed pairs of templates, by rule for the FAR ("nearest", "strict"), and curves to draw.
 
     Only FARs of which the list has an impostor to spare. A pair with a template that is not enrolled is never accepted.
@@ -185,7 +189,7 @@ def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, se
             scores[~(templates.enrolled[left[places]] & templates.enrolled[right[places]])] = -2  # below every cosine
             yield places, scores
 
-    def resample(tail: Tail) -> tuple[dict[tuple[str, float], Figure], tuple[np.ndarray, np.ndarray], float]:
+    def resample(tail: Tail) -> tuple[dict[tuple[str, float], Estimate], tuple[np.ndarray, np.ndarray], float]:
         """Figures by rule and FAR, the ROC, and the least FAR at which a resampling's tail ends."""
         a, b, matched = identity[left[tail.pairs]], identity[right[tail.pairs]], same[tail.pairs]
         corner, ends = np.append(True, tail.corner), []
@@ -231,7 +235,7 @@ def draw_from_bins(bins: np.ndarray, far: np.ndarray, tar: np.ndarray, points: i
 
 
 def score_template_search(templates: Templates, galleries: list[np.ndarray], probes: np.ndarray, draws: int,
-                          seed: int, device: torch.device | str = "cpu") -> dict[str, Figure]:
+                          seed: int, device: torch.device | str = "cpu") -> dict[str, Estimate]:
     """Rank-k and TPIR@FPIR of probe templates in each gallery for itself.
 
     Hits at a rank are added over the galleries and divided by all probes (each has its mate in one of them); TPIR is
@@ -263,84 +267,6 @@ def score_template_search(templates: Templates, galleries: list[np.ndarray], pro
     return intervals(statistic, bootstrap_counts(who, draws, seed), len(probes), who)
 
 
-def highest_wrong(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, most: int,
-                  device: torch.device | str = "cpu") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The `most` highest scores of probes with what is not theirs, and each probe's own highest.
-
-    Both are of the same products: a mate and another one that are the same image must not differ by a rounding.
-
-    Args:
-        x, probes, gallery, mates, device: as of `search_gallery`.
-
-    Returns:
-        Scores, descending, and the number of the probe of each; the score of each probe's nearest mate, or -inf.
-    """
-    kept, whose, own = np.zeros(0, dtype=x.dtype), np.zeros(0, dtype=np.int64), np.full(len(probes), -np.inf)
-    for start, scores in score_blocks(x, probes, gallery, 1 << 22, device):
-        for i, s in enumerate(scores, start):
-            right, ignored = mates(probes[i])
-            own[i] = s[right].max(initial=-np.inf)
-            s[right], s[ignored] = -np.inf, -np.inf
-        flat = scores.ravel()
-        # what is below the least of those kept so far cannot be among the highest
-        high = np.flatnonzero(flat > (kept[-1] if len(kept) == most else -np.inf))
-        if len(high) > most:
-            high = high[np.argpartition(-flat[high], most - 1)[:most]]
-        kept, whose = np.append(kept, flat[high]), np.append(whose, start + high // len(gallery))
-        order = np.argsort(-kept, kind="stable")[:most]
-        kept, whose = kept[order], whose[order]
-    return kept, whose, own
-
-
-def score_legacy_search(templates: Templates, galleries: list[np.ndarray], probes: np.ndarray, draws: int, seed: int,
-                        device: torch.device | str = "cpu") -> dict[str, Figure]:
-    """Rank-k and TPIR@FPIR of probe templates in all galleries merged, as published before `score_template_search`.
-
-    The threshold is the ceil(probes x FPIR)-th highest of all scores with gallery templates of other people; TPIR is
-    the share of all probes whose mate scores above it, first or not. Probes that are not enrolled are misses.
-    Source: insightface, `ijb_1n.py`, evaluation.
-    """
-    probes, rows = templates.places(probes), templates.places(np.unique(np.concatenate(galleries)))
-    rows, lost = rows[templates.enrolled[rows]], ~templates.enrolled[probes]
-    same = mates_in(templates.identity[rows])
-
-    def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
-        return same(templates.identity[probe]), np.zeros(0, dtype=np.int64)
-
-    search, there = search_gallery(templates.vectors, probes, rows, mates, device=device), np.flatnonzero(~lost)
-    search.first[lost] = np.inf
-    supported = [f for f in FPIRS if len(probes) * f >= 1]
-    pairs = len(there) * len(rows) - sum(len(search.ranks[i]) for i in there)
-
-    def figures(most: int) -> dict[str, Figure]:
-        own = np.full(len(probes), -np.inf)
-        scores, whose, own[there] = highest_wrong(templates.vectors, probes[there], rows, mates, most, device)
-        whose = there[whose]
-
-        def statistic(weights: np.ndarray | None) -> dict[str, float]:
-            w = np.ones(len(probes)) if weights is None else weights
-            values = {f"rank-{k}": weighted_mean((search.first <= k).astype(float), w) for k in (1, 5, 10)}
-            above = np.cumsum(w[whose])  # as if every pair stood there w times
-            for f in supported:
-                place = np.searchsorted(above, math.ceil(w.sum() * f))
-                reached = place < len(scores) or len(scores) == pairs
-                threshold = scores[place] if place < len(scores) else -np.inf
-                values[f"tpir@fpir={f:g}"] = weighted_mean((own > threshold).astype(float), w) if reached \
-                    else math.nan
-            return values
-
-        who = templates.identity[probes]
-        return intervals(statistic, bootstrap_counts(who, draws, seed), len(probes), who)
-
-    most = 4 * math.ceil(len(probes) * max(supported, default=0)) + 1
-    while True:
-        found = figures(max(min(most, pairs), 1))
-        # a resampling may lack the people of the highest scores, and reach below what was kept
-        if most >= pairs or not any(np.isnan(figure.draws).any() for figure in found.values()):
-            return found
-        most *= 4
-
-
 def score_templates(x: np.ndarray, split: Split, draws: int, seed: int,
                     device: torch.device | str = "cpu") -> tuple[dict, dict]:
     """1:1 and 1:N figures of a template set, by rule, with and without the detector's score as a weight.
@@ -349,7 +275,7 @@ def score_templates(x: np.ndarray, split: Split, draws: int, seed: int,
         x: embeddings [M, D], not normalised.
 
     Returns:
-        {rule: {metric: Figure}}, the customary one first, and to draw, of that one: as `score_verification`.
+        {rule: {metric: Estimate}}, the customary one first, and to draw, of that one: as `score_verification`.
     """
     columns, found, curve = split.index["columns"], {}, {}
     poolings = {"norm": np.ones(len(split), dtype=np.float32)}
@@ -366,9 +292,6 @@ def score_templates(x: np.ndarray, split: Split, draws: int, seed: int,
             galleries = [listed[listed[:, 1] == g, 0] for g in np.unique(listed[:, 1])]
             rule = f"1:N in {len(galleries)} galleries, {how}, TPIR above the floor(N x FPIR)-th non-mate"
             found[rule] = score_template_search(templates, galleries, probes, draws, seed, device)
-            legacy = score_legacy_search(templates, galleries, probes, draws, seed, device)
-            found[f"legacy 1:N in {len(galleries)} galleries merged, {how}, TPIR above the ceil(N x FPIR)-th non-mate "
-                  "similarity"] = legacy
     if not any(found.values()):
         raise Unscorable(f"{split.folder}: its lists support no figure: {1 / max(FARS):g} impostor pairs and a genuine "
                          "one, or a gallery and probes, are the least")

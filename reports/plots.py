@@ -7,11 +7,11 @@ import numpy as np
 from data_prep import write_atomically
 from data_prep.format import Split
 from protocols.embed import Embedder
-from protocols.humans import human_rows
 from protocols.pairs import SCORE_BINS
+from protocols.results import Row
 from protocols.search import gallery_rule, mates_in, take_rows, variants_of
-from reports.rows import Row, chance, headlines
-from reports.tables import Published, save_figure
+from reports.rows import chance, headlines
+from reports.tables import Published, human_rows, save_figure
 
 HIT, MISS = "#009E73", "#D55E00"  # frames of what is right and wrong
 COLOURS = {"foundation": "#999999", "tuned": "#0072B2", "people": "#E69F00"}  # Okabe-Ito

@@ -1,58 +1,26 @@
 """Rows of results: from splits to figures to results.json, results.csv and the pages of a report."""
 
-import csv
 import hashlib
 import json
 import math
-import re
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import product
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import InputError, literal, write_atomically
+from data_prep import InputError, literal, write_atomically, write_csv
 from data_prep.format import ROLES, Split, fingerprint
 from models.runs import Run
-from protocols.bootstrap import FEW, Figure, gap, normalise, retention
+from protocols.bootstrap import Estimate, Unscorable, gap, normalise, retention, say_once
 from protocols.classify import Readouts, score_classification
 from protocols.embed import Embedder
+from protocols.humans import Rating
 from protocols.pairs import FARS, score_pairs, score_verification
-from protocols.search import Unscorable, describe_variant, gallery_rule, origin_of, say_once, score_gallery, variants_of
+from protocols.results import FEW_NOTE, Row, mark
+from protocols.search import describe_variant, gallery_rule, origin_of, score_gallery, variants_of
 from protocols.templates import score_templates
 
-# the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
-HEADLINE = {"verification": "auc", "templates": "tar@far=0.0001", "reid": "rank-1", "identification": "rank-1",
-            "classification": "nearest-mean top-1"}
-
-
 # ---------------------------------------------------------------- results
-
-
-@dataclass
-class Row:
-    """One figure. Values are fractions 0..1 but for d-prime; low and high: 95 % bootstrap over identities."""
-
-    run: str
-    weights: str  # "tuned" or "foundation"
-    domain: str
-    split: str
-    protocol: str
-    metric: str
-    value: float
-    low: float
-    high: float
-    count: int  # pairs, probes or images
-    identities: int = 0  # or classes, that the interval resamples; 0: unknown
-
-    @property
-    def headline(self) -> bool:
-        """Whether this is the figure that stands for its protocol."""
-        return HEADLINE.get(self.protocol.split(",")[0]) == self.metric
-
-    @property
-    def out_of_distribution(self) -> bool:
-        return self.protocol.endswith(", out of distribution")
 
 
 def chance(split: Split, metric: str) -> float:
@@ -130,7 +98,7 @@ def unsupported_fars(impostors: int) -> str:
 
 def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int, seed: int,
           readouts: Readouts, without: dict[str, np.ndarray] | None = None, among: list[Split] | None = None
-          ) -> tuple[dict[str, dict[str, dict[str, Figure]]], dict]:
+          ) -> tuple[dict[str, dict[str, dict[str, Estimate]]], dict]:
     """Score one backbone on test splits.
 
     Args:
@@ -139,7 +107,7 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
         among: test splits that those clean images may be of (default: those that are scored).
 
     Returns:
-        By "domain/split": figures {rule: {metric: Figure}}, the customary rule first, and curves to draw.
+        By "domain/split": figures {rule: {metric: Estimate}}, the customary rule first, and curves to draw.
     """
     figures, curves, fitted, failed = {}, {}, {}, {}
     for split in splits:
@@ -203,7 +171,8 @@ def score_people(embed: Embedder, x: np.ndarray, split: Split, draws: int, seed:
 
 
 def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run: Run | None, draws: int, seed: int,
-                  readouts: Readouts, fitted: dict, without: dict, among: list[Split]) -> dict[str, dict[str, Figure]]:
+                  readouts: Readouts, fitted: dict, without: dict, among: list[Split]
+                  ) -> dict[str, dict[str, Estimate]]:
     """Figures by rule of a classification split with unit embeddings x; other arguments as of `score`.
 
     `fitted`: the readouts of each reference so far.
@@ -291,7 +260,7 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
     return rows
 
 
-def rows_of(run: str, weights: str, domain: str, split: str, protocol: str, found: dict[str, Figure]) -> Results:
+def rows_of(run: str, weights: str, domain: str, split: str, protocol: str, found: dict[str, Estimate]) -> Results:
     """The rows of some figures; one that could not be computed is absent."""
     return [(Row(run, weights, domain, split, protocol, metric, f.value, f.low, f.high, f.count, f.identities), f.draws)
             for metric, f in found.items() if math.isfinite(f.value)]
@@ -308,6 +277,23 @@ def make_unified_rows(run: str, splits: list[Split], figures: dict[str, dict], f
             for row in rows_of(run, weights, domain, "everything", protocol, found)]
 
 
+def make_human_rows(run: str, ratings: list[Rating], splits: dict[str, Split], figures: dict[str, dict],
+                    flip: bool) -> Results:
+    """The rows of `score_humans`, by weights: of each split, of "all splits" of a domain, and of domain "all"."""
+    rows: Results = []
+    for weights, found in figures.items():
+        for place, by_metric in found.items():
+            some = [r for r in ratings if place in (r.split, r.split.split("/")[0], "everything")]
+            told = hashlib.sha256(repr(sorted((r.split, *sorted((r.left, r.right)), r.rater, r.value)
+                                              for r in some)).encode()).hexdigest()[:8]
+            sets = " + ".join(f"{name} {fingerprint(splits[name])}" for name in sorted({r.split for r in some}))
+            protocol = f"human trials, ratings {told}, sets {sets}, {'flip' if flip else 'no flip'}"
+            domain, _, split = ("all/human trials" if place == "everything" else place).partition("/")
+            split = split or "all splits"
+            rows += rows_of(run, weights, domain, split, protocol, by_metric)
+    return rows
+
+
 def headlines(rows: list[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     """{(domain, split): {weights: its headline row}} in the order of the rows."""
     found: dict = {}
@@ -321,14 +307,6 @@ def show_value(row: Row) -> str:
     """A figure with its interval: percent, or as it is for d-prime; marked where too few identities are behind it."""
     factor = 1 if "d-prime" in row.metric else 100
     return f"{factor * row.value:.1f} [{factor * row.low:.1f}, {factor * row.high:.1f}]" + mark(row.identities)
-
-
-def mark(identities: int) -> str:
-    """A sign behind an interval of so few identities or classes that it is too narrow."""
-    return "†" if 0 < identities < FEW else ""
-
-
-FEW_NOTE = f"†: of fewer than {FEW} identities or classes, whose bootstrap interval is too narrow"
 
 
 def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[str]) -> list[str]:
@@ -362,9 +340,6 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
     return lines
 
 
-# ---------------------------------------------------------------- people on the same trials
-
-
 def write_rows(folder: Path, rows: list[Row]) -> None:
     """results.json and results.csv: the same rows."""
     table = [asdict(row) for row in rows]
@@ -385,42 +360,3 @@ def write_draws(folder: Path, results: Results, seed: int, weights: str | None =
                                 weights=weights or "")
 
     write_atomically(folder / "draws.npz", write)
-
-
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a formula in a spreadsheet
-
-
-def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> None:
-    """A list of like dictionaries as CSV with a header, atomically; `columns`: of a table that may be empty.
-
-    Text that a spreadsheet would take for a formula gets an apostrophe before it; numbers, negative ones too, do not.
-    """
-
-    def plain(value):
-        formula = isinstance(value, str) and value[:1] in FORMULA
-        return f"'{value}" if formula and not re.fullmatch(r"[-+][\d.]+(e[-+]?\d+)?", value) else value
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.DictWriter(file, columns or list(table[0]))
-            writer.writeheader()
-            writer.writerows({key: plain(value) for key, value in row.items()} for row in table)
-
-    write_atomically(path, write)
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """The rows of RUN/eval/results.json; InputError where there are none."""
-    path, kinds = folder / "results.json", {str: str, float: (int, float), int: int}
-    try:
-        rows = [Row(**row) for row in json.loads(path.read_text())]
-        for (number, row), one in product(enumerate(rows), fields(Row)):
-            value = getattr(row, one.name)
-            finite = not isinstance(value, float) or math.isfinite(value)
-            if not isinstance(value, kinds[one.type]) or isinstance(value, bool) or not finite:
-                raise ValueError(f"row {number}: {one.name} is {str(value)[:80]!r}")
-        return rows
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; run `python evaluate.py --run {folder.parent}` first") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); run evaluate.py again") from error

@@ -11,9 +11,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep import DOMAINS, InputError, literal, read_lines, write_atomically
+from data_prep import DOMAINS, InputError, literal, write_atomically
+from protocols.results import Row, Stages
+from reports.rows import show_value
 
-PUBLISHED = Path(__file__).parent.parent / "protocols" / "published"  # humans.csv, experts.csv: figures whose source was checked, no others
+PUBLISHED = Path(__file__).parent.parent / "protocols" / "published"  # figures whose source was checked
 
 
 # ---------------------------------------------------------------- published figures
@@ -129,41 +131,47 @@ def show_published(found: list[tuple[Published, str, object]]) -> list[str]:
     return lines
 
 
-# ---------------------------------------------------------------- stages of a sequential run
+# ---------------------------------------------------------------- people on the same trials
 
 
-@dataclass
-class Stages:
-    """Scores after each stage of a sequential run: what later tasks did to earlier ones."""
-
-    names: list[str]  # "start", then the domain of each stage that was looked at
-    steps: list[int]  # where it was looked at
-    ends: list[int]  # where the stage ended
-    tasks: list[str]  # splits that were looked at
-    scores: list[list[float]]  # [stages, tasks]; NaN where a look lacks the task
-
-
-def read_stages(folder: Path, config: dict) -> Stages | None:
-    """The last look of --eval-every in each stage of a run; None where there are no looks.
-
-    Stage k of K holds the steps s with floor(s K / steps) = k, as train.py plans them.
-    """
-    looks = [look for look in read_lines(folder / "probe.jsonl") if isinstance(look, dict)
-             and isinstance(look.get("step"), int) and isinstance(look.get("auc"), dict)]  # others are damaged
-    if not looks:
-        return None
-    order, steps = config["order"] or config["domains"], config["steps"]
-    ends = [0] + [-(-(k + 1) * steps // len(order)) for k in range(len(order))]
-    found = Stages([], [], [], list(looks[-1]["auc"]), [])
-    for name, first, end in zip(["start", *order], [-1, *ends[:-1]], ends, strict=True):
-        inside = [look for look in looks if first < look["step"] <= end]
-        if inside:
-            found.names.append(name)
-            found.steps.append(inside[-1]["step"])
-            found.ends.append(end)
-            scores = [inside[-1]["auc"].get(task) for task in found.tasks]
-            found.scores.append([score if isinstance(score, float) else math.nan for score in scores])
+def human_rows(rows: list[Row]) -> dict[tuple[str, str], dict[str, dict[str, Row]]]:
+    """{(domain, split): {weights: {metric: row}}} of the human trials."""
+    found: dict = {}
+    for row in rows:
+        if row.protocol.startswith("human trials,"):
+            found.setdefault((row.domain, row.split), {}).setdefault(row.weights, {})[row.metric] = row
     return found
+
+
+def human_verdict(difference: Row) -> str:
+    """What "model minus human AUC" says."""
+    return "above humans" if difference.low > 0 else "below humans" if difference.high < 0 else "undecided"
+
+
+def show_humans(rows: list[Row]) -> list[str]:
+    """Lines of report.md; none where there are no human trials."""
+    found = human_rows(rows)
+    if not found:
+        return []
+    lines = ["", "## Human trials", "", "People and model on identical pairs: AUC of the ratings (-3 to +3) and of the "
+             "cosine, chance 50. Intervals resample who and what is on the pictures; the raters are these, not a "
+             "sample of mankind. All splits: the mean over those of a domain; everything: over the domains; of the "
+             "raters who did them all.", "",
+             "| split | pairs | raters | people: mean (range) | weights | model | model minus people | beaten | |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for (domain, split), by_weights in found.items():
+        for weights, by_metric in by_weights.items():
+            each = [row.value for metric, row in by_metric.items() if metric.startswith("AUC of rater ")]
+            people, lead = by_metric["human AUC (mean of raters)"], by_metric["model minus human AUC"]
+            name = "everything" if domain == "all" else literal(f"{domain}/{split}")
+            reach = f"{100 * min(each):.1f} to {100 * max(each):.1f}"
+            lines.append(f"| {name} | {people.count} | {len(each)} | {show_value(people)} ({reach}) | {weights} "
+                         f"| {show_value(by_metric['AUC on human trials'])} | {show_value(lead)} "
+                         f"| {100 * by_metric['share of raters beaten'].value:.0f} % | {human_verdict(lead)} |")
+    return lines
+
+
+# ---------------------------------------------------------------- stages of a sequential run
 
 
 def show_stages(stages: Stages | None, config: dict) -> list[str]:

@@ -10,16 +10,15 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 import analyze
-import analyze_figures
 import protocols.pairs
-from analyze_figures import draw_deletion, draw_up_map, find_measured
-from analyze_report import report_sources, write_analysis
+import reports.analysis_plots
 from data_prep import InputError
 from protocols.bootstrap import Figure, bootstrap_counts, normalise
 from protocols.embed import save_array
+from protocols.explore import draw_up_map, measure_components
 from protocols.pairs import score_pairs
 from protocols.separability import hold_out, tell_sources
-from protocols.sharing import measure_components, measure_sharing
+from protocols.sharing import measure_sharing
 from protocols.subspaces import (
     Turned,
     hits_by_k,
@@ -31,6 +30,8 @@ from protocols.subspaces import (
     unit,
 )
 from protocols.tasks import Embeddings, Task, vectors_of
+from reports.analysis import report_sources, write_analysis
+from reports.analysis_plots import draw_deletion, find_measured
 from tests.test_subspaces import SHARED, D, orthogonal, pairs_of, planted, sweep_case, task_of
 
 # ---------------------------------------------------------------- components that are left out, each alone
@@ -293,7 +294,7 @@ def test_names_are_no_markup_and_figures_are_atomic(written, tmp_path, monkeypat
 
     (tmp_path / "map.pdf").write_bytes(b"old")
     with pytest.raises(InputError, match=r"map\.pdf: cannot be written"):
-        analyze_figures.save_figure(SimpleNamespace(savefig=fail), tmp_path / "map")
+        reports.analysis_plots.save_figure(SimpleNamespace(savefig=fail), tmp_path / "map")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("map.pdf", b"old")]
 
 
@@ -303,7 +304,7 @@ def test_what_is_not_above_chance_is_not_drawn(written, monkeypatch):
     assert find_measured(pairs) == {(a, b) for a in names for b in names if b != "body"}
     assert (folder / "importance.png").stat().st_size > 20_000
     drawn = []
-    monkeypatch.setattr(analyze_figures, "save_figure", lambda figure, *_: drawn.append(figure))
+    monkeypatch.setattr(reports.analysis_plots, "save_figure", lambda figure, *_: drawn.append(figure))
     draw_deletion(folder / "x", [{"kind": "deleted", "fit": "body", "test": name, "ks": [1, 2],
                                           "kept": [0.9, 0.8]} for name in names], names, pairs)
     panels = drawn[0].axes

@@ -10,7 +10,6 @@ import torch
 
 import analyze
 import protocols.subspaces
-from analyze_report import mistrust
 from data_prep import InputError
 from data_prep.format import open_root, open_split
 from protocols.bootstrap import bootstrap_counts
@@ -18,6 +17,7 @@ from protocols.search import name_identities
 from protocols.separability import balanced_accuracy, unseen_sources
 from protocols.subspaces import GRID, hits_by_k, hits_one_by_one, measure_curve, principal_components, transfer, unit
 from protocols.tasks import Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
+from reports.analysis import mistrust
 from tests.test_analyze import run_here
 from tests.test_subspaces import SHARED, D, orthogonal, pairs_of, planted, task_of
 

@@ -13,8 +13,6 @@ import analyze
 from data_prep import InputError
 from protocols.claims import (
     Claim,
-    Group,
-    Measured,
     claim_backbones,
     claim_components,
     claim_experts,
@@ -22,14 +20,12 @@ from protocols.claims import (
     claim_generalisation,
     claim_humans,
     claim_separable,
-    group_runs,
     make_table,
 )
+from protocols.results import Group, Measured, Row, Scored, group_runs
 from protocols.separability import pixel_statistics
 from protocols.tasks import choose_pairs, make_task
-from reports.rows import Row
 from tests.conftest import script
-from tools.compare import Scored
 
 
 def run_here(*arguments) -> int:

@@ -17,19 +17,17 @@ from protocols.claims import (
     HOLDS,
     WIDE,
     Claim,
-    Group,
-    Measured,
     claim_backbones,
     claim_components,
     claim_forgetting,
     claim_humans,
     claim_separable,
     make_table,
-    read_lost,
-    write_table,
 )
-from protocols.subspaces import above_chance, transfer, unit
+from protocols.results import Group, Measured, above_chance, read_lost
+from protocols.subspaces import transfer, unit
 from protocols.tasks import Task
+from reports.analysis import write_table
 from tests.test_analyze import ABOVE, ALL, DOMAINS, GOOD, TWO, alone, components, humans, measured, separable
 
 UNTOUCHED = GOOD["foundation"]

@@ -12,10 +12,12 @@ import torch
 
 import protocols.classify
 import protocols.pairs
+import protocols.templates
 from data_prep import InputError
 from protocols.bootstrap import bootstrap_counts
 from protocols.classify import class_means, fit_probe, nearest_mean, nearest_neighbours, score_classification
 from protocols.pairs import roc, score_verification, tar_at_far
+from protocols.results import Row, Scored
 from protocols.search import score_gallery
 from protocols.templates import (
     collect_scores,
@@ -25,10 +27,10 @@ from protocols.templates import (
     score_template_search,
     tar_at_nearest_far,
 )
-from reports.rows import Row, clean_of, score
+from reports.rows import clean_of, score
 from tests.test_evaluate import FakeSplit, unit
 from tests.test_protocols import FakeTemplates
-from tools.compare import Scored, compare_experts
+from tools.compare import compare_experts
 
 
 def classified(labels, classes, name, **more):
@@ -315,7 +317,8 @@ def test_the_interval_with_a_hub_person_equals_that_of_the_whole_list(monkeypatc
         np.testing.assert_allclose(found["strict"][f"tar@far={target:g}"].draws, expected, atol=1e-12)
     assert 0 in left and np.ptp(expected) > 0
     collect = collect_scores
-    monkeypatch.setattr(protocols.pairs, "collect_scores", lambda listed, same, need: collect(listed, same, len(pairs)))
+    monkeypatch.setattr(protocols.templates, "collect_scores",
+                        lambda listed, same, need: collect(listed, same, len(pairs)))
     whole, _ = score_template_pairs(templates, pairs, 60, 3)
     for rule, figures in whole.items():
         for name, figure in figures.items():

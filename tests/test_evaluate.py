@@ -16,11 +16,12 @@ import protocols.pairs
 from data_prep import DOMAINS, InputError
 from data_prep.format import Split, open_root
 from models.runs import load_run, load_tuned
-from protocols.bootstrap import Figure, bootstrap_counts, intervals, retention, weighted_mean
+from protocols.bootstrap import Estimate, bootstrap_counts, intervals, retention, weighted_mean
 from protocols.classify import class_means, nearest_mean, nearest_neighbours, score_classification
 from protocols.pairs import d_prime, equal_error_rate, fold_accuracy, roc, tar_at_far
+from protocols.results import read_rows
 from protocols.search import average_precision, score_gallery, trapezoid_precision
-from reports.rows import chance, read_rows
+from reports.rows import chance
 from tests.conftest import script
 from tests.test_train import spoil_jpeg
 
@@ -324,10 +325,10 @@ def test_matched_pairs_are_what_they_say():
 
 
 def test_retention_is_corrected_for_chance():
-    before, after = Figure(0.6, np.array([0.5, 0.6, 0.7])), Figure(0.4, np.array([0.3, 0.4, 0.5]))
+    before, after = Estimate(0.6, np.array([0.5, 0.6, 0.7])), Estimate(0.4, np.array([0.3, 0.4, 0.5]))
     kept = retention(before, after, 0.2)
     assert kept.value == pytest.approx(0.5) and kept.draws == pytest.approx([1 / 3, 0.5, 0.6])
-    assert retention(Figure(0.22, np.array([0.18, 0.22, 0.26])), after, 0.2) is None  # no better than chance
+    assert retention(Estimate(0.22, np.array([0.18, 0.22, 0.26])), after, 0.2) is None  # no better than chance
 
 
 # ---------------------------------------------------------------- the script

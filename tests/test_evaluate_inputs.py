@@ -14,36 +14,37 @@ import click
 import numpy as np
 import pytest
 
-import evaluate
+import models.runs
 import protocols.classify
 import reports.plots
+import tools.leaks
 import train
-from data_prep import InputError, hash_file, literal, lock_folder
+from data_prep import InputError, hash_file, join_config, literal, lock_folder, write_csv
 from data_prep.degrade import degraded_split
 from data_prep.format import Record, Source, Split, open_root
 from data_prep.write import write_split
-from models.runs import Run, find_run, load_foundation, provenance
-from protocols.bootstrap import Figure, normalise
+from models.runs import Run, find_run, gather_facts, load_foundation
+from protocols.bootstrap import Estimate, normalise, say_once
 from protocols.classify import Readouts, class_means, fit_probe, nearest_mean, nearest_neighbours
+from protocols.humans import RATING_COLUMNS
 from protocols.pairs import FARS
-from protocols.search import make_members, name_identities, say_once, score_gallery, score_unified
+from protocols.results import Row, Scored, read_stages, start_of
+from protocols.search import name_identities, score_gallery
+from protocols.unified import make_members, score_unified
 from reports.rows import (
-    Row,
     make_unified_rows,
     scopes_of,
     score,
     show_value,
     unsupported_fars,
-    write_csv,
     write_draws,
     write_rows,
 )
-from reports.tables import read_stages, to_html
+from reports.tables import to_html
 from tests.conftest import script
 from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_protocols import write_run
-from tools.compare import Scored, refuse_unshared, start_of
-from tools.trials import RATING_COLUMNS
+from tools.compare import refuse_unshared
 
 OPTIONS = ["--bootstrap", "3", "--workers", "0", "--device", "cpu"]
 NO_READOUTS = Readouts({}, 0, {}, [])
@@ -133,7 +134,7 @@ def test_leaks_tell_the_first_headline_of_each_split(demo_root, run, tmp_path, m
     copy_of(base, root / "body/sets", rows, {"name": "templates"}, template=list(range(12)), tables={
         "template_pairs": np.array([(a, b, labels[a] == labels[b]) for a in range(12) for b in range(a)])})
     leaks = [{"split": name, "row": 11} for name in ("body/reid", "body/sets")]
-    monkeypatch.setattr(evaluate, "find_leaks", lambda *_: (leaks, []))
+    monkeypatch.setattr(tools.leaks, "find_leaks", lambda *_: (leaks, []))
     leaks_here(run, root)
     rows = [Row(**row) for row in json.loads((run / "eval/leaks.json").read_text())]
     ranks = [row for row in rows if row.metric == "rank-1"]
@@ -152,7 +153,7 @@ def test_leaks_that_find_nothing_leave_nothing_of_others(demo_root, run, tmp_pat
     (run / "eval").mkdir()
     for name in ("leaks.csv", "leaks.json", "leaks-sheet.png"):
         (run / "eval" / name).write_text("older")
-    monkeypatch.setattr(evaluate, "find_leaks", lambda *_: ([], []))
+    monkeypatch.setattr(tools.leaks, "find_leaks", lambda *_: ([], []))
     assert leaks_here(run, root, "--cache", tmp_path / "cache") == []
     assert (run / "eval/leaks.csv").read_text().strip() == (
         "split,row,key,identity,cosine,train_split,train_key,train_identity")
@@ -226,26 +227,26 @@ def test_compare_takes_what_the_runs_share(tmp_path, capsys):
         run_here("compare", *runs, "--out", tmp_path / "c", "--splits", "body/other")
 
 
-def test_weights_are_known_by_their_hash(tmp_path):
+def test_weights_are_known_by_their_hash(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "w.safetensors").write_bytes(b"the same")
     (tmp_path / "two/other.safetensors").write_bytes(b"others")
     configs = [{"weights": str(tmp_path / name)} for name in ("one/w.safetensors", "two/w.safetensors",
                                                               "two/other.safetensors")]
-    told = provenance([], configs[0]["weights"])["weights_sha256"]
+    told = gather_facts([], "A", 1, {}, {}, configs[0]["weights"]).weights_sha256
     moved = {"weights": "/gone.safetensors", "weights_sha256": told}
     assert start_of(configs[0]) == start_of(configs[1]) == start_of(moved) != start_of(configs[2])
-    assert provenance([], "pretrained")["weights_sha256"] is None
+    assert gather_facts([], "A", 1, {}, {}, "pretrained").weights_sha256 is None
     assert start_of({"weights": "pretrained", "weights_sha256": None})[-1] == "pretrained"
     a, b, c = (Scored(tmp_path, {"seed": i} | config, 0, {0: (SimpleNamespace(weights="tuned"), None)})
                for i, config in enumerate((configs[0], moved, configs[2])))
     assert a.recipe == b.recipe != c.recipe  # seeds of one recipe
-    (tmp_path / "config.json").write_text(json.dumps(configs[0] | {"weights_sha256": told, "shards": {}}))
-    options = {"out": str(tmp_path), "resume": True}
-    assert find_run(options | {"weights": configs[1]["weights"]}, []) == "unfinished"  # its file has moved
+    (tmp_path / "config.json").write_text(json.dumps({"options": configs[0], "facts": {"weights_sha256": told}}))
+    monkeypatch.setattr(models.runs, "read_config", lambda folder: join_config(folder / "config.json"))  # not whole
+    assert find_run(tmp_path, {"resume": True} | configs[1], []) == "unfinished"  # its file has moved
     with pytest.raises(InputError, match="--weights was"):
-        find_run(options | {"weights": configs[2]["weights"]}, [])
+        find_run(tmp_path, {"resume": True} | configs[2], [])
     replaced = Run(tmp_path, {"weights": configs[2]["weights"], "weights_sha256": told}, None, {}, {})
     with pytest.raises(InputError, match=r"not the file that .* started from .its SHA-256 differs.*--no-foundation"):
         load_foundation(replaced)
@@ -452,7 +453,7 @@ def test_degraded_copies_show_the_same_people_and_the_probes_picture_is_no_hit(d
 def test_the_unified_gallery_names_its_splits(demo_root):
     root = open_root(demo_root)
     crowd = [root["object"]["val"], root["face_hq"]["test"]]
-    figures = {"tuned": {"all": {"x": Figure(0.5, np.zeros(2), 3, np.nan, 30)}}}
+    figures = {"tuned": {"all": {"x": Estimate(0.5, np.zeros(2), 3, np.nan, 30)}}}
     (row, _), = make_unified_rows("r", crowd, figures, True, 10, 0)
     assert "sets object/val demo " in row.protocol and " + face_hq/test demo " in row.protocol and row.identities == 30
 

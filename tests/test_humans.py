@@ -17,31 +17,30 @@ import click
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
-from train_schedule import make_schedule, plan_batches
 
 import evaluate
 from data_prep import InputError, read_lines
 from data_prep.__main__ import cli
 from data_prep.format import Split
 from protocols.bootstrap import bootstrap_counts, intervals, weighted_mean
-from protocols.humans import human_verdict, score_humans
-from protocols.pairs import score_verification
-from protocols.templates import SCORE_BINS
-from reports.rows import Row, rows_of, write_draws, write_rows
+from protocols.humans import RATING_COLUMNS, Rating, find_row, read_ratings, score_humans
+from protocols.pairs import SCORE_BINS, score_verification
+from protocols.results import Row, margin, read_stages
+from reports.rows import rows_of, write_draws, write_rows
 from reports.tables import (
     beside,
     datasets_of,
     draw_stages,
+    human_verdict,
     read_published,
-    read_stages,
     show_published,
     show_stages,
     to_html,
 )
 from tests.conftest import TINY, script
 from tests.test_train import spoil_jpeg
-from tools.compare import margin
-from tools.trials import RATING_COLUMNS, Rating, draw_pairs, draw_trials, find_row, read_ratings
+from tools.trials import draw_pairs, draw_trials
+from train import Options, plan_batches
 
 CHROMIUM, DRIVER = (next(filter(None, map(shutil.which, names)), None)
                     for names in (("chromium", "chromium-browser", "google-chrome"), ("chromedriver",)))
@@ -657,8 +656,8 @@ def test_published_figures_stand_beside_the_data_set_that_they_are_of(tmp_path):
 def test_stages_of_a_sequential_run_by_hand(tmp_path):
     # 10 steps, three domains: the stages end after steps 4, 7 and 10 (floor(3 s / 10) grows at s = 4 and 7)
     config = {"order": ["body", "object", "face_hq"], "domains": ["object", "face_hq", "body"], "steps": 10}
-    plan = plan_batches(config | {"schedule": "sequential"}, make_schedule("sequential", 3, 8), 10,
-                        np.ones(3) / 3)
+    options = Options(schedule="sequential", domains=config["order"], batch=8, images=80)
+    plan = plan_batches(options, [range(100)] * 3)[:, 0]
     assert [config["domains"][k] for k in plan.argmax(1)] == ["body"] * 4 + ["object"] * 3 + ["face_hq"] * 3
     assert read_stages(tmp_path, config) is None
     assert "--eval-every 3" in "\n".join(show_stages(None, config))

@@ -1,9 +1,7 @@
 """Rules of scoring beside the customary ones, each against a literal transcription or a case computed by hand."""
 
 import errno
-import heapq
 import html
-import math
 import re
 import shutil
 from dataclasses import replace
@@ -14,120 +12,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.interpolate import interp1d
 
 import protocols.embed
 import protocols.pairs
 import protocols.search
-import tools.leaks
+import protocols.templates
 from data_prep import InputError, literal
 from data_prep.__main__ import cli
 from data_prep.format import Split
-from protocols.bootstrap import bootstrap_counts, normalise
+from protocols.bootstrap import normalise
 from protocols.classify import Readouts
 from protocols.embed import Embedder, map_copy
-from protocols.humans import make_human_rows, score_humans, show_humans
-from protocols.pairs import grid_tar, score_verification
+from protocols.humans import score_humans
+from protocols.results import Row, Scored
 from protocols.search import describe_variant, gallery_rule, score_blocks, score_gallery, search_shots, variants_of
-from protocols.templates import Templates, highest_wrong, score_legacy_search, score_template_search, score_templates
-from reports.rows import Row, score
-from reports.tables import to_html
+from reports.rows import make_human_rows, score
+from reports.tables import show_humans, to_html
 from tests.test_definitions import classified
 from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_humans import FACES, THINGS, Fake, rate, vectors
-from tests.test_protocols import FakeTemplates
-from tools.compare import (
-    Scored,
-    compare_experts,
-    compare_groups,
-    draw_comparison,
-    draw_experts,
-    show_comparison,
-    show_experts,
-)
-
-# ---------------------------------------------------------------- insightface's TAR@FAR of folds
-
-
-def literal_val(distances, same, folds, far_target, thresholds):
-    """calculate_val of insightface's verification.py, threshold by threshold: mean TAR, its SD, mean FAR."""
-
-    def rates(threshold, some):
-        accepted = distances[some] < threshold
-        genuine, impostors = same[some], ~same[some]
-        return (accepted & genuine).sum() / genuine.sum(), (accepted & impostors).sum() / impostors.sum()
-
-    tars, fars = [], []
-    for fold in np.unique(folds):
-        far_train = np.array([rates(threshold, folds != fold)[1] for threshold in thresholds])
-        threshold = 0.0
-        if far_train.max() >= far_target:  # SciPy of today refuses "slinear" where a FAR repeats; "linear" is the same
-            threshold = float(interp1d(far_train, thresholds, kind="linear")(far_target))
-        tar, far = rates(threshold, folds == fold)
-        tars.append(tar)
-        fars.append(far)
-    return np.mean(tars), np.std(tars), np.mean(fars)
-
-
-def made_pairs(seed, count):
-    rng = np.random.default_rng(seed)
-    x = unit(rng.normal(size=(count, 12)))
-    same = rng.random(count) < 0.5
-    y = unit(np.where(same[:, None], x, 0) + 0.35 * rng.normal(size=(count, 12)))
-    return x, y, same, np.arange(count) * 10 // count
-
-
-@pytest.mark.parametrize("seed, target", [(0, 1e-3), (1, 1e-3), (2, 1e-2), (3, 0.137)])
-def test_tar_of_interpolated_thresholds_equals_a_literal_transcription(seed, target):
-    x, y, same, folds = made_pairs(seed, 2600)  # 1,170 impostors or so in nine folds: no target is one of their FARs
-    found = grid_tar((x * y).sum(1), same, folds, target=target)
-    expected = literal_val(((x - y) ** 2).sum(1), same, folds, target, np.arange(0, 4, 0.001))
-    assert list(found) == [f"tar@far={target:g}", f"tar@far={target:g} sd", f"far found for {target:g}"]
-    assert list(found.values()) == pytest.approx(expected, abs=1e-12) and 0 < expected[0] < 1 and expected[1] > 0
-
-
-def test_tar_of_an_interpolated_threshold_by_hand():
-    # impostors at squared distances 0.5005 and 1.5005: FAR is 0 up to the threshold 0.5, then 1/2 from 0.501 on; 1 from
-    # 1.501 on. A target of 1/4 lies half-way between 0.5 and 0.501: 0.5005 is the threshold. Genuine pairs of the fold:
-    # 0.5004 is below it, 0.5006 is not
-    def at(*distances):
-        return 1 - np.array(distances) / 2
-
-    scores = np.concatenate([at(0.5005, 1.5005, 0.2), at(0.5004, 0.5006, 0.5003)])
-    same, folds = np.array([0, 0, 1, 1, 1, 0], dtype=bool), np.array([0, 0, 0, 1, 1, 1])
-    found = grid_tar(scores, same, folds, target=0.25)
-    # fold 0 by fold 1: one impostor at 0.5003, FAR 1/4 at 0.50025: the pair at 0.2 is accepted, no impostor is
-    # fold 1: one of two genuine pairs, and the impostor at 0.5003
-    assert list(found.values()) == pytest.approx([(1 + 1 / 2) / 2, 1 / 4, (0 + 1) / 2])
-    # no threshold accepts a quarter of the impostors that lie opposite (4 is not below 3.999): nothing is accepted
-    far_off = grid_tar(np.array([1.0, -1, 1, -1]), np.tile([True, False], 2), np.repeat([0, 1], 2))
-    assert list(far_off.values()) == [0, 0, 0]
-    assert np.isnan(list(grid_tar(scores, np.ones(6, bool), folds).values())).all()
-
-
-def test_tar_of_interpolated_thresholds_weighs_pairs_as_repetition():
-    x, y, same, folds = made_pairs(5, 400)
-    counts = np.random.default_rng(0).integers(0, 3, 400)
-    again, scores = np.repeat(np.arange(400), counts), (x * y).sum(1)
-    assert grid_tar(scores, same, folds, counts, 0.05) == pytest.approx(
-        grid_tar(scores[again], same[again], folds[again], target=0.05))
-
-
-def test_tar_of_interpolated_thresholds_is_a_row_where_nine_folds_support_it():
-    rule = "10 folds, thresholds 0 to 4 by 0.001 on the squared distance, interpolated to the FAR of the other folds"
-    for impostors, offered in ((1120, True), (1110, False)):  # 1,008 and 999 in nine folds
-        x, y, _, _ = made_pairs(6, impostors + 30)
-        same, place = np.arange(impostors + 30) < 30, np.arange(impostors + 30)
-        y[same] = unit(x[same] + 0.1)
-        pairs = np.stack([place, place + len(x), same, place % 10], 1)
-        split = FakeSplit(np.append(place, np.where(same, place, place + len(x))),
-                          {"name": "verification", "folds": 10}, pairs=pairs)
-        found, _ = score_verification(np.concatenate([x, y]), split, 3, 0)
-        assert (rule in found) == offered
-        if offered:
-            assert list(found)[-1] == rule and found[rule]["tar@far=0.001"].count == impostors + 30
-            assert np.isfinite(found[rule]["tar@far=0.001"].draws).all()
-
+from tools.compare import compare_experts, compare_groups, draw_comparison, draw_experts, show_comparison, show_experts
+from tools.leaks import score_without
 
 # ---------------------------------------------------------------- CUHK03's single-gallery-shot
 
@@ -262,124 +167,6 @@ def test_single_gallery_shot_is_chosen_when_a_split_is_prepared(tmp_path):
     assert "\n" not in error.value.message
 
 
-# ---------------------------------------------------------------- the legacy 1:N
-
-
-def literal_legacy(query_feats, gallery_feats, mask, fars):
-    """evaluation of insightface's ijb_1n.py: hits at 1, 5, 10 and the rate at each FAR, over the whole matrix."""
-    similarity = query_feats @ gallery_feats.T
-    order = np.argsort(-similarity, axis=1)
-    hits = [(order[:, :k] == mask[:, None]).any(1).mean() for k in (1, 5, 10)]
-    rows = np.arange(len(mask))
-    pos = similarity[rows, mask].copy()
-    similarity[rows, mask] = -2
-    neg = heapq.nlargest(len(similarity), similarity[similarity > -2])
-    return [*hits, *((pos > neg[math.ceil(len(mask) * far) - 1]).mean() for far in fars)]
-
-
-def made_templates(seed, people=40, probes=500, spread=0.5):
-    rng = np.random.default_rng(seed)
-    identity = np.concatenate([np.arange(people), rng.integers(0, people, probes)])
-    x = unit(rng.normal(size=(people, 6))[identity] + spread * rng.normal(size=(len(identity), 6))).astype(np.float32)
-    return Templates(np.arange(len(identity)), x, identity, np.ones(len(identity), dtype=bool))
-
-
-LEGACY = ["rank-1", "rank-5", "rank-10", "tpir@fpir=0.1", "tpir@fpir=0.01"]
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_legacy_search_equals_a_literal_transcription(seed):
-    templates = made_templates(seed)
-    found = score_legacy_search(templates, [np.arange(22), np.arange(22, 40)], np.arange(40, 540), 3, 0)
-    x, identity = templates.vectors, templates.identity
-    expected = literal_legacy(x[40:], x[:40], identity[40:], [0.1, 0.01])
-    assert {name: f.value for name, f in found.items()} == pytest.approx(dict(zip(LEGACY, expected, strict=True)))
-    other = score_template_search(templates, [np.arange(22), np.arange(22, 40)], np.arange(40, 540), 3, 0)
-    assert abs(found["tpir@fpir=0.1"].value - other["tpir@fpir=0.1"].value) > 0.01  # another rule, another number
-
-
-def test_the_legacy_search_by_hand():
-    # gallery: A at 0, B at 90 degrees; probes of A: 10 and 40, of B: 60 and 20, and eight of B at 90.
-    # Scores with the other one: cos 80, 50; 60, 20; eight of cos 90. ceil(12 x 0.1) = 2: the second highest, cos 50.
-    # Above it: A's 10 (cos 10) and 40 (cos 40), B's 60 (cos 30) and eight of cos 0; not B's 20 (cos 70)
-    degrees = np.deg2rad([0, 90, 10, 40, 60, 20, *[90] * 8])
-    x = np.stack([np.cos(degrees), np.sin(degrees)], 1).astype(np.float32)
-    templates = Templates(np.arange(14), x, np.array([0, 1, 0, 0, *[1] * 10]), np.ones(14, dtype=bool))
-    found = score_legacy_search(templates, [np.array([0]), np.array([1])], np.arange(2, 14), 0, 0)
-    assert {name: f.value for name, f in found.items()} == pytest.approx({
-        "rank-1": 11 / 12, "rank-5": 1, "rank-10": 1, "tpir@fpir=0.1": 11 / 12})  # 12 probes do not support 0.01
-    templates.enrolled[[2, 6]], templates.vectors[[2, 6]] = False, 0  # one of A's and one of B's are lost: misses
-    found = score_legacy_search(templates, [np.array([0]), np.array([1])], np.arange(2, 14), 0, 0)
-    assert {name: f.value for name, f in found.items()} == pytest.approx({
-        "rank-1": 9 / 12, "rank-5": 10 / 12, "rank-10": 10 / 12, "tpir@fpir=0.1": 9 / 12})
-
-
-def test_in_a_collapsed_space_the_legacy_search_finds_nobody():
-    templates = made_templates(0)
-    templates.vectors[:] = templates.vectors[0]
-    found = score_legacy_search(templates, [np.arange(22), np.arange(22, 40)], np.arange(40, 540), 0, 0)
-    assert {name: f.value for name, f in found.items()} == dict.fromkeys(LEGACY, 0)
-
-
-@pytest.mark.parametrize("enrolled, rate", [(True, 1), (False, 0)])
-def test_the_legacy_search_without_another_person_or_a_gallery(enrolled, rate):
-    x = np.eye(2, dtype=np.float32)[[0] * 13]
-    templates = Templates(np.arange(13), x, np.zeros(13, int), np.array([enrolled] + [True] * 12))
-    found = score_legacy_search(templates, [np.array([0])], np.arange(1, 13), 3, 0)
-    assert {name: f.value for name, f in found.items()} == dict.fromkeys(LEGACY[:4], rate)
-
-
-def test_resamplings_of_the_legacy_search_equal_repeated_probes(monkeypatch):
-    """Each draw against the same probes repeated; so few scores are kept at first that some draws reach below them."""
-    templates = made_templates(9, people=6, probes=60, spread=1.5)
-    rows, probes, kept = np.arange(6), np.arange(6, 66), []
-    templates.identity[6:36], templates.vectors[6:36] = 0, templates.vectors[1]  # of 0, all taken for 1
-    highest = highest_wrong
-    monkeypatch.setattr(protocols.pairs, "highest_wrong", lambda *a: kept.append(a[4]) or highest(*a))
-    found = score_legacy_search(templates, [rows[:3], rows[3:]], probes, 40, 2)
-    identity = templates.identity[probes]
-    for draw, counts in enumerate(bootstrap_counts(identity, 40, 2)):
-        again = np.repeat(probes, counts)
-        x = templates.vectors
-        expected = literal_legacy(x[again], x[:6], templates.identity[again], [0.1])
-        assert [found[name].draws[draw] for name in LEGACY[:4]] == pytest.approx(expected)
-    assert kept == [25, 100]
-
-
-@pytest.mark.parametrize("most", [1, 7, 300])
-def test_the_highest_scores_of_others_equal_a_whole_sort(most, monkeypatch):
-    rng = np.random.default_rng(most)
-    x = rng.integers(-3, 4, (90, 4)).astype(float)  # ties
-    probes, gallery, labels = np.arange(50), np.arange(50, 90), rng.integers(0, 9, 90)
-    blocks = score_blocks
-    monkeypatch.setattr(protocols.pairs, "score_blocks", lambda x, p, g, size, device: blocks(x, p, g, 7 * 40, device))
-
-    def mates(probe):
-        return np.flatnonzero(labels[gallery] == labels[probe]), np.zeros(0, int)
-
-    scores, whose, own = highest_wrong(x, probes, gallery, mates, most)
-    whole = x[probes] @ x[gallery].T
-    wrong = labels[probes][:, None] != labels[gallery]
-    np.testing.assert_array_equal(scores, np.sort(whole[wrong])[::-1][:most])
-    np.testing.assert_array_equal(own, np.where(wrong, -np.inf, whole).max(1))
-    assert all((whole[i][wrong[i]] == score).any() for i, score in zip(whose, scores, strict=True))
-    assert len(highest_wrong(x, probes, gallery, mates, 5000)[0]) == wrong.sum()  # all there are
-
-
-def test_the_legacy_search_has_rows_of_its_own():
-    rng = np.random.default_rng(0)
-    labels = np.concatenate([np.arange(20), rng.integers(0, 20, 100)])
-    split = FakeTemplates(labels, template=np.arange(120), media=np.arange(120),
-                          template_gallery=np.stack([np.arange(20), np.arange(20) % 2], 1),
-                          template_probes=np.arange(20, 120)[:, None])
-    x = (rng.normal(size=(20, 5))[labels] + 0.5 * rng.normal(size=(120, 5))).astype(np.float32)
-    found, _ = score_templates(x, split, 3, 0)
-    customary, legacy = found
-    assert customary.startswith("1:N in 2 galleries, ") and list(found[legacy]) == LEGACY
-    assert legacy == ("legacy 1:N in 2 galleries merged, means of media weighted by norm, TPIR above the "
-                      "ceil(N x FPIR)-th non-mate similarity")
-
-
 # ---------------------------------------------------------------- people, over the splits of a domain
 
 
@@ -437,6 +224,7 @@ class Known:
 def objects(labels, name, **more):
     split = classified(labels, ["a", "b"], name, **more)
     split.index = {"provenance": {"source": name, "plan": "0123456789"}}
+    split.missing = np.zeros(len(labels), dtype=bool)
     return split
 
 
@@ -453,7 +241,7 @@ def test_gaps_leave_leaked_images_out_on_both_sides(reference):
 
     def gaps(without):
         return [{row.metric: row for row in table if row.split == "r" and row.metric.startswith(("gap of ", "clean "))}
-                for table in tools.leaks.score_without(Known(**x), [val, r], root, run, 2, 0, True, without, "at 1 by x")]
+                for table in score_without(Known(**x), [val, r], root, run, 2, 0, True, without, "at 1 by x")]
 
     def top_1(split, rows, voters, itself):
         """Right by 20 neighbours among `voters` of the reference, by counting votes."""
@@ -489,12 +277,12 @@ def test_rows_that_leaks_do_not_touch_are_told_once():
     x = {name: np.random.default_rng(0).normal(size=(8, 3)) for name in ("train", "val", "r")}
     root, run = {"object": {"train": objects([0, 1] * 4, "train")}}, SimpleNamespace(
         config={}, classes={}, folder=Path("runs/x"))
-    whole, rest = tools.leaks.score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/val": [1]}, "at 1 by x")
+    whole, rest = score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/val": [1]}, "at 1 by x")
     told = {(row.split, row.metric.startswith(("gap of ", "clean ")), row.protocol.partition(", without ")[2])
             for row in rest}
     assert told == {("val", False, "1 leaked at 1 by x"), ("r", True, "0 leaked and 1 of the clean at 1 by x")}
     assert {row.split for row in whole} == {"val", "r"} and not any("without" in row.protocol for row in whole)
-    whole, _ = tools.leaks.score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/r": [1]}, "at 1 by x")
+    whole, _ = score_without(Known(**x), [val, r], root, run, 2, 0, True, {"object/r": [1]}, "at 1 by x")
     assert {row.split for row in whole} == {"r"}  # of val nothing changes
 
 
@@ -567,6 +355,8 @@ class Stored(Embedder):
 
 
 class Sized(FakeSplit):
+    missing = np.zeros(240, dtype=bool)
+
     def __len__(self):
         return len(self.labels)
 
@@ -612,7 +402,7 @@ def test_mapped_embeddings_have_the_same_figures_to_the_bit(tmp_path, monkeypatc
         figures, _ = score(embed, splits, root, None, 5, 0, readouts, {"face_hq/reid": [10, 11]})
         whole.append({(name, rule, metric): (f.value, *f.draws) for name, found in figures.items()
                       for rule, by_metric in found.items() for metric, f in by_metric.items()})
-    assert len(whole[0]) > 50 and {name.split("/")[1] for name, *_ in whole[0]} == {
+    assert len(whole[0]) > 40 and {name.split("/")[1] for name, *_ in whole[0]} == {
         "verification", "identification", "reid", "templates", "val"}
     np.testing.assert_equal(whole[0], whole[1])  # NaN equals NaN
     held[:] = 0

@@ -20,15 +20,11 @@ from protocols.bootstrap import bootstrap_counts, intervals, weighted_mean
 from protocols.classify import nearest_rows
 from protocols.pairs import roc, tar_at_far
 from protocols.search import (
-    Member,
     Search,
-    choose_crowd,
     draw_galleries,
-    make_members,
     mates_in,
     name_identities,
     score_gallery,
-    score_unified,
     search_gallery,
     search_on,
     tpir_at_fpir,
@@ -46,6 +42,7 @@ from protocols.templates import (
     score_templates,
     tar_at_nearest_far,
 )
+from protocols.unified import Member, choose_crowd, make_members, score_unified
 from reports.rows import rows_of, write_draws, write_rows
 from tests.conftest import script
 from tests.test_evaluate import FakeSplit, unit

@@ -80,7 +80,7 @@ def test_parts_make_the_same_array_whoever_computes_them(embedder, demo_root, mo
     two.join_parts(split, parts, one.folder / "joined")
     np.testing.assert_array_equal(np.load(one.folder / "joined"), whole)
     everything = np.arange(len(split))
-    _, x = next(models.backbones.embed_rows(two.model, split, everything, two.device, len(split), 0, True))  # in one batch
+    _, x = next(models.backbones.embed_rows(two.model, split, everything, two.device, len(split), 0, True))
     np.testing.assert_allclose(whole, x.numpy(), rtol=1e-4, atol=1e-6)
 
 
@@ -140,7 +140,7 @@ def test_two_processes_embed_as_one(run, tmp_path):
 def test_a_killed_evaluation_keeps_its_parts(run, demo_root, monkeypatch):
     """kill -9 once a part is there; what follows embeds fewer images and ends with the same array."""
     arguments = ["--run", str(run), *OPTIONS, "--batch", "4", "--splits", "object/val", "--no-foundation"]
-    code = ("import evaluate, evaluate_embed, sys; evaluate_embed.PART = 4; "
+    code = ("import evaluate, protocols.embed, sys; protocols.embed.PART = 4; "
             "evaluate.main.main(sys.argv[1:], standalone_mode=False)")
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -10,9 +10,9 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
 import protocols.separability
-from analyze_figures import draw_up_map
-from analyze_report import needed, report_separability
 from protocols.bootstrap import Figure, bootstrap_counts
+from protocols.explore import d_primes, draw_up_map, measure_components
+from protocols.results import needed
 from protocols.separability import (
     Canon,
     balanced_accuracy,
@@ -23,9 +23,7 @@ from protocols.separability import (
     unseen_sources,
 )
 from protocols.sharing import (
-    d_primes,
     debiased_cka,
-    measure_components,
     measure_sharing,
     participation_ratio,
     principal_angles,
@@ -45,6 +43,7 @@ from protocols.subspaces import (
     transfer,
 )
 from protocols.tasks import Task, vectors_of
+from reports.analysis import report_separability
 
 D, SHARED = 64, 20
 

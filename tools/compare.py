@@ -1,76 +1,35 @@
 """Runs beside each other and against experts: paired intervals, seeds, non-inferiority."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, hash_file, literal
-from models.runs import FREE_ON_RESUME, join_config, weights_of
-from protocols.bootstrap import Figure
+from data_prep import (
+    DOMAIN_COLOURS,
+    DOMAINS,
+    InputError,
+    literal,
+    make_folder,
+    write_atomically,
+    write_csv,
+)
+from protocols.bootstrap import Estimate
+from protocols.results import (
+    FEW_NOTE,
+    Row,
+    Scored,
+    aggregate,
+    as_many,
+    margin,
+    mark,
+    read_rows,
+    read_scored,
+    start_of,
+)
 from reports.plots import COLOURS
-from reports.rows import FEW_NOTE, Row, mark, read_rows
-from reports.tables import save_figure
-
-
-@dataclass
-class Scored:
-    """What evaluate.py found for one run, with one set of weights."""
-
-    folder: Path
-    config: dict
-    seed: int  # of the resamplings
-    found: dict[tuple[str, str, str, str], tuple[Row, np.ndarray]]  # by domain, split, metric, protocol
-
-    @property
-    def name(self) -> str:
-        """Of the run; a folder's name need not be text, and a figure has no sign for what is none."""
-        return self.folder.resolve().name.encode("utf-8", "backslashreplace").decode()
-
-    @property
-    def recipe(self) -> str:
-        """What two runs share that differ in their seed alone; a backbone without a run is only itself."""
-        free = FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions", "weights", "weights_sha256"}
-        weights = next(iter(self.found.values()))[0].weights
-        if not self.config:
-            return str(self.folder.resolve())
-        options = {key: value for key, value in self.config.items() if key not in free}
-        return weights + json.dumps(options | {"weights": weights_of(self.config)})
-
-
-def read_scored(folder: Path, weights: str | None) -> Scored:
-    """The rows of a run and their resampled values; InputError where there are none.
-
-    Args:
-        folder: of the run.
-        weights: "tuned" or "foundation"; None: tuned where there are such rows.
-    """
-    rows, path = read_rows(folder / "eval"), folder / "eval" / "draws.npz"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            draws, seed = file["draws"].astype(np.float32), int(file["seed"])
-            of = str(file["weights"]) if "weights" in file else ""
-        if draws.ndim != 2 or len(draws) != len(rows) or draws.shape[1] < 2:
-            raise ValueError(f"{list(draws.shape)} values for the {len(rows)} rows of results.json")
-    except Exception as error:  # a damaged archive raises many kinds
-        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); run evaluate.py on {folder} "
-                         "again") from error
-    if of and (now := hash_file(folder / "model.safetensors")) and of != now:
-        raise InputError(f"{folder}/eval is of other weights than model.safetensors: run evaluate.py on {folder} again")
-    weights = weights or max((row.weights for row in rows), default="tuned")  # "tuned" comes after "foundation"
-    found = {(row.domain, row.split, row.metric, row.protocol): (row, drawn.astype(float))
-             for row, drawn in zip(rows, draws, strict=True) if row.weights == weights}
-    if not found:
-        raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
-                         "--no-foundation")
-    path = folder / "config.json"
-    config = join_config(path) if path.exists() else {}
-    domains, counts = config.get("domains", []), config.get("counts", {})
-    if not isinstance(domains, list) or not set(map(str, domains)) <= {*DOMAINS} or not isinstance(counts, dict) \
-            or not all(isinstance(count, int | float) for count in counts.values()):
-        raise InputError(f"{path}: domains and counts do not name tasks and their images: restore it")
-    return Scored(folder, config, seed, found)
+from reports.tables import save_figure, write_text
 
 
 def unlike_figures(a: Scored, b: Scored) -> dict[tuple[str, str, str], str]:
@@ -117,13 +76,6 @@ def shared_figures(runs: list[Scored], splits: set[str]) -> list[tuple[str, str,
     return keys
 
 
-def aggregate(group: list[Scored], key: tuple) -> Figure:
-    """The mean of a figure over runs that differ in their seed, and of its resampled values, person by person."""
-    rows, draws = zip(*(scored.found[key] for scored in group), strict=True)
-    return Figure(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count,
-                  identities=rows[0].identities)
-
-
 def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
     """One row for each figure that all runs have and each group: its mean over seeds, and its lead over the first.
 
@@ -141,7 +93,7 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
         for group in groups:
             figure, values = aggregate(group, key), [scored.found[key][0].value for scored in group]
             with np.errstate(invalid="ignore"):  # a resampling without errors has an infinite d', of both
-                lead = Figure(figure.value - reference.value, figure.draws - reference.draws)
+                lead = Estimate(figure.value - reference.value, figure.draws - reference.draws)
             spread = float(np.std(values, ddof=1)) if len(group) > 1 else None
             row = dict(zip(("domain", "split", "metric", "protocol"), key, strict=True))
             row |= {"runs": " ".join(scored.name for scored in group),
@@ -169,16 +121,6 @@ def refuse_unshared(names: set[str], groups: list[list[Scored]], experts: bool) 
                          f"{', '.join(sorted(shared)) or 'none'}")
 
 
-def start_of(config: dict) -> tuple:
-    """What two runs must share to be compared: the untouched backbone and its input."""
-    return *(config.get(key) for key in ("backbone", "size", "model", "image_size", "embed_dim")), weights_of(config)
-
-
-def as_many(seen: int, wanted: int) -> bool:
-    """Whether an expert saw as many images as it should, within a quarter."""
-    return 0.75 <= seen / max(wanted, 1) <= 1.25
-
-
 def find_expertise(run: Scored, expert: Scored) -> str:
     """The domain that an expert was trained on; InputError where the two cannot be held against each other."""
     known = expert.config.get("domains", [])
@@ -199,15 +141,7 @@ def find_expertise(run: Scored, expert: Scored) -> str:
     return domain
 
 
-def margin(expert: float, delta: float) -> float:
-    """How much worse still counts as no worse: delta; where the expert is above 0.9, at most a tenth of its error.
-
-    Such metrics are saturated: a point of 99.8 % would be five times what the expert gets wrong.
-    """
-    return delta if expert <= 0.9 else min(delta, 0.1 * (1 - expert))
-
-
-OTHER_METRICS = ("d-prime", "eer", "retention", "gap of ", "clean ", " sd", "far found")  # no shares, or told elsewhere
+OTHER_METRICS = ("d-prime", "eer", "retention", "gap of ", "clean ", " sd")  # no shares, or told elsewhere
 
 
 def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[str], delta: float) -> list[dict]:
@@ -215,7 +149,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
 
     Non-inferior: the lower end of the paired 95 % interval of run - expert lies above -margin; inferior: its upper end
     lies below; else undecided. (The lower end of a two-sided interval: a test at 2.5 %.) Metrics are those that are
-    shares and better when higher: no d', EER, retention, gap to clean images, spread over folds or FAR found. What
+    shares and better when higher: no d', EER, retention, gap to clean images, or spread over folds. What
     clean images of a shifted split score is told of the split that they are of.
     """
     table = []
@@ -231,7 +165,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
         for key in shared_figures(kept, splits):
             row = ours[0].found[key][0]
             run, expert = aggregate(ours, key), aggregate(theirs, key)
-            lead, allowed = Figure(run.value - expert.value, run.draws - expert.draws), margin(expert.value, delta)
+            lead, allowed = Estimate(run.value - expert.value, run.draws - expert.draws), margin(expert.value, delta)
             verdict = ("non-inferior" if lead.low > -allowed or lead.low >= 0 else
                        "inferior" if lead.high < -allowed else "undecided")
             named = [" ".join(one.name for one in some) for some in (ours, theirs)]
@@ -357,3 +291,46 @@ def show_comparison(table: list[dict]) -> str:
         cells = [name, metric, f"{runs} ({row['weights']})", value, spread, lead, f"{row['count']:,}", protocol]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def write_comparison(runs: tuple[Path, ...], weights: str | None, splits: set[str], delta: float | None, out: Path
+                     ) -> None:
+    """`evaluate.py compare`: comparison.md, .csv, .json and .png.
+
+    Args:
+        runs: folders; the first, with its seeds, is what the others are compared with.
+        weights: whose figures (None: tuned where a run has them).
+        splits: "domain/split" (none: all that the runs share).
+        delta: of non-inferiority; the runs after the first are then its experts.
+    """
+    experts = delta is not None
+    if experts:
+        scored = [read_scored(folder, "tuned") for folder in runs]
+    elif len(runs) == 1:
+        if weights:
+            raise InputError("--weights chooses between the figures of several runs: leave it out with one run")
+        scored = [read_scored(runs[0], which) for which in ("foundation", "tuned")]
+    else:
+        scored = [read_scored(folder, weights) for folder in runs]
+    groups: dict[str, list[Scored]] = {}
+    for one in scored:
+        groups.setdefault(one.recipe, []).append(one)
+    first, *others = groups.values()
+    if experts and not others:
+        raise InputError("--experts: want RUN and at least one expert of its domains")
+    refuse_unshared(splits, [first, *others], experts)
+    table = compare_experts(first, others, splits, delta) if experts else compare_groups([first, *others], splits)
+    make_folder(out, "--out")
+    text = show_experts(table, first[0].config.get("domains", [])) if experts else show_comparison(table)
+    if experts:
+        draw_experts(out / "comparison.png", table)
+    else:
+        shown = [row.weights for row, _ in first[0].found.values()]
+        untouched = [row for row in read_rows(first[0].folder / "eval") if row.weights == "foundation"]
+        draw_comparison(out / "comparison.png", table, untouched if "foundation" not in shown else [])
+    write_atomically(out / "comparison.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
+    write_csv(out / "comparison.csv", table)
+    write_text(out / "comparison.md", text)
+    if not experts:  # every figure is in the files; a terminal gets those that stand for their protocols
+        text = show_comparison([row for row in table if row["headline"]] or table)
+    print(text + f"written: {out}/comparison.md, .csv, .json and .png")

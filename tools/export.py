@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data_prep import InputError, write_atomically
+from data_prep import FREE_ON_RESUME, InputError, write_atomically
 from models.backbones import TINY_CLIP, Backbone
-from models.runs import FREE_ON_RESUME, Run, load_foundation, load_tuned
+from models.runs import Run, load_foundation, load_tuned
 
 
 class FromPixels(nn.Module):

@@ -1,18 +1,19 @@
+"""Unit embeddings of a user's own pictures."""
 
-
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_prep import InputError, write_atomically
+from data_prep import InputError, progress, write_atomically, write_csv
 from data_prep.format import BadImage, open_training
 from data_prep.sources.archives import members
 from data_prep.sources.folders import image_suffixes
 from data_prep.write import fit_image
-from models.runs import Run, describe_sources
-from reports.rows import write_csv
+from models.backbones import embed_rows
+from models.runs import Run, describe_sources, load_tuned, pick_device
 
 
 @dataclass
@@ -77,3 +78,24 @@ def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
             np.savez(file, files=np.array(names), embeddings=x)
 
     write_atomically(path, write)
+
+
+def embed_pictures(places: tuple[Path, ...], run: Run, domain: str | None, out: Path, flip: bool, batch: int,
+                   workers: int, device: str) -> None:
+    """`evaluate.py embed`: write the embeddings of the pictures named, and those in the folders named, to `out`."""
+    paths, where = find_pictures(places), pick_device(device)
+    files = Pictures(paths, **find_fitting(run, domain))
+    model = load_tuned(run).to(where)
+    rows, parts = [], []
+    with progress(total=len(paths), desc="embed", unit="img") as bar:
+        for good, x in embed_rows(model, files, np.arange(len(paths)), where, batch, workers, flip):
+            rows += good.tolist()
+            parts.append(torch.nn.functional.normalize(x, dim=1).cpu().numpy())
+            bar.update(len(good))
+    for row in sorted(set(range(len(paths))) - set(rows)):
+        print(f"skipped, not a readable image: {paths[row]}", file=sys.stderr)
+    if not rows:
+        raise InputError(f"none of the {len(paths)} files can be read as an image: nothing written")
+    write_embeddings(out, [str(paths[row]) for row in rows], np.concatenate(parts))
+    print(f"{out}: {len(rows)} embeddings of {model.dim} dimensions"
+          + (f"; {len(paths) - len(rows)} files skipped" if len(rows) < len(paths) else ""))

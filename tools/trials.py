@@ -10,9 +10,6 @@ import hashlib
 import io
 import json
 import math
-import unicodedata
-from bisect import bisect_left
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +17,8 @@ import numpy as np
 from data_prep import InputError
 from data_prep.format import BadImage, Split, open_root, ordered_tests
 from data_prep.write import write_bytes
+from protocols.humans import RATING_COLUMNS
 
-RATING_COLUMNS = ("split", "left_key", "right_key", "rater", "rating")
 QUESTION = {"object": "The same kind of thing?", "face_hq": "The same person?", "face_lq": "The same person?",
             "body": "The same person?"}
 PAGE = Path(__file__).with_name("trials.html")
@@ -167,84 +164,3 @@ def write_trials(splits: list[Split], out: Path, count: int, seed: int) -> dict[
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
     return counts
-
-
-# ---------------------------------------------------------------- reading ratings
-
-
-@dataclass(frozen=True)
-class Rating:
-    """One answer of one rater."""
-
-    split: str  # "domain/split"
-    left: int  # rows of the split
-    right: int
-    same: bool  # the truth
-    rater: str
-    value: float  # -3 (different) to +3 (same)
-
-
-def find_row(split: Split, key: str) -> int | None:
-    """The row of a sample's key: keys ascend in a test split, which is written in source order."""
-    row = bisect_left(range(len(split)), key, key=lambda row: split.jpeg(row)[0])
-    return row if row < len(split) and split.jpeg(row)[0] == key else None
-
-
-def read_ratings(paths: list[Path], splits: dict[str, Split]) -> list[Rating]:
-    """Ratings of several files.
-
-    Args:
-        paths: CSV files with the columns RATING_COLUMNS.
-        splits: by "domain/split".
-
-    Raises:
-        InputError: with the file and the number of the line, which a text editor shows too.
-    """
-    found, seen, rows = [], {}, {}
-    for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            if missing := [name for name in RATING_COLUMNS if name not in (reader.fieldnames or [])]:
-                raise InputError(f"--humans {path}: line 1 lacks the column {missing[0]!r}: want "
-                                 + ",".join(RATING_COLUMNS))
-            for record in reader:
-                where = f"--humans {path}, line {reader.line_num}"
-                name, left, right, rater, value = (record[column] for column in RATING_COLUMNS)
-                if None in record or None in (name, left, right, rater, value):
-                    raise InputError(f"{where}: not as many fields as the first line has columns")
-                if name not in splits:
-                    raise InputError(f"{where}: {name!r} is no split that is scored here; those are "
-                                     f"{', '.join(splits)}")
-                if not rater.strip():
-                    raise InputError(f"{where}: no rater: every line needs a name or a code")
-                if any(unicodedata.category(sign) in ("Cc", "Zl", "Zp") for sign in rater.strip()):
-                    raise InputError(f"{where}: rater {rater[:80]!r}: want a name without line breaks and control "
-                                     "characters")
-                try:
-                    rating = float(value)
-                except ValueError:
-                    rating = math.nan
-                if not -3 <= rating <= 3:
-                    raise InputError(f"{where}: rating {value!r}: want a number from -3 (different) to 3 (same)")
-                for key in (left, right):
-                    if (name, key) not in rows:
-                        rows[name, key] = find_row(splits[name], key)
-                    if rows[name, key] is None:
-                        raise InputError(f"{where}: {name} has no image {key!r}: were the trials drawn from another "
-                                         "preparation of it?")
-                if left == right:
-                    raise InputError(f"{where}: an image against itself")
-                trial = (name, *sorted((left, right)), rater.strip())
-                if trial in seen:
-                    raise InputError(f"{where}: {rater.strip()} has rated this pair before, {seen[trial]}")
-                seen[trial] = where.removeprefix("--humans ")
-                a, b = (int(splits[name].labels[rows[name, key]]) for key in (left, right))
-                if min(a, b) < 0:
-                    raise InputError(f"{where}: nobody knows who is on an image without a label")
-                found.append(Rating(name, rows[name, left], rows[name, right], a == b, rater.strip(), rating))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"--humans {path}: cannot be read ({error})") from error
-    if not found:
-        raise InputError(f"--humans {paths[0]}: holds no ratings")
-    return found

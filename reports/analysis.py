@@ -1,12 +1,20 @@
 """The pages and tables of an analysis."""
 
+import json
 import math
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from analyze_figures import (
+from data_prep import literal, write_atomically, write_json
+from protocols.bootstrap import FEW
+from protocols.claims import Claim
+from protocols.results import FEW_NOTE, interval, needed, number
+from protocols.separability import CLASSIFIERS
+from protocols.subspaces import FURTHER_RANDOM, LEVELS
+from reports.analysis_plots import (
     draw_deletion,
     draw_importance,
     draw_map,
@@ -15,35 +23,7 @@ from analyze_figures import (
     draw_spectrum,
     draw_transfer,
 )
-from data_prep import literal, write_atomically, write_json
-from protocols.bootstrap import FEW
-from protocols.separability import CLASSIFIERS
-from protocols.subspaces import FURTHER_RANDOM, LEVELS
 from reports.rows import write_csv
-
-
-def number(value: float | None) -> str:
-    """A fraction in percent; "-" where it is not known."""
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def interval(found: dict | None, form: str = ".1f", factor: float = 100) -> str:
-    """A figure with its interval, in percent; "-" where there is none."""
-    if not found or found["value"] is None:
-        return "-"
-    ends = [format(factor * found[end], form) if found[end] is not None else "-" for end in ("value", "low", "high")]
-    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
-
-
-def needed(figures: list[dict]) -> str:
-    """A k* with its interval, averaged over seeds; "> K" where the K components that images determine are too few."""
-    if any(None in found.values() and not found.get("above") for found in figures):
-        return "-"
-    ends = []
-    for end in ("value", "low", "high"):
-        known = [found[end] if found[end] is not None else found["above"] for found in figures]
-        ends.append("> " * any(found[end] is None for found in figures) + f"{np.mean(known):,.0f}")
-    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
 
 
 def mistrust(identities: int) -> str:
@@ -271,3 +251,19 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
     draw_spectrum(folder / "spectrum", components, domains)
     draw_map(folder / "map", points, domains, analysis["map"])
     return report
+
+
+def write_table(folder: Path, table: list[Claim]) -> None:
+    """claims.md (the table, then every finding), claims.json and claims.csv."""
+    rows = [asdict(claim) for claim in table]
+    lines = ["| claim | backbones | decided by | threshold | verdict |", "| --- | --- | --- | --- | --- |"]
+    for c in table:
+        lines.append(f"| {' | '.join(map(literal, (c.claim, c.backbones, c.decided_by, c.rule, c.told)))} |")
+    lines += ["", f"{FEW_NOTE}."] * any("†" in claim.measured for claim in table)
+    for claim in (claim for claim in table if claim.findings):
+        lines += ["", f"## {literal(claim.claim)}: {literal(claim.backbones)}", ""]
+        lines += [f"- {literal(str(finding))}" + f": {literal(finding.verdict)}" * bool(finding.verdict)
+                  for finding in claim.findings]
+    write_atomically(folder / "claims.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+    write_atomically(folder / "claims.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+    write_csv(folder / "claims.csv", [{k: v for k, v in row.items() if k != "findings"} for row in rows])

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import DOMAIN_COLOURS, write_atomically
+from protocols.results import above_chance
 from protocols.separability import CLASSIFIERS
-from protocols.subspaces import RANDOM_SEEDS, above_chance
-from protocols.tasks import Task
+from protocols.subspaces import RANDOM_SEEDS
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (  # Okabe-Ito
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -18,42 +18,6 @@ SPACE_COLOURS = {"tuned": BLUE, "foundation": GREY, "pixels": GREEN}
 
 
 # ---------------------------------------------------------------- a map
-
-
-def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most: int = 500) -> list[dict]:
-    """Two coordinates for test images of every task: rows x, y, task, identity (a number, -1: not among the shown).
-
-    Up to half of a task's points are kept for its eight identities with the most images: else none could be seen.
-
-    Args:
-        embedded: domain -> unit embeddings of its training and of its test split.
-        tasks: the tasks.
-        method: "pca" (of the points themselves) or "tsne" (of their first 50 components; distances between clusters
-            mean nothing there).
-        seed: of the choice and of t-SNE.
-        most: points a task.
-    """
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
-    rng, points, rows = np.random.default_rng(seed), [], []
-    for task in tasks:
-        count = np.bincount(task.target)
-        known = np.argsort(-count, kind="stable")[:8]
-        shown = np.concatenate([np.flatnonzero(task.target == identity)[: most // 16] for identity in known])
-        others = rng.permutation(np.setdiff1d(np.arange(len(task.target)), shown))[: most - len(shown)]
-        chosen = np.concatenate([shown, others])
-        points.append(embedded[task.domain][1][task.probe[chosen]])
-        for i in chosen:
-            place = np.flatnonzero(known == task.target[i])
-            rows.append({"task": task.domain, "identity": int(place[0]) if len(place) else -1})
-    x = np.concatenate(points).astype(np.float64)
-    if method == "tsne" and len(x) >= 10:
-        x = PCA(min(50, *x.shape), random_state=seed).fit_transform(x)
-        x = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed).fit_transform(x)
-    else:
-        x = PCA(2, random_state=seed).fit_transform(x)
-    return [{"x": float(a), "y": float(b), **row} for (a, b), row in zip(x, rows, strict=True)]
 
 
 # ---------------------------------------------------------------- figures

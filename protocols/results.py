@@ -1,0 +1,460 @@
+"""What evaluate.py and analyze.py found for a run, read back, and what runs are compared by.
+
+Copy with it: protocols/bootstrap.py, data_prep/__init__.py.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from data_prep import (
+    DOMAINS,
+    FREE_ON_RESUME,
+    InputError,
+    hash_file,
+    join_config,
+    read_json,
+    read_lines,
+    weights_of,
+)
+from protocols.bootstrap import FEW, Figure, minus
+
+# the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
+HEADLINE = {"verification": "auc", "templates": "tar@far=0.0001", "reid": "rank-1", "identification": "rank-1",
+            "classification": "nearest-mean top-1"}
+
+
+@dataclass
+class Row:
+    """One figure. Values are fractions 0..1 but for d-prime; low and high: 95 % bootstrap over identities."""
+
+    run: str
+    weights: str  # "tuned" or "foundation"
+    domain: str
+    split: str
+    protocol: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    count: int  # pairs, probes or images
+    identities: int = 0  # or classes, that the interval resamples; 0: unknown
+
+    @property
+    def headline(self) -> bool:
+        """Whether this is the figure that stands for its protocol."""
+        return HEADLINE.get(self.protocol.split(",")[0]) == self.metric
+
+    @property
+    def out_of_distribution(self) -> bool:
+        return self.protocol.endswith(", out of distribution")
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of RUN/eval/results.json; InputError where there are none."""
+    path, kinds = folder / "results.json", {str: str, float: (int, float), int: int}
+    try:
+        rows = [Row(**row) for row in json.loads(path.read_text())]
+        for (number, row), one in product(enumerate(rows), fields(Row)):
+            value = getattr(row, one.name)
+            finite = not isinstance(value, float) or math.isfinite(value)
+            if not isinstance(value, kinds[one.type]) or isinstance(value, bool) or not finite:
+                raise ValueError(f"row {number}: {one.name} is {str(value)[:80]!r}")
+        return rows
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; run `python evaluate.py --run {folder.parent}` first") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); run evaluate.py again") from error
+
+
+def mark(identities: int) -> str:
+    """A sign behind an interval of so few identities or classes that it is too narrow."""
+    return "†" if 0 < identities < FEW else ""
+
+
+FEW_NOTE = f"†: of fewer than {FEW} identities or classes, whose bootstrap interval is too narrow"
+
+
+@dataclass
+class Scored:
+    """What evaluate.py found for one run, with one set of weights."""
+
+    folder: Path
+    config: dict
+    seed: int  # of the resamplings
+    found: dict[tuple[str, str, str, str], tuple[Row, np.ndarray]]  # by domain, split, metric, protocol
+
+    @property
+    def name(self) -> str:
+        """Of the run; a folder's name need not be text, and a figure has no sign for what is none."""
+        return self.folder.resolve().name.encode("utf-8", "backslashreplace").decode()
+
+    @property
+    def recipe(self) -> str:
+        """What two runs share that differ in their seed alone; a backbone without a run is only itself."""
+        free = FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions", "weights", "weights_sha256"}
+        weights = next(iter(self.found.values()))[0].weights
+        if not self.config:
+            return str(self.folder.resolve())
+        options = {key: value for key, value in self.config.items() if key not in free}
+        return weights + json.dumps(options | {"weights": weights_of(self.config)})
+
+
+def read_scored(folder: Path, weights: str | None) -> Scored:
+    """The rows of a run and their resampled values; InputError where there are none.
+
+    Args:
+        folder: of the run.
+        weights: "tuned" or "foundation"; None: tuned where there are such rows.
+    """
+    rows, path = read_rows(folder / "eval"), folder / "eval" / "draws.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            draws, seed = file["draws"].astype(np.float32), int(file["seed"])
+            of = str(file["weights"]) if "weights" in file else ""
+        if draws.ndim != 2 or len(draws) != len(rows) or draws.shape[1] < 2:
+            raise ValueError(f"{list(draws.shape)} values for the {len(rows)} rows of results.json")
+    except Exception as error:  # a damaged archive raises many kinds
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); run evaluate.py on {folder} "
+                         "again") from error
+    if of and (now := hash_file(folder / "model.safetensors")) and of != now:
+        raise InputError(f"{folder}/eval is of other weights than model.safetensors: run evaluate.py on {folder} again")
+    weights = weights or max((row.weights for row in rows), default="tuned")  # "tuned" comes after "foundation"
+    found = {(row.domain, row.split, row.metric, row.protocol): (row, drawn.astype(float))
+             for row, drawn in zip(rows, draws, strict=True) if row.weights == weights}
+    if not found:
+        raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
+                         "--no-foundation")
+    path = folder / "config.json"
+    config = join_config(path) if path.exists() else {}
+    domains, counts = config.get("domains", []), config.get("counts", {})
+    if not isinstance(domains, list) or not set(map(str, domains)) <= {*DOMAINS} or not isinstance(counts, dict) \
+            or not all(isinstance(count, int | float) for count in counts.values()):
+        raise InputError(f"{path}: domains and counts do not name tasks and their images: restore it")
+    return Scored(folder, config, seed, found)
+
+
+def aggregate(group: list[Scored], key: tuple) -> Figure:
+    """The mean of a figure over runs that differ in their seed, and of its resampled values, person by person."""
+    rows, draws = zip(*(scored.found[key] for scored in group), strict=True)
+    return Figure(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count,
+                  identities=rows[0].identities)
+
+
+def start_of(config: dict) -> tuple:
+    """What two runs must share to be compared: the untouched backbone and its input."""
+    return *(config.get(key) for key in ("backbone", "size", "model", "image_size", "embed_dim")), weights_of(config)
+
+
+def as_many(seen: int, wanted: int) -> bool:
+    """Whether an expert saw as many images as it should, within a quarter."""
+    return 0.75 <= seen / max(wanted, 1) <= 1.25
+
+
+def margin(expert: float, delta: float) -> float:
+    """How much worse still counts as no worse: delta; where the expert is above 0.9, at most a tenth of its error.
+
+    Such metrics are saturated: a point of 99.8 % would be five times what the expert gets wrong.
+    """
+    return delta if expert <= 0.9 else min(delta, 0.1 * (1 - expert))
+
+
+@dataclass
+class Stages:
+    """Scores after each stage of a sequential run: what later tasks did to earlier ones."""
+
+    names: list[str]  # "start", then the domain of each stage that was looked at
+    steps: list[int]  # where it was looked at
+    ends: list[int]  # where the stage ended
+    tasks: list[str]  # splits that were looked at
+    scores: list[list[float]]  # [stages, tasks]; NaN where a look lacks the task
+
+
+def read_stages(folder: Path, config: dict) -> Stages | None:
+    """The last look of --eval-every in each stage of a run; None where there are no looks.
+
+    Stage k of K holds the steps s with floor(s K / steps) = k, as train.py plans them.
+    """
+    looks = [look for look in read_lines(folder / "probe.jsonl") if isinstance(look, dict)
+             and isinstance(look.get("step"), int) and isinstance(look.get("auc"), dict)]  # others are damaged
+    if not looks:
+        return None
+    order, steps = config["order"] or config["domains"], config["steps"]
+    ends = [0] + [-(-(k + 1) * steps // len(order)) for k in range(len(order))]
+    found = Stages([], [], [], list(looks[-1]["auc"]), [])
+    for name, first, end in zip(["start", *order], [-1, *ends[:-1]], ends, strict=True):
+        inside = [look for look in looks if first < look["step"] <= end]
+        if inside:
+            found.names.append(name)
+            found.steps.append(inside[-1]["step"])
+            found.ends.append(end)
+            scores = [inside[-1]["auc"].get(task) for task in found.tasks]
+            found.scores.append([score if isinstance(score, float) else math.nan for score in scores])
+    return found
+
+
+RUN_ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py claims`
+
+
+def above_chance(pair: dict) -> bool:
+    """Whether the full space is surely above chance, so that a share of what it is above means something."""
+    return None not in (pair["kept"], pair["low"], pair["high"]) and pair["full_low"] > pair["chance"]
+
+
+def number(value: float | None) -> str:
+    """A fraction in percent; "-" where it is not known."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def interval(found: dict | None, form: str = ".1f", factor: float = 100) -> str:
+    """A figure with its interval, in percent; "-" where there is none."""
+    if not found or found["value"] is None:
+        return "-"
+    ends = [format(factor * found[end], form) if found[end] is not None else "-" for end in ("value", "low", "high")]
+    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
+
+
+def needed(figures: list[dict]) -> str:
+    """A k* with its interval, averaged over seeds; "> K" where the K components that images determine are too few."""
+    if any(None in found.values() and not found.get("above") for found in figures):
+        return "-"
+    ends = []
+    for end in ("value", "low", "high"):
+        known = [found[end] if found[end] is not None else found["above"] for found in figures]
+        ends.append("> " * any(found[end] is None for found in figures) + f"{np.mean(known):,.0f}")
+    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
+
+
+@dataclass
+class Measured:
+    """A run with what evaluate.py and analyze.py found."""
+
+    name: str
+    config: dict
+    found: dict[str, Scored]  # by weights: "tuned", "foundation"
+    analysis: dict | None
+    lost: dict[str, float] = field(default_factory=dict)  # AUC from the best stage to the end, by "domain/split"
+
+    @property
+    def family(self) -> str:
+        """The backbone; one that began from random weights is nobody's foundation model."""
+        name = self.config["backbone"] or self.config["model"]
+        return name if self.config["weights"] != "none" else f"{name} from a random start"
+
+    @property
+    def start(self) -> tuple:
+        return start_of(self.config)
+
+
+def draws_of(scored: Scored) -> int:
+    """Number of resamplings."""
+    return len(next(iter(scored.found.values()))[1])
+
+
+def check_numbers(found: dict, *names: str, kind: type = int | float | None) -> None:
+    """TypeError or KeyError unless each is of that kind."""
+    for name in names:
+        if isinstance(found[name], bool) or not isinstance(found[name], kind):
+            raise TypeError(f"{name!r} is no number")
+
+
+def read_analysis(path: Path) -> dict:
+    """RUN/analysis/analysis.json; InputError where it lacks what the claims rest on."""
+    known, ends, weights = read_json(path), ("value", "low", "high"), path.parent.parent / "model.safetensors"
+    if (of := known.get("weights_sha256")) and (now := hash_file(weights)) and of != now:
+        raise InputError(f"of other weights than {weights.name}: run analyze.py on {path.parent.parent} again")
+    try:
+        transferred, separated = known["transfer"]["tuned"], known["separability"]
+        check_numbers(transferred, "dim", "images_per_task", "limit", kind=int)
+        for pair in transferred["pairs"]:
+            check_numbers(pair, "k", "identities", kind=int)
+            check_numbers(pair, "kept", *ends[1:])
+            check_numbers(pair, "chance", "full_low", kind=int | float)
+            for figure in (pair["k95"], pair["k99"], pair["over_random"], pair.get("over_foundation")):
+                check_numbers({"above": None} | (figure or dict.fromkeys(ends)), *ends, "above")
+            if not {pair["fit"], pair["test"]} <= {*DOMAINS}:
+                raise TypeError("a task is unknown")
+        if separated is not None:
+            tables = [space["logistic"] for space in separated["spaces"].values()]
+            if not all(isinstance(space["converged"]["logistic"], bool) for space in separated["spaces"].values()):
+                raise TypeError("'converged' is neither true nor false")
+            tables += [space["lead_of_tuned"] for space in separated["spaces"].values() if "lead_of_tuned" in space]
+            check_numbers(separated["identities"], *known["domains"], kind=int)
+            for row in separated["unseen_sources"]:
+                check_numbers(row, "identities", kind=int)
+                tables.append(row["spaces"]["tuned"])
+                "/".join((row["domain"], row["source"]))  # TypeError unless both are text
+            for figure in tables:
+                check_numbers(figure, *ends)
+            if not {*known["domains"]} <= {*DOMAINS} or "tuned" not in separated["spaces"]:
+                raise TypeError("a task is unknown, or the tuned space missing")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"of another version or damaged: {error}; run analyze.py on {path.parent.parent} again") \
+            from None
+    return known
+
+
+def read_lost(home: Path, config: dict) -> dict[str, float]:
+    """AUC that a sequential run lost from its best stage to its last step, by "domain/split"."""
+    try:
+        stages = read_stages(home, config)
+        if stages is None or stages.steps[-1] != config["steps"]:
+            return {}
+        scores = np.array(stages.scores, dtype=float)
+        return {task: float(np.nanmax(column) - column[-1])
+                for task, column in zip(stages.tasks, scores.T, strict=True) if math.isfinite(column[-1])}
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        print(f"left out: {home / 'probe.jsonl'} (damaged: {error})")
+        return {}
+
+
+def read_run(home: Path) -> Measured:
+    """A run that evaluate.py has scored; InputError where it is not whole."""
+    if not (home / "done.json").exists():
+        raise InputError("not finished")
+    config = join_config(home / "config.json")
+    lacking = {"role", "backbone", "model", "weights", "domains", "schedule", "counts"} - set(config)
+    if lacking:
+        raise InputError(f"config.json lacks {min(lacking)!r}")
+    if config["role"] not in RUN_ROLES:
+        raise InputError(f"config.json: role {config['role']!r} is none of {', '.join(RUN_ROLES)}")
+    if not isinstance(config["backbone"] or config["model"], str):
+        raise InputError("config.json names no backbone")
+    domains, counts = config["domains"], config["counts"]
+    if not (isinstance(domains, list) and domains and all(d in DOMAINS for d in domains) and isinstance(counts, dict)
+            and all(isinstance(counts.get(d), int | float) for d in domains)):
+        raise InputError("config.json: domains and counts do not name tasks and their images")
+    order = config.get("order")
+    if not (isinstance(config.get("seed"), int) and (order is None or (isinstance(order, list) and order))):
+        raise InputError("config.json: seed is no whole number, or order no list of tasks")
+    results = home / "eval" / "results.json"
+    rows = read_rows(results.parent)
+    if not rows:
+        raise InputError(f"{results} is empty; run evaluate.py again")
+    try:
+        found = {name: read_scored(home, name) for name in sorted({row.weights for row in rows})}
+        if any(drawn.ndim != 1 or len(drawn) < 2 for scored in found.values() for _, drawn in scored.found.values()):
+            raise ValueError("not one list of resamplings a row")
+    except InputError:
+        raise
+    except Exception as error:  # a damaged archive raises many kinds
+        raise InputError(f"{home}/eval/draws.npz is damaged ({error}); run evaluate.py again") from None
+    known, path = None, home / "analysis" / "analysis.json"
+    if path.exists():
+        try:
+            known = read_analysis(path)
+        except InputError as error:
+            print(f"left out: {path} ({error.format_message()})")
+    return Measured(home.name, config, found, known, read_lost(home, config) if config["role"] == "sequential" else {})
+
+
+def read_runs(folder: Path) -> list[Measured]:
+    """Every evaluated run below a folder; one that cannot be used is named and left out."""
+    runs = []
+    for path in sorted(folder.glob("*/eval/results.json")):
+        home = path.parent.parent
+        if not (home / "config.json").exists():
+            continue
+        try:
+            runs.append(read_run(home))
+        except InputError as error:
+            print(f"left out: {home} ({error.format_message()})")
+    if not runs:
+        raise InputError(f"{folder}: no evaluated run in it; train runs below it and call evaluate.py on each")
+    if len({(table.seed, draws_of(table)) for run in runs for table in run.found.values()}) > 1:
+        print("the runs were resampled differently, so that some cannot be paired: call evaluate.py on all of them "
+              "with the same --seed and --bootstrap")
+    return runs
+
+
+@dataclass
+class Group:
+    """Runs that differ in their seed alone."""
+
+    runs: list[Measured]
+
+    @property
+    def name(self) -> str:
+        many = len(self.runs)
+        return self.runs[0].name + (f" and {many - 1} more seed{'s' * (many > 2)}" if many > 1 else "")
+
+    @property
+    def config(self) -> dict:
+        return self.runs[0].config
+
+    @property
+    def family(self) -> str:
+        return self.runs[0].family
+
+    @property
+    def start(self) -> tuple:
+        return self.runs[0].start
+
+    @property
+    def seeds(self) -> int:
+        return len({run.config.get("seed") for run in self.runs})
+
+    @property
+    def last(self) -> str:
+        """The domain that a sequential run learned last."""
+        return (self.config.get("order") or self.config["domains"])[-1]
+
+    @property
+    def lost(self) -> dict[str, float]:
+        """What every seed lost from its best stage to the end, averaged."""
+        return {task: float(np.mean([run.lost[task] for run in self.runs])) for task in self.runs[0].lost
+                if all(task in run.lost for run in self.runs)}
+
+    def rows(self, weights: str, wanted: Callable[[Row], bool]) -> dict[tuple, Figure]:
+        """Figures that all seeds have, averaged over them, by (domain, split, metric, protocol)."""
+        tables = [run.found[weights] for run in self.runs if weights in run.found]
+        if len(tables) < len(self.runs) or len({(t.seed, draws_of(t)) for t in tables}) > 1:
+            return {}
+        return {key: aggregate(tables, key) for key, (row, _) in tables[0].found.items()
+                if wanted(row) and all(key in table.found for table in tables)}
+
+    def headline(self, weights: str) -> dict[tuple, Figure]:
+        """The figure that stands for each trained domain's test split, in distribution."""
+        rows = self.rows(weights, lambda row: row.headline and not row.out_of_distribution
+                         and row.domain in self.config["domains"])
+        first: dict = {}  # the customary rule of a split comes first
+        return {key: figure for key, figure in rows.items() if first.setdefault(key[:2], key) == key}
+
+    def leads(self, other: "Group", mine: str = "tuned", theirs: str = "tuned") -> dict[tuple, Figure]:
+        """By domain and split, how far this group is above another, paired by person; none if resampled differently."""
+        a, b = self.headline(mine), other.headline(theirs)
+        seeds = [group.runs[0].found[weights].seed for group, weights in ((self, mine), (other, theirs))
+                 if weights in group.runs[0].found]
+        return {key[:2]: minus(a[key], b[key]) for key in a
+                if key in b and len(set(seeds)) == 1 and len(a[key].draws) == len(b[key].draws)}
+
+    def analysed(self, of: Callable[[dict], dict | None]) -> dict | None:
+        """A figure {"value", "low", "high"} of the analyses, averaged over the seeds; None where one lacks it."""
+        found = [of(run.analysis) if run.analysis else None for run in self.runs]
+        if any(f is None or None in f.values() for f in found):
+            return None
+        return {end: float(np.mean([f[end] for f in found])) for end in ("value", "low", "high")}
+
+    def unfinished(self, space: str) -> str:
+        """A remark where the logistic regression that tells the tasks apart in a space did not converge."""
+        spaces = [run.analysis["separability"]["spaces"][space] for run in self.runs]
+        return "" if all(found["converged"]["logistic"] for found in spaces) else "the fit did not converge"
+
+    def not_analysed(self) -> str:
+        """A verdict that names the run without an analysis of two tasks or more: others may have one."""
+        bare = [run.name for run in self.runs if run.analysis is None]
+        return (f"not measured ({', '.join(bare)}: not analysed; call analyze.py --run RUN on it)" if bare else
+                f"not measured ({self.name}: analysed on one task alone)")
+
+
+def group_runs(runs: list[Measured]) -> list[Group]:
+    """Runs of one recipe and different seeds together, in the order of the first."""
+    groups: dict[str, list[Measured]] = {}
+    for run in runs:
+        groups.setdefault(next(iter(run.found.values())).recipe, []).append(run)
+    return [Group(members) for members in groups.values()]
