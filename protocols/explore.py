@@ -1,6 +1,6 @@
 """What no claim rests on: further metrics, single components, d' along them, a map.
 
-Copy with it: protocols/subspaces.py.
+Copy with it: data_prep/, kernels/gather.py, kernels/gather_triton.py, models/, protocols/.
 """
 
 import numpy as np

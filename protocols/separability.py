@@ -1,4 +1,7 @@
-"""Whether the tasks, and the sources within them, are linearly separable, beside pixel statistics."""
+"""Whether the tasks, and the sources within them, are linearly separable, beside pixel statistics.
+
+Copy with it: data_prep/, kernels/gather.py, kernels/gather_triton.py, models/, protocols/.
+"""
 
 import hashlib
 import warnings
