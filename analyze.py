@@ -21,8 +21,8 @@ from data_prep.format import Split, open_root
 from models.runs import Run, load_foundation, load_run, load_tuned, pick_device
 from protocols.bootstrap import finite
 from protocols.embed import embed_options, make_embedder
-from protocols.explore import draw_up_map, measure_components
-from protocols.separability import Canon, Features, measure_separability, pixel_statistics
+from protocols.explore import draw_up_map, measure_components, tell_sources
+from protocols.separability import Canon, Features, draw_rows, measure_separability, pixel_statistics
 from protocols.sharing import debiased_cka, measure_sharing
 from protocols.subspaces import (
     FITTED,
@@ -88,7 +88,11 @@ def tell_apart(tasks: list[Task], embedders: dict, embedded: dict, splits: dict,
         others[task.domain] = [(task.split, task.probe)] + [
             (s, np.flatnonzero(find_readable([read_embeddings(embed, s) for embed in embedders.values()])
                                & (s.labels >= 0))) for s in tests]
-    return measure_separability(features, tasks, others, options["bootstrap"], options["seed"], options["limit"])
+    draws, seed = options["bootstrap"], options["seed"]
+    n, fits, _ = draw_rows(tasks, options["limit"], seed)
+    plain = {name: of for name, of in features.items() if not name.endswith("canon")}
+    return measure_separability(features, tasks, others, draws, seed, options["limit"]) | {
+        "sources": tell_sources(plain, tasks, fits, others, n, draws, seed)}
 
 
 def analyse(options: dict) -> int:
