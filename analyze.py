@@ -10,40 +10,27 @@ Principal components are fitted on training images whose identities are not amon
 """
 
 import os
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 import numpy as np
-import torch
 
-from data_prep import DOMAINS, InputError, Number, hash_file, lock_folder, refuse_options, run_command
+from data_prep import InputError, Number, hash_file, lock_folder, refuse_options, run_command
 from data_prep.format import Split, open_root
-from evaluate import model_options
-from models.runs import load_foundation, load_run, load_tuned, pick_device
+from models.runs import Run, load_foundation, load_run, load_tuned, pick_device
 from protocols.bootstrap import finite
-from protocols.claims import make_table
-from protocols.embed import make_embedder
-from protocols.explore import draw_up_map, measure_components
-from protocols.results import read_runs
-from protocols.separability import Canon, Features, measure_separability, pixel_statistics
+from protocols.embed import embed_options, make_embedder
+from protocols.explore import draw_up_map, measure_components, tell_sources
+from protocols.separability import Canon, Features, draw_rows, measure_separability, pixel_statistics
 from protocols.sharing import debiased_cka, measure_sharing
 from protocols.subspaces import (
     FITTED,
-    FURTHER,
-    GRID,
     Curve,
-    hits_by_k,
-    hits_one_by_one,
-    hits_without_each,
-    measure_further,
     transfer,
-    unit,
 )
 from protocols.tasks import ROWS, Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
-from reports.analysis import write_analysis, write_table
+from reports.analysis import write_analysis
 
 # ---------------------------------------------------------------- the job
 
@@ -59,13 +46,8 @@ def to_row(curve: Curve) -> dict:
                   for name, values in named.items()}
 
 
-def analyse(options: dict) -> int:
-    """Analyse one run and write RUN/analysis."""
-    run = load_run(Path(options["run"]), options["allow_partial"])
-    folder = run.folder / "analysis"
-    click.get_current_context().with_resource(lock_folder(folder, "--run"))  # also: can it be written to?
-    data, seed, draws = options["data"] or run.config["data"], options["seed"], options["bootstrap"]
-    root, device = open_root(Path(data)), pick_device(options["device"])
+def choose_splits(run: Run, options: dict, root: dict, data: str) -> tuple[dict, dict[str, str], dict[str, float]]:
+    """Training and test split by domain; why domains are left out; and by domain the severity of degraded images."""
     splits, left_out = choose_pairs(root, run.config["domains"], options["splits"], data)
     if not splits:
         raise InputError(f"{data}: none of {', '.join(run.config['domains'])} has both a training and a test split: "
@@ -74,7 +56,53 @@ def analyse(options: dict) -> int:
     if run.config.get("degrade") and "face_lq" in splits:  # the network never saw these images as they are stored
         degraded["face_lq"] = float(str(run.config["degrade"]).partition("@")[0])
         base, test = splits["face_lq"]
-        splits["face_lq"] = (Degraded(base.folder, degraded["face_lq"], seed), test)
+        splits["face_lq"] = (Degraded(base.folder, degraded["face_lq"], options["seed"]), test)
+    return splits, left_out, degraded
+
+
+def make_tasks(embedded: dict, splits: dict, left_out: dict[str, str], limit: int, dim: int, seed: int) -> list[Task]:
+    """The tasks that can be analysed; of each other domain, `left_out` is told why."""
+    tasks = []
+    for domain, (base, test) in splits.items():
+        readable = tuple(find_readable([spaces[domain][i] for spaces in embedded.values()]) for i in range(2))
+        if bad := sum(int((~good).sum()) for good in readable):
+            print(f"  {domain}: {bad} unreadable images left out")
+        task = make_task(base, test, readable, limit, seed)
+        if isinstance(task, str):
+            left_out[domain] = task
+        else:
+            tasks.append(task)
+    drop_tested(tasks, FITTED * dim, seed)
+    left_out |= {task.domain: "the identities of its training split are all tested" for task in tasks
+                 if len(task.fit) < 2}
+    for domain, why in left_out.items():
+        print(f"  {domain}: left out: {why}")
+    return [task for task in tasks if task.domain not in left_out]
+
+
+def tell_apart(tasks: list[Task], embedders: dict, embedded: dict, splits: dict, root: dict, options: dict) -> dict:
+    """The linear separability of the tasks, in every space."""
+    features, others = make_features(embedders, embedded, splits, options["canon"]), {}
+    for task in tasks:
+        tests = [s for s in root[task.domain].values() if s.protocol and s.name != task.split.name]
+        others[task.domain] = [(task.split, task.probe)] + [
+            (s, np.flatnonzero(find_readable([read_embeddings(embed, s) for embed in embedders.values()])
+                               & (s.labels >= 0))) for s in tests]
+    draws, seed = options["bootstrap"], options["seed"]
+    n, fits, _ = draw_rows(tasks, options["limit"], seed)
+    plain = {name: of for name, of in features.items() if not name.endswith("canon")}
+    return measure_separability(features, tasks, others, draws, seed, options["limit"]) | {
+        "sources": tell_sources(plain, tasks, fits, others, n, draws, seed)}
+
+
+def analyse(options: dict) -> int:
+    """Analyse one run and write RUN/analysis."""
+    run = load_run(Path(options["run"]), options["allow_partial"])
+    folder = run.folder / "analysis"
+    click.get_current_context().with_resource(lock_folder(folder, "--run"))  # also: can it be written to?
+    data, seed, draws = options["data"] or run.config["data"], options["seed"], options["bootstrap"]
+    root, device = open_root(Path(data)), pick_device(options["device"])
+    splits, left_out, degraded = choose_splits(run, options, root, data)
     delete = parse_range(options["delete"])
     embedders = {weights: make_embedder(lambda load=load: load(run), weights, run.folder / "eval", options)
                  for weights, load in (("foundation", load_foundation), ("tuned", load_tuned))}
@@ -83,22 +111,7 @@ def analyse(options: dict) -> int:
     embedded = {weights: {domain: tuple(read_embeddings(embedder, split) for split in pair)
                           for domain, pair in splits.items()}
                 for weights, embedder in embedders.items()}
-    tasks = []
-    for domain, (base, test) in splits.items():
-        readable = tuple(find_readable([spaces[domain][i] for spaces in embedded.values()]) for i in range(2))
-        if bad := sum(int((~good).sum()) for good in readable):
-            print(f"  {domain}: {bad} unreadable images left out")
-        task = make_task(base, test, readable, options["limit"], seed)
-        if isinstance(task, str):
-            left_out[domain] = task
-        else:
-            tasks.append(task)
-    drop_tested(tasks, FITTED * max(dims), seed)
-    left_out |= {task.domain: "the identities of its training split are all tested" for task in tasks
-                 if len(task.fit) < 2}
-    tasks = [task for task in tasks if task.domain not in left_out]
-    for domain, why in left_out.items():
-        print(f"  {domain}: left out: {why}")
+    tasks = make_tasks(embedded, splits, left_out, options["limit"], max(dims), seed)
     if not tasks:
         raise InputError(f"{data}: no domain has enough identities to fit on some and test others: nothing to analyse")
     result: dict = {"run": run.folder.name, "weights_sha256": hash_file(run.folder / "model.safetensors"),
@@ -122,14 +135,7 @@ def analyse(options: dict) -> int:
         before, after = (embedded[weights][task.domain][1][task.probe[:4000]] for weights in ("foundation", "tuned"))
         result["cka"][task.domain] = finite(debiased_cka(before, after)) if len(before) > 3 else None
     if len(tasks) > 1:
-        features, others = make_features(embedders, embedded, splits, options["canon"]), {}
-        for task in tasks:
-            tests = [s for s in root[task.domain].values() if s.protocol and s.name != task.split.name]
-            others[task.domain] = [(task.split, task.probe)] + [
-                (s, np.flatnonzero(find_readable([read_embeddings(embed, s) for embed in
-                                                  embedders.values()]) & (s.labels >= 0)))
-                for s in tests]
-        result["separability"] = measure_separability(features, tasks, others, draws, seed, options["limit"])
+        result["separability"] = tell_apart(tasks, embedders, embedded, splits, root, options)
     points = draw_up_map(embedded["tuned"], tasks, options["map"], seed)
     print(write_analysis(folder, result, curves, components, points))
     print(f"written: {folder}/report.md, analysis.json, tables and figures; "
@@ -188,7 +194,7 @@ def check_range(delete: tuple[int, int], dim: int) -> None:
 
 @click.group(invoke_without_command=True, context_settings={"show_default": True, "max_content_width": 120},
              help=__doc__.split("\n\n")[0])
-@model_options
+@embed_options
 @click.option("--splits", metavar="NAMES",
               help="Comma-separated domain/split to test on, one a domain (default: the first in distribution, "
               "those of reference `train` before others).")
@@ -223,6 +229,10 @@ def main(context: click.Context, **options) -> int | None:
 @click.option("--keep", type=Number(0, 1), default=0.95, help="Least share that the components keep.")
 @click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
 def claims(folder: Path, delta: float, retention: float, separable: float, keep: float) -> int:
+    from protocols.claims import make_table
+    from protocols.results import read_runs
+    from reports.analysis import write_table
+
     table = make_table(read_runs(folder), delta, retention, separable, keep)
     write_table(folder, table)
     for claim in table:
@@ -243,45 +253,9 @@ def claims(folder: Path, delta: float, retention: float, separable: float, keep:
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the embeddings.")
 def bench(probes: int, dim: int, shots: int, bootstrap: int, grid: bool, slow: bool, device: str, seed: int) -> int:
-    rng, where = np.random.default_rng(seed), pick_device(device)
-    ids = np.arange(probes) // shots
-    people, each, embedded, tasks = ids.max() + 1, np.arange(probes), {}, []
-    mates = [np.setdiff1d(np.arange(i * shots, min((i + 1) * shots, probes)), [row]) for row, i in enumerate(ids)]
-    if probes % shots == 1:
-        raise InputError(f"--probes {probes} --shots {shots}: the last identity would have one image alone")
-    for domain in DOMAINS:
-        scale = 1 / np.sqrt(1 + np.arange(dim))  # a falling spectrum
-        parts = [unit((rng.standard_normal((people, dim))[ids] + rng.standard_normal((probes, dim))) * scale)
-                 for _ in range(2)]
-        embedded[domain] = tuple(part.astype(np.float32) for part in parts)
-        # scored as people are, objects too: a gallery of single images is the dearest case
-        tasks.append(Task(domain + "*", None, None, each, each, each, each, ids, mates, list(each[:, None])))
-    embedded = {f"{domain}*": parts for domain, parts in embedded.items()}
-    task = tasks[0]
-    vectors = embedded[task.domain][1].astype(np.float32)
+    from tools.bench_analyze import time_transfer
 
-    def clock(what: str, work: Callable[[], object]) -> None:
-        start, busy = time.perf_counter(), time.process_time()
-        work()
-        print(f"{what}: {time.perf_counter() - start:.1f} s, {time.process_time() - busy:.1f} s of CPU", flush=True)
-
-    print(f"{probes:,} probes x {probes:,} vectors, {dim} dimensions, on {where}, {torch.get_num_threads()} threads")
-    every, controls = list(range(1, dim + 1)), sorted({k for k in GRID if k < dim} | {dim})
-    clock("one sweep at every k", lambda: hits_by_k(vectors, vectors, task, every, where))
-    clock(f"one at the {len(controls)} k of a control", lambda: hits_by_k(vectors, vectors, task, controls, where))
-    if slow:
-        clock(f"the plain definition at k = {dim}", lambda: hits_one_by_one(vectors, vectors, task, [dim]))
-    mean, basis, few = np.zeros(dim), np.eye(dim), sorted({k for k in (*FURTHER, 99) if k < dim})
-    clock(f"{min(100, dim)} components left out, each alone",
-          lambda: hits_without_each(vectors, vectors, task, min(100, dim), where))
-    clock("other metrics of a pair of tasks", lambda: measure_further(
-        task, (vectors, vectors), mean, basis, [*few, dim], bootstrap, seed, where))
-    clock("the same of a random subspace", lambda: measure_further(
-        task, (vectors, vectors), mean, basis, few, 0, seed, where))
-    if grid:
-        clock("4 x 4 tasks with every control", lambda: transfer(
-            embedded, tasks, min(99, dim), bootstrap, seed, foundation=embedded, delete=(0, 1), importance=100,
-            device=where))
+    time_transfer(probes, dim, shots, bootstrap, grid, slow, device, seed)
     return 0
 
 

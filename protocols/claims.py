@@ -1,6 +1,6 @@
 """The abstract's claims, measured on a folder of runs.
 
-Copy with it: protocols/results.py, protocols/bootstrap.py, data_prep/__init__.py.
+Copy with it: data_prep/__init__.py, protocols/bootstrap.py, protocols/results.py.
 """
 
 import math

@@ -14,12 +14,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data_prep import InputError, make_folder, progress, write_atomically, write_json
 from data_prep.format import Split
+from data_prep.stream import LOADERS
 from models.backbones import Backbone, embed_rows
 from models.runs import Ranks, pick_device
 from protocols.bootstrap import normalise
@@ -255,3 +257,24 @@ def shared_folder(folder: Path, cache: str | None) -> Path | None:
         if os.access(runs / ".foundation", os.W_OK):
             return runs / ".foundation"
     return None
+
+
+def embed_options(command: Callable) -> Callable:
+    """Decorator: the options that evaluate.py and analyze.py share."""
+    for option in reversed([
+        click.option("--run", metavar="RUN", help="Folder of a finished run."),
+        click.option("--data", metavar="DIR", help="Data root (default: the run's own)."),
+        click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished."),
+        click.option("--flip/--no-flip", default=True, help="Add the embedding of the mirrored image."),
+        click.option("--batch", type=click.IntRange(1), default=64, help="Images per forward pass."),
+        click.option("--workers", type=click.IntRange(0), default=LOADERS, help="Loader processes."),
+        click.option("--cache", metavar="DIR",
+                     help="Keep the embeddings of untouched backbones here, for all runs that share one (default: "
+                          ".foundation beside the run)."),
+        click.option("--device", default="auto",
+                     help="auto, cpu or cuda; evaluate.py under torchrun: each process takes its own."),
+        click.option("--seed", type=click.IntRange(0), default=0, help="Of every random draw."),
+        click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error."),
+    ]):
+        command = option(command)
+    return command

@@ -1,6 +1,6 @@
 """What evaluate.py and analyze.py found for a run, read back, and what runs are compared by.
 
-Copy with it: protocols/bootstrap.py, data_prep/__init__.py.
+Copy with it: data_prep/__init__.py, protocols/bootstrap.py.
 """
 
 import json
@@ -308,7 +308,7 @@ def read_lost(home: Path, config: dict) -> dict[str, float]:
         scores = np.array(stages.scores, dtype=float)
         return {task: float(np.nanmax(column) - column[-1])
                 for task, column in zip(stages.tasks, scores.T, strict=True) if math.isfinite(column[-1])}
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+    except (InputError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         print(f"left out: {home / 'probe.jsonl'} (damaged: {error})")
         return {}
 

@@ -1,4 +1,7 @@
-"""What tasks share: overlap of subspaces, variance explained, CKA, d' along components, scatter."""
+"""What tasks share: overlap of subspaces, variance explained, CKA, d' along components, scatter.
+
+Copy with it: data_prep/, kernels/gather.py, kernels/gather_triton.py, models/, protocols/.
+"""
 
 import math
 

@@ -1,4 +1,7 @@
-"""Subspaces: how well each task is served by the leading components of another, at every k, beside controls."""
+"""Subspaces: how well each task is served by the leading components of another, at every k, beside controls.
+
+Copy with it: data_prep/, kernels/gather.py, kernels/gather_triton.py, models/, protocols/.
+"""
 
 import math
 from collections.abc import Callable
@@ -494,6 +497,3 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
 def largest(figures: list[Figure]) -> Figure:
     """The largest of several figures with as many resamplings; NaN where one of them is."""
     return Figure(float(np.max([f.value for f in figures])), np.max([f.draws for f in figures], axis=0))
-
-
-# ---------------------------------------------------------------- claims

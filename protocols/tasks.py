@@ -1,4 +1,7 @@
-"""What an analysis works on: the probes and galleries of each task, and the images that components are fitted on."""
+"""What an analysis works on: the probes and galleries of each task, and the images that components are fitted on.
+
+Copy with it: data_prep/, kernels/gather.py, kernels/gather_triton.py, models/, protocols/.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -15,9 +15,8 @@ import reports.analysis_plots
 from data_prep import InputError
 from protocols.bootstrap import Figure, bootstrap_counts, normalise
 from protocols.embed import save_array
-from protocols.explore import draw_up_map, measure_components
+from protocols.explore import draw_up_map, hold_out, measure_components, tell_sources
 from protocols.pairs import score_pairs
-from protocols.separability import hold_out, tell_sources
 from protocols.sharing import measure_sharing
 from protocols.subspaces import (
     Turned,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import analyze
-from data_prep import hash_file
+from data_prep import hash_file, join_config
 from protocols.claims import (
     FAILS,
     HOLDS,
@@ -150,7 +150,7 @@ def test_stages_are_read_from_the_looks_of_a_run(tmp_path, capsys):
     (tmp_path / "probe.jsonl").write_text("\n".join(map(json.dumps, looks)))
     assert read_lost(tmp_path, config) == {"object/val": pytest.approx(0.2), "body/test": 0}
     assert read_lost(tmp_path, config | {"steps": 6}) == {}  # its end was not looked at
-    (tmp_path / "probe.jsonl").write_text("{")
+    (tmp_path / "probe.jsonl").write_text("{\n{}")
     assert read_lost(tmp_path, config) == {} and "probe.jsonl (damaged" in capsys.readouterr().out
 
 
@@ -295,7 +295,7 @@ def write_json(path: Path, value: object) -> None:
 
 def change_config(change):
     def of(run: Path) -> None:
-        config = json.loads((run / "config.json").read_text())
+        config = join_config(run / "config.json")
         change(config)
         write_json(run / "config.json", config)
     return of
@@ -328,7 +328,7 @@ def change_analysis(change):
     (change_config(lambda c: c.update(backbone=None, model=None)), "b (config.json names no backbone)"),
     (lambda run: (run / "config.json").write_text("["), "damaged"),
     (change_config(lambda c: c.update(seed=[1])), "b (config.json: seed is no whole number"),
-    (change_config(lambda c: c.update(order=5)), "b (config.json: seed is no whole number, or order no list"),
+    (change_config(lambda c: c.update(order=5)), "b (config.json: domains and counts"),
     (change_analysis(lambda a: a["transfer"]["tuned"].pop("limit")), "analysis.json (of another version"),
     (change_analysis(lambda a: a["transfer"]["tuned"]["pairs"][1]["k99"].update(above="x")), "analysis.json (of anoth"),
     (change_analysis(lambda a: a["separability"]["spaces"]["tuned"].pop("converged")), "analysis.json (of another v"),
