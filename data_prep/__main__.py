@@ -35,7 +35,6 @@ from data_prep.sources.webdataset import webdataset
 from data_prep.stats import draw_stats, split_stats
 from data_prep.verify import verify_split
 from data_prep.write import open_image, read_image, siblings, write_split
-from tools.trials import find_test_splits, write_trials
 
 CPUS = os.cpu_count() or 1
 FOLDER = click.Path(path_type=Path)
@@ -649,6 +648,8 @@ def degrade_command(src: Path | None, out: Path | None, severity: float, min_sev
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the draw and of the order in trials.csv.")
 @debug_option
 def trials(src: tuple[Path, ...], out: Path, pairs: int, seed: int) -> None:
+    from tools.trials import find_test_splits, write_trials
+
     splits = find_test_splits(list(src))
     counts = write_trials(splits, out, pairs, seed)
     for name, found in counts.items():

@@ -16,7 +16,6 @@ import numpy as np
 
 from data_prep import InputError, lock_folder, progress
 from data_prep.format import FORMAT, VERSION, Split
-from data_prep.verify import verify_split
 from data_prep.write import write_bytes
 
 NUMBERED = ("camera", "clothes", "template", "media")  # columns whose numbers mean something in their own split alone
@@ -168,21 +167,3 @@ def merge_splits(folder: Path, parts: list[Path], same_names: bool) -> list[Spli
 def is_merged(folder: Path) -> bool:
     """Whether a folder is a merged split, or an unfinished one: it has no shards of its own."""
     return not any(folder.glob("*.tar")) and not (folder / ".parts").exists() and (folder / "index").is_dir()
-
-
-def verify_merged(split: Split, workers: int) -> list[str]:
-    """What is wrong with a merged split: with its parts, or with what it says of them."""
-    folder = Path(os.path.abspath(split.folder))
-    try:
-        parts = [folder.parent / Path(part["split"]).name for part in split.index["merged"]]
-        same_names = split.index["provenance"]["options"]["same_names"] == "True"
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder}/index.json: does not say what was merged; merge the parts again") from error
-    splits = check_parts(folder, parts, same_names)  # first: a split that names itself would be verified without end
-    problems = [problem for part in parts for problem in verify_split(part, workers)]
-    index, columns = merged(folder, splits, same_names)
-    again = "differs from what its parts give: merge them again"
-    problems += [f"{folder}/index.json: {key} {again}" for key in index if index[key] != split.index.get(key)]
-    problems += [f"{folder}/index/{name}.npy: {again}" for name, values in columns.items()
-                 if name not in split.index["columns"] or not np.array_equal(values, split.column(name))]
-    return problems

@@ -1,6 +1,7 @@
 
 
 import hashlib
+import os
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from data_prep import InputError, progress
 from data_prep.format import OPTIONAL, ROLES, BadImage, Split, open_split
+from data_prep.merge import check_parts, merged
 from data_prep.write import in_parallel
 
 
@@ -106,8 +108,6 @@ def verify_split(folder: Path, workers: int = 1) -> list[str]:
     """Re-read everything of a split; returns what is wrong, one line each (empty: nothing)."""
     split = Split(folder)
     if "merged" in split.index:
-        from data_prep.merge import verify_merged  # here, because merging builds on this module
-
         return verify_merged(split, workers)
     numbers = range(len(split.index["shards"]))
     problems = verify_protocol(split)
@@ -118,4 +118,22 @@ def verify_split(folder: Path, workers: int = 1) -> list[str]:
     results = in_parallel(verify_shard, ((folder, number) for number in numbers), min(workers, len(numbers)), True)
     for found in progress(results, desc=f"verify {folder}", total=len(numbers), unit="shard"):
         problems += found
+    return problems
+
+
+def verify_merged(split: Split, workers: int) -> list[str]:
+    """What is wrong with a merged split: with its parts, or with what it says of them."""
+    folder = Path(os.path.abspath(split.folder))
+    try:
+        parts = [folder.parent / Path(part["split"]).name for part in split.index["merged"]]
+        same_names = split.index["provenance"]["options"]["same_names"] == "True"
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder}/index.json: does not say what was merged; merge the parts again") from error
+    splits = check_parts(folder, parts, same_names)  # first: a split that names itself would be verified without end
+    problems = [problem for part in parts for problem in verify_split(part, workers)]
+    index, columns = merged(folder, splits, same_names)
+    again = "differs from what its parts give: merge them again"
+    problems += [f"{folder}/index.json: {key} {again}" for key in index if index[key] != split.index.get(key)]
+    problems += [f"{folder}/index/{name}.npy: {again}" for name, values in columns.items()
+                 if name not in split.index["columns"] or not np.array_equal(values, split.column(name))]
     return problems

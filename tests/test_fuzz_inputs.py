@@ -193,7 +193,7 @@ def test_damaged_images_of_every_source_are_counted(tmp_path):
                 try:
                     run_here(source, "--src", src, "--out", out, "--size", 24, "--workers", 1,
                              *(option.format(tmp=tmp_path) for option in options))
-                    problems = data_prep.verify.verify_split(out)  # pairs, probes or templates may have lost all their images
+                    problems = data_prep.verify.verify_split(out)  # pairs, probes or templates may have lost all images
                     assert all("needs" in problem or "names no" in problem for problem in problems), (source, problems)
                     left_out += sum(Split(out).index["skipped"].values())
                 except click.ClickException as error:
