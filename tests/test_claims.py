@@ -160,7 +160,7 @@ def test_stages_are_read_from_the_looks_of_a_run(tmp_path, capsys):
 
 
 def test_the_families_of_the_paper_are_the_backbones_that_can_be_trained():
-    assert PAPER == tuple(BACKBONES)
+    assert tuple(BACKBONES) == PAPER
 
 
 def test_noise_never_fails():
