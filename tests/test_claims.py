@@ -12,9 +12,11 @@ import pytest
 
 import analyze
 from data_prep import hash_file, join_config
+from models.backbones import BACKBONES
 from protocols.claims import (
     FAILS,
     HOLDS,
+    PAPER,
     WIDE,
     Claim,
     claim_backbones,
@@ -155,6 +157,10 @@ def test_stages_are_read_from_the_looks_of_a_run(tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- components
+
+
+def test_the_families_of_the_paper_are_the_backbones_that_can_be_trained():
+    assert tuple(BACKBONES) == PAPER
 
 
 def test_noise_never_fails():
