@@ -25,13 +25,10 @@ from data_prep.demo import SIZE, demo_splits, draw_face
 from data_prep.format import FITS, MAX_SIZE, ROLES, BadImage, Split, as_text
 from data_prep.merge import merge_splits
 from data_prep.records import Records, group_classes, select
-from data_prep.sources.bodies import add_single_gallery_shot, deepchange, ltcc, market, msmt17, persons, prcc
-from data_prep.sources.faces import ijb, lfw, pairs, tinyface
-from data_prep.sources.folders import folder
-from data_prep.sources.imagenet import imagenet, imagenet_a, imagenet_r, imagenet_sketch, imagenet_v2, objectnet
-from data_prep.sources.insightface import bin, recordio
-from data_prep.sources.parquet import parquet
-from data_prep.sources.webdataset import webdataset
+from data_prep.sources import bodies, faces, folders, insightface
+from data_prep.sources import imagenet as imagenet_sets
+from data_prep.sources import parquet as parquet_files
+from data_prep.sources import webdataset as webdataset_tars
 from data_prep.stats import draw_stats, split_stats
 from data_prep.verify import verify_split
 from data_prep.write import open_image, read_image, siblings, write_split
@@ -248,7 +245,7 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
                          "classes of its training split: leave it out")
     shots = options.pop("single_gallery_shot", False)
     source = read(src, domain, train, **options)
-    source = replace(add_single_gallery_shot(source) if shots else source, records=Records(source.records, out))
+    source = replace(bodies.add_single_gallery_shot(source) if shots else source, records=Records(source.records, out))
     if options.get("names") and (unknown := sorted(set(source.names) - set(source.records.identities))):
         print(f"  --names {options['names']}: {len(unknown):,} of its folders are not in the source: "
               + ", ".join(unknown[:10]) + ", ..." * (len(unknown) > 10))
@@ -290,7 +287,7 @@ def open_set_option(command):
     return option(command)
 
 
-@cli.command(help="Class folders: src/<class or person>/**/image. " + folder.__doc__.split("\n\n")[1])
+@cli.command(help="Class folders: src/<class or person>/**/image. " + folders.folder.__doc__.split("\n\n")[1])
 @source_options
 @click.option("--names", type=click.Path(path_type=Path), help="File of folder<TAB>name lines: names for prompts.")
 @click.option("--reference", metavar="SPLIT",
@@ -298,45 +295,45 @@ def open_set_option(command):
 @click.option("--ood", is_flag=True, help="Objects: mark a test split as out of distribution, for its retention.")
 @open_set_option
 def folder(**options) -> None:
-    prepare(folder, **options)
+    prepare(folders.folder, **options)
 
 
-@cli.command(help=lfw.__doc__)
+@cli.command(help=faces.lfw.__doc__)
 @source_options
 @click.option("--pairs", type=click.Path(path_type=Path), help="pairs.txt in the format of LFW.")
 def lfw(**options) -> None:
-    prepare(lfw, **options)
+    prepare(faces.lfw, **options)
 
 
-@cli.command(help=pairs.__doc__)
+@cli.command(help=faces.pairs.__doc__)
 @source_options
 @click.option("--pairs", type=click.Path(path_type=Path), required=True, metavar="FILE|FP|FF", help="List of pairs.")
 def pairs(**options) -> None:
-    prepare(pairs, **options)
+    prepare(faces.pairs, **options)
 
 
-@cli.command(help=ijb.__doc__)
+@cli.command(help=faces.ijb.__doc__)
 @source_options
 def ijb(**options) -> None:
-    prepare(ijb, **options)
+    prepare(faces.ijb, **options)
 
 
-@cli.command(help=tinyface.__doc__)
+@cli.command(help=faces.tinyface.__doc__)
 @source_options
 def tinyface(**options) -> None:
-    prepare(tinyface, **options)
+    prepare(faces.tinyface, **options)
 
 
-@cli.command(help=recordio.__doc__)
+@cli.command(help=insightface.recordio.__doc__)
 @source_options
 def recordio(**options) -> None:
-    prepare(recordio, **options)
+    prepare(insightface.recordio, **options)
 
 
-@cli.command("bin", help=bin.__doc__)
+@cli.command("bin", help=insightface.bin.__doc__)
 @source_options
 def bin_(**options) -> None:
-    prepare(bin, **options)
+    prepare(insightface.bin, **options)
 
 
 def shots_option(command):
@@ -347,19 +344,19 @@ def shots_option(command):
     return option(command)
 
 
-@cli.command(help=market.__doc__)
+@cli.command(help=bodies.market.__doc__)
 @source_options
 @shots_option
 def market(**options) -> None:
-    prepare(market, **options)
+    prepare(bodies.market, **options)
 
 
-@cli.command(help=msmt17.__doc__)
+@cli.command(help=bodies.msmt17.__doc__)
 @source_options
 @shots_option
 @click.option("--with-val", is_flag=True, help="Add list_val.txt to the training images.")
 def msmt17(**options) -> None:
-    prepare(msmt17, **options)
+    prepare(bodies.msmt17, **options)
 
 
 def val_option(command):
@@ -368,38 +365,38 @@ def val_option(command):
     return option(command)
 
 
-@cli.command(help=prcc.__doc__)
+@cli.command(help=bodies.prcc.__doc__)
 @source_options
 @shots_option
 @val_option
 @click.option("--variant", type=click.Choice(["cross-clothes", "same-clothes"]), default="cross-clothes",
               help="Probes of a test split: camera C or camera B.")
 def prcc(**options) -> None:
-    prepare(prcc, **options)
+    prepare(bodies.prcc, **options)
 
 
-@cli.command(help=ltcc.__doc__)
+@cli.command(help=bodies.ltcc.__doc__)
 @source_options
 @shots_option
 def ltcc(**options) -> None:
-    prepare(ltcc, **options)
+    prepare(bodies.ltcc, **options)
 
 
-@cli.command(help=deepchange.__doc__)
+@cli.command(help=bodies.deepchange.__doc__)
 @source_options
 @shots_option
 @val_option
 def deepchange(**options) -> None:
-    prepare(deepchange, **options)
+    prepare(bodies.deepchange, **options)
 
 
-@cli.command(help=persons.__doc__)
+@cli.command(help=bodies.persons.__doc__)
 @source_options
 @shots_option
 @click.option("--table", metavar="NAME", default="persons.csv", help="Of the CSV, inside the source.")
 @open_set_option
 def persons(**options) -> None:
-    prepare(persons, **options)
+    prepare(bodies.persons, **options)
 
 
 def reference_option(command):
@@ -410,47 +407,47 @@ def reference_option(command):
     return option(command)
 
 
-@cli.command(help=imagenet.__doc__)
+@cli.command(help=imagenet_sets.imagenet.__doc__)
 @source_options
 @reference_option
 @click.option("--real", type=FOLDER, metavar="FILE", help="A validation split: real.json with the labels of ReaL.")
 def imagenet(**options) -> None:
-    prepare(imagenet, **options)
+    prepare(imagenet_sets.imagenet, **options)
 
 
-@cli.command(help=imagenet_v2.__doc__)
+@cli.command(help=imagenet_sets.imagenet_v2.__doc__)
 @source_options
 @reference_option
 def imagenet_v2(**options) -> None:
-    prepare(imagenet_v2, **options)
+    prepare(imagenet_sets.imagenet_v2, **options)
 
 
-@cli.command(help=imagenet_a.__doc__)
+@cli.command(help=imagenet_sets.imagenet_a.__doc__)
 @source_options
 @reference_option
 def imagenet_a(**options) -> None:
-    prepare(imagenet_a, **options)
+    prepare(imagenet_sets.imagenet_a, **options)
 
 
-@cli.command(help=imagenet_r.__doc__)
+@cli.command(help=imagenet_sets.imagenet_r.__doc__)
 @source_options
 @reference_option
 def imagenet_r(**options) -> None:
-    prepare(imagenet_r, **options)
+    prepare(imagenet_sets.imagenet_r, **options)
 
 
-@cli.command(help=imagenet_sketch.__doc__)
+@cli.command(help=imagenet_sets.imagenet_sketch.__doc__)
 @source_options
 @reference_option
 def imagenet_sketch(**options) -> None:
-    prepare(imagenet_sketch, **options)
+    prepare(imagenet_sets.imagenet_sketch, **options)
 
 
-@cli.command(help=objectnet.__doc__)
+@cli.command(help=imagenet_sets.objectnet.__doc__)
 @source_options
 @reference_option
 def objectnet(**options) -> None:
-    prepare(objectnet, **options)
+    prepare(imagenet_sets.objectnet, **options)
 
 
 def label_options(command):
@@ -464,7 +461,7 @@ def label_options(command):
     return command
 
 
-@cli.command(help=parquet.__doc__)
+@cli.command(help=parquet_files.parquet.__doc__)
 @source_options
 @click.option("--files", metavar="PATTERN", help="Of the files' names (default: *train*; for a test split *val*, else "
                                                  "*test*).")
@@ -472,15 +469,15 @@ def label_options(command):
 @click.option("--label-column", metavar="NAME", default="label", help="Column of the labels.")
 @label_options
 def parquet(**options) -> None:
-    prepare(parquet, **options)
+    prepare(parquet_files.parquet, **options)
 
 
-@cli.command(help=webdataset.__doc__)
+@cli.command(help=webdataset_tars.webdataset.__doc__)
 @partial(source_options, src=str)
 @click.option("--label-key", metavar="NAME", default="label", help="Of the label in .json, where there is no .cls.")
 @label_options
 def webdataset(**options) -> None:
-    prepare(webdataset, **options)
+    prepare(webdataset_tars.webdataset, **options)
 
 
 @cli.command(help="Draw the demo corpus: faces, degraded faces, bodies and objects, all of our own making.")

@@ -56,7 +56,6 @@ class Estimate:
         return float(np.quantile(finite, q)) if len(finite) > 1 else self.value
 
 
-Figure = Estimate  # its former name, for the analysis
 
 
 def intervals(statistic: Callable[[np.ndarray | None], dict[str, float]], weights: Iterator[np.ndarray],

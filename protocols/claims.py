@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from data_prep import DOMAINS
-from protocols.bootstrap import Figure, show
+from protocols.bootstrap import Estimate, show
 from protocols.results import (
     HEADLINE,
     RUN_ROLES,
@@ -79,7 +79,7 @@ def decide(low: float | None, high: float | None, least: float) -> str:
     return HOLDS if low > least else FAILS if high <= least else WIDE
 
 
-def judge(what: str, figure: Figure, least: float, form: str = "+.1f") -> Finding:
+def judge(what: str, figure: Estimate, least: float, form: str = "+.1f") -> Finding:
     """A finding that holds where the figure is above `least`."""
     return Finding(what, *show(figure).values(), decide(figure.low, figure.high, least), form, threshold=least,
                    identities=figure.identities)
@@ -224,7 +224,7 @@ def claim_generalisation(imic: list[Group], least: float) -> Claim:
                       f"retention above {100 * least:g} %", findings, missing)
 
 
-def find_fallen(other: Group, early: dict[tuple, Figure], experts: list[Group], delta: float) -> dict[tuple, str]:
+def find_fallen(other: Group, early: dict[tuple, Estimate], experts: list[Group], delta: float) -> dict[tuple, str]:
     """The earlier tasks that a sequential run lost, and what shows it; by domain and split.
 
     Lost is what ends by delta below the untouched backbone, below the run's own best stage, or (`margin`)

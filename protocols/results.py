@@ -22,7 +22,7 @@ from data_prep import (
     read_lines,
     weights_of,
 )
-from protocols.bootstrap import FEW, Figure, minus
+from protocols.bootstrap import FEW, Estimate, minus
 
 # the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
 HEADLINE = {"verification": "auc", "templates": "tar@far=0.0001", "reid": "rank-1", "identification": "rank-1",
@@ -139,10 +139,10 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
     return Scored(folder, config, seed, found)
 
 
-def aggregate(group: list[Scored], key: tuple) -> Figure:
+def aggregate(group: list[Scored], key: tuple) -> Estimate:
     """The mean of a figure over runs that differ in their seed, and of its resampled values, person by person."""
     rows, draws = zip(*(scored.found[key] for scored in group), strict=True)
-    return Figure(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count,
+    return Estimate(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count,
                   identities=rows[0].identities)
 
 
@@ -410,7 +410,7 @@ class Group:
         return {task: float(np.mean([run.lost[task] for run in self.runs])) for task in self.runs[0].lost
                 if all(task in run.lost for run in self.runs)}
 
-    def rows(self, weights: str, wanted: Callable[[Row], bool]) -> dict[tuple, Figure]:
+    def rows(self, weights: str, wanted: Callable[[Row], bool]) -> dict[tuple, Estimate]:
         """Figures that all seeds have, averaged over them, by (domain, split, metric, protocol)."""
         tables = [run.found[weights] for run in self.runs if weights in run.found]
         if len(tables) < len(self.runs) or len({(t.seed, draws_of(t)) for t in tables}) > 1:
@@ -418,14 +418,14 @@ class Group:
         return {key: aggregate(tables, key) for key, (row, _) in tables[0].found.items()
                 if wanted(row) and all(key in table.found for table in tables)}
 
-    def headline(self, weights: str) -> dict[tuple, Figure]:
+    def headline(self, weights: str) -> dict[tuple, Estimate]:
         """The figure that stands for each trained domain's test split, in distribution."""
         rows = self.rows(weights, lambda row: row.headline and not row.out_of_distribution
                          and row.domain in self.config["domains"])
         first: dict = {}  # the customary rule of a split comes first
         return {key: figure for key, figure in rows.items() if first.setdefault(key[:2], key) == key}
 
-    def leads(self, other: "Group", mine: str = "tuned", theirs: str = "tuned") -> dict[tuple, Figure]:
+    def leads(self, other: "Group", mine: str = "tuned", theirs: str = "tuned") -> dict[tuple, Estimate]:
         """By domain and split, how far this group is above another, paired by person; none if resampled differently."""
         a, b = self.headline(mine), other.headline(theirs)
         seeds = [group.runs[0].found[weights].seed for group, weights in ((self, mine), (other, theirs))

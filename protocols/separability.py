@@ -14,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from data_prep import progress
 from data_prep.format import Split
-from protocols.bootstrap import Figure, bootstrap_counts, intervals, minus, show, weighted_mean
+from protocols.bootstrap import Estimate, bootstrap_counts, intervals, minus, show, weighted_mean
 from protocols.search import name_identities
 from protocols.tasks import Task
 
@@ -120,7 +120,7 @@ def predict(name: str, fit: list[np.ndarray], test: list[np.ndarray], unfinished
     return np.split(found, np.cumsum([len(part) for part in test])[:-1])
 
 
-def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int, seed: int) -> Figure:
+def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int, seed: int) -> Estimate:
     """Mean over tasks of the share of right answers, resampled by identity.
 
     Args:
@@ -139,7 +139,7 @@ def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int
 
 
 def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.ndarray], draws: int,
-                 seed: int, unfinished: Counter | None = None) -> dict[str, Figure]:
+                 seed: int, unfinished: Counter | None = None) -> dict[str, Estimate]:
     """Balanced accuracy of telling the tasks apart, on unseen identities.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 
 from data_prep import progress
 from data_prep.format import matched_pairs
-from protocols.bootstrap import Figure, bootstrap_counts, finite, intervals, minus, show, weighted_mean
+from protocols.bootstrap import Estimate, bootstrap_counts, finite, intervals, minus, show, weighted_mean
 from protocols.pairs import roc, tar_at_far
 from protocols.search import average_precision, inverse_negative_penalty, search_gallery
 from protocols.tasks import ROWS, Task, vectors_of
@@ -225,7 +225,7 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
-def show_needed(figure: Figure, limit: int) -> dict[str, float | None]:
+def show_needed(figure: Estimate, limit: int) -> dict[str, float | None]:
     """A k* for JSON; a value or an end of its interval that lies beyond the limit is null, and "above" is the limit."""
     draws = figure.draws[~np.isnan(figure.draws)]
     if math.isnan(figure.value) or not len(draws):
@@ -267,13 +267,13 @@ class Curve:
     score: np.ndarray  # [len(ks)]
     kept: np.ndarray  # [len(ks)]
     draws: np.ndarray  # of `kept`, [resamplings, len(ks)]
-    full: Figure  # the score of all D coordinates
+    full: Estimate  # the score of all D coordinates
     number: int | None = None  # of a random basis
 
-    def at(self, k: int) -> Figure:
+    def at(self, k: int) -> Estimate:
         """What k coordinates keep."""
         i = self.ks.index(k)
-        return Figure(float(self.kept[i]), self.draws[:, i])
+        return Estimate(float(self.kept[i]), self.draws[:, i])
 
 
 def measure_curve(kind: str, fit: str, task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray,
@@ -292,7 +292,7 @@ def measure_curve(kind: str, fit: str, task: Task, vectors: tuple[np.ndarray | t
     score, drawn = resample(hits_by_k(*turned, task, [*ks, *([D] if ks[-1:] != [D] else [])], device), counts, device)
     chance = task.chance()
     return Curve(kind, fit, task.domain, ks, score[:many], kept(score, score[-1], chance)[:many],
-                 kept(drawn, drawn[:, -1:], chance)[:, :many], Figure(float(score[-1]), drawn[:, -1]))
+                 kept(drawn, drawn[:, -1:], chance)[:, :many], Estimate(float(score[-1]), drawn[:, -1]))
 
 
 def resample(hits: np.ndarray, counts: np.ndarray | torch.Tensor, device: torch.device | str
@@ -304,7 +304,7 @@ def resample(hits: np.ndarray, counts: np.ndarray | torch.Tensor, device: torch.
 
 
 def measure_importance(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray, basis: np.ndarray,
-                       full: Figure, count: int, counts: np.ndarray | torch.Tensor, device: torch.device | str
+                       full: Estimate, count: int, counts: np.ndarray | torch.Tensor, device: torch.device | str
                        ) -> dict[str, list[float]]:
     """What each of the first `count` components is worth: score without it alone - score of all of them.
 
@@ -323,7 +323,7 @@ def measure_importance(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...
 
 
 def measure_further(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray, basis: np.ndarray,
-                    ks: list[int], draws: int, seed: int, device: torch.device | str) -> dict[tuple[int, str], Figure]:
+                    ks: list[int], draws: int, seed: int, device: torch.device | str) -> dict[tuple[int, str], Estimate]:
     """A task's other metrics with the first k coordinates, as evaluate.py computes them, by (k, metric).
 
     Of people rank-5, mAP and mINP; of objects the top 5 class means; of both AUC and TAR at 1 % FAR of equally many
@@ -439,7 +439,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
             for number, one in enumerate(random):
                 one.number = number
             curves += random
-            chance_level = Figure(float(np.mean([c.at(headline).value for c in random])),
+            chance_level = Estimate(float(np.mean([c.at(headline).value for c in random])),
                                   np.mean([c.at(headline).draws for c in random], axis=0))
             mean_random, coarse = np.mean([c.kept for c in random], axis=0), curve.kept[np.array(grid) - 1]
             pair = {"fit": other.domain, "test": task.domain, "identities": len(np.unique(task.target)),
@@ -448,7 +448,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                     "kept": finite(found.value), "low": finite(found.low), "high": finite(found.high),
                     "random": show(chance_level), "over_random": show(minus(found, chance_level))}
             for level in LEVELS:
-                needed = Figure(float(components_needed(curve.kept, every, level)),
+                needed = Estimate(float(components_needed(curve.kept, every, level)),
                                 components_needed(curve.draws, every, level))
                 pair[f"k{100 * level:g}"] = show_needed(needed, limit)
                 every_k.setdefault(other.domain, {}).setdefault(f"k{100 * level:g}", []).append(needed)
@@ -494,6 +494,6 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
             "images_per_task": n, "rank_limited": n < 5 * D, "dim": D, "limit": limit, "bases": fits}
 
 
-def largest(figures: list[Figure]) -> Figure:
+def largest(figures: list[Estimate]) -> Estimate:
     """The largest of several figures with as many resamplings; NaN where one of them is."""
-    return Figure(float(np.max([f.value for f in figures])), np.max([f.draws for f in figures], axis=0))
+    return Estimate(float(np.max([f.value for f in figures])), np.max([f.draws for f in figures], axis=0))

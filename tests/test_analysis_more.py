@@ -13,7 +13,7 @@ import analyze
 import protocols.pairs
 import reports.analysis_plots
 from data_prep import InputError
-from protocols.bootstrap import Figure, bootstrap_counts, normalise
+from protocols.bootstrap import Estimate, bootstrap_counts, normalise
 from protocols.embed import save_array
 from protocols.explore import draw_up_map, hold_out, measure_components, tell_sources
 from protocols.pairs import score_pairs
@@ -123,7 +123,7 @@ def test_components_that_serve_every_task():
             each = [pairs[row["fit"].strip("*"), test][level]["value"] for test in ("object", "face_hq")]
             assert row[level]["value"] == (None if None in each else max(each))
     assert result["all_tasks"][1]["k95"]["value"] > pairs["face_hq", "face_hq"]["k95"]["value"]
-    nan = largest([Figure(np.nan, np.array([1.0, np.nan])), Figure(3.0, np.array([2.0, 2.0]))])
+    nan = largest([Estimate(np.nan, np.array([1.0, np.nan])), Estimate(3.0, np.array([2.0, 2.0]))])
     assert np.isnan(nan.value) and nan.draws[0] == 2 and np.isnan(nan.draws[1])
 
 

@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
 import protocols.separability
-from protocols.bootstrap import Figure, bootstrap_counts
+from protocols.bootstrap import Estimate, bootstrap_counts
 from protocols.explore import d_primes, draw_up_map, measure_components
 from protocols.results import needed
 from protocols.separability import (
@@ -296,10 +296,10 @@ def test_dead_dimensions_and_repeated_images_determine_nothing():
 
 
 def test_components_that_are_not_enough_are_told():
-    shown = show_needed(Figure(np.inf, np.array([30.0] * 30 + [np.inf] * 10)), 39)
+    shown = show_needed(Estimate(np.inf, np.array([30.0] * 30 + [np.inf] * 10)), 39)
     assert shown == {"value": None, "low": 30, "high": None, "above": 39} and needed([shown]) == "> 39 [30, > 39]"
     assert needed([shown, {"value": 20, "low": 10, "high": 29}]) == "> 30 [20, > 34]"  # seeds
-    assert show_needed(Figure(np.nan, np.array([1.0])), 39) == {"value": None, "low": None, "high": None}
+    assert show_needed(Estimate(np.nan, np.array([1.0])), 39) == {"value": None, "low": None, "high": None}
     assert needed([{"value": None, "low": None, "high": None}]) == "-"
 
 
