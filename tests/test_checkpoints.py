@@ -10,15 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import data_prep
 import models.runs
+import reports.training
 import train
 from data_prep import InputError, lock_folder
+from models.adapt import RunningAverage
+from models.head import HeadSettings, Loss, MarginHead
 from models.runs import load_run, load_tuned, save_weights
 from tests.conftest import ROOT, TINY, assert_gone
 from tests.test_recipes import stop_at
@@ -176,17 +178,19 @@ def test_a_run_is_checked_when_it_is_read(tiny_run, tmp_path):
         with pytest.raises(InputError, match=words):
             load_tuned(load_run(run))
     shutil.copy(tiny_run / "head.safetensors", run)
-    for changes in ({"embed_dim": "x"}, {"domains": "object"}, {"domains": ["body", "object"]}, {"steps": -1},
+    for changes in ({"embed_dim": "x"}, {"domains": "object"}, {"domains": ["body", "body"]}, {"steps": -1},
                     {"shards": {}}, {"counts": 3}, {"image_size": [32]}, {"seed": None}):
-        (run / "config.json").write_text(json.dumps(config | changes))
+        changed = {part: values | {k: v for k, v in changes.items() if k in values} for part, values in config.items()}
+        (run / "config.json").write_text(json.dumps(changed))
         with pytest.raises(InputError, match=r"config\.json.*: restore it, or train the run again"):
             load_run(run)
     (run / "config.json").write_text("[" * 100_000)
     with pytest.raises(InputError, match=r"config\.json: damaged"):
         load_run(run)
-    (run / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "shards"}))
+    facts = {key: value for key, value in config["facts"].items() if key != "shards"}
+    (run / "config.json").write_text(json.dumps(config | {"facts": facts}))
     with pytest.raises(InputError, match="lacks 'shards'"):
-        run_here(*TINY, "--data", config["data"], "--out", run, "--resume")
+        run_here(*TINY, "--data", config["options"]["data"], "--out", run, "--resume")
 
 
 def test_a_log_that_was_cut_or_damaged(tmp_path):
@@ -204,7 +208,7 @@ def test_a_log_that_was_cut_or_damaged(tmp_path):
     models.runs.forget_after(tmp_path, 1)
 
 
-def test_nothing_is_saved_within_a_streak_of_bad_steps(demo_root, tmp_path):
+def test_nothing_is_saved_within_a_streak_of_bad_steps(demo_root, tmp_path, monkeypatch):
     """The streak begins at step 7: what stays is of step 5, and a run that ends within one is not done."""
     common, fail = [*TINY, "--images", "480", "--save-every", "5", "--domains", "object,body", "--log-every", "1",
                     "--keep", "9", "--data", demo_root], train.gradient_norm
@@ -214,19 +218,19 @@ def test_nothing_is_saved_within_a_streak_of_bad_steps(demo_root, tmp_path):
         seen.append(1)
         return fail(*arguments) if len(seen) < 7 else torch.tensor(float("nan"))
 
-    for most, words in ((10, "steps in a row were not finite"), (100, "the last 24 steps were not finite, so the run")):
+    for most, number in ((10, 11), (100, 24)):
         seen.clear()
-        train.gradient_norm = norm
-        try:
-            with pytest.raises(InputError, match=words) as error:
-                run_here(*common, "--out", (run := tmp_path / f"run{most}"), "--max-skipped", most)
-        finally:
-            train.gradient_norm = fail
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "gradient_norm", norm)
+            patch.setattr(reports.training, "MAX_SKIPPED", most)
+            with pytest.raises(InputError, match=f"{number} steps in a row were not finite") as error:
+                run_here(*common, "--out", (run := tmp_path / f"run{most}"))
         assert f"the checkpoint from before them, of step 5, is in {run}/last" in error.value.message
         assert torch.load(run / "last/state.pt", weights_only=True)["step"] == 5 and kept(run) == [5]
         assert not (run / "done.json").exists()
+    monkeypatch.setattr(reports.training, "MAX_SKIPPED", 1)
     with pytest.raises(InputError, match=r"no checkpoint was written before them, .*none starts anew"):
-        run_here(*common, "--out", tmp_path / "none", "--head-lr", "inf", "--max-skipped", "1")
+        run_here(*common, "--out", tmp_path / "none", "--head-lr", "inf")
 
 
 def test_one_process_writes_a_run(demo_root, tmp_path):
@@ -252,17 +256,22 @@ def test_the_memory_of_a_step_may_be_lowered_on_resume(uninterrupted, half, demo
 
 
 def test_swapped_weights_come_back_after_an_error():
-    head = torch.nn.Parameter(torch.arange(6.0).view(3, 2))
-    optimizer = torch.optim.AdamW([head])
-    optimizer.state[head] = {"step": torch.tensor(1.0), "exp_avg": torch.ones(3, 2), "exp_avg_sq": torch.ones(3, 2)}
-    job = SimpleNamespace(head=head, optimizer=optimizer, parameters=[head], ema=[torch.full((3, 2), 7.0)])
-    with pytest.raises(KeyError), train.drawn(job, torch.tensor([2])):
+    head = MarginHead([3], 2, HeadSettings([Loss(1.0)]))
+    head.weight.data.copy_(whole := torch.arange(6.0).view(3, 2))
+    optimizer = torch.optim.AdamW([head.weight])
+    optimizer.state[head.weight] = {"step": torch.tensor(1.0), "exp_avg": torch.ones(3, 2),
+                                    "exp_avg_sq": torch.ones(3, 2)}
+    head.step_rows = head.step_rows._replace(rows=torch.tensor([2]))
+    with pytest.raises(KeyError), head.drawn(optimizer):
+        assert torch.equal(head.weight.data, whole[2:])
         raise KeyError
-    assert head.shape == (3, 2) and optimizer.state[head]["exp_avg"].shape == (3, 2)
-    with pytest.raises(KeyError), models.runs.averaged(job):
-        assert head[0, 0] == 7
+    assert torch.equal(head.weight.data, whole) and optimizer.state[head.weight]["exp_avg"].shape == (3, 2)
+    average = RunningAverage([head.weight], 0.5)
+    average.values[0].fill_(7)
+    with pytest.raises(KeyError), average.swapped_in():
+        assert head.weight[0, 0] == 7
         raise KeyError
-    assert torch.equal(head.data, torch.arange(6.0).view(3, 2)) and job.ema[0][0, 0] == 7
+    assert torch.equal(head.weight.data, whole) and average.values[0][0, 0] == 7
 
 
 def test_names_in_a_report_are_shown_as_they_are(demo_root, tmp_path):
@@ -340,7 +349,7 @@ def test_an_unexpected_error_ends_a_run_with_its_loaders(demo_root, tmp_path):
     code = """if True:
         import train
         def fail(*_): raise KeyError("a defect")
-        train.train_report.check_health = fail
+        train.TrainingLog.check_health = fail
         train.run_command(train.main)"""
     arguments = map(str, [*ENDLESS, "--data", demo_root, "--out", tmp_path / "run", "--workers", "2"])
     result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True,
@@ -375,7 +384,7 @@ def fatal(path, fill):
     write(path, part if half else fill)
     os.kill(os.getpid(), signal.SIGKILL)
 
-models.runs.write_atomically = fatal
+models.runs.write_atomically = train.write_atomically = fatal
 train.run_command(train.main)
 """
 

@@ -305,7 +305,8 @@ def test_killed_between_the_last_checkpoint_and_done(tiny_run, demo_root, tmp_pa
 def test_weights_are_never_older_than_the_state(tmp_path, monkeypatch):
     """Killed while a checkpoint is written: what resume continues from must not be ahead of the weights."""
     order = []
-    monkeypatch.setattr(data_prep, "write_atomically", lambda path, write: order.append(path.name))
+    for module in (models.runs, train):
+        monkeypatch.setattr(module, "write_atomically", lambda path, write: order.append(path.name))
     model = SimpleNamespace(state_dict=dict, net=SimpleNamespace(state_dict=dict), project=None)
     optimizer = SimpleNamespace(state_dict=lambda: {"state": {}})
     job = SimpleNamespace(folder=tmp_path, ranks=Ranks(), optimizer=optimizer, average=None, model=model, splits=[],
@@ -339,7 +340,7 @@ def test_weights_are_as_readable_as_other_files(tiny_run):
 def test_no_data_and_no_network_is_one_line(tmp_path):
     result = script("train.py", "--backbone", "clip", "--schedule", "B", "--data", tmp_path / "none", check=2)
     lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1 and "python -m data_prep demo" in lines[0] and "--weights FILE" in lines[0]
+    assert len(lines) == 1 and "python -m data_prep demo" in lines[0] and "python -m data_prep SOURCE" in lines[0]
 
 
 BAD = [
