@@ -323,7 +323,8 @@ def measure_importance(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...
 
 
 def measure_further(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray, basis: np.ndarray,
-                    ks: list[int], draws: int, seed: int, device: torch.device | str) -> dict[tuple[int, str], Estimate]:
+                    ks: list[int], draws: int, seed: int, device: torch.device | str
+                    ) -> dict[tuple[int, str], Estimate]:
     """A task's other metrics with the first k coordinates, as evaluate.py computes them, by (k, metric).
 
     Of people rank-5, mAP and mINP; of objects the top 5 class means; of both AUC and TAR at 1 % FAR of equally many
