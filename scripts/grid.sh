@@ -81,13 +81,14 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from models.runs import read_config
-from reports.rows import headlines, read_rows
+from data_prep import join_config
+from protocols.results import read_rows
+from reports.rows import headlines
 
 out, values = Path(sys.argv[1]), defaultdict(lambda: defaultdict(list))
 for path in sorted(out.glob("*/eval/results.json")):
     name = path.parts[-3].rpartition("-s")[0]
-    options, _ = read_config(path.parent.parent / "config.json")
+    options = join_config(path.parent.parent / "config.json")
     network = options["model"] or f"{options['backbone']}-{options['size']}"
     for (domain, split), pair in headlines(read_rows(path.parent)).items():
         for weights, row in pair.items():
