@@ -178,7 +178,7 @@ def test_a_run_is_checked_when_it_is_read(tiny_run, tmp_path):
         with pytest.raises(InputError, match=words):
             load_tuned(load_run(run))
     shutil.copy(tiny_run / "head.safetensors", run)
-    for changes in ({"embed_dim": "x"}, {"domains": "object"}, {"domains": ["body", "body"]}, {"steps": -1},
+    for changes in ({"embed_dim": "x"}, {"domains": "cars"}, {"domains": "body,body"}, {"steps": -1},
                     {"shards": {}}, {"counts": 3}, {"image_size": [32]}, {"seed": None}):
         changed = {part: values | {k: v for k, v in changes.items() if k in values} for part, values in config.items()}
         (run / "config.json").write_text(json.dumps(changed))
