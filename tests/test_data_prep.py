@@ -591,7 +591,7 @@ def test_ctrl_c_leaves_what_is_done(tmp_path):
 def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
     """The second is refused before anything is read; the lock goes with the life of the first."""
     out, src = tmp_path / "d/object/train", class_folders(tmp_path / "src")
-    hold = "import sys; from pathlib import Path; from data_prep.shards import lock_folder\n" \
+    hold = "import sys; from pathlib import Path; from data_prep import lock_folder\n" \
            "with lock_folder(Path(sys.argv[1]), '--out'): print('held', flush=True); sys.stdin.read()"
     holder = subprocess.Popen([sys.executable, "-c", hold, str(out)], cwd=ROOT, stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE)

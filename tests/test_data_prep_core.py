@@ -514,7 +514,7 @@ def test_what_a_test_split_holds_is_seen_once(tmp_path, monkeypatch):
     """A preparation that is continued after a test split came decides as it did when it began."""
     train, test = with_copies(tmp_path)
     out = tmp_path / "d/face_hq/train"
-    monkeypatch.setattr("data_prep.shards.write_columns", lambda *_: 1 / 0)
+    monkeypatch.setattr("data_prep.write.write_columns", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepared(train, out, "--drop-duplicates")
     monkeypatch.undo()

@@ -179,7 +179,7 @@ def test_an_inner_folder_that_is_not_there(tmp_path):
 
 
 def test_single_bombs_and_damaged_members_are_skipped_with_their_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.archives.MAX_BYTES", 100_000)
+    monkeypatch.setattr("data_prep.sources.archives.MAX_BYTES", 100_000)
     src = class_folders(tmp_path / "src", classes=2, images=2)
     (src / "c0/bomb.ppm").write_bytes(b"P6 99999 99999 255\n")
     (src / "c0/large.ppm").write_bytes(b"P6 9999 9999 255\n")

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import data_prep.sources.imagenet
 import data_prep.sources.parquet
 import data_prep.sources.webdataset
 from data_prep import InputError
@@ -476,7 +475,7 @@ def test_a_source_that_goes_away_ends_in_one_line_and_the_same_command_goes_on(t
     command = ["webdataset", "--src", tar, "--out", tmp_path / "d/object/val", "--size", 16, "--shard-size", 2]
     whole = tar.read_bytes()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="the same command goes on later"):
-        patch.setattr(data_prep.sources.imagenet, "read_range", cut_and_read)
+        patch.setattr(data_prep.sources.webdataset, "read_range", cut_and_read)
         run_here(*command, "--workers", 1)
     assert not (tmp_path / "d/object/val/index.json").exists()
     tar.write_bytes(whole)
@@ -489,7 +488,7 @@ def test_a_server_without_ranges_ends_in_one_line(tmp_path, monkeypatch):
         def read(self, *_):
             raise ValueError("no range requests")  # as fsspec's HTTP files do
 
-    monkeypatch.setattr(data_prep.sources.imagenet, "open_tar", lambda url: Broken(b"0" * 1024))
+    monkeypatch.setattr(data_prep.sources.webdataset, "open_tar", lambda url: Broken(b"0" * 1024))
     with pytest.raises(InputError, match=r"http://host/a.tar: cannot be read \(no range requests\)"):
         run_here("webdataset", "--src", "http://host/a.tar", "--out", tmp_path / "d/object/val")
 
