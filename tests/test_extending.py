@@ -74,7 +74,7 @@ def test_another_loss(demo_root, tmp_path):
     # positive 4 * 0.75 * (0.5 - 0.75) = -0.75 and negative 4 * 0.25 * (0 - 0.25) = -0.25, so ln(1 + e^0.5) = 0.974077
     code = ("import torch; from models.head import circle_loss\n"
             "w = torch.tensor([[1., 0, 0], [0.5, 0.75 ** 0.5, 0], [0, 0, 1.]]); x = torch.tensor([[2., 0, 0]])\n"
-            "m, s, one = torch.tensor([0.25]), torch.tensor([4.]), torch.ones(2)\n"
+            "m, s, one = torch.tensor([9., 0.25]), torch.tensor([9., 4.]), torch.ones(2)\n"  # of each domain
             "n, label, domain = torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1])\n"
             "r = circle_loss(x, w, label, domain, [(0, 1), (1, 3)], scale=s, margin_additive=m, domain_weight=one,\n"
             "                domain_count=n)\n"
