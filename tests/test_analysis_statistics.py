@@ -96,7 +96,8 @@ def faces(domain: str, people: list[str], shots: int = 3, name: str = "train"):
         domain=domain, name=name, folder=f"{domain}/{name}", labels=labels,
         classes=[f"{person} in {domain}" for person in people],
         protocol=None if name == "train" else {"name": "verification"},
-        index={"provenance": {"source": domain}}, fields=lambda row: {"person": people[labels[row]]},
+        index={"provenance": {"source": domain, "data_set": [domain]}},
+        fields=lambda row: {"person": people[labels[row]]},
         optional=lambda column: np.full(len(labels), -1))
 
 
@@ -153,7 +154,8 @@ def test_a_source_that_is_statistically_the_same_is_found_however_few_images_rem
     def split(name, domain, sources):
         return SimpleNamespace(name=name, domain=domain, folder=f"{domain}/{name}", labels=np.arange(len(sources)),
                                classes=[f"{name} {i}" for i in range(len(sources))], protocol=None,
-                               index={"provenance": {"source": "merge"}}, fields=lambda row: {"source": sources[row]})
+                               index={"provenance": {"source": "merge", "data_set": ["a", "b"]}},
+                               fields=lambda row: {"source": sources[row]})
 
     two, one = split("two", "face_hq", ["a"] * (400 - rest) + ["b"] * rest), split("one", "body", ["c"] * 400)
     test = split("test", "face_hq", ["a"] * 400)
@@ -189,7 +191,8 @@ def degraded_run(demo_root, tiny_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("degraded")
     run, data = folder / "run", folder / "data"
     shutil.copytree(tiny_run, run, ignore=shutil.ignore_patterns("eval", "analysis", "last"))
-    config = json.loads((run / "config.json").read_text()) | {"degrade": True, "degrade_severity": 0.8}
+    config = json.loads((run / "config.json").read_text())
+    config["options"]["degrade"] = "0.8@0.3"
     (run / "config.json").write_text(json.dumps(config))
     shutil.copytree(demo_root, data, ignore=lambda path, names: ["test"] if path.endswith("body") else [])
     whole, embedded = read_embeddings, {}

@@ -47,7 +47,7 @@ from tests.test_protocols import write_run
 from tools.compare import refuse_unshared
 
 OPTIONS = ["--bootstrap", "3", "--workers", "0", "--device", "cpu"]
-NO_READOUTS = Readouts({}, 0, {}, [])
+NO_READOUTS = Readouts({}, 0, [])
 
 
 @pytest.fixture
@@ -419,7 +419,7 @@ def test_names_of_raters_are_text_in_the_report(run, demo_root, tmp_path, capsys
 
 
 def degraded_copy(split: Split, folder) -> Split:
-    write_split(folder, degraded_split(split, (0.0, 0.0), 0, 95), source_name="degrade", size=split.size, fit="squash",
+    write_split(folder, degraded_split(split, (0.0, 0.0), 0), source_name="degrade", size=split.size, fit="squash",
                 quality=95, train=False, options={"src": f"{split.domain}/{split.name}",
                                                   "src_plan": split.index["provenance"]["plan"]})
     return Split(folder)
@@ -506,10 +506,10 @@ def test_a_class_is_seen_by_its_wordnet_id_name_or_images(demo_root, tmp_path):
     training = split_of("train", ["Polar-bear", "n02084071", "n03126707", "thing"], 0, None)
     test = split_of("test", ["polar bear", "dog", "n02012849", "n03126707", "0001", "0002"], 10, "own")
     own = split_of("own", ["n02012849", "0001"], 2)  # images 2 and 3: those of n03126707 and thing
-    readouts = Readouts({}, 0, {}, training.classes, training)
+    readouts = Readouts({}, 0, training.classes, training)
     assert readouts.seen_classes(test, test) == ({"polar bear", "dog", "n03126707"}, "by name and images")
     assert readouts.seen_classes(test, own)[0] == {"polar bear", "dog", "n03126707", "n02012849", "0001"}
-    assert Readouts({}, 0, {}, training.classes).seen_classes(test, own) == ({"polar bear", "n03126707"}, "by name")
+    assert Readouts({}, 0, training.classes).seen_classes(test, own) == ({"polar bear", "n03126707"}, "by name")
     (_, _, rule) = scopes_of(test, test, readouts)[1]
     assert rule.startswith(", open set of 3 classes not trained on by name and images ")
 
@@ -571,7 +571,7 @@ def test_a_cmc_ends_where_the_gallery_does():
 
 
 def test_stages_of_a_damaged_log(tmp_path):
-    looks = [{"step": 1, "auc": {"face_hq/test": 0.5}}, 3, {"step": "x", "auc": {}}, {"step": 2},
+    looks = [{"step": 1, "auc": {"face_hq/test": 0.5}}, {"step": "x", "auc": {}}, {"step": 2},
              {"step": 3, "auc": [1]},
              {"step": 4, "auc": {"face_hq/test": None}}]
     (tmp_path / "probe.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
@@ -586,19 +586,6 @@ def test_compare_of_a_damaged_config_is_one_line(change, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=r"b/config.json: domains and counts do not name tasks"):
         run_here("compare", *runs, "--out", tmp_path / "c")
-
-
-@pytest.mark.parametrize("text", ["", "step,run\n1,a\n", "\xff\xfe", "run\n" + "x" * 200_000])
-def test_a_damaged_watch_csv_is_one_line(text, run):
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"keep": 1}))
-    (run / "eval").mkdir()
-    (run / "eval/watch.csv").write_bytes(text.encode("latin-1"))
-    if not text:  # nothing yet: as if it were not there
-        assert run_here("--run", run, *OPTIONS, "--watch", "--splits", "body/test", "--no-foundation") == 0
-        return
-    with pytest.raises(InputError, match=r"watch.csv: cannot be read .*: remove it"):
-        run_here("--run", run, *OPTIONS, "--watch", "--splits", "body/test")
 
 
 # ---------------------------------------------------------------- FARs that the pairs do not support

@@ -511,7 +511,8 @@ def test_one_format_leaves_no_size_padding_or_sharpness():
     padded = torch.full((3, 128, 128), 90, dtype=torch.uint8)
     padded[:, :, 32:96] = sharp[:, :, ::2]
     images = [sharp, padded]
-    split = SimpleNamespace(name="test", folder="folder", domain="body", image=lambda row: images[row])
+    split = SimpleNamespace(name="test", folder="folder", domain="body", image=lambda row: images[row],
+                            missing=np.zeros(len(images), dtype=bool))
     view = Canon(split, np.array([1, 0]), 16)
     a, b = view.image(1).float(), view.image(0).float()
     assert len(view) == 2 and a.shape == b.shape == (3, 128, 128) and view.name.startswith("test-canon16-")
