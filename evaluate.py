@@ -74,6 +74,7 @@ from evaluate_report import (
     show_published,
     show_stages,
     write_report,
+    write_text,
 )
 from evaluate_results import (
     FEW_NOTE,
@@ -570,7 +571,7 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
         draw_comparison(out / "comparison.png", table, untouched if "foundation" not in shown else [])
     write_atomically(out / "comparison.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
     write_csv(out / "comparison.csv", table)
-    write_atomically(out / "comparison.md", lambda path: path.write_text(text))
+    write_text(out / "comparison.md", text)
     if not experts:  # every figure is in the files; a terminal gets those that stand for their protocols
         text = show_comparison([row for row in table if row["headline"]] or table)
     print(text + f"written: {out}/comparison.md, .csv, .json and .png")

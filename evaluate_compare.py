@@ -24,6 +24,11 @@ class Scored:
     found: dict[tuple[str, str, str, str], tuple[Row, np.ndarray]]  # by domain, split, metric, protocol
 
     @property
+    def name(self) -> str:
+        """Of the run; a folder's name need not be text, and a figure has no sign for what is none."""
+        return self.folder.resolve().name.encode("utf-8", "backslashreplace").decode()
+
+    @property
     def recipe(self) -> str:
         """What two runs share that differ in their seed alone; a backbone without a run is only itself."""
         free = FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions", "weights", "weights_sha256"}
@@ -133,7 +138,7 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
                 lead = Figure(figure.value - reference.value, figure.draws - reference.draws)
             spread = float(np.std(values, ddof=1)) if len(group) > 1 else None
             row = dict(zip(("domain", "split", "metric", "protocol"), key, strict=True))
-            row |= {"runs": " ".join(scored.folder.resolve().name for scored in group),
+            row |= {"runs": " ".join(scored.name for scored in group),
                     "weights": group[0].found[key][0].weights, "seeds": len(group), "value": figure.value,
                     "low": figure.low, "high": figure.high, "seed_sd": spread, "count": figure.count,
                     "headline": group[0].found[key][0].headline, "identities": group[0].found[key][0].identities}
@@ -223,7 +228,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
             lead, allowed = Figure(run.value - expert.value, run.draws - expert.draws), margin(expert.value, delta)
             verdict = ("non-inferior" if lead.low > -allowed or lead.low >= 0 else
                        "inferior" if lead.high < -allowed else "undecided")
-            named = [" ".join(one.folder.resolve().name for one in some) for some in (ours, theirs)]
+            named = [" ".join(one.name for one in some) for some in (ours, theirs)]
             table.append(dict(zip(("domain", "split", "metric", "protocol"), key, strict=True)) | {
                 "run": named[0], "expert": named[1], "value": run.value, "expert_value": expert.value,
                 "difference": lead.value, "low": lead.low, "high": lead.high, "delta": allowed, "verdict": verdict,

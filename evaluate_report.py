@@ -267,6 +267,10 @@ def to_html(lines: list[str], folder: Path) -> str:
 
 def write_report(folder: Path, lines: list[str]) -> None:
     """report.md and report.html, the same content; the pictures that it names lie in the folder."""
-    write_atomically(folder / "report.md", lambda path: path.write_text("\n".join(lines) + "\n"))
-    page = to_html(lines, folder)
-    write_atomically(folder / "report.html", lambda path: path.write_text(page))
+    write_text(folder / "report.md", "\n".join(lines) + "\n")
+    write_text(folder / "report.html", to_html(lines, folder))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text in UTF-8, atomically, in any locale; names of files, and so of runs and classes, need not be text."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))

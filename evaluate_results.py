@@ -401,7 +401,7 @@ def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> N
         return f"'{value}" if formula and not re.fullmatch(r"[-+][\d.]+(e[-+]?\d+)?", value) else value
 
     def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, columns or list(table[0]))
             writer.writeheader()
             writer.writerows({key: plain(value) for key, value in row.items()} for row in table)
