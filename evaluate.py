@@ -34,7 +34,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
 
@@ -220,8 +220,13 @@ def find_fitting(run: Run, domain: str | None) -> dict:
         raise InputError(f"--domain {domain}: the run was trained on {', '.join(run.config['domains'])}: take the one "
                          "whose images are prepared like yours")
     known = run.config.get("sources") or describe_sources(train.open_splits(run.config))
-    print(f"fitted as {domain}: {known[domain]['size']} px, {known[domain]['fit']}")
-    return {key: known[domain][key] for key in ("size", "fit", "quality")}
+    try:
+        found = {key: known[domain][key] for key in ("size", "fit", "quality")}
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{run.folder}/config.json: its sources do not say how {domain} was fitted ({error!r}): "
+                         "restore it") from None
+    print(f"fitted as {domain}: {found['size']} px, {found['fit']}")
+    return found
 
 
 def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
@@ -321,8 +326,15 @@ def watch(folder: Path, options: dict) -> None:
     splits = choose_splits(root, options["splits"], data)
     click.get_current_context().with_resource(lock_folder(out, "--run"))
     if (out / "watch.csv").exists():  # stopped before: goes on
-        with open(out / "watch.csv", newline="") as file:
-            table = list(csv.DictReader(file))
+        try:
+            with open(out / "watch.csv", newline="", encoding="utf-8") as file:
+                table = list(csv.DictReader(file))
+            if any(set(row) != {"step", *(one.name for one in fields(Row))} or not row["step"].isdigit()
+                   for row in table):
+                raise ValueError("not the columns of this version")
+        except (OSError, ValueError, csv.Error) as error:
+            raise InputError(f"{out}/watch.csv: cannot be read ({error}): remove it, and --watch makes it again") \
+                from None
     complete = False
     while not complete:
         complete = (folder / "done.json").exists()  # asked first: what came before it is still scored
@@ -562,7 +574,7 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
     refuse_unshared(chosen, [first, *others], experts)
     table = compare_experts(first, others, chosen, delta) if experts else compare_groups([first, *others], chosen)
     make_folder(out, "--out")
-    text = show_experts(table, first[0].config["domains"]) if experts else show_comparison(table)
+    text = show_experts(table, first[0].config.get("domains", [])) if experts else show_comparison(table)
     if experts:
         draw_experts(out / "comparison.png", table)
     else:

@@ -64,8 +64,13 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
     if not found:
         raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
                          "--no-foundation")
-    config = folder / "config.json"
-    return Scored(folder, read_json(config) if config.exists() else {}, seed, found)
+    path = folder / "config.json"
+    config = read_json(path) if path.exists() else {}
+    domains, counts = config.get("domains", []), config.get("counts", {})
+    if not isinstance(domains, list) or not set(map(str, domains)) <= {*DOMAINS} or not isinstance(counts, dict) \
+            or not all(isinstance(count, int | float) for count in counts.values()):
+        raise InputError(f"{path}: domains and counts do not name tasks and their images: restore it")
+    return Scored(folder, config, seed, found)
 
 
 def unlike_figures(a: Scored, b: Scored) -> dict[tuple[str, str, str], str]:
@@ -186,7 +191,7 @@ def find_expertise(run: Scored, expert: Scored) -> str:
     if start_of(run.config) != start_of(expert.config):
         raise InputError(f"{expert.folder} starts from another backbone, weights or input size than {run.folder}: "
                          "train the expert like the run")
-    own, theirs = run.config["counts"][domain], expert.config["counts"][domain]
+    own, theirs = (one.config.get("counts", {}).get(domain, 0) for one in (run, expert))
     if not as_many(theirs, own):
         raise InputError(f"{expert.folder} saw {theirs:,} images of {domain}, {run.folder} {own:,}: not the same "
                          f"number (within a quarter); train the expert with --images {own}")
@@ -317,7 +322,8 @@ def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None
         ax.set_title(f"{domain}/{split}\n{rows[0]['metric']}", fontsize=9)
         ax.tick_params(labelsize=8)
         ax.grid(axis="x", lw=0.4)
-    axes[0][0].set_yticks(range(len(labels)), labels, parse_math=False)  # a run's name may hold dollar signs
+    for ax in axes[:, 0]:
+        ax.set_yticks(range(len(labels)), labels, parse_math=False)  # a run's name may hold dollar signs
     axes[0][0].set_ylim(len(labels) - 0.5, -0.5)
     for ax in list(axes.flat)[len(panels):]:
         ax.set_axis_off()

@@ -148,7 +148,8 @@ def read_stages(folder: Path, config: dict) -> Stages | None:
 
     Stage k of K holds the steps s with floor(s K / steps) = k, as train.py plans them.
     """
-    looks = read_lines(folder / "probe.jsonl")
+    looks = [look for look in read_lines(folder / "probe.jsonl") if isinstance(look, dict)
+             and isinstance(look.get("step"), int) and isinstance(look.get("auc"), dict)]  # others are damaged
     if not looks:
         return None
     order, steps = config["order"] or config["domains"], config["steps"]
@@ -160,7 +161,8 @@ def read_stages(folder: Path, config: dict) -> Stages | None:
             found.names.append(name)
             found.steps.append(inside[-1]["step"])
             found.ends.append(end)
-            found.scores.append([inside[-1]["auc"].get(task, math.nan) for task in found.tasks])
+            scores = [inside[-1]["auc"].get(task) for task in found.tasks]
+            found.scores.append([score if isinstance(score, float) else math.nan for score in scores])
     return found
 
 
