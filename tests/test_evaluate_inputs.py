@@ -16,6 +16,7 @@ import pytest
 
 import evaluate
 import evaluate_classes
+import evaluate_figures
 import train
 from data_prep import InputError
 from data_prep.degrade import degraded_split
@@ -26,7 +27,7 @@ from evaluate_classes import Readouts, class_means, fit_probe, nearest_mean, nea
 from evaluate_compare import Scored, refuse_unshared, start_of
 from evaluate_embed import normalise
 from evaluate_pairs import FARS
-from evaluate_report import literal, to_html
+from evaluate_report import literal, read_stages, to_html
 from evaluate_results import (
     Row,
     make_unified_rows,
@@ -39,10 +40,10 @@ from evaluate_results import (
     write_draws,
     write_rows,
 )
-from evaluate_search import make_members, name_identities, score_unified
+from evaluate_search import make_members, name_identities, score_gallery, score_unified
 from run_folder import hash_file, provenance
 from tests.conftest import script
-from tests.test_evaluate import run_here, unit
+from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_protocols import write_run
 
 OPTIONS = ["--bootstrap", "3", "--workers", "0", "--device", "cpu"]
@@ -516,6 +517,80 @@ def test_a_wrong_reference_is_told_before_anything_is_embedded(demo_root, run, t
     copy_of(base, root / "object/photos", some, {"name": "classification", "reference": "photos"})
     with pytest.raises(InputError, match=f"class '{base.classes[0]}', 1 in all, is not in its reference"):
         run_here("--run", run, "--data", root, *OPTIONS)
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_a_sheet_shows_the_neighbours_that_are_scored(demo_root, tmp_path, monkeypatch):
+    """Of classes those in the reference; of a gallery what the camera rule leaves; of pairs the hardest, each once."""
+    drawn = {}
+    monkeypatch.setattr(evaluate_figures, "draw_sheet", lambda path, lines, legend: drawn.update({path.stem: lines}))
+    root, rng = open_root(demo_root), np.random.default_rng(0)
+    body = one_camera(Split(demo_root / "body/train"), tmp_path / "body/one", [0, 0, 0, 1, 0, 1])
+    splits = [root["object"]["val"], body, root["face_hq"]["test"]]
+    x = {f"{split.domain}/{split.name}": rng.normal(size=(len(split), 8)).astype(np.float32)
+         for split in [*splits, root["object"]["train"]]}
+    for split in splits:
+        evaluate_figures.draw_split(tmp_path, split, known(x), root, 0)
+    reference = root["object"]["train"]
+    y, probes = unit(x["object/train"]), unit(x["object/val"])
+    for probe, _, *tiles in drawn["sheet-object-val"]:
+        best = np.argsort(-(y @ probes[probe[1]]))[:10]
+        assert [tile[1] for tile in tiles] == best.tolist() and all(tile[0] is reference for tile in tiles)
+        assert [tile[2] == evaluate_figures.HIT for tile in tiles] == [
+            reference.labels[row] == splits[0].labels[probe[1]] for row in best]
+        assert all(tile[3].endswith(f"\n{reference.names[reference.labels[tile[1]]]}") for tile in tiles)
+    rows = {line[0][1]: {tile[1] for tile in line[2:]} for line in drawn["sheet-body-one"]}
+    assert rows == {2: {1, 3, 5}, 4: {1, 3, 5}}  # the first probe has no mate of another camera: it is not scored
+    pairs = [tuple(tile[1] for tile in line[i : i + 2]) for line in drawn["sheet-face_hq-test"]
+             for i in range(0, len(line), 3)]
+    assert len(set(map(frozenset, pairs))) == len(pairs) == 40
+    z = unit(x["face_hq/test"])
+    scores = [float(z[a] @ z[b]) for a, b in pairs]
+    listed = {tuple(sorted(map(int, row[:2]))): row[2] for row in splits[2].column("pairs")}
+    assert scores[0] == pytest.approx(min(z[a] @ z[b] for (a, b), same in listed.items() if same))
+    assert scores[20] == pytest.approx(max(z[a] @ z[b] for (a, b), same in listed.items() if not same))
+
+
+def test_a_cmc_ends_where_the_gallery_does():
+    split = FakeSplit([0, 1, 0, 1, 2], {"name": "identification"}, role=np.array([0, 0, 1, 1, 1]))
+    _, curve = score_gallery(unit(np.random.default_rng(0).normal(size=(5, 3))), split, 2, 0)
+    assert len(curve["cmc"]) == 3 and curve["cmc"][-1] == 1
+
+
+# ---------------------------------------------------------------- damaged files of a run
+
+
+def test_stages_of_a_damaged_log(tmp_path):
+    looks = [{"step": 1, "auc": {"face_hq/test": 0.5}}, 3, {"step": "x", "auc": {}}, {"step": 2},
+             {"step": 3, "auc": [1]},
+             {"step": 4, "auc": {"face_hq/test": None}}]
+    (tmp_path / "probe.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
+    stages = read_stages(tmp_path, {"order": ["face_hq", "body"], "domains": [], "steps": 4})
+    assert stages.steps == [1, 4] and stages.scores[0] == [0.5] and np.isnan(stages.scores[1]).all()
+
+
+@pytest.mark.parametrize("change", [{"domains": 3}, {"domains": [["x"]]}, {"counts": []}, {"counts": {"body": "many"}}])
+def test_compare_of_a_damaged_config_is_one_line(change, tmp_path):
+    runs = [write_run(tmp_path / name, np.ones(10), np.arange(10), config={"schedule": name}) for name in "ab"]
+    path = runs[1] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=r"b/config.json: domains and counts do not name tasks"):
+        run_here("compare", *runs, "--out", tmp_path / "c")
+
+
+@pytest.mark.parametrize("text", ["", "step,run\n1,a\n", "\xff\xfe", "run\n" + "x" * 200_000])
+def test_a_damaged_watch_csv_is_one_line(text, run):
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"keep": 1}))
+    (run / "eval").mkdir()
+    (run / "eval/watch.csv").write_bytes(text.encode("latin-1"))
+    if not text:  # nothing yet: as if it were not there
+        assert run_here("--run", run, *OPTIONS, "--watch", "--splits", "body/test", "--no-foundation") == 0
+        return
+    with pytest.raises(InputError, match=r"watch.csv: cannot be read .*: remove it"):
+        run_here("--run", run, *OPTIONS, "--watch", "--splits", "body/test")
 
 
 # ---------------------------------------------------------------- FARs that the pairs do not support
