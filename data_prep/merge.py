@@ -119,6 +119,7 @@ def merged(folder: Path, splits: list[Split], same_names: bool) -> tuple[dict, d
         found = {json.dumps(split.index[key]) for split in splits}
         return splits[0].index[key] if len(found) == 1 else "mixed"
 
+    data_sets = [name for split in splits for name in split.index["provenance"]["data_set"]]
     parts = [{"split": split.name, "samples": len(split), "shards": len(split.index["shards"]),
               "plan": split.index["provenance"]["plan"]} for split in splits]
     plan = hashlib.sha256(json.dumps([FORMAT, VERSION, parts, same_names]).encode()).hexdigest()
@@ -129,8 +130,9 @@ def merged(folder: Path, splits: list[Split], same_names: bool) -> tuple[dict, d
         "shards": [shard | {"file": f"../{split.name}/{shard['file']}"} for split in splits
                    for shard in split.index["shards"]],
         "columns": sorted(columns), "protocol": None, "skipped": {}, "merged": parts,
-        "provenance": {"source": "merge", "options": {"same_names": str(same_names)}, "version": VERSION, "seed": None,
-                       "order": "parts", "plan": plan},
+        "provenance": {"source": "merge", "data_set": list(dict.fromkeys(data_sets)),
+                       "options": {"same_names": str(same_names)}, "version": VERSION, "seed": None, "order": "parts",
+                       "plan": plan},
     }
     return index, columns
 

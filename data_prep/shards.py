@@ -254,7 +254,7 @@ def random_order(n: int, blocks: list[int], seed: int) -> np.ndarray:
 
 def write_split(folder: Path, source: Source, *, source_name: str, size: int, fit: str, quality: int, train: bool,
                 seed: int = 0, shard_size: int = 2048, workers: int = 1, options: dict | None = None,
-                drop_duplicates: bool = False) -> dict:
+                drop_duplicates: bool = False, data_set: list[str] | None = None) -> dict:
     """Write a split folder; continues an unfinished one and leaves a complete one with the same plan as it is.
 
     Args:
@@ -269,6 +269,8 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
         options: recorded as provenance.
         drop_duplicates: read every image first, and leave out those whose content came before in the source or, of a
             training split, is in a finished test split of the domain.
+        data_set: names of the data sets that the images come from (default: `source_name`); of several, each image's
+            own stands in its JSON.
 
     Returns:
         The index.
@@ -282,9 +284,10 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
     if not source.records:
         raise InputError(f"{folder}: the source holds no images"
                          + "".join(f"; {n} left out: {reason}" for reason, n in source.skipped.items()))
-    settings = {"domain": domain, "source": source_name, "size": size, "fit": fit, "quality": quality}
+    data_set = data_set or [source_name]
+    settings = {"domain": domain, "source": data_set[0], "size": size, "fit": fit, "quality": quality}
     choices = [train, seed, shard_size, *(["drop duplicates"] if drop_duplicates else [])]
-    plan = hashlib.sha256(json.dumps([FORMAT, VERSION, settings, *choices, source.protocol, source.pairs,
+    plan = hashlib.sha256(json.dumps([FORMAT, VERSION, source_name, settings, *choices, source.protocol, source.pairs,
                                       sorted(source.names.items())]).encode())
     for record in source.records:
         optional = (getattr(record, name) for name in OPTIONAL)
@@ -344,8 +347,8 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
         "samples": len(place), "classes": classes, "names": [source.names.get(name, name) for name in classes],
         "shards": table, "columns": sorted(path.stem for path in (folder / "index").glob("*.npy")),
         "protocol": protocol, "skipped": dict(skipped),
-        "provenance": {"source": source_name, "options": options or {}, "version": VERSION, "seed": seed,
-                       "order": "random" if train else "source", "plan": plan},
+        "provenance": {"source": source_name, "data_set": data_set, "options": options or {}, "version": VERSION,
+                       "seed": seed, "order": "random" if train else "source", "plan": plan},
     }
     write_bytes(folder / "index.json", (json.dumps(index, indent=1) + "\n").encode())
     shutil.rmtree(parts)
@@ -480,6 +483,7 @@ def read_index(folder: Path) -> dict:
     wrong = [key for key, kind in INDEX.items() if not fits(index[key], kind)]
     wrong += ["merged"] * (not fits(index.get("merged", []), [{"split": str}]))
     wrong += ["protocol"] * (not (index["protocol"] is None or fits_protocol(index["protocol"])))
+    wrong += ["provenance"] * ("provenance" not in wrong and not fits(index["provenance"].get("data_set", []), [str]))
     if not wrong:
         sound = {"domain": index["domain"] in DOMAINS, "size": 0 < index["size"] < 1 << 16,
                  "names": len(index["names"]) == len(index["classes"]),
@@ -487,6 +491,7 @@ def read_index(folder: Path) -> dict:
         wrong = [key for key, good in sound.items() if not good]
     if wrong:
         raise InputError(f"{path}: {wrong[0]!r} is not what it should be; prepare the split again")
+    index["provenance"].setdefault("data_set", [index["provenance"]["source"]])  # splits of older versions
     return index
 
 
