@@ -188,7 +188,7 @@ def degraded_split(split: Split, severity: tuple[float, float], seed: int, quali
     pairs = split.column("pairs").tolist() if "pairs" in listed else []
     tables = {name: np.array(split.column(name)) for name in sorted(listed - {"pairs"})}
     names = dict(zip(split.classes, split.names, strict=True))
-    return Source(records(), protocol, pairs, names=names, tables=tables)
+    return Source(records(), protocol, pairs, names=names, tables=tables, listed=bool((protocol or {}).get("misses")))
 
 
 def draw_ladder(path: Path, images: list[Tensor], seed: int, steps: int = 6) -> None:
