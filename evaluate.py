@@ -46,6 +46,7 @@ import backbones
 import train
 from backbones import Backbone
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, Number, progress, run_command
+from data_prep.archives import members
 from data_prep.folders import image_suffixes
 from data_prep.shards import BadImage, Split, fit_image, lock_folder, named_splits, open_root
 from data_prep.trials import read_ratings
@@ -206,7 +207,8 @@ def find_pictures(places: tuple[Path, ...]) -> list[Path]:
     for place in places:
         if not place.exists():
             raise InputError(f"{place}: no such file or folder; name pictures, or a folder that holds some")
-        inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in endings and p.is_file())
+        inside = [place / file.name for file in members(place)] if place.is_dir() else []  # linked folders, too
+        inside = [path for path in inside if path.suffix.lower() in endings]
         if place.is_dir() and not inside:
             raise InputError(f"{place}: holds no images (looked for names that end in .jpg, .png and the like)")
         found += inside if place.is_dir() else [place]

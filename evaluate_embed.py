@@ -44,14 +44,19 @@ def save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
 
 
-def load_array(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """The finite floats of a file, mapped; None where it holds others, or another shape, or is damaged."""
+def load_array(path: Path, shape: tuple[int, int], missing: np.ndarray | bool = False) -> np.ndarray | None:
+    """The finite floats of a file, mapped; None where it holds others, or another shape, or is damaged.
+
+    `missing`: rows that need not be finite, bool [M].
+    """
     try:
         x = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception:  # NumPy raises OSError, ValueError, EOFError, SyntaxError, TokenError, ... by damage
         return None
     whole = isinstance(x, np.ndarray) and x.dtype == np.float32 and x.shape == shape
-    return x if whole and all(np.isfinite(x[i : i + 4096]).all() for i in range(0, len(x), 4096)) else None
+    missing = np.broadcast_to(missing, shape[:1])
+    return x if whole and all((np.isfinite(x[i : i + 4096]).all(1) | missing[i : i + 4096]).all()
+                              for i in range(0, len(x), 4096)) else None
 
 
 def keep(path: Path, shape: tuple[int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
@@ -133,7 +138,8 @@ class Embedder:
                 return False
 
         def known() -> bool:
-            return path in self.made or (noted() and load_array(path, (len(split), self.model.dim)) is not None)
+            shape = (len(split), self.model.dim)
+            return path in self.made or (noted() and load_array(path, shape, split.missing) is not None)
 
         def leftovers() -> list[Path]:
             """Parts that an evaluation left which was killed, of these weights or of others."""
@@ -158,7 +164,7 @@ class Embedder:
                     note.unlink(missing_ok=True)
                     write_atomically(path, lambda temporary: self.join_parts(split, parts, temporary))
                     # a split with damaged images may be repaired: its embeddings are made anew next time
-                    if np.isfinite(np.load(path, mmap_mode="r")[:, 0]).all():
+                    if (np.isfinite(np.load(path, mmap_mode="r")[:, 0]) | split.missing).all():
                         write_json(note, fingerprint)
                 self.ranks.wait()
             for folder in leftovers() if self.ranks.rank == 0 else []:

@@ -81,7 +81,15 @@ def chance(split: Split, metric: str) -> float:
 def describe_protocol(split: Split, rule: str, flip: bool) -> str:
     """The protocol string of a row: two numbers of a metric are comparable exactly when theirs are equal."""
     parts = [split.protocol["name"], rule, f"set {fingerprint(split)}", "flip" if flip else "no flip"]
+    parts += describe_losses(split.protocol)
     return ", ".join(parts + ["out of distribution"] * bool(split.protocol.get("ood")))
+
+
+def describe_losses(protocol: dict) -> list[str]:
+    """What a protocol lacks of the images that it was prepared from, and whom it does not enrol."""
+    parts = {"misses": "{:,} listed images unreadable and missed", "unreadable": "without {:,} unreadable images",
+             "pairs_lost": "without {:,} pairs of lost images", "open_set": "open set, {:g} of the people not enrolled"}
+    return [text.format(protocol[key]) for key, text in parts.items() if protocol.get(key)]
 
 
 def clean_of(split: Split, splits: list[Split]) -> Split | None:
@@ -159,8 +167,8 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             continue
         figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split.labels, draws, seed)}
         curves[key] = curve
-        if bad:
-            print(f"  {key}: {bad} unreadable images left out")
+        if bad > split.missing.sum():  # those are misses
+            print(f"  {key}: {bad - split.missing.sum()} unreadable images left out")
     if failed and not figures:
         raise next(iter(failed.values()))
     for key, error in failed.items():

@@ -294,6 +294,17 @@ def explain_unscored(split: Split, probes: np.ndarray, variant: str) -> str:
     return ", ".join(f"{reason} ({count:,})" for reason, count in reasons.items() if count)
 
 
+def add_misses(found: Search, split: Split, probes: np.ndarray, variant: str) -> Search:
+    """Listed images that could not be read when the split was prepared are never found, and find nothing: rank inf."""
+    mates = gallery_rule(split, np.flatnonzero(split.missing & (split.optional("role") > 0)), variant)
+    gone = split.missing[probes]
+    for i, probe in enumerate(probes):
+        ranks = np.append(found.ranks[i], np.full(len(mates(probe)[0]), np.inf))
+        found.ranks[i] = np.full(len(ranks), np.inf) if gone[i] else ranks
+    found.own[gone], found.first[gone], found.wrong[gone] = -np.inf, np.inf, -np.inf
+    return found
+
+
 def draw_galleries(labels: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
     """Places of one random image of each person, `draws` times; distractors (label -1) are all kept."""
     order = np.argsort(labels, kind="stable")
@@ -332,29 +343,31 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
 
     Re-identification ignores gallery items of the same identity and camera (Market-1501), or as the variant says; a
     probe without a relevant item left is not counted. In identification a probe is mated if the gallery lists its
-    identity, and misses where all those images are unreadable; the others set the threshold of TPIR. Unreadable probes
-    are left out. Single-shot: the gallery is one drawn image of each identity, the same for all probes;
+    identity, and misses where all those images are unreadable; the others set the threshold of TPIR. What could not be
+    read when the split was prepared, though a list names it, is a miss: as a probe, and as a mate; what cannot be read
+    now is left out. Single-shot: the gallery is one drawn image of each identity, the same for all probes;
     single-gallery-shot (CUHK03): each probe draws its own, and average precision is of the whole gallery.
     """
     variant = variant or variants_of(split)[0]
     roles, good, reid = split.optional("role"), np.isfinite(x[:, 0]), split.protocol["name"] == "reid"
-    q, g = np.flatnonzero((roles == ROLES.index("probe")) & good), np.flatnonzero((roles > 0) & good)
+    missing = split.missing if split.protocol.get("misses") else np.zeros(len(x), dtype=bool)
+    q, g = np.flatnonzero((roles == ROLES.index("probe")) & (good | missing)), np.flatnonzero((roles > 0) & good)
     single, shots = variant.endswith(" single-shot"), variant.endswith(" single-gallery-shot")
     ks, repeats, galleries = (1, 5, 10) if reid else (1, 5, 20), split.protocol.get("draws", 10), [g]
     if single:
         galleries = [g[places] for places in draw_galleries(split.labels[g], repeats, seed)]
     searches = [search_gallery(x, q, rows, gallery_rule(split, rows, variant), device=device) for rows in galleries]
-    counted = (np.all([np.isfinite(search.first) for search in searches], axis=0) if reid else
-               np.isin(split.labels[q], split.labels[roles > 0]) & (split.labels[q] >= 0))
+    if missing.any():
+        searches = [add_misses(search, split, q, variant) for search in searches]
+    enrolled = np.isin(split.labels[q], split.labels[roles > 0]) & (split.labels[q] >= 0)
+    counted = np.all([[len(r) > 0 for r in search.ranks] for search in searches], axis=0) if reid else enrolled
     if not counted.any():
         raise Unscorable(f"{split.folder}, {variant}: none of {len(q):,} probes can be scored: "
                          + explain_unscored(split, q, variant))
-    if reid and not counted.all():
-        say_once(f"  {split.domain}/{split.name}, {variant}: {(~counted).sum():,} of {len(q):,} probes are not scored: "
-                 + explain_unscored(split, q[~counted], variant))
     first = np.array([search.first for search in searches])
     if shots:
         first = search_shots(x, q, g, np.array(split.labels[g]), gallery_rule(split, g, variant), repeats, seed, device)
+        first[:, missing[q]] = np.inf
     first = first[:, counted]
     per_probe = {f"rank-{k}": (first <= k).mean(0) for k in ks}
     if reid and not single:
@@ -369,11 +382,18 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
     weights = bootstrap_counts(split.labels[q][counted], draws, seed)
     cmc = np.array([(first <= k).mean() for k in range(1, 1 + min(50, *map(len, galleries)))])
     found = intervals(statistic, weights, int(counted.sum()), split.labels[q][counted])
-    supported = [] if reid else [f for f in FPIRS if (~counted).sum() * f >= 1]
+    open_set = not reid or split.protocol.get("open_set")
+    supported = [f for f in FPIRS if (~enrolled).sum() * f >= 1] if open_set else []
+    used = (counted | ~enrolled).astype(float)  # not: enrolled by the probe's own camera alone
     if supported:  # probes without a label are strangers, each for itself
         people = np.where(split.labels[q] < 0, len(split.classes) + np.arange(len(q)), split.labels[q])
-        found |= intervals(lambda w: {f"tpir@fpir={f:g}": tpir_at_fpir(searches[0], counted, f, w) for f in supported},
+        found |= intervals(lambda w: {f"tpir@fpir={f:g}": tpir_at_fpir(
+            searches[0], counted, f, used if w is None else w * used) for f in supported},
                            bootstrap_counts(people, draws, seed), len(q), people)
+    left = ~counted & (enrolled | (not supported))  # strangers set the threshold of TPIR
+    if left.any():
+        say_once(f"  {split.domain}/{split.name}, {variant}: {left.sum():,} of {len(q):,} probes are not scored: "
+                 + explain_unscored(split, q[left], variant))
     return found, {"cmc": cmc}
 
 

@@ -3,9 +3,11 @@
 Of finished splits: `verify`, `show`, `stats`, `merge`, `degrade`, `trials`. Besides: `demo`, `bench`.
 """
 
+import csv
 import io
 import json
 import os
+import re
 import textwrap
 from collections import Counter
 from dataclasses import replace
@@ -21,9 +23,11 @@ from data_prep import DOMAINS, InputError, Number, bodies, faces, folders, insig
 from data_prep.degrade import degraded_split, draw_ladder
 from data_prep.demo import SIZE, demo_splits, draw_face
 from data_prep.merge import merge_splits
-from data_prep.records import Records, select
+from data_prep.records import Records, group_classes, select
 from data_prep.shards import (
     FITS,
+    MAX_SIZE,
+    ROLES,
     BadImage,
     Split,
     lock_folder,
@@ -59,15 +63,20 @@ def source_options(command, src: click.ParamType | type = FOLDER):
                      help="Folder, zip or plain tar of the data set (SET.zip/inner: a folder inside)."),
         click.option("--out", type=click.Path(path_type=Path), required=True,
                      help="Split folder to write, DATA/<domain>/<split>; the domain is taken from it."),
+        click.option("--source-name", "data_set", metavar="NAME",
+                     help="Of the data set, for results that tell data sets apart (default: --src's folder)."),
         click.option("--part", type=click.Choice(["train", "test"]),
                      help="Training or test images (default: train where <split> is 'train')."),
-        click.option("--size", type=click.IntRange(8, 4096),
+        click.option("--size", type=click.IntRange(8, MAX_SIZE),
                      help="Side of the images in pixels (default: 256; faces keep theirs, else 112)."),
         click.option("--fit", type=click.Choice(FITS),
                      help="How images become square (default: objects crop, faces squash, bodies pad)."),
         click.option("--quality", type=click.IntRange(1, 100), default=95, help="Of JPEGs that are written anew."),
         click.option("--list", "listed", type=FOLDER, metavar="FILE",
                      help="Take only these identities or image names, one a line."),
+        click.option("--classes", type=FOLDER, metavar="FILE",
+                     help="Objects: folder,class lines (CSV or tabs) that gather class folders in coarser classes; "
+                          "other folders are left out."),
         click.option("--holdout", type=Number(0, 1, min_open=True, max_open=True), metavar="SHARE",
                      help="People: share of the identities that training splits leave to test splits. A function of "
                           "--seed and the identity: the same two options give splits that share none."),
@@ -99,6 +108,43 @@ def own_size(records: Records) -> int:
     return sides.pop() if len(sides) == 1 else 112
 
 
+def describe_missing(split: Split) -> list[str]:
+    """What a split lacks of its source: files that are not in it, listed images that became misses, empty classes."""
+    lines, named = [], split.folder / "skipped.csv"
+    if named.exists():
+        with open(named, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            rows = [row for row in csv.reader(file)][1:]
+        lines.append(f"{named} names {len(rows):,} files that could not be used, first {rows[0][0]}: {rows[0][1]}")
+    if misses := int(split.missing.sum()):
+        lines.append(f"{misses:,} listed images could not be read; each counts as a miss")
+    if split.protocol is not None and len(empty := np.flatnonzero(split.counts == 0)):
+        lines.append(f"{len(empty):,} classes have no readable image: {split.classes[empty[0]]}")
+    return lines
+
+
+def describe_mates(split: Split) -> list[str]:
+    """Probes that the rule of re-identification cannot score, and a gallery that enrols nobody."""
+    if (split.protocol or {}).get("name") not in ("reid", "identification"):
+        return []
+    roles, labels = split.optional("role"), np.array(split.labels)
+    probes, gallery = np.flatnonzero(roles == ROLES.index("probe")), np.flatnonzero((roles > 0) & (labels >= 0))
+    enrolled = np.isin(labels[probes], labels[gallery])
+    lines = [] if enrolled.any() else ["WARNING: no probe has a mate in the gallery: there is nothing to score"]
+    if split.protocol["name"] == "reid":
+        camera = split.optional("camera")
+        seen = np.unique(np.stack([labels[gallery], camera[gallery]], 1), axis=0)
+        cameras = dict(zip(*np.unique(seen[:, 0], return_counts=True), strict=True))  # of each identity in the gallery
+        pairs = set(map(tuple, seen.tolist()))
+        own = sum(cameras[label] == 1 and (label, place) in pairs
+                  for label, place in zip(labels[probes[enrolled]].tolist(), camera[probes[enrolled]].tolist(),
+                                          strict=True))
+        if own:
+            lines.append(f"WARNING: every mate of {own:,} of {len(probes):,} probes is of the probe's own camera, "
+                         "which re-identification does not count: these probes are not scored"
+                         + "; there is nothing to score" * bool(own == enrolled.sum()))
+    return lines
+
+
 def report(folder: Path, index: dict, found: int) -> None:
     """The closing table of a preparation, with identities that another split of the same source holds too."""
     skipped = index["skipped"]
@@ -107,6 +153,11 @@ def report(folder: Path, index: dict, found: int) -> None:
     if lost := (index["protocol"] or {}).get("pairs_lost"):
         print(f"  {lost:,} pairs left out: one of their images was skipped")
     split = Split(folder)
+    if split.protocol is None and len(split.classes) == 1:
+        print(f"  WARNING: one class, {split.classes[0]}, which cannot be trained on alone: --src should be the folder "
+              "that holds the class folders")
+    for line in describe_missing(split) + describe_mates(split):
+        print(f"  {line}")
     hashes, first = np.unique(split.column("hash"), return_inverse=True)
     if copies := len(split) - len(hashes):
         label = np.full(len(hashes), -1)
@@ -118,7 +169,8 @@ def report(folder: Path, index: dict, found: int) -> None:
         if (other.protocol is None) == (split.protocol is None):
             continue
         # object classes are meant to be the same, and equal names of two sources prove nothing
-        if split.domain != "object" and other.index["provenance"]["source"] == index["provenance"]["source"]:
+        data_sets = [one.index["provenance"]["data_set"] for one in (split, other)]
+        if split.domain != "object" and set(data_sets[0]) & set(data_sets[1]):
             shared = set(split.classes) & set(other.classes)
             if shared:
                 print(f"  WARNING: train and test overlap, {len(shared):,} identities are in {other.name} too: "
@@ -131,22 +183,43 @@ def report(folder: Path, index: dict, found: int) -> None:
 
 def split_folder(out: Path) -> Path:
     """--out as an absolute path, held until the command ends; InputError where it is no DATA/<domain>/<split>."""
-    if len(out.resolve().parts) < 3 or out.resolve().parts[-2] not in DOMAINS:
+    path = Path(os.path.abspath(out))  # as it was typed: a domain's folder may be a link to a larger disk
+    if len(path.parts) < 3 or path.parts[-2] not in DOMAINS:
         raise InputError(f"--out {out}: want DATA/<domain>/<split> with one of {', '.join(DOMAINS)}, "
                          f"e.g. data/{DOMAINS[1]}/train")
-    click.get_current_context().with_resource(lock_folder(out.resolve(), "--out"))
-    return out.resolve()
+    click.get_current_context().with_resource(lock_folder(path, "--out"))
+    return path
+
+
+# parts of a path that name what all data sets have, with the numbers or patterns of their files
+GENERIC = re.compile(r"(?:(?:train|val|valid|validation|test|data|images?|of)(?:ing)?|[-_.\d*?{}\[\]])+", re.IGNORECASE)
+
+
+def data_set_name(src: Path | str) -> str:
+    """The data set that --src is called after: its last part that tells one set from another."""
+    parts = str(src).split("/") if "://" in str(src) else Path(os.path.abspath(src)).parts[1:]
+    for part in reversed(parts):
+        name = re.sub(r"\.(zip|tar|rec|bin|parquet)$", "", part)
+        if name and not GENERIC.fullmatch(name):
+            return re.sub(r"[-_. ](train|val|test)(ing)?$", "", name)
+    return "unnamed"
 
 
 SELECTION = ("listed", "holdout", "min_images", "max_classes", "max_images")  # the arguments of `select`
 
 
 def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None, fit: str | None,
-            drop_duplicates: bool, **options) -> None:
+            drop_duplicates: bool, data_set: str | None = None, **options) -> None:
     """Run one source function, choose from its images and write its split."""
     out = split_folder(out)
     domain, train = out.parts[-2], (part or ("train" if out.name == "train" else "test")) == "train"
     settings = {key: options.pop(key) for key in ("quality", "seed", "shard_size", "workers")}
+    classes = options.pop("classes", None)
+    if "open_set" in options:
+        options["seed"] = settings["seed"]
+    if classes and (domain != "object" or options.get("real")):
+        raise InputError("--classes gathers classes of objects: leave it out for people" if domain != "object" else
+                         "--real labels are ImageNet's own classes: leave out --classes")
     selection = {key: value for key in SELECTION if (value := options.pop(key)) is not None}
     if "holdout" in selection and domain == "object":
         raise InputError("--holdout keeps people of training and test splits apart; a test split of objects has the "
@@ -155,16 +228,40 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
     source = read(src, domain, train, **options)
     source = replace(bodies.add_single_gallery_shot(source) if shots else source, records=Records(source.records, out))
     if source.records:
+        source = group_classes(source, classes) if classes else source
         source = select(source, train, settings["seed"], **selection)
+    check_classes(source.records.identities, src)
     if size is None:
         size = own_size(source.records) if domain.startswith("face") and source.records else 256
     name = read.__name__.replace("_", "-")  # as on the command line
-    chosen = options | selection | {key: True for key, given in (("drop_duplicates", drop_duplicates),
-                                                                 ("single_gallery_shot", shots)) if given}
+    options.pop("seed", None)
+    found = len(source.records) + sum(source.skipped.values())
+    chosen = options | selection | {"classes": classes}
+    chosen |= {name: True for name, given in (("drop_duplicates", drop_duplicates), ("single_gallery_shot", shots))
+               if given}
     index = write_split(out, source, source_name=name, size=size, fit=fit or FIT[domain], train=train,
                         options={key: str(value) for key, value in chosen.items() if value is not None},
-                        drop_duplicates=drop_duplicates, **settings)
-    report(out, index, len(source.records) + sum(source.skipped.values()))
+                        drop_duplicates=drop_duplicates, data_set=[data_set or data_set_name(src)], **settings)
+    report(out, index, found)
+
+
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def check_classes(names: list[str], src: Path | str) -> None:
+    """InputError where what should be classes are the parts of a data set."""
+    parts = sorted(name for name in names if name.lower() in SPLIT_NAMES)
+    if len(parts) > 1 or len(parts) == len(names) == 1:  # one among others may be a railway's
+        raise InputError(f"--src {src}: its classes would be {', '.join(parts)}, which are the parts of a data set: "
+                         f"give one of them, --src {src}/{parts[0]}, and each its own --out")
+
+
+def open_set_option(command):
+    """--open-set of the sources that take any set of people."""
+    option = click.option("--open-set", type=Number(0, 1, min_open=True, max_open=True), metavar="SHARE",
+                          help="People: leave this share of a test split's identities out of the gallery; their images "
+                               "are probes without a mate, which TPIR@FPIR needs. By --seed and name.")
+    return option(command)
 
 
 @cli.command(help="Class folders: src/<class or person>/**/image. " + folders.folder.__doc__.split("\n\n")[1])
@@ -173,6 +270,7 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
 @click.option("--reference", metavar="SPLIT",
               help="Objects: split whose images classify this one, by class means and neighbours (default: train).")
 @click.option("--ood", is_flag=True, help="Objects: mark a test split as out of distribution, for its retention.")
+@open_set_option
 def folder(**options) -> None:
     prepare(folders.folder, **options)
 
@@ -273,6 +371,7 @@ def deepchange(**options) -> None:
 @source_options
 @shots_option
 @click.option("--table", metavar="NAME", default="persons.csv", help="Of the CSV, inside the source.")
+@open_set_option
 def persons(**options) -> None:
     prepare(bodies.persons, **options)
 
@@ -386,6 +485,8 @@ def verify(directory: Path, workers: int) -> None:
     split = Split(directory)
     print(f"{directory}: all good: {len(split):,} images of {len(split.classes):,} classes in "
           f"{len(split.index['shards'])} shards")
+    for line in describe_missing(split):
+        print(f"  {line}")
 
 
 @cli.command(help="Write a contact sheet: one row a class, its first images.")
@@ -485,7 +586,7 @@ def degrade_command(src: Path | None, out: Path | None, severity: float, min_sev
         raise InputError("want --src SPLIT --out DATA/face_lq/<split>, or --ladder FILE.png, or both")
     if min_severity > severity:
         raise InputError(f"--min-severity {min_severity} is above --severity {severity}")
-    split = Split(src.resolve()) if src else None
+    split = Split(Path(os.path.abspath(src))) if src else None
     if ladder is not None:
         if split:
             rows = np.unique(np.linspace(0, len(split) - 1, 4, dtype=int)).tolist()
@@ -507,7 +608,7 @@ def degrade_command(src: Path | None, out: Path | None, severity: float, min_sev
                    "severity": str(severity), "min_severity": str(min_severity)}
         index = write_split(out, source, source_name="degrade", size=split.size, fit=split.index.get("fit"),
                             quality=quality, train=split.protocol is None, seed=seed, shard_size=shard_size,
-                            workers=workers, options=options)
+                            workers=workers, options=options, data_set=split.index["provenance"]["data_set"])
         report(out, index, len(split))
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep import InputError
+from data_prep.records import Skipped
 from data_prep.shards import BadImage
 
 MAX_BYTES = 1 << 29  # of one file: above every image and list of the field, far below a worker's memory
@@ -32,8 +33,12 @@ class Member:
     read: Callable[[], bytes]  # its bytes; picklable: it runs in a worker process; BadImage where it cannot be used
 
 
-def members(src: Path) -> Iterator[Member]:
-    """Every file below src, sorted by name.
+# what people's machines leave beside images, besides hidden files and folders (._*, .DS_Store, .ipynb_checkpoints)
+LEFTOVERS = {"__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini"}
+
+
+def members(src: Path, skipped: Skipped | None = None) -> Iterator[Member]:
+    """Every file below src, sorted by name; not what machines leave beside images (hidden ones, LEFTOVERS).
 
     Of a folder only the names of one folder after the other are in memory, of an archive all names and offsets, so
     that sources which yield their records can be of any length.
@@ -41,12 +46,13 @@ def members(src: Path) -> Iterator[Member]:
     Args:
         src: a folder, a zip or a plain tar; SET.zip/inner/folder is a folder inside. Where an archive wraps everything
             in one folder of folders, as most are packed, names count from below that folder.
+        skipped: where leftovers, dead links and links in a circle are to be named.
 
     Raises:
         InputError: no such source, or an archive that must not or cannot be read.
     """
     if src.is_dir():
-        return walk(str(src))
+        return walk(str(src), skipped=skipped)
     archive = next((path for path in (src, *src.parents) if path.is_file()), None)
     if archive is None:
         raise InputError(f"--src {src}: no such folder or archive")
@@ -54,7 +60,7 @@ def members(src: Path) -> Iterator[Member]:
     place, numbers, width = {}, array("q"), 0
     for raw, where in listed:
         name, width = safe_name(archive, raw), len(where)
-        if not name.startswith("__MACOSX/"):  # attributes that macOS packs beside the files, under their names
+        if not is_leftover(name, skipped):
             place[name] = len(numbers)  # an archive that was appended to holds older versions first
             numbers.extend(where)
     inner = src.relative_to(archive).as_posix()
@@ -68,20 +74,41 @@ def members(src: Path) -> Iterator[Member]:
             for name in sorted(place) if name.startswith(prefix))
 
 
-def walk(folder: str, prefix: str = "") -> Iterator[Member]:
-    """The files below a folder, sorted by name; linked folders are not entered: they may lead in a circle."""
+def is_leftover(name: str, skipped: Skipped | None) -> bool:
+    """Whether a file is none of the data set's, by the names on its path; it goes to `skipped`."""
+    leftover = any(part.startswith(".") or part in LEFTOVERS for part in name.split("/"))
+    if leftover and skipped is not None:
+        skipped.add(name, "hidden, or left by the system")
+    return leftover
+
+
+def walk(folder: str, prefix: str = "", skipped: Skipped | None = None, above: frozenset = frozenset()
+         ) -> Iterator[Member]:
+    """The files below a folder, sorted by name; linked folders are entered, but for those that they lie in.
+
+    `above`: the folders on the way here, by device and inode.
+    """
     try:
+        here = os.stat(folder)
         with os.scandir(folder) as entries:
             # a folder sorts as its files' names do, which go on with /
-            found = sorted(entry.name + "/" * entry.is_dir(follow_symlinks=False) for entry in entries)
+            found = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
     except OSError as error:
         raise InputError(f"--src {folder}: cannot be read ({error.strerror})") from error
+    if (here.st_dev, here.st_ino) in above:
+        if skipped is not None:
+            skipped.add(prefix[:-1], "link in a circle")
+        return
     for name in found:
         path = os.path.join(folder, name)
         if name.endswith("/"):
-            yield from walk(path[:-1], prefix + name)
+            yield from walk(path[:-1], prefix + name, skipped, above | {(here.st_dev, here.st_ino)})
+        elif is_leftover(prefix + name, skipped):
+            continue
         elif os.path.isfile(path):
             yield Member(prefix + name, partial(read_range, path))
+        elif skipped is not None:
+            skipped.add(prefix + name, "dead link" if os.path.islink(path) else "not a regular file")
 
 
 def read_text(member: Member) -> str:

@@ -12,15 +12,15 @@ the probe's person and camera are ignored. Where a set has more published ways o
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from data_prep import InputError
 from data_prep.archives import members
-from data_prep.folders import image_suffixes
+from data_prep.folders import image_suffixes, strangers
 from data_prep.lists import below, find, images_of, read_lines, read_table
+from data_prep.records import Skipped
 from data_prep.shards import ROLES, Record, Source
 
 MARKET_NAME = re.compile(r"(-1|\d+)_c(\d{1,9})")
@@ -34,7 +34,8 @@ def market(src: Path, domain: str, train: bool) -> Source:
     which its authors have withdrawn, has the same layout: 16,522, 2,228 and 17,661, no junk.
     Source: the torchreid and fast-reid readers of the two.
     """
-    skipped, records, endings, files = Counter(), [], image_suffixes(), list(members(src))
+    skipped, records, endings = Skipped(), [], image_suffixes()
+    files = list(members(src, skipped))
     for name, role in (("bounding_box_train", None),) if train else (("query", 0), ("bounding_box_test", 1)):
         inside = [m for m in files if m.name.startswith(f"{name}/") and m.name.count("/") == 1]
         if not inside:
@@ -44,13 +45,13 @@ def market(src: Path, domain: str, train: bool) -> Source:
             file = PurePosixPath(member.name)
             match = MARKET_NAME.match(file.name)
             if file.suffix.lower() not in endings:
-                skipped["not an image by its name"] += 1
+                skipped.add(member.name, "not an image by its name")
             elif not match:
-                skipped["name is not Market-1501's"] += 1
+                skipped.add(member.name, "name is not Market-1501's")
             elif match[1] == "-1":
-                skipped["junk (person -1)"] += 1
+                skipped.add(member.name, "junk (person -1)")
             elif int(match[1]) == 0 and role != 1:
-                skipped["distractor (person 0) outside the gallery"] += 1
+                skipped.add(member.name, "distractor (person 0) outside the gallery")
             else:
                 distractor = int(match[1]) == 0
                 records.append(Record(member.read, member.name, None if distractor else match[1],
@@ -58,12 +59,16 @@ def market(src: Path, domain: str, train: bool) -> Source:
     return Source(records, None if train else {"name": "reid"}, skipped=skipped)
 
 
-def reid(src: Path, records: list[Record], train: bool, skipped: Counter | None = None, **protocol) -> Source:
-    """The source of these records; InputError where a test split lacks probes or a gallery."""
+def reid(src: Path, records: list[Record], train: bool, skipped: Skipped | None = None, **protocol) -> Source:
+    """The source of these records; InputError where a test split lacks probes or a gallery.
+
+    `skipped`: what did not fit among the files of a folder; None: a list names the images.
+    """
     for role in (0, 1) if not train else ():
         if not any(record.role == role for record in records):
             raise InputError(f"--src {src}: no {ROLES[role]} images for the test split")
-    return Source(records, None if train else {"name": "reid", **protocol}, skipped=skipped or Counter())
+    return Source(records, None if train else {"name": "reid", **protocol},
+                  skipped=Skipped() if skipped is None else skipped, listed=skipped is None)
 
 
 def add_single_gallery_shot(source: Source) -> Source:
@@ -199,12 +204,16 @@ def deepchange(src: Path, domain: str, train: bool, val: bool = False) -> Source
     return reid(src, records, train)
 
 
-def persons(src: Path, domain: str, train: bool, table: str = "persons.csv") -> Source:
+def persons(src: Path, domain: str, train: bool, table: str = "persons.csv", open_set: float | None = None,
+            seed: int = 0) -> Source:
     """Any set of persons: a CSV `path,person,camera[,clothes][,role]` in the source, and the images that it names.
 
     `role` is train, probe, gallery or distractor (a distractor needs no person and is nobody's match); rows without a
-    role are training images. Cameras and clothes may be any words. The test split is scored as Market-1501.
+    role are training images. Cameras and clothes may be any words. The test split is scored as Market-1501; with
+    `open_set`, all images of that share of its people become probes, and TPIR is scored, too.
     """
+    if open_set and train:
+        raise InputError("--open-set says who of a test split is not enrolled: add --part test or leave it out")
     files = below(src, "the list of persons is a CSV path,person,camera[,clothes][,role]; --table names another one in "
                        "the source", table)
     rows, lines = [], {}
@@ -220,9 +229,11 @@ def persons(src: Path, domain: str, train: bool, table: str = "persons.csv") -> 
         rows.append((find(files, path, where), role, row))
     camera = number(row["camera"] for _, _, row in rows)
     clothes = number((row["person"], row.get("clothes", "")) for _, _, row in rows)
+    people = sorted({row["person"] for _, role, row in rows if role in ("probe", "gallery")})
+    unknown = {name for name, out in zip(people, strangers(people, open_set or 0.0, seed), strict=True) if out}
     records = [Record(image.read, image.name, None if role == "distractor" else row["person"],
                       camera=camera(row["camera"]),
                       clothes=clothes((row["person"], row["clothes"])) if row.get("clothes") else None,
-                      role=None if train else ROLES.index(role))
+                      role=None if train else 0 if row["person"] in unknown else ROLES.index(role))
                for image, role, row in rows if (role == "train") == train]
-    return reid(src, records, train)
+    return reid(src, records, train, **({"open_set": open_set, "seed": seed} if open_set else {}))

@@ -159,7 +159,7 @@ def degraded_sample(folder: Path, row: int, severity: tuple[float, float], seed:
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=quality)
     shard = Path(split.index["shards"][int(split.shard[row])]["file"])  # of a merged split it is a neighbour's
     name = f"{split.domain}/{shard.parent.name or split.name}/{split.jpeg(row)[0]}"
-    return out.getvalue(), {"degradation": draws | {"from": name}}
+    return out.getvalue(), {"degradation": draws | {"from": name}, "source": split.fields(row).get("source")}
 
 
 def degraded_split(split: Split, severity: tuple[float, float], seed: int, quality: int) -> Source:
@@ -188,7 +188,7 @@ def degraded_split(split: Split, severity: tuple[float, float], seed: int, quali
     pairs = split.column("pairs").tolist() if "pairs" in listed else []
     tables = {name: np.array(split.column(name)) for name in sorted(listed - {"pairs"})}
     names = dict(zip(split.classes, split.names, strict=True))
-    return Source(records(), protocol, pairs, names=names, tables=tables)
+    return Source(records(), protocol, pairs, names=names, tables=tables, listed=bool((protocol or {}).get("misses")))
 
 
 def draw_ladder(path: Path, images: list[Tensor], seed: int, steps: int = 6) -> None:

@@ -5,7 +5,6 @@ import io
 import math
 import posixpath
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -16,6 +15,7 @@ from PIL import Image
 from data_prep import InputError
 from data_prep.archives import Member, members, read_text
 from data_prep.folders import image_suffixes, scan
+from data_prep.records import Skipped
 from data_prep.shards import BadImage, Record, Source, open_image
 
 
@@ -54,13 +54,19 @@ def ten_folds(pairs: int) -> list[int]:
     return np.repeat(np.arange(10), [len(part) for part in np.array_split(np.arange(pairs), 10)]).tolist()
 
 
+def deal_folds(same: np.ndarray) -> np.ndarray:
+    """Ten consecutive folds of pairs; every tenth pair where a part would hold one kind alone."""
+    folds = np.array(ten_folds(len(same)), dtype=np.int64)
+    return folds if len(set(zip(folds.tolist(), same.tolist(), strict=True))) == 20 else np.arange(len(same)) % 10
+
+
 def lfw(src: Path, domain: str, train: bool, pairs: Path | None = None) -> Source:
     """Labeled Faces in the Wild: person folders `<Name>/<Name>_0001.jpg` and, for a test split, its `pairs.txt`.
 
     A test split is verified on the pairs, by fold. Expected: 13,233 images of 5,749 people; 6,000 pairs in 10 folds.
     Source: Huang et al. 2007; facenet, `src/lfw.py`.
     """
-    skipped = Counter()
+    skipped = Skipped()
     if train:
         if pairs is not None:
             raise InputError("--pairs goes with a test split: add --part test or leave it out")
@@ -211,16 +217,14 @@ def pairs(src: Path, domain: str, train: bool, pairs: Path) -> Source:
                                  "belong together?")
         rows.append((*(place.setdefault(name, len(place)) for name in ends), same, fold))
     folds = [fold for *_, fold in rows]
-    if None in folds:
-        folds = ten_folds(len(rows))
-        if len({(fold, same) for fold, (_, _, same, _) in zip(folds, rows, strict=True)}) < 20:  # genuine ones first
-            folds = [number % 10 for number in range(len(rows))]
-    numbers = {fold: number for number, fold in enumerate(sorted(set(folds)))}
-    rows = [(a, b, same, numbers[fold]) for (a, b, same, _), fold in zip(rows, folds, strict=True)]
+    dealt = None in folds
+    numbers = {fold: number for number, fold in enumerate(sorted(set(folds)))} if not dealt else dict.fromkeys(folds, 0)
+    rows = [(a, b, same, numbers[fold]) for a, b, same, fold in rows]
     names = list(place)
     records = [Record(files[name].read, name, person)
                for name, person in zip(names, name_people(names, rows), strict=True)]
-    return Source(records, {"name": "verification", "folds": len(numbers)}, rows)
+    return Source(records, {"name": "verification", "folds": len(set(numbers.values()))}, rows,
+                  deal=deal_folds if dealt else None)
 
 
 # ---------------------------------------------------------------- search among distractors
@@ -234,19 +238,19 @@ def tinyface(src: Path, domain: str, train: bool) -> Source:
     2,570 people; 3,728 probes, 4,443 matches, 153,428 distractors.
     Source: Cheng et al. 2018; AdaFace, `validation_lq/tinyface_helper.py`.
     """
-    records, skipped, endings = [], Counter(), image_suffixes()
+    records, skipped, endings = [], Skipped(), image_suffixes()
     roles = {"Probe": 0, "Gallery_Match": 1, "Gallery_Distractor": 2}
-    for member in members(src):
+    for member in members(src, skipped):
         part, kind, name = (*member.name.split("/", 2), "", "")[:3]
         if part != ("Training_Set" if train else "Testing_Set") or not (name and (train or kind in roles)):
             continue
         number = re.match(r"(\d+)_", name)
         if PurePosixPath(name).suffix.lower() not in endings:
-            skipped["not an image by its name"] += 1
+            skipped.add(member.name, "not an image by its name")
         elif train:
             records.append(Record(member.read, member.name, kind))
         elif kind != "Gallery_Distractor" and not number:
-            skipped["name is not TinyFace's"] += 1
+            skipped.add(member.name, "name is not TinyFace's")
         else:
             person = None if kind == "Gallery_Distractor" else number[1]
             records.append(Record(member.read, member.name, person, role=roles[kind]))
@@ -384,4 +388,4 @@ def ijb(src: Path, domain: str, train: bool) -> Source:
         tables["template_gallery"] = np.array([(t, g) for g, found in enumerate(galleries) for t in sorted(found)])
         tables["template_probes"] = np.array([[t] for found in probes for t in sorted(found)])
     protocol = {"name": "templates", "pairs": len(pairs), "galleries": len(galleries) if probes else 0}
-    return Source(records(), protocol, tables=tables)
+    return Source(records(), protocol, tables=tables, listed=True)

@@ -6,10 +6,8 @@ import pickle
 import re
 import struct
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,8 @@ import numpy as np
 from data_prep import InputError
 from data_prep.archives import check_size, read_range
 from data_prep.faces import ten_folds
-from data_prep.folders import search_roles
+from data_prep.folders import deal_roles
+from data_prep.records import Skipped
 from data_prep.shards import BadImage, Record, Source
 
 # ---------------------------------------------------------------- RecordIO
@@ -134,19 +133,19 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
     rec = next((path for path in found if path.name == "train.rec"), found[0] if len(found) == 1 else None)
     if rec is None or not rec.is_file():
         raise InputError(f"--src {src}: want a folder with train.rec (and train.idx, property), or one .rec file")
-    keys, offsets, people, skipped, announced = array("q"), array("q"), array("q"), Counter(), ()
+    keys, offsets, people, skipped, announced = array("q"), array("q"), array("q"), Skipped(), ()
     file = os.open(rec, os.O_RDONLY)
     try:
         for key, offset in read_offsets(rec):
             try:
                 labels, image = peek(file, offset)
             except BadImage as error:
-                skipped[str(error)] += 1
+                skipped.add(f"{rec.name}:{key}", str(error))
                 continue
             if not image:
                 announced = announced or (labels if key == 0 else (0, 0))
             elif not (labels[0].is_integer() and 0 <= labels[0] < 2**62):
-                skipped["its label is no whole number"] += 1
+                skipped.add(f"{rec.name}:{key}", "its label is no whole number")
             else:
                 people.append(int(labels[0]))
                 keys.append(key)
@@ -161,10 +160,10 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
     classes = re.match(rb"(\d{1,9}),\d+,\d+", note.read_bytes()[:99]) if note.is_file() else None
     if classes and int(classes[1]) != len(set(people)):
         print(f"  note: {note} says {int(classes[1]):,} people, the records name {len(set(people)):,}")
-    roles = repeat(None) if train else search_roles(people)
-    records = (Record(partial(read_record, rec, offset), f"{rec.name}:{key}", f"{person:07d}", role=role)
-               for key, offset, person, role in zip(keys, offsets, people, roles, strict=False))
-    return Source(records, None if train else {"name": "identification"}, skipped=skipped)
+    records = (Record(partial(read_record, rec, offset), f"{rec.name}:{key}", f"{person:07d}")
+               for key, offset, person in zip(keys, offsets, people, strict=True))
+    return Source(records, None if train else {"name": "identification"}, skipped=skipped,
+                  deal=None if train else deal_roles)
 
 
 # ---------------------------------------------------------------- verification sets

@@ -7,13 +7,13 @@ is absolute is simply not there.
 import csv
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from data_prep import InputError
 from data_prep.archives import Member, members
 from data_prep.folders import image_suffixes
+from data_prep.records import Skipped
 
 
 def place_of(src: Path, layout: str, *landmarks: str) -> tuple[str, str]:
@@ -42,25 +42,25 @@ def below(src: Path, layout: str, *landmarks: str) -> dict[str, Member]:
     return {file.name[len(top):]: file for file in members(src) if file.name.startswith(top)}
 
 
-def match_images(files: Iterable[tuple[str, Member]], pattern: re.Pattern, kind: str, skipped: Counter,
+def match_images(files: Iterable[tuple[str, Member]], pattern: re.Pattern, kind: str, skipped: Skipped,
                  folders: tuple[str, ...] = ("",)) -> Iterator[tuple[re.Match, Member]]:
-    """The images in these folders whose whole name fits the pattern; others are counted in `skipped` by reason."""
+    """The images in these folders whose whole name fits the pattern; others go to `skipped`."""
     endings = image_suffixes()
     for name, member in files:
         if not name.startswith(folders):
             continue
         if PurePosixPath(name).suffix.lower() not in endings:
-            skipped["not an image by its name"] += 1
+            skipped.add(member.name, "not an image by its name")
         elif match := pattern.fullmatch(name):
             yield match, member
         else:
-            skipped[f"name is not {kind}'s"] += 1
+            skipped.add(member.name, f"name is not {kind}'s")
 
 
 def images_of(files: dict[str, Member], pattern: re.Pattern, kind: str, folders: tuple[str, ...] = ("",)
-              ) -> tuple[list[tuple[re.Match, Member]], Counter]:
+              ) -> tuple[list[tuple[re.Match, Member]], Skipped]:
     """As `match_images`, all at once, and what was left out."""
-    skipped = Counter()
+    skipped = Skipped()
     return list(match_images(files.items(), pattern, kind, skipped, folders)), skipped
 
 

@@ -6,6 +6,7 @@ the data root can be moved as a whole and its parts cannot be renamed. What its 
 
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter, defaultdict
 from itertools import pairwise
@@ -69,7 +70,7 @@ def join_classes(splits: list[Split], same_names: bool) -> tuple[list[str], list
 
 def check_parts(folder: Path, parts: list[Path], same_names: bool) -> list[Split]:
     """The splits to be merged, opened; InputError where they cannot be."""
-    parts = [part.resolve() for part in parts]
+    parts = [Path(os.path.abspath(part)) for part in parts]
     if len(set(parts)) < 2 or len(set(parts)) < len(parts):
         raise InputError("want two splits or more, each once")
     splits = [Split(part) for part in parts]
@@ -118,6 +119,7 @@ def merged(folder: Path, splits: list[Split], same_names: bool) -> tuple[dict, d
         found = {json.dumps(split.index[key]) for split in splits}
         return splits[0].index[key] if len(found) == 1 else "mixed"
 
+    data_sets = [name for split in splits for name in split.index["provenance"]["data_set"]]
     parts = [{"split": split.name, "samples": len(split), "shards": len(split.index["shards"]),
               "plan": split.index["provenance"]["plan"]} for split in splits]
     plan = hashlib.sha256(json.dumps([FORMAT, VERSION, parts, same_names]).encode()).hexdigest()
@@ -128,8 +130,9 @@ def merged(folder: Path, splits: list[Split], same_names: bool) -> tuple[dict, d
         "shards": [shard | {"file": f"../{split.name}/{shard['file']}"} for split in splits
                    for shard in split.index["shards"]],
         "columns": sorted(columns), "protocol": None, "skipped": {}, "merged": parts,
-        "provenance": {"source": "merge", "options": {"same_names": str(same_names)}, "version": VERSION, "seed": None,
-                       "order": "parts", "plan": plan},
+        "provenance": {"source": "merge", "data_set": list(dict.fromkeys(data_sets)),
+                       "options": {"same_names": str(same_names)}, "version": VERSION, "seed": None, "order": "parts",
+                       "plan": plan},
     }
     return index, columns
 
@@ -145,7 +148,7 @@ def merge_splits(folder: Path, parts: list[Path], same_names: bool) -> list[Spli
     Raises:
         InputError: they cannot be merged, or the folder holds images of its own.
     """
-    folder = folder.resolve()
+    folder = Path(os.path.abspath(folder))  # as it was typed: the domain may be a link to another disk
     splits = check_parts(folder, parts, same_names)
     if folder.exists() and any(folder.iterdir()) and not is_merged(folder):
         raise InputError(f"{folder} already holds something else: remove it or choose another --out")
@@ -167,7 +170,7 @@ def is_merged(folder: Path) -> bool:
 
 def verify_merged(split: Split, workers: int) -> list[str]:
     """What is wrong with a merged split: with its parts, or with what it says of them."""
-    folder = split.folder.resolve()
+    folder = Path(os.path.abspath(split.folder))
     try:
         parts = [folder.parent / Path(part["split"]).name for part in split.index["merged"]]
         same_names = split.index["provenance"]["options"]["same_names"] == "True"

@@ -21,8 +21,9 @@ from typing import BinaryIO
 
 from data_prep import InputError
 from data_prep.archives import members
-from data_prep.folders import image_suffixes, search_roles
+from data_prep.folders import deal_roles, image_suffixes
 from data_prep.lists import below, images_of, match_images, place_of, read_json, read_lines, read_table
+from data_prep.records import Skipped
 from data_prep.shards import BadImage, Record, Source, open_image
 
 LARGEST_LABELS = 2**24  # bytes of a list of labels; ReaL's has 630,000
@@ -43,7 +44,7 @@ def imagenet_wnids() -> list[str]:
     return list(imagenet_classes())
 
 
-def split_of(records: Iterable[Record], domain: str, train: bool, skipped: Counter, names: dict[str, str],
+def split_of(records: Iterable[Record], domain: str, train: bool, skipped: Skipped, names: dict[str, str],
              reference: str | None = None, ood: bool = False, **protocol) -> Source:
     """Labelled images as a split: for training, or scored as classification (objects) or identification (people).
 
@@ -56,10 +57,7 @@ def split_of(records: Iterable[Record], domain: str, train: bool, skipped: Count
     if domain == "object":
         classification = {"name": "classification", "reference": reference or "train", "ood": ood, **protocol}
         return Source(records, classification, skipped=skipped, names=names)
-    records = list(records)
-    roles = search_roles([record.identity for record in records])
-    records = [replace(record, role=role) for record, role in zip(records, roles, strict=True)]
-    return Source(records, {"name": "identification"}, skipped=skipped, names=names)
+    return Source(records, {"name": "identification"}, skipped=skipped, names=names, deal=deal_roles)
 
 
 # ---------------------------------------------------------------- ImageNet and its test sets
@@ -116,7 +114,7 @@ def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, 
                            f"ILSVRC/Data/CLS-LOC/{part}", part)
     lists = {file.name[len(top):]: file for file in members(src) if file.name in (f"{top}{n}" for n in KAGGLE_LISTS)}
     solution, mapping = (name if name in lists else None for name in KAGGLE_LISTS)
-    wnids, names, skipped = {}, {}, Counter()
+    wnids, names, skipped = {}, {}, Skipped()
     columns = ("ImageId", "PredictionString")
     for where, row in read_table(src, lists, solution, columns) if solution and not train else ():
         wnids[row["ImageId"]] = row["PredictionString"].partition(" ")[0]
@@ -130,7 +128,7 @@ def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, 
         extra = {"real": hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16]}
 
     def records() -> Iterator[Record]:
-        files = ((file.name[len(top):], file) for file in members(src) if file.name.startswith(top))
+        files = ((file.name[len(top):], file) for file in members(src, skipped) if file.name.startswith(top))
         for m, member in match_images(files, pattern, "ImageNet", skipped, (f"{folder}/",)):
             wnid, read = m["wnid"] or wnids.get(m["image"]), member.read
             if not wnid and solution:
@@ -243,12 +241,14 @@ def objectnet(src: Path, domain: str, train: bool, reference: str | None = None)
         raise InputError(f"{src}/mappings: the four files do not fit together ({error}): restore them from the data "
                          "set") from error
     found, skipped = images_of(files, re.compile(r"images/([^/]+)/[^/]+"), "ObjectNet", ("images/",))
-    skipped["class that ImageNet lacks"] = sum(m[1] not in groups for m, _ in found)
+    for m, member in found:
+        if m[1] not in groups:
+            skipped.add(member.name, "class that ImageNet lacks")
     records = [Record(partial(inside_border, member.read, 2), member.name, groups[m[1]][0])
                for m, member in found if m[1] in groups]
     names = {group[0]: folder_label[folder] for folder, group in groups.items()}
     several = {group[0]: group for group in groups.values() if len(group) > 1}
-    return split_of(records, domain, train, +skipped, names, reference, ood=True, groups=several)
+    return split_of(records, domain, train, skipped, names, reference, ood=True, groups=several)
 
 
 def class_of(label: object, wnids: bool, where: str) -> str | None:
@@ -313,7 +313,7 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
     else:
         raise InputError(f"--src {src}: want a .parquet file or the folder that holds them (they are not read in "
                          "archives)")
-    names, skipped, blocks = {}, Counter(), []
+    names, skipped, blocks = {}, Skipped(), []
 
     def records() -> Iterator[Record]:
         count = 0
@@ -324,7 +324,7 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
                     where = f"{name}, row group {group}, row {row}"
                     identity = class_of(label, wnids, f"{src}/{where}")
                     if identity is None:
-                        skipped["no label"] += 1
+                        skipped.add(where, "no label")
                     else:
                         yield Record(partial(parquet_image, str(src / name), column, group, row), where, identity)
                         count += 1
@@ -507,7 +507,7 @@ def webdataset(src: str, domain: str, train: bool, label_key: str = "label", wni
     opens (read twice: once for the labels, then image by image). A label is a number (below 0: none) or a word. Source:
     the format of the webdataset library.
     """
-    urls, skipped, endings = list_tars(src), Counter(), image_suffixes()
+    urls, skipped, endings = list_tars(src), Skipped(), image_suffixes()
 
     def records() -> Iterator[Record]:
         for url in urls:
@@ -517,13 +517,13 @@ def webdataset(src: str, domain: str, train: bool, label_key: str = "label", wni
                     fields = {name.name.partition(".")[2].lower(): (offset, size) for name, offset, size in parts}
                     image = next((field for field in fields if f".{field}" in endings), None)
                     if image is None:
-                        skipped["sample without an image"] += 1
+                        skipped.add(f"{url}: {key}", "sample without an image")
                         continue
                     label = field_label(file, url, fields, label_key)
                     if (identity := class_of(label, wnids, f"{url}: {key}")) is None:
-                        skipped["no label"] += 1
+                        skipped.add(f"{url}: {key}", "no label")
                     elif fields[image][1] > LARGEST_IMAGE:
-                        skipped[f"larger than {LARGEST_IMAGE >> 20} MiB"] += 1
+                        skipped.add(f"{url}: {key}", f"larger than {LARGEST_IMAGE >> 20} MiB")
                     else:
                         yield Record(partial(read_range, url, *fields[image]), f"{url}: {key}", identity)
 

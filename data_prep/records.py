@@ -1,5 +1,6 @@
 """The images of a source before they are read: held compactly, and chosen by identity, by list and by content."""
 
+import csv
 import hashlib
 import os
 import pickle
@@ -17,6 +18,19 @@ from data_prep import InputError, progress
 
 if TYPE_CHECKING:
     from data_prep.shards import Record, Source
+
+
+class Skipped(Counter):
+    """Files that are left out, counted by reason. `add` also names them, in a nameless file, for `skipped.csv`."""
+
+    file = None
+
+    def add(self, name: str, reason: str) -> None:
+        self[reason] += 1
+        if self.file is None:
+            self.file = tempfile.TemporaryFile(  # noqa: SIM115
+                "w+", newline="", encoding="utf-8", errors="surrogateescape")
+        csv.writer(self.file, lineterminator="\n").writerow((name, reason))
 
 
 class Records(Sequence):
@@ -43,22 +57,33 @@ class Records(Sequence):
         ends = np.frombuffer(start, dtype=np.int64)
         self.start, self.length = ends[:-1], np.diff(ends).astype(np.int32)
         self.identity, self.role = np.frombuffer(identity, dtype=np.int32), np.frombuffer(role, dtype=np.int8)
-        self.identities = list(numbers)[1:]
+        self.identities, self.names = list(numbers)[1:], {}
 
     def __len__(self) -> int:
         return len(self.start)
 
     def __getitem__(self, place: int) -> "Record":
         # our own file, which nobody else can reach: no pickle of a stranger is ever loaded here
-        return pickle.loads(os.pread(self.file.fileno(), int(self.length[place]), int(self.start[place])))
+        record = pickle.loads(os.pread(self.file.fileno(), int(self.length[place]), int(self.start[place])))
+        return replace(record, identity=self.names.get(record.identity)) if self.names else record
 
     def take(self, keep: np.ndarray) -> "Records":
         """The records at these places (or where this mask is true), of the same file."""
         part = object.__new__(Records)
-        part.file, part.identities = self.file, self.identities
+        part.file, part.identities, part.names = self.file, self.identities, self.names
         part.start, part.length, part.identity, part.role = (
             column[keep] for column in (self.start, self.length, self.identity, self.role)
         )
+        return part
+
+    def rename(self, names: dict[str, str]) -> "Records":
+        """The same records under other identities; `names` has all that are there."""
+        part = self.take(slice(None))
+        part.names = names
+        part.identities = list(dict.fromkeys(names[name] for name in self.identities if name in names))
+        place = {name: i for i, name in enumerate(part.identities)}
+        number = [place.get(names.get(name), -1) for name in self.identities]
+        part.identity = np.array([*number, -1], dtype=np.int32)[self.identity]
         return part
 
     def labels(self) -> tuple[list[str], np.ndarray]:
@@ -71,8 +96,8 @@ class Records(Sequence):
         return classes, label[self.identity]
 
 
-def restrict(source: "Source", keep: np.ndarray, reason: str) -> "Source":
-    """The source without the records where `keep` is false, which count as skipped for this reason.
+def restrict(source: "Source", keep: np.ndarray, reason: str, named: bool = False) -> "Source":
+    """The source without the records where `keep` is false, which count as skipped for this reason, or are `named`.
 
     Pairs keep their order: an end that is gone becomes -1, and the writer leaves such pairs out and counts them.
     """
@@ -86,14 +111,17 @@ def restrict(source: "Source", keep: np.ndarray, reason: str) -> "Source":
         pairs[:, :2] = np.where((ends >= 0) & keep[ends], before[ends], -1)
         pairs = pairs.tolist()
     blocks = np.unique(before[source.blocks]) if source.blocks else np.array([], dtype=int)
-    return replace(source, records=source.records.take(keep), pairs=pairs,
-                   blocks=blocks[blocks < keep.sum()].tolist(),
-                   skipped=source.skipped + Counter({reason: int((~keep).sum())}))
+    if named:
+        for place in np.flatnonzero(~keep):
+            source.skipped.add(source.records[place].name, reason)
+    else:
+        source.skipped[reason] += int((~keep).sum())
+    return replace(source, records=source.records.take(keep), pairs=pairs, blocks=blocks[blocks < keep.sum()].tolist())
 
 
 def draw(seed: int, identity: str) -> float:
     """A number 0..1 that belongs to an identity, whatever else its set holds and however it was filtered."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{identity}".encode()).digest()[:8]) / 2**64
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{identity}".encode(errors="surrogateescape")).digest()[:8]) / 2**64
 
 
 def read_list(path: Path) -> dict[str, int]:
@@ -126,6 +154,41 @@ def in_list(records: Records, path: Path) -> np.ndarray:
         raise InputError(f"--list {path}, line {listed[name]}: {name[:80]!r} is neither an identity nor an image of "
                          "the source: do the list and --src belong together?")
     return by_identity[records.identity] | by_name
+
+
+def read_classes(path: Path) -> dict[str, str]:
+    """`folder,class` lines, as CSV or with tabs: the class of each folder."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        mark = "\t" if lines and "\t" in lines[0] else ","
+        rows = [(number, [field.strip() for field in row])
+                for number, row in enumerate(csv.reader(lines, delimiter=mark, strict=True), 1) if any(row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--classes {path}: cannot be read ({error})") from error
+    classes: dict[str, str] = {}
+    for number, row in rows:
+        if len(row) != 2 or not all(row):
+            raise InputError(f"--classes {path}, line {number}: want folder,class, found {','.join(row)[:60]!r}")
+        if classes.setdefault(row[0], row[1]) != row[1]:
+            raise InputError(f"--classes {path}, line {number}: {row[0][:60]!r} is {classes[row[0]][:60]!r} further up")
+    return classes
+
+
+def group_classes(source: "Source", path: Path) -> "Source":
+    """The source by the coarser classes of --classes; folders that the file does not name are left out."""
+    classes, found = read_classes(path), set(source.records.identities)
+    if (first := next(iter(classes), "")) not in found and list(classes.values()).count(classes.get(first)) == 1:
+        classes.pop(first, None)  # a header
+    if not found & set(classes):
+        raise InputError(f"--classes {path}: names none of the {len(found):,} class folders of the source, such as "
+                         f"{min(found, default='')[:60]!r}")
+    if unknown := sorted(set(classes) - found):
+        print(f"  --classes {path}: {len(unknown):,} of its folders are not in the source: {', '.join(unknown[:10])}"
+              + ", ..." * (len(unknown) > 10))
+    keep = np.array([*(name in classes for name in source.records.identities), False])[source.records.identity]
+    source = restrict(source, keep, "folder not in --classes")
+    protocol = source.protocol and {key: value for key, value in source.protocol.items() if key != "groups"}
+    return replace(source, records=source.records.rename(classes), names={}, protocol=protocol)
 
 
 def rank_in_group(group: np.ndarray) -> np.ndarray:
@@ -187,7 +250,9 @@ def select(source: "Source", train: bool, seed: int, *, listed: Path | None = No
     if max_images is not None:
         records = source.records
         rank = rank_in_group(records.identity.astype(np.int64) * 8 + records.role)
-        keep((rank < max_images) | (records.identity < 0), "image beyond --max-images", f"--max-images {max_images}")
+        first = 0 if source.deal is None or len(source.pairs) else 1  # the gallery, a role of its own
+        keep((rank < max_images + first) | (records.identity < 0), "image beyond --max-images",
+             f"--max-images {max_images}")
     return source
 
 

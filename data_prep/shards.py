@@ -36,7 +36,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_prep import DOMAINS, InputError, progress
-from data_prep.records import Records, first_copies, restrict
+from data_prep.records import Records, Skipped, first_copies, restrict
 
 FORMAT = "imic-shards/1"
 VERSION = "0.1"  # of data_prep, recorded with every split
@@ -52,6 +52,7 @@ TABLES = {
 FITS = ("crop", "squash", "pad")
 # raster formats alone: Pillow would hand PostScript to an interpreter, whatever a file is called
 READABLE = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+MAX_SIZE = 4096  # pixels
 OPEN_SHARDS = 64  # files that a split keeps open at once: far below the usual limit of 1024 a process
 # fork where it is safe and quick; named, because the default differs between systems and Python versions
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -88,10 +89,14 @@ class Source:
     records: Iterable[Record]  # a list, or, for sets that are no list in memory, anything that yields them once
     protocol: dict | None = None  # {"name": ..., options}; None: a training split
     pairs: list[tuple[int, int, int, int]] = field(default_factory=list)  # left, right (places in records), same, fold
-    skipped: Counter = field(default_factory=Counter)  # files left out by reason, before reading
+    skipped: Skipped = field(default_factory=Skipped)  # files left out, before reading
     names: dict[str, str] = field(default_factory=dict)  # identity -> a name for people and prompts
     blocks: list[int] = field(default_factory=list)  # first places of runs of records that are cheap to read together
     tables: dict[str, np.ndarray] = field(default_factory=dict)  # TABLES without rows: written as they are
+    # what is dealt among the images that could be read: the roles, of (labels [M], class names), or, where there are
+    # pairs, their folds, of (same [P]); None: roles and folds stand in the data set
+    deal: Callable[..., np.ndarray] | None = None
+    listed: bool = False  # a list of the protocol names the images: one that cannot be read stays there, as a miss
 
 
 # ---------------------------------------------------------------- one image
@@ -237,10 +242,18 @@ def read_image(record: Record) -> tuple[bytes, dict]:
     return data if isinstance(data, tuple) else (data, {})
 
 
+@cache
+def placeholder(size: int) -> bytes:
+    """The JPEG of a listed image that could not be read: grey. Its hash in the index is 0, and no reader shows it."""
+    out = io.BytesIO()
+    Image.new("L", (size, size), 128).save(out, "JPEG")
+    return out.getvalue()
+
+
 def write_shard(folder: Path, number: int, first: int, records: list[Record], labels: list[int],
                 settings: dict) -> int:
     """Write shard `number`, atomically, then its part of the index under .parts/; returns how many records it took."""
-    name, rows, skipped = f"shard-{number:06d}.tar", [], Counter()
+    name, rows, skipped = f"shard-{number:06d}.tar", [], []
     temporary = folder / f"{name}.{os.getpid()}.tmp"
     with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
 
@@ -256,8 +269,10 @@ def write_shard(folder: Path, number: int, first: int, records: list[Record], la
                 original, fields = read_image(record)
                 data = fit_image(original, settings["size"], settings["fit"], settings["quality"])
             except BadImage as error:
-                skipped[str(error)] += 1
-                continue
+                skipped.append((record.name, str(error)))
+                if not settings["listed"]:
+                    continue
+                original, data, fields = None, placeholder(settings["size"]), {"unreadable": str(error)}
             key = f"{place:09d}"  # the place in the source's order: a skipped image leaves a gap
             meta = {"key": key, "domain": settings["domain"], "label": label, "identity": record.identity,
                     "source": settings["source"]}
@@ -265,7 +280,7 @@ def write_shard(folder: Path, number: int, first: int, records: list[Record], la
             offset = add(f"{key}.jpg", data)
             add(f"{key}.json", json.dumps(meta | optional | fields).encode())
             rows.append([place, offset, len(data), label, *(optional.get(c, -1) for c in OPTIONAL),
-                         content_hash(original)])
+                         content_hash(original) if original is not None else 0])
     with open(temporary, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
@@ -304,7 +319,7 @@ def random_order(n: int, blocks: list[int], seed: int) -> np.ndarray:
 
 def write_split(folder: Path, source: Source, *, source_name: str, size: int, fit: str, quality: int, train: bool,
                 seed: int = 0, shard_size: int = 2048, workers: int = 1, options: dict | None = None,
-                drop_duplicates: bool = False) -> dict:
+                drop_duplicates: bool = False, data_set: list[str] | None = None) -> dict:
     """Write a split folder; continues an unfinished one and leaves a complete one with the same plan as it is.
 
     Args:
@@ -319,6 +334,8 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
         options: recorded as provenance.
         drop_duplicates: read every image first, and leave out those whose content came before in the source or, of a
             training split, is in a finished test split of the domain.
+        data_set: names of the data sets that the images come from (default: `source_name`); of several, each image's
+            own stands in its JSON.
 
     Returns:
         The index.
@@ -332,9 +349,11 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
     if not source.records:
         raise InputError(f"{folder}: the source holds no images"
                          + "".join(f"; {n} left out: {reason}" for reason, n in source.skipped.items()))
-    settings = {"domain": domain, "source": source_name, "size": size, "fit": fit, "quality": quality}
-    choices = [train, seed, shard_size, *(["drop duplicates"] if drop_duplicates else [])]
-    plan = hashlib.sha256(json.dumps([FORMAT, VERSION, settings, *choices, source.protocol, source.pairs,
+    data_set = data_set or [source_name]
+    settings = {"domain": domain, "source": data_set[0], "size": size, "fit": fit, "quality": quality,
+                "listed": source.listed and source.protocol is not None}
+    choices = [train, seed, shard_size, source.deal is not None, *(["drop duplicates"] if drop_duplicates else [])]
+    plan = hashlib.sha256(json.dumps([FORMAT, VERSION, source_name, settings, *choices, source.protocol, source.pairs,
                                       sorted(source.names.items())]).encode())
     for record in source.records:
         optional = (getattr(record, name) for name in OPTIONAL)
@@ -357,7 +376,8 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
         leftover.unlink()
 
     if drop_duplicates:
-        source = restrict(source, unique_images(folder, source.records, train, workers), "copy of another image")
+        keep = unique_images(folder, source.records, train, workers)
+        source = restrict(source, keep, "copy of another image", named=True)
     records = source.records
     classes, labels = records.labels()
     order = random_order(len(records), source.blocks, seed) if train else np.arange(len(records))
@@ -375,32 +395,62 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
         for done in in_parallel(write_shard, tasks(), min(workers, shards)):
             bar.update(done)
 
-    table, place = write_columns(folder, shards)
+    table, place = write_columns(folder, shards, settings["listed"])
     for name, rows in source.tables.items():
         np.save(folder / "index" / f"{name}.npy", rows)
-    protocol = source.protocol
+    protocol, misses = source.protocol, int((np.load(folder / "index" / "hash.npy", mmap_mode="r") == 0).sum())
+    bad = [(name, reason) for part in table for name, reason in part.pop("skipped")]
+    if protocol:
+        counts = {"misses": misses, "unreadable": protocol.get("unreadable", 0) + len(bad) - misses}
+        protocol = protocol | {key: n for key, n in counts.items() if n}
+    if source.deal and protocol and not len(source.pairs):
+        np.save(folder / "index" / "role.npy", source.deal(np.load(folder / "index" / "label.npy"), classes))
     if len(source.pairs):
         row_of = np.full(len(records) + 1, -1)  # the last entry serves ends that are gone already
         row_of[order[place]] = np.arange(len(place))
         pairs = np.array(source.pairs)
         pairs[:, :2] = row_of[pairs[:, :2]]
         lost = (pairs[:, :2] < 0).any(1)
-        np.save(folder / "index" / "pairs.npy", pairs[~lost])
-        protocol = protocol | {"pairs": int((~lost).sum()), "pairs_lost": int(lost.sum())}
-    skipped = Counter(source.skipped)
-    for part in table:
-        skipped.update(part.pop("skipped"))
+        pairs = pairs[~lost]
+        if source.deal:
+            pairs[:, 3] = source.deal(pairs[:, 2])
+            protocol = protocol | {"folds": len(np.unique(pairs[:, 3]))}
+        np.save(folder / "index" / "pairs.npy", pairs)
+        protocol = protocol | {"pairs": len(pairs), "pairs_lost": int(lost.sum())}
+    left_out = write_skipped(folder, source.skipped, bad, settings["listed"])
     index = {
         "format": FORMAT, "domain": domain, "split": split, "size": size, "fit": fit, "quality": quality,
         "samples": len(place), "classes": classes, "names": [source.names.get(name, name) for name in classes],
         "shards": table, "columns": sorted(path.stem for path in (folder / "index").glob("*.npy")),
-        "protocol": protocol, "skipped": dict(skipped),
-        "provenance": {"source": source_name, "options": options or {}, "version": VERSION, "seed": seed,
-                       "order": "random" if train else "source", "plan": plan},
+        "protocol": protocol, "skipped": left_out,
+        "provenance": {"source": source_name, "data_set": data_set, "options": options or {}, "version": VERSION,
+                       "seed": seed, "order": "random" if train else "source", "plan": plan},
     }
     write_bytes(folder / "index.json", (json.dumps(index, indent=1) + "\n").encode())
     shutil.rmtree(parts)
     return index
+
+
+def write_skipped(folder: Path, before: Counter, bad: list[tuple[str, str]], listed: bool) -> dict[str, int]:
+    """Name every file that was left out, and why, in skipped.csv; returns the counts by reason.
+
+    Args:
+        before: what the source left out; what a caller chose to leave out (--list, --max-images, ...) has no names.
+        bad: name and reason of what could not be read.
+        listed: that stays in the protocol, as misses.
+    """
+    after = Skipped(before)
+    for name, reason in bad:
+        after.add(name, reason + ": kept as a miss, as a list names it" * listed)
+    if files := [file for skipped in (before, after) if (file := getattr(skipped, "file", None))]:
+        temporary = folder / f"skipped.csv.{os.getpid()}.tmp"
+        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as out:
+            out.write("file,reason\n")
+            for file in files:
+                file.seek(0)
+                shutil.copyfileobj(file, out)
+        os.replace(temporary, folder / "skipped.csv")
+    return dict(+after)
 
 
 def part_path(folder: Path, number: int) -> Path:
@@ -408,7 +458,7 @@ def part_path(folder: Path, number: int) -> Path:
     return folder / ".parts" / f"shard-{number:06d}.tar.json"
 
 
-def write_columns(folder: Path, shards: int) -> tuple[list[dict], np.ndarray]:
+def write_columns(folder: Path, shards: int, listed: bool) -> tuple[list[dict], np.ndarray]:
     """Join the parts of all shards, one at a time, into index/*.npy.
 
     Returns:
@@ -419,8 +469,8 @@ def write_columns(folder: Path, shards: int) -> tuple[list[dict], np.ndarray]:
         part = json.loads(part_path(folder, number).read_text())
         del part["rows"]
         table.append(part)
-    total = sum(part["samples"] for part in table)
-    if not total:
+    total, unread = sum(part["samples"] for part in table), sum(len(part["skipped"]) for part in table)
+    if not total or (listed and total == unread):
         raise InputError(f"{folder}: none of the images can be read")
     shutil.rmtree(folder / "index", ignore_errors=True)  # of a run that was interrupted here
     (folder / "index").mkdir()
@@ -531,13 +581,15 @@ def read_index(folder: Path) -> dict:
     wrong = [key for key, kind in INDEX.items() if not fits(index[key], kind)]
     wrong += ["merged"] * (not fits(index.get("merged", []), [{"split": str}]))
     wrong += ["protocol"] * (not (index["protocol"] is None or fits_protocol(index["protocol"])))
+    wrong += ["provenance"] * ("provenance" not in wrong and not fits(index["provenance"].get("data_set", []), [str]))
     if not wrong:
-        sound = {"domain": index["domain"] in DOMAINS, "size": 0 < index["size"] < 1 << 16,
+        sound = {"domain": index["domain"] in DOMAINS, "size": 0 < index["size"] <= MAX_SIZE,
                  "names": len(index["names"]) == len(index["classes"]),
                  "columns": {*index["columns"]} <= {"shard", "offset", "length", "label", "hash", *OPTIONAL, *TABLES}}
         wrong = [key for key, good in sound.items() if not good]
     if wrong:
         raise InputError(f"{path}: {wrong[0]!r} is not what it should be; prepare the split again")
+    index["provenance"].setdefault("data_set", [index["provenance"]["source"]])  # splits of older versions
     return index
 
 
@@ -564,7 +616,8 @@ def fits_protocol(protocol: object) -> bool:
     if not fits(protocol, {"name": str}):
         return False
     needed = {"verification": {"folds": int}, "classification": {"reference": str}}.get(protocol["name"], {})
-    optional = {"ood": bool, "groups": {}, "variants": [str], "draws": int}
+    optional = {"ood": bool, "groups": {}, "variants": [str], "draws": int, "misses": int, "unreadable": int,
+                "pairs_lost": int, "open_set": float}
     kinds = needed | {key: kind for key, kind in optional.items() if key in protocol}
     return (fits(protocol, kinds) and protocol.get("variants") != [] and 1 <= protocol.get("draws", 1) <= 10_000
             and all(fits(group, [str]) for group in protocol.get("groups", {}).values()))
@@ -593,10 +646,14 @@ class Split:
         self.files: dict[int, int] = {}  # shard -> file descriptor
         again = "prepare the split again, or find what differs with `python -m data_prep verify`"
         sizes = np.array([shard["bytes"] for shard in self.index["shards"]], dtype=np.int64)
+        parts = {part["split"] for part in self.index.get("merged", [])}
         for shard in self.index["shards"]:
             if not SHARD.fullmatch(shard["file"]):
                 raise InputError(f"{self.folder}/index.json: {shard['file'][:80]!r} is no name of a shard; {again}")
             path = self.folder / shard["file"]
+            if path.is_symlink() or (shard["file"].startswith("../") and shard["file"].split("/")[1] not in parts):
+                raise InputError(f"{path}: a link, or another split's shard: refused; put the file itself there, or "
+                                 f"{again}")
             if not path.is_file():
                 raise InputError(f"{path}: missing; {again}")
             if path.stat().st_size != shard["bytes"]:
@@ -610,6 +667,13 @@ class Split:
             raise InputError(f"{self.folder}/index: rows that lie outside the shards; {again}")
         if len(self) and not -1 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise InputError(f"{self.folder}/index/label.npy: labels outside -1..{len(self.classes) - 1}; {again}")
+        # a reader allocates what the index says; several, as one may be damaged
+        sides = {jpeg_sides(self.jpeg(row)[1]) for row in range(min(len(self), 4))} - {None}
+        while self.files:
+            os.close(self.files.popitem()[1])
+        if sides and (self.size, self.size) not in sides:
+            raise InputError(f"{self.folder}/index.json: size is {self.size}, its first images have "
+                             f"{'x'.join(map(str, min(sides)))} pixels; {again}")
 
     def __len__(self) -> int:
         return self.index["samples"]
@@ -641,6 +705,11 @@ class Split:
     def hashed(self) -> bool:
         """Whether it has the column `hash`, which splits of older versions lack."""
         return "hash" in self.index["columns"]
+
+    @cached_property
+    def missing(self) -> np.ndarray:
+        """Listed images that could not be read when the split was prepared, bool [M]: they count as misses."""
+        return self.column("hash") == 0 if (self.protocol or {}).get("misses") else np.zeros(len(self), dtype=bool)
 
     def optional(self, name: str) -> np.ndarray:
         """As `column`, but -1 for every sample where the source had no such column."""
@@ -687,6 +756,8 @@ class Split:
         Raises:
             BadImage: it cannot be decoded or has another size.
         """
+        if self.protocol and self.protocol.get("misses") and self.missing[row]:
+            raise BadImage(f"{self.jpeg(row)[0]}: could not be read when the split was prepared")
         data = bytearray(int(self.length[row]))
         read = os.preadv(self.open_shard(int(self.shard[row])), (data,), int(self.offset[row]))
         sides = jpeg_sides(data) if read == len(data) else None
@@ -792,10 +863,13 @@ def verify_shard(folder: Path, number: int) -> list[str]:
                 expected = {"key": key, "domain": split.domain, "label": label,
                             "identity": split.classes[label] if label >= 0 else None}
                 expected |= {name: column[row].item() for name, column in columns.items() if column[row] >= 0}
+                if "role" not in fields:  # dealt when all images were written
+                    expected.pop("role", None)
                 problems += [f"{path}: {meta.name}: {name} is {fields.get(name)!r}, the index says {value!r}"
                              for name, value in expected.items() if fields.get(name) != value]
                 try:
-                    split.image(row)
+                    if not split.missing[row]:
+                        split.image(row)
                 except BadImage as error:
                     problems.append(f"{path}: {error}")
     except InputError as error:

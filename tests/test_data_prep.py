@@ -120,7 +120,7 @@ def test_webdataset_reads_the_shards(small):
     assert len(shards) == 4 and len(samples) == len(split) == 15
     for row, sample in enumerate(samples):
         meta = sample["json"]
-        assert meta["key"] == sample["__key__"] and meta["domain"] == "object" and meta["source"] == "folder"
+        assert meta["key"] == sample["__key__"] and meta["domain"] == "object" and meta["source"] == "src"
         assert meta["label"] == split.labels[row] and meta["identity"] == split.classes[meta["label"]]
         ours = split.image(row).permute(1, 2, 0).numpy().astype(int)
         assert np.abs(ours - np.asarray(sample["jpg"]).astype(int)).max() <= 3  # decoders round differently
