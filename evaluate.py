@@ -466,6 +466,7 @@ def main(context: click.Context, **options) -> int | None:
     ranks, out = join_ranks(options), folder / "eval"
     if ranks.rank == 0:
         context.with_resource(lock_folder(out, "--run" if run else "--out"))
+    of = hash_file(folder / "model.safetensors")  # before it is read: a run that trains on writes another
     embedders = {weights: make_embedder(load, weights, out, options, ranks) for weights, load in models.items()}
     for embed in embedders.values():  # all of it first, by all ranks: what follows is the first one's alone
         for split in add_references(splits, root):
@@ -493,7 +494,7 @@ def main(context: click.Context, **options) -> int | None:
     results += make_human_rows(name, ratings, by_name, people, options["flip"])
     rows = [row for row, _ in results]
     write_rows(out, rows)
-    write_draws(out, results, options["seed"], hash_file(folder / "model.safetensors"))
+    write_draws(out, results, options["seed"], of)
     for path in [*(out / f"{name}.png" for name in ("roc", "cmc", "scores", "stages")), *out.glob("sheet-*.png")]:
         path.unlink(missing_ok=True)  # of an evaluation of other splits; a sheet shows people
     others = beside(rows, datasets, published)

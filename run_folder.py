@@ -235,6 +235,10 @@ def load_tuned(run: Run) -> Backbone:
 
 def load_foundation(run: Run) -> Backbone:
     """The untouched backbone that a run started from (without the run's own linear layer), in eval mode."""
+    path, told = Path(str(run.config.get("weights"))), run.config.get("weights_sha256")
+    if told and hash_file(path) not in (None, told):
+        raise InputError(f"{path}: not the file that {run.folder} started from (its SHA-256 differs): restore that, or "
+                         "leave the untouched backbone out with --no-foundation")
     return load_backbone(run.config | {"embed_dim": 0}).eval()
 
 

@@ -41,7 +41,7 @@ from evaluate_results import (
     write_rows,
 )
 from evaluate_search import make_members, name_identities, score_gallery, score_unified
-from run_folder import hash_file, provenance
+from run_folder import Run, find_run, hash_file, load_foundation, provenance
 from tests.conftest import script
 from tests.test_evaluate import FakeSplit, run_here, unit
 from tests.test_protocols import write_run
@@ -242,6 +242,14 @@ def test_weights_are_known_by_their_hash(tmp_path):
     a, b, c = (Scored(tmp_path, {"seed": i} | config, 0, {0: (SimpleNamespace(weights="tuned"), None)})
                for i, config in enumerate((configs[0], moved, configs[2])))
     assert a.recipe == b.recipe != c.recipe  # seeds of one recipe
+    (tmp_path / "config.json").write_text(json.dumps(configs[0] | {"weights_sha256": told, "shards": {}}))
+    options = {"out": str(tmp_path), "resume": True}
+    assert find_run(options | {"weights": configs[1]["weights"]}, []) == "unfinished"  # its file has moved
+    with pytest.raises(InputError, match="--weights was"):
+        find_run(options | {"weights": configs[2]["weights"]}, [])
+    replaced = Run(tmp_path, {"weights": configs[2]["weights"], "weights_sha256": told}, None, {}, {})
+    with pytest.raises(InputError, match=r"not the file that .* started from .its SHA-256 differs.*--no-foundation"):
+        load_foundation(replaced)
 
 
 def test_results_of_other_weights_are_refused_and_a_copy_is_not(tmp_path):
