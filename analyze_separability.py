@@ -61,7 +61,7 @@ class Canon:
 
     def __init__(self, split: Split, rows: np.ndarray, side: int, size: int = 128) -> None:
         self.split, self.rows, self.side, self.size = split, rows, side, size
-        self.folder, self.domain = split.folder, split.domain
+        self.folder, self.domain, self.missing = split.folder, split.domain, split.missing[rows]
         chosen = hashlib.sha256(np.ascontiguousarray(rows, dtype=np.int64)).hexdigest()[:8]
         self.name = f"{split.name}-canon{side}-{chosen}"
 

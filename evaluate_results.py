@@ -167,7 +167,7 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             continue
         figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split.labels, draws, seed)}
         curves[key] = curve
-        if bad > split.missing.sum():  # those are misses
+        if bad and bad > split.missing.sum():  # those are misses
             print(f"  {key}: {bad - split.missing.sum()} unreadable images left out")
     if failed and not figures:
         raise next(iter(failed.values()))

@@ -414,7 +414,7 @@ def origin_of(split: Split) -> tuple[str, str]:
     """
     made = split.index["provenance"]
     if made["source"] != "degrade" or not {"src", "src_plan"} <= set(made.get("options") or {}):
-        return split.domain, made["plan"]
+        return split.domain, made.get("plan", "")
     return str(made["options"]["src"]).split("/")[0], str(made["options"]["src_plan"])
 
 

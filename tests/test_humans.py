@@ -331,6 +331,7 @@ class Fake:
 
     def __init__(self, domain: str, labels: list[int]) -> None:
         self.domain, self.name, self.labels, self.classes = domain, "test", np.array(labels), ["a", "b", "c", "d"]
+        self.index = {"provenance": {"source": domain, "plan": domain}}
 
     def __len__(self) -> int:
         return len(self.labels)
