@@ -382,8 +382,8 @@ def open_splits(config: dict) -> list[Split]:
         if not len(split) or (split.labels < 0).any():
             raise InputError(f"{split.folder}: a training split needs images with labels; prepare it with --part train")
         if len(split.classes) < 2:
-            raise InputError(f"{split.folder}: one class, {split.classes[0][:60]!r}, has nothing to be told from: prepare "
-                             "it again with --src the folder that holds the class folders")
+            raise InputError(f"{split.folder}: one class, {split.classes[0][:60]!r}, has nothing to be told from: "
+                             "prepare it again with --src the folder that holds the class folders")
         splits.append(split)
     return splits
 

@@ -34,7 +34,7 @@ class Member:
 
 
 # what people's machines leave beside images, besides hidden files and folders (._*, .DS_Store, .ipynb_checkpoints)
-LEFTOVERS = {"__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN", "Thumbs.db", "desktop.ini"}
+LEFTOVERS = {"__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN"}
 
 
 def members(src: Path, skipped: Skipped | None = None) -> Iterator[Member]:

@@ -1,11 +1,15 @@
 """What all sources share: choosing identities and images, copies, memory, statistics, merging, degrading, speed."""
 
+import csv
 import hashlib
 import io
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import tracemalloc
 from collections import Counter
@@ -24,11 +28,13 @@ from data_prep.__main__ import cli, data_set_name
 from data_prep.archives import members
 from data_prep.degrade import degrade, gaussian, warp
 from data_prep.demo import draw_face
-from data_prep.folders import folder
+from data_prep.folders import folder, strangers
 from data_prep.records import Records, draw, first_copies, restrict
-from data_prep.shards import Record, Source, Split, in_parallel, verify_split, write_split
+from data_prep.shards import BadImage, Record, Source, Split, in_parallel, verify_split, write_split
 from data_prep.stats import jpeg_quality, sharpness
 from data_prep.stream import Batches, Order
+from evaluate_results import describe_losses
+from evaluate_search import score_gallery
 from tests.conftest import ROOT, TINY, script
 from tests.test_data_prep import PAIRS, class_folders, encode, files_of, lfw_folder, picture, run_here
 
@@ -81,6 +87,266 @@ def test_a_split_records_its_data_set_through_merging_and_degrading(tmp_path):
         assert found == {("a", "casia"), ("b", "casia"), ("c", "VGG"), ("d", "VGG")}
     with pytest.raises(InputError, match="already holds another split"):
         prepared(src[1], root / "b", "--part", "train", "--source-name", "another")
+
+
+# ---------------------------------------------------------------- what cannot be read
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def tar_of(src: Path, path: Path) -> Path:
+    """The person folders as WebDataset samples, labelled by their folder."""
+    with tarfile.open(path, "w") as tar:
+        for i, file in enumerate(sorted(src.rglob("*.jpg"))):
+            for ending, data in (("jpg", file.read_bytes()), ("cls", file.parent.name.encode())):
+                info = tarfile.TarInfo(f"{i:04d}.{ending}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("source, options", [("folder", ()), ("folder", ("--open-set", 0.4)), ("webdataset", ()),
+                                             ("folder", ("--max-images", 3)), ("folder", ("--drop-duplicates",))])
+def test_roles_are_dealt_among_the_images_that_can_be_read(source, options, tmp_path, capsys):
+    """Three people's first pictures are cut off: everything is as in the set without these files."""
+    bad, good = (people(tmp_path / name, {f"p{p}": 5 for p in range(6)}) for name in ("bad", "good"))
+    for p in range(3):
+        cut(bad / f"p{p}/0.jpg")
+        (good / f"p{p}/0.jpg").unlink()
+    if "--max-images" in options:  # takes so many files, whether they can be read or not
+        for p in range(3):
+            (good / f"p{p}/4.jpg").unlink()
+    splits = []
+    for src in (bad, good):
+        given = tar_of(src, tmp_path / f"{src.name}.tar") if source == "webdataset" else src
+        splits.append(prepared(given, tmp_path / src.name / "face_hq/search", *options, source=source))
+    found, wanted = splits
+    roles = found.column("role")
+    assert roles.tolist() == wanted.column("role").tolist() and found.labels.tolist() == wanted.labels.tolist()
+    assert found.column("hash").tolist() == wanted.column("hash").tolist()
+    if "--open-set" not in options:
+        assert np.bincount(roles, minlength=3)[1:].tolist() == [6, 0]  # everybody has an image in the gallery
+    assert found.protocol == wanted.protocol | {"unreadable": 3} and wanted.protocol.get("unreadable") is None
+    assert describe_losses(found.protocol)[0] == "without 3 unreadable images"
+    rows = list(csv.reader((found.folder / "skipped.csv").open()))
+    assert rows[0] == ["file", "reason"] and [row[1] for row in rows[1:]] == ["unreadable image"] * 3
+    if source == "folder":
+        assert [row[0] for row in rows[1:]] == ["p0/0.jpg", "p1/0.jpg", "p2/0.jpg"]
+    capsys.readouterr()
+    run_here("verify", found.folder, "--workers", 1)
+    assert "names 3 files that could not be used" in capsys.readouterr().out
+    x = np.random.default_rng(0).standard_normal((len(found), 8)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    figures = [{name: figure.value for name, figure in score_gallery(x, split, 2, 0)[0].items()} for split in splits]
+    assert figures[0] == figures[1]
+
+
+def test_folds_are_dealt_among_the_pairs_that_can_be_read(tmp_path):
+    """Forty pairs of their own images, of which one is cut off: the other 39 are dealt as if they were the list."""
+    for i in range(80):
+        (tmp_path / "src").mkdir(exist_ok=True)
+        (tmp_path / f"src/{i}.jpg").write_bytes(encode(picture(i, 24, 24)))
+    cut(tmp_path / "src/6.jpg")
+    lines = [f"{2 * i}.jpg,{2 * i + 1}.jpg,{i % 2}" for i in range(40)]
+    (tmp_path / "all.csv").write_text("\n".join(lines))
+    (tmp_path / "rest.csv").write_text("\n".join(lines[:3] + lines[4:]))
+    found, wanted = (prepared(tmp_path / "src", tmp_path / name / "face_hq/mine", "--pairs", tmp_path / f"{name}.csv",
+                              source="pairs") for name in ("all", "rest"))
+    assert found.column("pairs")[:, 2:].tolist() == wanted.column("pairs")[:, 2:].tolist()
+    assert found.protocol["pairs_lost"] == 1 and found.protocol["folds"] == 10
+    assert describe_losses(found.protocol) == ["without 1 unreadable images", "without 1 pairs of lost images"]
+
+
+LISTED = """path,person,camera,role
+q/a.jpg,ann,1,probe
+q/b.jpg,bob,1,probe
+q/c.jpg,cy,1,probe
+g/a.jpg,ann,2,gallery
+g/b.jpg,bob,2,gallery
+g/b2.jpg,bob,3,gallery
+g/c.jpg,cy,2,gallery
+"""
+
+
+def listed_people(tmp_path: Path) -> Path:
+    src = tmp_path / "set"
+    for i, line in enumerate(LISTED.splitlines()[1:]):
+        path = src / line.split(",")[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(picture(i, 24, 24)))
+    (src / "persons.csv").write_text(LISTED)
+    return src
+
+
+def test_a_listed_image_that_cannot_be_read_is_a_miss(tmp_path, capsys):
+    """The probe cy and one of bob's two mates are cut off. By hand: rank-1 2/3, mAP (1 + .5 + 0) / 3.
+
+    mINP: ann 1, bob and cy 0, as a mate of theirs is never found.
+    """
+    src = listed_people(tmp_path)
+    cut(src / "q/c.jpg")
+    cut(src / "g/b2.jpg")
+    split = prepared(src, tmp_path / "d/body/mine", source="persons")
+    text = capsys.readouterr().out
+    assert "2 listed images could not be read; each counts as a miss" in text
+    assert split.missing.tolist() == [False, False, True, False, False, True, False] and len(split) == 7
+    assert split.column("role").tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert split.protocol == {"name": "reid", "misses": 2}
+    assert describe_losses(split.protocol) == ["2 listed images unreadable and missed"]
+    with pytest.raises(BadImage, match="could not be read when the split was prepared"):
+        split.image(2)
+    assert [row[0] for row in csv.reader((split.folder / "skipped.csv").open())] == ["file", "q/c.jpg", "g/b2.jpg"]
+    x = np.eye(4, dtype=np.float32)[[0, 1, 2, 0, 1, 1, 2]]
+    x[split.missing] = np.nan
+    figures = {name: figure.value for name, figure in score_gallery(x, split, 2, 0)[0].items()}
+    assert figures["rank-1"] == pytest.approx(2 / 3) and figures["mAP"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert figures["mINP"] == pytest.approx(1 / 3)
+    run_here("degrade", "--src", split.folder, "--out", tmp_path / "d/face_lq/copies", "--workers", 1)
+    copies = Split(tmp_path / "d/face_lq/copies")
+    assert copies.missing.tolist() == split.missing.tolist() and copies.protocol == split.protocol
+
+
+def test_an_open_set_of_listed_people(tmp_path):
+    """Whom --open-set leaves out has probes alone, by name and seed; TPIR is scored beside re-identification."""
+    src = listed_people(tmp_path)
+    split = prepared(src, tmp_path / "d/body/mine", "--open-set", 0.5, "--seed", 1, source="persons")
+    out = strangers(["ann", "bob", "cy"], 0.5, 1)
+    assert 0 < out.sum() < 3
+    roles = split.column("role")
+    assert all((roles[split.labels == c] == 0).all() == out[c] for c in range(3))
+    assert split.protocol == {"name": "reid", "open_set": 0.5, "seed": 1}
+
+
+def test_tpir_needs_people_whom_the_gallery_lacks(tmp_path):
+    """Known answer: of 60 people some are strangers; with perfect embeddings everybody enrolled is found, TPIR is 1."""
+    split = prepared(people(tmp_path / "src", {f"p{p:02d}": 3 for p in range(60)}), tmp_path / "d/face_hq/open",
+                     "--open-set", 0.3)
+    roles, out = split.column("role"), strangers(split.classes, 0.3, 0)
+    assert 10 <= out.sum() <= 26 and (roles == 1).sum() == 60 - out.sum()
+    assert (roles[out[split.labels]] == 0).all() and not (roles == 2).any()
+    figures, _ = score_gallery(np.eye(60, dtype=np.float32)[split.labels], split, 2, 0)
+    assert figures["rank-1"].value == 1 and figures["tpir@fpir=0.1"].value == 1
+    assert figures["rank-1"].count == 2 * (60 - out.sum())
+    assert describe_losses(split.protocol) == ["open set, 0.3 of the people not enrolled"]
+
+
+# ---------------------------------------------------------------- what lies beside images, and how deep
+
+
+def test_linked_folders_are_followed_and_dead_links_and_circles_counted(tmp_path, capsys):
+    src = people(tmp_path / "src", {"cat": 2, "owl": 1})
+    people(tmp_path / "elsewhere", {"dog": 3})
+    (src / "dog").symlink_to(tmp_path / "elsewhere/dog")
+    (src / "owl/9.jpg").symlink_to("/nowhere/9.jpg")
+    (src / "owl/all").symlink_to(src)  # a circle
+    split = prepared(src, tmp_path / "d/object/val")
+    assert counts(split) == {"cat": 2, "dog": 3, "owl": 1}
+    assert split.index["skipped"] == {"dead link": 1, "link in a circle": 1}
+    assert "owl/9.jpg,dead link" in (split.folder / "skipped.csv").read_text()
+    (tmp_path / "linked").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "linked" / name).symlink_to(src / name)
+    assert counts(prepared(tmp_path / "linked", tmp_path / "e/object/val")) == {"cat": 2, "dog": 3}
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_what_machines_leave_beside_images_is_counted_and_no_class(archive, tmp_path):
+    src = people(tmp_path / "src", {"a": 2, "b": 2, ".ipynb_checkpoints": 1, "@eaDir": 1, "__MACOSX": 1})
+    (src / "a/._0.jpg").write_bytes(b"\0\5\x16\7")
+    (src / ".DS_Store").write_bytes(b"x")
+    if archive:
+        src = Path(shutil.make_archive(str(tmp_path / "set"), "zip", src))
+    split = prepared(src, tmp_path / "d/face_hq/search")
+    assert counts(split) == {"a": 2, "b": 2} and split.column("role").tolist() == [1, 0, 1, 0]
+    assert split.index["skipped"] == {"hidden, or left by the system": 5}
+    assert "a/._0.jpg" in (split.folder / "skipped.csv").read_text()
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_class_folders_one_level_too_deep(archive, tmp_path, capsys):
+    src = tmp_path / "src"
+    people(src / "set/set", {"a": 2, "b": 2})
+    (src / "pairs.csv").write_text("x")
+    src = Path(shutil.make_archive(str(tmp_path / "set"), "zip", src)) if archive else src
+    assert counts(prepared(src, tmp_path / "d/object/train")) == {"a": 2, "b": 2}
+
+
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path, capsys):
+    src = tmp_path / "src"
+    for part in ("train", "val"):
+        people(src / part, {"a": 2, "b": 2})
+    with pytest.raises(InputError, match="would be train, val, which are the parts of a data set: give one of them"):
+        prepared(src, tmp_path / "d/object/train")
+    vehicles = people(tmp_path / "vehicles", {"train": 2, "bus": 1})  # a train is a train
+    assert counts(prepared(vehicles, tmp_path / "d/object/val")) == {"bus": 1, "train": 2}
+    prepared(people(tmp_path / "one", {"a": 2}), tmp_path / "d/object/train")
+    assert "WARNING: one class, a, which cannot be trained on alone" in capsys.readouterr().out
+    message = script(ROOT / "train.py", *TINY, "--data", tmp_path / "d", "--domains", "object", "--out", tmp_path / "r",
+                     check=2).stderr
+    assert "d/object/train: one class, 'a', has nothing to be told from" in message and len(message.splitlines()) == 1
+
+
+def test_a_domain_may_be_a_link_to_another_disk(tmp_path):
+    (tmp_path / "disk/faces").mkdir(parents=True)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/face_hq").symlink_to(tmp_path / "disk/faces")
+    for name in ("a", "b"):
+        prepared(people(tmp_path / name, {"x": 2, "y": 2}), tmp_path / f"d/face_hq/{name}", "--part", "train")
+    run_here("merge", tmp_path / "d/face_hq/a", tmp_path / "d/face_hq/b", "--out", tmp_path / "d/face_hq/train")
+    assert len(Split(tmp_path / "disk/faces/train")) == 8 and verify_split(tmp_path / "d/face_hq/train") == []
+
+
+def test_one_camera_is_told_at_preparation(tmp_path, capsys):
+    src = listed_people(tmp_path)
+    for name, text, line in (
+            ("some", LISTED.replace("g/a.jpg,ann,2", "g/a.jpg,ann,1"), "every mate of 1 of 3 probes is of the probe's"),
+            ("all", re.sub(r",[23],", ",1,", LISTED), "3 of 3 probes is of the probe's own camera")):
+        (src / "persons.csv").write_text(text)
+        prepared(src, tmp_path / f"d/body/{name}", source="persons")
+        shown = capsys.readouterr().out
+        assert line in shown and ("there is nothing to score" in shown) == (name == "all")
+
+
+@pytest.mark.parametrize("head, mark", [("", ","), ("wnid,category\n", ","), ("", "\t")])
+def test_classes_gather_folders(head, mark, tmp_path, capsys):
+    src = people(tmp_path / "src", {"n1": 2, "n2": 1, "n3": 3, "n4": 1})
+    (tmp_path / "classes.csv").write_text(f"{head}n1,dog\nn2,cat\nn3,dog\nn9,cat\n".replace(",", mark))
+    split = prepared(src, tmp_path / "d/object/val", "--classes", tmp_path / "classes.csv", "--max-images", 4)
+    assert counts(split) == {"cat": 1, "dog": 4} and split.names == ["cat", "dog"]
+    assert split.index["skipped"] == {"folder not in --classes": 1, "image beyond --max-images": 1}
+    shown = capsys.readouterr().out
+    assert "1 of its folders are not in the source: n9" in shown
+    assert split.fields(0)["identity"] == "dog"
+
+
+@pytest.mark.parametrize("text, words", [
+    ("x,dog\ny,cat", "names none of the 2 class folders of the source"),
+    ("a,dog\na,cat", "line 2: 'a' is 'dog' further up"), ("a,dog,3", "line 1: want folder,class"),
+])
+def test_bad_classes(text, words, tmp_path):
+    (tmp_path / "c.csv").write_text(text)
+    with pytest.raises(InputError, match=words):
+        prepared(people(tmp_path / "src", {"a": 2, "b": 2}), tmp_path / "d/object/val", "--classes", tmp_path / "c.csv")
+
+
+def test_a_size_that_the_images_do_not_have_and_foreign_shards_are_refused(tmp_path):
+    a = prepared(people(tmp_path / "src", {"a": 2, "b": 2}), tmp_path / "d/object/a", "--part", "train").folder
+    text = (a / "index.json").read_text()
+    for size, words in ((4096, "size is 4096, its first images have 24x24"), (65535, "'size' is not what it should be")):
+        (a / "index.json").write_text(text.replace('"size": 24', f'"size": {size}'))
+        with pytest.raises(InputError, match=words):
+            Split(a)
+    shutil.copytree(a, tmp_path / "d/object/b")
+    (a / "index.json").write_text(text.replace("shard-000000.tar", "../b/shard-000000.tar"))
+    with pytest.raises(InputError, match="a link, or another split's shard"):
+        Split(a)
+    (a / "index.json").write_text(text)
+    (a / "shard-000000.tar").unlink()
+    (a / "shard-000000.tar").symlink_to(tmp_path / "d/object/b/shard-000000.tar")
+    with pytest.raises(InputError, match="a link, or another split's shard"):
+        Split(a)
 
 
 # ---------------------------------------------------------------- choosing identities and images
