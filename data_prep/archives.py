@@ -77,7 +77,7 @@ def members(src: Path, skipped: Skipped | None = None) -> Iterator[Member]:
 def is_leftover(name: str, skipped: Skipped | None) -> bool:
     """Whether a file is none of the data set's, by the names on its path; it goes to `skipped`."""
     leftover = any(part.startswith(".") or part in LEFTOVERS for part in name.split("/"))
-    if leftover and skipped is not None:
+    if leftover and skipped is not None and Path(name).name != ".lock":  # of `lock_folder`, where --out lies in --src
         skipped.add(name, "hidden, or left by the system")
     return leftover
 

@@ -334,7 +334,8 @@ def test_bad_classes(text, words, tmp_path):
 def test_a_size_that_the_images_do_not_have_and_foreign_shards_are_refused(tmp_path):
     a = prepared(people(tmp_path / "src", {"a": 2, "b": 2}), tmp_path / "d/object/a", "--part", "train").folder
     text = (a / "index.json").read_text()
-    for size, words in ((4096, "size is 4096, its first images have 24x24"), (65535, "'size' is not what it should be")):
+    for size, words in ((4096, "size is 4096, its first images have 24x24"),
+                        (65535, "'size' is not what it should be")):
         (a / "index.json").write_text(text.replace('"size": 24', f'"size": {size}'))
         with pytest.raises(InputError, match=words):
             Split(a)
