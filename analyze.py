@@ -105,16 +105,16 @@ def analyse(options: dict) -> int:
                     "separability": None, "sharing": {}, "cka": {}, "map": options["map"]}
     curves, components = {}, []
     for weights, spaces in embedded.items():
-        headline = min(options["components"], next(iter(spaces.values()))[0].shape[1])
         tuned = weights == "tuned"
-        found = transfer(spaces, tasks, headline, draws, seed, foundation=embedded["foundation"] if tuned else None,
-                         delete=delete, importance=options["importance"] if tuned else 0, controls=tuned,
-                         device=device)
-        bases = found.pop("bases")
+        found = transfer(spaces, tasks, options["components"], draws, seed,
+                         foundation=embedded["foundation"] if tuned else None, delete=delete,
+                         importance=options["importance"] if tuned else 0, controls=tuned, device=device)
+        bases, headline = found.pop("bases"), found["pairs"][0]["k"]
         curves[weights] = [to_row(curve) for curve in found.pop("curves")]
         result["transfer"][weights] = found
         result["sharing"][weights] = measure_sharing(spaces, tasks, bases, headline)
-        components += [{"weights": weights, **row} for row in measure_components(spaces, tasks, bases, seed)]
+        components += [{"weights": weights, **row} for row in
+                       measure_components(spaces, tasks, bases, found["limit"], seed)]
     for task in tasks:
         before, after = (embedded[weights][task.domain][1][task.probe[:4000]] for weights in ("foundation", "tuned"))
         result["cka"][task.domain] = finite(debiased_cka(before, after)) if len(before) > 3 else None

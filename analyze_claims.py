@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import backbones
-from analyze_report import interval
+from analyze_report import interval, needed
 from analyze_subspaces import above_chance, minus, show
 from data_prep import DOMAINS, InputError
 from evaluate_bootstrap import Figure
@@ -179,7 +179,7 @@ def read_analysis(path: Path) -> dict:
     known, ends = read_json(path), ("value", "low", "high")
     try:
         transferred, separated = known["transfer"]["tuned"], known["separability"]
-        check_numbers(transferred, "dim", "images_per_task", kind=int)
+        check_numbers(transferred, "dim", "images_per_task", "limit", kind=int)
         for pair in transferred["pairs"]:
             check_numbers(pair, "k", kind=int)
             check_numbers({"full_low": None} | pair, "kept", "low", "high", "full_low")
@@ -594,9 +594,9 @@ def claim_components(imic: list[Group], least: float) -> Claim:
                 verdicts.append(f"not measured (the full space is not above chance: {fit} for {test})")
                 continue
             verdicts.append(decide(value["low"], value["high"], least))
-            needed = [f"{name} {interval(group.analysed(of(name)), '.0f', 1)}" for name in ("k95", "k99")]
+            counts = [f"{name} {needed([of(name)(run.analysis) for run in group.runs])}" for name in ("k95", "k99")]
             shown.append(Finding(f"{group.name}: {fit} for {test}, k = {k} of {dim}", *value.values(), "", ".1f",
-                                 ", ".join(needed) + f"; few images for {dim} dimensions" * (images < 5 * dim)))
+                                 ", ".join(counts) + f"; few images for {dim} dimensions" * (images < 5 * dim)))
             for key, name in (("over_random", "random"), ("over_foundation", "foundation")):
                 lead = group.analysed(of(key))
                 if lead is None:

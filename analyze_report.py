@@ -36,6 +36,17 @@ def interval(found: dict | None, form: str = ".1f", factor: float = 100) -> str:
     return f"{ends[0]} [{ends[1]}, {ends[2]}]"
 
 
+def needed(figures: list[dict]) -> str:
+    """A k* with its interval, averaged over seeds; "> K" where the K components that images determine are too few."""
+    if any(None in found.values() and "above" not in found for found in figures):
+        return "-"
+    ends = []
+    for end in ("value", "low", "high"):
+        known = [found[end] if found[end] is not None else found["above"] for found in figures]
+        ends.append("> " * any(found[end] is None for found in figures) + f"{np.mean(known):,.0f}")
+    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
+
+
 def mistrust(identities: int) -> str:
     """What is to be said of an interval from so many identities; nothing if they are enough."""
     return f"{identities} identities: interval not to be trusted" if identities < FEW else ""
@@ -56,10 +67,13 @@ def report_tasks(analysis: dict) -> list[str]:
 
 def report_transfer(result: dict, weights: str) -> list[str]:
     """Lines about the transfer of one set of weights."""
-    headline = result["pairs"][0]["k"]
-    note = f" **Rank-limited**: fewer than 5 x {result['dim']} images." if result["rank_limited"] else ""
+    headline, dim, limit = result["pairs"][0]["k"], result["dim"], result["limit"]
+    note = f" **Rank-limited**: fewer than 5 x {dim} images." if result["rank_limited"] else ""
+    if limit < dim:
+        note += (f" They determine {limit:,} components, and everything stops there: of the other dimensions every "
+                 f"basis is as right (> {limit:,}: not even with all that are determined).")
     lines = [f"### {weights}", "",
-             f"{result['images_per_task']} images a task, {result['dim']} dimensions, k = {headline}.{note}", ""]
+             f"{result['images_per_task']:,} images a task, {dim:,} dimensions, k = {headline}.{note}", ""]
     columns = {"random": "random", "foundation": "untouched PCs", "pooled": "pooled", "bottom": "last k",
                "own_mean": "own mean", "deleted": "range deleted"}
     there = {key: name for key, name in columns.items() if key in result["pairs"][0]}
@@ -67,21 +81,22 @@ def report_transfer(result: dict, weights: str) -> list[str]:
             "lead over random", *(["lead over untouched PCs"] if "foundation" in there else [])]
     lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for p in result["pairs"]:
-        coarse = [f"{p[key]:.0f}" if p[key] else "-" for key in ("k99_grid", "k99_random")]
+        beyond = "-" if p["kept"] is None else f"> {limit:,}"
+        coarse = [f"{p[key]:,.0f}" if p[key] else beyond for key in ("k99_grid", "k99_random")]
         cells = [p["fit"], p["test"], f"{100 * p['raw']:.1f}", f"{100 * p['full']:.1f}",
-                 interval({"value": p["kept"], "low": p["low"], "high": p["high"]}), interval(p["k99"], ".0f", 1),
-                 interval(p["k95"], ".0f", 1), " / ".join(coarse),
+                 interval({"value": p["kept"], "low": p["low"], "high": p["high"]}),
+                 needed([p["k99"]]), needed([p["k95"]]), " / ".join(coarse),
                  *(number(p[key]["value"]) for key in there), interval(p["over_random"], "+.1f"),
                  *([interval(p["over_foundation"], "+.1f")] if "foundation" in there else [])]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Components from which on every task keeps so much (-: not before all of them): "
-              + "; ".join(f"of {row['fit']} " + ", ".join(f"{interval(row[f'k{100 * level:g}'], '.0f', 1)} for "
-                                                          f"{100 * level:g} %" for level in LEVELS)
-                          for row in result["all_tasks"]) + f"; of {result['dim']}."]
+    lines += ["", "Components from which on every task keeps so much (-: a task is not above chance): "
+              + "; ".join(f"of {row['fit']} " + ", ".join(f"{needed([row[f'k{100 * level:g}']])} for {100 * level:g} %"
+                                                          for level in LEVELS)
+                          for row in result["all_tasks"]) + f"; of {dim:,}."]
     few = {p["test"]: note for p in result["pairs"] if (note := mistrust(p["identities"]))}
     lines += ["", *(f"- used by {test}: {note}" for test, note in few.items())] if few else []
     if "further" in result["pairs"][0]:
-        lines += ["", *report_further(result["pairs"], result["dim"])]
+        lines += ["", *report_further(result["pairs"], dim)]
     if "importance" in result["pairs"][0]:
         lines += ["", *report_importance(result["pairs"])]
     if "deleted" in there:
