@@ -48,7 +48,7 @@ import train
 from backbones import Backbone
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, Number, run_command
 from data_prep.folders import image_suffixes
-from data_prep.shards import BadImage, Split, fit_image, open_root
+from data_prep.shards import BadImage, Split, fit_image, named_splits, open_root
 from data_prep.trials import read_ratings
 from evaluate_classes import Readouts, nearest_rows, read_prompts
 from evaluate_compare import (
@@ -237,15 +237,8 @@ def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
 
 def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: str) -> list[Split]:
     """The test splits to score: all that have a protocol, or those named as domain/split."""
-    everything = {f"{domain}/{name}": split for domain in root for name, split in root[domain].items()}
-    scored = {key: split for key, split in everything.items() if split.protocol}
-    if names:
-        for name in names.split(","):
-            if name not in everything:
-                raise InputError(f"--splits: {where} has no split {name!r}; it has {', '.join(everything)}")
-            if name not in scored:
-                raise InputError(f"--splits: {name} is a training split: it has no protocol to be scored by")
-        scored = {name: scored[name] for name in names.split(",")}
+    found = named_splits(root, names, where) if names else [s for splits in root.values() for s in splits.values()]
+    scored = {f"{split.domain}/{split.name}": split for split in found if split.protocol}
     for name, split in list(scored.items()):
         if split.protocol["name"] not in HEADLINE:
             print(f"  {name}: protocol {split.protocol['name']!r} is not scored yet: left out")

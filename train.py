@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import click
@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 import train_report
 from backbones import Backbone, choose_trained, load_backbone, resolve_backbone
-from data_prep import InputError, Number, run_command
-from data_prep.shards import Split, open_root
+from data_prep import DOMAINS, InputError, Number, run_command
+from data_prep.shards import Split, named_splits, open_root, ordered_tests
 from data_prep.stream import Batches
 from kernels.margin_loss import margin_loss
 from run_folder import (
@@ -276,16 +276,19 @@ def matched_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def probe_splits(config: dict) -> list[Split]:
-    """What --eval-every looks at: a split per domain (the training one at need), and one out of distribution."""
-
-    def shifted(split: Split) -> bool:
-        return bool((split.index["protocol"] or {}).get("ood"))
-
-    root, found = open_root(Path(config["data"]), config["domains"]), []
-    for domain in config["domains"]:
-        others = [split for name, split in root[domain].items() if name != "train" and not shifted(split)]
-        found += [split for split in [*others, root[domain]["train"]] if (split.labels >= 0).sum() > 1][:1]
-    return found + [split for split in root.get("object", {}).values() if shifted(split)][:1]
+    """What --eval-every looks at: the test splits of --splits, else one a domain and one out of distribution."""
+    root = open_root(Path(config["data"]), DOMAINS if config["splits"] else config["domains"])
+    if config["splits"]:
+        return named_splits(root, config["splits"], config["data"])
+    chosen, others = [], {domain: list(root.get(domain, {}).values()) for domain in config["domains"]}
+    for domain, splits in others.items():
+        chosen += (tests := ordered_tests(splits)[:1])
+        if not tests:
+            print(f"  --eval-every: {domain} has no test split (--part test prepares one), so it is not looked at")
+    chosen += ordered_tests(others.get("object", []), ood=True)[:1]
+    names = ", ".join(f"{split.domain}/{split.name}" for split in chosen)
+    print(f"  --eval-every looks at {names or 'nothing'} (--splits chooses)")
+    return chosen
 
 
 def probe(job: "Job", splits: list[Split], count: int = 2000) -> dict[str, float]:
@@ -296,6 +299,8 @@ def probe(job: "Job", splits: list[Split], count: int = 2000) -> dict[str, float
     for split in splits:
         rows = np.flatnonzero(split.labels >= 0)
         rows = np.sort(np.random.default_rng(0).permutation(rows)[:count])
+        if not len(rows):
+            continue
         parts = list(embed_rows(job.model, split, rows, job.device, job.config["micro_batch"] or 64,
                                 job.config["workers"]))
         used, x = np.concatenate([r for r, _ in parts]), F.normalize(torch.cat([x for _, x in parts]), dim=1)
@@ -423,6 +428,7 @@ class Job:
     ema: list[torch.Tensor] | None = None  # running averages of `parameters`
     norms: torch.Tensor | None = None  # float64 [K, 3]: running n, sum, sum of squares of embedding lengths (AdaFace)
     cache: list[torch.Tensor] | None = None  # per domain, every image of its split
+    fixed: list[Split] = field(default_factory=list)  # what --eval-every looks at
     first: int = 0  # the next step
     bad: int = 0  # damaged images of this rank since the last log line
 
@@ -474,6 +480,7 @@ def set_up(config: dict) -> Job | None:
         torch.cuda.set_device(device)  # kernels and generators go by the current device
     torch.set_float32_matmul_precision("high")
     counts = describe_plan(config, splits, plan, steps)
+    fixed = probe_splits(config) if config["eval_every"] else []
     model = load_backbone(config)
     choose_trained(model, config)
     if config["grad_checkpointing"]:
@@ -502,7 +509,7 @@ def set_up(config: dict) -> Job | None:
     tally = {"skipped": 0, "bad": 0, "collapsed_at": None, "seconds": 0.0}
     plan = plan.reshape(steps, schedule.batches_per_step, len(splits))
     job = Job(config, folder, device, ranks, splits, plan, torch.from_numpy(plan.sum(1)).to(device), model, head, rows,
-              optimizer, tally, torch.zeros(2, dtype=torch.int64, device=device))
+              optimizer, tally, torch.zeros(2, dtype=torch.int64, device=device), fixed=fixed)
     if any(per_domain(config, "margin_adaptive")):
         job.norms = torch.zeros(len(splits), 3, dtype=torch.float64, device=device)
     if config["ema"]:
@@ -637,12 +644,12 @@ def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int,
 # ---------------------------------------------------------------- the loop
 
 
-def look_at_fixed_images(job: Job, splits: list[Split], board, step: int) -> None:
+def look_at_fixed_images(job: Job, board, step: int) -> None:
     """--eval-every: AUC of fixed images into probe.jsonl; a task that falls below its start is named."""
     if job.ranks.rank == 0:
         job.model.eval()
         with averaged(job):
-            scores = probe(job, splits)
+            scores = probe(job, job.fixed)
         job.model.train()
         append(job.folder / "probe.jsonl", {"step": step, "auc": scores})
         start = job.tally.setdefault("start", scores)
@@ -668,9 +675,8 @@ def run_steps(job: Job) -> int:
         if not job.first:
             train_report.draw_samples(job.folder / "samples.png", stream, job.model, job.cache)
     options = loss_options(config, [len(split.classes) for split in job.splits], job.device, ranks)
-    fixed = probe_splits(config) if config["eval_every"] else []
-    if fixed and not job.first:
-        look_at_fixed_images(job, fixed, board, 0)
+    if job.fixed and not job.first:
+        look_at_fixed_images(job, board, 0)
     stop, window, started = StopRequest(job.folder, ranks), [], time.time() - tally["seconds"]
     forward, ending = make_forward(job), False
 
@@ -688,8 +694,8 @@ def run_steps(job: Job) -> int:
             if "loss" in record:
                 bar.set_postfix(loss=f"{record['loss']:.3f}", img_s=f"{record['images_per_second']:.0f}")
             window = []
-        if fixed and (done % config["eval_every"] == 0 or done == steps):
-            look_at_fixed_images(job, fixed, board, done)
+        if job.fixed and (done % config["eval_every"] == 0 or done == steps):
+            look_at_fixed_images(job, board, done)
             forward.train()
         if config["keep"] and (done % (config["eval_every"] or config["save_every"]) == 0 or done == steps):
             keep_checkpoint(job, done)

@@ -225,6 +225,7 @@ def refuse_idle(config: dict, said: dict[str, str]) -> None:
         ("order", config["schedule"] != "sequential", "orders the blocks of --schedule sequential"),
         ("degrade_severity", not config["degrade"], "goes with --degrade"),
         ("degrade_ramp", not config["degrade"], "goes with --degrade"),
+        ("splits", not config["eval_every"], "chooses what --eval-every looks at"),
         ("size", bool(config["model"]) and not config["backbone"], "is a size of --backbone"),
         ("head_init_images", config["head_init"] == "random", "counts the images of class means"),
         ("mix_temperature", bool(config["mix"]), "makes the shares that --mix gives"),
@@ -379,6 +380,9 @@ OPTIONS = [
     click.option("--log-every", type=click.IntRange(1), default=10, help="Steps between lines of log.jsonl."),
     click.option("--eval-every", type=click.IntRange(0), default=0,
                  help="Steps between same/different AUCs of 2,000 fixed images per domain; 0: never."),
+    click.option("--splits", metavar="NAMES",
+                 help="Comma-separated domain/split for --eval-every (default: a domain's first test split and one of "
+                      "objects out of distribution)."),
     click.option("--save-every", type=click.IntRange(1), default=500, help="Steps between checkpoints."),
     click.option("--keep", type=click.IntRange(0), default=0,
                  help="Checkpoints of the weights that stay in RUN/checkpoints, one per --eval-every (else "

@@ -683,6 +683,30 @@ def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> 
     return {domain: splits for domain, splits in found.items() if splits}
 
 
+def ordered_tests(splits: Iterable[Split], ood: bool = False) -> list[Split]:
+    """The test splits of a domain in the order in which one of them stands for all; a training split is none of them.
+
+    First those whose classes are the training split's own (reference `train`, or none), then by name.
+
+    Args:
+        splits: of one domain.
+        ood: those out of distribution instead of those in distribution.
+    """
+    tests = [split for split in splits if split.protocol and bool(split.protocol.get("ood")) == ood]
+    return sorted(tests, key=lambda split: (split.protocol.get("reference", "train") != "train", split.name))
+
+
+def named_splits(root: dict[str, dict[str, Split]], names: str, where: str) -> list[Split]:
+    """The test splits that --splits names as `domain/split,...`; `where` is the name of the data root."""
+    everything = {f"{domain}/{name}": split for domain in root for name, split in root[domain].items()}
+    for name in names.split(","):
+        if name not in everything:
+            raise InputError(f"--splits: {where} has no split {name!r}; it has {', '.join(everything)}")
+        if not everything[name].protocol:
+            raise InputError(f"--splits: {name} is a training split: it has no protocol to be scored by")
+    return [everything[name] for name in dict.fromkeys(names.split(","))]
+
+
 # ---------------------------------------------------------------- checking
 
 

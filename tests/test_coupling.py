@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import train
 import train_input
 from data_prep import InputError
+from data_prep.shards import ordered_tests
 from run_folder import averaged
 from tests.conftest import TINY, script
 from tests.test_distributed import C, K, make
@@ -111,14 +113,44 @@ def test_pcgrad_changes_the_backbone_alone_at_first(watched, demo_root, tmp_path
 
 def test_a_fallen_task_is_named(demo_root, tmp_path, capsys):
     job = train.set_up(run_config(demo_root, tmp_path / "run"))
-    splits = train.probe_splits(job.config)
-    job.tally["start"] = {f"{s.domain}/{s.name}": 1.5 for s in splits}
+    job.fixed = train.probe_splits(job.config | {"splits": "object/val"})
+    job.tally["start"] = {"object/val": 1.5}
 
     class Board:
         add_scalar = staticmethod(lambda *_: None)
 
-    train.look_at_fixed_images(job, splits[:1], Board, 7)
+    train.look_at_fixed_images(job, Board, 7)
     assert "WARNING: step 7: object/" in capsys.readouterr().err
+
+
+def split_of(domain: str, name: str, /, **protocol) -> SimpleNamespace:
+    return SimpleNamespace(domain=domain, name=name, protocol=protocol or None, labels=np.zeros(4, dtype=int))
+
+
+def test_which_split_stands_for_a_domain(monkeypatch, capsys):
+    """Never one to train on, whatever its name; the trained classes' own before another's; as --splits says."""
+    classes = {"name": "classification"}
+    root = {"object": [split_of("object", "atlas"), split_of("object", "birds", **classes, reference="atlas"),
+                       split_of("object", "train"), split_of("object", "val", **classes, reference="train"),
+                       split_of("object", "art", **classes, reference="birds", ood=True),
+                       split_of("object", "sketch", **classes, reference="train", ood=True)],
+            "face_hq": [split_of("face_hq", "casia"), split_of("face_hq", "lfw", name="verification"),
+                        split_of("face_hq", "train")],
+            "body": [split_of("body", "market"), split_of("body", "train")]}
+    assert [s.name for s in ordered_tests(root["object"])] == ["val", "birds"]
+    assert [s.name for s in ordered_tests(root["object"], ood=True)] == ["sketch", "art"]
+    monkeypatch.setattr(train, "open_root", lambda *_: {d: {s.name: s for s in splits} for d, splits in root.items()})
+    config = {"data": "data", "domains": ["object", "face_hq", "body"], "splits": None}
+    names = [f"{s.domain}/{s.name}" for s in train.probe_splits(config)]
+    assert names == ["object/val", "face_hq/lfw", "object/sketch"]
+    out = capsys.readouterr().out
+    assert "--eval-every looks at object/val, face_hq/lfw, object/sketch (--splits chooses)" in out
+    assert "body has no test split" in out
+    chosen = train.probe_splits(config | {"splits": "object/birds,face_hq/lfw", "domains": ["face_hq"]})
+    assert [s.name for s in chosen] == ["birds", "lfw"]
+    for names, words in (("face_hq/casia", "is a training split"), ("face_hq/ijbc", "has no split 'face_hq/ijbc'")):
+        with pytest.raises(InputError, match=words):
+            train.probe_splits(config | {"splits": names})
 
 
 def run_config(demo_root, out, *more) -> dict:
