@@ -87,10 +87,11 @@ def analyse(options: dict) -> int:
         readable = tuple(find_readable([spaces[domain][i] for spaces in embedded.values()]) for i in range(2))
         if bad := sum(int((~good).sum()) for good in readable):
             print(f"  {domain}: {bad} unreadable images left out")
-        if task := make_task(base, test, readable, options["limit"], seed):
-            tasks.append(task)
+        task = make_task(base, test, readable, options["limit"], seed)
+        if isinstance(task, str):
+            left_out[domain] = task
         else:
-            left_out[domain] = "too few identities to fit on some and test others"
+            tasks.append(task)
     drop_tested(tasks, FITTED * max(dims), seed)
     left_out |= {task.domain: "the identities of its training split are all tested" for task in tasks
                  if len(task.fit) < 2}
@@ -188,7 +189,8 @@ def check_range(delete: tuple[int, int], dim: int) -> None:
              help=__doc__.split("\n\n")[0])
 @evaluate.model_options
 @click.option("--splits", metavar="NAMES",
-              help="Comma-separated domain/split to test on, one a domain (default: a domain's first in distribution).")
+              help="Comma-separated domain/split to test on, one a domain (default: the first in distribution, "
+              "those of reference `train` before others).")
 @click.option("--components", type=click.IntRange(1), default=99, help="The k of the claim: fewer than 100.")
 @click.option("--limit", type=click.IntRange(10), default=2000, help="At most so many probes per task.")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")

@@ -25,7 +25,7 @@ from analyze_claims import (
     make_table,
 )
 from analyze_separability import pixel_statistics
-from analyze_tasks import find_splits, make_task
+from analyze_tasks import choose_pairs, make_task
 from data_prep import InputError
 from evaluate_compare import Scored
 from evaluate_results import Row
@@ -86,8 +86,8 @@ def test_tables_hold_every_number_of_the_curves(analysed, tiny_run):
 def test_fit_and_test_identities_are_disjoint(demo_root):
     from data_prep.shards import open_root
 
-    for domain, splits in open_root(demo_root).items():
-        base, test = find_splits(splits)
+    for base, test in choose_pairs(open_root(demo_root), DOMAINS, None, "DATA")[0].values():
+        domain = base.domain
         task = make_task(base, test, (np.ones(len(base), bool), np.ones(len(test), bool)), 2000, 0)
         fitted = {task.train.classes[label] for label in task.train.labels[task.fit]}
         tested = {task.split.classes[label] for label in task.split.labels[task.probe]}
@@ -108,16 +108,18 @@ def test_fit_and_test_identities_are_disjoint(demo_root):
 def test_unreadable_images_and_lone_identities_leave_a_task(demo_root):
     from data_prep.shards import open_root
 
-    base, test = find_splits(open_root(demo_root)["object"])
+    pairs = choose_pairs(open_root(demo_root), DOMAINS, None, "DATA")[0]
+    base, test = pairs["object"]
     good = np.ones(len(base), bool), np.arange(len(test)) % 3 > 0
     task = make_task(base, test, good, 2000, 0)
     assert good[1][task.probe].all() and len(task.probe)
     with pytest.raises(InputError, match="one identity alone can be tested"):
         make_task(base, test, (good[0], test.labels == test.labels[-1]), 2000, 0)  # one class
-    base, test = find_splits(open_root(demo_root)["face_hq"])
+    base, test = pairs["face_hq"]
     first = np.unique(test.labels, return_index=True)[1]
     alone = np.isin(np.arange(len(test)), first)  # nobody has a second image
-    assert make_task(base, test, (np.ones(len(base), bool), alone), 2000, 0) is None
+    why = make_task(base, test, (np.ones(len(base), bool), alone), 2000, 0)
+    assert why == "no probe of test has a mate in its gallery that counts"
 
 
 def test_pixel_statistics_see_format_and_not_content(demo_root):
