@@ -76,13 +76,16 @@ from evaluate_report import (
     write_report,
 )
 from evaluate_results import (
+    FEW_NOTE,
     HEADLINE,
     Row,
+    check_references,
     clean_of,
     headlines,
     make_report,
     make_rows,
     make_unified_rows,
+    mark,
     read_rows,
     score,
     show_value,
@@ -245,7 +248,15 @@ def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: s
             del scored[name]
     if not scored:
         raise InputError(f"{where}: no test split to score: prepare one, `python -m data_prep SOURCE ... --part test`")
+    check_references(list(scored.values()), root)
     return sorted(scored.values(), key=lambda s: (DOMAINS.index(s.domain), bool(s.protocol.get("ood")), s.name))
+
+
+def training_split(run: Run | None, root: dict[str, dict[str, Split]]) -> Split | None:
+    """The split of objects that a run was trained on, where the data root holds it."""
+    split = root.get("object", {}).get("train")
+    known = run is not None and split is not None and run.config["shards"].get("object")
+    return split if known and split.index["provenance"]["plan"] == known else None
 
 
 def add_references(splits: list[Split], root: dict[str, dict[str, Split]]) -> list[Split]:
@@ -326,7 +337,8 @@ def watch(folder: Path, options: dict) -> None:
                 raise
             name = "watched" if step else "foundation"
             embed = make_embedder(lambda model=model: model, name, out, options)
-            readouts = Readouts(prompts, options["probe"], run.config, run.classes.get("object", []))
+            readouts = Readouts(prompts, options["probe"], run.config, run.classes.get("object", []),
+                                training_split(run, root))
             figures, _ = score(embed, splits, root, run if step else None, options["bootstrap"], options["seed"],
                                readouts)
             rows = [row for row, _ in make_rows(folder.name, splits, {"tuned" if step else "foundation": figures},
@@ -427,9 +439,9 @@ def main(context: click.Context, **options) -> int | None:
         raise InputError("--watch follows a run: give --run RUN")
     given = {key for key in options if context.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE}
     name, folder, run, models, data, config = open_models(options, given)
-    trained = run.classes.get("object", []) if run else []
-    readouts = Readouts(read_prompts(options["prompts"]), options["probe"], config, trained)
+    prompts, trained = read_prompts(options["prompts"]), run.classes.get("object", []) if run else []
     root = open_root(Path(data))
+    readouts = Readouts(prompts, options["probe"], config, trained, training_split(run, root))
     splits = choose_splits(root, options["splits"], data)
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
     published = read_published()
@@ -445,13 +457,16 @@ def main(context: click.Context, **options) -> int | None:
     if ranks.rank:
         leave(ranks)
     figures, curves, unified, people = {}, {}, {}, {}
-    crowd = choose_crowd(splits) if options["crowd"] else []
+    if crowd := choose_crowd(splits) if options["crowd"] else []:
+        print(f"  everything: {', '.join(f'{split.domain}/{split.name}' for split in crowd)} (--splits chooses)")
     for weights, embed in embedders.items():
         found = score(embed, splits, root, run if weights == "tuned" else None, options["bootstrap"], options["seed"],
                       readouts)
         figures[weights], curves[weights] = found
         if crowd:
             members = make_members(crowd, [embed(split) for split in crowd], options["crowd"], options["seed"])
+            crowd = [member.split for member in members]
+        if crowd:
             unified[weights] = score_unified(members, options["bootstrap"], options["seed"], embed.device)
         if ratings:
             rated = {name: embed(by_name[name]) for name in {rating.split for rating in ratings}}
@@ -489,6 +504,8 @@ def main(context: click.Context, **options) -> int | None:
             name = "everything" if domain == "all" else f"{domain}/{split}"
             print(f"{name:22s} {lead.metric:30s} {weights} {show_value(lead)}: "
                   f"{human_verdict(lead)}")
+    if any(mark(row.identities) for row in rows):
+        print(FEW_NOTE)
     print(f"written: {out}/report.html, report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
     leave(ranks)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from data_prep import InputError
 from data_prep.shards import Split
 from evaluate_bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
 from evaluate_embed import Embedder, fingerprint, keep
-from evaluate_search import take_rows
+from evaluate_search import Unscorable, take_rows
 
 
 def class_means(x: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
@@ -169,6 +170,14 @@ def read_prompts(names: str) -> dict[str, list[str]]:
     return found
 
 
+WORDNET = re.compile(r"n\d{8}(?!\d)")  # how ImageNet's class folders begin
+
+
+def words_of(name: str, readable: str) -> set[str]:
+    """What a class is called, without case and signs: its name, and its name for people up to the first comma."""
+    return {re.sub(r"[\W_]+", " ", text.casefold()).strip() for text in (name, readable, readable.split(",")[0])}
+
+
 @dataclass
 class Readouts:
     """How classification is read out beyond means and neighbours: for all splits of a run, and both its weights."""
@@ -177,6 +186,33 @@ class Readouts:
     probe: int  # images of a reference that a linear probe is fitted to, at most
     config: dict  # of the backbone
     trained: list[str]  # classes that the run has seen; of others retention is told apart
+    training: Split | None = None  # the images of these classes, where they are at hand
+
+    def seen_classes(self, split: Split, reference: Split) -> tuple[set[str], str]:
+        """The classes of a split that a run was trained on, and in words how they were compared.
+
+        Seen is a class with the WordNet id of a trained class or, where one of the two has none, with its name (in
+        other spelling, too, or what the split calls it); and one with an image, there or in its reference, that was
+        trained on.
+        """
+        told = dict(zip(self.training.classes, self.training.names, strict=True)) if self.training else {}
+        ids = {found[0] for name in self.trained if (found := WORDNET.match(name))}
+        words = {word for name in self.trained for word in words_of(name, told.get(name, name))}
+        plain = {word for name in self.trained if not WORDNET.match(name)
+                 for word in words_of(name, told.get(name, name))}
+        groups, seen, by_hash = split.protocol.get("groups") or {}, set(), set()
+        hashed = self.training is not None and all(s.hashed for s in (self.training, split, reference))
+        for one in (split, reference) if hashed else ():
+            shared = np.isin(one.column("hash"), self.training.column("hash")) & (one.labels >= 0)
+            by_hash |= {one.classes[label] for label in np.unique(one.labels[shared])}
+        for name, readable in zip(split.classes, split.names, strict=True):
+            for member in groups.get(name, [name]):
+                known = words_of(member, readable if member == name else member)
+                wordnet = WORDNET.match(member)
+                if (wordnet and wordnet[0] in ids) or known & (plain if wordnet else words) or {name, member} & by_hash:
+                    seen.add(name)
+        wordnet = all(WORDNET.match(name) for name in [*self.trained, *split.classes])
+        return seen, f"by {'WordNet id' if wordnet else 'name'}" + " and images" * hashed
 
     def fit_once(self, embed: Embedder, y: np.ndarray, labels: np.ndarray, classes: int
                  ) -> tuple[np.ndarray, np.ndarray, float]:
@@ -258,7 +294,7 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     labels = np.append([place.get(name, -1) for name in split.classes], -1)[split.labels]
     rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
     if not good.any():
-        raise InputError(f"{other.folder}: no readable image with a class, and {split.folder} is scored by them: "
+        raise Unscorable(f"{other.folder}: no readable image with a class, and {split.folder} is scored by them: "
                          "prepare that reference again, or leave the split out with --splits")
     itself = split.folder.resolve() == other.folder.resolve()
     x, truth, real = take_rows(x, rows), labels[rows], true_in_real(split)  # without copies: a reference is large
@@ -303,7 +339,7 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
         return {name: weighted_mean(hit[counted[name]].astype(float), None if weights is None else
                                     weights[counted[name]]) for name, hit in hits.items() if counted[name].any()}
 
-    found = intervals(statistic, bootstrap_counts(truth, draws, seed))
+    found = intervals(statistic, bootstrap_counts(truth, draws, seed), identities=truth)
     for name, figure in found.items():
         figure.count, figure.chance = int(counted[name].sum()), chances[name]
     return found

@@ -11,7 +11,7 @@ from data_prep import DOMAIN_COLOURS, DOMAINS, InputError
 from evaluate_bootstrap import Figure
 from evaluate_figures import COLOURS
 from evaluate_report import literal
-from evaluate_results import Row, read_rows
+from evaluate_results import FEW_NOTE, Row, mark, read_rows
 from run_folder import FREE_ON_RESUME, read_json
 
 
@@ -117,12 +117,12 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
             row |= {"runs": " ".join(scored.folder.resolve().name for scored in group),
                     "weights": group[0].found[key][0].weights, "seeds": len(group), "value": figure.value,
                     "low": figure.low, "high": figure.high, "seed_sd": spread, "count": figure.count,
-                    "headline": group[0].found[key][0].headline}
+                    "headline": group[0].found[key][0].headline, "identities": group[0].found[key][0].identities}
             if group is not groups[0]:
                 row |= {"difference": lead.value, "difference_low": lead.low, "difference_high": lead.high}
             table.append({"difference": None, "difference_low": None, "difference_high": None} | row)
     order = ("domain", "split", "metric", "protocol", "runs", "weights", "seeds", "value", "low", "high", "seed_sd",
-             "difference", "difference_low", "difference_high", "headline", "count")
+             "difference", "difference_low", "difference_high", "headline", "count", "identities")
     return [{name: row[name] for name in order} for row in table]
 
 
@@ -211,7 +211,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
             table.append(dict(zip(("domain", "split", "metric", "protocol"), key, strict=True)) | {
                 "run": named[0], "expert": named[1], "value": run.value, "expert_value": expert.value,
                 "difference": lead.value, "low": lead.low, "high": lead.high, "delta": allowed, "verdict": verdict,
-                "headline": row.headline, "count": run.count})
+                "headline": row.headline, "count": run.count, "identities": row.identities})
     if not table:
         raise InputError("the run and its experts have no figure in common: score them on the same splits")
     return table
@@ -220,14 +220,16 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
 def show_experts(table: list[dict], domains: list[str]) -> str:
     """The rows of `compare_experts` as Markdown; headlines first, then what they say together."""
     lines = ["Percent; differences run - expert, paired by person, with 95 % intervals. Non-inferior: the whole "
-             "interval above -δ, which is --delta and, for an expert above 90 %, at most a tenth of its error.", "",
+             "interval above -δ, which is --delta and, for an expert above 90 %, at most a tenth of its error."
+             + f" {FEW_NOTE}." * any(mark(row["identities"]) for row in table), "",
              "| split | metric | run | expert | difference | low | high | δ | verdict | expert's name | protocol |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for row in sorted(table, key=lambda row: not row["headline"]):
         name, metric, expert, protocol = map(literal, (f"{row['domain']}/{row['split']}", row["metric"],
                                                        row["expert"], row["protocol"]))
         cells = [name, metric, *(f"{100 * row[key]:.1f}" for key in ("value", "expert_value")),
-                 *(f"{100 * row[key]:+.2f}" for key in ("difference", "low", "high")), f"{100 * row['delta']:.2f}",
+                 *(f"{100 * row[key]:+.2f}" + mark(row["identities"]) * (key == "high")
+                   for key in ("difference", "low", "high")), f"{100 * row['delta']:.2f}",
                  f"**{row['verdict']}**" if row["headline"] else row["verdict"], expert, protocol]
         lines.append(f"| {' | '.join(cells)} |")
     verdicts = {row["verdict"] for row in table if row["headline"]}
@@ -311,7 +313,8 @@ def show_comparison(table: list[dict]) -> str:
         return [f"{row[name] * (1 if 'd-prime' in row['metric'] else 100):{sign}.1f}" for name in names]
 
     lines = ["Percent (d-prime: as it is) with 95 % intervals. Differences to the first run or group of seeds, paired "
-             "by person; in bold where the interval leaves out 0. Seed SD: between runs that differ in the seed alone.",
+             "by person; in bold where the interval leaves out 0. Seed SD: between runs that differ in the seed alone."
+             + f" {FEW_NOTE}." * any(mark(row["identities"]) for row in table),
              "",
              "| split | metric | runs | value | seed SD | difference | count | protocol |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
@@ -319,9 +322,10 @@ def show_comparison(table: list[dict]) -> str:
         lead = ""
         if row["difference"] is not None:
             lead = "{} [{}, {}]".format(*show(row, "difference", "difference_low", "difference_high", sign="+"))
+            lead += mark(row["identities"])
             lead = f"**{lead}**" if row["difference_low"] > 0 or row["difference_high"] < 0 else lead
         spread = "" if row["seed_sd"] is None else show(row, "seed_sd")[0]
-        value = "{} [{}, {}]".format(*show(row, "value", "low", "high"))
+        value = "{} [{}, {}]".format(*show(row, "value", "low", "high")) + mark(row["identities"])
         name, metric, runs, protocol = map(literal, (f"{row['domain']}/{row['split']}", row["metric"],
                                                      row["runs"], row["protocol"]))
         cells = [name, metric, f"{runs} ({row['weights']})", value, spread, lead, f"{row['count']:,}", protocol]

@@ -97,10 +97,14 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
     missing = dict.fromkeys(whole, math.nan)
     found = intervals(lambda counts: whole if counts is None else missing | statistic(counts),
                       bootstrap_counts(np.arange(len(people)), draws, seed))
+    who = {name: np.unique(np.concatenate([np.append(a[i], b[i]) for (split, _), i in used.items() if split == name]))
+           for name in names if any(split == name for split, _ in used)}
     shown = {name: {pair for (split, _), pairs in seen.items() if split == name for pair in pairs} for name in names}
     figures: dict[str, dict[str, Figure]] = {}
     for (place, metric), figure in found.items():
-        figure.count = sum(len(shown[name]) for name in ([place] if place in shown else domains.get(place, shown)))
+        these = [place] if place in shown else domains.get(place, shown)
+        figure.count = sum(len(shown[name]) for name in these)
+        figure.identities = len(np.unique(np.concatenate([who[name] for name in these if name in who])))
         figures.setdefault(place, {})[metric] = figure
     return figures
 

@@ -8,11 +8,10 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from data_prep import InputError
 from data_prep.shards import Split
 from evaluate_bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
 from evaluate_embed import normalise
-from evaluate_search import FPIRS, mates_in, score_blocks, search_gallery, tpir_at_fpir
+from evaluate_search import FPIRS, Unscorable, mates_in, score_blocks, search_gallery, tpir_at_fpir
 from train import matched_pairs
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
@@ -165,7 +164,7 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
     pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
     left, right, same, folds = pairs[:, 0], pairs[:, 1], pairs[:, 2] == 1, pairs[:, 3]
     if same.all() or not same.any():
-        raise InputError(f"{split.folder}: its pairs are all genuine or all impostors: nothing to verify")
+        raise Unscorable(f"{split.folder}: its pairs are all genuine or all impostors: nothing to verify")
     scores = (x[left] * x[right]).sum(1)
     a, b = split.labels[left], split.labels[right]
 
@@ -180,14 +179,14 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
         for counts in bootstrap_counts(split.labels, draws, seed):
             yield np.where(a == b, counts[left], counts[left] * counts[right])
 
-    far, tar = roc(scores, same)
+    (far, tar), people = roc(scores, same), split.labels[pairs[:, :2]]
     spread = {kind: np.histogram(scores[mask], SCORE_BINS)[0] for kind, mask in (("same", same), ("different", ~same))}
-    found = {f"{folded}, exact thresholds, strict FAR": intervals(statistic, pair_weights(), len(pairs)),
+    found = {f"{folded}, exact thresholds, strict FAR": intervals(statistic, pair_weights(), len(pairs), people),
              f"{folded}, thresholds 0 to 4 by 0.01 on the squared distance": intervals(
-                 lambda w: grid_accuracy(scores, same, folds, w), pair_weights(), len(pairs))}
+                 lambda w: grid_accuracy(scores, same, folds, w), pair_weights(), len(pairs), people)}
     if (~same).sum() - np.unique(folds[~same], return_counts=True)[1].max() >= 1000:
         found[f"{folded}, thresholds 0 to 4 by 0.001 on the squared distance, interpolated to the FAR of the other "
-              "folds"] = intervals(lambda w: grid_tar(scores, same, folds, w), pair_weights(), len(pairs))
+              "folds"] = intervals(lambda w: grid_tar(scores, same, folds, w), pair_weights(), len(pairs), people)
     return found, {"far": far, "tar": tar, **spread}
 
 
@@ -385,7 +384,7 @@ def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, se
             nearest = {("nearest", f): tar_at_nearest_far(far[corner], tar[corner], f) for f in targets}
             return nearest | {("strict", f): tar_at_far(far, tar, f) for f in targets}
 
-        found = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs))
+        found = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs), np.arange(people))
         return found, roc_of(np.ones(people, dtype=np.int64)), np.nanmin(ends)
 
     # all of them where many scores are equal, or where a resampling lacks the people of the highest impostors
@@ -439,7 +438,8 @@ def score_template_search(templates: Templates, galleries: list[np.ndarray], pro
             values[f"tpir@fpir={f:g}"] = float(np.mean([tpir_at_fpir(*found, f, weights) for found in searches]))
         return values
 
-    return intervals(statistic, bootstrap_counts(templates.identity[probes], draws, seed), len(probes))
+    who = templates.identity[probes]
+    return intervals(statistic, bootstrap_counts(who, draws, seed), len(probes), who)
 
 
 def highest_wrong(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, most: int,
@@ -508,7 +508,8 @@ def score_legacy_search(templates: Templates, galleries: list[np.ndarray], probe
                     else math.nan
             return values
 
-        return intervals(statistic, bootstrap_counts(templates.identity[probes], draws, seed), len(probes))
+        who = templates.identity[probes]
+        return intervals(statistic, bootstrap_counts(who, draws, seed), len(probes), who)
 
     most = 4 * math.ceil(len(probes) * max(supported, default=0)) + 1
     while True:
@@ -548,7 +549,7 @@ def score_templates(x: np.ndarray, split: Split, draws: int, seed: int,
             found[f"legacy 1:N in {len(galleries)} galleries merged, {how}, TPIR above the ceil(N x FPIR)-th non-mate "
                   "similarity"] = legacy
     if not any(found.values()):
-        raise InputError(f"{split.folder}: its lists support no figure: {1 / max(FARS):g} impostor pairs and a genuine "
+        raise Unscorable(f"{split.folder}: its lists support no figure: {1 / max(FARS):g} impostor pairs and a genuine "
                          "one, or a gallery and probes, are the least")
     return found, curve
 
@@ -572,4 +573,4 @@ def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count:
         for counts in bootstrap_counts(labels, draws, seed):
             yield np.where(same, counts[pairs[:, 0]], counts[pairs[:, 0]] * counts[pairs[:, 1]])
 
-    return intervals(statistic, pair_weights(), len(pairs))
+    return intervals(statistic, pair_weights(), len(pairs), labels[pairs])

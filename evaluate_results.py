@@ -1,7 +1,6 @@
 """Rows of results: from splits to figures to results.json, results.csv and the pages of a report."""
 
 import csv
-import functools
 import hashlib
 import json
 import math
@@ -13,12 +12,20 @@ import numpy as np
 
 from data_prep import InputError
 from data_prep.shards import ROLES, Split
-from evaluate_bootstrap import Figure, gap, retention
+from evaluate_bootstrap import FEW, Figure, gap, retention
 from evaluate_classes import Readouts, score_classification
 from evaluate_embed import Embedder, fingerprint, normalise
 from evaluate_pairs import FARS, score_pairs, score_templates, score_verification
 from evaluate_report import literal
-from evaluate_search import describe_variant, gallery_rule, score_gallery, variants_of
+from evaluate_search import (
+    Unscorable,
+    describe_variant,
+    gallery_rule,
+    origin_of,
+    say_once,
+    score_gallery,
+    variants_of,
+)
 from run_folder import Run, write_atomically
 
 # the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
@@ -43,6 +50,7 @@ class Row:
     low: float
     high: float
     count: int  # pairs, probes or images
+    identities: int = 0  # or classes, that the interval resamples; 0: unknown
 
     @property
     def headline(self) -> bool:
@@ -96,24 +104,19 @@ def clean_of(split: Split, splits: list[Split]) -> Split | None:
                       and other.protocol["reference"] == of), None))
 
 
-def scopes_of(split: Split, trained: list[str]) -> list[tuple[list[str] | None, str, str]]:
+def scopes_of(split: Split, reference: Split, readouts: Readouts) -> list[tuple[list[str] | None, str, str]]:
     """What of a classification split is scored: all of it; and the classes that a run never saw, among themselves.
 
     Returns:
         Classes (None: all), a prefix of the metrics and an addition to the rule of each.
     """
-    groups, known = split.protocol.get("groups") or {}, set(trained)
-    unseen = [name for name in split.classes if known.isdisjoint(groups.get(name, [name]))]
-    if not trained or len(unseen) < 2:
+    seen, how = readouts.seen_classes(split, reference) if readouts.trained else ([], "")
+    unseen = [name for name in split.classes if name not in seen]
+    if not readouts.trained or len(unseen) < 2:
         return [(None, "", "")]
     which = hashlib.sha256(json.dumps(unseen).encode()).hexdigest()[:8]
-    return [(None, "", ""), (unseen, "unseen-class ", f", open set of {len(unseen)} classes not trained on {which}")]
-
-
-@functools.cache
-def say_once(line: str) -> None:
-    """Print what is the same for every set of weights."""
-    print(line)
+    return [(None, "", ""), (unseen, "unseen-class ",
+                             f", open set of {len(unseen)} classes not trained on {how} {which}")]
 
 
 def unsupported_fars(impostors: int) -> str:
@@ -137,85 +140,131 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
     Returns:
         By "domain/split": figures {rule: {metric: Figure}}, the customary rule first, and curves to draw.
     """
-    figures, curves, fitted = {}, {}, {}
+    figures, curves, fitted, failed = {}, {}, {}, {}
     for split in splits:
-        x, protocol, curve, found = embed.raw(split), split.protocol["name"], {}, {}
-        key, bad = f"{split.domain}/{split.name}", int((~np.isfinite(x[:, 0])).sum())
-        left_out = (without or {}).get(key, [])
+        x, key = embed.raw(split), f"{split.domain}/{split.name}"
+        bad, left_out = int((~np.isfinite(x[:, 0])).sum()), (without or {}).get(key, [])
         x[left_out] = np.nan
-        if not np.isfinite(x[:, 0]).any():
-            raise InputError(f"{split.folder}: no image left to score: all are unreadable or leaked; leave the split "
-                             "out with --splits")
-        if protocol == "templates":
-            found, curve = score_templates(x, split, draws, seed, embed.device)
-        normalise(x)
-        if protocol == "verification":
-            found, curve = score_verification(x, split, draws, seed)
-        elif protocol in ("reid", "identification"):
-            for variant in variants_of(split):
-                found[describe_variant(split, variant, seed)], drawn = score_gallery(x, split, draws, seed, variant,
-                                                                                     embed.device)
-                curve = curve or drawn
-        elif protocol == "classification":
-            reference = root[split.domain].get(split.protocol["reference"])
-            if reference is None:
-                raise InputError(f"{split.folder}: its reference split {split.protocol['reference']!r} is missing: "
-                                 "prepare that, or this one with another --reference")
-            head, classes = None, []
-            if run is not None and split.domain in run.classes:
-                start, end = run.class_ranges[split.domain]
-                head, classes = run.head[start:end].numpy(), run.classes[split.domain]
-            y = embed(reference)
-            if reference.name not in fitted:
-                fitted[reference.name] = readouts.fit(embed, y, reference, seed)
-            if reference.folder == split.folder:  # row for row the same; another split's rows stay references
-                y[left_out] = np.nan
-            linear = {name: parts for name, parts in fitted[reference.name].items()
-                      if name != "probe" or reference.folder != split.folder}  # a probe knows what it was fitted to
-            for only, prefix, which in scopes_of(split, readouts.trained):
-                by_metric = score_classification(
-                    x, split, (y, reference), head, classes, draws, seed, split.protocol.get("groups"),
-                    {name: (w, b) for name, (w, b, _) in linear.items()}, only, embed.device)
-                rules = {metric: linear.get(metric.rpartition(" ")[0], [f"20 neighbours at T 0.07, reference "
-                                                                        f"{fingerprint(reference)}"])[-1]
-                         for metric in by_metric}
-                for metric, figure in by_metric.items():
-                    found.setdefault(rules[metric] + which, {})[prefix + metric] = figure
-                if only is None and (clean := clean_of(split, among or splits)):
-                    z = embed(clean)
-                    z[(without or {}).get(f"{clean.domain}/{clean.name}", [])] = np.nan
-                    if not np.isfinite(z[:, 0]).any():
-                        continue
-                    itself = reference.folder == clean.folder  # what is left out votes for none of the others
-                    before = score_classification(
-                        z, clean, (z if itself else y, reference), head, classes, draws, seed,
-                        split.protocol.get("groups"), {name: (w, b) for name, (w, b, _) in linear.items()
-                                                       if name != "probe" or not itself}, split.classes, embed.device)
-                    same = f"clean is {clean.name} {fingerprint(clean)} by the same classes"
-                    for metric in [metric for metric in by_metric if metric in before]:
-                        found.setdefault(f"{same}, {rules[metric]}", {}).update({
-                            f"gap of {metric}": gap(before[metric], by_metric[metric], seed),
-                            f"clean {metric}": replace(before[metric], chance=math.nan)})  # no retention of it here
-                if only is not None:
-                    labels = np.where(np.isin(split.labels, [split.classes.index(name) for name in only]),
-                                      split.labels, -1)
-                    pairs = score_pairs(x, labels, draws, seed)
-                    found[f"random pairs, seed {seed}{which}"] = {prefix + m: f for m, f in pairs.items()}
-        elif not found:
-            raise InputError(f"{split.folder}: protocol {protocol!r} is not known to this version")
+        try:
+            if not np.isfinite(x[:, 0]).any():
+                raise Unscorable(f"{split.folder}: no image left to score: all are unreadable or leaked")
+            if split.protocol["name"] == "classification":
+                found, curve = score_objects(embed, normalise(x), split, root, run, draws, seed, readouts, fitted,
+                                             without or {}, among or splits), {}
+            else:
+                found, curve = score_people(embed, x, split, draws, seed)
+        except Unscorable as error:
+            failed[key] = error
+            continue
         figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split.labels, draws, seed)}
         curves[key] = curve
-        table = {"verification": "pairs", "templates": "template_pairs"}.get(protocol)
-        if table and table in split.index["columns"]:
-            pairs = split.column(table)
-            impostor = pairs[:, 2] == 0
-            if protocol == "verification":  # of templates, those that are not enrolled count too
-                impostor &= np.isfinite(x[pairs[:, :2], 0]).all(1)
-            if line := unsupported_fars(int(impostor.sum())):
-                say_once(f"  {key}: {line}")
         if bad:
             print(f"  {key}: {bad} unreadable images left out")
+    if failed and not figures:
+        raise next(iter(failed.values()))
+    for key, error in failed.items():
+        say_once(f"  {key}: NOT SCORED: {error.message}")
     return figures, curves
+
+
+def score_people(embed: Embedder, x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
+    """Figures by rule and curves of a split whose images are compared with each other; x is normalised in place."""
+    protocol, curve, found = split.protocol["name"], {}, {}
+    if protocol == "templates":
+        found, curve = score_templates(x, split, draws, seed, embed.device)
+    normalise(x)
+    if protocol == "verification":
+        found, curve = score_verification(x, split, draws, seed)
+    elif protocol in ("reid", "identification"):
+        failed: list[Unscorable] = []
+        for variant in variants_of(split):
+            try:
+                figures, drawn = score_gallery(x, split, draws, seed, variant, embed.device)
+            except Unscorable as error:
+                failed.append(error)
+                continue
+            found[describe_variant(split, variant, seed)], curve = figures, curve or drawn
+        if not found:
+            raise failed[0]
+        for error in failed:
+            say_once(f"  {split.domain}/{split.name}: {error.message}")
+    elif not found:
+        raise InputError(f"{split.folder}: protocol {protocol!r} is not known to this version")
+    table = {"verification": "pairs", "templates": "template_pairs"}.get(protocol)
+    if table and table in split.index["columns"]:
+        pairs = split.column(table)
+        impostor = pairs[:, 2] == 0
+        if protocol == "verification":  # of templates, those that are not enrolled count too
+            impostor &= np.isfinite(x[pairs[:, :2], 0]).all(1)
+        if line := unsupported_fars(int(impostor.sum())):
+            say_once(f"  {split.domain}/{split.name}: {line}")
+    return found, curve
+
+
+def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run: Run | None, draws: int, seed: int,
+                  readouts: Readouts, fitted: dict, without: dict, among: list[Split]) -> dict[str, dict[str, Figure]]:
+    """Figures by rule of a classification split with unit embeddings x; other arguments as of `score`.
+
+    `fitted`: the readouts of each reference so far.
+    """
+    key, found = f"{split.domain}/{split.name}", {}
+    reference, head, classes = root[split.domain][split.protocol["reference"]], None, []
+    if run is not None and split.domain in run.classes:
+        start, end = run.class_ranges[split.domain]
+        head, classes = run.head[start:end].numpy(), run.classes[split.domain]
+    y = embed(reference)
+    if reference.name not in fitted:
+        fitted[reference.name] = readouts.fit(embed, y, reference, seed)
+    if reference.folder == split.folder:  # row for row the same; another split's rows stay references
+        y[without.get(key, [])] = np.nan
+    linear = {name: parts for name, parts in fitted[reference.name].items()
+              if name != "probe" or reference.folder != split.folder}  # a probe knows what it was fitted to
+    by_readout = {"nearest-mean": f"nearest class mean, reference {fingerprint(reference)}",
+                  "knn": f"20 neighbours at T 0.07, reference {fingerprint(reference)}",
+                  "head": "trained class weights", **{name: rule for name, (_, _, rule) in linear.items()}}
+    for only, prefix, which in scopes_of(split, reference, readouts):
+        by_metric = score_classification(
+            x, split, (y, reference), head, classes, draws, seed, split.protocol.get("groups"),
+            {name: (w, b) for name, (w, b, _) in linear.items()}, only, embed.device)
+        rules = {metric: by_readout[metric.rpartition(" ")[0]] for metric in by_metric}
+        for metric, figure in by_metric.items():
+            found.setdefault(rules[metric] + which, {})[prefix + metric] = figure
+        if only is None and (clean := clean_of(split, among)):
+            z = embed(clean)
+            z[without.get(f"{clean.domain}/{clean.name}", [])] = np.nan
+            if not np.isfinite(z[:, 0]).any():
+                continue
+            itself = reference.folder == clean.folder  # what is left out votes for none of the others
+            before = score_classification(
+                z, clean, (z if itself else y, reference), head, classes, draws, seed,
+                split.protocol.get("groups"), {name: (w, b) for name, (w, b, _) in linear.items()
+                                               if name != "probe" or not itself}, split.classes, embed.device)
+            same = f"clean is {clean.name} {fingerprint(clean)} by the same classes"
+            for metric in [metric for metric in by_metric if metric in before]:
+                found.setdefault(f"{same}, {rules[metric]}", {}).update({
+                    f"gap of {metric}": gap(before[metric], by_metric[metric], seed),
+                    f"clean {metric}": replace(before[metric], chance=math.nan)})  # no retention of it here
+        if only is not None:
+            labels = np.where(np.isin(split.labels, [split.classes.index(name) for name in only]), split.labels, -1)
+            pairs = score_pairs(x, labels, draws, seed)
+            found[f"random pairs, seed {seed}{which}"] = {prefix + m: f for m, f in pairs.items()}
+    return found
+
+
+def check_references(splits: list[Split], root: dict[str, dict[str, Split]]) -> None:
+    """InputError where a classification split cannot be read out by its reference: before anything is embedded."""
+    for split in splits:
+        if split.protocol["name"] != "classification":
+            continue
+        name, groups = split.protocol["reference"], split.protocol.get("groups") or {}
+        what = f"prepare {split.domain}/{split.name} again with --reference SPLIT, a split of the same classes, or " \
+            "score others with --splits"
+        if name not in root[split.domain]:
+            raise InputError(f"{split.folder}: its reference split {str(name)!r} is not there: prepare that, or {what}")
+        known = set(root[split.domain][name].classes)
+        if unknown := [one for group in split.classes for one in groups.get(group, [group]) if one not in known]:
+            raise InputError(f"{split.folder}: class {unknown[0]!r}, {len(unknown):,} in all, is not in its reference "
+                             f"{root[split.domain][name].folder}: {what}")
 
 
 Results = list[tuple["Row", np.ndarray]]  # rows with the resampled values behind them
@@ -227,7 +276,7 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
     for split in splits:
         key = f"{split.domain}/{split.name}"
         by_weights = {weights: {rule: dict(by_metric) for rule, by_metric in found[key].items()}
-                      for weights, found in figures.items()}
+                      for weights, found in figures.items() if key in found}
         if split.protocol["name"] == "classification" and len(by_weights) == 2:
             for rule, before in by_weights["foundation"].items():  # what both have: never the trained class weights
                 after = by_weights["tuned"].get(rule, {})
@@ -243,15 +292,17 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
 
 def rows_of(run: str, weights: str, domain: str, split: str, protocol: str, found: dict[str, Figure]) -> Results:
     """The rows of some figures; one that could not be computed is absent."""
-    return [(Row(run, weights, domain, split, protocol, metric, f.value, f.low, f.high, f.count), f.draws)
+    return [(Row(run, weights, domain, split, protocol, metric, f.value, f.low, f.high, f.count, f.identities), f.draws)
             for metric, f in found.items() if math.isfinite(f.value)]
 
 
 def make_unified_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: bool, limit: int,
                       seed: int) -> Results:
     """The rows of the unified gallery, split "everything": of each domain, and of "all"."""
-    sets = " + ".join(f"{split.domain} {fingerprint(split)}" for split in splits)
-    protocol = f"unified, at most {limit} probes a domain, seed {seed}, sets {sets}, {'flip' if flip else 'no flip'}"
+    sets = " + ".join(f"{split.domain}/{split.name} {fingerprint(split)}" for split in splits)
+    copies = len({origin_of(split)[1] for split in splits}) < len(splits)
+    protocol = f"unified, at most {limit} probes a domain, seed {seed}, sets {sets}, " \
+        + "copies of the probe's picture ignored, " * copies + ("flip" if flip else "no flip")
     return [row for weights, by_domain in figures.items() for domain, found in by_domain.items()
             for row in rows_of(run, weights, domain, "everything", protocol, found)]
 
@@ -266,9 +317,17 @@ def headlines(rows: list[Row]) -> dict[tuple[str, str], dict[str, Row]]:
 
 
 def show_value(row: Row) -> str:
-    """A figure with its interval: percent, or as it is for d-prime."""
+    """A figure with its interval: percent, or as it is for d-prime; marked where too few identities are behind it."""
     factor = 1 if "d-prime" in row.metric else 100
-    return f"{factor * row.value:.1f} [{factor * row.low:.1f}, {factor * row.high:.1f}]"
+    return f"{factor * row.value:.1f} [{factor * row.low:.1f}, {factor * row.high:.1f}]" + mark(row.identities)
+
+
+def mark(identities: int) -> str:
+    """A sign behind an interval of so few identities or classes that it is too narrow."""
+    return "†" if 0 < identities < FEW else ""
+
+
+FEW_NOTE = f"†: of fewer than {FEW} identities or classes, whose bootstrap interval is too narrow"
 
 
 def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[str]) -> list[str]:
@@ -276,7 +335,8 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
     by_name = {(split.domain, split.name): split for split in splits}
     lines = [f"# {literal(rows[0].run)}", "",
              "Percent (d-prime: as it is) with 95 % bootstrap intervals, resampled by identity. Cosine similarity; "
-             f"embeddings of the image{' plus its mirror image' if flip else ''}. Foundation: the untouched backbone.",
+             f"embeddings of the image{' plus its mirror image' if flip else ''}. Foundation: the untouched backbone."
+             + f" {FEW_NOTE}." * any(mark(row.identities) for row in rows),
              "",
              "| split | metric | chance | foundation | tuned | change |", "| --- | --- | --- | --- | --- | --- |"]
     for key, pair in headlines(rows).items():

@@ -1,5 +1,6 @@
 """Probes against galleries: identification, re-identification, all domains at once; scores are held in blocks alone."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,10 +11,20 @@ import numpy as np
 import torch
 
 from data_prep import DOMAINS, InputError
-from data_prep.shards import ROLES, Split
+from data_prep.shards import ROLES, Split, ordered_tests
 from evaluate_bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
 
 FPIRS = (1e-1, 1e-2)
+
+
+class Unscorable(InputError):
+    """A split whose images support no figure; an evaluation scores the others."""
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Print what is the same for every set of weights."""
+    print(line)
 
 
 # ---------------------------------------------------------------- identification, re-identification
@@ -269,6 +280,20 @@ def gallery_rule(split: Split, gallery: np.ndarray, variant: str) -> Callable:
     return mates
 
 
+def explain_unscored(split: Split, probes: np.ndarray, variant: str) -> str:
+    """Why probes have no mate that the rule of a variant lets count, in words."""
+    gallery = np.flatnonzero(split.optional("role") > 0)
+    mated = np.isin(split.labels[probes], split.labels[gallery]) & (split.labels[probes] >= 0)
+    mates = gallery_rule(split, gallery, variant)
+    ignored = np.array([mated[i] and not len(mates(probe)[0]) for i, probe in enumerate(probes)], dtype=bool)
+    rule = {"cross-clothes": "of the probe's own camera or clothes", "same-clothes": "of the probe's own camera or of "
+            "other clothes"}.get(variant.split()[0], "of the probe's own camera")
+    reasons = {"the gallery does not show the person": (~mated).sum(), f"every mate is {rule}": ignored.sum(),
+               "a drawn gallery has no mate that counts" if variant.endswith(" single-shot") else
+               "every other mate is unreadable": (mated & ~ignored).sum()}
+    return ", ".join(f"{reason} ({count:,})" for reason, count in reasons.items() if count)
+
+
 def draw_galleries(labels: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
     """Places of one random image of each person, `draws` times; distractors (label -1) are all kept."""
     order = np.argsort(labels, kind="stable")
@@ -322,7 +347,11 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
     counted = (np.all([np.isfinite(search.first) for search in searches], axis=0) if reid else
                np.isin(split.labels[q], split.labels[roles > 0]) & (split.labels[q] >= 0))
     if not counted.any():
-        raise InputError(f"{split.folder}: no probe has a mate in the gallery: nothing to score")
+        raise Unscorable(f"{split.folder}, {variant}: none of {len(q):,} probes can be scored: "
+                         + explain_unscored(split, q, variant))
+    if reid and not counted.all():
+        say_once(f"  {split.domain}/{split.name}, {variant}: {(~counted).sum():,} of {len(q):,} probes are not scored: "
+                 + explain_unscored(split, q[~counted], variant))
     first = np.array([search.first for search in searches])
     if shots:
         first = search_shots(x, q, g, np.array(split.labels[g]), gallery_rule(split, g, variant), repeats, seed, device)
@@ -338,13 +367,13 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
         return {name: weighted_mean(values, weights) for name, values in per_probe.items()}
 
     weights = bootstrap_counts(split.labels[q][counted], draws, seed)
-    cmc = np.array([(first <= k).mean() for k in range(1, 51)])
-    found = intervals(statistic, weights, int(counted.sum()))
+    cmc = np.array([(first <= k).mean() for k in range(1, 1 + min(50, *map(len, galleries)))])
+    found = intervals(statistic, weights, int(counted.sum()), split.labels[q][counted])
     supported = [] if reid else [f for f in FPIRS if (~counted).sum() * f >= 1]
     if supported:  # probes without a label are strangers, each for itself
         people = np.where(split.labels[q] < 0, len(split.classes) + np.arange(len(q)), split.labels[q])
         found |= intervals(lambda w: {f"tpir@fpir={f:g}": tpir_at_fpir(searches[0], counted, f, w) for f in supported},
-                           bootstrap_counts(people, draws, seed), len(q))
+                           bootstrap_counts(people, draws, seed), len(q), people)
     return found, {"cmc": cmc}
 
 
@@ -352,28 +381,40 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
 
 
 def choose_crowd(splits: list[Split]) -> list[Split]:
-    """The first in-distribution test split of each domain; none where there are not two domains."""
-    first: dict = {}
-    for split in splits:
-        if not split.protocol.get("ood"):
-            first.setdefault(split.domain, split)
-    return list(first.values()) if len(first) > 1 else []
+    """The test split that stands for each domain; none where there are not two domains."""
+    chosen = [ordered_tests([split for split in splits if split.domain == domain])[:1] for domain in DOMAINS]
+    crowd = [split for one in chosen for split in one]
+    return crowd if len(crowd) > 1 else []
 
 
-def name_identities(split: Split, rows: np.ndarray | None = None) -> np.ndarray:
-    """Who is on each image, [M]: the person that the source proves across domains, else one of this split alone; "".
+def origin_of(split: Split) -> tuple[str, str]:
+    """Domain and plan of the split that degraded copies were made from: its identities are theirs; else a split's own.
 
-    `rows`: of these images alone, as each takes a read.
+    Two splits of one plan show the same people.
+    """
+    made = split.index["provenance"]
+    if made["source"] != "degrade" or not {"src", "src_plan"} <= set(made.get("options") or {}):
+        return split.domain, made["plan"]
+    return str(made["options"]["src"]).split("/")[0], str(made["options"]["src_plan"])
+
+
+def name_identities(split: Split, rows: np.ndarray | None = None, space: str | None = None) -> np.ndarray:
+    """Who is on each image, [M]: the person that the source proves across domains, else a class of a domain; "".
+
+    Args:
+        rows: of these images alone, as each takes a read.
+        space: within which equal classes are the same (default: the domain that the images come from).
     """
     rows = np.arange(len(split)) if rows is None else rows
-    own = np.array([f"{split.domain}/{name}" for name in split.classes] + [""])[split.labels[rows]]
+    space = space or origin_of(split)[0]
+    own = np.array([f"{space}/{name}" for name in split.classes] + [""])[split.labels[rows]]
     if split.domain == "object":
         return own
     persons = [split.fields(int(row)).get("person") for row in rows]
     return np.array([name if person is None else f"person {person}" for name, person in zip(own, persons, strict=True)])
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """What a domain brings to the unified gallery."""
 
@@ -382,6 +423,7 @@ class Member:
     who: np.ndarray  # int64 [M]: identity over all domains, -1 unknown
     probes: np.ndarray  # rows
     gallery: np.ndarray  # rows
+    picture: np.ndarray  # int64 [M]: a number that a degraded copy shares with its original; -1: no copies
 
     def mates(self, other: "Member") -> Callable:
         """`mates` of `search_gallery` for this domain's probes in another's gallery, or in its own."""
@@ -390,37 +432,63 @@ class Member:
 
         def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
             places = same(self.who[probe])
-            if other is not self:
-                return places, places[:0]
             rows = gallery[places]
-            ignored = (rows == probe) | ((template[rows] == template[probe]) & (template[probe] >= 0))
-            if self.split.protocol["name"] == "reid":
-                ignored |= cameras[rows] == cameras[probe]
+            ignored = (other.picture[rows] == self.picture[probe]) & (self.picture[probe] >= 0)
+            if other is self:
+                ignored |= (rows == probe) | ((template[rows] == template[probe]) & (template[probe] >= 0))
+                if self.split.protocol["name"] == "reid":
+                    ignored |= cameras[rows] == cameras[probe]
             return places[~ignored], places[ignored]
 
         return mates
 
+    def has_mates(self) -> bool:
+        """Whether any of its probes can be scored in its own gallery."""
+        mates = self.mates(self)
+        return any(len(mates(probe)[0]) for probe in self.probes)
+
+
+def number_pictures(splits: list[Split]) -> list[np.ndarray]:
+    """Numbers [M] for each split that a copy shares with its original; -1 in splits of which no other has copies."""
+    plans, numbers, found = [origin_of(split)[1] for split in splits], {}, []
+    for split, plan in zip(splits, plans, strict=True):
+        keys = []
+        if plans.count(plan) > 1:
+            original = split.index["provenance"]["plan"] == plan
+            keys = [split.jpeg(row)[0] if original else str(split.fields(row).get("degradation", {}).get("from"))
+                    .rpartition("/")[2] for row in range(len(split))]
+        found.append(np.array([numbers.setdefault((plan, key), len(numbers)) for key in keys] or [-1] * len(split)))
+    return found
+
 
 def make_members(splits: list[Split], embeddings: list[np.ndarray], limit: int, seed: int) -> list[Member]:
-    """Probes and gallery of each domain by its roles; without roles every image is both (and never its own mate)."""
-    names = [name_identities(split) for split in splits]
-    people = np.unique(np.concatenate(names))
-    members = []
-    for split, x, name in zip(splits, embeddings, names, strict=True):
+    """Probes and gallery of each domain by its roles; without roles every image is both (and never its own mate).
+
+    Domains without a probe that has a mate are left out; none where two do not remain.
+    """
+    # one split a domain: equal classes of two are one person only where one was made from the other
+    names = [name_identities(split, space=origin_of(split)[1]) for split in splits]
+    people, members = np.unique(np.concatenate(names)), []
+    for split, x, name, picture in zip(splits, embeddings, names, number_pictures(splits), strict=True):
         who = np.where(name == "", -1, np.searchsorted(people, name))
         good, roles = np.isfinite(x[:, 0]), split.optional("role")
         probes = np.flatnonzero(good & (roles <= ROLES.index("probe")) & (who >= 0))
         rng = np.random.default_rng((seed, DOMAINS.index(split.domain)))
         probes = np.sort(rng.permutation(probes)[:limit])
-        members.append(Member(split, x, who, probes, np.flatnonzero(good & (roles != ROLES.index("probe")))))
-    return members
+        members.append(Member(split, x, who, probes, np.flatnonzero(good & (roles != ROLES.index("probe"))),
+                              picture))
+    kept = [member for member in members if member.has_mates()]
+    for split in [member.split for member in members if member not in kept]:
+        say_once(f"  everything: without {split.domain}/{split.name}: no probe has a mate there that its rule counts")
+    return kept if len(kept) > 1 else []
 
 
 def score_unified(members: list[Member], draws: int, seed: int,
                   device: torch.device | str = "cpu") -> dict[str, dict[str, Figure]]:
     """Probes of every domain against the galleries of all domains together; ties count against the probe.
 
-    A hit on the same person in another domain is right. By domain, over its probes with a mate in their own gallery:
+    A hit on the same person in another domain is right, but a copy of the probe's own picture (`data_prep degrade`)
+    is neither right nor wrong. By domain, over its probes with a mate in their own gallery:
     rank-1 alone and in the crowd, and the shares whose nearest vector is of each domain; "rank-1 in D" over those with
     a mate in D, against D's gallery. Under "all": the average and the worst of the domains.
     """
@@ -431,8 +499,6 @@ def score_unified(members: list[Member], draws: int, seed: int,
     for i, (row, domain) in enumerate(zip(found, domains, strict=True)):
         own, wrong = (np.array([getattr(search, name) for search in row]) for name in ("own", "wrong"))
         counted = np.isfinite(own[i])
-        if not counted.any():
-            raise InputError(f"{members[i].split.folder}: no probe has a mate in the gallery: leave it out of --splits")
         hits[domain, "rank-1 alone"] = (i, counted, own[i] > wrong[i])
         hits[domain, "rank-1 in the crowd"] = (i, counted, own.max(0) > wrong.max(0))
         nearest = np.maximum(own, wrong).argmax(0)
@@ -456,6 +522,11 @@ def score_unified(members: list[Member], draws: int, seed: int,
     who = np.concatenate([member.who[member.probes] for member in members])
     figures: dict = {}
     for (domain, metric), figure in intervals(statistic, bootstrap_counts(who, draws, seed)).items():
-        figure.count = int(hits[domain, metric][1].sum()) if domain != "all" else len(who)
+        if domain == "all":
+            figure.count, figure.identities = len(who), len(np.unique(who))
+        else:
+            i, counted, _ = hits[domain, metric]
+            figure.count = int(counted.sum())
+            figure.identities = len(np.unique(members[i].who[members[i].probes][counted]))
         figures.setdefault(domain, {})[metric] = figure
     return figures

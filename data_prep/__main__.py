@@ -6,6 +6,7 @@ Of finished splits: `verify`, `show`, `stats`, `merge`, `degrade`, `trials`. Bes
 import io
 import json
 import os
+import re
 import textwrap
 from collections import Counter
 from dataclasses import replace
@@ -26,6 +27,7 @@ from data_prep.shards import (
     FITS,
     BadImage,
     Split,
+    lock_folder,
     open_image,
     read_image,
     siblings,
@@ -58,6 +60,8 @@ def source_options(command, src: click.ParamType | type = FOLDER):
                      help="Folder, zip or plain tar of the data set (SET.zip/inner: a folder inside)."),
         click.option("--out", type=click.Path(path_type=Path), required=True,
                      help="Split folder to write, DATA/<domain>/<split>; the domain is taken from it."),
+        click.option("--source-name", "data_set", metavar="NAME",
+                     help="Of the data set, for results that tell data sets apart (default: --src's folder)."),
         click.option("--part", type=click.Choice(["train", "test"]),
                      help="Training or test images (default: train where <split> is 'train')."),
         click.option("--size", type=click.IntRange(8, 4096),
@@ -117,7 +121,8 @@ def report(folder: Path, index: dict, found: int) -> None:
         if (other.protocol is None) == (split.protocol is None):
             continue
         # object classes are meant to be the same, and equal names of two sources prove nothing
-        if split.domain != "object" and other.index["provenance"]["source"] == index["provenance"]["source"]:
+        data_sets = [one.index["provenance"]["data_set"] for one in (split, other)]
+        if split.domain != "object" and set(data_sets[0]) & set(data_sets[1]):
             shared = set(split.classes) & set(other.classes)
             if shared:
                 print(f"  WARNING: train and test overlap, {len(shared):,} identities are in {other.name} too: "
@@ -129,18 +134,33 @@ def report(folder: Path, index: dict, found: int) -> None:
 
 
 def split_folder(out: Path) -> Path:
-    """--out as an absolute path; InputError where it is no DATA/<domain>/<split>."""
+    """--out as an absolute path, held until the command ends; InputError where it is no DATA/<domain>/<split>."""
     if len(out.resolve().parts) < 3 or out.resolve().parts[-2] not in DOMAINS:
         raise InputError(f"--out {out}: want DATA/<domain>/<split> with one of {', '.join(DOMAINS)}, "
                          f"e.g. data/{DOMAINS[1]}/train")
+    click.get_current_context().with_resource(lock_folder(out.resolve(), "--out"))
     return out.resolve()
+
+
+# parts of a path that name what all data sets have, with the numbers or patterns of their files
+GENERIC = re.compile(r"(?:(?:train|val|valid|validation|test|data|images?|of)(?:ing)?|[-_.\d*?{}\[\]])+", re.IGNORECASE)
+
+
+def data_set_name(src: Path | str) -> str:
+    """The data set that --src is called after: its last part that tells one set from another."""
+    parts = str(src).split("/") if "://" in str(src) else Path(os.path.abspath(src)).parts[1:]
+    for part in reversed(parts):
+        name = re.sub(r"\.(zip|tar|rec|bin|parquet)$", "", part)
+        if name and not GENERIC.fullmatch(name):
+            return re.sub(r"[-_. ](train|val|test)(ing)?$", "", name)
+    return "unnamed"
 
 
 SELECTION = ("listed", "holdout", "min_images", "max_classes", "max_images")  # the arguments of `select`
 
 
 def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None, fit: str | None,
-            drop_duplicates: bool, **options) -> None:
+            drop_duplicates: bool, data_set: str | None = None, **options) -> None:
     """Run one source function, choose from its images and write its split."""
     out = split_folder(out)
     domain, train = out.parts[-2], (part or ("train" if out.name == "train" else "test")) == "train"
@@ -161,7 +181,7 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
                                                                  ("single_gallery_shot", shots)) if given}
     index = write_split(out, source, source_name=name, size=size, fit=fit or FIT[domain], train=train,
                         options={key: str(value) for key, value in chosen.items() if value is not None},
-                        drop_duplicates=drop_duplicates, **settings)
+                        drop_duplicates=drop_duplicates, data_set=[data_set or data_set_name(src)], **settings)
     report(out, index, len(source.records) + sum(source.skipped.values()))
 
 
@@ -365,7 +385,7 @@ def webdataset(**options) -> None:
 @debug_option
 def demo(out: Path, scale: float, seed: int, workers: int) -> None:
     for name, (source, train) in demo_splits(seed, scale).items():
-        path = out.resolve() / name
+        path = split_folder(out / name)
         index = write_split(path, source, source_name="demo", size=SIZE, fit=FIT[path.parts[-2]], quality=92,
                             train=train, seed=seed, shard_size=512, workers=workers, options={"scale": scale})
         report(path, index, len(source.records))
@@ -505,7 +525,7 @@ def degrade_command(src: Path | None, out: Path | None, severity: float, min_sev
                    "severity": str(severity), "min_severity": str(min_severity)}
         index = write_split(out, source, source_name="degrade", size=split.size, fit=split.index.get("fit"),
                             quality=quality, train=split.protocol is None, seed=seed, shard_size=shard_size,
-                            workers=workers, options=options)
+                            workers=workers, options=options, data_set=split.index["provenance"]["data_set"])
         report(out, index, len(split))
 
 

@@ -159,7 +159,7 @@ def degraded_sample(folder: Path, row: int, severity: tuple[float, float], seed:
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=quality)
     shard = Path(split.index["shards"][int(split.shard[row])]["file"])  # of a merged split it is a neighbour's
     name = f"{split.domain}/{shard.parent.name or split.name}/{split.jpeg(row)[0]}"
-    return out.getvalue(), {"degradation": draws | {"from": name}}
+    return out.getvalue(), {"degradation": draws | {"from": name}, "source": split.fields(row).get("source")}
 
 
 def degraded_split(split: Split, severity: tuple[float, float], seed: int, quality: int) -> Source:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from data_prep import InputError, bench
-from data_prep.__main__ import cli
+from data_prep.__main__ import cli, data_set_name
 from data_prep.archives import members
 from data_prep.degrade import degrade, gaussian, warp
 from data_prep.demo import draw_face
@@ -50,6 +50,37 @@ def prepared(src: Path, out: Path, *options, source: str = "folder") -> Split:
 
 def counts(split: Split) -> dict[str, int]:
     return dict(zip(split.classes, split.counts.tolist(), strict=True))
+
+
+# ---------------------------------------------------------------- data sets
+
+
+@pytest.mark.parametrize("src, name", [
+    ("/sets/LFW/train", "LFW"), ("/sets/casia_train", "casia"), ("/sets/lfw.zip/images", "lfw"),
+    ("/sets/c4m/train-{000..146}.tar", "c4m"), ("/sets/inet/data/train-00000-of-00294.parquet", "inet"),
+    ("https://host/cc12m/{0..9}.tar", "cc12m"), ("/data/test", "unnamed"), ("/sets/ms1m/train.rec", "ms1m"),
+])
+def test_a_data_set_is_called_after_its_folder(src, name):
+    assert data_set_name(src) == name
+
+
+def test_a_split_records_its_data_set_through_merging_and_degrading(tmp_path):
+    """Two data sets by one command are two; a copy of them and a merged split are of both, image by image."""
+    root = tmp_path / "d/face_hq"
+    src = people(tmp_path / "casia/train", {"a": 2, "b": 2}), people(tmp_path / "other", {"c": 2, "d": 2})
+    a = prepared(src[0], root / "a", "--part", "train")
+    b = prepared(src[1], root / "b", "--part", "train", "--source-name", "VGG")
+    assert [split.index["provenance"]["data_set"] for split in (a, b)] == [["casia"], ["VGG"]]
+    assert {split.index["provenance"]["source"] for split in (a, b)} == {"folder"}
+    run_here("merge", root / "a", root / "b", "--out", root / "train")
+    run_here("degrade", "--src", root / "train", "--out", tmp_path / "d/face_lq/train", "--workers", 1)
+    for path in (root / "train", tmp_path / "d/face_lq/train"):
+        split = Split(path)
+        assert split.index["provenance"]["data_set"] == ["casia", "VGG"] and verify_split(path) == []
+        found = {(split.fields(row)["identity"], split.fields(row)["source"]) for row in range(len(split))}
+        assert found == {("a", "casia"), ("b", "casia"), ("c", "VGG"), ("d", "VGG")}
+    with pytest.raises(InputError, match="already holds another split"):
+        prepared(src[1], root / "b", "--part", "train", "--source-name", "another")
 
 
 # ---------------------------------------------------------------- choosing identities and images

@@ -186,6 +186,7 @@ class FakeSplit:
 
     def __init__(self, labels, protocol, **columns):
         self.labels, self.protocol, self.columns, self.folder = np.array(labels), protocol, columns, "fake"
+        self.domain, self.name = "body", "fake"
         self.classes = [str(i) for i in range(max(labels) + 1)]
 
     def optional(self, name):
@@ -342,7 +343,8 @@ def test_evaluation_writes_what_the_design_lists(evaluated, tiny_run, demo_root)
     rows = json.loads((out / "results.json").read_text())
     with open(out / "results.csv") as file:
         table = list(csv.DictReader(file))
-    fields = ["run", "weights", "domain", "split", "protocol", "metric", "value", "low", "high", "count"]
+    fields = ["run", "weights", "domain", "split", "protocol", "metric", "value", "low", "high", "count",
+              "identities"]
     assert list(rows[0]) == list(table[0]) == fields and len(rows) == len(table)
     assert {(r["domain"], r["split"]) for r in rows if r["split"] != "everything"} == {
         ("object", "val"), ("object", "collage"), ("face_hq", "test"), ("face_lq", "test"), ("body", "test")}

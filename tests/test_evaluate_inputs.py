@@ -5,6 +5,7 @@ import html
 import json
 import re
 import shutil
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -14,15 +15,19 @@ import pytest
 
 import evaluate
 import evaluate_classes
+import train
 from data_prep import InputError
+from data_prep.degrade import degraded_split
 from data_prep.shards import Record, Source, Split, open_root, write_split
 from data_prep.trials import RATING_COLUMNS
+from evaluate_bootstrap import Figure
 from evaluate_classes import Readouts, class_means, fit_probe, nearest_mean, nearest_neighbours
 from evaluate_compare import Scored, refuse_unshared
 from evaluate_embed import normalise
 from evaluate_pairs import FARS
 from evaluate_report import literal, to_html
-from evaluate_results import Row, say_once, score, show_value, unsupported_fars
+from evaluate_results import Row, make_unified_rows, say_once, scopes_of, score, show_value, unsupported_fars
+from evaluate_search import make_members, name_identities, score_unified
 from tests.test_evaluate import run_here, unit
 from tests.test_protocols import write_run
 
@@ -309,6 +314,118 @@ def test_names_of_raters_are_text_in_the_report(run, demo_root, tmp_path, capsys
     assert "<" not in cell and html.unescape(cell) == f"AUC of rater {ODD}"
     ratings("Zoë O'Neill-Ø")
     assert "AUC of rater Zoë O'Neill-Ø |" in (run / "eval/report.md").read_text()
+
+
+# ---------------------------------------------------------------- what a figure is taken on
+
+
+def degraded_copy(split: Split, folder) -> Split:
+    write_split(folder, degraded_split(split, (0.0, 0.0), 0, 95), source_name="degrade", size=split.size, fit="squash",
+                quality=95, train=False, options={"src": f"{split.domain}/{split.name}",
+                                                  "src_plan": split.index["provenance"]["plan"]})
+    return Split(folder)
+
+
+def test_degraded_copies_show_the_same_people_and_the_probes_picture_is_no_hit(demo_root, tmp_path):
+    """By the numbers: each image's copy is nearest to it, the person's other picture next, a stranger far away."""
+    base, body = Split(demo_root / "face_hq/test"), Split(demo_root / "body/test")
+    rows = [np.flatnonzero(base.labels == label)[:2] for label in range(4)]
+    protocol = {"name": "verification", "folds": 1}
+    sharp = copy_of(base, tmp_path / "face_hq/test", np.concatenate(rows).tolist(), protocol)  # no `person`
+    lq = degraded_copy(sharp, tmp_path / "face_lq/test")
+    assert name_identities(lq).tolist() == name_identities(sharp).tolist() and "person" not in lq.fields(0)
+    who, angle = np.repeat(np.arange(4), 2), 0.1 * np.tile([0, 1], 4)
+    x = np.zeros((8, 8))
+    x[np.arange(8), 2 * who], x[np.arange(8), 2 * who + 1] = np.cos(angle), np.sin(angle)
+    strangers = unit(np.random.default_rng(0).normal(size=(len(body), 8)))
+    members = make_members([sharp, lq, body], [x, x.copy(), strangers], 100, 0)
+    found = {domain: {m: f.value for m, f in by.items()} for domain, by in score_unified(members, 2, 0).items()}
+    for domain, other in (("face_hq", "face_lq"), ("face_lq", "face_hq")):
+        assert found[domain]["rank-1 in the crowd"] == found[domain]["rank-1 alone"] == 1  # a copy is no stranger ...
+        assert found[domain][f"rank-1 in {other}"] == 1
+    x[1::2] = -x[1::2]  # the person's other picture is far: nothing but the copy would be a hit
+    members = make_members([sharp, lq, body], [x, x.copy(), strangers], 100, 0)
+    found = score_unified(members, 2, 0)
+    assert found["face_hq"]["rank-1 in the crowd"].value == 0  # ... and no hit either
+    other = copy_of(base, tmp_path / "face_hq/other", np.concatenate(rows).tolist()[::-1], protocol)
+    assert not set(make_members([other, lq], [x, x], 9, 0)[0].who) & set(make_members([other, lq], [x, x], 9, 0)[1].who)
+
+
+def test_the_unified_gallery_names_its_splits(demo_root):
+    root = open_root(demo_root)
+    crowd = [root["object"]["val"], root["face_hq"]["test"]]
+    figures = {"tuned": {"all": {"x": Figure(0.5, np.zeros(2), 3, np.nan, 30)}}}
+    (row, _), = make_unified_rows("r", crowd, figures, True, 10, 0)
+    assert "sets object/val demo " in row.protocol and " + face_hq/test demo " in row.protocol and row.identities == 30
+
+
+def one_camera(base: Split, folder, cameras: list[int]) -> Split:
+    rows = np.concatenate([np.flatnonzero(base.labels == label)[:2] for label in range(len(cameras) // 2)]).tolist()
+    return copy_of(base, folder, rows, {"name": "reid"}, role=[0, 1] * (len(rows) // 2), camera=cameras)
+
+
+def test_a_split_of_one_camera_is_named_and_the_others_are_scored(demo_root, run, tmp_path, capsys):
+    say_once.cache_clear()
+    root, base = tmp_path / "data", Split(demo_root / "body/train")
+    one_camera(base, root / "body/one", [0] * 8)
+    one_camera(base, root / "body/two", [0, 0, 0, 0, 0, 1, 0, 1])
+    shutil.copytree(demo_root / "face_hq/test", root / "face_hq/test")
+    assert run_here("--run", run, "--data", root, *OPTIONS) == 0
+    out = capsys.readouterr().out
+    assert "body/one: NOT SCORED: " in out
+    assert "none of 4 probes can be scored: every mate is of the probe's own camera (4)\n" in out
+    assert "body/two, general: 2 of 4 probes are not scored: every mate is of the probe's own camera (2)\n" in out
+    assert "everything: without body/one: no probe has a mate" in out
+    rows = json.loads((run / "eval/results.json").read_text())
+    assert {row["split"] for row in rows} == {"two", "test"}
+    assert next(row["count"] for row in rows if row["metric"] == "rank-1") == 2
+    with pytest.raises(InputError, match="every mate is of the probe's own camera"):
+        run_here("--run", run, "--data", root, *OPTIONS, "--splits", "body/one")
+
+
+def test_protocols_say_what_was_computed_and_few_classes_are_marked(run, demo_root):
+    run_here("--run", run, *OPTIONS, "--splits", "object/val", "--no-foundation")
+    rows = [Row(**row) for row in json.loads((run / "eval/results.json").read_text())]
+    rule = {row.metric: row.protocol.split(", ")[1] for row in rows}
+    assert rule["nearest-mean top-1"] == "nearest class mean" and rule["knn top-1"] == "20 neighbours at T 0.07"
+    assert rule["head top-1"] == rule["head top-5"] == "trained class weights"
+    assert rule["probe top-1"].startswith("L-BFGS probe")
+    assert {row.identities for row in rows} == {4} and show_value(rows[0]).endswith("]†")
+    assert not show_value(replace(rows[0], identities=20)).endswith("†")
+    assert "†: of fewer than 20 identities" in (run / "eval/report.md").read_text()
+
+
+def test_a_class_is_seen_by_its_wordnet_id_name_or_images(demo_root, tmp_path):
+    def split_of(name: str, classes: list[str], first: int, reference: str | None = "train") -> Split:
+        base = Split(demo_root / "object/train")
+        records = [Record(partial(bytes, base.jpeg(first + i)[1]), f"{i}", name) for i, name in enumerate(classes)]
+        protocol = reference and {"name": "classification", "reference": reference, "ood": False}
+        write_split(tmp_path / "object" / name, Source(records, protocol, names={"n02084071": "dog, a pet"}),
+                    source_name="folder", size=base.size, fit="crop", quality=95, train=False)
+        return Split(tmp_path / "object" / name)
+
+    training = split_of("train", ["Polar-bear", "n02084071", "n03126707", "thing"], 0, None)
+    test = split_of("test", ["polar bear", "dog", "n02012849", "n03126707", "0001", "0002"], 10, "own")
+    own = split_of("own", ["n02012849", "0001"], 2)  # images 2 and 3: those of n03126707 and thing
+    readouts = Readouts({}, 0, {}, training.classes, training)
+    assert readouts.seen_classes(test, test) == ({"polar bear", "dog", "n03126707"}, "by name and images")
+    assert readouts.seen_classes(test, own)[0] == {"polar bear", "dog", "n03126707", "n02012849", "0001"}
+    assert Readouts({}, 0, {}, training.classes).seen_classes(test, own) == ({"polar bear", "n03126707"}, "by name")
+    (_, _, rule) = scopes_of(test, test, readouts)[1]
+    assert rule.startswith(", open set of 3 classes not trained on by name and images ")
+
+
+def test_a_wrong_reference_is_told_before_anything_is_embedded(demo_root, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "embed_rows", lambda *_: pytest.fail("embeds"))
+    base, root = Split(demo_root / "object/val"), tmp_path / "data"
+    shutil.copytree(demo_root / "face_hq/test", root / "face_hq/test")
+    copy_of(base, root / "object/val", list(range(len(base))), {"name": "classification", "reference": "photos"})
+    with pytest.raises(InputError, match=r"its reference split 'photos' is not there.*--reference SPLIT"):
+        run_here("--run", run, "--data", root, *OPTIONS)
+    some = np.flatnonzero(base.labels > 0).tolist()
+    copy_of(base, root / "object/photos", some, {"name": "classification", "reference": "photos"})
+    with pytest.raises(InputError, match=f"class '{base.classes[0]}', 1 in all, is not in its reference"):
+        run_here("--run", run, "--data", root, *OPTIONS)
 
 
 # ---------------------------------------------------------------- FARs that the pairs do not support

@@ -430,7 +430,7 @@ class FakeMember(Member):
         split.domain = domain
         rows = np.arange(len(x))
         super().__init__(split, x, who, rows if roles is None else np.flatnonzero(roles == 0),
-                         rows if roles is None else np.flatnonzero(roles > 0))
+                         rows if roles is None else np.flatnonzero(roles > 0), np.full(len(x), -1))
 
 
 def literal_unified(members):
