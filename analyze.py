@@ -40,7 +40,7 @@ from analyze_subspaces import (
 )
 from analyze_tasks import ROWS, Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
 from data_prep import DOMAINS, InputError, Number, run_command
-from data_prep.shards import Split, open_root
+from data_prep.shards import Split, lock_folder, open_root
 from evaluate_embed import make_embedder
 from run_folder import load_foundation, load_run, load_tuned
 from train_options import refuse_options
@@ -63,6 +63,7 @@ def to_row(curve: Curve) -> dict:
 def analyse(options: dict) -> int:
     """Analyse one run and write RUN/analysis."""
     run = load_run(Path(options["run"]), options["allow_partial"])
+    folder = click.get_current_context().with_resource(lock_folder(run.folder / "analysis", "--run"))
     data, seed, draws = options["data"] or run.config["data"], options["seed"], options["bootstrap"]
     root, device = open_root(Path(data)), pick_device(options["device"])
     splits, left_out = choose_pairs(root, run.config["domains"], options["splits"], data)
@@ -129,7 +130,6 @@ def analyse(options: dict) -> int:
                 for s in tests]
         result["separability"] = measure_separability(features, tasks, others, draws, seed, options["limit"])
     points = draw_up_map(embedded["tuned"], tasks, options["map"], seed)
-    folder = run.folder / "analysis"
     print(write_analysis(folder, result, curves, components, points))
     print(f"written: {folder}/report.md, analysis.json, tables and figures; "
           f"next: python analyze.py claims {run.folder.parent}")

@@ -17,10 +17,10 @@ from analyze_figures import (
 )
 from analyze_separability import CLASSIFIERS
 from analyze_subspaces import FURTHER_RANDOM, LEVELS
+from evaluate_bootstrap import FEW
+from evaluate_report import literal
 from evaluate_results import write_csv
 from run_folder import write_atomically, write_json
-
-FEW = 20  # identities below which the bootstrap's intervals are too narrow
 
 
 def number(value: float | None) -> str:
@@ -60,8 +60,8 @@ def report_tasks(analysis: dict) -> list[str]:
         severity = analysis["degraded"].get(domain)
         remarks = [few[domain], f"fitted on images degraded as in training (severity up to {severity:g})"
                    if severity is not None else ""]
-        lines.append(f"| {domain} | {base} | {test} | {'; '.join(filter(None, remarks))} |")
-    lines += [f"| {domain} | - | - | left out: {why} |" for domain, why in analysis["left_out"].items()]
+        lines.append(f"| {domain} | {literal(base)} | {literal(test)} | {'; '.join(filter(None, remarks))} |")
+    lines += [f"| {domain} | - | - | left out: {literal(why)} |" for domain, why in analysis["left_out"].items()]
     return [*lines, ""]
 
 
@@ -148,7 +148,8 @@ def report_separability(result: dict) -> list[str]:
              f"| space | {' | '.join(CLASSIFIERS.values())} | lead of tuned (logistic) |",
              "| --- " * (len(CLASSIFIERS) + 2) + "|"]
     for space, found in result["spaces"].items():
-        lines.append(f"| {space} | {' | '.join(interval(found[model]) for model in CLASSIFIERS)} | "
+        cells = [interval(found[model]) + " (not converged)" * (not found["converged"][model]) for model in CLASSIFIERS]
+        lines.append(f"| {space} | {' | '.join(cells)} | "
                      f"{interval(found.get('lead_of_tuned'), '+.1f')} |")
     few = {name: note for name, count in result["identities"].items() if (note := mistrust(count))}
     lines += ["", *(f"- {name}: {note}" for name, note in few.items())] if few else []
@@ -165,9 +166,10 @@ def report_separability(result: dict) -> list[str]:
                   f"| task | source | images | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
         for row in unseen:
             note = f" ({note})" if (note := mistrust(row["identities"])) else ""
-            cells = [f"{interval(row['spaces'][name])}, recall {100 * row['spaces'][name]['recall']:.1f}"
-                     for name in names]
-            lines.append(f"| {row['domain']} | {row['source']}{note} | {row['images']:,} | {' | '.join(cells)} |")
+            cells = [f"{interval(of)}, recall {100 * of['recall']:.1f}" + " (not converged)" * (not of["converged"])
+                     for of in row["spaces"].values()]
+            source = literal(row["source"]) + note
+            lines.append(f"| {row['domain']} | {source} | {row['images']:,} | {' | '.join(cells)} |")
     return [*lines, "", *report_sources(result["sources"], result["spaces"]), ""]
 
 
@@ -180,9 +182,10 @@ def report_sources(result: dict[str, dict], spaces: Iterable[str]) -> list[str]:
              f"| task | sources (images) | chance | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
     for domain, found in result.items():
         if why := found.get("why"):
-            lines.append(f"| {domain} | not measured ({why}) |{' - |' * (len(names) + 1)}")
+            lines.append(f"| {domain} | not measured ({literal(why)}) |{' - |' * (len(names) + 1)}")
             continue
-        sources = [f"{name} ({count:,}" + (f"; {note})" if (note := mistrust(found["identities"][name])) else ")")
+        notes = {name: mistrust(count) for name, count in found["identities"].items()}
+        sources = [f"{literal(name)} ({count:,}{'; ' * bool(notes[name])}{notes[name]})"
                    for name, count in found["images"].items()]
         cells = [" / ".join(interval(found["spaces"][name][model]) for model in CLASSIFIERS) for name in names]
         lines.append(f"| {domain} | {', '.join(sources)} | {100 * found['chance']:.0f} | {' | '.join(cells)} |")
@@ -243,7 +246,7 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
         ("fit", "test", "component", "change", "low", "high"))
     write_csv(folder / "dprime.csv", components)
     write_csv(folder / "map.csv", points)
-    lines = [f"# {analysis['run']}", "", *report_tasks(analysis), "## Transfer of principal components", "",
+    lines = [f"# {literal(analysis['run'])}", "", *report_tasks(analysis), "## Transfer of principal components", "",
              f"Share of (score - chance) that the first {headline} components of one task keep for another, in percent "
              "with 95 % intervals, resampled by identity; the score is rank-1 for people and the nearest class mean "
              "for objects, on identities that the components were not fitted on (-: even all components are not above "

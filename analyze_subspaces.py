@@ -8,10 +8,10 @@ from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import train
 from analyze_tasks import ROWS, Task, vectors_of
+from data_prep import progress
 from evaluate_bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
 from evaluate_pairs import roc, tar_at_far
 from evaluate_search import average_precision, inverse_negative_penalty, search_gallery
@@ -419,7 +419,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
     every, grid = list(range(1, limit + 1)), sorted({k for k in GRID if k < limit} | {headline, limit})
     curves, pairs, every_k = [], [], {}
     per_task = len(tasks) * (1 + 3 * controls + bool(untouched) + RANDOM_SEEDS) + controls
-    bar = tqdm(total=len(tasks) * per_task, desc="transfer", unit="sweep", disable=None)
+    bar = progress(total=len(tasks) * per_task, desc="transfer", unit="sweep")
     for task in tasks:
         vectors = tuple(to_device(x, device) for x in vectors_of(task, embedded[task.domain]))
         counts = np.array(list(bootstrap_counts(task.target, draws, seed)), dtype=np.float32)
@@ -508,7 +508,7 @@ def largest(figures: list[Figure]) -> Figure:
 
 def minus(a: Figure, b: Figure) -> Figure:
     """The difference of two figures with paired resamplings."""
-    return Figure(a.value - b.value, a.draws - b.draws, a.count)
+    return Figure(a.value - b.value, a.draws - b.draws, a.count, identities=a.identities)
 
 
 # ---------------------------------------------------------------- claims

@@ -287,19 +287,21 @@ def test_claim_forgetting():
     # the interleaved run forgets, too
     fallen = measured("u", values=GOOD["values"] | {"object": 0.35}, foundation=untouched)
     assert verdict([forgets], fallen) == "fails"
-    assert verdict([forgets], measured("u", values=GOOD["values"])) == "not measured (no foundation scores)"
+    assert verdict([forgets], measured("u", values=GOOD["values"])) == "not measured (no foundation scores of u)"
 
 
 def separable(tuned, **leads):
     def figure(value):
         return {"value": value, "low": value - 0.005, "high": value + 0.005}
 
-    spaces = {"tuned": {"logistic": figure(tuned)}}
+    fitted = {"logistic": figure(tuned), "converged": {"logistic": True}}
+    spaces = {"tuned": fitted}
     for name, lead in leads.items():
-        spaces[name.replace("_", " ")] = {"logistic": figure(tuned - lead), "lead_of_tuned": figure(lead)}
+        spaces[name.replace("_", " ")] = fitted | {"logistic": figure(tuned - lead), "lead_of_tuned": figure(lead)}
         if name.endswith("canon"):
-            spaces["tuned canon"] = {"logistic": figure(tuned)}
-    return {"domains": DOMAINS, "separability": {"spaces": spaces, "unseen_sources": []}}
+            spaces["tuned canon"] = fitted
+    return {"domains": DOMAINS, "separability": {"spaces": spaces, "unseen_sources": [],
+                                                   "identities": dict.fromkeys(DOMAINS, 100)}}
 
 
 ABOVE = {"pixels": 0.1, "foundation": 0.02, "pixels_canon": 0.3, "foundation_canon": 0.02}
@@ -319,18 +321,22 @@ def test_claim_separable(tuned, leads, verdict):
 
 
 def test_claims_without_an_analysis():
-    for analysis in (None, {"separability": None, "transfer": {"tuned": {"pairs": []}}}):
-        groups = alone(measured("a", values=ALL, analysis=analysis))
+    """The run that lacks it is named: another one stands below with a verdict of its own."""
+    whole = components(0.99) | {"separability": separable(0.99, **ABOVE)["separability"]}
+    for analysis, words in ((None, "a: not analysed; call analyze.py --run RUN on it"),
+                            ({"separability": None, "transfer": {"tuned": {"pairs": []}}},
+                             "a: analysed on one task alone")):
+        groups = alone(measured("a", values=ALL, analysis=analysis), measured("b", values=ALL, analysis=whole))
         for claim in (claim_separable(groups, 0.95), claim_components(groups, 0.95)):
-            assert claim.verdict.startswith("not measured (no analysed run")
+            assert claim.verdict == f"not measured ({words})" and "b" in claim.measured
 
 
 def components(kept, random=0.2, foundation=0.2, dim=768, k=99, images=None, tasks=DOMAINS, **more):
     def figure(value):
         return {"value": value, "low": value - 0.02, "high": value + 0.02}
 
-    own = {"k": k, "kept": 0.0, "low": 0, "high": 1, "chance": 0.1, "full": 0.8, "over_random": figure(-1),
-           "k95": figure(0), "k99": figure(0)}  # not the claim
+    own = {"k": k, "identities": 100, "kept": 0.0, "low": 0, "high": 1, "chance": 0.1, "full": 0.8,
+           "over_random": figure(-1), "k95": figure(0), "k99": figure(0)}  # not the claim
     across = own | {"kept": kept, "low": kept - 0.02, "high": kept + 0.02, "k95": figure(40.0), "k99": figure(70.0),
                     "over_random": figure(random), "over_foundation": figure(foundation)} | more
     pairs = [{"fit": a, "test": b} | (own if a == b else across) for a in tasks for b in tasks]
@@ -384,7 +390,8 @@ def test_claims_table_of_a_folder(analysed, tiny_run):
     assert len(table) == 2 * 7 and set(table[0]) == set(Claim.__annotations__)  # a random start is not CLIP
     assert {row["backbones"] for row in table[7:]} == {"clip from a random start (not one of the paper's)"}
     assert all(row["verdict"].startswith(("holds", "fails", "not measured (")) for row in table)
-    assert all(set(f) == {"what", "value", "low", "high", "verdict", "form", "note", "threshold"}
+    assert all(set(f) == {"what", "value", "low", "high", "verdict", "form", "note", "threshold",
+                              "identities"}
                for row in table for f in row["findings"])
     assert "no four-task run of clip, eva02, dinov3" in result.stdout
     assert "not measured (no human trials" in result.stdout

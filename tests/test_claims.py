@@ -222,7 +222,8 @@ def test_beyond_format_needs_one_format_and_unseen_sources():
         figure = {"value": canon, "low": canon - 0.005, "high": canon + 0.005}
         analysis["separability"]["spaces"]["tuned canon"] = {"logistic": figure}
         analysis["separability"]["unseen_sources"] = [
-            {"domain": "body", "source": name, "spaces": {"tuned": {"value": r, "low": r - 0.01, "high": r + 0.01}}}
+            {"domain": "body", "source": name, "identities": 100,
+             "spaces": {"tuned": {"value": r, "low": r - 0.01, "high": r + 0.01}}}
             for name, r in recalls.items()]
         return separable_of(analysis)
 

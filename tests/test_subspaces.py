@@ -1,15 +1,26 @@
 """The measures of analyze.py on embeddings with planted structure, where the right answer is known, or by hand."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
 
+import analyze_separability
 from analyze_figures import draw_up_map
-from analyze_report import needed
-from analyze_separability import Canon, balanced_accuracy, crop_padding, separability, sources_of, unseen_sources
+from analyze_report import needed, report_separability
+from analyze_separability import (
+    Canon,
+    balanced_accuracy,
+    crop_padding,
+    predict,
+    separability,
+    sources_of,
+    unseen_sources,
+)
 from analyze_sharing import (
     d_primes,
     debiased_cka,
@@ -416,6 +427,21 @@ def test_a_task_apart_by_its_mean_alone_is_separable_and_not_after_centring():
     assert pairs["object", "face_hq"]["kept"] > 0.95  # apart, and yet of one subspace
 
 
+def test_a_fit_that_did_not_converge_is_told(monkeypatch):
+    rng, unfinished = np.random.default_rng(0), Counter()
+    easy = [rng.normal(size=(60, 3)) + shift for shift in (0, 1)]
+    predict("logistic", easy, easy, unfinished)
+    assert not unfinished
+    monkeypatch.setattr(analyze_separability, "make_classifier", lambda name: LogisticRegression(max_iter=1))
+    predict("logistic", easy, easy, unfinished)
+    assert unfinished == {"logistic": 1}
+    space = {name: {"value": 1.0, "low": 1.0, "high": 1.0} for name in ("logistic", "lda", "svm")}
+    text = "\n".join(report_separability({
+        "images_per_task": 9, "chance": 0.5, "identities": {}, "unseen_sources": [], "sources": {}, "spaces": {
+            "tuned": space | {"pairwise": {}, "converged": {"logistic": False, "lda": True, "svm": True}}}}))
+    assert "| tuned | 100.0 [100.0, 100.0] (not converged) | 100.0 [100.0, 100.0] | 100.0" in text
+
+
 def test_balanced_accuracy_weighs_tasks_alike():
     right = [np.array([True] * 90 + [False] * 10), np.array([False] * 10)]
     figure = balanced_accuracy(right, [np.arange(100), np.arange(100, 110)], 100, 0)
@@ -425,7 +451,8 @@ def test_balanced_accuracy_weighs_tasks_alike():
 def fake_split(name: str, sources: list[str], ood: bool = False):
     return SimpleNamespace(name=name, labels=np.arange(len(sources)), protocol={"name": "x", "ood": ood}, folder=name,
                            domain="body", classes=[f"{name} {i}" for i in range(len(sources))],
-                           index={"provenance": {"source": "merge"}}, fields=lambda row: {"source": sources[row]})
+                           index={"provenance": {"source": "merge", "plan": "", "data_set": []}},
+                           fields=lambda row: {"source": sources[row]})
 
 
 def test_a_source_that_was_left_out_can_be_mistaken():
