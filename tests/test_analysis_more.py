@@ -183,7 +183,8 @@ def test_a_gallery_is_turned_block_by_block(monkeypatch):
 def sourced(name: str, domain: str, sources: list[str], people: list[str]) -> SimpleNamespace:
     """A split of one image a row, each with its source and person."""
     return SimpleNamespace(name=name, domain=domain, folder=f"{domain}/{name}", labels=np.arange(len(people)),
-                           classes=people, protocol=None, index={"provenance": {"source": "merge", "plan": "", "data_set": []}},
+                           classes=people, protocol=None,
+                           index={"provenance": {"source": "merge", "plan": "", "data_set": []}},
                            fields=lambda row: {"source": sources[row], "person": people[row]})
 
 
