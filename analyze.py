@@ -42,7 +42,7 @@ from analyze_tasks import ROWS, Degraded, Task, choose_pairs, drop_tested, make_
 from data_prep import DOMAINS, InputError, Number, run_command
 from data_prep.shards import Split, lock_folder, open_root
 from evaluate_embed import make_embedder
-from run_folder import load_foundation, load_run, load_tuned
+from run_folder import hash_file, load_foundation, load_run, load_tuned
 from train_options import refuse_options
 from train_ranks import pick_device
 
@@ -101,7 +101,8 @@ def analyse(options: dict) -> int:
         print(f"  {domain}: left out: {why}")
     if not tasks:
         raise InputError(f"{data}: no domain has enough identities to fit on some and test others: nothing to analyse")
-    result: dict = {"run": run.folder.name, "domains": [task.domain for task in tasks],
+    result: dict = {"run": run.folder.name, "weights_sha256": hash_file(run.folder / "model.safetensors"),
+                    "domains": [task.domain for task in tasks],
                     "splits": {task.domain: [task.train.name, task.split.name] for task in tasks},
                     "left_out": left_out, "degraded": degraded, "transfer": {},
                     "separability": None, "sharing": {}, "cka": {}, "map": options["map"]}

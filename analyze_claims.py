@@ -17,7 +17,7 @@ from evaluate_bootstrap import Figure
 from evaluate_compare import Scored, aggregate, as_many, margin, read_scored, start_of
 from evaluate_report import literal, read_stages
 from evaluate_results import FEW_NOTE, HEADLINE, Row, mark, read_rows, write_csv
-from run_folder import RUN_ROLES, read_json, write_atomically
+from run_folder import RUN_ROLES, hash_file, read_json, write_atomically
 
 HOLDS, FAILS, WIDE = "holds", "fails", "not measured (intervals too wide to decide)"
 ORDER = ("fails", "not measured", "holds, but", "holds")  # of verdicts, the weakest first
@@ -172,12 +172,6 @@ def draws_of(scored: Scored) -> int:
     return len(next(iter(scored.found.values()))[1])
 
 
-def check_newer(path: Path, weights: Path, script: str) -> None:
-    """InputError where a result is older than the weights that it is to be about, by more than a copy takes."""
-    if weights.exists() and path.stat().st_mtime < weights.stat().st_mtime - 60:
-        raise InputError(f"older than {weights.name}: run {script} on it again")
-
-
 def check_numbers(found: dict, *names: str, kind: type = int | float | None) -> None:
     """TypeError or KeyError unless each is of that kind."""
     for name in names:
@@ -187,8 +181,9 @@ def check_numbers(found: dict, *names: str, kind: type = int | float | None) -> 
 
 def read_analysis(path: Path) -> dict:
     """RUN/analysis/analysis.json; InputError where it lacks what the claims rest on."""
-    check_newer(path, path.parent.parent / "model.safetensors", "analyze.py")
-    known, ends = read_json(path), ("value", "low", "high")
+    known, ends, weights = read_json(path), ("value", "low", "high"), path.parent.parent / "model.safetensors"
+    if (of := known.get("weights_sha256")) and (now := hash_file(weights)) and of != now:
+        raise InputError(f"of other weights than {weights.name}: run analyze.py on {path.parent.parent} again")
     try:
         transferred, separated = known["transfer"]["tuned"], known["separability"]
         check_numbers(transferred, "dim", "images_per_task", "limit", kind=int)
@@ -251,7 +246,6 @@ def read_run(home: Path) -> Measured:
             and all(isinstance(counts.get(d), int | float) for d in domains)):
         raise InputError("config.json: domains and counts do not name tasks and their images")
     results = home / "eval" / "results.json"
-    check_newer(results, home / "model.safetensors", "evaluate.py")
     rows = read_rows(results.parent)
     if not rows:
         raise InputError(f"{results} is empty; run evaluate.py again")

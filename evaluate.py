@@ -41,14 +41,13 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import backbones
 import train
 from backbones import Backbone
-from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, Number, run_command
+from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, Number, progress, run_command
 from data_prep.folders import image_suffixes
-from data_prep.shards import BadImage, Split, fit_image, named_splits, open_root
+from data_prep.shards import BadImage, Split, fit_image, lock_folder, named_splits, open_root
 from data_prep.trials import read_ratings
 from evaluate_classes import Readouts, nearest_rows, read_prompts
 from evaluate_compare import (
@@ -63,7 +62,7 @@ from evaluate_compare import (
     show_experts,
 )
 from evaluate_embed import Embedder, make_embedder
-from evaluate_figures import MISS, Tile, draw_figures, draw_search, draw_sheet
+from evaluate_figures import MISS, Tile, draw_figures, draw_sheet, draw_split
 from evaluate_humans import human_rows, human_verdict, make_human_rows, score_humans, show_humans
 from evaluate_report import (
     beside,
@@ -71,6 +70,7 @@ from evaluate_report import (
     draw_stages,
     read_published,
     read_stages,
+    save_figure,
     show_published,
     show_stages,
     write_report,
@@ -97,6 +97,7 @@ from evaluate_search import choose_crowd, make_members, score_unified
 from run_folder import (
     Run,
     describe_sources,
+    hash_file,
     kept_steps,
     load_foundation,
     load_run,
@@ -140,7 +141,8 @@ def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
         (key, identity), (train_key, train_identity) = describe(by_name[name], row), describe(source, other)
         values = name, row, key, identity, cosine, f"{source.domain}/{source.name}", train_key, train_identity
         table.append(dict(zip(LEAK, values, strict=True)))
-        images.append(((by_name[name], row, MISS, f"{key}  {cosine:.3f}"), (source, other, "#000000", train_key)))
+        images.append(((by_name[name], row, MISS, f"{cosine:.3f}  {key}\n{identity}"),
+                       (source, other, "#000000", f"{train_key}\n{train_identity}")))
     return table, images
 
 
@@ -316,7 +318,7 @@ def watch(folder: Path, options: dict) -> None:
     out, data = folder / "eval", options["data"] or config["data"]
     root, prompts, table = open_root(Path(data)), read_prompts(options["prompts"]), []
     splits = choose_splits(root, options["splits"], data)
-    make_folder(out, "--run")
+    click.get_current_context().with_resource(lock_folder(out, "--run"))
     if (out / "watch.csv").exists():  # stopped before: goes on
         with open(out / "watch.csv", newline="") as file:
             table = list(csv.DictReader(file))
@@ -374,9 +376,7 @@ def draw_watch(path: Path, table: list[dict]) -> None:
         drawn.append(domain)
     ax.set(xlabel="step", ylabel="percent")
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, format="png",
-                                                            bbox_inches="tight"))
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 def model_options(command):
@@ -389,8 +389,8 @@ def model_options(command):
         click.option("--batch", type=click.IntRange(1), default=64, help="Images per forward pass."),
         click.option("--workers", type=click.IntRange(0), default=LOADERS, help="Loader processes."),
         click.option("--cache", metavar="DIR",
-                     help="Keep the embeddings of untouched backbones here, for all runs that share one (default: with "
-                          "each run)."),
+                     help="Keep the embeddings of untouched backbones here, for all runs that share one (default: "
+                          ".foundation beside the run)."),
         click.option("--device", default="auto",
                      help="auto, cpu or cuda; evaluate.py under torchrun: each process takes its own."),
         click.option("--seed", type=click.IntRange(0), default=0, help="Of every random draw."),
@@ -421,7 +421,8 @@ def model_options(command):
 @click.option("--probe", type=click.IntRange(0), default=50_000, metavar="N",
               help="Fit the linear probe to at most N images of a reference split (0: no probe).")
 @click.option("--sheet", is_flag=True,
-              help="Draw probes of each split with the ten images nearest to them: sheet-DOMAIN-SPLIT.png.")
+              help="Draw what is scored: probes of each split with the ten images nearest to them, of verification the "
+                   "hardest pairs: sheet-DOMAIN-SPLIT.png.")
 @click.option("--crowd", type=click.IntRange(0), default=5000,
               help="Probes of a domain that are searched among all domains at once (0: none).")
 @click.option("--humans", type=click.Path(path_type=Path), multiple=True, metavar="FILE.csv",
@@ -448,7 +449,8 @@ def main(context: click.Context, **options) -> int | None:
     datasets = datasets_of(list(by_name), options["published"], published)
     ratings = read_ratings(list(options["humans"]), by_name) if options["humans"] else []
     ranks, out = join_ranks(options), folder / "eval"
-    make_folder(out, "--run" if run else "--out")
+    if ranks.rank == 0:
+        context.with_resource(lock_folder(out, "--run" if run else "--out"))
     embedders = {weights: make_embedder(load, weights, out, options, ranks) for weights, load in models.items()}
     for embed in embedders.values():  # all of it first, by all ranks: what follows is the first one's alone
         for split in add_references(splits, root):
@@ -476,7 +478,7 @@ def main(context: click.Context, **options) -> int | None:
     results += make_human_rows(name, ratings, by_name, people, options["flip"])
     rows = [row for row, _ in results]
     write_rows(out, rows)
-    write_draws(out, results, options["seed"])
+    write_draws(out, results, options["seed"], hash_file(folder / "model.safetensors"))
     for path in [*(out / f"{name}.png" for name in ("roc", "cmc", "scores", "stages")), *out.glob("sheet-*.png")]:
         path.unlink(missing_ok=True)  # of an evaluation of other splits; a sheet shows people
     others = beside(rows, datasets, published)
@@ -491,7 +493,8 @@ def main(context: click.Context, **options) -> int | None:
             middle += ["", "![AUC after each stage](stages.png)"]
     write_report(out, make_report(rows, splits, options["flip"], middle))
     for split in splits if options["sheet"] else []:
-        draw_search(out, split, embed(split), options["seed"])
+        if f"{split.domain}/{split.name}" in curves[embed.name]:
+            draw_split(out, split, embed, root, options["seed"])
     for (domain, split), pair in headlines(rows).items():
         print(f"{domain + '/' + split:22s} {next(iter(pair.values())).metric:20s} "
               + "   ".join(f"{weights} {show_value(row)}" for weights, row in pair.items()))
@@ -508,6 +511,8 @@ def main(context: click.Context, **options) -> int | None:
         print(FEW_NOTE)
     print(f"written: {out}/report.html, report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
+    if "foundation" in embedders:
+        print(f"embeddings of the untouched backbone, for all runs that share it: {embedders['foundation'].folder}")
     leave(ranks)
     return 0
 
@@ -589,6 +594,7 @@ def leaks(**options) -> int:
     data, out = options["data"] or run.config["data"], run.folder / "eval"
     root = open_root(Path(data))
     splits = choose_splits(root, options["splits"], data)
+    click.get_current_context().with_resource(lock_folder(out, "--run"))
     training = [root[domain]["train"] for domain in run.config["domains"] if "train" in root.get(domain, {})]
     if not training:
         raise InputError(f"{data}: none of the run's training splits is there: name the data root that holds them")
@@ -598,7 +604,6 @@ def leaks(**options) -> int:
         return make_embedder(lambda: load(run), weights, out, options)
 
     found, images = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
-    make_folder(out, "--run")
     for name in ("leaks.json", "leaks-sheet.png"):  # of other leaks than leaks.csv will list
         (out / name).unlink(missing_ok=True)
     write_csv(out / "leaks.csv", found, LEAK)
@@ -610,7 +615,9 @@ def leaks(**options) -> int:
         without.setdefault(leak["split"], []).append(leak["row"])
     if options["sheet"]:  # the nearest 96, four pairs a line
         draw_sheet(out / "leaks-sheet.png", [[tile for pair in images[i : i + 4] for tile in (*pair, None)]
-                                             for i in range(0, min(len(images), 96), 4)])
+                                             for i in range(0, min(len(images), 96), 4)],
+                   [f"The nearest pairs, by the {options['by']} backbone: red: test image, with its cosine; black: "
+                    "the training image that it repeats"])
     tables = score_without(embedder("tuned"), splits, root, run, options["bootstrap"], options["seed"],
                            options["flip"], without, f"at {options['threshold']:g} by {options['by']}")
     write_atomically(out / "leaks.json", lambda path: path.write_text(
@@ -666,7 +673,7 @@ def embed(pictures: tuple[Path, ...], run: str, domain: str | None, out: Path, a
     files = Pictures(paths, **find_fitting(opened, domain))
     model = load_tuned(opened).to(where)
     rows, parts = [], []
-    with tqdm(total=len(paths), desc="embed", unit="img", disable=None) as bar:
+    with progress(total=len(paths), desc="embed", unit="img") as bar:
         for good, x in train.embed_rows(model, files, np.arange(len(paths)), where, batch, workers, flip):
             rows += good.tolist()
             parts.append(torch.nn.functional.normalize(x, dim=1).cpu().numpy())

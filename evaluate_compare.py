@@ -1,7 +1,6 @@
 """Runs beside each other and against experts: paired intervals, seeds, non-inferiority."""
 
 import json
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import numpy as np
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError
 from evaluate_bootstrap import Figure
 from evaluate_figures import COLOURS
-from evaluate_report import literal
+from evaluate_report import literal, save_figure
 from evaluate_results import FEW_NOTE, Row, mark, read_rows
-from run_folder import FREE_ON_RESUME, read_json
+from run_folder import FREE_ON_RESUME, hash_file, read_json, weights_of
 
 
 @dataclass
@@ -27,11 +26,12 @@ class Scored:
     @property
     def recipe(self) -> str:
         """What two runs share that differ in their seed alone; a backbone without a run is only itself."""
-        free = FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions"}
+        free = FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions", "weights", "weights_sha256"}
         weights = next(iter(self.found.values()))[0].weights
         if not self.config:
             return str(self.folder.resolve())
-        return weights + json.dumps({key: value for key, value in self.config.items() if key not in free})
+        options = {key: value for key, value in self.config.items() if key not in free}
+        return weights + json.dumps(options | {"weights": weights_of(self.config)})
 
 
 def read_scored(folder: Path, weights: str | None) -> Scored:
@@ -44,11 +44,15 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
     rows, path = read_rows(folder / "eval"), folder / "eval" / "draws.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
-            draws, seed = file["draws"], int(file["seed"])
-        if len(draws) != len(rows):
-            raise ValueError(f"{len(draws)} rows for {len(rows)} of results.json")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: cannot be read ({error}); run evaluate.py on {folder} again") from error
+            draws, seed = file["draws"].astype(np.float32), int(file["seed"])
+            of = str(file["weights"]) if "weights" in file else ""
+        if draws.ndim != 2 or len(draws) != len(rows) or draws.shape[1] < 2:
+            raise ValueError(f"{list(draws.shape)} values for the {len(rows)} rows of results.json")
+    except Exception as error:  # a damaged archive raises many kinds
+        raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); run evaluate.py on {folder} "
+                         "again") from error
+    if of and (now := hash_file(folder / "model.safetensors")) and of != now:
+        raise InputError(f"{folder}/eval is of other weights than model.safetensors: run evaluate.py on {folder} again")
     weights = weights or max((row.weights for row in rows), default="tuned")  # "tuned" comes after "foundation"
     found = {(row.domain, row.split, row.metric, row.protocol): (row, drawn.astype(float))
              for row, drawn in zip(rows, draws, strict=True) if row.weights == weights}
@@ -59,8 +63,11 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
     return Scored(folder, read_json(config) if config.exists() else {}, seed, found)
 
 
-def refuse_unlike(a: Scored, b: Scored, splits: set[str]) -> None:
-    """InputError where a figure that both runs have was made in different ways, or their resamplings do not pair."""
+def unlike_figures(a: Scored, b: Scored) -> dict[tuple[str, str, str], str]:
+    """Why a figure that both runs have cannot be compared, by domain, split, metric.
+
+    InputError where the resamplings of the runs do not pair.
+    """
     if a.seed != b.seed or len(next(iter(a.found.values()))[1]) != len(next(iter(b.found.values()))[1]):
         raise InputError(f"{a.folder} and {b.folder} were resampled differently: run evaluate.py on both with the same "
                          "--seed and --bootstrap")
@@ -68,20 +75,36 @@ def refuse_unlike(a: Scored, b: Scored, splits: set[str]) -> None:
     for strings, scored in zip(made, (a, b), strict=True):
         for domain, split, metric, protocol in scored.found:
             strings.setdefault((domain, split, metric), set()).add(protocol)
-    for key in made[0].keys() & made[1].keys():
-        name = "/".join(key[:2])
-        if splits and name not in splits:
-            continue
+    found = {}
+    for key in [key for key in made[0] if key in made[1]]:
         if unlike := sorted(made[0][key] ^ made[1][key]):
             where = [a.folder if protocol in made[0][key] else b.folder for protocol in unlike]
-            raise InputError(f"{name} {key[2]}: only {where[0]} has it by the protocol '{unlike[0]}'"
-                             + (f", only {where[-1]} by '{unlike[-1]}'" if where[-1] != where[0] else "")
-                             + ": score both on the same splits with the same options, or leave it out with --splits")
-        for protocol in made[0][key]:
+            found[key] = (f"only {where[0]} has it by the protocol '{unlike[0]}'"
+                          + (f", only {where[-1]} by '{unlike[-1]}'" if where[-1] != where[0] else "")
+                          + ": score both on the same splits with the same options")
+        for protocol in made[0][key] & made[1][key]:
             counts = [scored.found[(*key, protocol)][0].count for scored in (a, b)]
             if counts[0] != counts[1]:
-                raise InputError(f"{name} {key[2]}: {counts[0]:,} samples in {a.folder}, {counts[1]:,} in {b.folder} "
-                                 "(unreadable images?): run evaluate.py on both again")
+                found[key] = (f"{counts[0]:,} samples in {a.folder}, {counts[1]:,} in {b.folder} (unreadable images?): "
+                              "run evaluate.py on both again")
+    return found
+
+
+def shared_figures(runs: list[Scored], splits: set[str]) -> list[tuple[str, str, str, str]]:
+    """The figures that all runs have, made in the same way; InputError where --splits names others, or none is left."""
+    first, *others = runs
+    unlike = {key: why for other in others for key, why in unlike_figures(first, other).items()}
+    unlike = {key: why for key, why in unlike.items() if not splits or "/".join(key[:2]) in splits}
+    keys = [key for key in first.found if all(key in other.found for other in others) and key[:3] not in unlike
+            and (not splits or "/".join(key[:2]) in splits)]
+    by_split: dict[str, list[str]] = {}
+    for key, why in unlike.items():
+        by_split.setdefault("/".join(key[:2]), []).append(f"{key[2]}: {why}")
+    for name, reasons in by_split.items():
+        if splits or not keys:
+            raise InputError(f"{name} {reasons[0]}")
+        print(f"{name}: {len(reasons)} figures left out; {reasons[0]}")
+    return keys
 
 
 def aggregate(group: list[Scored], key: tuple) -> Figure:
@@ -97,12 +120,8 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
     The interval of a difference resamples people, the same ones in both runs, so that what makes a set hard for all
     cancels out. Seeds are not resampled: their standard deviation stands beside.
     """
-    first, *others = [scored for group in groups for scored in group]
-    for other in others:
-        refuse_unlike(first, other, splits)
-    keys = [key for key in first.found if all(key in other.found for other in others)
-            and not key[2].startswith(("AUC of rater ", "human AUC"))  # people's own, the same beside every run
-            and (not splits or f"{key[0]}/{key[1]}" in splits)]
+    keys = [key for key in shared_figures([scored for group in groups for scored in group], splits)
+            if not key[2].startswith(("AUC of rater ", "human AUC"))]  # people's own, the same beside every run
     if not keys:
         raise InputError("the runs have no figure in common" + (" on these --splits" if splits else "")
                          + ": score them on the same splits")
@@ -142,7 +161,7 @@ def refuse_unshared(names: set[str], groups: list[list[Scored]], experts: bool) 
 
 def start_of(config: dict) -> tuple:
     """What two runs must share to be compared: the untouched backbone and its input."""
-    return tuple(config.get(key) for key in ("backbone", "size", "model", "weights", "image_size", "embed_dim"))
+    return *(config.get(key) for key in ("backbone", "size", "model", "image_size", "embed_dim")), weights_of(config)
 
 
 def as_many(seen: int, wanted: int) -> bool:
@@ -198,12 +217,9 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
             kept.append(replace(one, found=found))
         if any(not one.found for one in kept):
             raise InputError(f"{group[0].folder} and {runs[0].folder}: no figures of {domain}: run evaluate.py on both")
-        for one in kept[1:]:
-            refuse_unlike(kept[0], one, splits)
         ours, theirs = kept[: len(runs)], kept[len(runs) :]
-        for key, (row, _) in ours[0].found.items():
-            if not all(key in one.found for one in kept) or (splits and f"{key[0]}/{key[1]}" not in splits):
-                continue
+        for key in shared_figures(kept, splits):
+            row = ours[0].found[key][0]
             run, expert = aggregate(ours, key), aggregate(theirs, key)
             lead, allowed = Figure(run.value - expert.value, run.draws - expert.draws), margin(expert.value, delta)
             verdict = ("non-inferior" if lead.low > -allowed or lead.low >= 0 else
@@ -261,8 +277,7 @@ def draw_experts(path: Path, table: list[dict]) -> None:
     ax.invert_yaxis()
     ax.set_xlabel("run - expert, points, 95 % interval")
     ax.legend(fontsize=8)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None:
@@ -303,8 +318,7 @@ def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None
     for ax in list(axes.flat)[len(panels):]:
         ax.set_axis_off()
     figure.supxlabel("percent, 95 % interval" + "; grey: the untouched backbone" * bool(before), fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 def show_comparison(table: list[dict]) -> str:

@@ -2,8 +2,10 @@
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from tqdm import tqdm
 
 import train
 from backbones import Backbone
-from data_prep import InputError
+from data_prep import InputError, progress
 from data_prep.shards import Split
 from run_folder import make_folder, write_atomically, write_json
 from train_ranks import Ranks, pick_device
@@ -133,7 +135,11 @@ class Embedder:
         def known() -> bool:
             return path in self.made or (noted() and load_array(path, (len(split), self.model.dim)) is not None)
 
-        if self.ranks.world == 1 and known():
+        def leftovers() -> list[Path]:
+            """Parts that an evaluation left which was killed, of these weights or of others."""
+            return list(path.parent.glob(f".{glob.escape(path.stem)}.{'[0-9a-f]' * 16}.parts"))
+
+        if self.ranks.world == 1 and known() and not leftovers():
             self.made.add(path)  # to look for damage once is enough
             return path
         parts.parent.mkdir(parents=True, exist_ok=True)
@@ -154,8 +160,9 @@ class Embedder:
                     # a split with damaged images may be repaired: its embeddings are made anew next time
                     if np.isfinite(np.load(path, mmap_mode="r")[:, 0]).all():
                         write_json(note, fingerprint)
-                    shutil.rmtree(parts)
                 self.ranks.wait()
+            for folder in leftovers() if self.ranks.rank == 0 else []:
+                shutil.rmtree(folder, ignore_errors=True)
         self.made.add(path)
         return path
 
@@ -184,8 +191,8 @@ class Embedder:
 
         parts = train.embed_rows(self.model, split, np.concatenate(rows), self.device, self.batch, self.workers,
                                  self.flip)
-        with tqdm(total=sum(map(len, rows)), desc=f"{self.name} {split.domain}/{split.name}", unit="img",
-                  disable=True if self.ranks.rank else None) as bar:
+        with tqdm(disable=True) if self.ranks.rank else progress(
+                total=sum(map(len, rows)), desc=f"{self.name} {split.domain}/{split.name}", unit="img") as bar:
             for good, found in parts:
                 while good[0] > rows[place][-1]:
                     finish()
@@ -228,10 +235,27 @@ def fingerprint(split: Split) -> str:
 
 def make_embedder(load: Callable[[], Backbone], weights: str, folder: Path, options: dict,
                   ranks: Ranks = Ranks()) -> Embedder:
-    """An embedder by the options that evaluate.py and analyze.py share; `folder`: of the run's results."""
-    shared = bool(options["cache"]) and weights == "foundation"
-    if shared:
-        make_folder(Path(options["cache"]), "--cache")
-    return Embedder(load(), weights, Path(options["cache"]) if shared else folder / "embeddings",
-                    pick_device(options["device"]), options["batch"], options["workers"], options["flip"], shared,
-                    ranks)
+    """An embedder by the options that evaluate.py and analyze.py share; `folder`: of the run's results.
+
+    Those of the untouched backbone go to --cache or, where it can be written to, to a folder beside the runs.
+    """
+    cache = shared_folder(folder, options["cache"]) if weights == "foundation" else None
+    return Embedder(load(), weights, cache or folder / "embeddings", pick_device(options["device"]), options["batch"],
+                    options["workers"], options["flip"], cache is not None, ranks)
+
+
+def shared_folder(folder: Path, cache: str | None) -> Path | None:
+    """Where runs share what is their untouched backbone's: --cache, or RUNS/.foundation; None where there is no place.
+
+    `folder`: RUN/eval.
+    """
+    if cache:
+        make_folder(Path(cache), "--cache")
+        return Path(cache)
+    runs = folder.resolve().parents[1]
+    runs = runs.parents[1] if runs.name == "checkpoints" else runs
+    with contextlib.suppress(OSError):
+        (runs / ".foundation").mkdir(parents=True, exist_ok=True)
+        if os.access(runs / ".foundation", os.W_OK):
+            return runs / ".foundation"
+    return None

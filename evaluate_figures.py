@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.shards import Split
+from evaluate_embed import Embedder
 from evaluate_humans import human_rows
 from evaluate_pairs import SCORE_BINS
-from evaluate_report import Published
+from evaluate_report import Published, save_figure
 from evaluate_results import Row, chance, headlines
-from evaluate_search import make_members, score_blocks
+from evaluate_search import gallery_rule, mates_in, take_rows, variants_of
 from run_folder import write_atomically
 
 HIT, MISS = "#009E73", "#D55E00"  # frames of what is right and wrong
@@ -41,11 +42,14 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
                     ax.set(xscale="log", xlim=(max(least, 1e-6), 1))
                 else:
                     ax.plot(np.arange(1, len(curve["cmc"]) + 1), curve["cmc"], color=COLOURS[weights], label=weights)
-            ax.set(title=key, xlabel=x_label, ylabel=y_label, ylim=(0, 1.01))
+            ax.set(xlabel=x_label, ylabel=y_label, ylim=(0, 1.01))
+            ax.set_title(key, parse_math=False)  # a split's name may hold dollar signs
+            if kind == "cmc":  # whole ranks, however few the gallery has
+                ax.xaxis.get_major_locator().set_params(integer=True)
+                ax.set_xlim(0.5, max(len(by_split[key]["cmc"]) for by_split in curves.values()) + 0.5)
             ax.grid(alpha=0.3)
             ax.legend(loc="lower right", fontsize=8)
-        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
-        plt.close(figure)
+        save_figure(folder / f"{name}.png", figure)
         drawn.append(({"roc": "ROC of the pairs", "cmc": "Identification rate by rank"}[name], f"{name}.png"))
 
     panels = [key for key, curve in next(iter(curves.values())).items() if "same" in curve]
@@ -62,8 +66,7 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
         for ax in axes[-1]:
             ax.set_xlabel("cosine")
         figure.tight_layout()
-        figure.savefig(folder / "scores.png", dpi=150, bbox_inches="tight")
-        plt.close(figure)
+        save_figure(folder / "scores.png", figure)
         drawn.append(("Scores of pairs of one identity and of two", "scores.png"))
     return drawn
 
@@ -117,50 +120,121 @@ def draw_bars(plt, path: Path, rows: list[Row], splits: list[Split],
     marks = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # each label once
     ax.legend(marks.values(), marks.keys(), ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0),
               frameon=False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(path, figure)
 
 
-Tile = tuple[Split, int, str, str]  # split, row, colour of the frame, caption
+Tile = tuple[Split, int, str, str]  # split, row, colour of the frame, caption of one or two lines
 
 
-def draw_sheet(path: Path, lines: list[list[Tile | None]], side: int = 96) -> None:
-    """Images in lines, each framed under its caption, as PNG; None: a gap."""
-    from PIL import Image, ImageDraw
+def draw_sheet(path: Path, lines: list[list[Tile | None]], legend: list[str], side: int = 96) -> None:
+    """Images in lines under a legend, each framed under its caption, as PNG; None: a gap."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
 
-    frame, text, gap = 3, 13, 12
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
+    frame, text, gap = 3, 26, 12
     outer = side + 2 * frame
-    wide, high = outer + 2, outer + text + 4
+    wide, high, top = outer + 4, outer + text + 8, 15 * len(legend) + 6
     width = max(sum(gap if tile is None else wide for tile in line) for line in lines)
-    sheet = Image.new("RGB", (width, high * len(lines)), "white")
+    width = max(width, *(int(font.getlength(line)) + 4 for line in legend))
+    sheet = Image.new("RGB", (width, top + high * len(lines)), "white")
     draw = ImageDraw.Draw(sheet)
-    for top, line in zip(range(0, high * len(lines), high), lines, strict=True):
-        left = 0
+    for number, line in enumerate(legend):
+        draw.text((2, 15 * number + 2), line, "black", font)
+
+    def fitted(caption: str) -> str:
+        caption = caption.encode("utf-8", "replace").decode()  # names of folders need not be text
+        while font.getlength(caption) > outer:
+            caption = caption.rstrip("…")[:-1] + "…"
+        return caption
+
+    for number, line in enumerate(lines):
+        left, y = 0, top + number * high
         for tile in line:
             if tile is not None:
                 split, row, colour, caption = tile
-                draw.text((left, top), caption, fill="black")
-                draw.rectangle((left, top + text, left + outer - 1, top + text + outer - 1), colour)
+                for place, part in enumerate(caption.split("\n")):
+                    draw.text((left, y + 12 * place), fitted(part), "black", font)
+                draw.rectangle((left, y + text, left + outer - 1, y + text + outer - 1), colour)
                 image = Image.fromarray(split.image(row).permute(1, 2, 0).numpy()).resize((side, side))
-                sheet.paste(image, (left + frame, top + text + frame))
+                sheet.paste(image, (left + frame, y + text + frame))
             left += gap if tile is None else wide
     write_atomically(path, lambda temporary: sheet.save(temporary, "PNG"))
     people = {tile[0].domain for line in lines for tile in line if tile} != {"object"}
     print(f"{path}" + ": shows people; pass it on only as the licence of the data allows" * people)
 
 
-def draw_search(folder: Path, split: Split, x: np.ndarray, seed: int, probes: int = 12, top: int = 10) -> None:
-    """sheet-DOMAIN-SPLIT.png: drawn probes, each with the images nearest to it, framed as right or wrong."""
-    member = make_members([split], [x], probes, seed)[0]
-    mates, lines = member.mates(member), []
-    for probe in member.probes:
+def class_of(split: Split, row: int) -> str:
+    """What an image's class or person is called; "" without one."""
+    return split.names[split.labels[row]] if split.labels[row] >= 0 else "unknown"
+
+
+def draw_split(folder: Path, split: Split, embed: Embedder, root: dict, seed: int, probes: int = 12, top: int = 10
+               ) -> None:
+    """sheet-DOMAIN-SPLIT.png: what the figures of a split are made of, right and wrong framed green and red.
+
+    Drawn probes, each with the images nearest to it among those that its protocol scores it against (the gallery by
+    the customary rule; of classes the reference); of verification the hardest pairs. Of templates there is none.
+    """
+    x, name, protocol = embed(split), f"{split.domain}/{split.name}, {embed.name} backbone", split.protocol["name"]
+    if protocol == "templates":
+        print(f"  {split.domain}/{split.name}: no sheet: what is scored are templates, which pool images")
+        return
+    path = folder / f"sheet-{split.domain}-{split.name}.png"
+    if protocol == "verification":
+        draw_pairs(path, split, x, name)
+        return
+    if protocol == "classification":
+        other = root[split.domain][split.protocol["reference"]]
+        y, groups = embed(other), split.protocol.get("groups") or {}
+        group_of = {member: label for label, one in enumerate(split.classes) for member in groups.get(one, [one])}
+        own = np.array([*(group_of.get(one, -1) for one in other.classes), -1])[other.labels]
+        gallery, queries = np.flatnonzero(np.isfinite(y[:, 0]) & (own >= 0)), np.flatnonzero(split.labels >= 0)
+        same, itself = mates_in(own[gallery]), split.folder.resolve() == other.folder.resolve()
+        rule = f"of {other.domain}/{other.name}, which vote"
+
+        def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
+            return same(split.labels[probe]), np.flatnonzero(gallery == probe) if itself else gallery[:0]
+    else:
+        roles, variant = split.optional("role"), variants_of(split)[0]
+        other, y, rule = split, x, f"of the gallery, by the rule '{variant}'"
+        gallery, queries = np.flatnonzero(np.isfinite(x[:, 0]) & (roles > 0)), np.flatnonzero(roles == 0)
+        mates = gallery_rule(split, gallery, variant)
+    queries = queries[np.isfinite(x[queries, 0])]
+    lines: list[list[Tile | None]] = []
+    for probe in np.random.default_rng(seed).permutation(queries):
         right, ignored = mates(probe)
-        _, (scores,) = next(score_blocks(x, np.array([probe]), member.gallery))
+        if not len(right):  # not scored
+            continue
+        scores = take_rows(y, gallery) @ x[probe]
         scores[ignored] = -np.inf
         nearest = np.argsort(-scores, kind="stable")[: min(top, len(scores) - len(ignored))]
         hits = np.isin(nearest, right)
-        lines.append([(split, int(probe), "#000000", "probe"), None,
-                      *((split, int(member.gallery[place]), HIT if hit else MISS, f"{rank}: {scores[place]:.3f}")
+        lines.append([(split, int(probe), "#000000", f"probe\n{class_of(split, probe)}"), None,
+                      *((other, int(gallery[place]), HIT if hit else MISS,
+                         f"{rank}: {scores[place]:.3f}\n{class_of(other, gallery[place])}")
                         for rank, (place, hit) in enumerate(zip(nearest, hits, strict=True), 1))])
+        if len(lines) == probes:
+            break
     if lines:
-        draw_sheet(folder / f"sheet-{split.domain}-{split.name}.png", lines)
+        draw_sheet(path, lines, [f"{name}: drawn probes (seed {seed}), each with the images nearest to it {rule}",
+                                 "rank: cosine, class; green: the probe's class or person, red: another"])
+
+
+def draw_pairs(path: Path, split: Split, x: np.ndarray, name: str, lines: int = 4, wide: int = 5) -> None:
+    """The genuine pairs with the lowest scores, then the impostors with the highest."""
+    pairs = np.array(split.column("pairs"))[:, :3]
+    pairs = np.unique(np.column_stack([np.sort(pairs[:, :2], 1), pairs[:, 2]]), axis=0)  # a list may repeat itself
+    pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
+    scores, same = (x[pairs[:, 0]] * x[pairs[:, 1]]).sum(1), pairs[:, 2] == 1
+    drawn: list[list[Tile | None]] = []
+    for kind, sign, colour in ((same, 1, HIT), (~same, -1, MISS)):
+        chosen = np.flatnonzero(kind)[np.argsort(sign * scores[kind], kind="stable")][: lines * wide]
+        for start in range(0, len(chosen), wide):
+            line: list[Tile | None] = []
+            for i in chosen[start : start + wide]:
+                line += [(split, int(row), colour, f"{scores[i]:.3f}\n{class_of(split, row)}") for row in pairs[i, :2]]
+                line.append(None)
+            drawn.append(line)
+    draw_sheet(path, drawn, [f"{name}: the hardest listed pairs, two images each, with their cosine and whose they are",
+                             "green: one person, lowest scores first; red: two, highest first"])

@@ -172,18 +172,26 @@ def show_stages(stages: Stages | None, config: dict) -> list[str]:
         return [*lines, "The stage x task matrix needs scores after each stage: train with `--eval-every "
                 f"{max(config['steps'] // count, 1)}` (the steps of a stage)."]
     lines += ["Same/different AUC of fixed images after each stage (percent; chance 50), and what is lost from the "
-              "best stage to the end.", "", f"| after | step | {' | '.join(stages.tasks)} |",
+              "best stage to the end.", "", f"| after | step | {' | '.join(map(literal, stages.tasks))} |",
               f"| --- | --- |{' --- |' * len(stages.tasks)}"]
     for name, step, end, scores in zip(stages.names, stages.steps, stages.ends, stages.scores, strict=True):
         seen = f"{step:,}" if step == end else f"{step:,} of {end:,}"
         cells = " | ".join("" if math.isnan(score) else f"{100 * score:.1f}" for score in scores)
-        lines.append(f"| {name} | {seen} | {cells} |")
+        lines.append(f"| {literal(name)} | {seen} | {cells} |")
     lost = [max((row[i] for row in stages.scores if not math.isnan(row[i])), default=math.nan) - stages.scores[-1][i]
             for i in range(len(stages.tasks))]
     lines.append("| lost | | " + " | ".join("" if math.isnan(x) else f"{100 * x:.1f}" for x in lost) + " |")
     if len(stages.names) <= count:
         lines += ["", f"Not every stage was looked at: take an --eval-every that divides {config['steps'] // count}."]
     return lines
+
+
+def save_figure(path: Path, figure) -> None:
+    """A matplotlib figure as PNG, atomically, cut to what is drawn; it is closed."""
+    import matplotlib.pyplot as plt
+
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png", bbox_inches="tight"))
+    plt.close(figure)
 
 
 def draw_stages(path: Path, stages: Stages) -> None:
@@ -204,8 +212,7 @@ def draw_stages(path: Path, stages: Stages) -> None:
     ax.set_yticks(range(len(stages.names)), [name if name == "start" else f"after {name}" for name in stages.names],
                   fontsize=8)
     figure.colorbar(image, label="same/different AUC")
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 # ---------------------------------------------------------------- report.html

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
@@ -372,24 +373,38 @@ def write_rows(folder: Path, rows: list[Row]) -> None:
     write_csv(folder / "results.csv", table)
 
 
-def write_draws(folder: Path, results: Results, seed: int) -> None:
-    """draws.npz: the resampled values of every row, [rows, draws], which `compare` pairs between runs."""
+def write_draws(folder: Path, results: Results, seed: int, weights: str | None = None) -> None:
+    """draws.npz: the resampled values of every row, [rows, draws], which `compare` pairs between runs.
+
+    `weights`: SHA-256 of the model.safetensors that they are of, where there is one.
+    """
 
     def write(temporary: Path) -> None:
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, draws=np.array([draws for _, draws in results], dtype=np.float32), seed=seed)
+            np.savez_compressed(file, draws=np.array([draws for _, draws in results], dtype=np.float32), seed=seed,
+                                weights=weights or "")
 
     write_atomically(folder / "draws.npz", write)
 
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a formula in a spreadsheet
+
+
 def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> None:
-    """A list of like dictionaries as CSV with a header, atomically; `columns`: of a table that may be empty."""
+    """A list of like dictionaries as CSV with a header, atomically; `columns`: of a table that may be empty.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe before it; numbers, negative ones too, do not.
+    """
+
+    def plain(value):
+        formula = isinstance(value, str) and value[:1] in FORMULA
+        return f"'{value}" if formula and not re.fullmatch(r"[-+][\d.]+(e[-+]?\d+)?", value) else value
 
     def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as file:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, columns or list(table[0]))
             writer.writeheader()
-            writer.writerows(table)
+            writer.writerows({key: plain(value) for key, value in row.items()} for row in table)
 
     write_atomically(path, write)
 

@@ -6,6 +6,7 @@ Every stage reads runs by this module; train.py alone writes them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -37,7 +38,7 @@ RUN_ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py cla
 LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # of a run, one record a line, each with its step
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
 NOT_OPTIONS = {"recipe", "role", "steps", "counts", "git_commit", "argv", "versions", "shards",
-               "sources"}  # of config.json
+               "sources", "weights_sha256"}  # of config.json
 FREE_ON_RESUME = {"workers", "device", "cache", "compile", "grad_checkpointing", "shard_head", "log_every",
                   "save_every", "keep", "resume", "data", "out", "max_skipped", "max_bad", "config", "recipe"}
 
@@ -120,8 +121,22 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def provenance(splits: list[Split]) -> dict:
-    """Versions and commit of the code, and which shards: for config.json."""
+def hash_file(path: Path) -> str | None:
+    """SHA-256 of a file; None where there is none."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_of(config: dict) -> str | None:
+    """What tells the weights that a run started from: the SHA-256 of their file, wherever it lies, or their name."""
+    name = config.get("weights")
+    return config.get("weights_sha256") or (hash_file(Path(name)) if isinstance(name, str) else None) or name
+
+
+def provenance(splits: list[Split], weights: str) -> dict:
+    """Versions and commit of the code, which shards, and the file of weights by its hash: for config.json."""
     here = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -131,7 +146,7 @@ def provenance(splits: list[Split]) -> dict:
     return {"git_commit": commit or None, "argv": sys.argv[1:],
             "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
             "shards": {split.domain: split.index["provenance"]["plan"] for split in splits},
-            "sources": describe_sources(splits)}
+            "weights_sha256": hash_file(Path(weights)), "sources": describe_sources(splits)}
 
 
 def describe_sources(splits: list[Split]) -> dict[str, dict]:
@@ -149,7 +164,8 @@ def find_run(config: dict, splits: list[Split]) -> str:
     if not config["resume"]:
         raise InputError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
     old = read_json(folder / "config.json")
-    if differing := [key for key, value in config.items() if key not in FREE_ON_RESUME and old.get(key) != value]:
+    if differing := [key for key, value in config.items() if key not in FREE_ON_RESUME and old.get(key) != value
+                     and not (key == "weights" and weights_of(old) == weights_of(config))]:  # its file may have moved
         key = differing[0]
         raise InputError(f"--resume {folder}: --{key.replace('_', '-')} was {old.get(key)!r} and is now "
                          f"{config[key]!r}; give what the run was started with (see its config.json)")

@@ -498,7 +498,7 @@ def set_up(config: dict) -> Job | None:
         role = RUN_ROLES[1 if len(splits) == 1 else 2 if config["schedule"] == "sequential" else 0]
         make_folder(folder, "--out")
         write_json(folder / "config.json",
-                   config | {"role": role, "steps": steps, "counts": counts, **provenance(splits)})
+                   config | {"role": role, "steps": steps, "counts": counts, **provenance(splits, config["weights"])})
     classes = [len(split.classes) for split in splits]
     sharded = config["shard_head"] and ranks.world > 1
     if config["shard_head"] and not sharded:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from analyze_claims import (
 )
 from analyze_subspaces import above_chance, transfer, unit
 from analyze_tasks import Task
+from run_folder import hash_file
 from tests.test_analyze import ABOVE, ALL, DOMAINS, GOOD, TWO, alone, components, humans, measured, separable
 
 UNTOUCHED = GOOD["foundation"]
@@ -268,13 +268,13 @@ def change_config(change):
     return of
 
 
-def age(name: str):
+def other_weights(name: str):
     def of(run: Path) -> None:
-        (run / "model.safetensors").write_bytes(b"")
-        now = (run / "model.safetensors").stat().st_mtime
-        for other in ("eval/results.json", "analysis/analysis.json"):
-            os.utime(run / other, (now + 10,) * 2)
-        os.utime(run / name, (now - 100,) * 2)
+        """Whatever their times: what a result is of is known by the hash of the weights."""
+        (run / "model.safetensors").write_bytes(b"others")
+        if name != "eval":  # evaluated again, not analysed again
+            with np.load(run / "eval/draws.npz") as file:
+                np.savez(run / "eval/draws.npz", **dict(file) | {"weights": hash_file(run / "model.safetensors")})
     return of
 
 
@@ -300,8 +300,8 @@ def change_analysis(change):
         ("run", "weights", "domain", "split", "protocol", "metric", "value", "low", "high", "count"), 1)]),
      "results.json: cannot be read (row 0: run is"),
     (lambda run: (run / "eval/draws.npz").write_bytes(b""), "draws.npz"),
-    (age("eval/results.json"), "b (older than model.safetensors: run evaluate.py on it again)"),
-    (age("analysis/analysis.json"), "analysis.json (older than model.safetensors: run analyze.py on it again)"),
+    (other_weights("eval"), "b/eval is of other weights than model.safetensors: run evaluate.py on"),
+    (other_weights("analysis"), "analysis.json (of other weights than model.safetensors: run analyze.py on"),
     (change_analysis(lambda a: a["transfer"]["tuned"]["pairs"][3].pop("kept")), "analysis.json (of another version"),
     (change_analysis(lambda a: a["transfer"].update(tuned=[])), "analysis.json (of another version"),
     (change_analysis(lambda a: a["separability"]["spaces"].pop("tuned")), "analysis.json (of another version"),

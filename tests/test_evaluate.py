@@ -369,7 +369,8 @@ def test_results_equal_the_metrics_on_the_stored_embeddings(evaluated, tiny_run,
     auc = roc_auc_score(pairs[:, 2], (x[pairs[:, 0]] * x[pairs[:, 1]]).sum(1))
     assert rows["tuned", "face_hq", "test", "auc"] == pytest.approx(auc, abs=1e-6)
     body = open_root(demo_root)["body"]["test"]
-    x = unit(np.load(tiny_run / "eval/embeddings/foundation-body-test.npy"))
+    path, = (tiny_run.parent / ".foundation").glob("foundation-body-test-*.npy")
+    x = unit(np.load(path))
     expected, _ = literal_reid(x, body.labels, body.column("camera"), body.column("role"))
     assert rows["foundation", "body", "test", "mAP"] == pytest.approx(expected["mAP"], abs=1e-5)
 

@@ -3,6 +3,7 @@
 import csv
 import html
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -18,16 +19,29 @@ import evaluate_classes
 import train
 from data_prep import InputError
 from data_prep.degrade import degraded_split
-from data_prep.shards import Record, Source, Split, open_root, write_split
+from data_prep.shards import Record, Source, Split, lock_folder, open_root, write_split
 from data_prep.trials import RATING_COLUMNS
 from evaluate_bootstrap import Figure
 from evaluate_classes import Readouts, class_means, fit_probe, nearest_mean, nearest_neighbours
-from evaluate_compare import Scored, refuse_unshared
+from evaluate_compare import Scored, refuse_unshared, start_of
 from evaluate_embed import normalise
 from evaluate_pairs import FARS
 from evaluate_report import literal, to_html
-from evaluate_results import Row, make_unified_rows, say_once, scopes_of, score, show_value, unsupported_fars
+from evaluate_results import (
+    Row,
+    make_unified_rows,
+    say_once,
+    scopes_of,
+    score,
+    show_value,
+    unsupported_fars,
+    write_csv,
+    write_draws,
+    write_rows,
+)
 from evaluate_search import make_members, name_identities, score_unified
+from run_folder import hash_file, provenance
+from tests.conftest import script
 from tests.test_evaluate import run_here, unit
 from tests.test_protocols import write_run
 
@@ -173,7 +187,7 @@ def test_figures_of_an_earlier_evaluation_go(run):
     (["--run", "{run}", "--cache", "{file}"], "--cache: {file} cannot be made a folder (File exists)"),
     (["--run", "{run}", "--cache", "{file}/more"], "--cache: {file}/more cannot be made a folder (Not a directory)"),
     (["--backbone", "clip", "--size", "tiny", "--weights", "none", "--data", "{data}", "--out", "{file}"],
-     "--out: {file}/eval cannot be made a folder (Not a directory)"),
+     "--out {file}/eval: cannot be written (Not a directory)"),
 ])  # fmt: skip
 def test_options_without_effect_and_files_for_folders(arguments, words, run, demo_root, tmp_path):
     (tmp_path / "file").write_text("mine")
@@ -193,6 +207,82 @@ def test_compare_refuses_a_split_that_the_runs_do_not_share(tmp_path):
     with pytest.raises(InputError, match=f"in common on these --splits: typo/x; they share {min(shared)}$"):
         run_here(*arguments, f"{min(shared)},typo/x")
     assert run_here(*arguments, min(shared)) == 0
+
+
+def test_compare_takes_what_the_runs_share(tmp_path, capsys):
+    """One figure by one protocol, one by two: the first is compared, the second told; named, it is refused."""
+    runs = []
+    for name in "ab":
+        runs.append(write_run(tmp_path / name, np.ones(10), np.arange(10), config={"schedule": name}))
+        rows = [Row(**row) for row in json.loads((runs[-1] / "eval/results.json").read_text())]
+        rows.append(replace(rows[0], split="other", protocol=f"reid, general, set {name}, flip"))
+        write_rows(runs[-1] / "eval", rows)
+        write_draws(runs[-1] / "eval", [(row, np.ones(400)) for row in rows], 0)
+    assert run_here("compare", *runs, "--out", tmp_path / "c") == 0
+    table = json.loads((tmp_path / "c/comparison.json").read_text())
+    assert {row["split"] for row in table} == {"test"}
+    assert "body/other: 1 figures left out; rank-1: only " in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"body/other rank-1: only .* by the protocol 'reid, general, set a, flip'"):
+        run_here("compare", *runs, "--out", tmp_path / "c", "--splits", "body/other")
+
+
+def test_weights_are_known_by_their_hash(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "w.safetensors").write_bytes(b"the same")
+    (tmp_path / "two/other.safetensors").write_bytes(b"others")
+    configs = [{"weights": str(tmp_path / name)} for name in ("one/w.safetensors", "two/w.safetensors",
+                                                              "two/other.safetensors")]
+    told = provenance([], configs[0]["weights"])["weights_sha256"]
+    moved = {"weights": "/gone.safetensors", "weights_sha256": told}
+    assert start_of(configs[0]) == start_of(configs[1]) == start_of(moved) != start_of(configs[2])
+    assert provenance([], "pretrained")["weights_sha256"] is None
+    assert start_of({"weights": "pretrained", "weights_sha256": None})[-1] == "pretrained"
+    a, b, c = (Scored(tmp_path, {"seed": i} | config, 0, {0: (SimpleNamespace(weights="tuned"), None)})
+               for i, config in enumerate((configs[0], moved, configs[2])))
+    assert a.recipe == b.recipe != c.recipe  # seeds of one recipe
+
+
+def test_results_of_other_weights_are_refused_and_a_copy_is_not(tmp_path):
+    runs = [write_run(tmp_path / name, np.ones(10), np.arange(10), config={"schedule": name}) for name in "ab"]
+    weights, rows = runs[1] / "model.safetensors", json.loads((runs[1] / "eval/results.json").read_text())
+    weights.write_bytes(b"of these")
+    write_draws(runs[1] / "eval", [(Row(**row), np.ones(400)) for row in rows], 0, hash_file(weights))
+    os.utime(runs[1] / "eval/results.json", (0, 0))  # however old a copy says that it is
+    assert run_here("compare", *runs, "--out", tmp_path / "c") == 0
+    weights.write_bytes(b"of others")
+    with pytest.raises(InputError, match=r"b/eval is of other weights than model.safetensors: run evaluate.py on"):
+        run_here("compare", *runs, "--out", tmp_path / "c")
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.write_bytes(b""), lambda path: path.write_bytes(path.read_bytes()[:-30]),
+    lambda path: np.savez(path, draws=np.zeros(1), seed=0), lambda path: np.savez(path, draws=np.zeros((1, 1)), seed=0),
+    lambda path: np.savez(path, draws=np.array([["a", "b"]]), seed=0), lambda path: np.savez(path, seed=0),
+    lambda path: np.savez(path, draws=np.zeros((1, 400)), seed=np.zeros(3)), lambda path: path.unlink(),
+])  # fmt: skip
+def test_damaged_draws_are_one_line(spoil, tmp_path):
+    runs = [write_run(tmp_path / name, np.ones(10), np.arange(10), config={"schedule": name}) for name in "ab"]
+    spoil(runs[1] / "eval/draws.npz")
+    with pytest.raises(InputError, match=r"b/eval/draws.npz: cannot be read .*; run evaluate.py on .*b again"):
+        run_here("compare", *runs, "--out", tmp_path / "c")
+
+
+def test_a_second_evaluation_of_a_run_is_refused_at_the_start(run):
+    with lock_folder(run / "eval", "--run"):
+        result = script("evaluate.py", "--run", run, *OPTIONS, check=2)
+        again = script("evaluate.py", "leaks", "--run", run, *OPTIONS, check=2)
+    for said in (result.stderr, again.stderr):
+        assert said.count("\n") == 1 and "is writing it: wait for that one" in said
+    assert not (run / "eval").exists()  # nothing was begun
+
+
+def test_cells_that_a_spreadsheet_would_run_are_prefixed(tmp_path):
+    row = {"name": "=HYPERLINK(1)", "other": "@x", "more": "-cmd", "number": -0.5, "text": "-1.5e-3", "plain": "a=b"}
+    write_csv(tmp_path / "t.csv", [row])
+    with open(tmp_path / "t.csv", newline="") as file:
+        assert list(csv.DictReader(file)) == [{"name": "'=HYPERLINK(1)", "other": "'@x", "more": "'-cmd",
+                                               "number": "-0.5", "text": "-1.5e-3", "plain": "a=b"}]
 
 
 def test_experts_are_asked_for_their_own_domains():
@@ -253,7 +343,7 @@ def test_damaged_embeddings_are_computed_again(run, capsys):
     options = ["--run", run, *OPTIONS, "--splits", "face_hq/test"]
     run_here(*options)
     assert "computed again" not in capsys.readouterr().out
-    path = run / "eval/embeddings/foundation-face_hq-test.npy"
+    path, = (run.parent / ".foundation").glob("foundation-face_hq-test-*.npy")
     whole, rows = path.read_bytes(), (run / "eval/results.json").read_bytes()
     x = np.load(path)
     holes = x.copy()

@@ -124,7 +124,7 @@ def test_two_processes_embed_as_one(run, tmp_path):
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]  # --: it would take --run
     result = script(*two, "evaluate.py", *options[:1], tmp_path / "two", *options[2:])
     names = sorted(path.name for path in (run / "eval/embeddings").glob("*.npy"))
-    assert len(names) == 12 and names == sorted(p.name for p in (tmp_path / "two/eval/embeddings").glob("*.npy"))
+    assert len(names) == 6 and names == sorted(p.name for p in (tmp_path / "two/eval/embeddings").glob("*.npy"))
     for name in names:
         one, two = (np.load(folder / "eval/embeddings" / name) for folder in (run, tmp_path / "two"))
         np.testing.assert_array_equal(one, two)
@@ -159,6 +159,31 @@ def test_a_killed_evaluation_keeps_its_parts(run, demo_root, monkeypatch):
     np.testing.assert_array_equal(resumed, np.load(run / "eval/embeddings/tuned-object-train.npy"))
     after_kill, _, uninterrupted, _ = embedded  # train, its reference's embedding, comes first; then val
     assert kept >= 1 and uninterrupted == len(whole) and after_kill == len(whole) - 4 * kept
+
+
+def test_what_a_kill_left_goes_with_the_next_evaluation(embedder, demo_root):
+    split, embed = open_root(demo_root)["object"]["val"], embedder("one")
+    path = embed.prepare(split)
+    kept = path.parent / ".tuned-object-val.x.parts"  # not of this name: nobody's parts, or another split's
+    for folder in [path.parent / f".tuned-object-val.{key * 16}.parts" for key in "0f"] + [kept]:
+        folder.mkdir()
+        (folder / "0-16.npy").write_bytes(b"")
+    again = embedder("one")
+    assert again.prepare(split) == path and [p.name for p in path.parent.glob("*.parts")] == [kept.name]
+
+
+def test_runs_side_by_side_share_their_foundation_without_being_told(run, tmp_path, monkeypatch, capsys):
+    embedded, real = [], train.embed_rows
+    monkeypatch.setattr(train, "embed_rows", lambda *a: (embedded.append(a[1].name), real(*a))[1])
+    shutil.copytree(run, tmp_path / "other")
+    for folder in (run, tmp_path / "other"):
+        run_here("--run", folder, *OPTIONS, "--splits", "face_hq/test")
+    assert len(embedded) == 3 and len(list((tmp_path / ".foundation").glob("*.npy"))) == 1
+    assert f"for all runs that share it: {tmp_path}/.foundation" in capsys.readouterr().out
+    kept = run / "checkpoints/step-00000001"
+    assert evaluate_embed.shared_folder(kept / "eval", None) == tmp_path / ".foundation"
+    (tmp_path / "sealed").write_text("in the way")
+    assert evaluate_embed.shared_folder(tmp_path / "sealed/run/eval", None) is None  # then: with the run
 
 
 def test_runs_share_the_embeddings_of_their_foundation(run, tmp_path, monkeypatch):
