@@ -192,7 +192,7 @@ def read_analysis(path: Path) -> dict:
             check_numbers({"full_low": None} | pair, "kept", "low", "high", "full_low")
             check_numbers(pair, "chance", "full", kind=int | float)
             for figure in (pair["k95"], pair["k99"], pair["over_random"], pair.get("over_foundation")):
-                check_numbers(figure or dict.fromkeys(ends), *ends)
+                check_numbers({"above": None} | (figure or dict.fromkeys(ends)), *ends, "above")
             if not {pair["fit"], pair["test"]} <= {*DOMAINS}:
                 raise TypeError("a task is unknown")
         if separated is not None:
@@ -224,7 +224,7 @@ def read_lost(home: Path, config: dict) -> dict[str, float]:
         scores = np.array(stages.scores, dtype=float)
         return {task: float(np.nanmax(column) - column[-1])
                 for task, column in zip(stages.tasks, scores.T, strict=True) if math.isfinite(column[-1])}
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         print(f"left out: {home / 'probe.jsonl'} (damaged: {error})")
         return {}
 
@@ -245,6 +245,9 @@ def read_run(home: Path) -> Measured:
     if not (isinstance(domains, list) and domains and all(d in DOMAINS for d in domains) and isinstance(counts, dict)
             and all(isinstance(counts.get(d), int | float) for d in domains)):
         raise InputError("config.json: domains and counts do not name tasks and their images")
+    order = config.get("order")
+    if not (isinstance(config.get("seed"), int) and (order is None or (isinstance(order, list) and order))):
+        raise InputError("config.json: seed is no whole number, or order no list of tasks")
     results = home / "eval" / "results.json"
     rows = read_rows(results.parent)
     if not rows:

@@ -38,7 +38,7 @@ def interval(found: dict | None, form: str = ".1f", factor: float = 100) -> str:
 
 def needed(figures: list[dict]) -> str:
     """A k* with its interval, averaged over seeds; "> K" where the K components that images determine are too few."""
-    if any(None in found.values() and "above" not in found for found in figures):
+    if any(None in found.values() and not found.get("above") for found in figures):
         return "-"
     ends = []
     for end in ("value", "low", "high"):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ from analyze_subspaces import (
     unit,
 )
 from analyze_tasks import Embeddings, Task, vectors_of
+from data_prep import InputError
 from evaluate_bootstrap import Figure, bootstrap_counts
 from evaluate_embed import normalise, save_array
 from evaluate_pairs import score_pairs
@@ -251,7 +253,8 @@ def written(tmp_path_factory):
     sharing = measure_sharing(embedded, tasks, bases, 20)
     components = [{"weights": weights, **row} for weights in ("tuned", "foundation")
                   for row in measure_components(embedded, tasks, bases, D, 0)]
-    analysis = {"run": "planted", "domains": names, "splits": {name: ["train", "test"] for name in names},
+    analysis = {"run": "planted <img onerror=x>", "domains": names,
+                "splits": {name: ["train", "a|b <i>"] for name in names},
                 "left_out": {}, "degraded": {}, "transfer": {"tuned": found}, "separability": None,
                 "sharing": {"tuned": sharing, "foundation": sharing}, "cka": dict.fromkeys(names, 1.0), "map": "pca"}
     folder = tmp_path_factory.mktemp("written") / "analysis"
@@ -278,6 +281,20 @@ def test_tables_hold_the_other_metrics_and_every_component_left_out(written):
     assert "| face_hq | face_lq | mAP | " in report and "On an AUC a random subspace keeps nearly everything" in report
     assert "Components from which on every task keeps so much" in report
     assert "One component left out at a time, of the first 10" in report and " nan " not in report
+
+
+def test_names_are_no_markup_and_figures_are_atomic(written, tmp_path, monkeypatch):
+    assert r"# planted \<img onerror=x\>" in written[2] and r"| face_hq | train | a\|b \<i\> |" in written[2]
+    assert not re.search(r"(?<!\\)<", written[2])
+
+    def fail(path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "map.pdf").write_bytes(b"old")
+    with pytest.raises(InputError, match=r"map\.pdf: cannot be written"):
+        analyze_figures.save_figure(SimpleNamespace(savefig=fail), tmp_path / "map")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("map.pdf", b"old")]
 
 
 def test_what_is_not_above_chance_is_not_drawn(written, monkeypatch):
