@@ -63,7 +63,8 @@ def to_row(curve: Curve) -> dict:
 def analyse(options: dict) -> int:
     """Analyse one run and write RUN/analysis."""
     run = load_run(Path(options["run"]), options["allow_partial"])
-    folder = click.get_current_context().with_resource(lock_folder(run.folder / "analysis", "--run"))
+    folder = run.folder / "analysis"
+    click.get_current_context().with_resource(lock_folder(folder, "--run"))  # also: can it be written to?
     data, seed, draws = options["data"] or run.config["data"], options["seed"], options["bootstrap"]
     root, device = open_root(Path(data)), pick_device(options["device"])
     splits, left_out = choose_pairs(root, run.config["domains"], options["splits"], data)
