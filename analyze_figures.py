@@ -157,7 +157,9 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str], pairs: list[
                 ax.set_title(f"used by {test}")
             if j == 0:
                 ax.set_ylabel(f"components of\n{fit}")
-    figure.supxlabel("number of components k (dotted: 100)", fontsize=8)
+    limit = curves[0]["ks"][-1]
+    figure.supxlabel(f"number of components k{' (dotted: 100)' * (limit > 100)}, up to the {limit:,} that the fitted "
+                     "images determine", fontsize=8)
     figure.supylabel("kept of (score − chance), % (dotted: 99)", fontsize=8)
     save_figure(figure, path, [Line2D([], [], color=c, ls=s, label=label) for c, s, label in kinds.values()], 3)
 

@@ -479,14 +479,14 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                 curves.append(measure("bottom", other.domain, mean, last_first, grid))
                 pair["bottom"] = show(curves[-1].at(headline))
                 # without the first k are the last D - k: what is left does not depend on the basis of the rest
-                gone = [k for k in grid if k < D]
+                gone = [k for k in grid if k < limit]  # without all that are determined rounding would be scored
                 less = measure("deleted", other.domain, mean, basis[:, ::-1], [D - k for k in reversed(gone)])
                 curves.append(replace(less, ks=gone, score=less.score[::-1], kept=less.kept[::-1],
                                       draws=less.draws[:, ::-1]))
                 curves.append(measure("own mean", other.domain, own, basis, grid))
                 pair["own_mean"] = show(curves[-1].at(headline))
             a, b = delete[0], min(delete[1], limit)
-            if b > a:
+            if a < b < a + limit:
                 rest = np.concatenate([basis[:, :a], basis[:, b:], basis[:, a:b]], axis=1)
                 less = measure_curve("", "", task, vectors, mean, rest, [D - (b - a), D], counts, device)
                 pair["deleted"] = {"from": a, "to": b} | show(less.at(D - (b - a)))
