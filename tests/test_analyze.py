@@ -411,6 +411,14 @@ def test_a_run_without_draws_is_left_out_and_named(analysed, tiny_run, tmp_path)
     assert "a/analysis/analysis.json (of another version or damaged: " in out
 
 
+def test_a_run_that_cannot_be_written_to_is_refused_before_work(tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("analysis", "eval", "last"))
+    (tmp_path / "run/analysis").write_text("in the way")
+    monkeypatch.setattr(analyze, "make_embedder", None)
+    with pytest.raises(InputError, match="--run .*analysis: cannot be written"):
+        run_here("--run", tmp_path / "run")
+
+
 @pytest.mark.parametrize("arguments, words", [
     ([], "give --run RUN, or `claims RUNS_FOLDER`"), (["--run", "{none}"], "is no run"),
     (["claims", "{none}"], "no evaluated run"), (["--run", "{run}", "--data", "{object}"], "nothing to analyse"),
