@@ -415,7 +415,7 @@ def test_a_run_that_cannot_be_written_to_is_refused_before_work(tiny_run, tmp_pa
     shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("analysis", "eval", "last"))
     (tmp_path / "run/analysis").write_text("in the way")
     monkeypatch.setattr(analyze, "make_embedder", None)
-    with pytest.raises(InputError, match="--run .*analysis: cannot be written"):
+    with pytest.raises(InputError, match=r"--run .*analysis: cannot be written"):
         run_here("--run", tmp_path / "run")
 
 
