@@ -189,8 +189,8 @@ def read_analysis(path: Path) -> dict:
         check_numbers(transferred, "dim", "images_per_task", "limit", kind=int)
         for pair in transferred["pairs"]:
             check_numbers(pair, "k", "identities", kind=int)
-            check_numbers({"full_low": None} | pair, "kept", "low", "high", "full_low")
-            check_numbers(pair, "chance", "full", kind=int | float)
+            check_numbers(pair, "kept", *ends[1:])
+            check_numbers(pair, "chance", "full_low", kind=int | float)
             for figure in (pair["k95"], pair["k99"], pair["over_random"], pair.get("over_foundation")):
                 check_numbers({"above": None} | (figure or dict.fromkeys(ends)), *ends, "above")
             if not {pair["fit"], pair["test"]} <= {*DOMAINS}:

@@ -515,15 +515,5 @@ def minus(a: Figure, b: Figure) -> Figure:
 
 
 def above_chance(pair: dict) -> bool:
-    """Whether the full space is above chance, so that a share of what it is above means something.
-
-    An analysis of before that interval was kept ("full_low") must show it by far: with a share that is known within
-    its own size, and a score of six times chance or halfway from there to perfect. In a gallery of 200 for 200 probes,
-    noise hits once and six times in one case of 2000.
-    """
-    if None in (pair["kept"], pair["low"], pair["high"]):
-        return False
-    full, chance = pair["full"], pair["chance"]
-    if (low := pair.get("full_low")) is not None:
-        return low > chance
-    return pair["high"] - pair["low"] < 1 and full - chance >= min(5 * chance, (1 - chance) / 2)
+    """Whether the full space is surely above chance, so that a share of what it is above means something."""
+    return None not in (pair["kept"], pair["low"], pair["high"]) and pair["full_low"] > pair["chance"]

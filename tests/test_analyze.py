@@ -335,7 +335,7 @@ def components(kept, random=0.2, foundation=0.2, dim=768, k=99, images=None, tas
     def figure(value):
         return {"value": value, "low": value - 0.02, "high": value + 0.02}
 
-    own = {"k": k, "identities": 100, "kept": 0.0, "low": 0, "high": 1, "chance": 0.1, "full": 0.8,
+    own = {"k": k, "identities": 100, "kept": 0.0, "low": 0, "high": 1, "chance": 0.1, "full_low": 0.7,
            "over_random": figure(-1), "k95": figure(0), "k99": figure(0)}  # not the claim
     across = own | {"kept": kept, "low": kept - 0.02, "high": kept + 0.02, "k95": figure(40.0), "k99": figure(70.0),
                     "over_random": figure(random), "over_foundation": figure(foundation)} | more

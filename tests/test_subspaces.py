@@ -482,6 +482,18 @@ def test_a_source_that_was_left_out_can_be_mistaken():
     assert sources_of(fake_split("sketch", ["a", "a"], ood=True), np.arange(2)).tolist() == ["a (sketch)"] * 2
 
 
+def test_sources_are_data_sets_whatever_command_prepared_them():
+    def sources(command: str, *data_set: str) -> list[str]:
+        split = SimpleNamespace(name="train", protocol=None, fields=lambda row: {"source": ("lfw", "casia")[row]},
+                                index={"provenance": {"source": command, "data_set": list(data_set)}})
+        return sources_of(split, np.arange(2)).tolist()
+
+    assert sources("folder", "lfw") == sources("pairs", "lfw") == ["lfw", "lfw"]
+    assert sources("folder", "casia") == ["casia", "casia"]
+    assert sources("merge", "lfw", "casia") == sources("degrade", "lfw", "casia") == ["lfw", "casia"]
+    assert sources("merge", "merge") == ["lfw", "casia"]  # merged by an older version
+
+
 def test_padding_is_cropped_and_pictures_are_not():
     rng = np.random.default_rng(0)
     image = torch.full((3, 60, 60), 100, dtype=torch.uint8)
