@@ -40,7 +40,7 @@ from analyze_subspaces import (
 )
 from analyze_tasks import ROWS, Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
 from data_prep import DOMAINS, InputError, Number, run_command
-from data_prep.shards import Split, open_root
+from data_prep.shards import Split, lock_folder, open_root
 from evaluate_embed import make_embedder
 from run_folder import hash_file, load_foundation, load_run, load_tuned
 from train_options import refuse_options
@@ -63,6 +63,8 @@ def to_row(curve: Curve) -> dict:
 def analyse(options: dict) -> int:
     """Analyse one run and write RUN/analysis."""
     run = load_run(Path(options["run"]), options["allow_partial"])
+    folder = run.folder / "analysis"
+    click.get_current_context().with_resource(lock_folder(folder, "--run"))  # also: can it be written to?
     data, seed, draws = options["data"] or run.config["data"], options["seed"], options["bootstrap"]
     root, device = open_root(Path(data)), pick_device(options["device"])
     splits, left_out = choose_pairs(root, run.config["domains"], options["splits"], data)
@@ -87,10 +89,11 @@ def analyse(options: dict) -> int:
         readable = tuple(find_readable([spaces[domain][i] for spaces in embedded.values()]) for i in range(2))
         if bad := sum(int((~good).sum()) for good in readable):
             print(f"  {domain}: {bad} unreadable images left out")
-        if task := make_task(base, test, readable, options["limit"], seed):
-            tasks.append(task)
+        task = make_task(base, test, readable, options["limit"], seed)
+        if isinstance(task, str):
+            left_out[domain] = task
         else:
-            left_out[domain] = "too few identities to fit on some and test others"
+            tasks.append(task)
     drop_tested(tasks, FITTED * max(dims), seed)
     left_out |= {task.domain: "the identities of its training split are all tested" for task in tasks
                  if len(task.fit) < 2}
@@ -106,16 +109,16 @@ def analyse(options: dict) -> int:
                     "separability": None, "sharing": {}, "cka": {}, "map": options["map"]}
     curves, components = {}, []
     for weights, spaces in embedded.items():
-        headline = min(options["components"], next(iter(spaces.values()))[0].shape[1])
         tuned = weights == "tuned"
-        found = transfer(spaces, tasks, headline, draws, seed, foundation=embedded["foundation"] if tuned else None,
-                         delete=delete, importance=options["importance"] if tuned else 0, controls=tuned,
-                         device=device)
-        bases = found.pop("bases")
+        found = transfer(spaces, tasks, options["components"], draws, seed,
+                         foundation=embedded["foundation"] if tuned else None, delete=delete,
+                         importance=options["importance"] if tuned else 0, controls=tuned, device=device)
+        bases, headline = found.pop("bases"), found["pairs"][0]["k"]
         curves[weights] = [to_row(curve) for curve in found.pop("curves")]
         result["transfer"][weights] = found
         result["sharing"][weights] = measure_sharing(spaces, tasks, bases, headline)
-        components += [{"weights": weights, **row} for row in measure_components(spaces, tasks, bases, seed)]
+        components += [{"weights": weights, **row} for row in
+                       measure_components(spaces, tasks, bases, found["limit"], seed)]
     for task in tasks:
         before, after = (embedded[weights][task.domain][1][task.probe[:4000]] for weights in ("foundation", "tuned"))
         result["cka"][task.domain] = finite(debiased_cka(before, after)) if len(before) > 3 else None
@@ -129,7 +132,6 @@ def analyse(options: dict) -> int:
                 for s in tests]
         result["separability"] = measure_separability(features, tasks, others, draws, seed, options["limit"])
     points = draw_up_map(embedded["tuned"], tasks, options["map"], seed)
-    folder = run.folder / "analysis"
     print(write_analysis(folder, result, curves, components, points))
     print(f"written: {folder}/report.md, analysis.json, tables and figures; "
           f"next: python analyze.py claims {run.folder.parent}")
@@ -189,7 +191,8 @@ def check_range(delete: tuple[int, int], dim: int) -> None:
              help=__doc__.split("\n\n")[0])
 @evaluate.model_options
 @click.option("--splits", metavar="NAMES",
-              help="Comma-separated domain/split to test on, one a domain (default: a domain's first in distribution).")
+              help="Comma-separated domain/split to test on, one a domain (default: the first in distribution, "
+              "those of reference `train` before others).")
 @click.option("--components", type=click.IntRange(1), default=99, help="The k of the claim: fewer than 100.")
 @click.option("--limit", type=click.IntRange(10), default=2000, help="At most so many probes per task.")
 @click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 import backbones
-from analyze_report import interval
+from analyze_report import interval, needed
 from analyze_subspaces import above_chance, minus, show
 from data_prep import DOMAINS, InputError
 from evaluate_bootstrap import Figure
 from evaluate_compare import Scored, aggregate, as_many, margin, read_scored, start_of
 from evaluate_report import literal, read_stages
-from evaluate_results import HEADLINE, Row, read_rows, write_csv
+from evaluate_results import FEW_NOTE, HEADLINE, Row, mark, read_rows, write_csv
 from run_folder import RUN_ROLES, hash_file, read_json, write_atomically
 
 HOLDS, FAILS, WIDE = "holds", "fails", "not measured (intervals too wide to decide)"
@@ -36,9 +36,10 @@ class Finding:
     form: str = "+.1f"  # in percent
     note: str = ""
     threshold: float | None = None  # None: it decides nothing
+    identities: int = 0  # or classes, that the interval resamples; 0: unknown
 
     def __str__(self) -> str:
-        figure = interval({"value": self.value, "low": self.low, "high": self.high}, self.form)
+        figure = interval({"value": self.value, "low": self.low, "high": self.high}, self.form) + mark(self.identities)
         return f"{self.what} {figure}{f' ({self.note})' if self.note else ''}"
 
 
@@ -154,6 +155,17 @@ class Group:
             return None
         return {end: float(np.mean([f[end] for f in found])) for end in ("value", "low", "high")}
 
+    def unfinished(self, space: str) -> str:
+        """A remark where the logistic regression that tells the tasks apart in a space did not converge."""
+        spaces = [run.analysis["separability"]["spaces"][space] for run in self.runs]
+        return "" if all(found["converged"]["logistic"] for found in spaces) else "the fit did not converge"
+
+    def not_analysed(self) -> str:
+        """A verdict that names the run without an analysis of two tasks or more: others may have one."""
+        bare = [run.name for run in self.runs if run.analysis is None]
+        return (f"not measured ({', '.join(bare)}: not analysed; call analyze.py --run RUN on it)" if bare else
+                f"not measured ({self.name}: analysed on one task alone)")
+
 
 def draws_of(scored: Scored) -> int:
     """Number of resamplings."""
@@ -174,26 +186,30 @@ def read_analysis(path: Path) -> dict:
         raise InputError(f"of other weights than {weights.name}: run analyze.py on {path.parent.parent} again")
     try:
         transferred, separated = known["transfer"]["tuned"], known["separability"]
-        check_numbers(transferred, "dim", "images_per_task", kind=int)
+        check_numbers(transferred, "dim", "images_per_task", "limit", kind=int)
         for pair in transferred["pairs"]:
-            check_numbers(pair, "k", kind=int)
-            check_numbers({"full_low": None} | pair, "kept", "low", "high", "full_low")
-            check_numbers(pair, "chance", "full", kind=int | float)
+            check_numbers(pair, "k", "identities", kind=int)
+            check_numbers(pair, "kept", *ends[1:])
+            check_numbers(pair, "chance", "full_low", kind=int | float)
             for figure in (pair["k95"], pair["k99"], pair["over_random"], pair.get("over_foundation")):
-                check_numbers(figure or dict.fromkeys(ends), *ends)
+                check_numbers({"above": None} | (figure or dict.fromkeys(ends)), *ends, "above")
             if not {pair["fit"], pair["test"]} <= {*DOMAINS}:
                 raise TypeError("a task is unknown")
         if separated is not None:
             tables = [space["logistic"] for space in separated["spaces"].values()]
+            if not all(isinstance(space["converged"]["logistic"], bool) for space in separated["spaces"].values()):
+                raise TypeError("'converged' is neither true nor false")
             tables += [space["lead_of_tuned"] for space in separated["spaces"].values() if "lead_of_tuned" in space]
+            check_numbers(separated["identities"], *known["domains"], kind=int)
             for row in separated["unseen_sources"]:
+                check_numbers(row, "identities", kind=int)
                 tables.append(row["spaces"]["tuned"])
                 "/".join((row["domain"], row["source"]))  # TypeError unless both are text
             for figure in tables:
                 check_numbers(figure, *ends)
             if not {*known["domains"]} <= {*DOMAINS} or "tuned" not in separated["spaces"]:
                 raise TypeError("a task is unknown, or the tuned space missing")
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"of another version or damaged: {error}; run analyze.py on {path.parent.parent} again") \
             from None
     return known
@@ -208,7 +224,7 @@ def read_lost(home: Path, config: dict) -> dict[str, float]:
         scores = np.array(stages.scores, dtype=float)
         return {task: float(np.nanmax(column) - column[-1])
                 for task, column in zip(stages.tasks, scores.T, strict=True) if math.isfinite(column[-1])}
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         print(f"left out: {home / 'probe.jsonl'} (damaged: {error})")
         return {}
 
@@ -229,6 +245,9 @@ def read_run(home: Path) -> Measured:
     if not (isinstance(domains, list) and domains and all(d in DOMAINS for d in domains) and isinstance(counts, dict)
             and all(isinstance(counts.get(d), int | float) for d in domains)):
         raise InputError("config.json: domains and counts do not name tasks and their images")
+    order = config.get("order")
+    if not (isinstance(config.get("seed"), int) and (order is None or (isinstance(order, list) and order))):
+        raise InputError("config.json: seed is no whole number, or order no list of tasks")
     results = home / "eval" / "results.json"
     rows = read_rows(results.parent)
     if not rows:
@@ -286,7 +305,8 @@ def decide(low: float | None, high: float | None, least: float) -> str:
 
 def judge(what: str, figure: Figure, least: float, form: str = "+.1f") -> Finding:
     """A finding that holds where the figure is above `least`."""
-    return Finding(what, *show(figure).values(), decide(figure.low, figure.high, least), form, threshold=least)
+    return Finding(what, *show(figure).values(), decide(figure.low, figure.high, least), form, threshold=least,
+                   identities=figure.identities)
 
 
 def rank(verdict: str) -> int:
@@ -334,7 +354,8 @@ def claim_backbones(imic: list[Group], families: list[str], delta: float) -> Cla
         found = [judge(f"{group.name} {domain}/{split}", lead, -delta if domain == "object" else 0)
                  for (domain, split), lead in leads.items()]
         if not leads:
-            missing.append("not measured (no foundation scores; run evaluate.py without --no-foundation)")
+            missing.append(f"not measured (no foundation scores of {group.name}; run evaluate.py without "
+                           "--no-foundation)")
         elif thin := only(domain for domain, _ in leads):
             found, missing = for_information(found), missing + thin
         findings += found
@@ -376,8 +397,8 @@ def claim_experts(imic: list[Group], experts: list[Group], delta: float) -> Clai
                         found[-1:] = for_information(found[-1:])
             findings += found
             if not any(f.verdict for f in found):
-                missing.append(f"not measured (no expert run, --domains {domain}, of the same backbone and number of "
-                               "images, evaluated alike)")
+                missing.append(f"not measured (no expert run, --domains {domain}, of the backbone and number of images "
+                               f"of {group.name}, evaluated alike)")
     missing = missing or ([] if imic else ["not measured (no IMIC run)"])
     return make_claim("On par with domain experts on all four tasks at once",
                       f"lead above -{100 * delta:g} points (beside an expert above 90 %: at most a tenth of its error) "
@@ -473,14 +494,15 @@ def claim_forgetting(imic: list[Group], sequential: list[Group], experts: list[G
                 notes = [f"sequential over the untouched {interval(show(own[key]), '+.1f')}"] if key in own else []
                 notes += [f"sequential below {fallen[key]}"] if key in fallen else []
                 findings.append(Finding(f"{group.name} over {other.name} {'/'.join(key)}", *show(lead).values(), "",
-                                        note="; ".join(notes), threshold=0 if key == best else None))
+                                        note="; ".join(notes), threshold=0 if key == best else None,
+                                        identities=lead.identities))
             if fallen:
                 verdicts.append(HOLDS if lower[best] > 0 else
                                 FAILS if all(early[key].high <= delta for key in fallen) else WIDE)
         if not others:
-            verdicts = ["not measured (no run of --schedule sequential of the same backbone)"]
+            verdicts = [f"not measured (no run of --schedule sequential of the backbone and tasks of {group.name})"]
         elif not held:
-            verdicts = ["not measured (no foundation scores)"]
+            verdicts = [f"not measured (no foundation scores of {group.name})"]
         elif not compared:
             verdicts = ["not measured (no figure in common with the sequential run)"]
         elif thin := only(domain for domain, _ in group.leads(group, "tuned", "foundation")):
@@ -510,12 +532,14 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
 
         value = accuracy("tuned")
         if value is None:
-            missing.append("not measured (no analysed run of two or more tasks; call analyze.py --run RUN)")
+            missing.append(group.not_analysed())
             continue
+        few = min(count for run in group.runs for count in run.analysis["separability"]["identities"].values())
         finding = Finding(f"{group.name} balanced accuracy", *value.values(),
-                          decide(value["low"], value["high"], least), ".1f", threshold=least)
+                          decide(value["low"], value["high"], least), ".1f", threshold=least, identities=few)
         findings.append(finding)
         unbeaten, unknown = [], False
+        finding.note = group.unfinished("tuned")
         controls = {"pixels": "pixel statistics", "foundation": "the untouched backbone",
                     "pixels canon": "pixel statistics in one format",
                     "foundation canon": "the untouched backbone in one format"}
@@ -524,14 +548,15 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
             if lead is None:
                 unknown = True
                 continue
-            findings.append(Finding(f"lead over {name}", *lead.values(), ""))
+            findings.append(Finding(f"lead over {name}", *lead.values(), "", identities=few,
+                                    note=group.unfinished(key)))
             if not lead["low"] > 0:
                 unbeaten.append(name)
         limits = [f"no better than {' or '.join(unbeaten)}"] if unbeaten else []
         plain = accuracy("tuned canon")
         unknown |= plain is None
         if plain is not None:
-            findings.append(Finding("in one format", *plain.values(), "", ".1f"))
+            findings.append(Finding("in one format", *plain.values(), "", ".1f", identities=few))
             limits += ["not in one format"] if not plain["low"] > least else []
         unseen = []
         for row in group.runs[0].analysis["separability"]["unseen_sources"]:
@@ -540,7 +565,8 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
                 (r["spaces"]["tuned"] for r in a["separability"]["unseen_sources"]
                  if (r["domain"], r["source"]) == place), None))
             if recall is not None:
-                unseen.append(Finding(f"unseen source {'/'.join(place)}", *recall.values(), "", ".1f"))
+                unseen.append(Finding(f"unseen source {'/'.join(place)}", *recall.values(), "", ".1f",
+                                      identities=min(few, row["identities"])))
         findings += unseen
         limits += ["not on unseen sources"] if any(not recall.low > least for recall in unseen) else []
         if finding.verdict == HOLDS:
@@ -563,7 +589,7 @@ def claim_components(imic: list[Group], least: float) -> Claim:
         found = [run.analysis["transfer"]["tuned"] for run in group.runs if run.analysis]
         across = [(p["fit"], p["test"]) for p in found[0]["pairs"] if p["fit"] != p["test"]] if found else []
         if not across or len(found) < len(group.runs):
-            further.append("not measured (no analysed run of two or more tasks; call analyze.py --run RUN)")
+            further.append(group.not_analysed())
             continue
         ks, dim, images = {p["k"] for t in found for p in t["pairs"]}, found[0]["dim"], min(
             t["images_per_task"] for t in found)
@@ -588,9 +614,11 @@ def claim_components(imic: list[Group], least: float) -> Claim:
                 verdicts.append(f"not measured (the full space is not above chance: {fit} for {test})")
                 continue
             verdicts.append(decide(value["low"], value["high"], least))
-            needed = [f"{name} {interval(group.analysed(of(name)), '.0f', 1)}" for name in ("k95", "k99")]
+            counts = [f"{name} {needed([of(name)(run.analysis) for run in group.runs])}" for name in ("k95", "k99")]
             shown.append(Finding(f"{group.name}: {fit} for {test}, k = {k} of {dim}", *value.values(), "", ".1f",
-                                 ", ".join(needed) + f"; few images for {dim} dimensions" * (images < 5 * dim)))
+                                 ", ".join(counts) + f"; few images for {dim} dimensions" * (images < 5 * dim),
+                                 identities=min(p["identities"] for t in found for p in t["pairs"]
+                                                if (p["fit"], p["test"]) == (fit, test))))
             for key, name in (("over_random", "random"), ("over_foundation", "foundation")):
                 lead = group.analysed(of(key))
                 if lead is None:
@@ -674,9 +702,10 @@ def write_table(folder: Path, table: list[Claim]) -> None:
     lines = ["| claim | backbones | decided by | threshold | verdict |", "| --- | --- | --- | --- | --- |"]
     for c in table:
         lines.append(f"| {' | '.join(map(literal, (c.claim, c.backbones, c.decided_by, c.rule, c.told)))} |")
+    lines += ["", f"{FEW_NOTE}."] * any("†" in claim.measured for claim in table)
     for claim in (claim for claim in table if claim.findings):
         lines += ["", f"## {literal(claim.claim)}: {literal(claim.backbones)}", ""]
-        lines += [f"- {literal(str(finding))}" + f": {finding.verdict}" * bool(finding.verdict)
+        lines += [f"- {literal(str(finding))}" + f": {literal(finding.verdict)}" * bool(finding.verdict)
                   for finding in claim.findings]
     write_atomically(folder / "claims.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
     write_atomically(folder / "claims.md", lambda path: path.write_text("\n".join(lines) + "\n"))

@@ -10,6 +10,7 @@ from analyze_separability import CLASSIFIERS
 from analyze_subspaces import RANDOM_SEEDS, above_chance
 from analyze_tasks import Task
 from data_prep import DOMAIN_COLOURS
+from run_folder import write_atomically
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (  # Okabe-Ito
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -85,7 +86,8 @@ def save_figure(figure, path: Path, handles: list | None = None, columns: int = 
     if handles:
         figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
     for ending in (".pdf", ".png"):
-        figure.savefig(path.with_name(path.name + ending), dpi=200)
+        write_atomically(path.with_name(path.name + ending),
+                         lambda temporary, ending=ending: figure.savefig(temporary, format=ending[1:], dpi=200))
     plt.close(figure)
 
 
@@ -155,7 +157,9 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str], pairs: list[
                 ax.set_title(f"used by {test}")
             if j == 0:
                 ax.set_ylabel(f"components of\n{fit}")
-    figure.supxlabel("number of components k (dotted: 100)", fontsize=8)
+    limit = curves[0]["ks"][-1]
+    figure.supxlabel(f"number of components k{' (dotted: 100)' * (limit > 100)}, up to the {limit:,} that the fitted "
+                     "images determine", fontsize=8)
     figure.supylabel("kept of (score − chance), % (dotted: 99)", fontsize=8)
     save_figure(figure, path, [Line2D([], [], color=c, ls=s, label=label) for c, s, label in kinds.values()], 3)
 
@@ -180,18 +184,33 @@ def draw_deletion(path: Path, curves: list[dict], names: list[str], pairs: list[
 
 
 def draw_importance(path: Path, pairs: list[dict], names: list[str]) -> None:
-    """What each task's score changes by without one component of each task."""
-    from matplotlib.lines import Line2D
+    """What each task's score changes by without one component of each task: rows fitted, columns scored."""
+    from matplotlib.patches import Patch
 
-    figure, axes = new_figure(1, len(names), (max(1.75 * len(names), 4.5), 2.3), sharey=True)
-    for ax, test in zip(axes[0], names, strict=True):
-        for p in (p for p in pairs if p["test"] == test):
-            change = 100 * np.array(p["importance"]["change"])
-            ax.plot(np.arange(1, len(change) + 1), change, color=DOMAIN_COLOURS[p["fit"]], lw=1, marker=".", ms=2)
-        ax.axhline(0, color="k", lw=0.6, ls=(0, (1, 2)))
-        ax.set(xscale="log", title=f"scored: {test}", xlabel="the component left out")
-    axes[0][0].set_ylabel("change of the score, points")
-    save_figure(figure, path, [Line2D([], [], color=DOMAIN_COLOURS[n], label=f"components of {n}") for n in names])
+    K, found, sure = len(names), {(p["fit"], p["test"]): p["importance"] for p in pairs}, ("#BBBBBB", BLUE)
+    figure, axes = new_figure(K, K, (max(1.75 * K, 4.5), 1.1 * K + 1), sharex=True, sharey=True)
+    for i, fit in enumerate(names):
+        for j, test in enumerate(names):
+            ax = axes[i][j]
+            change, low, high = (100 * np.array(found[fit, test][key]) for key in ("change", "low", "high"))
+            ax.bar(np.arange(1, len(change) + 1), change, 1,
+                   color=[sure[int(a > 0 or b < 0)] for a, b in zip(low, high, strict=True)])
+            ax.axhline(0, color="k", lw=0.5)
+            ax.set(xlim=(0.5, len(change) + 0.5))
+            # the first few may count a hundred times as much as the rest
+            ax.set_yscale("symlog", linthresh=1, linscale=1)
+            if i == 0:
+                ax.set_title(f"scored: {test}")
+            if j == 0:
+                ax.set_ylabel(f"components of\n{fit}")
+    ticks = [t for t in (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100) if axes[0][0].get_ylim()[0] <= t
+             <= axes[0][0].get_ylim()[1]]
+    axes[0][0].set_yticks(ticks, [f"{t:+d}" if t else "0" for t in ticks], minor=False)
+    axes[0][0].minorticks_off()
+    figure.supxlabel("the component left out", fontsize=8)
+    figure.supylabel("change of the score, points (linear between −1 and 1)", fontsize=8)
+    save_figure(figure, path, [Patch(color=colour, label=label) for colour, label in zip(
+        sure[::-1], ("the 95 % interval leaves out 0", "it does not"), strict=True)], 2)
 
 
 def draw_separability(path: Path, result: dict, names: list[str]) -> None:

@@ -17,10 +17,10 @@ from analyze_figures import (
 )
 from analyze_separability import CLASSIFIERS
 from analyze_subspaces import FURTHER_RANDOM, LEVELS
+from evaluate_bootstrap import FEW
+from evaluate_report import literal
 from evaluate_results import write_csv
 from run_folder import write_atomically, write_json
-
-FEW = 20  # identities below which the bootstrap's intervals are too narrow
 
 
 def number(value: float | None) -> str:
@@ -33,6 +33,17 @@ def interval(found: dict | None, form: str = ".1f", factor: float = 100) -> str:
     if not found or found["value"] is None:
         return "-"
     ends = [format(factor * found[end], form) if found[end] is not None else "-" for end in ("value", "low", "high")]
+    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
+
+
+def needed(figures: list[dict]) -> str:
+    """A k* with its interval, averaged over seeds; "> K" where the K components that images determine are too few."""
+    if any(None in found.values() and not found.get("above") for found in figures):
+        return "-"
+    ends = []
+    for end in ("value", "low", "high"):
+        known = [found[end] if found[end] is not None else found["above"] for found in figures]
+        ends.append("> " * any(found[end] is None for found in figures) + f"{np.mean(known):,.0f}")
     return f"{ends[0]} [{ends[1]}, {ends[2]}]"
 
 
@@ -49,17 +60,20 @@ def report_tasks(analysis: dict) -> list[str]:
         severity = analysis["degraded"].get(domain)
         remarks = [few[domain], f"fitted on images degraded as in training (severity up to {severity:g})"
                    if severity is not None else ""]
-        lines.append(f"| {domain} | {base} | {test} | {'; '.join(filter(None, remarks))} |")
-    lines += [f"| {domain} | - | - | left out: {why} |" for domain, why in analysis["left_out"].items()]
+        lines.append(f"| {domain} | {literal(base)} | {literal(test)} | {'; '.join(filter(None, remarks))} |")
+    lines += [f"| {domain} | - | - | left out: {literal(why)} |" for domain, why in analysis["left_out"].items()]
     return [*lines, ""]
 
 
 def report_transfer(result: dict, weights: str) -> list[str]:
     """Lines about the transfer of one set of weights."""
-    headline = result["pairs"][0]["k"]
-    note = f" **Rank-limited**: fewer than 5 x {result['dim']} images." if result["rank_limited"] else ""
+    headline, dim, limit = result["pairs"][0]["k"], result["dim"], result["limit"]
+    note = f" **Rank-limited**: fewer than 5 x {dim} images." if result["rank_limited"] else ""
+    if limit < dim:
+        note += (f" They determine {limit:,} components, and everything stops there: of the other dimensions every "
+                 f"basis is as right (> {limit:,}: not even with all that are determined).")
     lines = [f"### {weights}", "",
-             f"{result['images_per_task']} images a task, {result['dim']} dimensions, k = {headline}.{note}", ""]
+             f"{result['images_per_task']:,} images a task, {dim:,} dimensions, k = {headline}.{note}", ""]
     columns = {"random": "random", "foundation": "untouched PCs", "pooled": "pooled", "bottom": "last k",
                "own_mean": "own mean", "deleted": "range deleted"}
     there = {key: name for key, name in columns.items() if key in result["pairs"][0]}
@@ -67,21 +81,22 @@ def report_transfer(result: dict, weights: str) -> list[str]:
             "lead over random", *(["lead over untouched PCs"] if "foundation" in there else [])]
     lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
     for p in result["pairs"]:
-        coarse = [f"{p[key]:.0f}" if p[key] else "-" for key in ("k99_grid", "k99_random")]
+        beyond = "-" if p["kept"] is None else f"> {limit:,}"
+        coarse = [f"{p[key]:,.0f}" if p[key] else beyond for key in ("k99_grid", "k99_random")]
         cells = [p["fit"], p["test"], f"{100 * p['raw']:.1f}", f"{100 * p['full']:.1f}",
-                 interval({"value": p["kept"], "low": p["low"], "high": p["high"]}), interval(p["k99"], ".0f", 1),
-                 interval(p["k95"], ".0f", 1), " / ".join(coarse),
+                 interval({"value": p["kept"], "low": p["low"], "high": p["high"]}),
+                 needed([p["k99"]]), needed([p["k95"]]), " / ".join(coarse),
                  *(number(p[key]["value"]) for key in there), interval(p["over_random"], "+.1f"),
                  *([interval(p["over_foundation"], "+.1f")] if "foundation" in there else [])]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Components from which on every task keeps so much (-: not before all of them): "
-              + "; ".join(f"of {row['fit']} " + ", ".join(f"{interval(row[f'k{100 * level:g}'], '.0f', 1)} for "
-                                                          f"{100 * level:g} %" for level in LEVELS)
-                          for row in result["all_tasks"]) + f"; of {result['dim']}."]
+    lines += ["", "Components from which on every task keeps so much (-: a task is not above chance): "
+              + "; ".join(f"of {row['fit']} " + ", ".join(f"{needed([row[f'k{100 * level:g}']])} for {100 * level:g} %"
+                                                          for level in LEVELS)
+                          for row in result["all_tasks"]) + f"; of {dim:,}."]
     few = {p["test"]: note for p in result["pairs"] if (note := mistrust(p["identities"]))}
     lines += ["", *(f"- used by {test}: {note}" for test, note in few.items())] if few else []
     if "further" in result["pairs"][0]:
-        lines += ["", *report_further(result["pairs"], result["dim"])]
+        lines += ["", *report_further(result["pairs"], dim)]
     if "importance" in result["pairs"][0]:
         lines += ["", *report_importance(result["pairs"])]
     if "deleted" in there:
@@ -133,7 +148,8 @@ def report_separability(result: dict) -> list[str]:
              f"| space | {' | '.join(CLASSIFIERS.values())} | lead of tuned (logistic) |",
              "| --- " * (len(CLASSIFIERS) + 2) + "|"]
     for space, found in result["spaces"].items():
-        lines.append(f"| {space} | {' | '.join(interval(found[model]) for model in CLASSIFIERS)} | "
+        cells = [interval(found[model]) + " (not converged)" * (not found["converged"][model]) for model in CLASSIFIERS]
+        lines.append(f"| {space} | {' | '.join(cells)} | "
                      f"{interval(found.get('lead_of_tuned'), '+.1f')} |")
     few = {name: note for name, count in result["identities"].items() if (note := mistrust(count))}
     lines += ["", *(f"- {name}: {note}" for name, note in few.items())] if few else []
@@ -150,9 +166,10 @@ def report_separability(result: dict) -> list[str]:
                   f"| task | source | images | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
         for row in unseen:
             note = f" ({note})" if (note := mistrust(row["identities"])) else ""
-            cells = [f"{interval(row['spaces'][name])}, recall {100 * row['spaces'][name]['recall']:.1f}"
-                     for name in names]
-            lines.append(f"| {row['domain']} | {row['source']}{note} | {row['images']:,} | {' | '.join(cells)} |")
+            cells = [f"{interval(of)}, recall {100 * of['recall']:.1f}" + " (not converged)" * (not of["converged"])
+                     for of in row["spaces"].values()]
+            source = literal(row["source"]) + note
+            lines.append(f"| {row['domain']} | {source} | {row['images']:,} | {' | '.join(cells)} |")
     return [*lines, "", *report_sources(result["sources"], result["spaces"]), ""]
 
 
@@ -165,9 +182,10 @@ def report_sources(result: dict[str, dict], spaces: Iterable[str]) -> list[str]:
              f"| task | sources (images) | chance | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
     for domain, found in result.items():
         if why := found.get("why"):
-            lines.append(f"| {domain} | not measured ({why}) |{' - |' * (len(names) + 1)}")
+            lines.append(f"| {domain} | not measured ({literal(why)}) |{' - |' * (len(names) + 1)}")
             continue
-        sources = [f"{name} ({count:,}" + (f"; {note})" if (note := mistrust(found["identities"][name])) else ")")
+        notes = {name: mistrust(count) for name, count in found["identities"].items()}
+        sources = [f"{literal(name)} ({count:,}{'; ' * bool(notes[name])}{notes[name]})"
                    for name, count in found["images"].items()]
         cells = [" / ".join(interval(found["spaces"][name][model]) for model in CLASSIFIERS) for name in names]
         lines.append(f"| {domain} | {', '.join(sources)} | {100 * found['chance']:.0f} | {' | '.join(cells)} |")
@@ -228,7 +246,7 @@ def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], 
         ("fit", "test", "component", "change", "low", "high"))
     write_csv(folder / "dprime.csv", components)
     write_csv(folder / "map.csv", points)
-    lines = [f"# {analysis['run']}", "", *report_tasks(analysis), "## Transfer of principal components", "",
+    lines = [f"# {literal(analysis['run'])}", "", *report_tasks(analysis), "## Transfer of principal components", "",
              f"Share of (score - chance) that the first {headline} components of one task keep for another, in percent "
              "with 95 % intervals, resampled by identity; the score is rank-1 for people and the nearest class mean "
              "for objects, on identities that the components were not fitted on (-: even all components are not above "

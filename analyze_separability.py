@@ -2,14 +2,16 @@
 
 import hashlib
 import warnings
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from sklearn.exceptions import ConvergenceWarning
 
 from analyze_subspaces import minus, show
 from analyze_tasks import Task
+from data_prep import progress
 from data_prep.shards import Split
 from evaluate_bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
 from evaluate_search import name_identities
@@ -100,13 +102,19 @@ def make_classifier(name: str):
     return make_pipeline(StandardScaler(), models[name])
 
 
-def predict(name: str, fit: list[np.ndarray], test: list[np.ndarray]) -> list[np.ndarray]:
-    """The task that a classifier fitted on `fit` ([n_d, D] per task) sees in each row of `test` ([m_d, D])."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "did not converge": the accuracy says what was reached
+def predict(name: str, fit: list[np.ndarray], test: list[np.ndarray], unfinished: Counter | None = None
+            ) -> list[np.ndarray]:
+    """The task that a classifier fitted on `fit` ([n_d, D] per task) sees in each row of `test` ([m_d, D]).
+
+    A fit that did not converge is counted in `unfinished`, by the classifier's name.
+    """
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
         model = make_classifier(name).fit(np.concatenate(fit).astype(np.float64),
                                           np.repeat(np.arange(len(fit)), [len(part) for part in fit]))
         found = model.predict(np.concatenate(test).astype(np.float64))
+    if unfinished is not None and any(issubclass(w.category, ConvergenceWarning) for w in raised):
+        unfinished[name] += 1
     return np.split(found, np.cumsum([len(part) for part in test])[:-1])
 
 
@@ -129,20 +137,21 @@ def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int
 
 
 def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.ndarray], draws: int,
-                 seed: int) -> dict[str, Figure]:
+                 seed: int, unfinished: Counter | None = None) -> dict[str, Figure]:
     """Balanced accuracy of telling the tasks apart, on unseen identities.
 
     Args:
         fit: per task [n_d, D].
         test: per task [m_d, D], of other identities.
         ids: per task [m_d], identities for the bootstrap (see `balanced_accuracy`).
+        unfinished: see `predict`; of all tasks together.
 
     Returns:
         "logistic", "lda", "svm", and "a/b" for every pair of tasks by number (logistic).
     """
     result = {}
     for name in CLASSIFIERS:
-        right = [found == k for k, found in enumerate(predict(name, fit, test))]
+        right = [found == k for k, found in enumerate(predict(name, fit, test, unfinished))]
         result[name] = balanced_accuracy(right, ids, draws, seed)
     for a in range(len(fit)):
         for b in range(a + 1, len(fit)):
@@ -152,12 +161,13 @@ def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.nda
 
 
 def sources_of(split: Split, rows: np.ndarray) -> np.ndarray:
-    """Where each image comes from, [n] names: the source that its JSON names.
+    """The data set that each image comes from, [n] names; which command prepared it is no matter.
 
     Out of distribution the split's name is part of it: photographs and sketches that one adapter prepared are two.
     """
-    source = split.index["provenance"]["source"]
-    names = [split.fields(int(row))["source"] for row in rows] if source == "merge" else [source] * len(rows)
+    provenance = split.index["provenance"]
+    several = len(provenance["data_set"]) > 1 or provenance["source"] == "merge"  # then each sample names its own
+    names = [split.fields(int(row))["source"] for row in rows] if several else provenance["data_set"] * len(rows)
     mark = f" ({split.name})" if split.protocol and split.protocol.get("ood") else ""
     return np.array([name + mark for name in names])
 
@@ -182,12 +192,12 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
 
     Returns:
         Rows domain, source, images, identities, and per space the balanced accuracy over all tasks (value, low, high)
-        with the recall of the domain itself.
+        with the recall of the domain itself, and whether the fit converged.
     """
     rng, table = np.random.default_rng(seed), []
     known = [sources_of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
     people = [name_identities(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
-    for d, task in enumerate(tasks):
+    for d, task in enumerate(progress(tasks, desc="unseen sources", unit="task")):
         candidates: dict[str, tuple[Split, np.ndarray]] = {}
         for split, rows in others[task.domain]:
             rows = rng.permutation(rows)[:n]
@@ -208,9 +218,10 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
             for space, of in features.items():
                 parts = [part[left] if i == d else part for i, part in enumerate(fitted[space])]
                 test = [of(split, rows) if i == d else part for i, part in enumerate(tested[space])]
-                right = [found == i for i, found in enumerate(predict("logistic", parts, test))]
+                unfinished = Counter()
+                right = [found == i for i, found in enumerate(predict("logistic", parts, test, unfinished))]
                 row["spaces"][space] = show(balanced_accuracy(right, names, draws, seed)) | {
-                    "recall": float(right[d].mean())}
+                    "recall": float(right[d].mean()), "converged": not unfinished}
             table.append(row)
     return table
 
@@ -260,7 +271,7 @@ def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np
         "why" it was not measured.
     """
     rng, result = np.random.default_rng(seed), {}
-    for task, rows in zip(tasks, fits, strict=True):
+    for task, rows in zip(progress(tasks, desc="sources", unit="task"), fits, strict=True):
         found = gather_sources(task, rows, others[task.domain], n, rng)
         people = {name: np.concatenate([who for *_, who in parts]) for name, parts in found.items()}
         out = hold_out(list(people.values()), rng)
@@ -302,17 +313,20 @@ def measure_separability(features: dict[str, Features], tasks: list[Task], other
     fits = [rng.permutation(task.fit)[:n] for task in tasks]
     probes = [rng.permutation(task.probe)[:n] for task in tasks]
     ids = [name_identities(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
-    found, fitted, tested = {}, {}, {}
-    for name, of in tqdm(features.items(), desc="separability", unit="space", disable=None):
+    found, fitted, tested, unfinished = {}, {}, {}, {name: Counter() for name in features}
+    for name, of in progress(features.items(), desc="separability", unit="space"):
         fitted[name] = [of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
         tested[name] = [of(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
-        found[name] = separability(fitted[name], tested[name], ids, draws, seed)
+        found[name] = separability(fitted[name], tested[name], ids, draws, seed, unfinished[name])
+        for model in unfinished[name]:
+            print(f"  separability: {CLASSIFIERS[model]} did not converge on {name}: an unfinished fit is scored")
     names = [task.domain for task in tasks]
     spaces = {}
     for name, figures in found.items():
         pairwise = {"/".join(names[int(i)] for i in key.split("/")): show(figure)
                     for key, figure in figures.items() if "/" in key}
-        spaces[name] = {model: show(figures[model]) for model in CLASSIFIERS} | {"pairwise": pairwise}
+        spaces[name] = {model: show(figures[model]) for model in CLASSIFIERS} | {
+            "pairwise": pairwise, "converged": {model: not unfinished[name][model] for model in CLASSIFIERS}}
         mine = "tuned canon" if name.endswith("canon") else "tuned"
         if name != mine:
             spaces[name]["lead_of_tuned"] = show(minus(found[mine]["logistic"], figures["logistic"]))

@@ -60,8 +60,9 @@ def d_primes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.where(spread > 0, (a.mean(0) - b.mean(0)) / spread, np.nan)
 
 
-def measure_components(embedded: dict, tasks: list[Task], bases: dict, seed: int, pairs: int = 4000) -> list[dict]:
-    """What each single component of each task says about the tasks and about identities.
+def measure_components(embedded: dict, tasks: list[Task], bases: dict, limit: int, seed: int, pairs: int = 4000
+                       ) -> list[dict]:
+    """What each single component of each task, up to `limit`, says about the tasks and about identities.
 
     Returns:
         Rows fit, component (from 1), test, variance (share), task d' (probes of `test` against those of the others) and
@@ -70,16 +71,17 @@ def measure_components(embedded: dict, tasks: list[Task], bases: dict, seed: int
     rows = []
     drawn = {task.domain: train.matched_pairs(task.target, pairs, seed) for task in tasks}
     for fit, (mean, basis, variances) in bases.items():
-        z = {task.domain: (embedded[task.domain][1][task.probe] - mean) @ basis for task in tasks}
+        z = {task.domain: (embedded[task.domain][1][task.probe] - mean) @ basis[:, :limit] for task in tasks}
+        share = variances[:limit] / variances.sum()
         for test, own in z.items():
             rest = [other for name, other in z.items() if name != test]
-            apart = d_primes(own, np.concatenate(rest)) if rest else np.full(len(mean), np.nan)
+            apart = d_primes(own, np.concatenate(rest)) if rest else np.full(len(share), np.nan)
             left, right = own[drawn[test][:, 0]], own[drawn[test][:, 1]]
             half = len(left) // 2
-            known = d_primes(*np.split(left * right, [half])) if half else np.full(len(mean), np.nan)
+            known = d_primes(*np.split(left * right, [half])) if half else np.full(len(share), np.nan)
             rows += [{"fit": fit, "component": i + 1, "test": test, "variance": v, "task_dprime": finite(t),
                       "identity_dprime": finite(p)}
-                     for i, (v, t, p) in enumerate(zip(variances / variances.sum(), apart, known, strict=True))]
+                     for i, (v, t, p) in enumerate(zip(share, apart, known, strict=True))]
     return rows
 
 

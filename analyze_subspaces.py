@@ -3,15 +3,15 @@
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import train
 from analyze_tasks import ROWS, Task, vectors_of
+from data_prep import progress
 from evaluate_bootstrap import Figure, bootstrap_counts, intervals, weighted_mean
 from evaluate_pairs import roc, tar_at_far
 from evaluate_search import average_precision, inverse_negative_penalty, search_gallery
@@ -36,6 +36,16 @@ def principal_components(x: np.ndarray, device: torch.device | str = "cpu"
     rows = rows - mean
     variances, vectors = torch.linalg.eigh(rows.T @ rows / max(len(rows) - 1, 1))
     return mean.cpu().numpy(), vectors.flip(1).cpu().numpy(), variances.flip(0).clamp(min=0).cpu().numpy()
+
+
+def determined(variances: np.ndarray, n: int) -> int:
+    """How many components n images determine: n - 1, or fewer where images repeat or dimensions are dead.
+
+    Along all further ones nothing varies: any orthonormal basis of the rest is as right, and which one is returned is
+    an accident of rounding, so that no figure may depend on it.
+    """
+    rounding = variances[0] * len(variances) * np.finfo(np.float64).eps
+    return max(min(n - 1, int((variances > rounding).sum())), 1)
 
 
 class Turned:
@@ -222,6 +232,17 @@ def show(figure: Figure) -> dict[str, float | None]:
     return {"value": finite(figure.value), "low": finite(figure.low), "high": finite(figure.high)}
 
 
+def show_needed(figure: Figure, limit: int) -> dict[str, float | None]:
+    """A k* for JSON; a value or an end of its interval that lies beyond the limit is null, and "above" is the limit."""
+    draws = figure.draws[~np.isnan(figure.draws)]
+    if math.isnan(figure.value) or not len(draws):
+        return dict.fromkeys(("value", "low", "high"))
+    # the ends are resampled values themselves: between a number and "beyond" there is no middle
+    ends = [figure.value, *np.quantile(draws, [0.025, 0.975], method="inverted_cdf")]
+    named = dict(zip(("value", "low", "high"), map(finite, ends), strict=True))
+    return named | ({"above": limit} if None in named.values() else {})
+
+
 def kept(scores: np.ndarray, full: np.ndarray | float, chance: float) -> np.ndarray:
     """(score - chance) / (full - chance); NaN where the full space is not above chance."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -229,17 +250,17 @@ def kept(scores: np.ndarray, full: np.ndarray | float, chance: float) -> np.ndar
 
 
 def components_needed(share: np.ndarray, ks: list[int], level: float) -> np.ndarray:
-    """k*: the smallest of ks from which on every larger one keeps at least `level`; NaN: not even the largest.
+    """k*: the smallest of ks from which on every larger one keeps at least `level`; infinite: not even the largest.
 
     Args:
         share: what is kept, [..., len(ks)].
 
     Returns:
-        float [...].
+        float [...]; NaN where a share is unknown.
     """
-    short = ~(np.asarray(share) >= level)  # NaN is short, too
+    short = ~(np.asarray(share) >= level)
     after = np.where(short.any(-1), len(ks) - short[..., ::-1].argmax(-1), 0)  # one behind the last that is short
-    return np.append(np.asarray(ks, dtype=float), np.nan)[after]
+    return np.where(np.isnan(share).any(-1), np.nan, np.append(np.asarray(ks, dtype=float), np.inf)[after])
 
 
 @dataclass
@@ -253,7 +274,7 @@ class Curve:
     score: np.ndarray  # [len(ks)]
     kept: np.ndarray  # [len(ks)]
     draws: np.ndarray  # of `kept`, [resamplings, len(ks)]
-    full: np.ndarray | None = None  # draws of the score of all components, [resamplings]
+    full: Figure  # the score of all D coordinates
     number: int | None = None  # of a random basis
 
     def at(self, k: int) -> Figure:
@@ -265,7 +286,7 @@ class Curve:
 def measure_curve(kind: str, fit: str, task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray,
                   basis: np.ndarray, ks: list[int], counts: np.ndarray | torch.Tensor, device: torch.device | str
                   ) -> Curve:
-    """Centre, rotate, and score the first k coordinates for every k of ks, the last of which is D.
+    """Centre, rotate, and score the first k coordinates for every k of ks, and all D for reference.
 
     Args:
         vectors: probe and gallery vectors; tensors on the device are not copied.
@@ -274,10 +295,11 @@ def measure_curve(kind: str, fit: str, task: Task, vectors: tuple[np.ndarray | t
         counts: [resamplings, n], how often each probe is drawn.
     """
     turned = (Turned(x, mean, basis, device) for x in vectors)
-    score, drawn = resample(hits_by_k(*turned, task, ks, device), counts, device)
+    D, many = len(mean), len(ks)
+    score, drawn = resample(hits_by_k(*turned, task, [*ks, *([D] if ks[-1:] != [D] else [])], device), counts, device)
     chance = task.chance()
-    return Curve(kind, fit, task.domain, ks, score, kept(score, score[-1], chance), kept(drawn, drawn[:, -1:], chance),
-                 drawn[:, -1])
+    return Curve(kind, fit, task.domain, ks, score[:many], kept(score, score[-1], chance)[:many],
+                 kept(drawn, drawn[:, -1:], chance)[:, :many], Figure(float(score[-1]), drawn[:, -1]))
 
 
 def resample(hits: np.ndarray, counts: np.ndarray | torch.Tensor, device: torch.device | str
@@ -289,21 +311,21 @@ def resample(hits: np.ndarray, counts: np.ndarray | torch.Tensor, device: torch.
 
 
 def measure_importance(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray, basis: np.ndarray,
-                       full: Curve, count: int, counts: np.ndarray | torch.Tensor, device: torch.device | str
+                       full: Figure, count: int, counts: np.ndarray | torch.Tensor, device: torch.device | str
                        ) -> dict[str, list[float]]:
     """What each of the first `count` components is worth: score without it alone - score of all of them.
 
     Args:
         vectors, mean, basis, counts: see `measure_curve`.
-        full: a curve of the same mean whose last k is D.
+        full: the score of all components, with the same mean.
 
     Returns:
         "change" by component, with "low" and "high", paired by resampling.
     """
     turned = (Turned(x, mean, basis, device) for x in vectors)
     score, drawn = resample(hits_without_each(*turned, task, count, device), counts, device)
-    low, high = np.quantile(drawn - full.full[:, None], [0.025, 0.975], axis=0)
-    named = {"change": score - full.score[-1], "low": low, "high": high}
+    low, high = np.quantile(drawn - full.draws[:, None], [0.025, 0.975], axis=0)
+    named = {"change": score - full.value, "low": low, "high": high}
     return {name: np.round(values, 6).tolist() for name, values in named.items()}
 
 
@@ -364,7 +386,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
     Args:
         embedded: domain -> unit embeddings of its training and of its test split.
         tasks: the tasks.
-        headline: the k of the claim.
+        headline: the k of the claim; where fewer components are determined, that many.
         draws: bootstrap resamplings, by identity.
         seed: of the sub-sampling and the random subspaces.
         foundation: embeddings of the untouched backbone, whose components are then used on `embedded`, too.
@@ -375,27 +397,29 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
 
     Returns:
         "curves": dictionaries of `Curve`; "pairs": one per (fit, test): kept at the headline k with its interval, k*
-        for each level with its interval (and on the k of the controls, beside that of random subspaces), the raw score
-        (not centred) and that of all components, identities that are tested, and the controls; "all_tasks": for each
-        fit the k* from which on EVERY task keeps that much;
-        "images_per_task", "rank_limited", "dim", "bases": (mean, components, variances) by domain.
+        for each level with its interval (see `show_needed`; and on the k of the controls, beside that of random
+        subspaces), the raw score (not centred) and that of all components, identities that are tested, and the
+        controls; "all_tasks": for each fit the k* from which on EVERY task keeps that much; "images_per_task",
+        "rank_limited", "dim"; "limit": the number of components that the images determine, where every curve stops;
+        "bases": (mean, components, variances) by domain.
     """
     rng, D = np.random.default_rng(seed), next(iter(embedded.values()))[0].shape[1]
     n = min(FITTED * D, *(len(task.fit) for task in tasks))
     chosen = {task.domain: rng.permutation(task.fit)[:n] for task in tasks}
     fits = {domain: principal_components(embedded[domain][0][rows], device) for domain, rows in chosen.items()}
-    pooled = principal_components(np.concatenate([embedded[domain][0][rows[: max(n // len(tasks), 2)]]
+    pooled = principal_components(np.concatenate([embedded[domain][0][rows[: -(-n // len(tasks))]]
                                                   for domain, rows in chosen.items()]), device)
     turns = [np.linalg.qr(np.random.default_rng((seed, i)).standard_normal((D, D)))[0] for i in range(RANDOM_SEEDS)]
     untouched = {}
     if foundation and next(iter(foundation.values()))[0].shape[1] == D:
-        untouched = {domain: principal_components(foundation[domain][0][rows], device)[1]
+        untouched = {domain: principal_components(foundation[domain][0][rows], device)
                      for domain, rows in chosen.items()}
-    every, grid = list(range(1, D + 1)), sorted({k for k in GRID if k < D} | {headline, D})
-    backwards = sorted({*grid, *(D - k for k in grid if k < D)})
+    limit = min(determined(variances, n) for *_, variances in [*fits.values(), pooled, *untouched.values()])
+    headline = min(headline, limit)
+    every, grid = list(range(1, limit + 1)), sorted({k for k in GRID if k < limit} | {headline, limit})
     curves, pairs, every_k = [], [], {}
-    per_task = len(tasks) * (1 + 2 * controls + bool(untouched) + RANDOM_SEEDS) + controls
-    bar = tqdm(total=len(tasks) * per_task, desc="transfer", unit="sweep", disable=None)
+    per_task = len(tasks) * (1 + 3 * controls + bool(untouched) + RANDOM_SEEDS) + controls
+    bar = progress(total=len(tasks) * per_task, desc="transfer", unit="sweep")
     for task in tasks:
         vectors = tuple(to_device(x, device) for x in vectors_of(task, embedded[task.domain]))
         counts = np.array(list(bootstrap_counts(task.target, draws, seed)), dtype=np.float32)
@@ -407,7 +431,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
             bar.update()
             return measure_curve(kind, fit, task, vectors, mean, basis, ks, counts, device)
 
-        raw = measure_curve("raw", "", task, vectors, np.zeros(D), identity, [D], counts, device).score[0]
+        raw = measure_curve("raw", "", task, vectors, np.zeros(D), identity, [D], counts, device).full.value
         own = fits[task.domain][0]
         if controls:
             curves.append(measure("pooled", "all", pooled[0], pooled[1], grid))
@@ -424,26 +448,25 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
             curves += random
             chance_level = Figure(float(np.mean([c.at(headline).value for c in random])),
                                   np.mean([c.at(headline).draws for c in random], axis=0))
-            mean_random, coarse = np.mean([c.kept for c in random], axis=0), take(curve, "", grid).kept
+            mean_random, coarse = np.mean([c.kept for c in random], axis=0), curve.kept[np.array(grid) - 1]
             pair = {"fit": other.domain, "test": task.domain, "identities": len(np.unique(task.target)),
-                    "chance": chance, "raw": raw, "full": curve.score[-1], "k": headline,
-                    "full_low": float(np.quantile(curve.full, 0.025)),
-                    "full_high": float(np.quantile(curve.full, 0.975)),
+                    "chance": chance, "raw": raw, "full": curve.full.value, "k": headline,
+                    "full_low": curve.full.low, "full_high": curve.full.high,
                     "kept": finite(found.value), "low": finite(found.low), "high": finite(found.high),
                     "random": show(chance_level), "over_random": show(minus(found, chance_level))}
             for level in LEVELS:
                 needed = Figure(float(components_needed(curve.kept, every, level)),
                                 components_needed(curve.draws, every, level))
-                pair[f"k{100 * level:g}"] = show(needed)
+                pair[f"k{100 * level:g}"] = show_needed(needed, limit)
                 every_k.setdefault(other.domain, {}).setdefault(f"k{100 * level:g}", []).append(needed)
                 pair[f"k{100 * level:g}_grid"] = finite(components_needed(coarse, grid, level))
                 pair[f"k{100 * level:g}_random"] = finite(components_needed(mean_random, grid, level))
             if untouched:
-                curves.append(measure("foundation", other.domain, mean, untouched[other.domain], grid))
+                curves.append(measure("foundation", other.domain, mean, untouched[other.domain][1], grid))
                 theirs = curves[-1].at(headline)
                 pair |= {"foundation": show(theirs), "over_foundation": show(minus(found, theirs))}
             if controls:
-                few = sorted({k for k in FURTHER if k < D} | {headline, D})
+                few = sorted({k for k in FURTHER if k < limit} | {headline, D})
                 further = measure_further(task, vectors, mean, basis, few, draws, seed, device)
                 # all of D random coordinates are the whole space: the same as all components
                 by_chance = [measure_further(task, vectors, mean, turn, [k for k in few if k < D], 0, seed, device)
@@ -452,24 +475,30 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                     np.mean([one[k, metric].value for one in by_chance])) if k < D else None}
                     for (k, metric), figure in further.items()]
                 pair["pooled"] = show(pool)
-                bottom = measure("bottom", other.domain, mean, basis[:, ::-1], backwards)
-                curves += [take(bottom, "bottom", grid), reverse(bottom, grid)]
-                pair["bottom"] = show(bottom.at(headline))
+                last_first = np.concatenate([basis[:, :limit][:, ::-1], basis[:, limit:]], axis=1)
+                curves.append(measure("bottom", other.domain, mean, last_first, grid))
+                pair["bottom"] = show(curves[-1].at(headline))
+                # without the first k are the last D - k: what is left does not depend on the basis of the rest
+                gone = [k for k in grid if k < limit]  # without all that are determined rounding would be scored
+                less = measure("deleted", other.domain, mean, basis[:, ::-1], [D - k for k in reversed(gone)])
+                curves.append(replace(less, ks=gone, score=less.score[::-1], kept=less.kept[::-1],
+                                      draws=less.draws[:, ::-1]))
                 curves.append(measure("own mean", other.domain, own, basis, grid))
                 pair["own_mean"] = show(curves[-1].at(headline))
-            if delete[1] > delete[0]:
-                a, b = delete
+            a, b = delete[0], min(delete[1], limit)
+            if a < b < a + limit:
                 rest = np.concatenate([basis[:, :a], basis[:, b:], basis[:, a:b]], axis=1)
                 less = measure_curve("", "", task, vectors, mean, rest, [D - (b - a), D], counts, device)
                 pair["deleted"] = {"from": a, "to": b} | show(less.at(D - (b - a)))
             if importance and D > 1:
-                pair["importance"] = measure_importance(task, vectors, mean, basis, curve, min(importance, D), counts,
-                                                        device)
+                pair["importance"] = measure_importance(task, vectors, mean, basis, curve.full,
+                                                        min(importance, limit), counts, device)
             pairs.append(pair)
     bar.close()
     return {"curves": curves, "pairs": pairs, "all_tasks": [
-        {"fit": fit} | {name: show(largest(found)) for name, found in of.items()} for fit, of in every_k.items()],
-            "images_per_task": n, "rank_limited": n < 5 * D, "dim": D, "bases": fits}
+        {"fit": fit} | {name: show_needed(largest(found), limit) for name, found in of.items()}
+        for fit, of in every_k.items()],
+            "images_per_task": n, "rank_limited": n < 5 * D, "dim": D, "limit": limit, "bases": fits}
 
 
 def largest(figures: list[Figure]) -> Figure:
@@ -479,37 +508,12 @@ def largest(figures: list[Figure]) -> Figure:
 
 def minus(a: Figure, b: Figure) -> Figure:
     """The difference of two figures with paired resamplings."""
-    return Figure(a.value - b.value, a.draws - b.draws, a.count)
-
-
-def take(curve: Curve, kind: str, ks: list[int]) -> Curve:
-    """A curve at some of its ks."""
-    at = [curve.ks.index(k) for k in ks]
-    return Curve(kind, curve.fit, curve.test, ks, curve.score[at], curve.kept[at], curve.draws[:, at])
-
-
-def reverse(bottom: Curve, grid: list[int]) -> Curve:
-    """Deleting the first k components is keeping the last D - k."""
-    D = grid[-1]
-    ks = [k for k in grid if k < D]
-    curve = take(bottom, "deleted", [D - k for k in ks])
-    curve.ks = ks
-    return curve
+    return Figure(a.value - b.value, a.draws - b.draws, a.count, identities=a.identities)
 
 
 # ---------------------------------------------------------------- claims
 
 
 def above_chance(pair: dict) -> bool:
-    """Whether the full space is above chance, so that a share of what it is above means something.
-
-    An analysis of before that interval was kept ("full_low") must show it by far: with a share that is known within
-    its own size, and a score of six times chance or halfway from there to perfect. In a gallery of 200 for 200 probes,
-    noise hits once and six times in one case of 2000.
-    """
-    if None in (pair["kept"], pair["low"], pair["high"]):
-        return False
-    full, chance = pair["full"], pair["chance"]
-    if (low := pair.get("full_low")) is not None:
-        return low > chance
-    return pair["high"] - pair["low"] < 1 and full - chance >= min(5 * chance, (1 - chance) / 2)
+    """Whether the full space is surely above chance, so that a share of what it is above means something."""
+    return None not in (pair["kept"], pair["low"], pair["high"]) and pair["full_low"] > pair["chance"]

@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import evaluate
 from data_prep import DOMAINS, InputError
 from data_prep.degrade import degrade
-from data_prep.shards import ROLES, Split
+from data_prep.shards import ROLES, Split, named_splits, ordered_tests
 from evaluate_classes import class_means
 from evaluate_embed import Embedder, normalise
 from evaluate_search import mates_in, name_identities
@@ -48,12 +47,6 @@ class Task:
                               for right, out in zip(self.mates, self.ignored, strict=True)]))
 
 
-def find_splits(splits: dict[str, Split], test: Split | None = None) -> tuple[Split, Split] | None:
-    """Training split and test split (default: the first in distribution) of a domain, or None where it lacks one."""
-    tests = [test] if test else [s for s in splits.values() if s.protocol and not s.protocol.get("ood")]
-    return (splits["train"], tests[0]) if "train" in splits and tests else None
-
-
 def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: str | None, where: str
                  ) -> tuple[dict[str, tuple[Split, Split]], dict[str, str]]:
     """Training and test split of each domain; and of the domains that are left out, why.
@@ -61,10 +54,10 @@ def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: s
     Args:
         root, where: the data root and its name.
         domains: of the run.
-        names: of --splits; a domain that it does not name is tested on its first split in distribution.
+        names: of --splits; a domain that it does not name is tested on the first of `ordered_tests`.
     """
     chosen: dict[str, Split] = {}
-    for split in evaluate.choose_splits(root, names, where) if names else []:
+    for split in named_splits(root, names, where) if names else []:
         if split.domain not in domains:
             raise InputError(f"--splits: {split.domain}/{split.name}: the run has no {split.domain}; it has "
                              f"{', '.join(domains)}")
@@ -74,10 +67,11 @@ def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: s
     pairs, left_out = {}, {}
     for domain in domains:
         splits = root.get(domain, {})
-        if pair := find_splits(splits, chosen.get(domain)):
-            pairs[domain] = pair
-            if rest := [s.name for s in splits.values() if s.protocol and s.folder != pair[1].folder]:
-                print(f"  {domain}: tested on {pair[1].name}, not on {', '.join(rest)} (--splits chooses)")
+        test = chosen.get(domain) or next(iter(ordered_tests(splits.values())), None)
+        if "train" in splits and test:
+            pairs[domain] = splits["train"], test
+            rest = ", ".join(s.name for s in splits.values() if s.protocol and s.folder != test.folder)
+            print(f"  {domain}: tested on {test.name}" + f", not on {rest} (--splits chooses)" * bool(rest))
         else:
             left_out[domain] = "no test split in distribution" if "train" in splits else "no training split"
     return pairs, left_out
@@ -99,8 +93,8 @@ class Degraded(Split):
         return degrade(super().image(row), self.severity * rng.random(), rng)[0]
 
 
-def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray], limit: int, seed: int) -> Task | None:
-    """The task of a domain, or None where too little is left to fit or to test.
+def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray], limit: int, seed: int) -> Task | str:
+    """The task of a domain, or why there is none.
 
     Classes that are in both splits (objects) are divided: every second one is fitted on, the others are tested.
     Identities that other tasks test are still among its rows to fit on: see `drop_tested`.
@@ -130,8 +124,11 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
         found = np.unique(label[probe])
         gallery = np.flatnonzero(np.isin(base.labels, found) & readable[0])
         group = np.searchsorted(found, base.labels[gallery])
+        if len(shared) < 2:
+            return (f"{'one class' if shared else 'no class'} of {test.name} is in {base.name}, want at least 2: "
+                    "--splits names another split")
         if len(fit) < 2 or not len(found) or len(np.unique(group)) < len(found):
-            return None
+            return "too few readable images of its classes"
         refuse_one(test, found)
         mates = list(np.searchsorted(found, label[probe])[:, None])
         return Task(domain, test, base, fit, probe, gallery, group, label[probe], mates, [mates[0][:0]] * len(probe))
@@ -150,8 +147,10 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
             kept.append(row)
             mates.append(places[~out])
             ignored.append(places[out])
-    if len(fit) < 2 or not kept:
-        return None
+    if len(fit) < 2:
+        return f"fewer than 2 images of {base.name} to fit on"
+    if not kept:
+        return f"no probe of {test.name} has a mate in its gallery that counts"
     probe = np.array(kept)
     refuse_one(test, labels[probe])
     return Task(domain, test, base, fit, probe, gallery, np.arange(len(gallery)), labels[probe], mates, ignored)

@@ -153,7 +153,12 @@ def resolve_backbone(config: dict) -> tuple[str, str, str | None]:
     if timm.is_model(name):
         return "timm", name, ""
     if name in open_clip.list_models():
-        return "open_clip", name, tag or None
+        if tag and not (settings := open_clip.get_pretrained_cfg(name, tag)):
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
+            raise InputError(f"--model: open_clip has no weights {tag!r} for {name}; it has {tags or 'none'}")
+        # the tag knows with which activation its weights were trained, the plain name does not
+        quick = tag and settings.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu")
+        return "open_clip", name + "-quickgelu" * bool(quick), tag or None
     close = difflib.get_close_matches(name, [*timm.list_models(), *open_clip.list_models()], n=3)
     hint = f"; near it: {', '.join(close)}" if close else "; any timm or open_clip name will do"
     raise InputError(f"--model: neither timm nor open_clip knows {name!r}{hint}")

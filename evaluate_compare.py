@@ -120,7 +120,8 @@ def shared_figures(runs: list[Scored], splits: set[str]) -> list[tuple[str, str,
 def aggregate(group: list[Scored], key: tuple) -> Figure:
     """The mean of a figure over runs that differ in their seed, and of its resampled values, person by person."""
     rows, draws = zip(*(scored.found[key] for scored in group), strict=True)
-    return Figure(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count)
+    return Figure(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count,
+                  identities=rows[0].identities)
 
 
 def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:

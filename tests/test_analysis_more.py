@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +27,7 @@ from analyze_subspaces import (
     unit,
 )
 from analyze_tasks import Embeddings, Task, vectors_of
+from data_prep import InputError
 from evaluate_bootstrap import Figure, bootstrap_counts
 from evaluate_embed import normalise, save_array
 from evaluate_pairs import score_pairs
@@ -183,7 +185,8 @@ def test_a_gallery_is_turned_block_by_block(monkeypatch):
 def sourced(name: str, domain: str, sources: list[str], people: list[str]) -> SimpleNamespace:
     """A split of one image a row, each with its source and person."""
     return SimpleNamespace(name=name, domain=domain, folder=f"{domain}/{name}", labels=np.arange(len(people)),
-                           classes=people, protocol=None, index={"provenance": {"source": "merge"}},
+                           classes=people, protocol=None,
+                           index={"provenance": {"source": "merge", "plan": "", "data_set": []}},
                            fields=lambda row: {"source": sources[row], "person": people[row]})
 
 
@@ -249,8 +252,9 @@ def written(tmp_path_factory):
     bases, curves = found.pop("bases"), [analyze.to_row(curve) for curve in found.pop("curves")]
     sharing = measure_sharing(embedded, tasks, bases, 20)
     components = [{"weights": weights, **row} for weights in ("tuned", "foundation")
-                  for row in measure_components(embedded, tasks, bases, 0)]
-    analysis = {"run": "planted", "domains": names, "splits": {name: ["train", "test"] for name in names},
+                  for row in measure_components(embedded, tasks, bases, D, 0)]
+    analysis = {"run": "planted <img onerror=x>", "domains": names,
+                "splits": {name: ["train", "a|b <i>"] for name in names},
                 "left_out": {}, "degraded": {}, "transfer": {"tuned": found}, "separability": None,
                 "sharing": {"tuned": sharing, "foundation": sharing}, "cka": dict.fromkeys(names, 1.0), "map": "pca"}
     folder = tmp_path_factory.mktemp("written") / "analysis"
@@ -277,6 +281,20 @@ def test_tables_hold_the_other_metrics_and_every_component_left_out(written):
     assert "| face_hq | face_lq | mAP | " in report and "On an AUC a random subspace keeps nearly everything" in report
     assert "Components from which on every task keeps so much" in report
     assert "One component left out at a time, of the first 10" in report and " nan " not in report
+
+
+def test_names_are_no_markup_and_figures_are_atomic(written, tmp_path, monkeypatch):
+    assert r"# planted \<img onerror=x\>" in written[2] and r"| face_hq | train | a\|b \<i\> |" in written[2]
+    assert not re.search(r"(?<!\\)<", written[2])
+
+    def fail(path, **_):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "map.pdf").write_bytes(b"old")
+    with pytest.raises(InputError, match=r"map\.pdf: cannot be written"):
+        analyze_figures.save_figure(SimpleNamespace(savefig=fail), tmp_path / "map")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("map.pdf", b"old")]
 
 
 def test_what_is_not_above_chance_is_not_drawn(written, monkeypatch):
@@ -312,7 +330,7 @@ def test_an_analysis_of_a_run_holds_all_of_it(analysed, tiny_run):
         rank_5 = "nearest-mean top-5" if pair["test"] == "object" else "rank-5"
         of = {(row["metric"], row["k"]): row["value"] for row in pair["further"]}
         assert {k for _, k in of} == {10, 16, 30, 64} and of[rank_5, 64] >= pair["full"] - 1e-6
-        assert len(pair["importance"]["change"]) == 64
+        assert len(pair["importance"]["change"]) == 63
     assert not any("importance" in pair for pair in result["transfer"]["foundation"]["pairs"])
     for name in ("importance.png", "importance.pdf", "importance.csv", "further.csv"):
         assert (out / name).stat().st_size > 1000

@@ -215,7 +215,8 @@ def test_what_is_left_out_is_told_and_the_test_split_can_be_chosen(degraded_run)
     assert result["splits"]["object"] == ["train", "collage"] and result["splits"]["face_hq"] == ["train", "test"]
     assert "no test split in distribution" in result["left_out"]["body"] and "| body | - | - | left out: " in report
     assert "| object | train | collage | " in report and "identities: interval not to be trusted" in report
-    assert result["transfer"]["tuned"]["pairs"][0]["deleted"]["to"] == 64
+    # the last LayerNorm of a random start, without a bias, leaves 63 of 64 dimensions to vary
+    assert result["transfer"]["tuned"]["limit"] == result["transfer"]["tuned"]["pairs"][0]["deleted"]["to"] == 63
 
 
 def test_a_domain_left_out_is_printed(demo_root, tmp_path, capsys):
@@ -227,6 +228,31 @@ def test_a_domain_left_out_is_printed(demo_root, tmp_path, capsys):
     assert "object: tested on val, not on collage (--splits chooses)" in capsys.readouterr().out
     with pytest.raises(InputError, match="the run has no object"):
         choose_pairs(root, ["face_lq"], "object/val", "DATA")
+
+
+def fake_split(name: str, protocol: dict | None = None, domain: str = "object", classes: str = "ab"):
+    return SimpleNamespace(domain=domain, name=name, folder=f"{domain}/{name}", protocol=protocol,
+                           classes=list(classes), labels=np.arange(len(classes)))
+
+
+def test_the_split_of_the_trained_classes_is_tested_and_never_one_that_was_trained_on(capsys):
+    def classification(reference, **more):
+        return {"name": "classification", "reference": reference, **more}
+
+    splits = [fake_split("aa-merged"), fake_split("animals", classification("wild")), fake_split("train"),
+              fake_split("art", classification("train", ood=True)), fake_split("val", classification("train"))]
+    root = {"object": {split.name: split for split in splits},
+            "face_hq": {name: fake_split(name, None, "face_hq") for name in ("casia", "train")}}
+    pairs, left_out = choose_pairs(root, ["object", "face_hq"], None, "DATA")
+    assert {domain: test.name for domain, (_, test) in pairs.items()} == {"object": "val"}
+    assert left_out == {"face_hq": "no test split in distribution"}  # casia was trained on: it is no test
+    assert capsys.readouterr().out == "  object: tested on val, not on animals, art (--splits chooses)\n"
+    assert choose_pairs(root, ["object"], "object/animals", "DATA")[0]["object"][1].name == "animals"
+    with pytest.raises(InputError, match="aa-merged is a training split"):
+        choose_pairs(root, ["object"], "object/aa-merged", "DATA")
+    base, good = fake_split("train"), (np.ones(2, bool), np.ones(2, bool))
+    assert make_task(base, fake_split("animals", {}, classes="xy"), good, 9, 0).startswith("no class of animals is in")
+    assert make_task(base, fake_split("animals", {}, classes="ax"), good, 9, 0).startswith("one class of animals is in")
 
 
 def test_rows_that_one_backbone_could_not_read_are_left_out(degraded_run):

@@ -25,7 +25,7 @@ from analyze_claims import (
     make_table,
 )
 from analyze_separability import pixel_statistics
-from analyze_tasks import find_splits, make_task
+from analyze_tasks import choose_pairs, make_task
 from data_prep import InputError
 from evaluate_compare import Scored
 from evaluate_results import Row
@@ -70,7 +70,7 @@ def test_tables_hold_every_number_of_the_curves(analysed, tiny_run):
         rows = list(csv.DictReader(file))
     wanted = ("tuned", "components", "body", "object")
     of = [r for r in rows if (r["weights"], r["kind"], r["fit"], r["test"]) == wanted]
-    assert [int(r["k"]) for r in of] == list(range(1, 65))  # every k of a space of 64 dimensions
+    assert [int(r["k"]) for r in of] == list(range(1, 64))  # every k of the 63 dimensions that vary (LayerNorm)
     assert {r["kind"] for r in rows} == {"components", "random", "foundation", "pooled", "bottom", "deleted",
                                          "own mean"}
     pair = next(p for p in json.loads((out / "analysis.json").read_text())["transfer"]["tuned"]["pairs"]
@@ -78,7 +78,7 @@ def test_tables_hold_every_number_of_the_curves(analysed, tiny_run):
     at_16 = float(of[15]["kept"]) if of[15]["kept"] else None
     assert at_16 == (None if pair["kept"] is None else pytest.approx(pair["kept"], abs=1e-5))
     with open(out / "dprime.csv") as file:
-        assert sum(1 for _ in file) == 1 + 2 * 4 * 4 * 64
+        assert sum(1 for _ in file) == 1 + 2 * 4 * 4 * 63
     with open(out / "map.csv") as file:
         assert {r["task"] for r in csv.DictReader(file)} == set(DOMAINS)
 
@@ -86,8 +86,8 @@ def test_tables_hold_every_number_of_the_curves(analysed, tiny_run):
 def test_fit_and_test_identities_are_disjoint(demo_root):
     from data_prep.shards import open_root
 
-    for domain, splits in open_root(demo_root).items():
-        base, test = find_splits(splits)
+    for base, test in choose_pairs(open_root(demo_root), DOMAINS, None, "DATA")[0].values():
+        domain = base.domain
         task = make_task(base, test, (np.ones(len(base), bool), np.ones(len(test), bool)), 2000, 0)
         fitted = {task.train.classes[label] for label in task.train.labels[task.fit]}
         tested = {task.split.classes[label] for label in task.split.labels[task.probe]}
@@ -108,16 +108,18 @@ def test_fit_and_test_identities_are_disjoint(demo_root):
 def test_unreadable_images_and_lone_identities_leave_a_task(demo_root):
     from data_prep.shards import open_root
 
-    base, test = find_splits(open_root(demo_root)["object"])
+    pairs = choose_pairs(open_root(demo_root), DOMAINS, None, "DATA")[0]
+    base, test = pairs["object"]
     good = np.ones(len(base), bool), np.arange(len(test)) % 3 > 0
     task = make_task(base, test, good, 2000, 0)
     assert good[1][task.probe].all() and len(task.probe)
     with pytest.raises(InputError, match="one identity alone can be tested"):
         make_task(base, test, (good[0], test.labels == test.labels[-1]), 2000, 0)  # one class
-    base, test = find_splits(open_root(demo_root)["face_hq"])
+    base, test = pairs["face_hq"]
     first = np.unique(test.labels, return_index=True)[1]
     alone = np.isin(np.arange(len(test)), first)  # nobody has a second image
-    assert make_task(base, test, (np.ones(len(base), bool), alone), 2000, 0) is None
+    why = make_task(base, test, (np.ones(len(base), bool), alone), 2000, 0)
+    assert why == "no probe of test has a mate in its gallery that counts"
 
 
 def test_pixel_statistics_see_format_and_not_content(demo_root):
@@ -285,19 +287,21 @@ def test_claim_forgetting():
     # the interleaved run forgets, too
     fallen = measured("u", values=GOOD["values"] | {"object": 0.35}, foundation=untouched)
     assert verdict([forgets], fallen) == "fails"
-    assert verdict([forgets], measured("u", values=GOOD["values"])) == "not measured (no foundation scores)"
+    assert verdict([forgets], measured("u", values=GOOD["values"])) == "not measured (no foundation scores of u)"
 
 
 def separable(tuned, **leads):
     def figure(value):
         return {"value": value, "low": value - 0.005, "high": value + 0.005}
 
-    spaces = {"tuned": {"logistic": figure(tuned)}}
+    fitted = {"logistic": figure(tuned), "converged": {"logistic": True}}
+    spaces = {"tuned": fitted}
     for name, lead in leads.items():
-        spaces[name.replace("_", " ")] = {"logistic": figure(tuned - lead), "lead_of_tuned": figure(lead)}
+        spaces[name.replace("_", " ")] = fitted | {"logistic": figure(tuned - lead), "lead_of_tuned": figure(lead)}
         if name.endswith("canon"):
-            spaces["tuned canon"] = {"logistic": figure(tuned)}
-    return {"domains": DOMAINS, "separability": {"spaces": spaces, "unseen_sources": []}}
+            spaces["tuned canon"] = fitted
+    return {"domains": DOMAINS, "separability": {"spaces": spaces, "unseen_sources": [],
+                                                   "identities": dict.fromkeys(DOMAINS, 100)}}
 
 
 ABOVE = {"pixels": 0.1, "foundation": 0.02, "pixels_canon": 0.3, "foundation_canon": 0.02}
@@ -317,18 +321,22 @@ def test_claim_separable(tuned, leads, verdict):
 
 
 def test_claims_without_an_analysis():
-    for analysis in (None, {"separability": None, "transfer": {"tuned": {"pairs": []}}}):
-        groups = alone(measured("a", values=ALL, analysis=analysis))
+    """The run that lacks it is named: another one stands below with a verdict of its own."""
+    whole = components(0.99) | {"separability": separable(0.99, **ABOVE)["separability"]}
+    for analysis, words in ((None, "a: not analysed; call analyze.py --run RUN on it"),
+                            ({"separability": None, "transfer": {"tuned": {"pairs": []}}},
+                             "a: analysed on one task alone")):
+        groups = alone(measured("a", values=ALL, analysis=analysis), measured("b", values=ALL, analysis=whole))
         for claim in (claim_separable(groups, 0.95), claim_components(groups, 0.95)):
-            assert claim.verdict.startswith("not measured (no analysed run")
+            assert claim.verdict == f"not measured ({words})" and "b" in claim.measured
 
 
 def components(kept, random=0.2, foundation=0.2, dim=768, k=99, images=None, tasks=DOMAINS, **more):
     def figure(value):
         return {"value": value, "low": value - 0.02, "high": value + 0.02}
 
-    own = {"k": k, "kept": 0.0, "low": 0, "high": 1, "chance": 0.1, "full": 0.8, "over_random": figure(-1),
-           "k95": figure(0), "k99": figure(0)}  # not the claim
+    own = {"k": k, "identities": 100, "kept": 0.0, "low": 0, "high": 1, "chance": 0.1, "full_low": 0.7,
+           "over_random": figure(-1), "k95": figure(0), "k99": figure(0)}  # not the claim
     across = own | {"kept": kept, "low": kept - 0.02, "high": kept + 0.02, "k95": figure(40.0), "k99": figure(70.0),
                     "over_random": figure(random), "over_foundation": figure(foundation)} | more
     pairs = [{"fit": a, "test": b} | (own if a == b else across) for a in tasks for b in tasks]
@@ -382,7 +390,8 @@ def test_claims_table_of_a_folder(analysed, tiny_run):
     assert len(table) == 2 * 7 and set(table[0]) == set(Claim.__annotations__)  # a random start is not CLIP
     assert {row["backbones"] for row in table[7:]} == {"clip from a random start (not one of the paper's)"}
     assert all(row["verdict"].startswith(("holds", "fails", "not measured (")) for row in table)
-    assert all(set(f) == {"what", "value", "low", "high", "verdict", "form", "note", "threshold"}
+    assert all(set(f) == {"what", "value", "low", "high", "verdict", "form", "note", "threshold",
+                              "identities"}
                for row in table for f in row["findings"])
     assert "no four-task run of clip, eva02, dinov3" in result.stdout
     assert "not measured (no human trials" in result.stdout
@@ -400,6 +409,14 @@ def test_a_run_without_draws_is_left_out_and_named(analysed, tiny_run, tmp_path)
     out = script("analyze.py", "claims", tmp_path).stdout
     assert "left out: " in out and "b/eval/draws.npz" in out
     assert "a/analysis/analysis.json (of another version or damaged: " in out
+
+
+def test_a_run_that_cannot_be_written_to_is_refused_before_work(tiny_run, tmp_path, monkeypatch):
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("analysis", "eval", "last"))
+    (tmp_path / "run/analysis").write_text("in the way")
+    monkeypatch.setattr(analyze, "make_embedder", None)
+    with pytest.raises(InputError, match=r"--run .*analysis: cannot be written"):
+        run_here("--run", tmp_path / "run")
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from analyze_claims import (
     claim_separable,
     make_table,
     read_lost,
+    write_table,
 )
 from analyze_subspaces import above_chance, transfer, unit
 from analyze_tasks import Task
@@ -174,8 +176,8 @@ def test_noise_never_fails():
 
 
 def test_the_interval_of_the_full_score_decides_where_there_is_one():
-    assert components_of(components(0.5, full=0.3, full_low=0.12)).verdict == FAILS
-    for more in ({"full": 0.8, "full_low": 0.1}, {"full": 0.3}, {"low": None}, {"low": -0.9, "high": 0.4}):
+    assert components_of(components(0.5, full_low=0.12)).verdict == FAILS
+    for more in ({"full_low": 0.1}, {"low": None}):
         claim = components_of(components(0.5, **more))
         assert claim.verdict.startswith("not measured (the full space is not above chance: object for face_hq")
 
@@ -222,7 +224,8 @@ def test_beyond_format_needs_one_format_and_unseen_sources():
         figure = {"value": canon, "low": canon - 0.005, "high": canon + 0.005}
         analysis["separability"]["spaces"]["tuned canon"] = {"logistic": figure}
         analysis["separability"]["unseen_sources"] = [
-            {"domain": "body", "source": name, "spaces": {"tuned": {"value": r, "low": r - 0.01, "high": r + 0.01}}}
+            {"domain": "body", "source": name, "identities": 100,
+             "spaces": {"tuned": {"value": r, "low": r - 0.01, "high": r + 0.01}}}
             for name, r in recalls.items()]
         return separable_of(analysis)
 
@@ -230,6 +233,39 @@ def test_beyond_format_needs_one_format_and_unseen_sources():
     assert run(0.9).verdict == "holds, but not in one format"
     assert run(a=0.98, b=0.4).verdict == "holds, but not on unseen sources"
     assert "unseen source body/b 40.0" in run(b=0.4).measured
+
+
+def test_few_identities_and_unfinished_fits_are_marked(tmp_path):
+    few = components(0.99, identities=12) | {"separability": separable(0.99, **ABOVE)["separability"]}
+    few["separability"]["identities"]["body"] = 9
+    few["separability"]["spaces"]["pixels"]["converged"] = {"logistic": False}
+    table = table_of(measured("a", analysis=few, **GOOD))
+    assert "object for body, k = 99 of 768 99.0 [97.0, 101.0]† (k95" in table["Fewer"].measured
+    assert "balanced accuracy 99.0 [98.5, 99.5]†" in table["The"].decided_by
+    assert "lead over pixel statistics +10.0 [+9.5, +10.5]† (the fit did not converge)" in table["The"].measured
+    many = table_of(measured("a", analysis=components(0.99), **GOOD))
+    assert not any("†" in claim.measured for claim in many.values())
+    write_table(tmp_path, list(table.values()))
+    assert "†: of fewer than 20 identities" in (tmp_path / "claims.md").read_text()
+    write_table(tmp_path, list(many.values()))
+    assert "†" not in (tmp_path / "claims.md").read_text()
+
+
+def test_marks_of_the_evaluation_reach_the_claims():
+    run = measured("a", **GOOD)
+    for scored in run.found.values():
+        scored.found = {key: (replace(row, identities=11 if row.domain == "body" else 84), draws)
+                        for key, (row, draws) in scored.found.items()}
+    told = claim_backbones(alone(run), ["clip"], 0.01).measured.split("; ")
+    assert [("†" in part) for part in told] == [False, False, False, True] and "a body/test +40.0" in told[3]
+
+
+def test_names_are_no_markup(tmp_path):
+    name = '<img src="x" onerror="alert(1)">'
+    write_table(tmp_path, list(table_of(measured(name, analysis=components(0.99), **GOOD),
+                                        measured(name + "2", **GOOD)).values()))
+    text = (tmp_path / "claims.md").read_text()
+    assert not re.search(r"(?<!\\)<", text) and r"\<img src" in text
 
 
 # ---------------------------------------------------------------- seeds, numbers, damaged runs
@@ -293,6 +329,12 @@ def change_analysis(change):
     (change_config(lambda c: c.update(counts=[])), "b (config.json: domains and counts"),
     (change_config(lambda c: c.update(backbone=None, model=None)), "b (config.json names no backbone)"),
     (lambda run: (run / "config.json").write_text("["), "damaged"),
+    (change_config(lambda c: c.update(seed=[1])), "b (config.json: seed is no whole number"),
+    (change_config(lambda c: c.update(order=5)), "b (config.json: seed is no whole number, or order no list"),
+    (change_analysis(lambda a: a["transfer"]["tuned"].pop("limit")), "analysis.json (of another version"),
+    (change_analysis(lambda a: a["transfer"]["tuned"]["pairs"][1]["k99"].update(above="x")), "analysis.json (of anoth"),
+    (change_analysis(lambda a: a["separability"]["spaces"]["tuned"].pop("converged")), "analysis.json (of another v"),
+    (change_analysis(lambda a: a["separability"].update(identities=5)), "analysis.json (of another version"),
     (lambda run: write_json(run / "eval/results.json", []), "results.json is empty"),
     (lambda run: write_json(run / "eval/results.json", {"a": 1}), "results.json: cannot be read"),
     (lambda run: write_json(run / "eval/results.json", [dict.fromkeys(

@@ -1,14 +1,26 @@
 """The measures of analyze.py on embeddings with planted structure, where the right answer is known, or by hand."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
 
+import analyze_separability
 from analyze_figures import draw_up_map
-from analyze_separability import Canon, balanced_accuracy, crop_padding, separability, sources_of, unseen_sources
+from analyze_report import needed, report_separability
+from analyze_separability import (
+    Canon,
+    balanced_accuracy,
+    crop_padding,
+    predict,
+    separability,
+    sources_of,
+    unseen_sources,
+)
 from analyze_sharing import (
     d_primes,
     debiased_cka,
@@ -22,15 +34,17 @@ from analyze_sharing import (
 from analyze_subspaces import (
     RANDOM_SEEDS,
     components_needed,
+    determined,
     hits_by_k,
     hits_one_by_one,
     kept,
     measure_curve,
     principal_components,
+    show_needed,
     transfer,
 )
 from analyze_tasks import Task, vectors_of
-from evaluate_bootstrap import bootstrap_counts
+from evaluate_bootstrap import Figure, bootstrap_counts
 
 D, SHARED = 64, 20
 
@@ -139,7 +153,8 @@ def test_components_needed_by_hand():
     ks = [1, 2, 4, 8]
     share = np.array([[0.5, 0.99, 0.98, 1.0], [0.5, 0.99, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, np.nan]])
     found = components_needed(share, ks, 0.99)
-    np.testing.assert_array_equal(found, [8, 2, 1, np.nan])  # in the first, 4 falls below again
+    np.testing.assert_array_equal(found, [8, 2, 1, np.nan])  # in the first, 4 falls below again; unknown in the last
+    assert components_needed(np.array([0.5, 0.9, 1.0, 0.98]), ks, 0.99) == np.inf  # not even the largest
     assert components_needed(share[1], ks, 0.99) == 2
     assert kept(np.array([0.4, 0.2]), 0.6, 0.2).tolist() == pytest.approx([0.5, 0.0])
     assert np.isnan(kept(np.array([0.4]), 0.2, 0.2)).all()  # not above chance: nothing to keep
@@ -227,6 +242,68 @@ def test_rank_limit_is_marked_and_tasks_are_fitted_on_equally_many():
     assert transfer(embedded, tasks, SHARED, 2, 0, controls=False)["images_per_task"] == 100
 
 
+def turned_and_shuffled(embedded: dict, tasks: list[Task], seed: int) -> dict:
+    """The same data: all dimensions turned at random, the images that are fitted on in another order."""
+    rng = np.random.default_rng(seed)
+    (turn,) = orthogonal(D, D, seed=seed)
+    return {name: (base[rng.permutation(len(base))] @ turn, test @ turn) for name, (base, test) in embedded.items()}
+
+
+def test_equal_decompositions_give_equal_answers():
+    """40 images determine 39 of 64 components. 50 dimensions hold identities, so that neither 39 of them nor any
+    basis of the other 25 may decide k99: it is beyond 39, and what is within does not depend on the decomposition."""
+    (basis,) = orthogonal(D, 50)
+    embedded, tasks = planted([basis, basis], inside=0.9, noise=0.05)
+    for task in tasks:
+        task.fit = np.arange(40)
+    embedded = {name: (base[:40], test) for name, (base, test) in embedded.items()}
+    plain = transfer(embedded, tasks, 99, 40, 0, foundation=embedded, delete=(10, 60), importance=100)
+    other = turned_and_shuffled(embedded, tasks, 5)
+    again = transfer(other, tasks, 99, 40, 0, foundation=other, delete=(10, 60), importance=100)
+    assert plain["limit"] == again["limit"] == 39 and plain["images_per_task"] == 40
+    for one, two in zip(plain["pairs"], again["pairs"], strict=True):
+        assert one["k"] == two["k"] == 39  # 99 are not determined
+        assert one["k99"]["value"] is None and one["k99"]["above"] == 39
+        assert (one["deleted"]["from"], one["deleted"]["to"]) == (10, 39) and len(one["importance"]["change"]) == 39
+        for key in ("k99", "k95"):
+            assert one[key] == two[key]
+            assert max(filter(None, one[key].values())) <= 39
+        for key in ("kept", "full"):
+            assert one[key] == pytest.approx(two[key], abs=1e-6)
+        for key in ("bottom", "own_mean", "foundation", "deleted"):
+            assert one[key]["value"] == pytest.approx(two[key]["value"], abs=1e-6)
+        np.testing.assert_allclose(one["importance"]["change"], two["importance"]["change"], atol=1e-6)
+    for one, two in zip(plain["curves"], again["curves"], strict=True):
+        # without all 39 nothing would be left but the basis of the rest
+        assert one.ks[-1] == (32 if one.kind == "deleted" else 39) and one.kind == two.kind
+        if one.kind not in ("random", "pooled"):  # other subspaces of turned data; half of the images, the first ones
+            np.testing.assert_allclose(one.score, two.score, atol=1e-6, err_msg=one.kind)
+    rows, turned = (measure_components(data, tasks, result["bases"], result["limit"], 0)
+                    for data, result in ((embedded, plain), (other, again)))
+    assert {row["component"] for row in rows} == set(range(1, 40))
+    for key in ("variance", "identity_dprime"):
+        np.testing.assert_allclose([row[key] for row in rows], [row[key] for row in turned], rtol=1e-3, atol=1e-5)
+
+
+def test_dead_dimensions_and_repeated_images_determine_nothing():
+    (basis,) = orthogonal(D, SHARED)
+    embedded, tasks = planted([basis, basis], noise=0)  # 360 images in 20 of 64 dimensions
+    assert 18 <= transfer(embedded, tasks, 99, 2, 0, controls=False)["limit"] <= D
+    x = np.random.default_rng(0).normal(size=(30, D))
+    assert determined(principal_components(np.repeat(x, 4, axis=0))[2], 120) == 29  # 30 pictures, four times each
+    x = np.pad(np.random.default_rng(0).normal(size=(200, 40)), ((0, 0), (0, 24)))
+    assert determined(principal_components(x)[2], 200) == 40
+    assert determined(principal_components(np.ones((9, D)))[2], 9) == 1
+
+
+def test_components_that_are_not_enough_are_told():
+    shown = show_needed(Figure(np.inf, np.array([30.0] * 30 + [np.inf] * 10)), 39)
+    assert shown == {"value": None, "low": 30, "high": None, "above": 39} and needed([shown]) == "> 39 [30, > 39]"
+    assert needed([shown, {"value": 20, "low": 10, "high": 29}]) == "> 30 [20, > 34]"  # seeds
+    assert show_needed(Figure(np.nan, np.array([1.0])), 39) == {"value": None, "low": None, "high": None}
+    assert needed([{"value": None, "low": None, "high": None}]) == "-"
+
+
 def test_intervals_resample_identities():
     """Each identity is right or wrong as a whole: 20 identities, half right, give an interval of binomial width."""
     ids = np.repeat(np.arange(20), 10)
@@ -305,7 +382,7 @@ def test_single_components_tell_tasks_and_identities_apart(shared):
     (basis,) = orthogonal(D, SHARED)
     embedded, tasks = planted([basis, basis], noise=0.2, offsets=[np.zeros(D), 3 * basis[3]])
     bases = {t.domain: principal_components(embedded[t.domain][0]) for t in tasks}
-    rows = measure_components(embedded, tasks, bases, 0)
+    rows = measure_components(embedded, tasks, bases, D, 0)
     assert len(rows) == 2 * 2 * D
     own = [r for r in rows if r["fit"] == "object*" == r["test"]]
     first, last = (np.mean([r["identity_dprime"] for r in part]) for part in (own[:10], own[-10:]))
@@ -351,6 +428,21 @@ def test_a_task_apart_by_its_mean_alone_is_separable_and_not_after_centring():
     assert pairs["object", "face_hq"]["kept"] > 0.95  # apart, and yet of one subspace
 
 
+def test_a_fit_that_did_not_converge_is_told(monkeypatch):
+    rng, unfinished = np.random.default_rng(0), Counter()
+    easy = [rng.normal(size=(60, 3)) + shift for shift in (0, 1)]
+    predict("logistic", easy, easy, unfinished)
+    assert not unfinished
+    monkeypatch.setattr(analyze_separability, "make_classifier", lambda name: LogisticRegression(max_iter=1))
+    predict("logistic", easy, easy, unfinished)
+    assert unfinished == {"logistic": 1}
+    space = {name: {"value": 1.0, "low": 1.0, "high": 1.0} for name in ("logistic", "lda", "svm")}
+    text = "\n".join(report_separability({
+        "images_per_task": 9, "chance": 0.5, "identities": {}, "unseen_sources": [], "sources": {}, "spaces": {
+            "tuned": space | {"pairwise": {}, "converged": {"logistic": False, "lda": True, "svm": True}}}}))
+    assert "| tuned | 100.0 [100.0, 100.0] (not converged) | 100.0 [100.0, 100.0] | 100.0" in text
+
+
 def test_balanced_accuracy_weighs_tasks_alike():
     right = [np.array([True] * 90 + [False] * 10), np.array([False] * 10)]
     figure = balanced_accuracy(right, [np.arange(100), np.arange(100, 110)], 100, 0)
@@ -360,7 +452,8 @@ def test_balanced_accuracy_weighs_tasks_alike():
 def fake_split(name: str, sources: list[str], ood: bool = False):
     return SimpleNamespace(name=name, labels=np.arange(len(sources)), protocol={"name": "x", "ood": ood}, folder=name,
                            domain="body", classes=[f"{name} {i}" for i in range(len(sources))],
-                           index={"provenance": {"source": "merge"}}, fields=lambda row: {"source": sources[row]})
+                           index={"provenance": {"source": "merge", "plan": "", "data_set": []}},
+                           fields=lambda row: {"source": sources[row]})
 
 
 def test_a_source_that_was_left_out_can_be_mistaken():
@@ -387,6 +480,18 @@ def test_a_source_that_was_left_out_can_be_mistaken():
     spaces = separability(fitted["tuned"], tested["tuned"], ids, 20, 0)
     assert spaces["logistic"].value > 0.97
     assert sources_of(fake_split("sketch", ["a", "a"], ood=True), np.arange(2)).tolist() == ["a (sketch)"] * 2
+
+
+def test_sources_are_data_sets_whatever_command_prepared_them():
+    def sources(command: str, *data_set: str) -> list[str]:
+        split = SimpleNamespace(name="train", protocol=None, fields=lambda row: {"source": ("lfw", "casia")[row]},
+                                index={"provenance": {"source": command, "data_set": list(data_set)}})
+        return sources_of(split, np.arange(2)).tolist()
+
+    assert sources("folder", "lfw") == sources("pairs", "lfw") == ["lfw", "lfw"]
+    assert sources("folder", "casia") == ["casia", "casia"]
+    assert sources("merge", "lfw", "casia") == sources("degrade", "lfw", "casia") == ["lfw", "casia"]
+    assert sources("merge", "merge") == ["lfw", "casia"]  # merged by an older version
 
 
 def test_padding_is_cropped_and_pictures_are_not():

@@ -388,6 +388,22 @@ def test_the_width_is_what_comes_out():
     assert model.dim == model.eval()(torch.zeros(1, 3, 64, 64)).shape[1] != model.net.num_features
 
 
+def test_the_activation_is_the_one_that_the_weights_were_trained_with():
+    import open_clip
+
+    for name, tag in open_clip.list_pretrained():
+        resolved = backbones.resolve_backbone({"model": f"{name}/{tag}"})[1]
+        if open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"):
+            assert open_clip.get_model_config(resolved)["quick_gelu"], (name, tag)
+        else:
+            assert resolved == name
+    library, name, _ = backbones.resolve_backbone({"model": "ViT-B-32/openai"})
+    net = backbones.build_network(library, name, 32)
+    assert type(net.visual.transformer.resblocks[0].mlp.gelu) is open_clip.transformer.QuickGELU
+    with pytest.raises(InputError, match="no weights 'opnai' for ViT-B-32; it has openai, laion400m_e31"):
+        backbones.resolve_backbone({"model": "ViT-B-32/opnai"})
+
+
 def test_a_last_batch_of_one_image(demo_root):
     config = {"backbone": "clip", "size": "tiny", "model": None, "weights": "none", "image_size": 32, "embed_dim": 0,
               "seed": 0, "head_init": "means", "head_init_images": 3, "micro_batch": 11, "workers": 0}
