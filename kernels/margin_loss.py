@@ -1,5 +1,5 @@
 """The multi-domain margin loss: every sample meets the classes of its own domain, all domains in one call.
-To use it elsewhere, copy this file and, for GPUs, margin_triton.py into one package.
+To use it elsewhere, copy this file and, for GPUs, margin_triton.py and margin_plan.py into one package.
 
 `margin_loss_reference` is the definition, the fallback on every device and the oracle of the tests.
 """

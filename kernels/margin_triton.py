@@ -100,27 +100,27 @@ def find_range(classes, domain, low, window):
 @triton.jit
 def sample_norms(
     x, w, labels, order, owner, classes, scale, m_ang, m_add, fields, column, copy, S, D, pitch,
-    BY_S: tl.constexpr, BY_ANG: tl.constexpr, BY_ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    BY_S: tl.constexpr, BY_ANG: tl.constexpr, BY_ADD: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One slot a program: copy of x, 1/|x|, s, margins, target cosine (-inf: its class is not here), its class (-1)."""
-    slot = tl.program_id(0)
+    """Of SLOTS slots: copy of x, 1/|x|, s, margins, target cosine (-inf: its class is not here), its class (or -1)."""
+    slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     sample = tl.load(order + slot)
     i = tl.maximum(sample, 0)
     domain = tl.where(sample < 0, 0, tl.load(owner + slot // ROWS))
     start, size, _ = find_range(classes, domain, 0, 0)
     own = (tl.load(labels + i) - tl.load(classes + 5 * domain + 2)).to(tl.int32)
     here = (sample >= 0) & (own >= 0) & (own < size)
-    row = tl.where(here, start + own, 0)
-    xx, xw, ww = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    xs, ws = x + i.to(tl.int64)[:, None] * D, w + tl.where(here, start + own, 0)[:, None] * D
+    square, cos, other = tl.zeros([SLOTS], tl.float32), tl.zeros([SLOTS], tl.float32), tl.zeros([SLOTS], tl.float32)
     for d in range(0, pitch, WIDTH):
-        at = d + tl.arange(0, WIDTH)
-        a = tl.load(x + i.to(tl.int64) * D + at, mask=(at < D) & (sample >= 0), other=0).to(tl.float32)
-        b = tl.load(w + row * D + at, mask=(at < D) & here, other=0).to(tl.float32)
-        tl.store(copy + slot.to(tl.int64) * pitch + at, a.to(copy.dtype.element_ty), mask=at < pitch)
-        xx, xw, ww = xx + a * a, xw + a * b, ww + b * b
-    square, other = tl.sum(xx, 0), tl.sum(ww, 0)
+        at = d + tl.arange(0, WIDTH)[None, :]
+        a = tl.load(xs + at, mask=(at < D) & (sample >= 0)[:, None], other=0).to(tl.float32)
+        b = tl.load(ws + at, mask=(at < D) & here[:, None], other=0).to(tl.float32)
+        tl.store(copy + slot.to(tl.int64)[:, None] * pitch + at, a.to(copy.dtype.element_ty), mask=at < pitch)
+        square, cos, other = square + tl.sum(a * a, 1), cos + tl.sum(a * b, 1), other + tl.sum(b * b, 1)
     norm = tl.where(square >= TINY, tl.rsqrt(square), 0.0)
-    cos = tl.sum(xw, 0) * norm * tl.where(other >= TINY, tl.rsqrt(other), 0.0)
+    cos *= norm * tl.where(other >= TINY, tl.rsqrt(other), 0.0)
     tl.store(fields + NORM * S + slot, norm)
     tl.store(fields + SCALE * S + slot, tl.load(scale + (i if BY_S else domain)))
     tl.store(fields + ANGULAR * S + slot, tl.load(m_ang + (i if BY_ANG else domain)))
@@ -419,9 +419,9 @@ def forward(plan: Plan, x, w, labels, domains, tables, values, by, weight, smoot
     KP = triton.next_power_of_2(K)
     group_rows[(1,)](labels, domains, table, order, slots, owner, groups, count, N, K, len(owner), KP=KP, BLOCK=256,
                      **rows)
-    sample_norms[(S,)](
+    sample_norms[(S // 8,)](
         x, w, labels, order, owner, table, *values, fields, column, samples, S, D, plan.pitch,
-        BY_S=by[0], BY_ANG=by[1], BY_ADD=by[2], WIDTH=min(triton.next_power_of_2(D), 1024), **rows)
+        BY_S=by[0], BY_ANG=by[1], BY_ADD=by[2], SLOTS=8, WIDTH=256, **rows)
     operand = empty(plan.window * K or len(w), plan.pitch, dtype=plan.operand) if plan.copy else w
     windows = plan.windows()
     parts = torch.full((2 + smooth, max(len(windows), 1) * plan.strips, S), -torch.inf, device=x.device)
@@ -440,7 +440,7 @@ def forward(plan: Plan, x, w, labels, domains, tables, values, by, weight, smoot
     loss, by_domain, cos, correct = empty(()), empty(K), empty(N), empty(N, dtype=torch.bool)
     losses[(1,)](best, lse, total, target, fields, slots, owner, table, count,
                  count if step_count is None else step_count, weight, smoothing, loss, by_domain, cos,
-                 correct.view(torch.int8), S, N, K, KP=KP, BLOCK=512, **rows, **options)
+                 correct.view(torch.int8), S, N, K, KP=KP, BLOCK=256, **rows, **options)
     saved = samples, w if plan.window else operand, inverse, fields, column, slots, owner, groups
     return (loss, by_domain, cos, correct), saved
 

@@ -103,7 +103,8 @@ def test_adaptive_margins_by_hand():
     torch.testing.assert_close(found["sample_margin_angular"], -0.4 * z)
     torch.testing.assert_close(found["sample_margin_additive"], 0.4 + 0.4 * z)
     off = train.adaptive_margins(length, torch.full((2,), 0.1), m, 0 * h, norms)
-    assert off["sample_margin_angular"].tolist() == [pytest.approx(0.1)] * 2 and torch.equal(off["sample_margin_additive"], m)
+    assert off["sample_margin_angular"].tolist() == [pytest.approx(0.1)] * 2
+    assert torch.equal(off["sample_margin_additive"], m)
 
 
 @pytest.mark.parametrize("samples", [0, 1])
