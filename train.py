@@ -80,7 +80,7 @@ def loss_options(config: dict, class_counts: list[int], device: torch.device, ra
     first = torch.tensor([start for start, _ in ranges], device=device)
     return values | {"rows": None, "class_ranges": ranges, "first": first, "num_domains": len(class_counts),
                      "reduction": reduction, "gradient": config["margin_gradient"].replace("-", "_"),
-                     "extension": config["margin_extension"], "shard": shard if sharded else None}
+                     "shard": shard if sharded else None}
 
 
 def lengths_of(x: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ def adaptive_margins(length: torch.Tensor, angular: torch.Tensor, additive: torc
     std = (squares / n.clamp(min=1e-9) - mean.square()).clamp(min=0).sqrt()
     z = (h * (length - mean) / (std + 1e-3)).clamp(-1, 1)
     z = torch.where(n > 1, z, 0.0)
-    return {"margin_angular": angular - additive * z, "margin_additive": additive + additive * z}
+    return {"sample_margin_angular": angular - additive * z, "sample_margin_additive": additive + additive * z}
 
 
 def learn_norms(job: "Job", sums: torch.Tensor, taken: torch.Tensor) -> None:
@@ -173,11 +173,8 @@ def accumulate(model: nn.Module, head: torch.Tensor, batches: Iterable[tuple], c
                 mine = slice(ranks.rank * len(labels), (ranks.rank + 1) * len(labels))
                 own = GatherSamples.apply(x, ranks)
                 target, of = gather_rows(labels, ranks), gather_rows(domains, ranks)
-            # one value a sample: with as many samples as domains a vector [K] would be taken for one
-            values = {name: options[name][of] for name in ("scale", "margin_angular", "margin_additive")}
-            if norms is not None:
-                values |= adaptive_margins(lengths_of(own), values["margin_angular"], values["margin_additive"],
-                                           adaptive[of], norms[of])
+            values = {} if norms is None else adaptive_margins(
+                lengths_of(own), options["margin_angular"][of], options["margin_additive"][of], adaptive[of], norms[of])
             result = margin_loss(own, head, target, of, domain_count=counts, **options | values)
             if by_domain is None or not tune_backbone:
                 (result.loss * ranks.world).backward()  # DistributedDataParallel averages over the ranks
@@ -554,7 +551,7 @@ def drawn(job: Job, rows: torch.Tensor | None) -> Iterator[None]:
 
 
 class Precise(nn.Module):
-    """The model's forward pass in the precision of --precision."""
+    """The model's forward pass in the precision of --precision, embeddings included: some networks end in float32."""
 
     def __init__(self, model: Backbone, half: bool, device: torch.device) -> None:
         super().__init__()
@@ -562,7 +559,8 @@ class Precise(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
-            return self.model(images)
+            x = self.model(images)
+        return x.bfloat16() if self.half else x
 
 
 def make_forward(job: Job) -> nn.Module:

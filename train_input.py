@@ -55,7 +55,8 @@ class Finished(torch.utils.data.Dataset):
 
     def __init__(self, stream: Stream, cache: list[torch.Tensor] | None, model: Backbone) -> None:
         self.stream, self.cache = stream, cache
-        self.look = SimpleNamespace(image_size=model.image_size, mean=model.mean, std=model.std)
+        self.look = SimpleNamespace(image_size=model.image_size, mean=model.mean, std=model.std,
+                                    interpolation=model.interpolation)
 
     def __len__(self) -> int:
         return len(self.stream)
@@ -71,7 +72,7 @@ def to_images(chunk: Chunk, model: Backbone, device: torch.device, dtype: torch.
     """The interleaved, augmented, normalised batch [B, 3, S, S] of a chunk."""
     banks = [bank.to(device, non_blocking=True) for bank in chunk.banks]
     images = gather_interleaved(banks, chunk.domain, chunk.row, size=model.image_size, mean=model.mean, std=model.std,
-                                boxes=chunk.boxes, flip=chunk.flip, dtype=dtype)
+                                boxes=chunk.boxes, flip=chunk.flip, interpolation=model.interpolation, dtype=dtype)
     return chunk.augment(images, model.mean, model.std)
 
 

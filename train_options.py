@@ -157,17 +157,10 @@ def check_options(config: dict) -> None:
 def check_margins(config: dict) -> None:
     """Refuse margins that contradict each other."""
     margins = dict(zip(config["domains"], zip(*(per_domain(config, key) for key in MARGINS), strict=True), strict=True))
-    for domain, (additive, angular, h) in margins.items():
+    for domain, (additive, _, h) in margins.items():
         if h and not additive:
             raise InputError(f"--margin-adaptive: {domain} has no additive margin that could adapt: give "
                              f"--margin-additive {domain}=0.4,... or say --loss {domain}=adaface")
-        if angular and config["margin_extension"] == "clamp":
-            # one value per call of the loss; domains without an angular margin hardly notice it, this one would
-            raise InputError(f"--margin-extension clamp is AdaFace's: {domain} has a fixed angular margin, whose "
-                             "gradient it would cut off: take linear")
-    if config["margin_extension"] == "clamp" and not any(h for *_, h in margins.values()):
-        raise InputError("--margin-extension clamp is AdaFace's and no domain has its margins: leave it out, or say "
-                         "--loss adaface")
 
 
 def sort_domains(text: str | list[str], option: str) -> list[str]:
@@ -316,8 +309,6 @@ OPTIONS = [
                  help="AdaFace: how much a longer embedding hardens its additive margin (its h), per domain; 0: not."),
     click.option("--margin-gradient", type=click.Choice(["exact", "straight-through"]), default="exact",
                  help="Gradient of the target's logit: exact, or 1 as arcface_torch trains."),
-    click.option("--margin-extension", type=click.Choice(["linear", "clamp"]), default="linear",
-                 help="Angles beyond 0..π: go on linearly, or clamped without a gradient as in AdaFace's own code."),
     click.option("--label-smoothing", default="0", metavar="NUMBERS", help="Label smoothing 0..1, per domain."),
     click.option("--margin-ramp", type=Number(0, 1), default=0.1,
                  help="Margins grow from 0 over this fraction of training; 0: off."),

@@ -1,4 +1,5 @@
 """The interleaved gather: one normalised batch out of several banks of uint8 images, cropped, resized and flipped.
+To use it elsewhere, copy this file and, for GPUs, gather_triton.py into one package.
 
 `gather_interleaved_reference` is the definition, the fallback on every device and the oracle of the tests.
 """
@@ -14,8 +15,17 @@ NONE = 2**31 - 1  # of a flag: no wrong place so far
 # ---------------------------------------------------------------- reference
 
 
-def resample_weights(low: Tensor, high: Tensor, length: int, size: int) -> Tensor:
-    """Triangle-filter weights [b, size, length] that resample the interval low..high [b] of `length` pixels.
+def filter_weights(x: Tensor, interpolation: str) -> Tensor:
+    """The filter at a distance of x pixels: a triangle ("bilinear"), or Keys's cubic with a = -0.5 ("bicubic")."""
+    x = x.abs()
+    if interpolation == "bilinear":
+        return (1 - x).clamp(min=0)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def resample_weights(low: Tensor, high: Tensor, length: int, size: int, interpolation: str) -> Tensor:
+    """Weights [b, size, length] that resample the interval low..high [b] of `length` pixels.
 
     Pixel i covers i..i+1 and has its centre at i + 0.5. The filter is widened by the reduction factor where the
     interval is larger than the output (antialiasing), and sees only the pixels that the interval touches: for a
@@ -24,14 +34,15 @@ def resample_weights(low: Tensor, high: Tensor, length: int, size: int) -> Tenso
     step = ((high - low) / size)[:, None, None]
     centre = low[:, None, None] + (torch.arange(size, device=low.device)[:, None] + 0.5) * step
     pixel = torch.arange(length, device=low.device)
-    weights = (1 - (pixel + 0.5 - centre).abs() / step.clamp(min=1)).clamp(min=0)
+    weights = filter_weights((pixel + 0.5 - centre) / step.clamp(min=1), interpolation)
     weights = weights * ((pixel >= low.floor()[:, None, None]) & (pixel < high.ceil()[:, None, None]))
     return weights / weights.sum(2, keepdim=True)
 
 
 def gather_interleaved_reference(
     banks: list[Tensor], domain: Tensor, row: Tensor, *, size: int, mean, std, boxes: Tensor | None = None,
-    flip: Tensor | None = None, dtype: torch.dtype = torch.bfloat16, channels_last: bool = True,
+    flip: Tensor | None = None, interpolation: str = "bilinear", dtype: torch.dtype = torch.bfloat16,
+    channels_last: bool = True,
 ) -> Tensor:
     """The definition of `gather_interleaved`, computed bank by bank in float32 (float64 for float64 output).
 
@@ -51,12 +62,14 @@ def gather_interleaved_reference(
         if boxes is not None or (size, size) != (H, W):
             whole = torch.tensor([0, 0, W, H], dtype=work, device=device).expand(len(places), 4)
             x0, y0, x1, y1 = (whole if boxes is None else boxes[places].to(work)).unbind(1)
-            across, down = resample_weights(x0, x1, W, size), resample_weights(y0, y1, H, size)
+            across, down = (resample_weights(*side, size, interpolation) for side in ((x0, x1, W), (y0, y1, H)))
             if flip is not None:
                 across = torch.where(mirrored, across.flip(1), across)
             x = x.transpose(1, 2).to(work, memory_format=torch.contiguous_format)
-            x = torch.bmm(across, x.flatten(2)).unflatten(2, (H, 3))  # [n, size, H, 3]
-            x = torch.bmm(down, x.transpose(1, 2).flatten(2))  # [n, size, size * 3]
+            with torch.autocast(device.type, enabled=False):  # the definition is as precise wherever it is called
+                x = torch.bmm(across, x.flatten(2)).unflatten(2, (H, 3))  # [n, size, H, 3]
+                x = torch.bmm(down, x.transpose(1, 2).flatten(2))  # [n, size, size * 3]
+            x = x.clamp(0, 255)  # the cubic overshoots
         else:
             x = x.to(work)
             x = (x if flip is None else torch.where(mirrored[..., None], x.flip(2), x)).flatten(2)
@@ -68,7 +81,7 @@ def gather_interleaved_reference(
 # ---------------------------------------------------------------- public
 
 
-def check_shapes(banks, domain, row, boxes, flip, size, dtype) -> None:
+def check_shapes(banks, domain, row, boxes, flip, size, interpolation, dtype) -> None:
     """Raise ValueError for what cannot be meant; values are not looked at."""
     if not banks or any(bank.dtype != torch.uint8 or bank.ndim != 4 or bank.shape[3] != 3 for bank in banks):
         raise ValueError("banks: want a list of uint8 tensors [M, H, W, 3]")
@@ -78,6 +91,8 @@ def check_shapes(banks, domain, row, boxes, flip, size, dtype) -> None:
             raise ValueError(f"{name} is {tuple(value.shape)}: want {shape}, one for each of {B} output images")
     if size < 1 or dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise ValueError(f"size={size}, dtype={dtype}: want a size of at least 1 and a floating dtype")
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f"interpolation={interpolation!r}: want bilinear or bicubic")
 
 
 def check_places(banks, domain, row, boxes) -> None:
@@ -124,12 +139,15 @@ def can_run_triton(banks: list[Tensor], dtype: torch.dtype) -> str:
         return "Triton is not installed: pip install triton"
     if not banks[0].is_cuda and not os.environ.get("TRITON_INTERPRET"):
         return f"it needs banks on a GPU (these are on {banks[0].device}), or TRITON_INTERPRET=1"
+    if banks[0].is_cuda and torch.cuda.get_device_capability(banks[0].device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or more (A100 and later)"
     return f"it writes bf16, fp16 or fp32, not {dtype}" if dtype == torch.float64 else ""
 
 
 def gather_interleaved(
     banks: list[Tensor], domain: Tensor, row: Tensor, *, size: int, mean, std, boxes: Tensor | None = None,
-    flip: Tensor | None = None, dtype: torch.dtype = torch.bfloat16, channels_last: bool = True, impl: str = "auto",
+    flip: Tensor | None = None, interpolation: str = "bilinear", dtype: torch.dtype = torch.bfloat16,
+    channels_last: bool = True, impl: str = "auto",
 ) -> Tensor:
     """Write an interleaved, normalised batch from K banks of images: gather, crop, resize, flip, normalise.
 
@@ -141,9 +159,10 @@ def gather_interleaved(
         size: output side S in pixels.
         mean: 3 numbers, per channel, of images scaled to 0..1.
         std: 3 numbers, likewise.
-        boxes: float32 [B, 4] as x0, y0, x1, y1 in pixels, pixel i covering i..i+1; bilinear, antialiased where the box
-            is larger than the output. Default: the whole image (a pure copy where H = W = size).
+        boxes: float32 [B, 4] as x0, y0, x1, y1 in pixels, pixel i covering i..i+1; antialiased where the box is larger
+            than the output. Default: the whole image (a pure copy where H = W = size).
         flip: bool [B], mirror left-right after resampling.
+        interpolation: "bilinear" or "bicubic", as torchvision's antialiased resize of floats, clamped to 0..255.
         dtype: of the output: bfloat16, float16, float32 or (plain PyTorch alone) float64.
         channels_last: memory layout of the output.
         impl: "torch", "triton" (one pass, nothing between the bytes and the batch) or "auto": Triton for banks on a
@@ -160,7 +179,7 @@ def gather_interleaved(
     """
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl={impl!r}: want one of auto, triton, torch")
-    check_shapes(banks, domain, row, boxes, flip, size, dtype)
+    check_shapes(banks, domain, row, boxes, flip, size, interpolation, dtype)
     device, missing = banks[0].device, can_run_triton(banks, dtype)
     if impl == "triton" and missing:
         raise NotImplementedError(f"gather_interleaved: impl='triton' was asked for, but {missing}; use impl='auto'")
@@ -168,12 +187,13 @@ def gather_interleaved(
     if domain.device.type == "cpu" or not triton:
         check_places(banks, domain, row, boxes)
     domain, row, boxes, flip = (v if v is None else v.to(device, non_blocking=True) for v in (domain, row, boxes, flip))
+    flip = flip if flip is None else flip.bool()
     if not triton:
         return gather_interleaved_reference(banks, domain, row, size=size, mean=mean, std=std, boxes=boxes, flip=flip,
-                                            dtype=dtype, channels_last=channels_last)
-    from kernels.gather_triton import gather  # not at the top: the file must import where Triton is absent
+                                            interpolation=interpolation, dtype=dtype, channels_last=channels_last)
+    from .gather_triton import gather  # not at the top: the file must import where Triton is absent
 
     if device not in FLAGS:
-        FLAGS[device] = torch.full((1,), NONE, dtype=torch.int32, device=device)
-    return gather(banks, domain.contiguous(), row.contiguous(), size, mean, std, boxes, flip, dtype, channels_last,
-                  FLAGS[device])
+        with torch.inference_mode(False):  # else a first call under inference mode would spoil later training
+            FLAGS[device] = torch.full((1,), NONE, dtype=torch.int32, device=device)
+    return gather(banks, domain, row, size, mean, std, boxes, flip, interpolation, dtype, channels_last, FLAGS[device])

@@ -1,4 +1,5 @@
 """The multi-domain margin loss: every sample meets the classes of its own domain, all domains in one call.
+To use it elsewhere, copy this file and, for GPUs, margin_triton.py and margin_plan.py into one package.
 
 `margin_loss_reference` is the definition, the fallback on every device and the oracle of the tests.
 """
@@ -19,6 +20,7 @@ TINY = 1e-12  # |x|² below which a vector counts as zero: no direction, no grad
 CLASS_CHUNK = 16384  # classes whose logits are held at once by the fallback
 TRITON_EMBEDDINGS = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_WEIGHTS = (torch.float32, torch.bfloat16)
+TRITON_DOMAINS = 64  # all domains are counted by one program
 
 
 class MarginLoss(NamedTuple):
@@ -73,30 +75,25 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.where(alive, torch.where(alive, square, 1.0).rsqrt(), 0.0)
 
 
-def margin_target(cos: Tensor, m_ang: Tensor, m_add: Tensor, extension: str, gradient: str) -> Tensor:
+def margin_target(cos: Tensor, m_ang: Tensor, m_add: Tensor, gradient: str) -> Tensor:
     """φ(t) of the target cosines [n]: the cosine with its margin, with the derivative written out.
 
     t = cos clamped to [-1, 1], θ = arccos t:
         φ = cos(θ + m_ang) - m_add               φ' = cos m + t sin m / √max(1 - t², 1e-6)   0 <= θ + m_ang <= π
         φ = t - m_ang sin(m_ang) - m_add         φ' = 1                                      above π
         φ = t + 1 - cos(m_ang) - m_add           φ' = 1                                      below 0
-    extension="clamp" (AdaFace): θ + m_ang clamped to [1e-3, π - 1e-3], φ' = 0 there.
     gradient="straight_through": φ' = 1 everywhere, what arcface_torch trains with.
     """
     with torch.no_grad():  # autograd through arccos would give infinities at |t| = 1
         t = cos.clamp(-1, 1)
         angle = t.arccos() + m_ang
-        if extension == "clamp":
-            inside = (angle >= 1e-3) & (angle <= math.pi - 1e-3)
-            value, outside_slope = angle.clamp(1e-3, math.pi - 1e-3).cos(), 0.0
-        else:
-            inside = (angle >= 0) & (angle <= math.pi)
-            beyond = torch.where(angle > 0, -m_ang * m_ang.sin(), 1 - m_ang.cos())
-            value, outside_slope = torch.where(inside, angle.cos(), t + beyond), 1.0
-            # without an angular margin φ is t itself: cos(arccos t) would lose half of t's digits near 1
-            value = torch.where(m_ang == 0, t, value)
+        inside = (angle >= 0) & (angle <= math.pi)
+        beyond = torch.where(angle > 0, -m_ang * m_ang.sin(), 1 - m_ang.cos())
+        value = torch.where(inside, angle.cos(), t + beyond)
+        # without an angular margin φ is t itself: cos(arccos t) would lose half of t's digits near 1
+        value = torch.where(m_ang == 0, t, value)
         slope = m_ang.cos() + t * m_ang.sin() / (1 - t.square()).clamp(min=1e-6).sqrt()
-        slope = torch.where(inside, slope, outside_slope)
+        slope = torch.where(inside, slope, 1.0)
         if gradient == "straight_through":
             slope = torch.ones_like(slope)
     return value - m_add + slope * (cos - cos.detach())
@@ -107,7 +104,8 @@ def negatives(x: Tensor, w: Tensor, label: Tensor, scale: Tensor) -> tuple[Tenso
 
     log Σ exp(s c_ij) (-inf without any), Σ s c_ij and, detached, max c_ij; all [n].
     """
-    cos = x @ w.T
+    with torch.autocast(x.device.type, enabled=False):  # the definition is as precise as its inputs, wherever called
+        cos = x @ w.T
     target = torch.arange(len(w), device=w.device) == label[:, None]
     best = cos.detach().masked_fill(target, -math.inf).amax(1)
     logits = scale[:, None] * cos
@@ -145,20 +143,22 @@ def merged(merge: Callable, rows: Tensor, N: int, scale: Tensor, best, lse, tota
             target + (own - own.detach()))
 
 
-def per_sample(value, domains: Tensor, K: int, dtype: torch.dtype) -> Tensor:
-    """A number, [K] or [N] as [N]; where K = N it is read as [N]."""
-    N = len(domains)
+def per_domain(name: str, value, K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number or [K] as [K]."""
     if isinstance(value, int | float):
-        return torch.full((N,), float(value), dtype=dtype, device=domains.device)
-    value = torch.as_tensor(value, dtype=dtype, device=domains.device).detach()
-    return value[domains.clamp(0, K - 1)] if value.shape == (K,) and K != N else value.expand(N)
+        return torch.full((K,), float(value), dtype=dtype, device=device)
+    value = torch.as_tensor(value, dtype=dtype, device=device).detach()
+    if value.ndim and value.shape != (K,):
+        raise ValueError(f"{name} is {tuple(value.shape)}: want a number or [{K}], one for each domain (one for each "
+                         "sample: sample_scale, sample_margin_angular, sample_margin_additive)")
+    return value.expand(K)
 
 
-def per_domain(value, K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number or [K] as [K]; None is 1."""
-    if value is None or isinstance(value, int | float):
-        return torch.full((K,), 1.0 if value is None else float(value), dtype=dtype, device=device)
-    return torch.as_tensor(value, dtype=dtype, device=device).detach().expand(K)
+def per_sample(name: str, value, sample, domains: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """`sample` [N], or where there is none the domain's `value`."""
+    if sample is not None:
+        return torch.as_tensor(sample, dtype=dtype, device=domains.device).detach()
+    return per_domain(name, value, K, dtype, domains.device)[domains.clamp(0, max(K - 1, 0))]
 
 
 def class_slices(class_ranges, shard: Shard | None, device) -> tuple[tuple, Tensor]:
@@ -170,8 +170,9 @@ def class_slices(class_ranges, shard: Shard | None, device) -> tuple[tuple, Tens
 
 def margin_loss_reference(
     embeddings: Tensor, weight: Tensor, labels: Tensor, domains: Tensor, class_ranges: list[tuple[int, int]], *,
-    scale, margin_angular=0.0, margin_additive=0.0, domain_weight=None, domain_count=None, num_domains=None,
-    reduction="domain", label_smoothing=0.0, gradient="exact", extension="linear", shard=None, class_chunk=None,
+    scale=None, margin_angular=0.0, margin_additive=0.0, sample_scale=None, sample_margin_angular=None,
+    sample_margin_additive=None, domain_weight=None, domain_count=None, num_domains=None, reduction="domain",
+    label_smoothing=0.0, gradient="exact", shard=None, class_chunk=None,
 ) -> MarginLoss:
     """The definition of `margin_loss`, unfused, in any dtype (half precision is computed in float32).
 
@@ -179,8 +180,11 @@ def margin_loss_reference(
     """
     N, K, device = len(embeddings), len(class_ranges), embeddings.device
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
-    s, m_ang, m_add = (per_sample(v, domains, K, dtype) for v in (scale, margin_angular, margin_additive))
-    w_d, smoothing = (per_domain(v, K, dtype, device) for v in (domain_weight, label_smoothing))
+    s, m_ang, m_add = (per_sample(*v, domains, K, dtype) for v in (
+        ("scale", scale, sample_scale), ("margin_angular", margin_angular, sample_margin_angular),
+        ("margin_additive", margin_additive, sample_margin_additive)))
+    w_d = per_domain("domain_weight", 1.0 if domain_weight is None else domain_weight, K, dtype, device)
+    smoothing = per_domain("label_smoothing", label_smoothing, K, dtype, device)
     first, size = class_slices(class_ranges, shard, device)
     known = (domains >= 0) & (domains < K)
     size_of = torch.where(known, size[domains.clamp(0, max(K - 1, 0))], 0) if K else torch.zeros_like(domains)
@@ -209,7 +213,7 @@ def margin_loss_reference(
         best, lse, total, cos = merged(shard.merge, rows, N, s, best, lse, total, cos)
 
     s, eps, own = s[rows], smoothing[domains[rows]], domains[rows]
-    target = s * margin_target(cos, m_ang[rows], m_add[rows], extension, gradient)
+    target = s * margin_target(cos, m_ang[rows], m_add[rows], gradient)
     # the target is kept out of the log-sum-exp: lse - sφ would cancel to 0 in fp32 where the truth is 1e-8
     losses = -F.logsigmoid(target - lse)  # softplus(lse⁻ - sφ), exact in both tails
     # CE against (1 - ε) onehot + ε/C: the cross-entropy above plus ε (sφ - mean logit)
@@ -217,8 +221,8 @@ def margin_loss_reference(
     sums = torch.stack([losses[own == k].sum() for k in range(K)]) if K else losses
     factor = torch.where(seen > 0, w_d / torch.where(seen > 0, denominator, 1), 0)
     loss = loss + (factor * sums).sum()
-    # a label outside its range must not pass for a small loss; on CPU it was refused before
-    loss = torch.where(((labels != -1) & ~valid).any(), math.nan, loss)
+    # a label outside its range must not pass for a small loss, nor its gradient for a step; on CPU: refused before
+    loss = loss * torch.where(((labels != -1) & ~valid).any(), math.nan, 1.0)
     target_cos = torch.full((N,), math.nan, dtype=dtype, device=device).index_put((rows,), cos.detach())
     correct = torch.zeros(N, dtype=torch.bool, device=device).index_put((rows,), cos.detach() > best)
     return MarginLoss(loss, torch.where(seen > 0, sums.detach() / count, math.nan), target_cos, correct)
@@ -279,7 +283,7 @@ def sample_classes(
 # ---------------------------------------------------------------- public
 
 
-def check_arguments(embeddings, weight, labels, domains, class_ranges, reduction, gradient, extension, shard,
+def check_arguments(embeddings, weight, labels, domains, class_ranges, samples, reduction, gradient, shard,
                     impl) -> None:
     """Raise ValueError for shapes and names that cannot be meant; values are looked at on CPU only (no device sync)."""
     N, D = embeddings.shape
@@ -288,15 +292,21 @@ def check_arguments(embeddings, weight, labels, domains, class_ranges, reduction
     if labels.shape != (N,) or domains.shape != (N,):
         raise ValueError(f"labels {tuple(labels.shape)} and domains {tuple(domains.shape)}: want one of each for "
                          f"{N} samples")
+    if N and not class_ranges:
+        raise ValueError(f"class_ranges is empty: the {N} samples have no domain that they could belong to")
     for k, (start, end) in enumerate(class_ranges):
         if not 0 <= start <= end <= len(weight):
             raise ValueError(f"class range {k} is ({start}, {end}): not within the {len(weight)} rows of weight")
+    for name, (value, sample) in samples.items():
+        if sample is not None and (not torch.is_tensor(sample) or sample.shape != (N,)):
+            raise ValueError(f"sample_{name}: want a tensor of one value for each of {N} samples")
+        if sample is None and value is None:
+            raise ValueError(f"{name} is missing: want a number or [K], or sample_{name}")
     if shard is not None and not len(shard.start) == len(shard.total) == len(class_ranges):
         raise ValueError(f"shard has {len(shard.start)} starts and {len(shard.total)} totals: want one for each of "
                          f"{len(class_ranges)} domains")
     for name, value, known in (("reduction", reduction, ("domain", "sample")),
                                ("gradient", gradient, ("exact", "straight_through")),
-                               ("extension", extension, ("linear", "clamp")),
                                ("impl", impl, ("auto", "triton", "torch"))):
         if value not in known:
             raise ValueError(f"{name}={value!r}: want one of {', '.join(known)}")
@@ -311,29 +321,34 @@ def check_arguments(embeddings, weight, labels, domains, class_ranges, reduction
                              f"domain {int(domains[i])}, nor -1")
 
 
-def best_impl(impl: str, embeddings: Tensor, weight: Tensor) -> str:
-    """`impl` with "auto" decided: Triton for CUDA tensors in the dtypes that it multiplies, else plain PyTorch."""
-    dtypes = embeddings.dtype in TRITON_EMBEDDINGS and weight.dtype in TRITON_WEIGHTS
-    if impl == "auto":
-        return "triton" if embeddings.is_cuda and dtypes and find_spec("triton") else "torch"
-    if impl == "triton":
-        if not find_spec("triton"):
-            raise NotImplementedError("margin_loss: impl='triton' was asked for and Triton is not installed: "
-                                      "pip install triton, or use impl='auto'")
-        if not embeddings.is_cuda and not os.environ.get("TRITON_INTERPRET"):
-            raise NotImplementedError("margin_loss: impl='triton' needs tensors on a GPU (these are on "
-                                      f"{embeddings.device}), or TRITON_INTERPRET=1; use impl='auto'")
-        if not dtypes:
-            raise NotImplementedError("margin_loss: impl='triton' takes bf16, fp16 or fp32 embeddings and fp32 or bf16 "
-                                      f"weights, not {embeddings.dtype} and {weight.dtype}; use impl='auto'")
-    return impl
+def best_impl(impl: str, embeddings: Tensor, weight: Tensor, K: int) -> str:
+    """`impl` with "auto" decided: Triton where the kernels can run, else plain PyTorch.
+
+    Raises:
+        NotImplementedError: impl="triton" where they cannot.
+    """
+    missing = ""
+    if not find_spec("triton"):
+        missing = "Triton is not installed: pip install triton"
+    elif not embeddings.is_cuda and (impl == "auto" or not os.environ.get("TRITON_INTERPRET")):
+        missing = f"it needs tensors on a GPU (these are on {embeddings.device}), or TRITON_INTERPRET=1"
+    elif embeddings.is_cuda and torch.cuda.get_device_capability(embeddings.device) < (8, 0):
+        missing = "it needs a GPU of compute capability 8.0 or more (A100 and later)"
+    elif embeddings.dtype not in TRITON_EMBEDDINGS or weight.dtype not in TRITON_WEIGHTS:
+        missing = ("it takes bf16, fp16 or fp32 embeddings and fp32 or bf16 weights, not "
+                   f"{embeddings.dtype} and {weight.dtype}")
+    elif K > TRITON_DOMAINS:
+        missing = f"it takes up to {TRITON_DOMAINS} domains, not {K}"
+    if impl == "triton" and missing:
+        raise NotImplementedError(f"margin_loss: impl='triton' was asked for, but {missing}; use impl='auto'")
+    return "torch" if impl == "torch" or missing else "triton"
 
 
 def margin_loss(
     embeddings: Tensor, weight: Tensor, labels: Tensor, domains: Tensor, class_ranges: list[tuple[int, int]], *,
-    scale, margin_angular=0.0, margin_additive=0.0, domain_weight=None, domain_count=None, num_domains=None,
-    reduction="domain", label_smoothing=0.0, gradient="exact", extension="linear", drop_mass=0.0, shard=None,
-    impl="auto",
+    scale=None, margin_angular=0.0, margin_additive=0.0, sample_scale=None, sample_margin_angular=None,
+    sample_margin_additive=None, domain_weight=None, domain_count=None, num_domains=None, reduction="domain",
+    label_smoothing=0.0, gradient="exact", shard=None, impl="auto",
 ) -> MarginLoss:
     """Softmax cross-entropy with angular and additive margins on cosines, each sample over its own domain's classes.
 
@@ -349,55 +364,58 @@ def margin_loss(
         labels: int64 [N], counted from the start of the sample's range; -1: ignore the sample.
         domains: int64 [N] in 0..K-1.
         class_ranges: K pairs (start, end) of rows of `weight`, end excluded; they may overlap or be empty.
-        scale: s > 0: a number, [K] or [N].
-        margin_angular: m_ang in radians: a number, [K] or [N] (where K = N: [N]); no gradient flows into margins.
+        scale: s > 0: a number or [K], one value a domain.
+        margin_angular: m_ang in radians, likewise; no gradient flows into scale and margins.
         margin_additive: m_add on the cosine, likewise.
-        domain_weight: [K] w_d (default 1).
+        sample_scale: [N], one value a sample, instead of `scale`.
+        sample_margin_angular: [N], instead of `margin_angular`.
+        sample_margin_additive: [N], instead of `margin_additive`.
+        domain_weight: a number or [K], w_d (default 1).
         domain_count: [K] n_d, valid samples of the whole optimiser step (default: counted in this call), so that
             micro-batches add up to the exact loss.
         num_domains: K of the formula (default: domains with a valid sample in this call).
         reduction: "domain" (above) or "sample": L = Σ_i w_d(i) ℓ_i / Σ_d n_d.
         label_smoothing: ε in 0..1, a number or [K]: the target becomes (1 - ε) onehot + ε / C_d.
         gradient: "exact", or "straight_through": dφ/dt = 1, as arcface_torch trains.
-        extension: "linear", or "clamp" as AdaFace's own code has it.
-        drop_mass: upper bound, 0 <= drop_mass < 1, on the softmax mass of non-targets that a sparse backward may leave
-            out, as a fraction of 1 - p_iy. Both implementations compute every pair and so leave out nothing: a sparse
-            backward was measured and did not pay (RESULTS.md).
         shard: the class rows are sharded over ranks, see `Shard`.
         impl: "torch" (chunked over classes, memory N x 16384 logits), "triton" (no N x C tensor at all; sums in a fixed
             order; products in bf16 for bf16 embeddings, in TF32 for fp16 ones, for fp32 ones as
-            `torch.set_float32_matmul_precision` says), or "auto": Triton for CUDA tensors, else torch.
+            `torch.set_float32_matmul_precision` says), or "auto": Triton on GPUs where it can run, else torch.
 
     Returns:
         MarginLoss(loss, per_domain [K], target_cos [N], correct [N]).
 
     Raises:
         ValueError: shapes, ranges or names that cannot be meant; on CPU also labels and domains out of range (on a GPU
-            these give a NaN loss: looking at them would stop the GPU).
+            these give a NaN loss and NaN gradients: looking at them would stop the GPU).
         NotImplementedError: impl="triton" where Triton cannot run.
     """
-    check_arguments(embeddings, weight, labels, domains, class_ranges, reduction, gradient, extension, shard, impl)
-    if not 0 <= drop_mass < 1:
-        raise ValueError(f"drop_mass={drop_mass}: want 0 <= drop_mass < 1")
-    if best_impl(impl, embeddings, weight) == "torch" or not len(embeddings) or not len(weight):
+    samples = {"scale": (scale, sample_scale), "margin_angular": (margin_angular, sample_margin_angular),
+               "margin_additive": (margin_additive, sample_margin_additive)}
+    check_arguments(embeddings, weight, labels, domains, class_ranges, samples, reduction, gradient, shard, impl)
+    device, K = embeddings.device, len(class_ranges)
+    if best_impl(impl, embeddings, weight, K) == "torch" or not len(embeddings) or not len(weight):
         return margin_loss_reference(
             embeddings, weight, labels, domains, class_ranges, scale=scale, margin_angular=margin_angular,
-            margin_additive=margin_additive, domain_weight=domain_weight, domain_count=domain_count,
+            margin_additive=margin_additive, sample_scale=sample_scale, sample_margin_angular=sample_margin_angular,
+            sample_margin_additive=sample_margin_additive, domain_weight=domain_weight, domain_count=domain_count,
             num_domains=num_domains, reduction=reduction, label_smoothing=label_smoothing, gradient=gradient,
-            extension=extension, shard=shard, class_chunk=CLASS_CHUNK,
+            shard=shard, class_chunk=CLASS_CHUNK,
         )
-    from kernels import margin_triton  # not at the top: the file must import where Triton is absent
+    from . import margin_triton  # not at the top: the file must import where Triton is absent
 
-    device, K = embeddings.device, len(class_ranges)
-    s = per_sample(scale, domains, K, torch.float32)
-    samples = [v.contiguous() for v in (s, *(per_sample(v, domains, K, torch.float32)
-                                             for v in (margin_angular, margin_additive)))]
-    by_domain = [None if v is None else per_domain(v, K, torch.float32, device).contiguous()
-                 for v in (1.0 if domain_weight is None else domain_weight, label_smoothing, domain_count)]
+    def of_domains(name: str, value) -> Tensor:
+        return per_domain(name, value, K, torch.float32, device).contiguous()
+
+    per_value = [of_domains(name, value) if sample is None else sample.detach().to(device, torch.float32).contiguous()
+                 for name, (value, sample) in samples.items()]
     out = margin_triton.margin_loss(
-        embeddings, weight, labels, domains, class_ranges, shard, samples, by_domain,
-        num_domains=num_domains or 0, by_sample=reduction == "sample", clamp=extension == "clamp",
-        straight=gradient == "straight_through",
-        smooth=not isinstance(label_smoothing, int | float) or label_smoothing > 0,
+        embeddings, weight, labels, domains, class_ranges, shard, per_value,
+        tuple(sample is not None for _, sample in samples.values()),
+        of_domains("domain_weight", 1.0 if domain_weight is None else domain_weight),
+        of_domains("label_smoothing", label_smoothing),
+        None if domain_count is None else of_domains("domain_count", domain_count),
+        num_domains=num_domains or 0, BY_SAMPLE=reduction == "sample", STRAIGHT=gradient == "straight_through",
+        SMOOTH=not isinstance(label_smoothing, int | float) or label_smoothing > 0,
     )
     return MarginLoss(*out)

@@ -1,12 +1,18 @@
 """The margin loss against a literal transcription of its formulas in numpy, sample by sample, in float64."""
 
 import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from kernels.margin_loss import Shard, margin_loss, margin_loss_reference, margin_target, sample_classes
+from kernels.margin_loss import Shard, best_impl, margin_loss, margin_loss_reference, margin_target, sample_classes
 
 SIZES = [(1, 2, 3), (2, 5, 1), (17, 7, 8), (101, 13, 31)]
 
@@ -24,7 +30,7 @@ def case(n, classes, dim, K=3, seed=0, dtype=torch.float64):
     return x, w, labels, domains, ranges
 
 
-def literal(x, w, labels, domains, ranges, s, m_ang, m_add, extension="linear"):
+def literal(x, w, labels, domains, ranges, s, m_ang, m_add):
     """ℓ_i, t_i and top-1 of every sample by the textbook, with explicit loops and no care for precision but float64."""
     losses, cosines, hits = [], [], []
     for i in range(len(x)):
@@ -32,9 +38,7 @@ def literal(x, w, labels, domains, ranges, s, m_ang, m_add, extension="linear"):
         cos = [np.dot(x[i], w[j]) / (np.linalg.norm(x[i]) * np.linalg.norm(w[j])) for j in range(start, end)]
         t = min(max(cos[labels[i]], -1), 1)
         theta = math.acos(t) + m_ang[i]
-        if extension == "clamp":
-            phi = math.cos(min(max(theta, 1e-3), math.pi - 1e-3))
-        elif theta > math.pi:
+        if theta > math.pi:
             phi = t - m_ang[i] * math.sin(m_ang[i])
         elif theta < 0:
             phi = t + 1 - math.cos(m_ang[i])
@@ -49,16 +53,16 @@ def literal(x, w, labels, domains, ranges, s, m_ang, m_add, extension="linear"):
     return np.array(losses), np.array(cosines), np.array(hits)
 
 
-@pytest.mark.parametrize("extension", ["linear", "clamp"])
 @pytest.mark.parametrize("n, classes, dim", SIZES)
-def test_equals_the_formulas(n, classes, dim, extension):
+def test_equals_the_formulas(n, classes, dim):
     x, w, labels, domains, ranges = case(n, classes, dim)
     rng = np.random.default_rng(1)
     s, m_ang, m_add = rng.uniform(1, 64, n), rng.uniform(-1.5, 1.5, n), rng.uniform(0, 0.4, n)
     weight = torch.tensor([1.0, 2.0, 0.5, 3.0])
-    out = margin_loss(x, w, labels, domains, ranges, scale=torch.tensor(s), margin_angular=torch.tensor(m_ang),
-                      margin_additive=torch.tensor(m_add), domain_weight=weight, extension=extension)
-    losses, cosines, hits = literal(x.numpy(), w.numpy(), labels, domains, ranges, s, m_ang, m_add, extension)
+    samples = {"sample_scale": torch.tensor(s), "sample_margin_angular": torch.tensor(m_ang),
+               "sample_margin_additive": torch.tensor(m_add)}
+    out = margin_loss(x, w, labels, domains, ranges, domain_weight=weight, **samples)
+    losses, cosines, hits = literal(x.numpy(), w.numpy(), labels, domains, ranges, s, m_ang, m_add)
     of = [(domains == k).numpy() for k in range(4)]
     seen = [k for k in range(4) if of[k].any()]
     expected = sum(float(weight[k]) * losses[of[k]].mean() for k in seen) / len(seen)
@@ -68,9 +72,39 @@ def test_equals_the_formulas(n, classes, dim, extension):
         assert value == pytest.approx(losses[of[k]].mean(), rel=1e-10) if k in seen else math.isnan(value)
     np.testing.assert_allclose(out.target_cos, cosines, rtol=1e-10)
     assert out.correct.tolist() == hits.tolist()
-    sample = margin_loss(x, w, labels, domains, ranges, scale=torch.tensor(s), margin_angular=torch.tensor(m_ang),
-                         margin_additive=torch.tensor(m_add), reduction="sample", extension=extension)
+    sample = margin_loss(x, w, labels, domains, ranges, reduction="sample", **samples)
     assert float(sample.loss) == pytest.approx(losses.mean(), rel=1e-10)
+
+
+def test_one_value_a_domain_and_one_a_sample_are_never_mistaken():
+    """As many samples as domains, the samples in the other order: by domain s = 4, 40 means 40 for the first sample."""
+    x = torch.tensor([[1.0, 0], [1, 0]], dtype=torch.float64)
+    w = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0, 1]], dtype=torch.float64)
+    labels, domains, ranges = torch.tensor([1, 1]), torch.tensor([1, 0]), [(0, 2), (2, 4)]
+    values = torch.tensor([4.0, 40.0])
+    by_domain = margin_loss(x, w, labels, domains, ranges, scale=values).per_domain
+    by_sample = margin_loss(x, w, labels, domains, ranges, sample_scale=values).per_domain
+    # a sample on the other class: log(1 + exp(s))
+    torch.testing.assert_close(by_domain, torch.tensor([4.0, 40]).double().exp().log1p())
+    torch.testing.assert_close(by_sample, torch.tensor([40.0, 4]).double().exp().log1p())
+    for name in ("margin_angular", "margin_additive"):
+        many, few = ({"scale": 5.0, name: torch.tensor(v)} for v in ([0.1, 0.3], [0.3, 0.1]))
+        one = margin_loss(x, w, labels, domains, ranges, **many).per_domain
+        assert torch.equal(one, margin_loss(x, w, labels, domains, ranges, scale=5.0, **{
+            f"sample_{name}": few[name]}).per_domain) and one[0] < one[1]
+
+
+def test_autocast_does_not_reach_the_definition():
+    x, w, labels, domains, ranges = case(20, 5, 6, dtype=torch.float32)
+    plain, found = [], []
+    for results, low in ((plain, False), (found, True)):
+        for chunk in (None, 2):
+            a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                out = margin_loss_reference(a, b, labels, domains, ranges, scale=30.0, class_chunk=chunk)
+            out.loss.backward()
+            results += [out.loss.detach(), a.grad, b.grad]
+    assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
 
 
 def test_label_smoothing_is_cross_entropy_against_soft_targets():
@@ -97,7 +131,7 @@ def test_gradcheck(chunk, smoothing):
     m_ang = torch.linspace(-0.3, 0.5, 12, dtype=torch.float64)
 
     def loss(x, w):
-        return margin_loss_reference(x, w, labels, domains, ranges, scale=8.0, margin_angular=m_ang,
+        return margin_loss_reference(x, w, labels, domains, ranges, scale=8.0, sample_margin_angular=m_ang,
                                      margin_additive=0.1, domain_weight=torch.tensor([1.0, 2.0, 3.0, 1.0]),
                                      label_smoothing=smoothing, class_chunk=chunk).loss
 
@@ -107,15 +141,14 @@ def test_gradcheck(chunk, smoothing):
 @pytest.mark.parametrize("angle, m", [(3.0, 0.5), (0.1, -0.4), (1.0, 0.5)])
 def test_gradcheck_of_every_branch(angle, m):
     cos = torch.tensor([math.cos(angle)], dtype=torch.float64, requires_grad=True)
-    for extension in ("linear", "clamp"):
-        assert torch.autograd.gradcheck(lambda c, e=extension: margin_target(
-            c, torch.tensor([m], dtype=torch.float64), torch.tensor([0.1], dtype=torch.float64), e, "exact"), cos)
+    m, additive = (torch.tensor([v], dtype=torch.float64) for v in (m, 0.1))
+    assert torch.autograd.gradcheck(lambda c: margin_target(c, m, additive, "exact"), cos)
 
 
 def test_straight_through_changes_the_gradient_alone():
     cos = torch.tensor([-0.99, 0.2, 0.9999], requires_grad=True)
     m, zero = torch.full((3,), 0.5), torch.zeros(3)
-    exact, through = (margin_target(cos, m, zero, "linear", g) for g in ("exact", "straight_through"))
+    exact, through = (margin_target(cos, m, zero, g) for g in ("exact", "straight_through"))
     assert torch.equal(exact, through)
     assert torch.autograd.grad(through.sum(), cos)[0].tolist() == [1, 1, 1]
     assert torch.autograd.grad(exact.sum(), cos)[0][2] > 20  # unbounded as θ -> 0
@@ -269,18 +302,45 @@ def test_triton_says_what_it_needs(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(NotImplementedError, match="needs tensors on a GPU"):
         margin_loss(**call)
+    on_gpu, old = SimpleNamespace(is_cuda=True, dtype=torch.float32, device="cuda:1"), []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: old.append(device) or (7, 5))
+    assert best_impl("auto", on_gpu, call["weight"], 2) == "torch" and old == ["cuda:1"]
+    with pytest.raises(NotImplementedError, match="compute capability 8"):
+        best_impl("triton", on_gpu, call["weight"], 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert best_impl("auto", on_gpu, call["weight"], 2) == "triton"
+    assert best_impl("auto", on_gpu, call["weight"], 65) == best_impl("torch", on_gpu, call["weight"], 2) == "torch"
     monkeypatch.setattr("kernels.margin_loss.find_spec", lambda name: None)
     with pytest.raises(NotImplementedError, match="Triton is not installed"):
         margin_loss(**call)
     assert torch.isfinite(margin_loss(**call | {"impl": "auto"}).loss)
 
 
+@pytest.mark.parametrize("name", ["margin_loss", "gather"])
+def test_the_files_work_elsewhere(name, tmp_path):
+    """Copied into another package, with the files that they name."""
+    source = Path(__file__).parent.parent / "kernels"
+    (tmp_path / "mine").mkdir()
+    for file in [f"{name}.py", *set(re.findall(r"\b\w+\.py", "\n".join(
+            (source / f"{name}.py").read_text().splitlines()[:3])))]:
+        (tmp_path / "mine" / file).write_text((source / file).read_text())
+    call = {"margin_loss": "margin_loss(torch.ones(2, 3), torch.eye(3), torch.tensor([0, 1]), torch.tensor([0, 0]), "
+                           "[(0, 3)], scale=1.0, impl='triton')",
+            "gather": "gather_interleaved([torch.zeros(1, 4, 4, 3, dtype=torch.uint8)], torch.tensor([0]), "
+                      "torch.tensor([0]), size=4, mean=(0,) * 3, std=(1,) * 3, impl='triton')"}[name]
+    subprocess.run([sys.executable, "-c", f"import torch; from mine.{name} import *; {call}"], cwd=tmp_path, check=True,
+                   env=os.environ | {"TRITON_INTERPRET": "1"})
+
+
 @pytest.mark.parametrize("change, error, words", [
     ({"impl": "cuda"}, ValueError, "auto, triton, torch"),
     ({"reduction": "mean"}, ValueError, "reduction='mean'"),
-    ({"extension": "cubic"}, ValueError, "extension='cubic'"),
     ({"gradient": "none"}, ValueError, "gradient='none'"),
-    ({"drop_mass": 1.5}, ValueError, "drop_mass"),
+    ({"scale": None}, ValueError, "scale is missing"),
+    ({"scale": torch.ones(3)}, ValueError, r"scale is \(3,\): want a number or \[2\].*sample_scale"),
+    ({"sample_margin_angular": torch.ones(3)}, ValueError, "sample_margin_angular: want a tensor of one value"),
+    ({"label_smoothing": torch.ones(3)}, ValueError, "label_smoothing is"),
+    ({"class_ranges": []}, ValueError, "the 2 samples have no domain"),
     ({"shard": Shard((0,), (5,))}, ValueError, "shard has 1 starts"),
     ({"labels": torch.tensor([0, 9])}, ValueError, "sample 1: label 9 is not one of the 2 classes"),
     ({"labels": torch.tensor([-2, 0])}, ValueError, "sample 0: label -2"),

@@ -6,31 +6,36 @@ Every term of the formulas is guarded: taken out of a kernel, it makes the test 
     rescaling of the running sum (best changes)   test_equals_the_definition, test_strips_and_chunks_change_nothing
     1/|x|, 1/|w| in forward and in P              test_equals_the_definition
     projection of dx and dw                       test_gradients_are_orthogonal_to_their_vectors
-    φ, φ' inside, beyond π, below 0, clamped      test_every_branch_of_the_margin
+    φ, φ' inside, beyond π, below 0               test_every_branch_of_the_margin
     straight-through slope                        test_every_branch_of_the_margin
     additive margin, scale, weight, denominators  test_equals_the_definition
     ε (mean logit) in ℓ and in both slopes        test_label_smoothing
     upstream gradient                             test_equals_the_definition (a factor of 3)
     class ranges, other domains' classes          test_overlapping_ranges_add_up, test_rows_in_no_range_get_zero
     label -1, empty domain, nothing valid         test_ignored_samples, test_nothing_valid
+    label out of range                            test_a_label_out_of_range_cannot_pass
+    strips, windows, chunks, splits               test_strips_windows_and_chunks_change_nothing
     global statistics of sharded class rows       test_shards_add_up_to_the_whole
 """
 
+import contextlib
 import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton")
-from kernels import margin_triton  # noqa: E402
+from kernels import margin_plan, margin_triton  # noqa: E402
 from kernels.margin_loss import Shard, margin_loss, margin_loss_reference  # noqa: E402
+from tests import interpreter  # noqa: E402
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-# tl.dot of the interpreter gives garbage on bfloat16
-DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float32)]
-DTYPES += [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)] if GPU else []
+DTYPES = [(torch.float32, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.float32),
+          (torch.bfloat16, torch.bfloat16)]
 NAMES = ("loss", "per_domain", "target_cos", "dx", "dw")
+interpreter.repair()
 
 
 @pytest.fixture(autouse=True)
@@ -88,34 +93,39 @@ def agree(found, truth, tolerance=2e-5, names=NAMES):
         assert worst <= bound, f"{name}: worst element is off by {float(worst):.3g}, allowed {float(bound):.3g}"
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("n, classes, dim", [(1, 2, 3), (2, 5, 2), (17, 7, 64), (101, 131, 33), (257, 67, 17)])
+SINGLE = [(1, 2, 3), (2, 5, 2), (17, 7, 64), (101, 131, 33), (257, 67, 17)]
+
+
+@pytest.mark.parametrize("n, classes, dim, dtypes", [(*shape, DTYPES[0]) for shape in SINGLE]
+                         + [(n, 37, 33, dtypes) for n, dtypes in zip((70, 133, 65), DTYPES[1:], strict=True)], ids=str)
 def test_equals_the_definition(n, classes, dim, dtypes):
     case = problem(n, classes, dim, dtypes=dtypes)
     g = torch.Generator().manual_seed(1)
-    rows = {"scale": torch.rand(n, generator=g) * 40 + 1, "margin_angular": torch.rand(n, generator=g) * 2 - 1,
-            "margin_additive": torch.rand(n, generator=g) * 0.4}
+    rows = {"sample_scale": torch.rand(n, generator=g) * 40 + 1,
+            "sample_margin_angular": torch.rand(n, generator=g) * 2 - 1,
+            "sample_margin_additive": torch.rand(n, generator=g) * 0.4}
     options = {name: v.to(DEVICE) for name, v in rows.items()}
     options["domain_weight"] = torch.tensor([1.0, 2.0, 0.5, 3.0], device=DEVICE)
     for more in ({}, {"reduction": "sample", "domain_count": torch.tensor([90, 80, 70, 60]), "num_domains": 4}):
         truth = results(*case, "torch", torch.float64, **options, **more)
         found = results(*case, "triton", **options, **more)
         half = dtypes != (torch.float32, torch.float32)
-        # dx comes back in fp16 or bf16; the products of bf16 inputs are compared with eager ones elsewhere
+        # dx comes back in fp16 or bf16; the products of bf16 inputs are compared with eager ones below
         agree(found, truth, 0.03 if torch.bfloat16 in dtypes else 1e-3 if half else 2e-5)
         assert found[-1].tolist() == truth[-1].tolist() or torch.bfloat16 in dtypes
 
 
-@pytest.mark.parametrize("dtypes", [d for d in DTYPES if d[0] != torch.float32], ids=str)
-def test_errors_stay_below_those_of_eager_code(dtypes):
-    case = problem(130, 80, 64, dtypes=dtypes)
+@pytest.mark.parametrize("n, dtypes", [(130, DTYPES[1]), (130, DTYPES[2]), (40, DTYPES[3]), (260, DTYPES[2])], ids=str)
+def test_errors_stay_below_those_of_eager_code(n, dtypes):
+    """bf16 with fp32 weights is what training runs: its products see bf16 copies of both."""
+    case = problem(n, 80, 64, dtypes=dtypes)
     options = {"scale": 32.0, "margin_angular": 0.2, "margin_additive": 0.1}
     truth = results(*case, "torch", torch.float64, **options)[3:5]
     found = results(*case, "triton", **options)[3:5]
     for name, one, eager, exact in zip(("dx", "dw"), found, autocast(*case, **options), truth, strict=True):
         worst, allowed = ((v - exact).abs().max() for v in (one, eager))
         print(f"{name}: worst element off by {float(worst):.3g}, eager {float(allowed):.3g}")
-        assert worst <= allowed * 1.5 + torch.finfo(dtypes[0]).eps * exact.abs().max()
+        assert 0 < worst <= allowed + torch.finfo(dtypes[0]).eps * exact.abs().max() / 4
 
 
 def test_confident_logits_keep_their_gradient():
@@ -137,8 +147,7 @@ def test_confident_logits_keep_their_gradient():
 
 
 @pytest.mark.parametrize("gradient", ["exact", "straight_through"])
-@pytest.mark.parametrize("extension", ["linear", "clamp"])
-def test_every_branch_of_the_margin(extension, gradient):
+def test_every_branch_of_the_margin(gradient):
     """Two classes in the plane, the sample turned to any angle: θ + m inside, beyond π, below 0, at its edges."""
     angles = torch.tensor([0.0, 5e-4, 0.1, 0.5, 1.5, 2.5, 2.9, 3.1, math.pi - 5e-4, math.pi])
     margins = torch.tensor([-1.2, -0.2, 0.0, 0.3, 1.0])
@@ -147,7 +156,7 @@ def test_every_branch_of_the_margin(extension, gradient):
     w = torch.tensor([[1.0, 0, 0.1], [0, 1, 0.3]], device=DEVICE)
     zero = torch.zeros(len(x), dtype=torch.long, device=DEVICE)
     case = (x, w, zero, zero, [(0, 2)])
-    options = {"scale": 4.0, "margin_angular": m.to(DEVICE), "extension": extension, "gradient": gradient}
+    options = {"scale": 4.0, "sample_margin_angular": m.to(DEVICE), "gradient": gradient}
     found, eager, truth = (results(*case, impl, dtype, **options) for impl, dtype in (
         ("triton", None), ("torch", None), ("torch", torch.float64)))
     for name, one, other, exact in zip(NAMES, found, eager, truth, strict=False):
@@ -180,11 +189,22 @@ def test_overlapping_ranges_add_up(ranges):
     agree(results(*case, "triton", scale=20.0), results(*case, "torch", torch.float64, scale=20.0))
 
 
+@pytest.fixture
+def settings(monkeypatch):
+    """Sets constants of the plan; plans made before do not count, nor do these afterwards."""
+    def set_to(**values):
+        margin_plan.make_plan.cache_clear()
+        for name, value in values.items():
+            monkeypatch.setattr(margin_plan, name, value)
+
+    yield set_to
+    margin_plan.make_plan.cache_clear()
+
+
 @pytest.mark.parametrize("chunk", [64, 100_000])
-def test_rows_in_no_range_get_zero(monkeypatch, chunk):
-    """Within a chunk that some range reaches, and in chunks that none does."""
-    monkeypatch.setattr(margin_triton, "CHUNK", chunk)
-    monkeypatch.setattr(margin_triton, "CHUNK_BYTES", 0)
+def test_rows_in_no_range_get_zero(settings, chunk):
+    """Within a chunk that some range reaches, and past all of them."""
+    settings(CHUNK=chunk, CHUNK_BYTES=0)
     x, w, labels, domains, _ = problem(20, 200, 16)
     ranges = [(10, 60), (150, 160), (300, 330)]
     labels = labels % 10
@@ -195,18 +215,16 @@ def test_rows_in_no_range_get_zero(monkeypatch, chunk):
     assert (dw[~used] == 0).all() and (dw[used].abs().sum(1) > 0).all()
 
 
-@pytest.mark.parametrize("n", [45, 300])
-def test_strips_and_chunks_change_nothing(monkeypatch, n):
-    """Several strips of classes a sample, several chunks of class rows a backward pass, several splits."""
-    case = problem(n, 110, 40)
+@pytest.mark.parametrize("n, dim, values", [
+    (45, 40, {"STRIP": 64, "CHUNK": 64}), (45, 40, {"STRIP": 128, "CHUNK": 128, "choose_splits": lambda *_: 3}),
+    (45, 40, {"COPY_BYTES": 0, "WINDOW_BYTES": 4 * 64 * 4 * 128, "STRIP": 64, "CHUNK": 64}), (150, 16, {"CHUNK": 128}),
+], ids=["strips", "splits", "windows", "rows"])  # fmt: skip
+def test_strips_windows_and_chunks_change_nothing(settings, n, dim, values):
+    """Several strips of classes a sample, several windows of the copied W, several chunks, several splits."""
+    case = problem(n, 110, dim)
     options = {"scale": 30.0, "margin_angular": 0.2, "label_smoothing": 0.1}
-    truth = results(*case, "torch", torch.float64, **options)
-    for strip, chunk, programs in ((64, 64, 2000), (128, 128, 1), (1024, 100_000, 64)):
-        monkeypatch.setattr(margin_triton, "STRIP", strip)
-        monkeypatch.setattr(margin_triton, "CHUNK", chunk)
-        monkeypatch.setattr(margin_triton, "CHUNK_BYTES", 0)
-        monkeypatch.setattr(margin_triton, "PROGRAMS", programs)
-        agree(results(*case, "triton", **options), truth)
+    settings(CHUNK_BYTES=0, **values)
+    agree(results(*case, "triton", **options), results(*case, "torch", torch.float64, **options))
 
 
 def test_ignored_samples():
@@ -278,10 +296,114 @@ def test_a_label_out_of_range_cannot_pass(labels):
     if not GPU:
         with pytest.raises(ValueError, match="sample 1"):
             margin_loss(x, w, labels, domains, [(0, 3), (3, 5)], scale=10.0, impl="triton")
+    a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+    margin_loss_reference(a, b, labels, domains, [(0, 3), (3, 5)], scale=10.0).loss.backward()
+    assert a.grad[0].isnan().all() and b.grad[:3].isnan().all()  # the definition: no gradient that passes for one
     one = torch.ones(2, device=DEVICE)
-    out = margin_triton.margin_loss(x, w, labels, domains, [(0, 3), (3, 5)], None, [one] * 3, [one, 0 * one, None],
-                                    num_domains=0, by_sample=False, clamp=False, straight=False, smooth=False)
-    assert out[0].isnan()
+    x.requires_grad_(), w.requires_grad_()
+    loss, *_ = margin_triton.margin_loss(x, w, labels, domains, [(0, 3), (3, 5)], None, [one] * 3, (False,) * 3, one,
+                                         0 * one, None, num_domains=0, BY_SAMPLE=False, STRAIGHT=False, SMOOTH=False)
+    loss.backward()
+    assert loss.isnan() and x.grad[0].isnan().all() and w.grad[:3].isnan().all()
+
+
+# ---------------------------------------------------------------- what the host does
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Launches as (kernel, grid, whether on the call's own device), in order; none of them runs."""
+    noted, current = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    def note(self, *arguments, **options):
+        noted.append((self.fn.__name__, self.grid, bool(current)))
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kind: empty(*size, **kind).zero_())
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(interpreter.interpreter.GridExecutor, "__call__", note)
+    return noted
+
+
+def four_domains(n=1024, classes=25_000, dim=128):
+    """Embeddings in bf16, weights in fp32, as in a training step of schedule B."""
+    x, w = torch.zeros(n, dim, dtype=torch.bfloat16).requires_grad_(), torch.zeros(4 * classes, dim).requires_grad_()
+    return x, w, torch.arange(n), torch.arange(n) % 4, [(k * classes, (k + 1) * classes) for k in range(4)]
+
+
+@pytest.mark.skipif(GPU, reason="looks into the interpreter")
+def test_domains_share_their_launches(launches):
+    """Chunks run over class numbers, all domains at once: 5 of 5,120 for 25,000 each, 3 launches a chunk."""
+    margin_loss(*four_domains(), scale=64.0, impl="triton").loss.backward()
+    assert [name for name, *_ in launches] == ["group_rows", "sample_norms", "class_norms", "cosine_tiles", "losses",
+                                               *["gradient_tiles", "sample_products", "class_products"] * 5]
+    assert all(guarded for *_, guarded in launches)  # each under a guard for the device of its tensors
+    grids = {name: grid for name, grid, _ in launches[:8]}
+    # tiles of 128: 8 that 4 x 256 samples fill, and 3 that only other shares of the domains would; 40 x 128 classes
+    assert grids["gradient_tiles"] == (11, 40) and grids["class_products"] == (40, 1, 4)
+    assert grids["sample_products"] == (11, 1, 9)  # a part of a wave: 1 / s + 0.0136 s is least at 8.6
+    assert 8 * 40 / (11 * 40) > 0.7  # of the programs find work
+
+
+@pytest.mark.skipif(GPU, reason="looks into the interpreter")
+def test_the_host_waits_for_nothing(launches):
+    """No value is read back and no size depends on one: a call can be captured in a CUDA graph."""
+    class Listen(TorchDispatchMode):
+        heard = ()
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.heard += (str(function),)
+            return function(*arguments, **(options or {}))
+
+    call = four_domains(64, 100)
+    margin_triton.class_tables.cache_clear()
+    margin_loss(*call, scale=64.0, impl="triton")  # fills the cache of tables; the checks on the CPU read values
+    x, w, labels, domains, ranges = call
+    one = torch.ones(4)
+    with Listen() as host:
+        loss, *_ = margin_triton.margin_loss(x, w, labels, domains, ranges, None, [one] * 3, (False,) * 3, one, one,
+                                             None, num_domains=4, BY_SAMPLE=False, STRAIGHT=False, SMOOTH=True)
+        loss.backward()
+    assert len(host.heard) > 20
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "_to_cpu", "bincount")
+    assert not [name for name in host.heard if any(word in name for word in waits)]
+
+
+def test_a_first_call_under_inference_mode_spoils_nothing():
+    case = problem(5, 4, 8)
+    margin_triton.class_tables.cache_clear()
+    with torch.inference_mode():
+        margin_loss(*case, scale=9.0, impl="triton")
+    agree(results(*case, "triton", scale=9.0), results(*case, "torch", torch.float64, scale=9.0))
+
+
+def test_the_plan_of_the_sizes_that_are_meant():
+    """Worked by hand: MiB beyond inputs and gradients, splits, windows."""
+    def plan(N, D, *sizes, weight=torch.float32):
+        ends = [sum(sizes[: k + 1]) for k in range(len(sizes))]
+        ranges = tuple((end - size, end) for end, size in zip(ends, sizes, strict=True))
+        return margin_plan.make_plan(N, D, ranges, torch.bfloat16, weight, "high", 132)
+
+    one, four = plan(1024, 768, 100_000), plan(1024, 768, *[25_000] * 4)
+    assert (one.launch.rows, four.launch.rows) == (256, 128) and one.windows() == [(0, 100_000)]
+    # W 146.5, P 16, sums 2 x 3, samples 1.5, 1/|w| 0.4, along 0.3
+    assert 168 < one.workspace(100_000) / 2**20 < 173 and one.splits == 2 and len(one.chunks(0, 100_000)) == 13
+    assert four.workspace(100_000) / 2**20 < 180
+    assert margin_plan.choose_splits(288, 8192, 132) == 2  # waves 3 / 1, 5 / 2, 7 / 3; a split's traffic is 0.22 of one
+    large = plan(4096, 1024, 2_200_000)
+    assert large.splits == 1 and large.workspace(2_200_000) / 2**20 < 350  # of 1,000; all of W would be 4,297
+    assert large.window * 1024 * 2 <= 2**28 and large.copy and len(large.windows()) == 17
+    assert not plan(1024, 768, 1000, weight=torch.bfloat16).copy and plan(1024, 700, 1000, weight=torch.bfloat16).copy
+    assert plan(256, 768, *[2500] * 4).launch.rows == 64  # a default run
+    # disjoint or equal ranges need one pass, others one after the other
+    assert margin_plan.disjoint(((0, 5), (5, 9), (0, 5))) == [[(0, 5), (5, 9)]]
+    assert margin_plan.disjoint(((0, 5), (3, 9), (5, 9), (4, 4))) == [[(0, 5), (5, 9)], [(3, 9)]]
 
 
 @pytest.mark.gpu
@@ -294,6 +416,25 @@ def test_offsets_past_2_31():
     truth = results(x, w[-1000:], labels, domains, [(0, 1000)], "torch", torch.float64, scale=20.0, margin_additive=0.2)
     agree([dx, dw[-1000:]], truth[3:5], names=("dx", "dw"))
     assert not dw[:-1000].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_a_captured_step_gives_the_same_bits():
+    case = problem(130, 80, 64, dtypes=(torch.bfloat16, torch.float32))
+    x, w = (v.requires_grad_() for v in case[:2])
+
+    def step():
+        x.grad = w.grad = None
+        margin_loss(x, w, *case[2:], scale=30.0, margin_angular=0.2, impl="triton").loss.backward()
+
+    step()
+    expected = x.grad.clone(), w.grad.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    graph.replay()
+    assert torch.equal(x.grad, expected[0]) and torch.equal(w.grad, expected[1])
 
 
 @pytest.mark.gpu

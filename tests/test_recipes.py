@@ -59,7 +59,7 @@ def test_a_loss_for_a_domain_that_is_not_trained_is_allowed():
 
 
 def test_a_named_loss_trains_as_its_numbers_and_is_replayed(demo_root, tmp_path):
-    by_name = ["--loss", "adaface:m=0.2,s=24;face_lq=arcface:m=0.1;object=softmax", "--margin-extension", "linear"]
+    by_name = ["--loss", "adaface:m=0.2,s=24;face_lq=arcface:m=0.1;object=softmax"]
     run_here(*TINY, *by_name, "--data", demo_root, "--out", tmp_path / "name")
     numbers = ["--scale", "object=30,face_hq=24,face_lq=64,body=24",
                "--margin-additive", "object=0,face_hq=0.2,face_lq=0,body=0.2",
@@ -81,9 +81,9 @@ def test_the_gradient_mode_reaches_the_loss(demo_root, tmp_path):
     run_here(*common, "--out", tmp_path / "straight", "--margin-gradient", "straight-through")
     one, other = (log_of(tmp_path / name)[0] for name in ("exact", "straight"))
     assert one["loss"] == other["loss"] and one["grad_norm"] > 1.05 * other["grad_norm"]  # φ' = cos m + t sin m / √…
-    config = CONFIG | LOSS | {"shard_head": False, "margin_gradient": "straight-through", "margin_extension": "clamp"}
+    config = CONFIG | LOSS | {"shard_head": False, "margin_gradient": "straight-through"}
     options = train.loss_options(config, [C] * K, torch.device("cpu"))
-    assert options["gradient"] == "straight_through" and options["extension"] == "clamp"
+    assert options["gradient"] == "straight_through"
 
 
 # ---------------------------------------------------------------- AdaFace
@@ -100,17 +100,18 @@ def test_adaptive_margins_by_hand():
     m, h = torch.full((2,), 0.4, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
     found = train.adaptive_margins(length, torch.zeros(2), m, h, norms)
     z = torch.tensor([0.5 * 2.5**0.5 / (2.5**0.5 + 1e-3), -1.0], dtype=torch.float64)
-    torch.testing.assert_close(found["margin_angular"], -0.4 * z)
-    torch.testing.assert_close(found["margin_additive"], 0.4 + 0.4 * z)
+    torch.testing.assert_close(found["sample_margin_angular"], -0.4 * z)
+    torch.testing.assert_close(found["sample_margin_additive"], 0.4 + 0.4 * z)
     off = train.adaptive_margins(length, torch.full((2,), 0.1), m, 0 * h, norms)
-    assert off["margin_angular"].tolist() == [pytest.approx(0.1)] * 2 and torch.equal(off["margin_additive"], m)
+    assert off["sample_margin_angular"].tolist() == [pytest.approx(0.1)] * 2
+    assert torch.equal(off["sample_margin_additive"], m)
 
 
 @pytest.mark.parametrize("samples", [0, 1])
 def test_a_single_sample_has_no_deviation(samples):
     norms = torch.tensor([[samples, 9.0 * samples, 81.0 * samples]], dtype=torch.float64)
     found = train.adaptive_margins(torch.tensor([20.0]), torch.zeros(1), torch.full((1,), 0.4), torch.ones(1), norms)
-    assert float(found["margin_additive"]) == pytest.approx(0.4) and float(found["margin_angular"]) == 0
+    assert float(found["sample_margin_additive"]) == pytest.approx(0.4) and float(found["sample_margin_angular"]) == 0
 
 
 def test_statistics_are_decayed_sums_and_skipped_steps_leave_them():
@@ -483,7 +484,7 @@ def test_a_patch_is_erased_where_it_was_drawn():
 
 
 def test_a_batch_is_augmented_after_the_gather_and_untouched_domains_keep_their_bits(demo_root):
-    model = SimpleNamespace(image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    model = SimpleNamespace(image_size=32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), interpolation="bilinear")
     plain, stream = stream_of(demo_root), stream_of(demo_root, color=[0.0, 0.5])
     a, b = (to_images(s[0], model, torch.device("cpu")) for s in (plain, stream))
     chunk, (mean, std) = stream[0], (torch.tensor(v).view(3, 1, 1) for v in (model.mean, model.std))
@@ -591,14 +592,12 @@ BAD = [
     (["--loss", "face_hq=arcface:s=64", "--scale", "20"], "--loss and --scale both set scales"),
     (["--loss", "face_hq=arcface", "--margin-angular", "0.1"], "--loss and --margin-angular both set margins"),
     (["--margin-adaptive", "0.3"], "object has no additive margin that could adapt"),
-    (["--margin-extension", "clamp"], "no domain has its margins"),
     (["--lora", "4"], "this network has no attention projections to adapt"),
     (["--freeze-blocks", "10"], "this network has 10 levels and trains the last: take up to 9"),
     (["--flip", "2"], "--flip: object is 2; want 0 to 1"),
     (["--color", "object=0.1"], "--color 'object=0.1': no value for face_hq"),
     (["--erase", "often"], "--erase 'often': want a number or NAME=NUMBER"),
     (["--drop-path", "1"], "1.0 is not in the range"),
-    (["--loss", "face_hq=adaface;body=arcface", "--margin-extension", "clamp"], "body has a fixed angular margin"),
 ]
 
 

@@ -19,7 +19,7 @@ CONFIG = {"schedule": "B", "domains": list(DOMAINS), "order": None, "coupling": 
 LOSS = {"scale": "object=30,face_hq=64,face_lq=64,body=64",
         "margin_additive": "object=0,face_hq=0.35,face_lq=0.2,body=0.1",
         "margin_angular": "0.1", "domain_weight": "object=1,face_hq=2,face_lq=0.5,body=1", "label_smoothing": "0",
-        "margin_adaptive": "0", "margin_gradient": "exact", "margin_extension": "linear"}
+        "margin_adaptive": "0", "margin_gradient": "exact"}
 
 
 @given(st.lists(st.floats(0.001, 1.0), min_size=1, max_size=5), st.integers(1, 300))
