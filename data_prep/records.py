@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pickle
+import shutil
 import tempfile
 from array import array
 from collections import Counter
@@ -17,6 +18,13 @@ from data_prep import InputError, progress
 
 if TYPE_CHECKING:
     from data_prep.shards import Record, Source
+
+
+def disk_error(folder: Path, error: OSError) -> InputError:
+    """What to say where the disk does not take what is written to a split folder."""
+    free = f"{shutil.disk_usage(folder).free >> 20:,} MiB free there; " if folder.is_dir() else ""
+    return InputError(f"--out {folder}: cannot be written ({error.strerror or error}; {free}what is done stays done, "
+                      "and the same command goes on from there)")
 
 
 class Records(Sequence):
@@ -36,10 +44,16 @@ class Records(Sequence):
         self.file = tempfile.TemporaryFile(dir=there)  # noqa: SIM115
         start, identity, role, numbers = array("q", [0]), array("i"), array("b"), {None: -1}
         for record in progress(records, desc="list the source", unit="img"):
-            start.append(start[-1] + self.file.write(pickle.dumps(record, pickle.HIGHEST_PROTOCOL)))
+            try:
+                start.append(start[-1] + self.file.write(pickle.dumps(record, pickle.HIGHEST_PROTOCOL)))
+            except OSError as error:
+                raise disk_error(folder, error) from error
             identity.append(numbers.setdefault(record.identity, len(numbers) - 1))
             role.append(-1 if record.role is None else record.role)
-        self.file.flush()
+        try:
+            self.file.flush()
+        except OSError as error:
+            raise disk_error(folder, error) from error
         ends = np.frombuffer(start, dtype=np.int64)
         self.start, self.length = ends[:-1], np.diff(ends).astype(np.int32)
         self.identity, self.role = np.frombuffer(identity, dtype=np.int32), np.frombuffer(role, dtype=np.int8)

@@ -26,9 +26,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, wraps
 from itertools import islice
 from pathlib import Path
 
@@ -36,7 +37,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_prep import DOMAINS, InputError, progress
-from data_prep.records import Records, first_copies, restrict
+from data_prep.records import Records, disk_error, first_copies, restrict
 
 FORMAT = "imic-shards/1"
 VERSION = "0.1"  # of data_prep, recorded with every split
@@ -302,6 +303,19 @@ def random_order(n: int, blocks: list[int], seed: int) -> np.ndarray:
     return np.concatenate([runs[i] for i in np.random.default_rng(seed).permutation(len(runs))])
 
 
+def told_of_disk(function: Callable) -> Callable:
+    """The function, whose first argument is the folder that it writes; InputError where the disk does not take it."""
+    @wraps(function)
+    def call(folder: Path, *arguments, **options):
+        try:
+            return function(folder, *arguments, **options)
+        except OSError as error:
+            raise disk_error(folder, error) from error
+
+    return call
+
+
+@told_of_disk
 def write_split(folder: Path, source: Source, *, source_name: str, size: int, fit: str, quality: int, train: bool,
                 seed: int = 0, shard_size: int = 2048, workers: int = 1, options: dict | None = None,
                 drop_duplicates: bool = False) -> dict:
@@ -345,6 +359,8 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
     if (folder / "index.json").exists():
         index = read_index(folder)
         if index["provenance"].get("plan") == plan:
+            for leftover in (folder / ".parts", *folder.glob("*.tmp")):  # of a kill after the last step
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
             print(f"{folder}: complete")
             return index
         raise InputError(f"{folder} already holds another split: remove it or choose another --out")
@@ -403,6 +419,11 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
     return index
 
 
+def column_type(name: str) -> np.dtype:
+    """What the numbers of a column are."""
+    return np.dtype({"hash": np.uint64, "quality": np.float64}.get(name, np.int64))
+
+
 def part_path(folder: Path, number: int) -> Path:
     """Where the index of a finished shard waits for the others."""
     return folder / ".parts" / f"shard-{number:06d}.tar.json"
@@ -425,25 +446,29 @@ def write_columns(folder: Path, shards: int) -> tuple[list[dict], np.ndarray]:
     shutil.rmtree(folder / "index", ignore_errors=True)  # of a run that was interrupted here
     (folder / "index").mkdir()
 
-    def column(name: str) -> np.ndarray:
-        kind = {"hash": np.uint64, "quality": np.float64}.get(name, np.int64)
-        return np.lib.format.open_memmap(folder / "index" / f"{name}.npy", "w+", kind, (total,))
-
-    place = np.empty(total, dtype=np.int64)
-    columns = {name: column(name) for name in ("shard", "offset", "length", "label", *OPTIONAL, "hash")}
-    first = 0
-    for number in range(shards):
-        rows = json.loads(part_path(folder, number).read_text())["rows"]
-        here = slice(first, first + len(rows))
-        columns["shard"][here] = number
-        for values, target in zip(zip(*rows, strict=True), (place, *list(columns.values())[1:]), strict=False):
-            target[here] = values
-        first = here.stop
-    for name in OPTIONAL:
-        if not (columns[name] >= 0).any():
-            (folder / "index" / f"{name}.npy").unlink()
-    for values in columns.values():
-        values.flush()
+    place, first, present = np.empty(total, dtype=np.int64), 0, set()
+    with ExitStack() as stack:
+        files = {}
+        for name in ("shard", "offset", "length", "label", *OPTIONAL, "hash"):
+            files[name] = stack.enter_context(open(folder / "index" / f"{name}.npy", "wb"))
+            header = {"descr": column_type(name).str, "fortran_order": False, "shape": (total,)}
+            np.lib.format.write_array_header_1_0(files[name], header)
+        for number in range(shards):  # appended, not mapped: a full disk is an error here and would be a crash there
+            rows = json.loads(part_path(folder, number).read_text())["rows"]
+            columns = dict(zip(("place", *list(files)[1:]), zip(*rows, strict=True), strict=False))
+            columns["shard"] = [number] * len(rows)
+            place[first : first + len(rows)] = columns.pop("place", [])
+            first += len(rows)
+            for name, values in columns.items():
+                values = np.array(values, dtype=column_type(name))
+                files[name].write(values)
+                if name in OPTIONAL and (values >= 0).any():
+                    present.add(name)
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    for name in set(OPTIONAL) - present:
+        (folder / "index" / f"{name}.npy").unlink()
     return table, place
 
 
@@ -495,18 +520,23 @@ def in_parallel(function: Callable, tasks: Iterable[tuple], workers: int, in_ord
     if workers <= 1:
         yield from (function(*task) for task in tasks)
         return
-    tasks = iter(tasks)
+    tasks, others = iter(tasks), set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, PROCESSES, start_worker, (os.getpid(),)) as pool:
-        running = [pool.submit(function, *task) for task in islice(tasks, 2 * workers)]
         try:
+            running = [pool.submit(function, *task) for task in islice(tasks, 2 * workers)]
             while running:
                 wait(running[:1] if in_order else running, return_when=FIRST_COMPLETED)
                 done = [f for f in (running[:1] if in_order else running) if f.done()]
                 running = [f for f in running if f not in done]
                 running += [pool.submit(function, *task) for task in islice(tasks, len(done))]
                 yield from (future.result() for future in done)
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()  # nobody waits for their results any more
+            if isinstance(error, BrokenProcessPool):
+                raise InputError(f"one of {workers} workers was killed: out of memory? Take fewer --workers, or a "
+                                 "machine with more memory; what is done stays done") from error
             raise
 
 
@@ -626,7 +656,7 @@ class Split:
         except Exception as error:  # NumPy raises OSError, ValueError, EOFError, SyntaxError, TokenError, ... by damage
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: column {name!r} cannot be read ({reason}); prepare the split again") from error
-        kind = np.dtype({"hash": np.uint64, "quality": np.float64}.get(name, np.int64))
+        kind = column_type(name)
         width = TABLES[name].count(",") + 1 if name in TABLES else None
         if column.dtype != kind or column.shape != ((*column.shape[:1], width) if width else (len(self),)):
             wanted = f"[rows, {width}]: {TABLES[name]}" if width else f"[{len(self)}], one a sample"

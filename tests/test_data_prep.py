@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import InputError, shards
+from data_prep import InputError, progress, shards
 from data_prep.__main__ import cli
 from data_prep.degrade import degrade
 from data_prep.demo import demo_splits, draw_body, draw_face, draw_object
@@ -484,6 +484,96 @@ def test_a_refused_command_leaves_no_folder(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         run_here("folder", "--src", tmp_path / "none", "--out", tmp_path / "d/object/train")
     assert not list(tmp_path.iterdir())
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+
+
+def lives(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+@pytest.mark.parametrize("victim", ["worker", "parent"])
+def test_a_killed_worker_and_a_terminated_parent_leave_nobody_behind(victim, tmp_path):
+    """SIGKILL to a worker, as when memory is short: one line; SIGTERM to the parent: obeyed at once."""
+    src = class_folders(tmp_path / "src", classes=4, images=25, width=900, height=900)
+    out = tmp_path / "d/object/train"
+    command = ["-m", "data_prep", "folder", "--src", str(src), "--out", str(out), "--size", "200", "--shard-size", "1"]
+    process = subprocess.Popen([sys.executable, *command, "--workers", "2"], cwd=ROOT, stderr=subprocess.PIPE,
+                               text=True)
+    while not list(out.glob("shard-*.tar")) and process.poll() is None:
+        time.sleep(0.005)
+    workers = children_of(process)
+    assert len(workers) == 2
+    os.kill(*((workers[0], signal.SIGKILL) if victim == "worker" else (process.pid, signal.SIGTERM)))
+    _, err = process.communicate(timeout=120)  # the pipe closes with the last of them
+    deadline = time.monotonic() + 60
+    while any(map(lives, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(lives, workers))
+    if victim == "worker":
+        assert process.returncode == 2 and err.count("\n") == 1
+        assert err.startswith("error: one of 2 workers was killed: out of memory? Take fewer --workers")
+    else:
+        assert process.returncode == -signal.SIGTERM and not err
+    run_here(*command[2:], "--workers", "1")
+    assert verify_split(out) == [] and len(Split(out)) == 100
+    assert sorted(path.name for path in out.iterdir() if path.suffix != ".tar") == ["index", "index.json"]
+
+
+def limited(megabytes: float, *arguments) -> subprocess.CompletedProcess:
+    """A command that may write no file larger than this, which ends as on a full disk: in an OSError."""
+    code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({int(megabytes * 2**20)},) * 2); " \
+           "sys.argv[0] = 'data_prep'; from data_prep.__main__ import cli, run_command; run_command(cli)"
+    return script("-c", code, *arguments, check=2)
+
+
+@pytest.mark.parametrize("megabytes", [0.001, 0.2])  # the list of images, a shard
+def test_a_disk_that_takes_no_more_ends_in_one_line_and_the_same_command_goes_on(megabytes, tmp_path):
+    src, out = tmp_path / "src", tmp_path / "d/object/train"
+    for i in range(400):
+        (src / f"c{i % 4}").mkdir(parents=True, exist_ok=True)
+        (src / f"c{i % 4}/{i}.png").write_bytes(encode(picture(i, 24, 24), "PNG"))
+    command = ["folder", "--src", src, "--out", out, "--size", 24, "--shard-size", 200, "--workers", 2]
+    result = limited(megabytes, *command)
+    assert result.stderr.startswith(f"error: --out {out}: cannot be written (File too large; ")
+    assert result.stderr.count("\n") == 1 and not (out / "index.json").exists() and not (out / ".lock").exists()
+    run_here(*command)
+    assert verify_split(out) == []
+
+
+@pytest.mark.parametrize("place, reason", [("file/object/train", "Not a directory"), ("d/object/file", "File exists"),
+                                           ("d/object/" + 300 * "x", "File name too long")])
+def test_places_that_cannot_be_written_are_named_at_once(place, reason, tmp_path):
+    (tmp_path / "d/object").mkdir(parents=True)
+    for name in ("file", "d/object/file"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError) as error:
+        run_here("folder", "--src", tmp_path / "none", "--out", tmp_path / place)
+    assert str(error.value).startswith(f"--out {tmp_path / place}") and reason in str(error.value)
+
+
+def test_what_a_kill_after_the_last_step_leaves_goes_with_the_next_call(small, tmp_path):
+    before = files_of(small)
+    for name in (".parts/plan", ".parts/shard-000000.tar.json", "index.json.77.tmp", ".lock"):
+        (small / name).parent.mkdir(exist_ok=True)
+        (small / name).write_text("left")
+    run_here("folder", "--src", tmp_path / "src", "--out", small, "--size", 24, "--shard-size", 4)
+    assert files_of(small) == before and not (small / ".parts").exists()
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 12))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))  # 12 s pass with every image
+    assert list(progress(range(7), desc="list", unit="img")) == list(range(7))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("[")[0] for line in lines] == ["list:  43% 3/7 ", "list:  86% 6/7 "]
+    assert lines[0].endswith("[00:36<00:48, 12.00s/img]")
 
 
 # ---------------------------------------------------------------- degradation and demo
