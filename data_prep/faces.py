@@ -16,7 +16,7 @@ from PIL import Image
 from data_prep import InputError
 from data_prep.archives import Member, members, read_text
 from data_prep.folders import image_suffixes, scan
-from data_prep.shards import BadImage, Record, Source, open_image
+from data_prep.shards import BadImage, Record, Source, as_rgb, open_image
 
 
 def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, int, int]]:
@@ -284,7 +284,7 @@ def align(read: Callable[[], bytes], points: tuple[float, ...]) -> bytes:
     back, shift = 1 / s, z.mean() - (LANDMARKS.mean() + half) / s + half
     turn = (back.real, -back.imag, shift.real, back.imag, back.real, shift.imag)
     out = io.BytesIO()
-    image.convert("RGB").transform((112, 112), Image.Transform.AFFINE, turn, Image.Resampling.BILINEAR).save(out, "BMP")
+    as_rgb(image).transform((112, 112), Image.Transform.AFFINE, turn, Image.Resampling.BILINEAR).save(out, "BMP")
     return out.getvalue()
 
 

@@ -23,7 +23,7 @@ from data_prep import InputError
 from data_prep.archives import members
 from data_prep.folders import image_suffixes, search_roles
 from data_prep.lists import below, images_of, match_images, place_of, read_json, read_lines, read_table
-from data_prep.shards import BadImage, Record, Source, open_image
+from data_prep.shards import BadImage, Record, Source, as_rgb, open_image
 
 LARGEST_LABELS = 2**24  # bytes of a list of labels; ReaL's has 630,000
 
@@ -215,7 +215,7 @@ def inside_border(read: Callable[[], bytes], border: int) -> bytes:
     if min(image.size) <= 2 * border:
         raise BadImage("nothing inside its border")
     out = io.BytesIO()
-    image = image.convert("RGB").crop((border, border, image.width - border, image.height - border))
+    image = as_rgb(image).crop((border, border, image.width - border, image.height - border))
     image.save(out, "PNG", compress_level=0)  # decoded again at once
     return out.getvalue()
 

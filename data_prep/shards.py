@@ -40,7 +40,7 @@ from data_prep import DOMAINS, InputError, progress
 from data_prep.records import Records, disk_error, first_copies, restrict
 
 FORMAT = "imic-shards/1"
-VERSION = "0.1"  # of data_prep, recorded with every split
+VERSION = "0.2"  # of data_prep, recorded with every split
 ROLES = ("probe", "gallery", "distractor")  # numbered in the column `role`; a re-identification query is a probe
 # columns that only some sources have: integers, but for the quality that a detector gave to a face; -1: none
 OPTIONAL = ("camera", "clothes", "role", "template", "media", "quality")
@@ -52,7 +52,7 @@ TABLES = {
 }
 FITS = ("crop", "squash", "pad")
 # raster formats alone: Pillow would hand PostScript to an interpreter, whatever a file is called
-READABLE = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+READABLE = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 OPEN_SHARDS = 64  # files that a split keeps open at once: far below the usual limit of 1024 a process
 # fork where it is safe and quick; named, because the default differs between systems and Python versions
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -113,6 +113,23 @@ def open_image(data: bytes) -> tuple[Image.Image, bool]:
         raise BadImage("unreadable image") from error
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB, 8 bits a channel, on white where it is transparent.
+
+    Pillow's own conversion would cut deep pixels instead of scaling them, and show what lies under transparency.
+    """
+    if image.mode.startswith(("I", "F")):
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+        top = pixels.max()
+        # floating-point pixels are in 0..1, or numbers as of 8 or 16 bits
+        white = 65535 if image.mode.startswith("I") or top > 255 else 255 if top > 1 else 1
+        image = Image.fromarray(np.rint(pixels.clip(0, white) * (255 / white)).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def jpeg_sides(data: bytes | bytearray) -> tuple[int, int] | None:
     """Width and height as the header of a JPEG announces them; None where it is damaged.
 
@@ -139,7 +156,7 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
         size: side in pixels.
         fit: "crop" (short side to `size`, centre crop), "squash" (ignore the aspect ratio) or "pad" (keep it, fill
             with the mean colour).
-        quality: of the JPEG, 1..100, where it has to be written anew.
+        quality: of the JPEG, 1..100, where it has to be written anew; 100 keeps the chroma of every pixel, too.
 
     Raises:
         BadImage: not an image, or a damaged one.
@@ -148,10 +165,7 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
     plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not image.info.get("progressive") and not turned
     if plain and jpeg_sides(data) == image.size == (size, size):  # the first is what readers of the shard go by
         return data
-    image = ImageOps.exif_transpose(image) if turned else image
-    if image.mode.startswith("I"):  # 16 bits a channel: Pillow's own conversion would cut instead of scale
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-    image = image.convert("RGB")
+    image = as_rgb(ImageOps.exif_transpose(image) if turned else image)
     if fit == "crop":
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     elif fit == "squash":
@@ -160,7 +174,7 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
         mean = tuple(round(c) for c in np.asarray(image).reshape(-1, 3).mean(0))
         image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=mean)
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=quality)
+    image.save(out, "JPEG", quality=quality, subsampling=0 if quality == 100 else -1)  # -1: the encoder's own, 4:2:0
     return out.getvalue()
 
 

@@ -93,6 +93,46 @@ def test_sixteen_bit_images_are_scaled_and_not_cut():
     assert np.abs(image.astype(int) - 30000 / 257).max() <= 2
 
 
+def test_pixels_of_other_kinds_keep_their_meaning():
+    """White is white in floating-point TIFF of any range, and what is transparent is white whatever its colour."""
+    ramp = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
+    for top in (1, 255, 65535):
+        jpeg = fit_image(encode(Image.fromarray(ramp * top), "TIFF"), 32, "squash", 100)
+        grey = np.asarray(Image.open(io.BytesIO(jpeg)))
+        assert np.abs(grey.mean(2) - 255 * ramp).max() < 2.5
+    clear = np.zeros((32, 32, 4), dtype=np.uint8)
+    clear[:, 16:] = (0, 0, 255, 255)  # the left half is black, under full transparency
+    for image, options in [(Image.fromarray(clear), {}), (Image.fromarray(clear[..., :3]), {"transparency": (0, 0, 0)}),
+                           (Image.fromarray(clear[..., ::3]), {})]:
+        shown = np.asarray(Image.open(io.BytesIO(fit_image(encode(image, "PNG", **options), 32, "crop", 100))))
+        assert (shown[:, :15] > 250).all() and (shown[:, 17:, 0] < 5).all()
+
+
+def test_avif_is_read(tmp_path):
+    (tmp_path / "src/c0").mkdir(parents=True)
+    (tmp_path / "src/c0/0.avif").write_bytes(encode(picture(0, 32, 32), "AVIF", quality=100))
+    run_here("folder", "--src", tmp_path / "src", "--out", tmp_path / "d/object/train", "--size", 32)
+    image = Split(tmp_path / "d/object/train").image(0).permute(1, 2, 0).numpy().astype(float)
+    assert np.abs(image - np.asarray(picture(0, 32, 32))).mean() < 3
+
+
+@pytest.mark.parametrize("size, options, quality, decibels", [
+    (24, [], 100, 45), (64, [], 100, 45), (65, [], 95, 0), (24, ["--quality", 95], 95, 0)])
+def test_small_images_keep_what_they_show(size, options, quality, decibels, tmp_path, capsys):
+    """Faces of 24 pixels, lossless: as JPEG 95 with halved chroma they would come back with 33 dB."""
+    pixels = np.random.default_rng(0).normal(128, 40, (2, size, size, 3)).clip(0, 255).astype(np.uint8)
+    for i in range(2):
+        (tmp_path / f"src/p{i}").mkdir(parents=True)
+        Image.fromarray(pixels[i]).save(tmp_path / f"src/p{i}/0.png")
+    run_here("folder", "--src", tmp_path / "src", "--out", tmp_path / "d/face_lq/test", *options)
+    split = Split(tmp_path / "d/face_lq/test")
+    assert (split.size, split.index["quality"]) == (size, quality)
+    error = np.stack([split.image(row).permute(1, 2, 0).numpy() for row in range(2)]).astype(float) - pixels
+    psnr = 10 * np.log10(255**2 / (error**2).mean())
+    assert psnr > decibels if decibels else psnr < 35
+    assert ("becomes JPEG of quality 100, not 95" in capsys.readouterr().out) == (quality == 100)
+
+
 @pytest.mark.parametrize("data", [b"", b"text", encode(picture(0))[:200], encode(picture(0), "PNG")[:-40]])
 def test_damaged_images_are_named(data):
     with pytest.raises(BadImage, match="unreadable image"):
