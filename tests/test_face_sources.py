@@ -282,6 +282,22 @@ def test_recordio_layouts(layout, order, idx, tmp_path, capsys):
     assert "note" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("keys, note", [([1] * 6, "one key to several records"), ([], "is empty"),
+                                        ([0, 1, 2, 2, 4, 5], "one key to several records"), ([5, 4, 3, 2, 1, 0], None)])
+def test_every_record_of_an_index_is_an_image(keys, note, tmp_path, capsys):
+    """Keys that repeat (of a list whose first column is the same for all), an index without lines, each line twice."""
+    images = [crop(i) for i in range(6)]
+    src = write_rec(tmp_path / "src", plain(images))
+    offsets = [line.split("\t")[1] for line in (src / "train.idx").read_text().splitlines()]
+    lines = [f"{key}\t{offset}\n" for key, offset in zip(keys, offsets, strict=False)]
+    (src / "train.idx").write_text("".join(lines + lines))
+    run_here("recordio", "--src", src, "--out", tmp_path / "d/face_hq/train")
+    assert contents(Split(tmp_path / "d/face_hq/train")) == sorted(
+        (f"{person:07d}", image) for person, image in zip(PEOPLE, images, strict=True))
+    told = capsys.readouterr().out
+    assert note in told if note else "note:" not in told
+
+
 def test_recordio_as_a_search(tmp_path, capsys):
     src = write_rec(tmp_path / "src", plain([crop(i) for i in range(6)]))
     (src / "property").write_text("4,32,32")
