@@ -410,7 +410,8 @@ def open_tar(url: str) -> BinaryIO:
     import fsspec
 
     try:
-        file = fsspec.open(url, "rb").open()
+        # fsspec would take brackets and stars in the path of a file for a pattern
+        file = fsspec.open(url, "rb").open() if "://" in url else open(url, "rb")  # noqa: SIM115
         if not file.seekable():
             raise OSError("it cannot be read in parts: download it first")
         return file
@@ -429,15 +430,14 @@ def read_at(file: BinaryIO, where: str, offset: int, size: int) -> bytes:
 
 def list_tars(src: str) -> list[str]:
     """The tars that --src means: those of a folder, or of a path or URL with braces, * and ?."""
-    if "://" not in src and Path(src).is_dir():
+    if "://" in src:
+        found = expand(src)
+    elif Path(src).is_dir():
         found = [str(Path(src) / file.name) for file in members(Path(src)) if file.name.endswith(".tar")]
-    else:
-        found = []
-        for pattern in expand(src):
-            if "://" in pattern or not glob.has_magic(pattern):
-                found.append(pattern)
-            else:
-                found += sorted(glob.glob(pattern))
+    else:  # what is there under its very name is no pattern, whatever signs it holds
+        top = next(path for path in (Path(src), *Path(src).parents) if path.exists())
+        found = [str(top / name) for pattern in expand(str(Path(src).relative_to(top)))
+                 for name in (sorted(glob.glob(pattern, root_dir=top)) if glob.has_magic(pattern) else [pattern])]
     if not found:
         raise InputError(f"--src {src}: no tar there; give a folder, a tar, a pattern like 'a-{{000..146}}.tar' or "
                          "a URL")
@@ -489,8 +489,12 @@ def read_range(url: str, offset: int, size: int) -> bytes:
     import fsspec
 
     try:
-        system, path = fsspec.core.url_to_fs(url)
-        data = system.cat_file(path, start=offset, end=offset + size)
+        if "://" in url:
+            system, path = fsspec.core.url_to_fs(url)
+            data = system.cat_file(path, start=offset, end=offset + size)
+        else:
+            with open(url, "rb") as file:
+                data = read_at(file, url, offset, size)
         if len(data) != size:
             raise OSError(f"{len(data)} of {size} bytes")
     except Exception as error:  # as in open_tar
@@ -512,9 +516,7 @@ def webdataset(src: str, domain: str, train: bool, label_key: str = "label", wni
     def records() -> Iterator[Record]:
         for url in urls:
             with open_tar(url) as file:
-                files = ((PurePosixPath(name), offset, size) for name, offset, size in tar_files(file, url))
-                for key, parts in groupby(files, lambda part: part[0].parent / part[0].name.partition(".")[0]):
-                    fields = {name.name.partition(".")[2].lower(): (offset, size) for name, offset, size in parts}
+                for key, fields in tar_samples(tar_files(file, url), endings, skipped):
                     image = next((field for field in fields if f".{field}" in endings), None)
                     if image is None:
                         skipped["sample without an image"] += 1
@@ -529,6 +531,38 @@ def webdataset(src: str, domain: str, train: bool, label_key: str = "label", wni
 
     names = imagenet_classes() if wnids else {}
     return split_of(records(), domain, train, skipped, names, reference, ood)
+
+
+def tar_samples(files: Iterable[tuple[str, int, int]], endings: frozenset[str], skipped: Counter
+                ) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Key and fields (ending -> offset, size) of every sample: neighbours in the tar whose names agree to a dot.
+
+    By the format that is the first dot of the name, so that `7.seg.png` is a field of `7.jpg`. But names with dots of
+    their own, such as `img.v1.7.jpg` and `img.v1.7.cls`, are samples, too, and where a field comes again the next
+    sample of the same key begins.
+    """
+    def visible() -> Iterator[tuple[PurePosixPath, tuple[int, int]]]:
+        for name, *place in files:
+            if (path := PurePosixPath(name)).name.startswith("."):  # such as the ._7.jpg that macOS puts beside 7.jpg
+                skipped["hidden file"] += 1
+            else:
+                yield path, tuple(place)
+
+    def has_image(again: list[dict]) -> bool:
+        return any(f".{ending}" in endings for fields in again for ending in fields)
+
+    for (folder, _), parts in groupby(visible(), lambda part: (part[0].parent, part[0].name.partition(".")[0])):
+        samples: dict[str, list[dict]] = {}  # by the name to its last dot
+        for path, place in parts:
+            again, ending = samples.setdefault(path.stem, [{}]), path.suffix[1:].lower()
+            if ending in again[-1]:
+                again.append({})
+            again[-1][ending] = place
+        for stem, again in samples.items():
+            part_of = any(has_image(samples.get(stem[:n], [])) for n, sign in enumerate(stem) if sign == ".")
+            for fields in again:
+                if not part_of or (has_image([fields]) and {"cls", "json"} & fields.keys()):
+                    yield str(folder / stem), fields
 
 
 def field_label(file: BinaryIO, where: str, fields: dict[str, tuple[int, int]], key: str) -> object:

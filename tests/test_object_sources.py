@@ -379,6 +379,39 @@ def test_webdataset_samples_without_image_or_label_are_counted(tmp_path):
     assert split.index["skipped"] == {"sample without an image": 1, "no label": 4, "unreadable image": 1}
 
 
+@pytest.mark.parametrize("names, classes", [
+    (["img.v1.0", "img.v1.1", "img.v1.2"], 3), (["v1.2/0", "v1.2/1"], 2), (["0", "1", "0", "1"], 4),
+    (["0", "0", "0"], 3), (["a", "a.b", "a.b.c"], 3)])
+@pytest.mark.parametrize("label", ["cls", "json"])
+def test_webdataset_names_with_dots_and_keys_that_come_again_lose_nothing(names, classes, label, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, name in enumerate(names):
+            for ending, data in (("seg.png", b"a mask"), ("jpg", encode(picture(i, 12, 12))),
+                                 (label, b"%d" % i if label == "cls" else b'{"label": %d}' % i)):
+                for hidden in ("", "._"):
+                    path = name.rpartition("/")
+                    info = tarfile.TarInfo(f"{path[0]}{path[1]}{hidden}{path[2]}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    split = prepared("webdataset", tmp_path / "a.tar", tmp_path / "d/object/val", "--size", 12)
+    assert identities(split) == [f"{i:07d}" for i in range(classes)]
+    assert [split.jpeg(row)[1] for row in range(classes)] == [encode(picture(i, 12, 12)) for i in range(classes)]
+    assert split.index["skipped"] == {"hidden file": 3 * len(names)}
+
+
+@pytest.mark.parametrize("folder, pattern", [("faces [aligned]", "train-*.tar"), ("a{1,2}", "train-{0..1}.tar"),
+                                             ("what?", "train-[01].tar"), ("100% real", "train-{0,1}.tar"),
+                                             ("x*y", "")])
+def test_webdataset_paths_with_signs_of_patterns(folder, pattern, tmp_path):
+    for k in range(2):
+        tar_of(tmp_path / folder / f"train-{k}.tar", samples(4 * k, 4))
+    tar_of(tmp_path / folder / "one[0].tar", samples(8, 2))
+    some = prepared("webdataset", tmp_path / folder / pattern, tmp_path / "a/object/val")
+    assert identities(some) == [f"{i % 3:07d}" for i in ([*range(8)] if pattern else [8, 9, *range(8)])]
+    assert identities(prepared("webdataset", tmp_path / folder / "one[0].tar", tmp_path / "b/object/val")) == [
+        "0000002", "0000000"]
+
+
 READ_RANGE = objects.read_range
 
 
