@@ -21,7 +21,7 @@ from data_prep import DOMAINS, InputError, Number, bodies, faces, folders, insig
 from data_prep.degrade import degraded_split, draw_ladder
 from data_prep.demo import SIZE, demo_splits, draw_face
 from data_prep.merge import merge_splits
-from data_prep.records import Records, select
+from data_prep.records import Records, as_text, select
 from data_prep.shards import (
     FITS,
     BadImage,
@@ -130,6 +130,14 @@ def report(folder: Path, index: dict, found: int) -> None:
         several = len(np.unique(first[label[first] != split.labels]))
         print(f"  {copies:,} images are copies of others in the split (--drop-duplicates)"
               + f"; {several:,} of the copied images have several labels" * (several > 0))
+    others = {other.name: other for other in [split, *siblings(folder)]}
+    if reference := (split.protocol or {}).get("reference"):
+        if reference not in others:
+            print(f"  WARNING: --reference {reference}: there is no {split.domain}/{reference} yet, whose images are "
+                  "to classify this split: prepare it before evaluating, or prepare this one again with another")
+        elif not set(split.classes) & set(others[reference].classes):
+            print(f"  WARNING: --reference {reference}: {split.domain}/{reference} has none of the classes, such as "
+                  f"{split.classes[0]}")
     for other in siblings(folder):
         if (other.protocol is None) == (split.protocol is None):
             continue
@@ -150,6 +158,8 @@ def split_folder(out: Path) -> Path:
     if len(out.resolve().parts) < 3 or out.resolve().parts[-2] not in DOMAINS:
         raise InputError(f"--out {out}: want DATA/<domain>/<split> with one of {', '.join(DOMAINS)}, "
                          f"e.g. data/{DOMAINS[1]}/train")
+    if as_text(out.name) != out.name:
+        raise InputError(f"--out {out}: want a name in UTF-8 and in composed form (NFC)")
     click.get_current_context().with_resource(lock_folder(out.resolve(), "--out"))
     return out.resolve()
 
@@ -170,6 +180,9 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
     shots = options.pop("single_gallery_shot", False)
     source = read(src, domain, train, **options)
     source = replace(bodies.add_single_gallery_shot(source) if shots else source, records=Records(source.records, out))
+    if options.get("names") and (unknown := sorted(set(source.names) - set(source.records.identities))):
+        print(f"  --names {options['names']}: {len(unknown):,} of its folders are not in the source: "
+              + ", ".join(unknown[:10]) + ", ..." * (len(unknown) > 10))
     if source.records:
         source = select(source, train, settings["seed"], **selection)
     if size is None:

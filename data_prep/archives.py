@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep import InputError
+from data_prep.records import as_text
 from data_prep.shards import BadImage
 
 MAX_BYTES = 1 << 29  # of one file: above every image and list of the field, far below a worker's memory
@@ -30,6 +31,16 @@ class Member:
 
     name: str  # relative to the source, with /
     read: Callable[[], bytes]  # its bytes; picklable: it runs in a worker process; BadImage where it cannot be used
+
+    @property
+    def path(self) -> str:
+        """Where it lies, of a folder's file; its name may be spelled otherwise, see `as_text`."""
+        return self.read.args[0]
+
+
+def absent() -> bytes:
+    """Stands for the bytes of an image that a list names."""
+    raise BadImage("listed, but not in the source")
 
 
 def members(src: Path) -> Iterator[Member]:
@@ -81,7 +92,7 @@ def walk(folder: str, prefix: str = "") -> Iterator[Member]:
         if name.endswith("/"):
             yield from walk(path[:-1], prefix + name)
         elif os.path.isfile(path):
-            yield Member(prefix + name, partial(read_range, path))
+            yield Member(as_text(prefix + name), partial(read_range, path))
 
 
 def read_text(member: Member) -> str:
@@ -98,7 +109,7 @@ def safe_name(archive: Path, raw: str) -> str:
     parts = name.split("/")
     if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in parts or not name.strip("./"):
         raise InputError(f"--src {archive}: member {raw!r} points out of the archive: refused; get a clean copy")
-    return "/".join(part for part in parts if part not in ("", "."))
+    return as_text("/".join(part for part in parts if part not in ("", ".")))
 
 
 # ---------------------------------------------------------------- reading, in worker processes

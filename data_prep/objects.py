@@ -8,6 +8,7 @@ import glob
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from collections import Counter
@@ -21,8 +22,10 @@ from typing import BinaryIO
 
 from data_prep import InputError
 from data_prep.archives import members
+from data_prep.archives import read_range as read_file
 from data_prep.folders import image_suffixes, search_roles
 from data_prep.lists import below, images_of, match_images, place_of, read_json, read_lines, read_table
+from data_prep.records import as_text
 from data_prep.shards import BadImage, Record, Source, as_rgb, open_image
 
 LARGEST_LABELS = 2**24  # bytes of a list of labels; ReaL's has 630,000
@@ -255,7 +258,9 @@ def class_of(label: object, wnids: bool, where: str) -> str | None:
     """The identity that a label field means: words as they are, numbers padded so that they sort; None: no label."""
     if isinstance(label, str) and label.strip():
         return label.strip()
-    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+    if isinstance(label, float) and label.is_integer():  # of a table whose labels have gaps
+        label = int(label)
+    if not isinstance(label, int) or label < 0:
         return None
     if not wnids:
         return f"{label:07d}"
@@ -284,16 +289,25 @@ def row_group(path: str, column: str, group: int):
         return file.read_row_group(group, columns=[column], use_threads=False).column(0)
 
 
-def parquet_image(path: str, column: str, group: int, row: int) -> bytes:
-    """The encoded image of one row."""
+def parquet_image(path: str, column: str, group: int, row: int, src: str) -> bytes:
+    """The encoded image of one row, or of the file that it names, beside the parquet file or below src."""
     try:
         image = row_group(path, column, group)[row].as_py()
-        data = image.get("bytes") if isinstance(image, dict) else image
     except Exception as error:  # as in parquet_labels
         raise BadImage("unreadable parquet rows") from error
-    if not data:
+    data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+    name = data if isinstance(data, str) else name
+    if data and data is not name:
+        return data
+    if not name:
         raise BadImage("no image in its row")
-    return data
+    if name.startswith("/") or ".." in name.split("/"):
+        raise BadImage("its row names a file outside the source")
+    folders = (os.path.dirname(path), src)
+    there = next((file for folder in folders if os.path.isfile(file := os.path.join(folder, name))), None)
+    if there is None:
+        raise BadImage("its row names a file that is not there")
+    return read_file(there)
 
 
 def parquet(src: Path, domain: str, train: bool, files: str | None = None, image_column: str = "image",
@@ -301,13 +315,13 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
             ood: bool = False) -> Source:
     """Hugging Face parquet: files like `data/train-00000-of-00294.parquet` with images and labels as columns.
 
-    --src is their folder, or one file. An image is a struct with `bytes`, or bytes; a label is a number (below 0: none)
-    or a word. The names of numbered classes come from the schema's metadata, where the `datasets` library puts them.
-    Row groups are read one at a time, and a training split is shuffled by runs of 128 rows. imagenet-1k: 1,281,167 and
-    50,000 images (--wnids).
+    --src is their folder, or one file. An image is a struct with `bytes` or `path`, or one of the two; a label is a
+    number (below 0: none) or a word. The names of numbered classes come from the schema's metadata, where the
+    `datasets` library puts them. Row groups are read one at a time, and a training split is shuffled by runs of 128
+    rows. imagenet-1k: 1,281,167 and 50,000 images (--wnids).
     """
     if src.is_file() and src.suffix == ".parquet":
-        src, chosen = src.parent, [src.name]
+        src, chosen = src.parent, {src.name: str(src)}
     elif src.is_dir():
         chosen = choose_files(src, [files] if files else ["*train*"] if train else ["*val*", "*test*"])
     else:
@@ -317,8 +331,8 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
 
     def records() -> Iterator[Record]:
         count = 0
-        for name in chosen:
-            for group, (column, values) in enumerate(parquet_labels(src / name, image_column, label_column, names)):
+        for name, path in chosen.items():
+            for group, values in enumerate(parquet_labels(Path(path), image_column, label_column, names)):
                 first = count
                 for row, label in enumerate(values):
                     where = f"{name}, row group {group}, row {row}"
@@ -326,7 +340,8 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
                     if identity is None:
                         skipped["no label"] += 1
                     else:
-                        yield Record(partial(parquet_image, str(src / name), column, group, row), where, identity)
+                        read = partial(parquet_image, path, image_column, group, row, str(src))
+                        yield Record(read, where, identity)
                         count += 1
                 blocks.extend(range(first, count, RUN))
 
@@ -334,18 +349,19 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
     return replace(source, blocks=blocks)
 
 
-def choose_files(src: Path, patterns: list[str]) -> list[str]:
-    """The parquet files below src whose names fit the first pattern that any fits."""
-    listed = [file.name for file in members(src) if file.name.endswith(".parquet")]
+def choose_files(src: Path, patterns: list[str]) -> dict[str, str]:
+    """The parquet files below src whose names fit the first pattern that any fits: name -> path."""
+    listed = {file.name: file.path for file in members(src) if file.name.endswith(".parquet")}
     for pattern in patterns:
-        if chosen := [name for name in listed if fnmatch(PurePosixPath(name).name, pattern)]:
+        if chosen := {name: path for name, path in listed.items() if fnmatch(PurePosixPath(name).name, pattern)}:
             return chosen
-    there = f"there are {', '.join(listed[:3])}{', ...' * (len(listed) > 3)}" if listed else "there are none at all"
+    first = ", ".join(list(listed)[:3]) + ", ..." * (len(listed) > 3)
+    there = f"there are {first}" if listed else "there are none at all"
     raise InputError(f"--src {src}: no parquet file like {' or '.join(patterns)}; {there}; --files PATTERN chooses")
 
 
-def parquet_labels(path: Path, image: str, label: str, names: dict[str, str]) -> Iterator[tuple[str, list]]:
-    """For every row group the column of the encoded images and the labels; names of numbered classes go to `names`."""
+def parquet_labels(path: Path, image: str, label: str, names: dict[str, str]) -> Iterator[list]:
+    """For every row group the labels; names of numbered classes go to `names`."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -358,13 +374,13 @@ def parquet_labels(path: Path, image: str, label: str, names: dict[str, str]) ->
                     raise InputError(f"{path}: no column {column!r}; it has {', '.join(types)[:200]}; "
                                      f"--{option}-column names another")
             kind = types[image]
-            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-                image = f"{image}.bytes"
-            elif not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-                raise InputError(f"{path}: column {image!r} is {str(kind)[:60]}; want bytes, or a struct with bytes")
+            if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_string(kind)
+                    or (pa.types.is_struct(kind) and {"bytes", "path"} & {field.name for field in kind})):
+                raise InputError(f"{path}: column {image!r} is {str(kind)[:60]}; want bytes, or a struct with bytes or "
+                                 "path")
             names |= class_names(schema.metadata, label)
             for group in range(file.num_row_groups):
-                yield image, file.read_row_group(group, columns=[label], use_threads=False).column(0).to_pylist()
+                yield file.read_row_group(group, columns=[label], use_threads=False).column(0).to_pylist()
     except InputError:
         raise
     except Exception as error:  # Arrow raises its own errors and Python's alike
@@ -375,7 +391,7 @@ def class_names(metadata: dict[bytes, bytes] | None, column: str) -> dict[str, s
     """Identity -> name of the numbered classes of a column, from the metadata of the `datasets` library, if any."""
     try:
         names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
-        return {class_of(i, False, ""): str(name) for i, name in enumerate(names)}
+        return {class_of(i, False, ""): as_text(str(name)) for i, name in enumerate(names)}
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
 
@@ -433,7 +449,7 @@ def list_tars(src: str) -> list[str]:
     if "://" in src:
         found = expand(src)
     elif Path(src).is_dir():
-        found = [str(Path(src) / file.name) for file in members(Path(src)) if file.name.endswith(".tar")]
+        found = [file.path for file in members(Path(src)) if file.name.endswith(".tar")]
     else:  # what is there under its very name is no pattern, whatever signs it holds
         top = next(path for path in (Path(src), *Path(src).parents) if path.exists())
         found = [str(top / name) for pattern in expand(str(Path(src).relative_to(top)))
