@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import unicodedata
 from pathlib import Path
 
 import click
@@ -391,7 +392,8 @@ def test_pairs_of_a_damaged_image_are_left_out_and_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, words", [
-    (PAIRS.replace("P_3\t1", "P_7\t1"), "line 5: names P_7/P_7_0001"), (PAIRS.replace("1\t3", "1\t9"), "P_0/P_0_0009"),
+    (PAIRS.replace("P_0", "P_7").replace("P_3", "P_7"), "of 3 of 4 entries"),
+    (PAIRS.replace("P_", "Q_"), "such as 'Q_0/Q_0_0001'"),
     ("", "line 1: want"), ("pairs\n" + PAIRS, "line 1: want"), ("10\t300\n", "announces 10 folds"),
     (PAIRS.replace("P_2\t2\t1", "P_2\t2"), "line 4: want `name i j`"),
 ])  # fmt: skip
@@ -400,6 +402,73 @@ def test_bad_pairs_files(text, words, tmp_path):
     with pytest.raises(InputError) as error:
         lfw(lfw_folder(tmp_path / "src"), "face_hq", False, tmp_path / "pairs.txt")
     assert words in error.value.message
+
+
+CSV = "name,imagenum1,imagenum2,\nP_0,1,3,\nP_0,1,P_1,2\nP_2,2,1,\nP_3,1,P_2,3\n"
+
+
+@pytest.mark.parametrize("text", [PAIRS, "\ufeff" + PAIRS.replace("\n", "\r\n"), PAIRS.replace("\t", "  "),
+                                  PAIRS.replace("\n", "\t\n"), PAIRS.replace("P_", " P_").replace("\t", " \t"), CSV])
+@pytest.mark.parametrize("layout", ["plain", "nested", "mtcnn", "missing", "old"])
+def test_lfw_as_people_have_it(text, layout, tmp_path, capsys):
+    """Official, Kaggle's double folder and CSV, MTCNN's names, one face that a detector missed, an older copy below."""
+    (tmp_path / "pairs.txt").write_text(text, encoding="utf-8", newline="")
+    src = lfw_folder(tmp_path / "src" / ("lfw/lfw" if layout == "nested" else ""))
+    lost = [src / "P_1/P_1_0002.jpg"] if layout == "missing" else []
+    for path in sorted(src.rglob("*.jpg")):
+        if layout == "old":
+            (path.parent / "old").mkdir(exist_ok=True)
+            (path.parent / "old" / path.name).write_bytes(encode(picture(999, 36, 36)))
+        elif layout == "mtcnn":
+            path.rename(path.with_name(f"{path.stem}_0.jpg"))
+        elif path in lost:
+            path.unlink()
+    run_here("lfw", "--src", tmp_path / "src", "--pairs", tmp_path / "pairs.txt", "--out", tmp_path / "d/face_hq/lfw")
+    split, found = Split(tmp_path / "d/face_hq/lfw"), []
+    of = {encode(picture(10 * p + i, 36, 36)): f"P_{p} {i}" for p in range(4) for i in range(1, 4)}
+    for left, right, same, fold in split.column("pairs").tolist():
+        found.append((of[split.jpeg(left)[1]], of[split.jpeg(right)[1]], same, fold))
+    pairs = [("P_0 1", "P_0 3", 1, 0), ("P_0 1", "P_1 2", 0, 0), ("P_2 2", "P_2 1", 1, 1), ("P_3 1", "P_2 3", 0, 1)]
+    assert found == [pair for pair in pairs if not lost or "P_1 2" not in pair]
+    assert split.protocol["pairs_lost"] == len(lost) and verify_split(split.folder) == []
+    assert ("1: listed, but not in the source" in capsys.readouterr().out) == bool(lost)
+
+
+def test_two_versions_of_lfw_are_not_mixed(tmp_path):
+    (tmp_path / "pairs.txt").write_text(PAIRS)
+    for name in ("lfw", "lfw-deepfunneled"):
+        lfw_folder(tmp_path / "src" / name)
+    with pytest.raises(InputError, match=r"two images of P_0 1, lfw.* and lfw.*: give the folder of one version"):
+        run_here("lfw", "--src", tmp_path / "src", "--pairs", tmp_path / "pairs.txt", "--out", tmp_path / "d/face_hq/x")
+
+
+@pytest.mark.parametrize("stored, typed", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_are_one_however_they_are_spelled(stored, typed, tmp_path, capsys):
+    """macOS stores decomposed names; people type composed ones."""
+    def spell(form: str, text: str) -> str:
+        return unicodedata.normalize(form, text)
+
+    for p, person in enumerate(("José_Müller", "Zoë_Ångström")):
+        folder = tmp_path / "src" / spell(stored, person)
+        folder.mkdir(parents=True)
+        for i in (1, 2):
+            (folder / spell(stored, f"{person}_{i:04d}.jpg")).write_bytes(encode(picture(10 * p + i, 24, 24)))
+    lists = {"pairs.txt": "1\t1\nJosé_Müller\t1\t2\nJosé_Müller\t1\tZoë_Ångström\t2\n", "list.txt": "José_Müller\n",
+             "pairs.csv": "José_Müller/José_Müller_0001.jpg,José_Müller/José_Müller_0002.jpg,1\n"
+                          "José_Müller/José_Müller_0001.jpg,Zoë_Ångström/Zoë_Ångström_0002.jpg,0\n",
+             "names.tsv": "José_Müller\tJ. Müller\nNobody\tN. N.\n"}
+    for name, text in lists.items():
+        (tmp_path / name).write_text(spell(typed, text))
+    for source, split, options in [
+        ("lfw", "lfw", ["--pairs", "pairs.txt"]), ("pairs", "pairs", ["--pairs", "pairs.csv"]),
+        ("folder", "train", ["--list", "list.txt", "--names", "names.tsv"])]:
+        options = [tmp_path / option if "." in option else option for option in options]
+        run_here(source, "--src", tmp_path / "src", "--out", tmp_path / "d/face_hq" / split, *options)
+    assert all(Split(tmp_path / "d/face_hq" / name).column("pairs").tolist() == pairs for name, pairs in [
+        ("lfw", [[0, 1, 1, 0], [0, 3, 0, 0]]), ("pairs", [[0, 1, 1, 0], [0, 2, 0, 1]])])
+    train = Split(tmp_path / "d/face_hq/train")
+    assert train.classes == ["José_Müller"] and len(train) == 2 and train.names == [spell(typed, "J. Müller")]
+    assert "names.tsv: 1 of its folders are not in the source: Nobody" in capsys.readouterr().out
 
 
 def test_pairs_file_of_one_fold(tmp_path):
@@ -467,7 +536,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
 
 
 def test_names_that_are_no_text_are_classes_as_others(tmp_path):
-    """A folder called b"a\\xff" can be printed and comes back from the index."""
+    """A folder called b"a\\xff" becomes a class that can be printed and written."""
     for part in ("train", "test"):
         (tmp_path / "src" / os.fsdecode(b"a\xff")).mkdir(parents=True, exist_ok=True)
         for i in range(2):
@@ -477,7 +546,10 @@ def test_names_that_are_no_text_are_classes_as_others(tmp_path):
         result = script("-c", strict, "folder", "--src", tmp_path / "src", "--out", tmp_path / "d/face_hq" / part,
                         "--workers", "1")
     assert "1 identities are in train too: a\\udcff" in result.stdout
-    assert Split(tmp_path / "d/face_hq/train").classes == [os.fsdecode(b"a\xff")]
+    names = Split(tmp_path / "d/face_hq/train").classes
+    assert names == ["a\\udcff"] and names[0].encode()  # a figure or a CSV can hold it
+    with pytest.raises(InputError, match="want a name in UTF-8"):
+        run_here("folder", "--src", tmp_path / "src", "--out", tmp_path / "d/face_hq" / os.fsdecode(b"a\xff"))
 
 
 def test_ctrl_c_leaves_what_is_done(tmp_path):

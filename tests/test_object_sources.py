@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -304,11 +305,53 @@ def test_blocks_move_as_a_whole():
 
 
 def test_parquet_rows_without_an_image_are_counted(tmp_path):
-    path = parquet_file(tmp_path / "src/val.parquet", [0, 1, 1])
-    images = pa.array([{"bytes": encode(picture(0)), "path": None}, {"bytes": None, "path": "a.png"}, None], IMAGE)
+    path = parquet_file(tmp_path / "src/val.parquet", [0, 1, 1, 1])
+    (tmp_path / "secret.png").write_bytes(encode(picture(0)))
+    images = pa.array([{"bytes": encode(picture(0)), "path": None}, {"bytes": None, "path": "a.png"}, None,
+                       {"bytes": None, "path": "../secret.png"}], IMAGE)
     pq.write_table(pq.read_table(path).set_column(0, "image", images), path)
     split = prepared("parquet", tmp_path / "src", tmp_path / "d/object/val")
-    assert len(split) == 1 and split.index["skipped"] == {"no image in its row": 2}
+    assert len(split) == 1 and split.index["skipped"] == {
+        "no image in its row": 1, "its row names a file that is not there": 1,
+        "its row names a file outside the source": 1}
+
+
+@pytest.mark.parametrize("labels, classes", [
+    ([0.0, 2.0, float("nan"), -1.0], ["0000000", "0000002"]),
+    ([True, False, True, None], ["0000001", "0000000", "0000001"]),
+    ([1.5, 2.0, None, 3.0], ["0000002", "0000003"])])
+@pytest.mark.parametrize("kind", ["struct", "string"])
+def test_parquet_of_paths_and_of_labels_that_are_no_integers(kind, labels, classes, tmp_path):
+    """pandas makes floats of numbers with gaps; a row may name its image, beside the file or below the source."""
+    for i, folder in enumerate(["data", "data", "", ""]):
+        (tmp_path / "src" / folder / "images").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / folder / f"images/{i}.jpg").write_bytes(encode(picture(i, 16, 16)))
+    names = [f"images/{i}.jpg" for i in range(4)]
+    images = pa.array([{"bytes": None, "path": name} for name in names] if kind == "struct" else names)
+    pq.write_table(pa.table({"image": images, "label": pa.array(labels)}), tmp_path / "src/data/val.parquet")
+    split = prepared("parquet", tmp_path / "src", tmp_path / "d/object/val")
+    assert identities(split) == classes and split.index["skipped"] == {"no label": 4 - len(classes)}
+    kept = [i for i, label in enumerate(labels) if label is not None and label >= 0 and label == int(label)]
+    assert [split.jpeg(row)[1] for row in range(len(split))] == [encode(picture(i, 16, 16)) for i in kept]
+
+
+def test_a_wrong_reference_is_told(tmp_path, capsys):
+    for i, name in enumerate(["train", "other"]):
+        for k in range(2):
+            (tmp_path / f"src/{name}/c{2 * i + k}").mkdir(parents=True)
+            (tmp_path / f"src/{name}/c{2 * i + k}/0.jpg").write_bytes(encode(picture(k, 16, 16)))
+
+    def told(*options) -> str:
+        run_here("folder", "--src", tmp_path / "src/train", "--out", tmp_path / f"d/object/val{len(options)}",
+                 *options)
+        return capsys.readouterr().out
+
+    assert "WARNING: --reference train: there is no object/train yet" in told()
+    for name in ("train", "other"):
+        run_here("folder", "--src", tmp_path / "src" / name, "--out", tmp_path / "d/object" / name, "--part", "train")
+    shutil.rmtree(tmp_path / "d/object/val0")
+    assert "--reference" not in told()
+    assert "object/other has none of the classes, such as c0" in told("--reference", "other")
 
 
 # ---------------------------------------------------------------- WebDataset
