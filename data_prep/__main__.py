@@ -23,7 +23,7 @@ from data_prep import DOMAINS, InputError, Number, bodies, faces, folders, insig
 from data_prep.degrade import degraded_split, draw_ladder
 from data_prep.demo import SIZE, demo_splits, draw_face
 from data_prep.merge import merge_splits
-from data_prep.records import Records, group_classes, select
+from data_prep.records import Records, as_text, group_classes, select
 from data_prep.shards import (
     FITS,
     MAX_SIZE,
@@ -42,6 +42,7 @@ from data_prep.trials import find_test_splits, write_trials
 
 CPUS = os.cpu_count() or 1
 FOLDER = click.Path(path_type=Path)
+SMALL = 64  # pixels: up to this side compression shows in embeddings, and files are small in any case
 FIT = {"object": "crop", "face_hq": "squash", "face_lq": "squash", "body": "pad"}
 
 
@@ -54,6 +55,21 @@ def debug_option(command):
     """--debug, which `run_command` reads."""
     option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
     return option(command)
+
+
+def quality_option(command):
+    """--quality of sources and of degraded copies; see `choose_quality`."""
+    option = click.option("--quality", type=click.IntRange(1, 100),
+                          help=f"Of JPEGs that are written anew (default: 95; up to {SMALL} pixels 100, without chroma "
+                               "subsampling).")
+    return option(command)
+
+
+def choose_quality(quality: int | None, size: int) -> int:
+    """--quality, or its default: at 24 pixels JPEG 95 moves an embedding to a cosine of .97, JPEG 100 to .998."""
+    if quality is None and size <= SMALL:
+        print(f"  {size} pixels: what is written anew becomes JPEG of quality 100, not 95 (--quality chooses)")
+    return quality or (100 if size <= SMALL else 95)
 
 
 def source_options(command, src: click.ParamType | type = FOLDER):
@@ -71,7 +87,7 @@ def source_options(command, src: click.ParamType | type = FOLDER):
                      help="Side of the images in pixels (default: 256; faces keep theirs, else 112)."),
         click.option("--fit", type=click.Choice(FITS),
                      help="How images become square (default: objects crop, faces squash, bodies pad)."),
-        click.option("--quality", type=click.IntRange(1, 100), default=95, help="Of JPEGs that are written anew."),
+        quality_option,
         click.option("--list", "listed", type=FOLDER, metavar="FILE",
                      help="Take only these identities or image names, one a line."),
         click.option("--classes", type=FOLDER, metavar="FILE",
@@ -165,6 +181,14 @@ def report(folder: Path, index: dict, found: int) -> None:
         several = len(np.unique(first[label[first] != split.labels]))
         print(f"  {copies:,} images are copies of others in the split (--drop-duplicates)"
               + f"; {several:,} of the copied images have several labels" * (several > 0))
+    others = {other.name: other for other in [split, *siblings(folder)]}
+    if reference := (split.protocol or {}).get("reference"):
+        if reference not in others:
+            print(f"  WARNING: --reference {reference}: there is no {split.domain}/{reference} yet, whose images are "
+                  "to classify this split: prepare it before evaluating, or prepare this one again with another")
+        elif not set(split.classes) & set(others[reference].classes):
+            print(f"  WARNING: --reference {reference}: {split.domain}/{reference} has none of the classes, such as "
+                  f"{split.classes[0]}")
     for other in siblings(folder):
         if (other.protocol is None) == (split.protocol is None):
             continue
@@ -187,6 +211,8 @@ def split_folder(out: Path) -> Path:
     if len(path.parts) < 3 or path.parts[-2] not in DOMAINS:
         raise InputError(f"--out {out}: want DATA/<domain>/<split> with one of {', '.join(DOMAINS)}, "
                          f"e.g. data/{DOMAINS[1]}/train")
+    if as_text(path.name) != path.name:
+        raise InputError(f"--out {out}: want a name in UTF-8 and in composed form (NFC)")
     click.get_current_context().with_resource(lock_folder(path, "--out"))
     return path
 
@@ -227,12 +253,16 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
     shots = options.pop("single_gallery_shot", False)
     source = read(src, domain, train, **options)
     source = replace(bodies.add_single_gallery_shot(source) if shots else source, records=Records(source.records, out))
+    if options.get("names") and (unknown := sorted(set(source.names) - set(source.records.identities))):
+        print(f"  --names {options['names']}: {len(unknown):,} of its folders are not in the source: "
+              + ", ".join(unknown[:10]) + ", ..." * (len(unknown) > 10))
     if source.records:
         source = group_classes(source, classes) if classes else source
         source = select(source, train, settings["seed"], **selection)
     check_classes(source.records.identities, src)
     if size is None:
         size = own_size(source.records) if domain.startswith("face") and source.records else 256
+    settings["quality"] = choose_quality(settings["quality"], size)
     name = read.__name__.replace("_", "-")  # as on the command line
     options.pop("seed", None)
     found = len(source.records) + sum(source.skipped.values())
@@ -575,13 +605,13 @@ def merge(splits: tuple[Path, ...], out: Path, same_names: bool) -> None:
               help="Least severity; each image's is drawn evenly between the two.")
 @click.option("--ladder", type=FOLDER, metavar="FILE.png",
               help="Draw severities 0 to 1 side by side, for images of --src, or, without it, for faces of the demo.")
-@click.option("--quality", type=click.IntRange(1, 100), default=95, help="Of the JPEGs that are written.")
+@quality_option
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of every draw, and of the order of a training split.")
 @click.option("--shard-size", type=click.IntRange(1), default=2048, help="Images a shard.")
 @click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes.")
 @debug_option
 def degrade_command(src: Path | None, out: Path | None, severity: float, min_severity: float, ladder: Path | None,
-                    quality: int, seed: int, shard_size: int, workers: int) -> None:
+                    quality: int | None, seed: int, shard_size: int, workers: int) -> None:
     if (out is None and ladder is None) or (out is not None and src is None):
         raise InputError("want --src SPLIT --out DATA/face_lq/<split>, or --ladder FILE.png, or both")
     if min_severity > severity:
@@ -603,12 +633,13 @@ def degrade_command(src: Path | None, out: Path | None, severity: float, min_sev
         out = split_folder(out)
         if split.folder == out:
             raise InputError(f"--out {out} is --src itself: the sharp images stay where they are")
-        source = degraded_split(split, (min_severity, severity), seed, quality)
+        source = degraded_split(split, (min_severity, severity), seed)
         options = {"src": f"{split.domain}/{split.name}", "src_plan": split.index["provenance"].get("plan"),
                    "severity": str(severity), "min_severity": str(min_severity)}
         index = write_split(out, source, source_name="degrade", size=split.size, fit=split.index.get("fit"),
-                            quality=quality, train=split.protocol is None, seed=seed, shard_size=shard_size,
-                            workers=workers, options=options, data_set=split.index["provenance"]["data_set"])
+                            quality=choose_quality(quality, split.size), train=split.protocol is None, seed=seed,
+                            shard_size=shard_size, workers=workers, options=options,
+                            data_set=split.index["provenance"]["data_set"])
         report(out, index, len(split))
 
 

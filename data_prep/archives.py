@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from data_prep import InputError
-from data_prep.records import Skipped
+from data_prep.records import Skipped, as_text
 from data_prep.shards import BadImage
 
 MAX_BYTES = 1 << 29  # of one file: above every image and list of the field, far below a worker's memory
@@ -31,6 +31,16 @@ class Member:
 
     name: str  # relative to the source, with /
     read: Callable[[], bytes]  # its bytes; picklable: it runs in a worker process; BadImage where it cannot be used
+
+    @property
+    def path(self) -> str:
+        """Where it lies, of a folder's file; its name may be spelled otherwise, see `as_text`."""
+        return self.read.args[0]
+
+
+def absent() -> bytes:
+    """Stands for the bytes of an image that a list names."""
+    raise BadImage("listed, but not in the source")
 
 
 # what people's machines leave beside images, besides hidden files and folders (._*, .DS_Store, .ipynb_checkpoints)
@@ -106,7 +116,7 @@ def walk(folder: str, prefix: str = "", skipped: Skipped | None = None, above: f
         elif is_leftover(prefix + name, skipped):
             continue
         elif os.path.isfile(path):
-            yield Member(prefix + name, partial(read_range, path))
+            yield Member(as_text(prefix + name), partial(read_range, path))
         elif skipped is not None:
             skipped.add(prefix + name, "dead link" if os.path.islink(path) else "not a regular file")
 
@@ -125,7 +135,7 @@ def safe_name(archive: Path, raw: str) -> str:
     parts = name.split("/")
     if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in parts or not name.strip("./"):
         raise InputError(f"--src {archive}: member {raw!r} points out of the archive: refused; get a clean copy")
-    return "/".join(part for part in parts if part not in ("", "."))
+    return as_text("/".join(part for part in parts if part not in ("", ".")))
 
 
 # ---------------------------------------------------------------- reading, in worker processes

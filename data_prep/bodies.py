@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from data_prep import InputError
 from data_prep.archives import members
 from data_prep.folders import image_suffixes, strangers
-from data_prep.lists import below, find, images_of, read_lines, read_table
+from data_prep.lists import below, check_found, find, images_of, read_lines, read_table
 from data_prep.records import Skipped
 from data_prep.shards import ROLES, Record, Source
 
@@ -64,6 +64,7 @@ def reid(src: Path, records: list[Record], train: bool, skipped: Skipped | None 
 
     `skipped`: what did not fit among the files of a folder; None: a list names the images.
     """
+    check_found(zip(records), f"--src {src}")
     for role in (0, 1) if not train else ():
         if not any(record.role == role for record in records):
             raise InputError(f"--src {src}: no {ROLES[role]} images for the test split")
@@ -218,7 +219,7 @@ def persons(src: Path, domain: str, train: bool, table: str = "persons.csv", ope
                        "the source", table)
     rows, lines = [], {}
     for where, row in read_table(src, files, table, ("path", "person", "camera")):
-        path, role = row["path"].removeprefix("./"), row.get("role", "") or "train"
+        path, role = row["path"].replace("\\", "/").removeprefix("./"), row.get("role", "") or "train"
         if path in lines:
             raise InputError(f"{where}: {path[:80]!r} is listed twice, first in {lines[path]}")
         if role not in ("train", *ROLES):

@@ -141,9 +141,8 @@ def degrade(image: Tensor, severity: float, rng: np.random.Generator) -> tuple[T
 # ---------------------------------------------------------------- offline
 
 
-def degraded_sample(folder: Path, row: int, severity: tuple[float, float], seed: int, quality: int
-                    ) -> tuple[bytes, dict]:
-    """A sample of a split, degraded, as JPEG, and the fields that say how.
+def degraded_sample(folder: Path, row: int, severity: tuple[float, float], seed: int) -> tuple[bytes, dict]:
+    """A sample of a split, degraded, and the fields that say how.
 
     The draws belong to the seed and the sample, so that the number of workers does not matter.
     """
@@ -156,20 +155,19 @@ def degraded_sample(folder: Path, row: int, severity: tuple[float, float], seed:
     low, high = severity
     image, draws = degrade(image, low + (high - low) * rng.random(), rng)
     out = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "JPEG", quality=quality)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "BMP")
     shard = Path(split.index["shards"][int(split.shard[row])]["file"])  # of a merged split it is a neighbour's
     name = f"{split.domain}/{shard.parent.name or split.name}/{split.jpeg(row)[0]}"
     return out.getvalue(), {"degradation": draws | {"from": name}, "source": split.fields(row).get("source")}
 
 
-def degraded_split(split: Split, severity: tuple[float, float], seed: int, quality: int) -> Source:
+def degraded_split(split: Split, severity: tuple[float, float], seed: int) -> Source:
     """A source of degraded copies of a split: same identities, columns, protocol and lists that the protocol names.
 
     Args:
         split: of sharp images.
         severity: least and largest; each sample's is drawn evenly between them.
         seed: of every draw.
-        quality: of the JPEGs that are written.
     """
     columns = {name: split.column(name) for name in OPTIONAL if name in split.index["columns"]}
 
@@ -177,7 +175,7 @@ def degraded_split(split: Split, severity: tuple[float, float], seed: int, quali
         for row in range(len(split)):
             label, fields = int(split.labels[row]), split.fields(row)
             optional = {name: column[row].item() for name, column in columns.items() if column[row] >= 0}
-            yield Record(partial(degraded_sample, split.folder, row, severity, seed, quality),
+            yield Record(partial(degraded_sample, split.folder, row, severity, seed),
                          f"{split.domain}/{split.name}/{fields.get('key')}",
                          split.classes[label] if label >= 0 else None, person=fields.get("person"), **optional)
 

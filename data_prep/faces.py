@@ -13,40 +13,45 @@ import numpy as np
 from PIL import Image
 
 from data_prep import InputError
-from data_prep.archives import Member, members, read_text
+from data_prep.archives import Member, absent, members, read_text
 from data_prep.folders import image_suffixes, scan
-from data_prep.records import Skipped
-from data_prep.shards import BadImage, Record, Source, open_image
+from data_prep.lists import check_found, find
+from data_prep.records import Skipped, as_text
+from data_prep.shards import BadImage, Record, Source, as_rgb, open_image
 
 
-def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, int, int]]:
-    """Parse pairs.txt: ((name, image), (name, image), same, fold, line number) of every pair.
+def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, int]]:
+    """Parse pairs.txt: ((name, image), (name, image), same, fold) of every pair.
 
     Line 1 is `folds<TAB>n` (or `n`: one fold); then every fold has n lines `name i j` (same person) and n lines
-    `name1 i name2 j` (different people).
+    `name1 i name2 j` (different people). Or the same as CSV under a line of column names, as Kaggle has it.
     """
     try:
         lines = path.read_bytes().decode("utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"--pairs {path}: cannot be read ({error})") from error
-    head = lines[0].split() if lines else []
-    if len(head) not in (1, 2) or not all(re.fullmatch(r"[1-9]\d{0,8}", word) for word in head):
+    head, comma = lines[0].split() if lines else [], "," in "".join(lines[:1])
+    if not comma and (len(head) not in (1, 2) or not all(re.fullmatch(r"[1-9]\d{0,8}", word) for word in head)):
         raise InputError(f"--pairs {path}, line 1: want `folds<TAB>pairs per half`, found {''.join(lines[:1])[:60]!r}")
-    folds, half = (1, int(head[0])) if len(head) == 1 else map(int, head)
-    rows = [(number, line) for number, line in enumerate(lines[1:], 2) if line.strip()]
-    if len(rows) != 2 * folds * half:
-        raise InputError(f"--pairs {path}: line 1 announces {folds} folds of 2 x {half} pairs, "
-                         f"the file has {len(rows)}")
-    pairs = []
-    for place, (number, line) in enumerate(rows):
-        words = line.split("\t") if "\t" in line else line.split()
-        if len(words) not in (3, 4) or not all(re.fullmatch(r"\d{1,9}", word) for word in (words[1], words[-1])):
+    pairs, fold = [], 0
+    for number, line in enumerate(lines[1:], 2):
+        words = re.split(",|\t", line.rstrip(", \t")) if comma or "\t" in line.strip() else line.split()
+        if not line.strip(", \t"):
+            continue
+        if len(words) not in (3, 4) or not all(re.fullmatch(r"\s*\d{1,9}\s*", word) for word in (words[1], words[-1])):
             raise InputError(f"--pairs {path}, line {number}: want `name i j` or `name1 i name2 j`, "
                              f"found {line[:60]!r}")
-        same = len(words) == 3
-        left, right = (words[0], int(words[1])), (words[0] if same else words[2], int(words[-1]))
-        pairs.append((left, right, int(same), place // (2 * half), number))
-    return pairs
+        same = int(len(words) == 3)
+        fold += bool(pairs) and same > pairs[-1][2]  # in CSV a fold begins where pairs of one person begin again
+        names = as_text(words[0].strip()), as_text(words[0 if same else 2].strip())
+        pairs.append(((names[0], int(words[1])), (names[1], int(words[-1])), same, fold))
+    if comma:
+        return pairs
+    folds, half = (1, int(head[0])) if len(head) == 1 else map(int, head)
+    if len(pairs) != 2 * folds * half:
+        raise InputError(f"--pairs {path}: line 1 announces {folds} folds of 2 x {half} pairs, "
+                         f"the file has {len(pairs)}")
+    return [(left, right, same, place // (2 * half)) for place, (left, right, same, _) in enumerate(pairs)]
 
 
 def ten_folds(pairs: int) -> list[int]:
@@ -74,19 +79,28 @@ def lfw(src: Path, domain: str, train: bool, pairs: Path | None = None) -> Sourc
     if pairs is None:
         raise InputError("lfw: a test split needs --pairs pairs.txt; without one use the source `folder`, which is "
                          "scored as identification")
-    images = list(scan(src, skipped))
-    records = [Record(member.read, member.name, name) for name, member in images]
-    place = {PurePosixPath(member.name).stem: i for i, (_, member) in enumerate(images)}
+    records, place = [], {}
+    for name, member in scan(src, skipped):
+        path = PurePosixPath(member.name)
+        # only a picture in the person's own folder, at any depth; MTCNN's aligned ones end in _0
+        match = re.fullmatch(re.escape(path.parent.name) + r"_(\d+)(_0)?", path.stem)
+        if match:
+            name, key = path.parent.name, (path.parent.name, int(match[1]))
+            if (other := place.setdefault(key, len(records))) != len(records):
+                raise InputError(f"--src {src}: two images of {key[0]} {key[1]}, {records[other].name} and "
+                                 f"{member.name}: give the folder of one version of the set")
+        records.append(Record(member.read, member.name, name))
     listed = []
-    for left, right, same, fold, line in read_pairs(pairs):
-        stems = [f"{name}_{number:04d}" for name, number in (left, right)]
-        for stem, (name, _) in zip(stems, (left, right), strict=True):
-            if stem not in place or images[place[stem]][0] != name:
-                raise InputError(f"--pairs {pairs}, line {line}: names {name}/{stem}, which is not below {src}: "
-                                 "do the list and the folder belong together?")
-        listed.append((place[stems[0]], place[stems[1]], same, fold))
-    folds = max(fold for *_, fold in listed) + 1
-    return Source(records, {"name": "verification", "folds": folds}, listed, skipped)
+    for left, right, same, fold in read_pairs(pairs):
+        for name, number in (left, right):
+            if (name, number) not in place:
+                place[name, number] = len(records)
+                records.append(Record(absent, f"{name}/{name}_{number:04d}", name))
+        listed.append((place[left], place[right], same, fold))
+    if not listed:
+        raise InputError(f"--pairs {pairs}: no pairs there")
+    check_found(((records[a], records[b]) for a, b, *_ in listed), f"--pairs {pairs}")
+    return Source(records, {"name": "verification", "folds": max(fold for *_, fold in listed) + 1}, listed, skipped)
 
 
 # ---------------------------------------------------------------- lists of pairs
@@ -210,19 +224,16 @@ def pairs(src: Path, domain: str, train: bool, pairs: Path) -> Source:
         raise InputError(f"--pairs {pairs}: no pairs there")
     rows, place = [], {}
     for left, right, same, fold, where in listed:
-        ends = [posixpath.normpath(name.replace("\\", "/")) for name in (left, right)]
-        for name in ends:
-            if name not in files:
-                raise InputError(f"{where}: names {name!r}, which is not below {src}: do the list and the folder "
-                                 "belong together?")
+        ends = [find(files, name, where).name for name in (left, right)]
         rows.append((*(place.setdefault(name, len(place)) for name in ends), same, fold))
     folds = [fold for *_, fold in rows]
     dealt = None in folds
     numbers = {fold: number for number, fold in enumerate(sorted(set(folds)))} if not dealt else dict.fromkeys(folds, 0)
     rows = [(a, b, same, numbers[fold]) for a, b, same, fold in rows]
     names = list(place)
-    records = [Record(files[name].read, name, person)
+    records = [Record(find(files, name, "").read, name, person)
                for name, person in zip(names, name_people(names, rows), strict=True)]
+    check_found(((records[a], records[b]) for a, b, *_ in rows), f"--pairs {pairs}")
     return Source(records, {"name": "verification", "folds": len(set(numbers.values()))}, rows,
                   deal=deal_folds if dealt else None)
 
@@ -288,7 +299,7 @@ def align(read: Callable[[], bytes], points: tuple[float, ...]) -> bytes:
     back, shift = 1 / s, z.mean() - (LANDMARKS.mean() + half) / s + half
     turn = (back.real, -back.imag, shift.real, back.imag, back.real, shift.imag)
     out = io.BytesIO()
-    image.convert("RGB").transform((112, 112), Image.Transform.AFFINE, turn, Image.Resampling.BILINEAR).save(out, "BMP")
+    as_rgb(image).transform((112, 112), Image.Transform.AFFINE, turn, Image.Resampling.BILINEAR).save(out, "BMP")
     return out.getvalue()
 
 
@@ -370,15 +381,21 @@ def ijb(src: Path, domain: str, train: bool) -> Source:
                     if re.fullmatch(rf"{stem}1N_{kind}\.csv", name)] for kind in (r"gallery_[GS]\d", "probe_mixed")}
     galleries, probes = lists.values()
     subjects = {template: subject for found in galleries + probes for template, subject in found.items()}
+    missing = sum(f"{crops}/{name}" not in files for name, _, _ in images)
+    if 2 * missing > len(images):
+        raise InputError(f"{stem}face_tid_mid.txt: {missing:,} of {len(images):,} images are not in {crops}: "
+                         "is the download complete?")
     people = template_people({t for _, t, _ in images}, pairs[pairs[:, 2] == 1, :2].tolist(), subjects)
 
     def records() -> Iterator[Record]:
         for name, template, media in images:
             member = files.get(f"{crops}/{name}")
-            if member is None or (crops == "loose_crop" and name not in faces):
-                raise InputError(f"{stem}face_tid_mid.txt names {name!r}, which is not in {crops}" if member is None
-                                 else f"{stem}name_5pts_score.txt: no landmarks for {name!r}, without which a loose "
-                                 "crop cannot be aligned")
+            if member is None:
+                yield Record(absent, f"{crops}/{name}", people[template], template=template, media=media)
+                continue
+            if crops == "loose_crop" and name not in faces:
+                raise InputError(f"{stem}name_5pts_score.txt: no landmarks for {name!r}, without which a loose crop "
+                                 "cannot be aligned")
             *points, score = faces.get(name, (None,))
             read = partial(align, member.read, tuple(points)) if crops == "loose_crop" else member.read
             yield Record(read, member.name, people[template], template=template, media=media, quality=score)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_prep import InputError
 from data_prep.archives import Member, is_leftover, members
-from data_prep.records import Skipped, draw, rank_in_group
+from data_prep.records import Skipped, as_text, draw, rank_in_group
 from data_prep.shards import READABLE, Record, Source
 
 
@@ -86,7 +86,7 @@ def read_names(path: Path | None) -> dict[str, str]:
         if line.strip() and not tab:
             raise InputError(f"--names {path}, line {number}: want folder<TAB>name, found {line[:60]!r}")
         if tab:
-            names[folder] = name.strip()
+            names[as_text(folder.strip())] = name.strip()
     return names
 
 

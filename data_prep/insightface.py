@@ -85,7 +85,10 @@ def read_record(path: Path, offset: int) -> bytes:
 
 
 def read_offsets(rec: Path) -> Iterator[tuple[int, int]]:
-    """(key, offset) of all records in the order of keys, from the .idx; without one, numbered as they lie."""
+    """(key, offset) of all records in the order of keys, from the .idx.
+
+    Without one, or where it repeats a key for another record, they are numbered as they lie.
+    """
     idx, total = rec.with_suffix(".idx"), rec.stat().st_size
     if idx.exists():
         keys, offsets = array("q"), array("q")  # a dictionary of 42 million would take gigabytes
@@ -97,12 +100,15 @@ def read_offsets(rec: Path) -> Iterator[tuple[int, int]]:
                                      f"found {line[:60]!r}; do the two files belong together?")
                 keys.append(int(match[1]))
                 offsets.append(int(match[2]))
-        if keys:
-            order = np.argsort(np.frombuffer(keys, dtype=np.int64), kind="stable")
-            for n, place in enumerate(order):
-                if n + 1 == len(order) or keys[place] != keys[order[n + 1]]:  # of a key that comes twice the last holds
-                    yield keys[place], offsets[place]
-        return
+        ids, starts = np.frombuffer(keys or b"", dtype=np.int64), np.frombuffer(offsets or b"", dtype=np.int64)
+        first = np.unique(starts, return_index=True)[1]  # one of each record, in the order of the file
+        if repeats := len(np.unique(ids[first])) < len(first):  # written from a list with one number for all images
+            print(f"  note: {idx} gives one key to several records: they are numbered as they lie in {rec.name}")
+        for n, place in enumerate(first if repeats else first[np.argsort(ids[first])]):
+            yield n if repeats else int(ids[place]), int(starts[place])
+        if len(first):
+            return
+        print(f"  note: {idx} is empty: {rec.name} is read from end to end")
     key, offset, file = 0, 0, os.open(rec, os.O_RDONLY)
     try:
         while len(block := os.pread(file, PART.size, offset)) == PART.size:

@@ -6,14 +6,16 @@ is absolute is simply not there.
 
 import csv
 import json
+import posixpath
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from data_prep import InputError
-from data_prep.archives import Member, members
+from data_prep.archives import Member, absent, members
 from data_prep.folders import image_suffixes
-from data_prep.records import Skipped
+from data_prep.records import Skipped, as_text
+from data_prep.shards import Record
 
 
 def place_of(src: Path, layout: str, *landmarks: str) -> tuple[str, str]:
@@ -112,8 +114,22 @@ def read_table(src: Path, files: dict[str, Member], name: str, columns: tuple[st
 
 
 def find(files: dict[str, Member], name: str, where: str) -> Member:
-    """The member that a list names; `where` the list does so."""
-    if name not in files:
+    """The member that a list names, in any spelling; where there is none, one that cannot be read: a miss.
+
+    InputError where the name leads out of the source; `where` the list says it.
+    """
+    name = as_text(posixpath.normpath(name.replace("\\", "/")))
+    if name.startswith(("/", "../")):
         raise InputError(f"{where}: names {name[:80]!r}, which is not in the source: do the list and the images belong "
                          "together?")
-    return files[name]
+    return files.get(name) or Member(name, absent)
+
+
+def check_found(listed: Iterable[tuple[Record, ...]], where: str) -> None:
+    """InputError where more than half of what a list names (images, or pairs of them) lacks an image in the source."""
+    count, missing = 0, []
+    for count, records in enumerate(listed, 1):  # noqa: B007
+        missing += [record.name for record in records if record.read is absent][:1]
+    if 2 * len(missing) > count:
+        raise InputError(f"{where}: of {len(missing):,} of {count:,} entries the images are not in the source, such as "
+                         f"{missing[0][:80]!r}: do the list and the images belong together?")

@@ -8,6 +8,7 @@ import glob
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 from collections import Counter
@@ -21,10 +22,11 @@ from typing import BinaryIO
 
 from data_prep import InputError
 from data_prep.archives import members
+from data_prep.archives import read_range as read_file
 from data_prep.folders import deal_roles, image_suffixes
 from data_prep.lists import below, images_of, match_images, place_of, read_json, read_lines, read_table
-from data_prep.records import Skipped
-from data_prep.shards import BadImage, Record, Source, open_image
+from data_prep.records import Skipped, as_text
+from data_prep.shards import BadImage, Record, Source, as_rgb, open_image
 
 LARGEST_LABELS = 2**24  # bytes of a list of labels; ReaL's has 630,000
 
@@ -213,7 +215,7 @@ def inside_border(read: Callable[[], bytes], border: int) -> bytes:
     if min(image.size) <= 2 * border:
         raise BadImage("nothing inside its border")
     out = io.BytesIO()
-    image = image.convert("RGB").crop((border, border, image.width - border, image.height - border))
+    image = as_rgb(image).crop((border, border, image.width - border, image.height - border))
     image.save(out, "PNG", compress_level=0)  # decoded again at once
     return out.getvalue()
 
@@ -255,7 +257,9 @@ def class_of(label: object, wnids: bool, where: str) -> str | None:
     """The identity that a label field means: words as they are, numbers padded so that they sort; None: no label."""
     if isinstance(label, str) and label.strip():
         return label.strip()
-    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
+    if isinstance(label, float) and label.is_integer():  # of a table whose labels have gaps
+        label = int(label)
+    if not isinstance(label, int) or label < 0:
         return None
     if not wnids:
         return f"{label:07d}"
@@ -284,16 +288,25 @@ def row_group(path: str, column: str, group: int):
         return file.read_row_group(group, columns=[column], use_threads=False).column(0)
 
 
-def parquet_image(path: str, column: str, group: int, row: int) -> bytes:
-    """The encoded image of one row."""
+def parquet_image(path: str, column: str, group: int, row: int, src: str) -> bytes:
+    """The encoded image of one row, or of the file that it names, beside the parquet file or below src."""
     try:
         image = row_group(path, column, group)[row].as_py()
-        data = image.get("bytes") if isinstance(image, dict) else image
     except Exception as error:  # as in parquet_labels
         raise BadImage("unreadable parquet rows") from error
-    if not data:
+    data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+    name = data if isinstance(data, str) else name
+    if data and data is not name:
+        return data
+    if not name:
         raise BadImage("no image in its row")
-    return data
+    if name.startswith("/") or ".." in name.split("/"):
+        raise BadImage("its row names a file outside the source")
+    folders = (os.path.dirname(path), src)
+    there = next((file for folder in folders if os.path.isfile(file := os.path.join(folder, name))), None)
+    if there is None:
+        raise BadImage("its row names a file that is not there")
+    return read_file(there)
 
 
 def parquet(src: Path, domain: str, train: bool, files: str | None = None, image_column: str = "image",
@@ -301,13 +314,13 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
             ood: bool = False) -> Source:
     """Hugging Face parquet: files like `data/train-00000-of-00294.parquet` with images and labels as columns.
 
-    --src is their folder, or one file. An image is a struct with `bytes`, or bytes; a label is a number (below 0: none)
-    or a word. The names of numbered classes come from the schema's metadata, where the `datasets` library puts them.
-    Row groups are read one at a time, and a training split is shuffled by runs of 128 rows. imagenet-1k: 1,281,167 and
-    50,000 images (--wnids).
+    --src is their folder, or one file. An image is a struct with `bytes` or `path`, or one of the two; a label is a
+    number (below 0: none) or a word. The names of numbered classes come from the schema's metadata, where the
+    `datasets` library puts them. Row groups are read one at a time, and a training split is shuffled by runs of 128
+    rows. imagenet-1k: 1,281,167 and 50,000 images (--wnids).
     """
     if src.is_file() and src.suffix == ".parquet":
-        src, chosen = src.parent, [src.name]
+        src, chosen = src.parent, {src.name: str(src)}
     elif src.is_dir():
         chosen = choose_files(src, [files] if files else ["*train*"] if train else ["*val*", "*test*"])
     else:
@@ -317,8 +330,8 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
 
     def records() -> Iterator[Record]:
         count = 0
-        for name in chosen:
-            for group, (column, values) in enumerate(parquet_labels(src / name, image_column, label_column, names)):
+        for name, path in chosen.items():
+            for group, values in enumerate(parquet_labels(Path(path), image_column, label_column, names)):
                 first = count
                 for row, label in enumerate(values):
                     where = f"{name}, row group {group}, row {row}"
@@ -326,7 +339,8 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
                     if identity is None:
                         skipped.add(where, "no label")
                     else:
-                        yield Record(partial(parquet_image, str(src / name), column, group, row), where, identity)
+                        read = partial(parquet_image, path, image_column, group, row, str(src))
+                        yield Record(read, where, identity)
                         count += 1
                 blocks.extend(range(first, count, RUN))
 
@@ -334,18 +348,19 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
     return replace(source, blocks=blocks)
 
 
-def choose_files(src: Path, patterns: list[str]) -> list[str]:
-    """The parquet files below src whose names fit the first pattern that any fits."""
-    listed = [file.name for file in members(src) if file.name.endswith(".parquet")]
+def choose_files(src: Path, patterns: list[str]) -> dict[str, str]:
+    """The parquet files below src whose names fit the first pattern that any fits: name -> path."""
+    listed = {file.name: file.path for file in members(src) if file.name.endswith(".parquet")}
     for pattern in patterns:
-        if chosen := [name for name in listed if fnmatch(PurePosixPath(name).name, pattern)]:
+        if chosen := {name: path for name, path in listed.items() if fnmatch(PurePosixPath(name).name, pattern)}:
             return chosen
-    there = f"there are {', '.join(listed[:3])}{', ...' * (len(listed) > 3)}" if listed else "there are none at all"
+    first = ", ".join(list(listed)[:3]) + ", ..." * (len(listed) > 3)
+    there = f"there are {first}" if listed else "there are none at all"
     raise InputError(f"--src {src}: no parquet file like {' or '.join(patterns)}; {there}; --files PATTERN chooses")
 
 
-def parquet_labels(path: Path, image: str, label: str, names: dict[str, str]) -> Iterator[tuple[str, list]]:
-    """For every row group the column of the encoded images and the labels; names of numbered classes go to `names`."""
+def parquet_labels(path: Path, image: str, label: str, names: dict[str, str]) -> Iterator[list]:
+    """For every row group the labels; names of numbered classes go to `names`."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -358,13 +373,13 @@ def parquet_labels(path: Path, image: str, label: str, names: dict[str, str]) ->
                     raise InputError(f"{path}: no column {column!r}; it has {', '.join(types)[:200]}; "
                                      f"--{option}-column names another")
             kind = types[image]
-            if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-                image = f"{image}.bytes"
-            elif not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-                raise InputError(f"{path}: column {image!r} is {str(kind)[:60]}; want bytes, or a struct with bytes")
+            if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_string(kind)
+                    or (pa.types.is_struct(kind) and {"bytes", "path"} & {field.name for field in kind})):
+                raise InputError(f"{path}: column {image!r} is {str(kind)[:60]}; want bytes, or a struct with bytes or "
+                                 "path")
             names |= class_names(schema.metadata, label)
             for group in range(file.num_row_groups):
-                yield image, file.read_row_group(group, columns=[label], use_threads=False).column(0).to_pylist()
+                yield file.read_row_group(group, columns=[label], use_threads=False).column(0).to_pylist()
     except InputError:
         raise
     except Exception as error:  # Arrow raises its own errors and Python's alike
@@ -375,7 +390,7 @@ def class_names(metadata: dict[bytes, bytes] | None, column: str) -> dict[str, s
     """Identity -> name of the numbered classes of a column, from the metadata of the `datasets` library, if any."""
     try:
         names = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
-        return {class_of(i, False, ""): str(name) for i, name in enumerate(names)}
+        return {class_of(i, False, ""): as_text(str(name)) for i, name in enumerate(names)}
     except (KeyError, TypeError, ValueError, RecursionError):
         return {}
 
@@ -410,7 +425,8 @@ def open_tar(url: str) -> BinaryIO:
     import fsspec
 
     try:
-        file = fsspec.open(url, "rb").open()
+        # fsspec would take brackets and stars in the path of a file for a pattern
+        file = fsspec.open(url, "rb").open() if "://" in url else open(url, "rb")  # noqa: SIM115
         if not file.seekable():
             raise OSError("it cannot be read in parts: download it first")
         return file
@@ -429,15 +445,14 @@ def read_at(file: BinaryIO, where: str, offset: int, size: int) -> bytes:
 
 def list_tars(src: str) -> list[str]:
     """The tars that --src means: those of a folder, or of a path or URL with braces, * and ?."""
-    if "://" not in src and Path(src).is_dir():
-        found = [str(Path(src) / file.name) for file in members(Path(src)) if file.name.endswith(".tar")]
-    else:
-        found = []
-        for pattern in expand(src):
-            if "://" in pattern or not glob.has_magic(pattern):
-                found.append(pattern)
-            else:
-                found += sorted(glob.glob(pattern))
+    if "://" in src:
+        found = expand(src)
+    elif Path(src).is_dir():
+        found = [file.path for file in members(Path(src)) if file.name.endswith(".tar")]
+    else:  # what is there under its very name is no pattern, whatever signs it holds
+        top = next(path for path in (Path(src), *Path(src).parents) if path.exists())
+        found = [str(top / name) for pattern in expand(str(Path(src).relative_to(top)))
+                 for name in (sorted(glob.glob(pattern, root_dir=top)) if glob.has_magic(pattern) else [pattern])]
     if not found:
         raise InputError(f"--src {src}: no tar there; give a folder, a tar, a pattern like 'a-{{000..146}}.tar' or "
                          "a URL")
@@ -489,8 +504,12 @@ def read_range(url: str, offset: int, size: int) -> bytes:
     import fsspec
 
     try:
-        system, path = fsspec.core.url_to_fs(url)
-        data = system.cat_file(path, start=offset, end=offset + size)
+        if "://" in url:
+            system, path = fsspec.core.url_to_fs(url)
+            data = system.cat_file(path, start=offset, end=offset + size)
+        else:
+            with open(url, "rb") as file:
+                data = read_at(file, url, offset, size)
         if len(data) != size:
             raise OSError(f"{len(data)} of {size} bytes")
     except Exception as error:  # as in open_tar
@@ -512,9 +531,7 @@ def webdataset(src: str, domain: str, train: bool, label_key: str = "label", wni
     def records() -> Iterator[Record]:
         for url in urls:
             with open_tar(url) as file:
-                files = ((PurePosixPath(name), offset, size) for name, offset, size in tar_files(file, url))
-                for key, parts in groupby(files, lambda part: part[0].parent / part[0].name.partition(".")[0]):
-                    fields = {name.name.partition(".")[2].lower(): (offset, size) for name, offset, size in parts}
+                for key, fields in tar_samples(tar_files(file, url), endings, skipped):
                     image = next((field for field in fields if f".{field}" in endings), None)
                     if image is None:
                         skipped.add(f"{url}: {key}", "sample without an image")
@@ -529,6 +546,38 @@ def webdataset(src: str, domain: str, train: bool, label_key: str = "label", wni
 
     names = imagenet_classes() if wnids else {}
     return split_of(records(), domain, train, skipped, names, reference, ood)
+
+
+def tar_samples(files: Iterable[tuple[str, int, int]], endings: frozenset[str], skipped: Counter
+                ) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Key and fields (ending -> offset, size) of every sample: neighbours in the tar whose names agree to a dot.
+
+    By the format that is the first dot of the name, so that `7.seg.png` is a field of `7.jpg`. But names with dots of
+    their own, such as `img.v1.7.jpg` and `img.v1.7.cls`, are samples, too, and where a field comes again the next
+    sample of the same key begins.
+    """
+    def visible() -> Iterator[tuple[PurePosixPath, tuple[int, int]]]:
+        for name, *place in files:
+            if (path := PurePosixPath(name)).name.startswith("."):  # such as the ._7.jpg that macOS puts beside 7.jpg
+                skipped["hidden file"] += 1
+            else:
+                yield path, tuple(place)
+
+    def has_image(again: list[dict]) -> bool:
+        return any(f".{ending}" in endings for fields in again for ending in fields)
+
+    for (folder, _), parts in groupby(visible(), lambda part: (part[0].parent, part[0].name.partition(".")[0])):
+        samples: dict[str, list[dict]] = {}  # by the name to its last dot
+        for path, place in parts:
+            again, ending = samples.setdefault(path.stem, [{}]), path.suffix[1:].lower()
+            if ending in again[-1]:
+                again.append({})
+            again[-1][ending] = place
+        for stem, again in samples.items():
+            part_of = any(has_image(samples.get(stem[:n], [])) for n, sign in enumerate(stem) if sign == ".")
+            for fields in again:
+                if not part_of or (has_image([fields]) and {"cls", "json"} & fields.keys()):
+                    yield str(folder / stem), fields
 
 
 def field_label(file: BinaryIO, where: str, fields: dict[str, tuple[int, int]], key: str) -> object:

@@ -4,7 +4,9 @@ import csv
 import hashlib
 import os
 import pickle
+import shutil
 import tempfile
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +35,18 @@ class Skipped(Counter):
         csv.writer(self.file, lineterminator="\n").writerow((name, reason))
 
 
+def disk_error(folder: Path, error: OSError) -> InputError:
+    """What to say where the disk does not take what is written to a split folder."""
+    free = f"{shutil.disk_usage(folder).free >> 20:,} MiB free there; " if folder.is_dir() else ""
+    return InputError(f"--out {folder}: cannot be written ({error.strerror or error}; {free}what is done stays done, "
+                      "and the same command goes on from there)")
+
+
+def as_text(name: str) -> str:
+    """A name in composed form (NFC), which people type and macOS does not store; what is no UTF-8 in it as \\udcff."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name.encode(errors="backslashreplace").decode())
+
+
 class Records(Sequence):
     """A sequence of records of any length, read once from an iterable; each is made anew whenever it is asked for.
 
@@ -50,10 +64,18 @@ class Records(Sequence):
         self.file = tempfile.TemporaryFile(dir=there)  # noqa: SIM115
         start, identity, role, numbers = array("q", [0]), array("i"), array("b"), {None: -1}
         for record in progress(records, desc="list the source", unit="img"):
-            start.append(start[-1] + self.file.write(pickle.dumps(record, pickle.HIGHEST_PROTOCOL)))
+            if record.identity is not None and (name := as_text(record.identity)) != record.identity:
+                record = replace(record, identity=name)
+            try:
+                start.append(start[-1] + self.file.write(pickle.dumps(record, pickle.HIGHEST_PROTOCOL)))
+            except OSError as error:
+                raise disk_error(folder, error) from error
             identity.append(numbers.setdefault(record.identity, len(numbers) - 1))
             role.append(-1 if record.role is None else record.role)
-        self.file.flush()
+        try:
+            self.file.flush()
+        except OSError as error:
+            raise disk_error(folder, error) from error
         ends = np.frombuffer(start, dtype=np.int64)
         self.start, self.length = ends[:-1], np.diff(ends).astype(np.int32)
         self.identity, self.role = np.frombuffer(identity, dtype=np.int32), np.frombuffer(role, dtype=np.int8)
@@ -130,7 +152,7 @@ def read_list(path: Path) -> dict[str, int]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--list {path}: cannot be read as text ({error})") from error
-    listed = {line.strip(): number for number, line in enumerate(lines, 1) if line.strip()}
+    listed = {as_text(line.strip()): number for number, line in enumerate(lines, 1) if line.strip()}
     if not listed:
         raise InputError(f"--list {path}: no names in it; want one identity or image name a line")
     return listed

@@ -26,9 +26,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, wraps
 from itertools import islice
 from pathlib import Path
 
@@ -36,10 +37,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_prep import DOMAINS, InputError, progress
-from data_prep.records import Records, Skipped, first_copies, restrict
+from data_prep.records import Records, Skipped, disk_error, first_copies, restrict
 
 FORMAT = "imic-shards/1"
-VERSION = "0.1"  # of data_prep, recorded with every split
+VERSION = "0.2"  # of data_prep, recorded with every split
 ROLES = ("probe", "gallery", "distractor")  # numbered in the column `role`; a re-identification query is a probe
 # columns that only some sources have: integers, but for the quality that a detector gave to a face; -1: none
 OPTIONAL = ("camera", "clothes", "role", "template", "media", "quality")
@@ -51,7 +52,7 @@ TABLES = {
 }
 FITS = ("crop", "squash", "pad")
 # raster formats alone: Pillow would hand PostScript to an interpreter, whatever a file is called
-READABLE = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+READABLE = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MAX_SIZE = 4096  # pixels
 OPEN_SHARDS = 64  # files that a split keeps open at once: far below the usual limit of 1024 a process
 # fork where it is safe and quick; named, because the default differs between systems and Python versions
@@ -117,6 +118,23 @@ def open_image(data: bytes) -> tuple[Image.Image, bool]:
         raise BadImage("unreadable image") from error
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB, 8 bits a channel, on white where it is transparent.
+
+    Pillow's own conversion would cut deep pixels instead of scaling them, and show what lies under transparency.
+    """
+    if image.mode.startswith(("I", "F")):
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+        top = pixels.max()
+        # floating-point pixels are in 0..1, or numbers as of 8 or 16 bits
+        white = 65535 if image.mode.startswith("I") or top > 255 else 255 if top > 1 else 1
+        image = Image.fromarray(np.rint(pixels.clip(0, white) * (255 / white)).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def jpeg_sides(data: bytes | bytearray) -> tuple[int, int] | None:
     """Width and height as the header of a JPEG announces them; None where it is damaged.
 
@@ -143,7 +161,7 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
         size: side in pixels.
         fit: "crop" (short side to `size`, centre crop), "squash" (ignore the aspect ratio) or "pad" (keep it, fill
             with the mean colour).
-        quality: of the JPEG, 1..100, where it has to be written anew.
+        quality: of the JPEG, 1..100, where it has to be written anew; 100 keeps the chroma of every pixel, too.
 
     Raises:
         BadImage: not an image, or a damaged one.
@@ -152,10 +170,7 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
     plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not image.info.get("progressive") and not turned
     if plain and jpeg_sides(data) == image.size == (size, size):  # the first is what readers of the shard go by
         return data
-    image = ImageOps.exif_transpose(image) if turned else image
-    if image.mode.startswith("I"):  # 16 bits a channel: Pillow's own conversion would cut instead of scale
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-    image = image.convert("RGB")
+    image = as_rgb(ImageOps.exif_transpose(image) if turned else image)
     if fit == "crop":
         image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     elif fit == "squash":
@@ -164,7 +179,7 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
         mean = tuple(round(c) for c in np.asarray(image).reshape(-1, 3).mean(0))
         image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=mean)
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=quality)
+    image.save(out, "JPEG", quality=quality, subsampling=0 if quality == 100 else -1)  # -1: the encoder's own, 4:2:0
     return out.getvalue()
 
 
@@ -317,6 +332,19 @@ def random_order(n: int, blocks: list[int], seed: int) -> np.ndarray:
     return np.concatenate([runs[i] for i in np.random.default_rng(seed).permutation(len(runs))])
 
 
+def told_of_disk(function: Callable) -> Callable:
+    """The function, whose first argument is the folder that it writes; InputError where the disk does not take it."""
+    @wraps(function)
+    def call(folder: Path, *arguments, **options):
+        try:
+            return function(folder, *arguments, **options)
+        except OSError as error:
+            raise disk_error(folder, error) from error
+
+    return call
+
+
+@told_of_disk
 def write_split(folder: Path, source: Source, *, source_name: str, size: int, fit: str, quality: int, train: bool,
                 seed: int = 0, shard_size: int = 2048, workers: int = 1, options: dict | None = None,
                 drop_duplicates: bool = False, data_set: list[str] | None = None) -> dict:
@@ -364,6 +392,8 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
     if (folder / "index.json").exists():
         index = read_index(folder)
         if index["provenance"].get("plan") == plan:
+            for leftover in (folder / ".parts", *folder.glob("*.tmp")):  # of a kill after the last step
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
             print(f"{folder}: complete")
             return index
         raise InputError(f"{folder} already holds another split: remove it or choose another --out")
@@ -453,6 +483,11 @@ def write_skipped(folder: Path, before: Counter, bad: list[tuple[str, str]], lis
     return dict(+after)
 
 
+def column_type(name: str) -> np.dtype:
+    """What the numbers of a column are."""
+    return np.dtype({"hash": np.uint64, "quality": np.float64}.get(name, np.int64))
+
+
 def part_path(folder: Path, number: int) -> Path:
     """Where the index of a finished shard waits for the others."""
     return folder / ".parts" / f"shard-{number:06d}.tar.json"
@@ -475,25 +510,29 @@ def write_columns(folder: Path, shards: int, listed: bool) -> tuple[list[dict], 
     shutil.rmtree(folder / "index", ignore_errors=True)  # of a run that was interrupted here
     (folder / "index").mkdir()
 
-    def column(name: str) -> np.ndarray:
-        kind = {"hash": np.uint64, "quality": np.float64}.get(name, np.int64)
-        return np.lib.format.open_memmap(folder / "index" / f"{name}.npy", "w+", kind, (total,))
-
-    place = np.empty(total, dtype=np.int64)
-    columns = {name: column(name) for name in ("shard", "offset", "length", "label", *OPTIONAL, "hash")}
-    first = 0
-    for number in range(shards):
-        rows = json.loads(part_path(folder, number).read_text())["rows"]
-        here = slice(first, first + len(rows))
-        columns["shard"][here] = number
-        for values, target in zip(zip(*rows, strict=True), (place, *list(columns.values())[1:]), strict=False):
-            target[here] = values
-        first = here.stop
-    for name in OPTIONAL:
-        if not (columns[name] >= 0).any():
-            (folder / "index" / f"{name}.npy").unlink()
-    for values in columns.values():
-        values.flush()
+    place, first, present = np.empty(total, dtype=np.int64), 0, set()
+    with ExitStack() as stack:
+        files = {}
+        for name in ("shard", "offset", "length", "label", *OPTIONAL, "hash"):
+            files[name] = stack.enter_context(open(folder / "index" / f"{name}.npy", "wb"))
+            header = {"descr": column_type(name).str, "fortran_order": False, "shape": (total,)}
+            np.lib.format.write_array_header_1_0(files[name], header)
+        for number in range(shards):  # appended, not mapped: a full disk is an error here and would be a crash there
+            rows = json.loads(part_path(folder, number).read_text())["rows"]
+            columns = dict(zip(("place", *list(files)[1:]), zip(*rows, strict=True), strict=False))
+            columns["shard"] = [number] * len(rows)
+            place[first : first + len(rows)] = columns.pop("place", [])
+            first += len(rows)
+            for name, values in columns.items():
+                values = np.array(values, dtype=column_type(name))
+                files[name].write(values)
+                if name in OPTIONAL and (values >= 0).any():
+                    present.add(name)
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
+    for name in set(OPTIONAL) - present:
+        (folder / "index" / f"{name}.npy").unlink()
     return table, place
 
 
@@ -545,18 +584,23 @@ def in_parallel(function: Callable, tasks: Iterable[tuple], workers: int, in_ord
     if workers <= 1:
         yield from (function(*task) for task in tasks)
         return
-    tasks = iter(tasks)
+    tasks, others = iter(tasks), set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, PROCESSES, start_worker, (os.getpid(),)) as pool:
-        running = [pool.submit(function, *task) for task in islice(tasks, 2 * workers)]
         try:
+            running = [pool.submit(function, *task) for task in islice(tasks, 2 * workers)]
             while running:
                 wait(running[:1] if in_order else running, return_when=FIRST_COMPLETED)
                 done = [f for f in (running[:1] if in_order else running) if f.done()]
                 running = [f for f in running if f not in done]
                 running += [pool.submit(function, *task) for task in islice(tasks, len(done))]
                 yield from (future.result() for future in done)
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()  # nobody waits for their results any more
+            if isinstance(error, BrokenProcessPool):
+                raise InputError(f"one of {workers} workers was killed: out of memory? Take fewer --workers, or a "
+                                 "machine with more memory; what is done stays done") from error
             raise
 
 
@@ -690,7 +734,7 @@ class Split:
         except Exception as error:  # NumPy raises OSError, ValueError, EOFError, SyntaxError, TokenError, ... by damage
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: column {name!r} cannot be read ({reason}); prepare the split again") from error
-        kind = np.dtype({"hash": np.uint64, "quality": np.float64}.get(name, np.int64))
+        kind = column_type(name)
         width = TABLES[name].count(",") + 1 if name in TABLES else None
         if column.dtype != kind or column.shape != ((*column.shape[:1], width) if width else (len(self),)):
             wanted = f"[rows, {width}]: {TABLES[name]}" if width else f"[{len(self)}], one a sample"

@@ -11,7 +11,7 @@
 #   export DATA=demo/data OUT=demo/grid BACKBONES=clip SIZE=tiny SEEDS=0 IMAGES=12800 ANALYZE="--components 24"
 #   export TRAIN="--weights none --image-size 64 --batch 64 --lr 3e-3 --head-lr 1e-2 --layer-decay 1 --scale 24"
 #   scripts/grid.sh
-set -euo pipefail
+set -eufo pipefail  # -f: lists are split at spaces, a * in them is no pattern
 cd "$(dirname "$0")/.."
 : "${DATA:=data}" "${OUT:=runs/grid}"
 : "${BACKBONES:=clip eva02 dinov3}" "${SIZE:=large}" "${SEEDS:=0 1 2}"
@@ -106,6 +106,7 @@ PYTHON
     python analyze.py claims "$OUT"
 }
 
+[[ $SEEDS =~ ^[0-9\ ]+$ ]] || refuse "SEEDS=$SEEDS: want whole numbers"
 [[ $IMAGES =~ ^[1-9][0-9]*$ ]] || refuse "IMAGES=$IMAGES: want a whole number of images"
 [[ $EXPOSURE =~ ^[AB]$ ]] || refuse "EXPOSURE=$EXPOSURE: want A or B"
 [[ $JOBS =~ ^[1-9][0-9]*$ ]] || refuse "JOBS=$JOBS: want the number of cells to run at once"

@@ -7,6 +7,7 @@
 #   SOURCE/ood_pacs/{photo,art_painting,cartoon,sketch}/<class>/*
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ $# -ge 2 ] || { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
 src=$1 data=$2 size=${3:-112} object_size=${4:-${3:-112}}
 prepare() { python -m data_prep "$@" --size "$size"; }
 for domain in face_hq face_lq; do

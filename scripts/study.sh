@@ -34,4 +34,6 @@ export TRAIN="--weights $2 --image-size $SIDE --batch 64 --lr 2e-4 --head-lr 1e-
     --margin-additive object=0,face_hq=0.2,face_lq=0.2,body=0.2 --cache ram --workers 0 ${TRAIN:-}"
 export SEQUENTIAL="--eval-every $((IMAGES / 64 / 4)) ${SEQUENTIAL:-}"  # at the end of each of the four stages
 scripts/grid.sh
-python evaluate.py compare $(scripts/grid.sh list | cut -f2) --out "$OUT/comparison"
+runs=()
+while IFS= read -r run; do runs+=("$run"); done < <(scripts/grid.sh list | cut -f2)
+python evaluate.py compare "${runs[@]}" --out "$OUT/comparison"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import unicodedata
 from pathlib import Path
 
 import click
@@ -17,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import InputError, shards
+from data_prep import InputError, progress, shards
 from data_prep.__main__ import cli
 from data_prep.degrade import degrade
 from data_prep.demo import demo_splits, draw_body, draw_face, draw_object
@@ -91,6 +92,46 @@ def test_sixteen_bit_images_are_scaled_and_not_cut():
     deep = Image.fromarray(np.full((20, 20), 30000, dtype=np.uint16))
     image = np.asarray(Image.open(io.BytesIO(fit_image(encode(deep, "PNG"), 20, "crop", 95))))
     assert np.abs(image.astype(int) - 30000 / 257).max() <= 2
+
+
+def test_pixels_of_other_kinds_keep_their_meaning():
+    """White is white in floating-point TIFF of any range, and what is transparent is white whatever its colour."""
+    ramp = np.linspace(0, 1, 32 * 32, dtype=np.float32).reshape(32, 32)
+    for top in (1, 255, 65535):
+        jpeg = fit_image(encode(Image.fromarray(ramp * top), "TIFF"), 32, "squash", 100)
+        grey = np.asarray(Image.open(io.BytesIO(jpeg)))
+        assert np.abs(grey.mean(2) - 255 * ramp).max() < 2.5
+    clear = np.zeros((32, 32, 4), dtype=np.uint8)
+    clear[:, 16:] = (0, 0, 255, 255)  # the left half is black, under full transparency
+    for image, options in [(Image.fromarray(clear), {}), (Image.fromarray(clear[..., :3]), {"transparency": (0, 0, 0)}),
+                           (Image.fromarray(clear[..., ::3]), {})]:
+        shown = np.asarray(Image.open(io.BytesIO(fit_image(encode(image, "PNG", **options), 32, "crop", 100))))
+        assert (shown[:, :15] > 250).all() and (shown[:, 17:, 0] < 5).all()
+
+
+def test_avif_is_read(tmp_path):
+    (tmp_path / "src/c0").mkdir(parents=True)
+    (tmp_path / "src/c0/0.avif").write_bytes(encode(picture(0, 32, 32), "AVIF", quality=100))
+    run_here("folder", "--src", tmp_path / "src", "--out", tmp_path / "d/object/train", "--size", 32)
+    image = Split(tmp_path / "d/object/train").image(0).permute(1, 2, 0).numpy().astype(float)
+    assert np.abs(image - np.asarray(picture(0, 32, 32))).mean() < 3
+
+
+@pytest.mark.parametrize("size, options, quality, decibels", [
+    (24, [], 100, 45), (64, [], 100, 45), (65, [], 95, 0), (24, ["--quality", 95], 95, 0)])
+def test_small_images_keep_what_they_show(size, options, quality, decibels, tmp_path, capsys):
+    """Faces of 24 pixels, lossless: as JPEG 95 with halved chroma they would come back with 33 dB."""
+    pixels = np.random.default_rng(0).normal(128, 40, (2, size, size, 3)).clip(0, 255).astype(np.uint8)
+    for i in range(2):
+        (tmp_path / f"src/p{i}").mkdir(parents=True)
+        Image.fromarray(pixels[i]).save(tmp_path / f"src/p{i}/0.png")
+    run_here("folder", "--src", tmp_path / "src", "--out", tmp_path / "d/face_lq/test", *options)
+    split = Split(tmp_path / "d/face_lq/test")
+    assert (split.size, split.index["quality"]) == (size, quality)
+    error = np.stack([split.image(row).permute(1, 2, 0).numpy() for row in range(2)]).astype(float) - pixels
+    psnr = 10 * np.log10(255**2 / (error**2).mean())
+    assert psnr > decibels if decibels else psnr < 35
+    assert ("becomes JPEG of quality 100, not 95" in capsys.readouterr().out) == (quality == 100)
 
 
 @pytest.mark.parametrize("data", [b"", b"text", encode(picture(0))[:200], encode(picture(0), "PNG")[:-40]])
@@ -351,7 +392,8 @@ def test_pairs_of_a_damaged_image_are_left_out_and_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, words", [
-    (PAIRS.replace("P_3\t1", "P_7\t1"), "line 5: names P_7/P_7_0001"), (PAIRS.replace("1\t3", "1\t9"), "P_0/P_0_0009"),
+    (PAIRS.replace("P_0", "P_7").replace("P_3", "P_7"), "of 3 of 4 entries"),
+    (PAIRS.replace("P_", "Q_"), "such as 'Q_0/Q_0_0001'"),
     ("", "line 1: want"), ("pairs\n" + PAIRS, "line 1: want"), ("10\t300\n", "announces 10 folds"),
     (PAIRS.replace("P_2\t2\t1", "P_2\t2"), "line 4: want `name i j`"),
 ])  # fmt: skip
@@ -360,6 +402,73 @@ def test_bad_pairs_files(text, words, tmp_path):
     with pytest.raises(InputError) as error:
         lfw(lfw_folder(tmp_path / "src"), "face_hq", False, tmp_path / "pairs.txt")
     assert words in error.value.message
+
+
+CSV = "name,imagenum1,imagenum2,\nP_0,1,3,\nP_0,1,P_1,2\nP_2,2,1,\nP_3,1,P_2,3\n"
+
+
+@pytest.mark.parametrize("text", [PAIRS, "\ufeff" + PAIRS.replace("\n", "\r\n"), PAIRS.replace("\t", "  "),
+                                  PAIRS.replace("\n", "\t\n"), PAIRS.replace("P_", " P_").replace("\t", " \t"), CSV])
+@pytest.mark.parametrize("layout", ["plain", "nested", "mtcnn", "missing", "old"])
+def test_lfw_as_people_have_it(text, layout, tmp_path, capsys):
+    """Official, Kaggle's double folder and CSV, MTCNN's names, one face that a detector missed, an older copy below."""
+    (tmp_path / "pairs.txt").write_text(text, encoding="utf-8", newline="")
+    src = lfw_folder(tmp_path / "src" / ("lfw/lfw" if layout == "nested" else ""))
+    lost = [src / "P_1/P_1_0002.jpg"] if layout == "missing" else []
+    for path in sorted(src.rglob("*.jpg")):
+        if layout == "old":
+            (path.parent / "old").mkdir(exist_ok=True)
+            (path.parent / "old" / path.name).write_bytes(encode(picture(999, 36, 36)))
+        elif layout == "mtcnn":
+            path.rename(path.with_name(f"{path.stem}_0.jpg"))
+        elif path in lost:
+            path.unlink()
+    run_here("lfw", "--src", tmp_path / "src", "--pairs", tmp_path / "pairs.txt", "--out", tmp_path / "d/face_hq/lfw")
+    split, found = Split(tmp_path / "d/face_hq/lfw"), []
+    of = {encode(picture(10 * p + i, 36, 36)): f"P_{p} {i}" for p in range(4) for i in range(1, 4)}
+    for left, right, same, fold in split.column("pairs").tolist():
+        found.append((of[split.jpeg(left)[1]], of[split.jpeg(right)[1]], same, fold))
+    pairs = [("P_0 1", "P_0 3", 1, 0), ("P_0 1", "P_1 2", 0, 0), ("P_2 2", "P_2 1", 1, 1), ("P_3 1", "P_2 3", 0, 1)]
+    assert found == [pair for pair in pairs if not lost or "P_1 2" not in pair]
+    assert split.protocol["pairs_lost"] == len(lost) and verify_split(split.folder) == []
+    assert ("1: listed, but not in the source" in capsys.readouterr().out) == bool(lost)
+
+
+def test_two_versions_of_lfw_are_not_mixed(tmp_path):
+    (tmp_path / "pairs.txt").write_text(PAIRS)
+    for name in ("lfw", "lfw-deepfunneled"):
+        lfw_folder(tmp_path / "src" / name)
+    with pytest.raises(InputError, match=r"two images of P_0 1, lfw.* and lfw.*: give the folder of one version"):
+        run_here("lfw", "--src", tmp_path / "src", "--pairs", tmp_path / "pairs.txt", "--out", tmp_path / "d/face_hq/x")
+
+
+@pytest.mark.parametrize("stored, typed", [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_are_one_however_they_are_spelled(stored, typed, tmp_path, capsys):
+    """macOS stores decomposed names; people type composed ones."""
+    def spell(form: str, text: str) -> str:
+        return unicodedata.normalize(form, text)
+
+    for p, person in enumerate(("José_Müller", "Zoë_Ångström")):
+        folder = tmp_path / "src" / spell(stored, person)
+        folder.mkdir(parents=True)
+        for i in (1, 2):
+            (folder / spell(stored, f"{person}_{i:04d}.jpg")).write_bytes(encode(picture(10 * p + i, 24, 24)))
+    lists = {"pairs.txt": "1\t1\nJosé_Müller\t1\t2\nJosé_Müller\t1\tZoë_Ångström\t2\n", "list.txt": "José_Müller\n",
+             "pairs.csv": "José_Müller/José_Müller_0001.jpg,José_Müller/José_Müller_0002.jpg,1\n"
+                          "José_Müller/José_Müller_0001.jpg,Zoë_Ångström/Zoë_Ångström_0002.jpg,0\n",
+             "names.tsv": "José_Müller\tJ. Müller\nNobody\tN. N.\n"}
+    for name, text in lists.items():
+        (tmp_path / name).write_text(spell(typed, text))
+    for source, split, options in [
+        ("lfw", "lfw", ["--pairs", "pairs.txt"]), ("pairs", "pairs", ["--pairs", "pairs.csv"]),
+        ("folder", "train", ["--list", "list.txt", "--names", "names.tsv"])]:
+        options = [tmp_path / option if "." in option else option for option in options]
+        run_here(source, "--src", tmp_path / "src", "--out", tmp_path / "d/face_hq" / split, *options)
+    assert all(Split(tmp_path / "d/face_hq" / name).column("pairs").tolist() == pairs for name, pairs in [
+        ("lfw", [[0, 1, 1, 0], [0, 3, 0, 0]]), ("pairs", [[0, 1, 1, 0], [0, 2, 0, 1]])])
+    train = Split(tmp_path / "d/face_hq/train")
+    assert train.classes == ["José_Müller"] and len(train) == 2 and train.names == [spell(typed, "J. Müller")]
+    assert "names.tsv: 1 of its folders are not in the source: Nobody" in capsys.readouterr().out
 
 
 def test_pairs_file_of_one_fold(tmp_path):
@@ -427,7 +536,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
 
 
 def test_names_that_are_no_text_are_classes_as_others(tmp_path):
-    """A folder called b"a\\xff" can be printed and comes back from the index."""
+    """A folder called b"a\\xff" becomes a class that can be printed and written."""
     for part in ("train", "test"):
         (tmp_path / "src" / os.fsdecode(b"a\xff")).mkdir(parents=True, exist_ok=True)
         for i in range(2):
@@ -437,7 +546,10 @@ def test_names_that_are_no_text_are_classes_as_others(tmp_path):
         result = script("-c", strict, "folder", "--src", tmp_path / "src", "--out", tmp_path / "d/face_hq" / part,
                         "--workers", "1")
     assert "1 identities are in train too: a\\udcff" in result.stdout
-    assert Split(tmp_path / "d/face_hq/train").classes == [os.fsdecode(b"a\xff")]
+    names = Split(tmp_path / "d/face_hq/train").classes
+    assert names == ["a\\udcff"] and names[0].encode()  # a figure or a CSV can hold it
+    with pytest.raises(InputError, match="want a name in UTF-8"):
+        run_here("folder", "--src", tmp_path / "src", "--out", tmp_path / "d/face_hq" / os.fsdecode(b"a\xff"))
 
 
 def test_ctrl_c_leaves_what_is_done(tmp_path):
@@ -484,6 +596,96 @@ def test_a_refused_command_leaves_no_folder(tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         run_here("folder", "--src", tmp_path / "none", "--out", tmp_path / "d/object/train")
     assert not list(tmp_path.iterdir())
+
+
+def children_of(process: subprocess.Popen) -> list[int]:
+    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+
+
+def lives(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+@pytest.mark.parametrize("victim", ["worker", "parent"])
+def test_a_killed_worker_and_a_terminated_parent_leave_nobody_behind(victim, tmp_path):
+    """SIGKILL to a worker, as when memory is short: one line; SIGTERM to the parent: obeyed at once."""
+    src = class_folders(tmp_path / "src", classes=4, images=25, width=900, height=900)
+    out = tmp_path / "d/object/train"
+    command = ["-m", "data_prep", "folder", "--src", str(src), "--out", str(out), "--size", "200", "--shard-size", "1"]
+    process = subprocess.Popen([sys.executable, *command, "--workers", "2"], cwd=ROOT, stderr=subprocess.PIPE,
+                               text=True)
+    while not list(out.glob("shard-*.tar")) and process.poll() is None:
+        time.sleep(0.005)
+    workers = children_of(process)
+    assert len(workers) == 2
+    os.kill(*((workers[0], signal.SIGKILL) if victim == "worker" else (process.pid, signal.SIGTERM)))
+    _, err = process.communicate(timeout=120)  # the pipe closes with the last of them
+    deadline = time.monotonic() + 60
+    while any(map(lives, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(lives, workers))
+    if victim == "worker":
+        assert process.returncode == 2 and err.count("\n") == 1
+        assert err.startswith("error: one of 2 workers was killed: out of memory? Take fewer --workers")
+    else:
+        assert process.returncode == -signal.SIGTERM and not err
+    run_here(*command[2:], "--workers", "1")
+    assert verify_split(out) == [] and len(Split(out)) == 100
+    assert sorted(path.name for path in out.iterdir() if path.suffix != ".tar") == ["index", "index.json"]
+
+
+def limited(megabytes: float, *arguments) -> subprocess.CompletedProcess:
+    """A command that may write no file larger than this, which ends as on a full disk: in an OSError."""
+    code = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({int(megabytes * 2**20)},) * 2); " \
+           "sys.argv[0] = 'data_prep'; from data_prep.__main__ import cli, run_command; run_command(cli)"
+    return script("-c", code, *arguments, check=2)
+
+
+@pytest.mark.parametrize("megabytes", [0.001, 0.2])  # the list of images, a shard
+def test_a_disk_that_takes_no_more_ends_in_one_line_and_the_same_command_goes_on(megabytes, tmp_path):
+    src, out = tmp_path / "src", tmp_path / "d/object/train"
+    for i in range(400):
+        (src / f"c{i % 4}").mkdir(parents=True, exist_ok=True)
+        (src / f"c{i % 4}/{i}.png").write_bytes(encode(picture(i, 24, 24), "PNG"))
+    command = ["folder", "--src", src, "--out", out, "--size", 24, "--shard-size", 200, "--workers", 2]
+    result = limited(megabytes, *command)
+    assert result.stderr.startswith(f"error: --out {out}: cannot be written (File too large; ")
+    assert result.stderr.count("\n") == 1 and not (out / "index.json").exists() and not (out / ".lock").exists()
+    run_here(*command)
+    assert verify_split(out) == []
+
+
+@pytest.mark.parametrize("place, reason", [("file/object/train", "Not a directory"), ("d/object/file", "File exists"),
+                                           ("d/object/" + 300 * "x", "File name too long")])
+def test_places_that_cannot_be_written_are_named_at_once(place, reason, tmp_path):
+    (tmp_path / "d/object").mkdir(parents=True)
+    for name in ("file", "d/object/file"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(InputError) as error:
+        run_here("folder", "--src", tmp_path / "none", "--out", tmp_path / place)
+    assert str(error.value).startswith(f"--out {tmp_path / place}") and reason in str(error.value)
+
+
+def test_what_a_kill_after_the_last_step_leaves_goes_with_the_next_call(small, tmp_path):
+    before = files_of(small)
+    for name in (".parts/plan", ".parts/shard-000000.tar.json", "index.json.77.tmp", ".lock"):
+        (small / name).parent.mkdir(exist_ok=True)
+        (small / name).write_text("left")
+    run_here("folder", "--src", tmp_path / "src", "--out", small, "--size", 24, "--shard-size", 4)
+    assert files_of(small) == before and not (small / ".parts").exists()
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    clock = iter(range(0, 1000, 12))
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))  # 12 s pass with every image
+    assert list(progress(range(7), desc="list", unit="img")) == list(range(7))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("[")[0] for line in lines] == ["list:  43% 3/7 ", "list:  86% 6/7 "]
+    assert lines[0].endswith("[00:36<00:48, 12.00s/img]")
 
 
 # ---------------------------------------------------------------- degradation and demo

@@ -282,6 +282,22 @@ def test_recordio_layouts(layout, order, idx, tmp_path, capsys):
     assert "note" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("keys, note", [([1] * 6, "one key to several records"), ([], "is empty"),
+                                        ([0, 1, 2, 2, 4, 5], "one key to several records"), ([5, 4, 3, 2, 1, 0], None)])
+def test_every_record_of_an_index_is_an_image(keys, note, tmp_path, capsys):
+    """Keys that repeat (of a list whose first column is the same for all), an index without lines, each line twice."""
+    images = [crop(i) for i in range(6)]
+    src = write_rec(tmp_path / "src", plain(images))
+    offsets = [line.split("\t")[1] for line in (src / "train.idx").read_text().splitlines()]
+    lines = [f"{key}\t{offset}\n" for key, offset in zip(keys, offsets, strict=False)]
+    (src / "train.idx").write_text("".join(lines + lines))
+    run_here("recordio", "--src", src, "--out", tmp_path / "d/face_hq/train")
+    assert contents(Split(tmp_path / "d/face_hq/train")) == sorted(
+        (f"{person:07d}", image) for person, image in zip(PEOPLE, images, strict=True))
+    told = capsys.readouterr().out
+    assert note in told if note else "note:" not in told
+
+
 def test_recordio_as_a_search(tmp_path, capsys):
     src = write_rec(tmp_path / "src", plain([crop(i) for i in range(6)]))
     (src / "property").write_text("4,32,32")
@@ -696,14 +712,14 @@ BAD = {
     "bin of a dictionary": (bin_of(pickle.dumps({"bins": 1})), "opcode 0x7d"),
     "bin without pairs": (bin_of(pickle.dumps(([], []))), "the source holds no images"),
     "empty list": (pairs_of(""), "no pairs there"), "header alone": (pairs_of("left,right,same\n"), "no pairs there"),
-    "not below": (pairs_of("k.jpg,z.jpg,1\n"), "list.csv, line 1: names 'z.jpg', which is not below"),
-    "climbing": (pairs_of("k.jpg,../../list.csv,1\n"), "names '../../list.csv', which is not below"),
-    "absolute": (pairs_of("k.jpg,/etc/passwd,1\n"), "names '/etc/passwd', which is not below"),
+    "not below": (pairs_of("k.jpg,z.jpg,1\n"), "list.csv: of 1 of 1 entries the images are not in"),
+    "climbing": (pairs_of("k.jpg,../../list.csv,1\n"), "line 1: names '../../list.csv', which is not in"),
+    "absolute": (pairs_of("k.jpg,/etc/passwd,1\n"), "line 1: names '/etc/passwd', which is not in"),
     "four words": (pairs_of("k.jpg,l.jpg,1\na,b,c,d\n"), "line 2: want `left,right,same[,fold]`"),
     "a word more": (pairs_of("k.jpg l.jpg 1\nk.jpg m.jpg 0 x\n"), "line 2: want"),
     "three lines": (pairs_of("k.jpg 1\nl.jpg 1\nm.jpg 0\n"), "3 lines of `name same`"),
     "contradiction": (pairs_of("k.jpg,l.jpg,1\nl.jpg,m.jpg,1\nk.jpg,m.jpg,0\n"), "one person by some lines and two"),
-    "binary list": (pairs_of("\0\0,\0,1\n"), "which is not below"),
+    "binary list": (pairs_of("\0\0,\0,1\n"), "are not in the source"),
     "not UTF-8": (lambda folder: ["lfw", "--src", write_images(folder, ["a/a_0001.jpg"]), "--pairs",
                                   folder / "a/a_0001.jpg"], "a_0001.jpg: cannot be read"),
     "no list": (lambda folder: ["pairs", "--src", folder, "--pairs", folder / "none.csv"], "none.csv: cannot be read"),
@@ -713,8 +729,8 @@ BAD = {
     "IJB pairs of two": (ijb_of("template_pair_label.txt", "1 2\n"), "want `template template same` lines"),
     "IJB pairs of words": (ijb_of("template_pair_label.txt", "1 x 1\n"), "want `template template same` lines"),
     "IJB pairs of nothing": (ijb_of("template_pair_label.txt", ""), "want `template template same` lines"),
-    "IJB missing image": (ijb_of("face_tid_mid.txt", "9.jpg 1 1\n"), "names '9.jpg', which is not in loose_crop"),
-    "IJB climbing": (ijb_of("face_tid_mid.txt", "../meta/ijbc_face_tid_mid.txt 1 1\n"), "which is not in loose_crop"),
+    "IJB missing image": (ijb_of("face_tid_mid.txt", "9.jpg 1 1\n"), "1 of 1 images are not in loose_crop"),
+    "IJB climbing": (ijb_of("face_tid_mid.txt", "../meta/ijbc_face_tid_mid.txt 1 1\n"), "not in loose_crop"),
     "IJB short line": (ijb_of("face_tid_mid.txt", "1.jpg 1\n"), "ijbc_face_tid_mid.txt, line 1: want str whole whole"),
     "IJB large number": (ijb_of("face_tid_mid.txt", f"1.jpg 1 {1 << 70}\n"), "line 1: want str whole whole"),
     "IJB not finite": (ijb_of("name_5pts_score.txt", "1.jpg" + " nan" * 11), "line 1: want str number"),

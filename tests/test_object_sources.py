@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -287,7 +288,7 @@ def test_parquet_reads_each_row_group_once(part, tmp_path, monkeypatch):
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, group, columns, **options: (
         opened.append(columns[0]), read(self, group, columns=columns, **options))[1])
     split = prepared("parquet", tmp_path / "src", tmp_path / "d/object" / part)
-    assert opened == ["label"] * 9 + ["image.bytes"] * 9
+    assert opened == ["label"] * 9 + ["image"] * 9
     labels = [int(name) for name in identities(split)]
     whole = [label for k in range(3) for label in (10 * k, *range(10 * k, 10 * k + 7))]
     assert sorted(labels) == sorted(whole) and (labels == whole) == (part == "val")
@@ -304,11 +305,53 @@ def test_blocks_move_as_a_whole():
 
 
 def test_parquet_rows_without_an_image_are_counted(tmp_path):
-    path = parquet_file(tmp_path / "src/val.parquet", [0, 1, 1])
-    images = pa.array([{"bytes": encode(picture(0)), "path": None}, {"bytes": None, "path": "a.png"}, None], IMAGE)
+    path = parquet_file(tmp_path / "src/val.parquet", [0, 1, 1, 1])
+    (tmp_path / "secret.png").write_bytes(encode(picture(0)))
+    images = pa.array([{"bytes": encode(picture(0)), "path": None}, {"bytes": None, "path": "a.png"}, None,
+                       {"bytes": None, "path": "../secret.png"}], IMAGE)
     pq.write_table(pq.read_table(path).set_column(0, "image", images), path)
     split = prepared("parquet", tmp_path / "src", tmp_path / "d/object/val")
-    assert len(split) == 1 and split.index["skipped"] == {"no image in its row": 2}
+    assert len(split) == 1 and split.index["skipped"] == {
+        "no image in its row": 1, "its row names a file that is not there": 1,
+        "its row names a file outside the source": 1}
+
+
+@pytest.mark.parametrize("labels, classes", [
+    ([0.0, 2.0, float("nan"), -1.0], ["0000000", "0000002"]),
+    ([True, False, True, None], ["0000001", "0000000", "0000001"]),
+    ([1.5, 2.0, None, 3.0], ["0000002", "0000003"])])
+@pytest.mark.parametrize("kind", ["struct", "string"])
+def test_parquet_of_paths_and_of_labels_that_are_no_integers(kind, labels, classes, tmp_path):
+    """pandas makes floats of numbers with gaps; a row may name its image, beside the file or below the source."""
+    for i, folder in enumerate(["data", "data", "", ""]):
+        (tmp_path / "src" / folder / "images").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / folder / f"images/{i}.jpg").write_bytes(encode(picture(i, 16, 16)))
+    names = [f"images/{i}.jpg" for i in range(4)]
+    images = pa.array([{"bytes": None, "path": name} for name in names] if kind == "struct" else names)
+    pq.write_table(pa.table({"image": images, "label": pa.array(labels)}), tmp_path / "src/data/val.parquet")
+    split = prepared("parquet", tmp_path / "src", tmp_path / "d/object/val")
+    assert identities(split) == classes and split.index["skipped"] == {"no label": 4 - len(classes)}
+    kept = [i for i, label in enumerate(labels) if label is not None and label >= 0 and label == int(label)]
+    assert [split.jpeg(row)[1] for row in range(len(split))] == [encode(picture(i, 16, 16)) for i in kept]
+
+
+def test_a_wrong_reference_is_told(tmp_path, capsys):
+    for i, name in enumerate(["train", "other"]):
+        for k in range(2):
+            (tmp_path / f"src/{name}/c{2 * i + k}").mkdir(parents=True)
+            (tmp_path / f"src/{name}/c{2 * i + k}/0.jpg").write_bytes(encode(picture(k, 16, 16)))
+
+    def told(*options) -> str:
+        run_here("folder", "--src", tmp_path / "src/train", "--out", tmp_path / f"d/object/val{len(options)}",
+                 *options)
+        return capsys.readouterr().out
+
+    assert "WARNING: --reference train: there is no object/train yet" in told()
+    for name in ("train", "other"):
+        run_here("folder", "--src", tmp_path / "src" / name, "--out", tmp_path / "d/object" / name, "--part", "train")
+    shutil.rmtree(tmp_path / "d/object/val0")
+    assert "--reference" not in told()
+    assert "object/other has none of the classes, such as c0" in told("--reference", "other")
 
 
 # ---------------------------------------------------------------- WebDataset
@@ -377,6 +420,39 @@ def test_webdataset_samples_without_image_or_label_are_counted(tmp_path):
     split = prepared("webdataset", tmp_path / "a.tar", tmp_path / "d/object/val")
     assert identities(split) == ["0000005", "cat"]
     assert split.index["skipped"] == {"sample without an image": 1, "no label": 4, "unreadable image": 1}
+
+
+@pytest.mark.parametrize("names, classes", [
+    (["img.v1.0", "img.v1.1", "img.v1.2"], 3), (["v1.2/0", "v1.2/1"], 2), (["0", "1", "0", "1"], 4),
+    (["0", "0", "0"], 3), (["a", "a.b", "a.b.c"], 3)])
+@pytest.mark.parametrize("label", ["cls", "json"])
+def test_webdataset_names_with_dots_and_keys_that_come_again_lose_nothing(names, classes, label, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, name in enumerate(names):
+            for ending, data in (("seg.png", b"a mask"), ("jpg", encode(picture(i, 12, 12))),
+                                 (label, b"%d" % i if label == "cls" else b'{"label": %d}' % i)):
+                for hidden in ("", "._"):
+                    path = name.rpartition("/")
+                    info = tarfile.TarInfo(f"{path[0]}{path[1]}{hidden}{path[2]}.{ending}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    split = prepared("webdataset", tmp_path / "a.tar", tmp_path / "d/object/val", "--size", 12)
+    assert identities(split) == [f"{i:07d}" for i in range(classes)]
+    assert [split.jpeg(row)[1] for row in range(classes)] == [encode(picture(i, 12, 12)) for i in range(classes)]
+    assert split.index["skipped"] == {"hidden file": 3 * len(names)}
+
+
+@pytest.mark.parametrize("folder, pattern", [("faces [aligned]", "train-*.tar"), ("a{1,2}", "train-{0..1}.tar"),
+                                             ("what?", "train-[01].tar"), ("100% real", "train-{0,1}.tar"),
+                                             ("x*y", "")])
+def test_webdataset_paths_with_signs_of_patterns(folder, pattern, tmp_path):
+    for k in range(2):
+        tar_of(tmp_path / folder / f"train-{k}.tar", samples(4 * k, 4))
+    tar_of(tmp_path / folder / "one[0].tar", samples(8, 2))
+    some = prepared("webdataset", tmp_path / folder / pattern, tmp_path / "a/object/val")
+    assert identities(some) == [f"{i % 3:07d}" for i in ([*range(8)] if pattern else [8, 9, *range(8)])]
+    assert identities(prepared("webdataset", tmp_path / folder / "one[0].tar", tmp_path / "b/object/val")) == [
+        "0000002", "0000000"]
 
 
 READ_RANGE = objects.read_range

@@ -116,6 +116,7 @@ def test_exit_codes(tmp_path):
     ({"CELL": "-1"}, "CELL=-1: want 0 to 107"),
     ({"IMAGES": "many"}, "IMAGES=many: want a whole number"),
     ({"EXPOSURE": "C"}, "EXPOSURE=C: want A or B"),
+    ({"SEEDS": "*"}, "SEEDS=*: want whole numbers"),
 ])  # fmt: skip
 def test_bad_variables_end_in_one_line(variables, words):
     result = grid(**variables, check=2)
@@ -177,17 +178,24 @@ def test_the_study_on_the_demo_corpus(demo_root, tmp_path):
     weights = tmp_path / "test_efficientnet.safetensors"
     save_file(timm.create_model("test_efficientnet", num_classes=0).state_dict(), weights)
     small = {"MODEL": "test_efficientnet", "SIDE": 32, "IMAGES": 256, "DOMAINS": "object body",
-             "SCHEDULES": "sequential", "MATCH": " ", "FORM": "reduced", "OUT": tmp_path / "out",
+             "SCHEDULES": "sequential", "MATCH": " ", "FORM": "reduced", "OUT": tmp_path / "o ut",
              "EVALUATE": GRID["EVALUATE"], "ANALYZE": GRID["ANALYZE"], "TRAIN": "--device cpu"}
     result = subprocess.run([ROOT / "scripts/study.sh", demo_root, weights], capture_output=True, text=True,
                             timeout=300, env=environment(**small))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert [path.name for path in (tmp_path / "out").glob("test_*")] == ["test_efficientnet-sequential-s0"]
-    looks = (tmp_path / "out/test_efficientnet-sequential-s0/probe.jsonl").read_text().splitlines()
+    assert [path.name for path in (tmp_path / "o ut").glob("test_*")] == ["test_efficientnet-sequential-s0"]
+    looks = (tmp_path / "o ut/test_efficientnet-sequential-s0/probe.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in looks] == [0, 1, 2, 3, 4]
-    assert (tmp_path / "out/comparison/comparison.png").stat().st_size > 5000
-    assert "| test_efficientnet-sequential |" in (tmp_path / "out/summary.md").read_text()
-    assert (tmp_path / "out/claims.md").exists()
+    assert (tmp_path / "o ut/comparison/comparison.png").stat().st_size > 5000
+    assert "| test_efficientnet-sequential |" in (tmp_path / "o ut/summary.md").read_text()
+    assert (tmp_path / "o ut/claims.md").exists()
+
+
+def test_preparing_real_sets_says_what_it_needs():
+    result = subprocess.run([ROOT / "scripts/prepare_real.sh"], capture_output=True, text=True, env=environment(),
+                            timeout=30)
+    assert result.returncode == 2 and "scripts/prepare_real.sh SOURCE DATA_ROOT" in result.stderr
+    assert "unbound" not in result.stderr
 
 
 def test_the_study_says_what_it_needs():
