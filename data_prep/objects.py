@@ -548,7 +548,7 @@ def webdataset(src: str, domain: str, train: bool, label_key: str = "label", wni
     return split_of(records(), domain, train, skipped, names, reference, ood)
 
 
-def tar_samples(files: Iterable[tuple[str, int, int]], endings: frozenset[str], skipped: Counter
+def tar_samples(files: Iterable[tuple[str, int, int]], endings: frozenset[str], skipped: Skipped
                 ) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
     """Key and fields (ending -> offset, size) of every sample: neighbours in the tar whose names agree to a dot.
 
@@ -559,7 +559,7 @@ def tar_samples(files: Iterable[tuple[str, int, int]], endings: frozenset[str], 
     def visible() -> Iterator[tuple[PurePosixPath, tuple[int, int]]]:
         for name, *place in files:
             if (path := PurePosixPath(name)).name.startswith("."):  # such as the ._7.jpg that macOS puts beside 7.jpg
-                skipped["hidden file"] += 1
+                skipped.add(name, "hidden file")
             else:
                 yield path, tuple(place)
 

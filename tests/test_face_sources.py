@@ -51,7 +51,7 @@ def test_an_archive_gives_the_same_shards_as_its_folder(name, top, inner, tmp_pa
     """Listed and read in place, by two workers; a lone top folder is entered, an inner one is reached by its path."""
     src = class_folders(tmp_path / "src")
     archive = pack(src, tmp_path / name, top)
-    options = ["--size", 24, "--shard-size", 4, "--workers", 2]
+    options = ["--size", 24, "--shard-size", 4, "--workers", 2, "--source-name", "set"]
     run_here("folder", "--src", src, "--out", tmp_path / "a/object/train", *options)
     before = files_of(tmp_path)
     run_here("folder", "--src", f"{archive}{inner}", "--out", tmp_path / "b/object/train", *options)
@@ -476,7 +476,7 @@ def test_pairs_without_folds_are_dealt_so_that_each_fold_holds_both_kinds(tmp_pa
     for order, folds in (("10" * 20, [p // 4 for p in range(40)]), ("1" * 20 + "0" * 20, [p % 10 for p in range(40)])):
         (tmp_path / "list.csv").write_text("".join(f"k.jpg,{'ml'[int(same)]}.jpg,{same}\n" for same in order))
         source = faces.pairs(src, "face_hq", False, tmp_path / "list.csv")
-        assert [fold for *_, fold in source.pairs] == folds
+        assert source.deal(np.array([same for _, _, same, _ in source.pairs])).tolist() == folds
 
 
 @pytest.mark.parametrize("kind, right", [("FP", "profile"), ("FF", "frontal")])
