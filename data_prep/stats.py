@@ -103,11 +103,18 @@ def draw_stats(path: Path, title: str, values: dict[str, np.ndarray]) -> None:
     figure, axes = plt.subplots(1, len(values), figsize=(3.2 * len(values), 2.8), constrained_layout=True)
     for axis, (name, found) in zip(np.atleast_1d(axes), values.items(), strict=True):
         low, high = found.min(), found.max()
+        if low == high:  # a bar over the whole panel would say nothing
+            of = "classes" if name == "images per class" else "images"
+            axis.text(0.5, 0.5, f"{low:,.6g} in all\n{len(found):,} {of}", ha="center", va="center",
+                      transform=axis.transAxes)
+            axis.set(title=name, xticks=[], yticks=[])
+            axis.title.set_fontsize(10)
+            continue
         if name == "images per class" and high > 20 * max(low, 1):  # a few classes with most of the images
             axis.set_xscale("log")
             bins = np.geomspace(max(low, 1), high, 31)
         elif found.dtype.kind == "f":
-            bins = np.linspace(low, high if high > low else low + 1, 31)
+            bins = np.linspace(low, high, 31)
         else:
             bins = np.arange(low, high + 2, max((high - low) // 30, 1)) - 0.5
         axis.hist(found, bins=bins, color="#4477aa")

@@ -31,7 +31,7 @@ from data_prep.demo import draw_face
 from data_prep.folders import folder, strangers
 from data_prep.records import Records, draw, first_copies, restrict
 from data_prep.shards import BadImage, Record, Source, Split, in_parallel, verify_split, write_split
-from data_prep.stats import jpeg_quality, sharpness
+from data_prep.stats import draw_stats, jpeg_quality, sharpness
 from data_prep.stream import Batches, Order
 from evaluate_results import describe_losses
 from evaluate_search import score_gallery
@@ -334,8 +334,7 @@ def test_bad_classes(text, words, tmp_path):
 def test_a_size_that_the_images_do_not_have_and_foreign_shards_are_refused(tmp_path):
     a = prepared(people(tmp_path / "src", {"a": 2, "b": 2}), tmp_path / "d/object/a", "--part", "train").folder
     text = (a / "index.json").read_text()
-    for size, words in ((4096, "size is 4096, its first images have 24x24"),
-                        (65535, "'size' is not what it should be")):
+    for size, words in ((4096, "size is 4096, its first images have 24x24"), (65535, "'size' is not what it should")):
         (a / "index.json").write_text(text.replace('"size": 24', f'"size": {size}'))
         with pytest.raises(InputError, match=words):
             Split(a)
@@ -714,6 +713,18 @@ def test_statistics_have_known_answers(tmp_path, capsys):
     assert found["roles"] == {"probe": 3, "gallery": 2, "distractor": 1} and found["pixels"] == 24
     assert Image.open(split.folder / "stats.png").width > 1000 and "JPEG quality" in capsys.readouterr().out
     assert verify_split(split.folder) == []  # what it wrote beside the shards is no part of them
+
+
+def test_one_value_is_told_and_fills_no_panel(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    draw_stats(tmp_path / "stats.png", "a set", {"images per class": np.array([3, 3]), "sharpness": np.array([1.0, 2])})
+    one, several = pyplot.gcf().axes
+    assert [text.get_text() for text in one.texts] == ["3 in all\n2 classes"] and not one.patches
+    assert sum(bar.get_height() for bar in several.patches) == 2 and not several.texts
+    monkeypatch.undo()
+    pyplot.close("all")
 
 
 @pytest.mark.parametrize("quality", [1, 25, 49, 50, 51, 77, 90, 100])
