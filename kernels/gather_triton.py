@@ -16,18 +16,20 @@ TILE = (4, 256)  # lines and numbers of a line (3 S of them) a program: 8 a thre
 
 @triton.jit
 def find_image(b, banks, sizes, domain, row):
-    """Pointer to the image of output b, its height and width, and whether it is there at all; K is unrolled."""
+    """Pointer to the image of output b, its height and width, and whether it is there at all; K is unrolled.
+
+    `sizes` holds 2 n + 3 for every number n: Triton makes another kernel where an integer is 1 or divisible by 16, and
+    the images of a bank change from step to step (none at all: a bank of 1 x 1).
+    """
     d = tl.load(domain + b)
     r = tl.load(row + b)
     image = banks[0]
-    height = sizes[1] + 0 * b
-    width = sizes[2] + 0 * b
+    height, width = (sizes[1] - 3) // 2 + 0 * b, (sizes[2] - 3) // 2 + 0 * b
     there = (b < 0) & (b >= 0)
     for k in tl.static_range(len(banks)):
         if d == k:
-            there = (r >= 0) & (r < sizes[3 * k])
-            height = sizes[3 * k + 1] + 0 * b
-            width = sizes[3 * k + 2] + 0 * b
+            there = (r >= 0) & (r < (sizes[3 * k] - 3) // 2)
+            height, width = (sizes[3 * k + 1] - 3) // 2 + 0 * b, (sizes[3 * k + 2] - 3) // 2 + 0 * b
             image = banks[k] + tl.where(there, r, 0) * height.to(tl.int64) * width * 3
     return image, height, width, there
 
@@ -61,7 +63,7 @@ def tap(centre, reach, first, low, high, t, CUBIC: tl.constexpr):
     return pixel, tl.where(seen, filter_weight((pixel.to(tl.float32) + 0.5 - centre) / reach, CUBIC), 0.0)
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def resample_images(
     banks, sizes, domain, row, boxes, flip, flag, out, f0, f1, f2, s0, s1, s2, S,
     BOXES: tl.constexpr, FLIP: tl.constexpr, CUBIC: tl.constexpr, CHANNELS_LAST: tl.constexpr, LINES: tl.constexpr,
@@ -130,7 +132,7 @@ def gather(banks: list[Tensor], domain: Tensor, row: Tensor, size: int, mean, st
     factors = [1 / (255 * float(s)) for s in std]
     shifts = [-float(m) / float(s) for m, s in zip(mean, std, strict=True)]
     banks = tuple(bank.contiguous() for bank in banks)
-    sizes = tuple(number for bank in banks for number in bank.shape[:3])
+    sizes = tuple(2 * number + 3 for bank in banks for number in bank.shape[:3])
     tiles = triton.cdiv(size, TILE[0]) * triton.cdiv(3 * size, TILE[1])
     # what is absent is never read
     boxes_, flip_ = (domain if v is None else v.to(kind).contiguous() for v, kind in (

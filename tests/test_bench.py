@@ -47,7 +47,7 @@ def test_what_changes_from_step_to_step_makes_no_kernel_of_its_own():
     code = """
 import torch
 from kernels.lower import compile_kernels
-shapes = [(256, 4096), (251, 4099), (272, 4111)]
+shapes = [(256, 4096), (259, 4099), (272, 4111)]
 cases = {str(shape): (shape[0], 4, shape[1], 128, torch.bfloat16, torch.float32, "high") for shape in shapes}
 print(*(len(compile_kernels(90, dict(list(cases.items())[:n]), (4, 4))) for n in (1, 3)))
 print(*(compile_kernels(90, {}, banks)[0]["hash"] for banks in ((4, 4), (0, 16), (1, 17), (5, 0))))
