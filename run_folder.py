@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
@@ -56,6 +57,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except InputError:  # not of this file: a loader process died meanwhile
+        temporary.unlink(missing_ok=True)
+        raise
     except Exception as error:  # torch and safetensors report a full disk in ways of their own, or not at all
         free = shutil.disk_usage(path.parent).free >> 20 if path.parent.is_dir() else 0
         temporary.unlink(missing_ok=True)
@@ -377,6 +381,8 @@ class StopRequest:
 
     def handle(self, number: int, _frame) -> None:
         if self.reason:
+            for process in multiprocessing.active_children():  # nobody would read what they send
+                process.kill()
             os._exit(128 + number)
         self.reason = signal.Signals(number).name
 

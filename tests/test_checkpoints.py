@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,88 @@ def half(demo_root, tmp_path_factory) -> Path:
     return run
 
 
+def loaders_of(process: subprocess.Popen, count: int) -> list[int]:
+    """The loader processes of a run, when all are there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if len(pids) == count:
+            return [int(pid) for pid in pids]
+        time.sleep(0.05)
+    raise AssertionError(f"{pids}: want {count}")
+
+
+def assert_gone(pids: list[int]) -> None:
+    """None of the processes is left; a minute is for slow machines, 2 seconds are usual."""
+    def state(pid: int) -> str:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return "gone"
+
+    deadline = time.monotonic() + 60
+    while left := [pid for pid in pids if state(pid) not in ("gone", "Z")]:
+        assert time.monotonic() < deadline, f"alive: {left}"
+        time.sleep(0.1)
+
+
+ENDLESS = [*TINY, "--images", "1000000", "--log-every", "1", "--domains", "object,body", "--batch", "64"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_loader_ends_the_run_in_one_line(workers, demo_root, tmp_path):
+    process = start(*ENDLESS, "--data", demo_root, "--out", tmp_path / "run", "--workers", workers)
+    wait_for_step(tmp_path / "run", 2, process)
+    pids = loaders_of(process, workers)
+    os.kill(pids[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and "Traceback" not in err, err
+    assert len(lines) == 1 and "a loader process died" in lines[0] and "lower --workers or --batch" in lines[0], err
+    assert_gone(pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM twice"])
+def test_loaders_do_not_outlive_their_run(how, demo_root, tmp_path):
+    process = start(*ENDLESS, "--data", demo_root, "--out", tmp_path / "run", "--workers", "2")
+    wait_for_step(tmp_path / "run", 2, process)
+    pids = loaders_of(process, 2)
+    if how == "SIGKILL":
+        process.kill()
+    else:
+        process.send_signal(signal.SIGSTOP)  # both signals wait for it: the second comes during the first one's wait
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=120)
+    assert process.returncode in ((-signal.SIGKILL,) if how == "SIGKILL" else (128 + signal.SIGTERM, 130))
+    assert_gone(pids)
+
+
+def test_an_unexpected_error_ends_a_run_with_its_loaders(demo_root, tmp_path):
+    code = """if True:
+        import train
+        def fail(*_): raise KeyError("a defect")
+        train.train_report.check_health = fail
+        train.run_command(train.main)"""
+    arguments = map(str, [*ENDLESS, "--data", demo_root, "--out", tmp_path / "run", "--workers", "2"])
+    result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True,
+                            timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 1 and "KeyError: 'a defect'" in result.stderr
+
+
+@pytest.mark.parametrize("limit", [24, 48])
+def test_too_few_files_may_be_open(limit, demo_root, tmp_path):
+    result = subprocess.run([sys.executable, "train.py", *ENDLESS, "--data", demo_root, "--out", tmp_path / "run",
+                             "--workers", "2"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)))
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ") and "ulimit -n" in result.stderr
+
+
 # argv: which write of which file ends the process by kill -9, when half of it is written or after it
 KILLED_WHILE_WRITING = """
 import os, run_folder, signal, sys, train
@@ -213,6 +296,18 @@ def test_killed_while_a_checkpoint_is_written(uninterrupted, half, demo_root, tm
     assert_same_weights(uninterrupted, run)
     assert [r["step"] for r in log_of(run)] == [r["step"] for r in log_of(uninterrupted)]
     assert not list(run.rglob("*.tmp"))
+
+
+def test_a_small_dev_shm_is_named(demo_root, tmp_path):
+    command = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
+    if os.geteuid() or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("only root may mount a small /dev/shm")
+    result = subprocess.run([*command, sys.executable, "train.py", *ENDLESS, "--data", demo_root, "--out",
+                             tmp_path / "run", "--workers", "2"], cwd=ROOT, capture_output=True, text=True,
+                            timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "/dev/shm, which holds 1 MiB, is full: take --workers 0" in result.stderr.splitlines()[-1]
+    assert "--shm-size" in result.stderr and "--ipc=host" in result.stderr
 
 
 @pytest.fixture
