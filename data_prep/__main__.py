@@ -26,6 +26,7 @@ from data_prep.shards import (
     FITS,
     BadImage,
     Split,
+    lock_folder,
     open_image,
     read_image,
     siblings,
@@ -129,10 +130,11 @@ def report(folder: Path, index: dict, found: int) -> None:
 
 
 def split_folder(out: Path) -> Path:
-    """--out as an absolute path; InputError where it is no DATA/<domain>/<split>."""
+    """--out as an absolute path, held until the command ends; InputError where it is no DATA/<domain>/<split>."""
     if len(out.resolve().parts) < 3 or out.resolve().parts[-2] not in DOMAINS:
         raise InputError(f"--out {out}: want DATA/<domain>/<split> with one of {', '.join(DOMAINS)}, "
                          f"e.g. data/{DOMAINS[1]}/train")
+    click.get_current_context().with_resource(lock_folder(out.resolve(), "--out"))
     return out.resolve()
 
 
@@ -365,7 +367,7 @@ def webdataset(**options) -> None:
 @debug_option
 def demo(out: Path, scale: float, seed: int, workers: int) -> None:
     for name, (source, train) in demo_splits(seed, scale).items():
-        path = out.resolve() / name
+        path = split_folder(out / name)
         index = write_split(path, source, source_name="demo", size=SIZE, fit=FIT[path.parts[-2]], quality=92,
                             train=train, seed=seed, shard_size=512, workers=workers, options={"scale": scale})
         report(path, index, len(source.records))

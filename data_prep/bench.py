@@ -21,9 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from data_prep import InputError
+from data_prep import InputError, progress
 from data_prep.demo import draw_face
 from data_prep.shards import PROCESSES, Record, Source, Split, decoder, fit_image, write_split
 from data_prep.stream import Batches, Order, Stream
@@ -211,13 +210,13 @@ def bench_size(scratch: Path, size: int, images: int, prepared: int, rounds: int
         readers = {name: reader for name, reader in readers.items() if not name.startswith("webdataset")}
     read: dict[str, list[float]] = {name: [] for name in readers}
     with contestants(readers, workers, seconds) as turn:
-        for _ in tqdm(range(4 * rounds), desc=f"read {size} px", unit="round", disable=None):
+        for _ in progress(range(4 * rounds), desc=f"read {size} px", unit="round"):
             for name in read:
                 read[name].append(turn(name))
     counts = sorted({1, workers})
     write: dict[str, list[float]] = {f"{what}, {n} workers": [] for n in counts
                                      for what in ("decode and encode", "prepare")}
-    for number in tqdm(range(rounds), desc=f"write {size} px", unit="round", disable=None):
+    for number in progress(range(rounds), desc=f"write {size} px", unit="round"):
         for n in counts:
             with contestants({"": partial(decode_and_encode, files, size)}, n, 4 * seconds) as turn:
                 write[f"decode and encode, {n} workers"].append(turn(""))

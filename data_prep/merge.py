@@ -12,10 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from data_prep import InputError
-from data_prep.shards import FORMAT, VERSION, Split, verify_split, write_bytes
+from data_prep import InputError, progress
+from data_prep.shards import FORMAT, VERSION, Split, lock_folder, verify_split, write_bytes
 
 NUMBERED = ("camera", "clothes", "template", "media")  # columns whose numbers mean something in their own split alone
 
@@ -25,7 +24,7 @@ def person_of(split: Split) -> list[str | None]:
     labels, first = np.unique(split.labels, return_index=True)
     people: list[str | None] = [None] * len(split.classes)
     rows = [(label, row) for label, row in zip(labels.tolist(), first.tolist(), strict=True) if label >= 0]
-    for label, row in tqdm(rows, desc=f"people of {split.name}", unit="class", disable=None):
+    for label, row in progress(rows, desc=f"people of {split.name}", unit="class"):
         person = split.fields(row).get("person")
         people[label] = person if isinstance(person, str) else None
     return people
@@ -151,12 +150,13 @@ def merge_splits(folder: Path, parts: list[Path], same_names: bool) -> list[Spli
     if folder.exists() and any(folder.iterdir()) and not is_merged(folder):
         raise InputError(f"{folder} already holds something else: remove it or choose another --out")
     index, columns = merged(folder, splits, same_names)
-    (folder / "index.json").unlink(missing_ok=True)  # first: without it the folder is no split
-    shutil.rmtree(folder / "index", ignore_errors=True)
-    (folder / "index").mkdir(parents=True)
-    for name, values in columns.items():
-        np.save(folder / "index" / f"{name}.npy", values)
-    write_bytes(folder / "index.json", (json.dumps(index, indent=1) + "\n").encode())
+    with lock_folder(folder, "--out"):
+        (folder / "index.json").unlink(missing_ok=True)  # first: without it the folder is no split
+        shutil.rmtree(folder / "index", ignore_errors=True)
+        (folder / "index").mkdir(parents=True)
+        for name, values in columns.items():
+            np.save(folder / "index" / f"{name}.npy", values)
+        write_bytes(folder / "index.json", (json.dumps(index, indent=1) + "\n").encode())
     return splits
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep import InputError
+from data_prep import InputError, progress
 
 if TYPE_CHECKING:
     from data_prep.shards import Record, Source
@@ -35,7 +35,7 @@ class Records(Sequence):
         # no name: nothing is left behind, however the process ends; it lives as long as this object
         self.file = tempfile.TemporaryFile(dir=there)  # noqa: SIM115
         start, identity, role, numbers = array("q", [0]), array("i"), array("b"), {None: -1}
-        for record in records:
+        for record in progress(records, desc="list the source", unit="img"):
             start.append(start[-1] + self.file.write(pickle.dumps(record, pickle.HIGHEST_PROTOCOL)))
             identity.append(numbers.setdefault(record.identity, len(numbers) - 1))
             role.append(-1 if record.role is None else record.role)

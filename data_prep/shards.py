@@ -7,6 +7,8 @@
                             a protocol (TABLES), one row a pair or template
 """
 
+import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -16,6 +18,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import sys
 import tarfile
 import threading
@@ -24,6 +27,7 @@ import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from itertools import islice
@@ -31,9 +35,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from data_prep import DOMAINS, InputError
+from data_prep import DOMAINS, InputError, progress
 from data_prep.records import Records, first_copies, restrict
 
 FORMAT = "imic-shards/1"
@@ -162,6 +165,53 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
 
 
 # ---------------------------------------------------------------- writing
+
+
+@contextmanager
+def lock_folder(folder: Path, option: str) -> Iterator[None]:
+    """Hold a folder that one process writes at a time; it is made where it is not there, and removed if it stays empty.
+
+    The lock is POSIX's (`lockf`, not `flock`): it ends with this very process, however that ends, while children that
+    were forked from it do not hold it; network file systems carry it to other nodes. Where a file system has no locks,
+    there is none. A process can hold a folder once.
+
+    Args:
+        folder: to be held, in its file `.lock`, which is removed again.
+        option: that named it, for messages.
+
+    Raises:
+        InputError: another process holds it, or it cannot be written to.
+    """
+    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    path = folder / ".lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise InputError(f"{option} {folder}: cannot be written ({error.strerror}): choose another, or move away what "
+                         "is in its way") from error
+    try:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                holder = os.pread(file, 300, 0).decode() or "another process"
+                raise InputError(f"{option} {folder}: {holder} is writing it: wait for that one, or choose another "
+                                 f"{option}") from None
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        # after the one before has removed its file, a lock on that would hold nothing
+        if not path.exists() or not os.path.samestat(os.fstat(file), path.stat()):
+            raise InputError(f"{option} {folder}: the process that wrote it ended this moment: run the command again")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(file)
+        for place in made:
+            with suppress(OSError):  # it holds something
+                place.rmdir()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -320,8 +370,9 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
                 yield folder, number, first, [records[i] for i in places], labels[places].tolist(), settings
 
     shards = -(-len(records) // shard_size)
-    with tqdm(total=len(records), desc=f"{domain}/{split}", unit="img", disable=None) as bar:
-        bar.update(min(sum(part_path(folder, number).exists() for number in range(shards)) * shard_size, len(records)))
+    finished = sum(part_path(folder, number).exists() for number in range(shards))
+    with progress(total=len(records), initial=min(finished * shard_size, len(records)), desc=f"{domain}/{split}",
+                  unit="img") as bar:
         for done in in_parallel(write_shard, tasks(), min(workers, shards)):
             bar.update(done)
 
@@ -420,7 +471,7 @@ def unique_images(folder: Path, records: Records, train: bool, workers: int) -> 
     blocks = [range(first, min(first + 1024, len(records))) for first in range(0, len(records), 1024)]
     hashes = np.zeros(len(records), dtype=np.uint64)
     tasks = (([records[i] for i in block],) for block in blocks)
-    with tqdm(total=len(records), desc="look for copies", unit="img", disable=None) as bar:
+    with progress(total=len(records), desc="look for copies", unit="img") as bar:
         for block, found in zip(blocks, in_parallel(hash_images, tasks, workers, in_order=True), strict=True):
             hashes[block.start : block.stop] = found
             bar.update(len(block))
@@ -822,6 +873,6 @@ def verify_split(folder: Path, workers: int = 1) -> list[str]:
         problems.append(f"{folder}/index/shard.npy: rows are not in the order of the shard table")
     open_split.cache_clear()  # the folder may have changed since it was opened here; workers inherit what is open
     results = in_parallel(verify_shard, ((folder, number) for number in numbers), min(workers, len(numbers)), True)
-    for found in tqdm(results, desc=f"verify {folder}", total=len(numbers), unit="shard", disable=None):
+    for found in progress(results, desc=f"verify {folder}", total=len(numbers), unit="shard"):
         problems += found
     return problems

@@ -470,6 +470,33 @@ def test_ctrl_c_leaves_what_is_done(tmp_path):
     shutil.rmtree(out)
 
 
+# ---------------------------------------------------------------- disks, other processes
+
+
+def test_a_folder_is_written_by_one_process_at_a_time(tmp_path):
+    """The second is refused before anything is read; the lock goes with the life of the first."""
+    out, src = tmp_path / "d/object/train", class_folders(tmp_path / "src")
+    hold = "import sys; from pathlib import Path; from data_prep.shards import lock_folder\n" \
+           "with lock_folder(Path(sys.argv[1]), '--out'): print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(out)], cwd=ROOT, stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    before = files_of(out)
+    result = script("-m", "data_prep", "folder", "--src", tmp_path / "none", "--out", out, check=2)
+    assert result.stderr.startswith(f"error: --out {out}: process {holder.pid} on ") and result.stderr.count("\n") == 1
+    assert files_of(out) == before
+    holder.kill()
+    holder.communicate(timeout=60)
+    run_here("folder", "--src", src, "--out", out, "--size", 24)
+    assert verify_split(out) == [] and not (out / ".lock").exists()
+
+
+def test_a_refused_command_leaves_no_folder(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        run_here("folder", "--src", tmp_path / "none", "--out", tmp_path / "d/object/train")
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------- degradation and demo
 
 
