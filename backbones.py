@@ -9,6 +9,7 @@ import math
 import re
 import socket
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -279,7 +280,10 @@ def download_network(config: dict, library: str, name: str, size: int | None, ta
     try:
         fail_fast_offline()
         return build_network(library, name, size, pretrained=tag or True)
-    except Exception as error:  # the hub clients raise a dozen kinds
+    except Exception as error:  # the hub clients raise a dozen kinds, open_clip one that it makes of all
+        client = re.match(r"huggingface_hub|httpx|requests|urllib3", type(error).__module__)
+        if not client and not isinstance(error, OSError) and not str(error).startswith("Failed to download"):
+            raise
         raise InputError(
             f"the weights of {name} cannot be downloaded ({str(error).splitlines()[0][:120]}): fetch them on a "
             "machine with network and give --weights FILE, or start at random with --weights none"
@@ -290,6 +294,8 @@ def fail_fast_offline() -> None:
     """Without a route to the hub use its cache at once, instead of a minute of retries and a page of warnings."""
     import huggingface_hub.constants as hub
 
+    if {"https", "all"} & urllib.request.getproxies().keys():  # the proxy resolves names
+        return
     try:
         socket.getaddrinfo(hub.ENDPOINT.split("//")[-1].split("/")[0], 443)
     except OSError:

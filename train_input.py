@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from backbones import Backbone
-from data_prep import InputError
+from data_prep import InputError, progress
 from data_prep.shards import Split
 from data_prep.stream import Batches, Chunk, Stream
 from kernels.gather import gather_interleaved
@@ -94,6 +94,7 @@ def watch_loaders() -> None:
         try:
             raises(*arguments)
         except RuntimeError as error:
+            end_loaders()
             raise loader_error(error) from error
 
     handle.named = True
@@ -113,6 +114,7 @@ def in_one_line() -> Iterator[None]:
     except Exception as error:
         if (line := loader_error(error)) is error:
             raise
+        end_loaders()  # what they say from now on is no news
         raise line from error
 
 
@@ -177,6 +179,16 @@ def free_bytes(device: torch.device) -> int:
     return max(min(free), 0)
 
 
+def check_memory(config: dict, splits: list[Split], image_size: int, world: int) -> None:
+    """Refuse a batch whose images alone the memory does not hold: as decoded bytes and as the network's float32."""
+    images = min(config["micro_batch"] or config["batch"], -(-config["batch"] // world))
+    need = images * 3 * (max(split.size for split in splits) ** 2 + 4 * image_size**2)
+    have = free_bytes(torch.device("cpu"))
+    if need > have:
+        raise InputError(f"--batch {config['batch']}: {images:,} images at a time take {need / 2**30:,.1f} GiB and "
+                         f"{have / 2**30:,.1f} GiB are free: lower --micro-batch or --batch")
+
+
 def check_cache(which: str, splits: list[Split], device: torch.device, ranks: Ranks) -> None:
     """Refuse a --cache that the memory does not hold."""
     place = device if which == "gpu" else torch.device("cpu")
@@ -196,8 +208,7 @@ def fill_cache(job: Job) -> list[np.ndarray]:
         bank = torch.zeros(len(split), split.size, split.size, 3, dtype=torch.uint8, device=place)
         good = np.zeros(len(split), dtype=bool)
         parts = load(Batches(split, np.arange(len(split)), 256), 0, job.config["workers"], False)
-        with tqdm(total=len(split), desc=f"cache {split.domain}", unit="img",
-                  disable=True if job.ranks.rank else None) as bar:
+        with progress(total=len(split), desc=f"cache {split.domain}", unit="img", disable=job.ranks.rank > 0) as bar:
             for rows, images in parts:
                 bank[torch.from_numpy(rows).to(place)] = images.permute(0, 2, 3, 1).to(place)
                 good[rows] = True
