@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import itertools
 import multiprocessing
 import os
@@ -49,7 +50,8 @@ def start_loader(_: int) -> None:
     if not multiprocessing.parent_process().is_alive():
         os._exit(1)
     # what cannot be sent would be dropped, and the parent would wait for it for ever
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, _: os._exit(1))
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(
+        lambda error, _: os._exit(getattr(error, "errno", None) or 1))
 
 
 def end_loaders() -> None:
@@ -65,8 +67,8 @@ def loader_error(error: Exception) -> Exception:
     last = text.splitlines()[-1] if text else ""
     if isinstance(error, InputError):
         return InputError(last.removeprefix(f"{InputError.__module__}.InputError: "))
-    if "Too many open files" in text:
-        return InputError(f"loading images: {last}: raise the limit (`ulimit -n 4096`) or lower --workers")
+    if "Too many open files" in text or f"exit code {errno.EMFILE}." in text:
+        return InputError("loading images: too many open files: raise the limit (`ulimit -n 4096`) or take --workers 0")
     died = "DataLoader worker (pid" in text or isinstance(error, ConnectionError | EOFError)
     if not died and "shared memory" not in text and not isinstance(error, OSError | MemoryError):
         return error

@@ -5,11 +5,13 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -426,13 +428,161 @@ def test_weights_of_another_architecture_name_the_keys(demo_root, tmp_path):
     save_file({"stem.weight": torch.zeros(3)}, tmp_path / "wrong.safetensors")
     save_file({**clip, "visual.head.proj.weight": torch.zeros(3, 3)}, tmp_path / "shape.safetensors")
     config = {"backbone": "clip", "size": "tiny", "model": None, "image_size": 32, "embed_dim": 0, "seed": 0}
-    with pytest.raises(InputError, match=r"not the weights .* is missing; .* more keys"):
+    with pytest.raises(InputError, match=r"wants positional_embedding, .* more; the file holds stem.weight$"):
         backbones.load_backbone(config | {"weights": str(tmp_path / "wrong.safetensors")})
     with pytest.raises(InputError, match=r"visual.head.proj.weight is \(3, 3\), not \(64, 64\)"):
         backbones.load_backbone(config | {"weights": str(tmp_path / "shape.safetensors")})
     torch.save({"weight": print}, tmp_path / "pickle.pt")
     with pytest.raises(InputError, match="not a file of plain tensors"):
         backbones.load_backbone(config | {"weights": str(tmp_path / "pickle.pt")})
+
+
+SAVED = {  # how training scripts save one and the same state dict, and what it has to be called
+    "plain": lambda s: s, "ddp": lambda s: prefixed(s, "module."), "compiled": lambda s: prefixed(s, "_orig_mod."),
+    "both": lambda s: prefixed(s, "module._orig_mod."), "other way": lambda s: prefixed(s, "_orig_mod.module."),
+    "timm": lambda s: {"epoch": 3, "state_dict": s, "optimizer": {"state": {0: {"m": s["cls_token"]}}}, "args": None},
+    "model": lambda s: {"model": s}, "net": lambda s: {"net": s}, "only one": lambda s: {"model_ema": s},
+    "lightning": lambda s: {"state_dict": prefixed(s, "model.") | {"loss.weight": torch.zeros(2)}, "epoch": 1},
+    "backbone": lambda s: prefixed(s, "backbone."), "half": lambda s: {key: v.half() for key, v in s.items()},
+    "dino:teacher": lambda s: {"student": {}, "teacher": prefixed(s, "backbone.") | {"head.w": torch.zeros(2)}},
+    "two:model_ema": lambda s: {"model": {key: v + 1 for key, v in s.items()}, "model_ema": s},
+    "beside": lambda s: s | {"epoch": 3},
+}
+
+
+def prefixed(state: dict, prefix: str) -> dict:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def test_weights_load_however_they_were_saved(tmp_path):
+    import argparse
+
+    import timm
+
+    net = timm.create_model("test_vit", num_classes=0, img_size=32)
+    state = net.state_dict()
+
+    def loads(name: str, tolerance: float = 0.0) -> None:
+        other = timm.create_model("test_vit", num_classes=0, img_size=32)
+        backbones.fill_weights(other, "timm", backbones.read_weights(str(tmp_path / name)), name)
+        for key, value in other.state_dict().items():
+            assert (value - state[key]).abs().max() <= tolerance, (name, key)
+
+    for name, form in SAVED.items():
+        torch.save(form(state), tmp_path / name.partition(":")[0])
+        loads(name, 1e-3 if name == "half" else 0.0)
+    save_file(prefixed(state, "_orig_mod."), tmp_path / "tensors.pt")  # a name says nothing of what is in the file
+    torch.save(state, tmp_path / "pickle.safetensors")
+    loads("tensors.pt"), loads("pickle.safetensors")
+    torch.save({"teacher": state, "student": state}, tmp_path / "pair")
+    torch.save({"state_dict": state, "args": argparse.Namespace(a=1)}, tmp_path / "namespace")
+    for name, words in (("pair", r"several sets of weights: say --weights pair:teacher \(or student\)"),
+                        ("pair:ema", "no weights 'ema' in it; it has teacher, student"),
+                        ("namespace", r"holds a argparse.Namespace, which could run code\); .* weights_only=False")):
+        with pytest.raises(InputError, match=words) as error:
+            backbones.read_weights(str(tmp_path / name))
+        assert "\n" not in error.value.message
+
+
+def small_clip():
+    import open_clip
+
+    vision = open_clip.CLIPVisionCfg(layers=2, width=32, head_width=16, patch_size=16, image_size=32)
+    text = open_clip.CLIPTextCfg(context_length=8, vocab_size=20, width=24, heads=2, layers=2)
+    return open_clip.CLIP(16, vision, text, quick_gelu=True)
+
+
+def test_weights_of_transformers_are_recognised():
+    import timm
+
+    net = small_clip()
+    state, theirs = net.state_dict(), {}
+    for tower, prefix, blocks in (("vision_model", "visual.", 2), ("text_model", "", 2)):
+        for i in range(blocks):
+            at, to = f"{prefix}transformer.resblocks.{i}.", f"{tower}.encoder.layers.{i}."
+            for kind in ("weight", "bias"):
+                for part, value in zip("qkv", state[f"{at}attn.in_proj_{kind}"].chunk(3), strict=True):
+                    theirs[f"{to}self_attn.{part}_proj.{kind}"] = value
+                for a, b in (("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
+                             ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")):
+                    theirs[f"{to}{b}.{kind}"] = state[f"{at}{a}.{kind}"]
+    for a, b in (("visual.class_embedding", "vision_model.embeddings.class_embedding"),
+                 ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
+                 ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+                 ("visual.ln_pre.weight", "vision_model.pre_layrnorm.weight"), ("logit_scale", "logit_scale"),
+                 ("visual.ln_pre.bias", "vision_model.pre_layrnorm.bias"),
+                 ("visual.ln_post.weight", "vision_model.post_layernorm.weight"),
+                 ("visual.ln_post.bias", "vision_model.post_layernorm.bias"),
+                 ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+                 ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+                 ("ln_final.weight", "text_model.final_layer_norm.weight"),
+                 ("ln_final.bias", "text_model.final_layer_norm.bias")):
+        theirs[b] = state[a]
+    theirs |= {"visual_projection.weight": state["visual.proj"].T, "text_projection.weight": state["text_projection"].T,
+               "vision_model.embeddings.position_ids": torch.arange(5)[None]}
+    other = small_clip()
+    backbones.fill_weights(other, "open_clip", theirs, "clip")
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
+
+    for name in ("vit_tiny_patch16_dinov3_qkvb", "vit_small_patch16_dinov3"):
+        net = timm.create_model(name, num_classes=0, img_size=32)
+        for bias in (p for key, p in net.named_parameters() if key.endswith("bias")):
+            torch.nn.init.normal_(bias)
+        state, theirs = net.state_dict(), {"embeddings.mask_token": torch.zeros(1)}
+        for key, value in state.items():
+            key = key.replace("blocks.", "layer.").replace("cls_token", "embeddings.cls_token")
+            key = key.replace("reg_token", "embeddings.register_tokens")
+            key = key.replace("patch_embed.proj", "embeddings.patch_embeddings").replace("mlp.fc1", "mlp.up_proj")
+            key = key.replace("gamma_1", "layer_scale1.lambda1").replace("gamma_2", "layer_scale2.lambda1")
+            key = key.replace("mlp.fc2", "mlp.down_proj").replace("attn.proj", "attention.o_proj")
+            if key.endswith("attn.qkv.weight"):
+                at, parts = key.removesuffix("attn.qkv.weight"), zip("qkv", value.chunk(3), strict=True)
+                theirs |= {f"{at}attention.{part}_proj.weight": part_value for part, part_value in parts}
+                if "qkvb" not in name:  # published with biases that are all 0
+                    theirs |= {f"{at}attention.{part}_proj.bias": torch.zeros(len(value) // 3) for part in "qv"}
+            else:
+                theirs[re.sub(r"attn\.([qv])_bias", r"attention.\1_proj.bias", key)] = value
+        other = timm.create_model(name, num_classes=0, img_size=32)
+        backbones.fill_weights(other, "timm", theirs, name)
+        assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
+
+
+def test_an_archive_of_torchscript_is_read_and_not_run(tmp_path, monkeypatch):
+    """As OpenAI published CLIP: half precision, its settings as tensors."""
+    import open_clip
+
+    class Image(torch.nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+            for name, child in net.named_children():
+                self.add_module(name, child)
+            for name, value in net._parameters.items():
+                self.register_parameter(name, value)
+            for name in ("input_resolution", "context_length", "vocab_size"):
+                self.register_buffer(name, torch.tensor(32))
+            del self.net
+
+        def forward(self, images):
+            return self.visual(images) * self.logit_scale + self.ln_final.weight.sum()
+
+    net = small_clip()
+    torch.jit.trace(Image(net).half().float(), torch.zeros(1, 3, 32, 32)).save(str(tmp_path / "clip.pt"))
+    monkeypatch.setattr(torch.jit, "load", None)
+    state = backbones.read_weights(str(tmp_path / "clip.pt"))
+    assert {"visual.conv1.weight", "input_resolution", "logit_scale"} <= state.keys()
+    other = small_clip()
+    backbones.fill_weights(other, "open_clip", state, "clip.pt")
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in net.state_dict().items())
+    with pytest.raises(InputError, match="trained with QuickGELU: take --backbone clip"):
+        backbones.fill_weights(open_clip.CLIP(16, {"layers": 1, "width": 16, "head_width": 16, "image_size": 32},
+                                              {"layers": 1, "width": 16, "heads": 1}), "open_clip", state, "clip.pt")
+    with zipfile.ZipFile(tmp_path / "clip.pt") as whole, zipfile.ZipFile(tmp_path / "evil.pt", "w") as evil:
+        for name in whole.namelist():
+            data = whole.read(name)
+            evil.writestr(name, b"cos\nsystem\n(S'touch evil'\ntR." if name.endswith("/data.pkl") else data)
+    with pytest.raises(InputError, match=r"holds a os.system, which could run code"):
+        backbones.read_weights(str(tmp_path / "evil.pt"))
 
 
 def test_position_embeddings_resample(tmp_path):
