@@ -213,7 +213,7 @@ def read_weights(name: str) -> dict[str, torch.Tensor]:
             state = torch.load(path, "cpu", weights_only=True)
     except Exception as error:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        kind = f"it holds a {unsafe[1]}, which could run code" if unsafe else type(error).__name__
+        kind = f"it holds {unsafe[1]}, which could run code" if unsafe else type(error).__name__
         raise InputError(
             f"--weights {path}: not a file of plain tensors ({kind}); if you trust it, keep its tensors alone: "
             f"python -c \"import torch; s = torch.load('{path.name}', weights_only=False); "

@@ -1,6 +1,7 @@
 """What a run keeps: --keep, and that nothing which ends a run early costs more than the steps since its checkpoint."""
 
 import csv
+import json
 import os
 import re
 import resource
@@ -172,6 +173,152 @@ def half(demo_root, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("half") / "run"
     stop_at(run, [*LONG, "--data", demo_root], 10)
     return run
+
+
+def flip(path: Path, at: float) -> None:
+    """Change one bit of a file, `at` as a fraction of it."""
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 4
+    path.write_bytes(data)
+
+
+def resaved(path: Path, change) -> None:
+    """A state file after `change`, with good checksums."""
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+STATES = {  # what may be wrong with a state file -> what the one line says
+    "step of another run": (lambda s: s.update(step=10**6), "step is not"),
+    "step -5": (lambda s: s.update(step=-5), "step is not"),
+    "no step": (lambda s: s.pop("step"), "lacks step"), "no tally": (lambda s: s.pop("tally"), "lacks tally"),
+    "tally": (lambda s: s["tally"].update(seconds="x"), "tally is not"),
+    "head": (lambda s: s.update(head=s["head"][1:]), "head is not"),
+    "health": (lambda s: s.update(health=None), "health is not"),
+    "model": (lambda s: s["model"].popitem(), "model is not"),
+    "moment": (lambda s: max(s["optimizer"]["state"].items())[1].update(exp_avg=torch.zeros(3, 4)), "optimizer is not"),
+    "moments": (lambda s: s["optimizer"]["state"].update({10**6: {}}), "optimizer is not"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_is_not_this_runs(name, half, demo_root, tmp_path):
+    shutil.copytree(half, run := tmp_path / "run")
+    change, words = STATES[name]
+    resaved(run / "last/state.pt", change)
+    with pytest.raises(InputError, match=rf"state.pt: damaged \({words}.*restore it"):
+        run_here(*LONG, "--data", demo_root, "--out", run, "--resume")
+
+
+def test_a_flipped_bit_is_found(half, tiny_run, demo_root, tmp_path):
+    for number in range(6):
+        for name in ("model.safetensors", "head.safetensors"):
+            shutil.copytree(tiny_run, run := tmp_path / f"{number}-{name}", ignore=shutil.ignore_patterns("eval"))
+            flip(run / name, (number + 0.5) / 6)
+            with pytest.raises(InputError, match=f"{name}: damaged"):
+                load_tuned(load_run(run))
+    shutil.copytree(half, run := tmp_path / "run")
+    flip(run / "last/state.pt", 0.5)
+    with pytest.raises(InputError, match=r"state.pt: damaged \(the checksum of .* differs\)"):
+        run_here(*LONG, "--data", demo_root, "--out", run, "--resume")
+
+
+def test_a_run_is_checked_when_it_is_read(tiny_run, tmp_path):
+    tensors, metadata = run_folder.read_tensors(tiny_run / "head.safetensors")
+    weight, classes = tensors["weight"], json.loads(metadata["classes"])
+    config = json.loads((tiny_run / "config.json").read_text())
+    nan = weight.clone()
+    nan[1, 2] = float("nan")
+    short = classes | {"body": classes["body"][1:]}
+    cases = [({"weight": nan}, classes, "weight holds numbers that are not finite"),
+             ({"weight": weight.to(torch.int8)}, classes, r"class weights are torch.int8"),
+             ({"weight": weight[0]}, classes, r"class weights are torch.float32 \[64\]"),
+             ({"weight": weight[:, 1:].contiguous()}, classes, "class weights of width 63, not 64"),
+             ({"other": weight}, classes, "class weights are none"), ({"weight": weight}, short, "class weights are"),
+             ({"weight": weight}, [1], "no list for each domain"),
+             ({"weight": weight}, classes | {"body": 3}, "no list for each domain"),
+             ({"weight": weight}, None, "no class names")]
+    shutil.copytree(tiny_run, run := tmp_path / "run", ignore=shutil.ignore_patterns("eval", "last", "analysis"))
+    for tensors, names, words in cases:
+        run_folder.write_tensors(run / "head.safetensors", tensors, **{"classes": json.dumps(names)} if names else {})
+        with pytest.raises(InputError, match=words):
+            load_tuned(load_run(run))
+    shutil.copy(tiny_run / "head.safetensors", run)
+    for changes in ({"embed_dim": "x"}, {"domains": "object"}, {"domains": ["body", "object"]}, {"steps": -1},
+                    {"shards": {}}, {"counts": 3}, {"image_size": [32]}, {"seed": None}):
+        (run / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(InputError, match=r"config\.json.*: restore it, or train the run again"):
+            load_run(run)
+    (run / "config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"config\.json: damaged"):
+        load_run(run)
+    (run / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "shards"}))
+    with pytest.raises(InputError, match="lacks 'shards'"):
+        run_here(*TINY, "--data", config["data"], "--out", run, "--resume")
+
+
+def test_a_log_that_was_cut_or_damaged(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
+    assert run_folder.read_lines(path) == [{"step": 1}, {"step": 2}] and run_folder.read_lines(tmp_path / "none") == []
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"log.jsonl, line 2: damaged .*: remove the line"):
+        run_folder.read_lines(path)
+    run_folder.forget_after(tmp_path, 1)
+    assert path.read_bytes() == b'{"step": 1}\n'
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/step-00000009").symlink_to(tmp_path)
+    assert run_folder.kept_steps(tmp_path) == {}
+    run_folder.forget_after(tmp_path, 1)
+
+
+def test_nothing_is_saved_within_a_streak_of_bad_steps(demo_root, tmp_path):
+    """The streak begins at step 7: what stays is of step 5, and a run that ends within one is not done."""
+    common, fail = [*TINY, "--images", "480", "--save-every", "5", "--domains", "object,body", "--log-every", "1",
+                    "--keep", "9", "--data", demo_root], train.gradient_norm
+    seen = []
+
+    def norm(*arguments):
+        seen.append(1)
+        return fail(*arguments) if len(seen) < 7 else torch.tensor(float("nan"))
+
+    for most, words in ((10, "steps in a row were not finite"), (100, "the last 24 steps were not finite, so the run")):
+        seen.clear()
+        train.gradient_norm = norm
+        try:
+            with pytest.raises(InputError, match=words) as error:
+                run_here(*common, "--out", (run := tmp_path / f"run{most}"), "--max-skipped", most)
+        finally:
+            train.gradient_norm = fail
+        assert f"the checkpoint from before them, of step 5, is in {run}/last" in error.value.message
+        assert torch.load(run / "last/state.pt", weights_only=True)["step"] == 5 and kept(run) == [5]
+        assert not (run / "done.json").exists()
+    with pytest.raises(InputError, match=r"no checkpoint was written before them, .*none starts anew"):
+        run_here(*common, "--out", tmp_path / "none", "--head-lr", "inf", "--max-skipped", "1")
+
+
+def test_one_process_writes_a_run(demo_root, tmp_path):
+    run = tmp_path / "run"
+    process = start(*ENDLESS, "--data", demo_root, "--out", run)
+    wait_for_step(run, 1, process)
+    result = subprocess.run([sys.executable, "train.py", *ENDLESS, "--data", demo_root, "--out", run, "--resume"],
+                            cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2 and f"process {process.pid} on" in result.stderr, result.stderr
+    assert "is writing it" in result.stderr and len(result.stderr.splitlines()) == 1
+    process.kill()
+    process.communicate()
+    stop_at(run, [*ENDLESS, "--data", demo_root, "--resume"], 3)  # its lock ended with it
+
+
+def test_a_line_after_a_resume_averages_what_it_would_have(demo_root, tmp_path):
+    common = [*TINY, "--images", "160", "--log-every", "4", "--save-every", "3", "--domains", "object,body", "--data",
+              demo_root]
+    run_here(*common, "--out", tmp_path / "whole")
+    stop_at(tmp_path / "run", common, 3)
+    run_here(*common, "--out", tmp_path / "run", "--resume")
+    logs = [[(r["step"], r["loss"]) for r in log_of(tmp_path / name)] for name in ("whole", "run")]
+    assert logs[0] == logs[1] and [step for step, _ in logs[0]] == [3, 4, 6, 8, 9, 10]
 
 
 def loaders_of(process: subprocess.Popen, count: int) -> list[int]:
