@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from backbones import Backbone
-from data_prep import DOMAIN_COLOURS, InputError, literal
+from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, literal
 from data_prep.stream import Stream
 from run_folder import append, read_lines, write_atomically, writing
 from train_input import to_images
@@ -92,28 +92,31 @@ def write_report(job: Job) -> None:
 
 
 def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[str]) -> None:
-    """Loss, top-1, target cosine per domain and, where --eval-every looked, AUC, over the images seen."""
+    """Loss, top-1, target cosine per domain and, where --eval-every looked, AUC, over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     keys = [("loss", "training loss"), ("top1", "training top-1"), ("target_cosine", "cosine to the own class")]
-    figure, axes = plt.subplots(1, len(keys) + bool(looks), figsize=(4 * (len(keys) + bool(looks)), 3), squeeze=False)
+    figure, axes = plt.subplots(1, len(keys) + bool(looks), figsize=(4 * (len(keys) + bool(looks)), 3.8), squeeze=False)
     for ax, (key, title) in zip(axes[0], keys, strict=False):
         for name in domains:
-            points = [(r["images"], r[f"{key}/{name}"]) for r in log if f"{key}/{name}" in r]
+            points = [(r["step"], r[f"{key}/{name}"]) for r in log if f"{key}/{name}" in r]
             ax.plot(*zip(*points, strict=True) if points else ((), ()), label=name, color=DOMAIN_COLOURS[name])
-        ax.set(title=title, xlabel="images")
+        ax.set(title=title, xlabel="optimiser step")
     if looks:
-        for number, name in enumerate(looks[0]["auc"]):
-            domain = name.split("/")[0]
-            again = domain in [n.split("/")[0] for n in list(looks[0]["auc"])[:number]]
+        names = sorted(dict.fromkeys(name for look in looks for name in look["auc"]),
+                       key=lambda name: DOMAINS.index(name.partition("/")[0]))
+        for name in names:
+            domain = name.partition("/")[0]
+            number = [other for other in names if other.startswith(f"{domain}/")].index(name)
             axes[0][-1].plot([r["step"] for r in looks], [r["auc"].get(name, math.nan) for r in looks], label=name,
-                             color=DOMAIN_COLOURS[domain], ls="--" if again else "-", marker=".")
-        axes[0][-1].set(title="same/different AUC, fixed images", xlabel="step")
-        axes[0][-1].legend(fontsize=7)
-    axes[0][0].legend(fontsize=7)
+                             color=DOMAIN_COLOURS[domain], ls=("-", "--", ":", "-.")[number % 4],
+                             marker="osD^v"[number % 5], markersize=4)
+        axes[0][-1].set(title="same/different AUC, fixed images", xlabel="optimiser step")
+    for ax in axes[0][:: len(keys)]:  # below the panel, where no curve runs
+        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2, frameon=False)
     figure.tight_layout()
     save_figure(figure, path)
 
