@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,16 @@ from evaluate_results import make_rows, read_rows
 from run_folder import load_run, load_tuned, save_weights
 from tests.conftest import ROOT, TINY
 from tests.test_recipes import stop_at
-from tests.test_train import LONG, assert_same_weights, log_of, run_here, start, uninterrupted, wait_for_step
+from tests.test_train import (
+    LONG,
+    assert_same_weights,
+    log_of,
+    run_here,
+    start,
+    uninterrupted,
+    wait_for_step,
+    weights_of,
+)
 
 __all__ = ["uninterrupted"]  # the fixture: LONG from start to end
 
@@ -309,6 +319,43 @@ def test_one_process_writes_a_run(demo_root, tmp_path):
     process.kill()
     process.communicate()
     stop_at(run, [*ENDLESS, "--data", demo_root, "--resume"], 3)  # its lock ended with it
+
+
+def test_the_memory_of_a_step_may_be_lowered_on_resume(uninterrupted, half, demo_root, tmp_path):
+    """As the line about a full memory says; the weights are the same to rounding."""
+    shutil.copytree(half, run := tmp_path / "run")
+    run_here(*LONG, "--data", demo_root, "--out", run, "--resume", "--micro-batch", "6")
+    a, b = weights_of(uninterrupted), weights_of(run)
+    assert all((a[key].float() - b[key].float()).abs().max() < 2e-2 for key in a)
+
+
+def test_swapped_weights_come_back_after_an_error():
+    head = torch.nn.Parameter(torch.arange(6.0).view(3, 2))
+    optimizer = torch.optim.AdamW([head])
+    optimizer.state[head] = {"step": torch.tensor(1.0), "exp_avg": torch.ones(3, 2), "exp_avg_sq": torch.ones(3, 2)}
+    job = SimpleNamespace(head=head, optimizer=optimizer, parameters=[head], ema=[torch.full((3, 2), 7.0)])
+    with pytest.raises(KeyError), train.drawn(job, torch.tensor([2])):
+        raise KeyError
+    assert head.shape == (3, 2) and optimizer.state[head]["exp_avg"].shape == (3, 2)
+    with pytest.raises(KeyError), run_folder.averaged(job):
+        assert head[0, 0] == 7
+        raise KeyError
+    assert torch.equal(head.data, torch.arange(6.0).view(3, 2)) and job.ema[0][0, 0] == 7
+
+
+def test_names_in_a_report_are_shown_as_they_are(demo_root, tmp_path):
+    run_here(*SHORT, "--data", demo_root, "--out", tmp_path / "<img src=x onerror=alert(1)>", "--eval-every", 5)
+    page = (tmp_path / "<img src=x onerror=alert(1)>/report.md").read_text()
+    assert "<img" not in page.replace("\\<img", "") and page.startswith("# \\<img src=x")
+    done = json.loads((tmp_path / "<img src=x onerror=alert(1)>/done.json").read_text())
+    assert done["seconds"] > log_of(tmp_path / "<img src=x onerror=alert(1)>")[-1]["seconds"]
+
+
+def test_seconds_go_on_when_the_clock_is_set_back(demo_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.time, "time", lambda: -1e6)
+    run_here(*SHORT, "--data", demo_root, "--out", tmp_path / "run")
+    seconds = [record["seconds"] for record in log_of(tmp_path / "run")]
+    assert seconds[0] > 0 and seconds == sorted(seconds)
 
 
 def test_a_line_after_a_resume_averages_what_it_would_have(demo_root, tmp_path):

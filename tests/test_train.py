@@ -53,6 +53,11 @@ def assert_same_weights(a: Path, b: Path) -> None:
     assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
 
 
+def httpx_error() -> Exception:
+    """An error of the hub's client, which is no OSError."""
+    return type("ConnectError", (Exception,), {"__module__": "httpx2"})("connection refused")
+
+
 # ---------------------------------------------------------------- a run
 
 
@@ -359,6 +364,12 @@ BAD = [
     ([*TINY, "--device", "cuda"], "no CUDA device"),
     ([*TINY, "--config", "no.json"], "--config no.json"),
     ([*TINY, "--no-such-option"], "No such option"),
+    ([*TINY, "--batch", "1000000000"], "1,000,000,000 images at a time take"),
+    ([*TINY, "--workers", "1000000"], "is not in the range 0<=x<=1024"),
+    ([*TINY, "--images", "9223372036854775808"], "is not in the range"),
+    ([*TINY, "--images", "1000000000000"], "a run of 62,500,000,000 steps: at most 10,000,000"),
+    ([*TINY, "--splits", "object/val"], "--splits chooses what --eval-every looks at"),
+    ([*TINY, "--splits", "object/train", "--eval-every", "1"], "object/train is a training split"),
 ]
 
 
@@ -404,6 +415,45 @@ def test_the_activation_is_the_one_that_the_weights_were_trained_with():
     assert type(net.visual.transformer.resblocks[0].mlp.gelu) is open_clip.transformer.QuickGELU
     with pytest.raises(InputError, match="no weights 'opnai' for ViT-B-32; it has openai, laion400m_e31"):
         backbones.resolve_backbone({"model": "ViT-B-32/opnai"})
+
+
+@pytest.mark.parametrize("error, is_one", [
+    (OSError("no route to host"), True), (RuntimeError("Failed to download weights for tag 'openai': down"), True),
+    (httpx_error(), True), (KeyError("a defect"), False), (RuntimeError("CUDA error: misaligned address"), False),
+])  # fmt: skip
+def test_only_a_failed_download_is_called_one(error, is_one, monkeypatch):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(backbones, "build_network", fails)
+    monkeypatch.setattr(backbones, "fail_fast_offline", lambda: None)
+    with pytest.raises(InputError if is_one else type(error)) as raised:
+        backbones.download_network({"model": "test_vit"}, "timm", "test_vit", None, "")
+    assert ("cannot be downloaded" in str(raised.value)) == is_one
+
+
+def test_a_proxy_resolves_names(monkeypatch):
+    import huggingface_hub.constants as hub
+
+    def no_dns(*_):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(backbones.socket, "getaddrinfo", no_dns)
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for proxy, offline in (("http://proxy:3128", False), (None, True)):
+        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("https_proxy", proxy) if proxy else monkeypatch.delenv("https_proxy")
+        backbones.fail_fast_offline()
+        assert offline == hub.HF_HUB_OFFLINE
+
+
+def test_bf16_is_taken_where_it_is_not_emulated(monkeypatch):
+    job = SimpleNamespace(config={"precision": "auto"}, device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not train.Job.half.fget(job)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert train.Job.half.fget(job)
 
 
 def test_a_last_batch_of_one_image(demo_root):
