@@ -267,8 +267,8 @@ OPTIONS = [
     click.option("--model", metavar="NAME",
                  help="Any timm or open_clip model instead of --backbone; open_clip: NAME or NAME/TAG."),
     click.option("--weights", default="pretrained", metavar="WHICH",
-                 help="'pretrained' (downloads), 'none' (random start) or a safetensors/pt FILE; FILE:NAME takes one of "
-                      "its sets of weights."),
+                 help="'pretrained' (downloads), 'none' (random start) or a safetensors/pt FILE; FILE:NAME takes one "
+                      "of its sets of weights."),
     click.option("--image-size", type=click.IntRange(16, 4096),
                  help="Input side in pixels (default: 224, DINOv3 256, --model: its own)."),
     click.option("--embed-dim", type=click.IntRange(0, 65536), default=0,
