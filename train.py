@@ -762,6 +762,7 @@ def main(context: click.Context, **config) -> int | None:
         raise InputError(f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --micro-batch, or add "
                          "--grad-checkpointing; go on with --resume") from error
     if job and job.ranks.world > 1:
+        context.close()  # its lock
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)  # all is written; gloo's threads now and then abort an interpreter that is torn down
     return code

@@ -22,7 +22,7 @@ import train
 from data_prep import InputError
 from evaluate_results import make_rows, read_rows
 from run_folder import load_run, load_tuned, save_weights
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, assert_gone
 from tests.test_recipes import stop_at
 from tests.test_train import (
     LONG,
@@ -377,20 +377,6 @@ def loaders_of(process: subprocess.Popen, count: int) -> list[int]:
             return [int(pid) for pid in pids]
         time.sleep(0.05)
     raise AssertionError(f"{pids}: want {count}")
-
-
-def assert_gone(pids: list[int]) -> None:
-    """None of the processes is left; a minute is for slow machines, 2 seconds are usual."""
-    def state(pid: int) -> str:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return "gone"
-
-    deadline = time.monotonic() + 60
-    while left := [pid for pid in pids if state(pid) not in ("gone", "Z")]:
-        assert time.monotonic() < deadline, f"alive: {left}"
-        time.sleep(0.1)
 
 
 ENDLESS = [*TINY, "--images", "1000000", "--log-every", "1", "--domains", "object,body", "--batch", "64"]
