@@ -202,8 +202,8 @@ def test_stopped_on_two_processes_and_continued_on_three(demo_root, tmp_path):
 def test_ranks_do_not_outlive_a_killed_torchrun(demo_root, tmp_path):
     """They save and stop, as they would at its SIGTERM."""
     run = tmp_path / "run"
-    process = subprocess.Popen([*TORCHRUN, "2", "train.py", *TINY, "--data", str(demo_root), "--batch", "18", "--images",
-                                "1000000", "--save-every", "5", "--out", str(run)],
+    process = subprocess.Popen([*TORCHRUN, "2", "train.py", *TINY, "--data", demo_root, "--batch", "18",
+                                "--images", "1000000", "--save-every", "5", "--out", run],
                                cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
                                stderr=subprocess.DEVNULL)
     while not (run / "last/state.pt").exists():
