@@ -70,6 +70,7 @@ def loader_error(error: Exception) -> Exception:
     if "Too many open files" in text or f"exit code {errno.EMFILE}." in text:
         return InputError("loading images: too many open files: raise the limit (`ulimit -n 4096`) or take --workers 0")
     died = "DataLoader worker (pid" in text or isinstance(error, ConnectionError | EOFError)
+    died |= "Pin memory thread exited" in text
     if not died and "shared memory" not in text and not isinstance(error, OSError | MemoryError):
         return error
     small = shared.is_dir() and shutil.disk_usage(shared).total < SHARED_MEMORY
