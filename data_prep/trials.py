@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import InputError
-from data_prep.shards import BadImage, Split, open_root, write_bytes
+from data_prep.shards import BadImage, Split, open_root, ordered_tests, write_bytes
 
 RATING_COLUMNS = ("split", "left_key", "right_key", "rater", "rating")
 QUESTION = {"object": "The same kind of thing?", "face_hq": "The same person?", "face_lq": "The same person?",
