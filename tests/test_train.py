@@ -27,6 +27,7 @@ import data_prep.__main__
 import evaluate
 import run_folder
 import train
+import train_input
 from data_prep import DOMAINS, InputError
 from data_prep.shards import open_root
 from data_prep.stream import Stream
@@ -471,6 +472,30 @@ def test_loader_processes_can_be_spawned(demo_root):
     stream = Stream([split], np.full((3, 1), 5), seed=0, crop=[0.5])
     again, chunk = pickle.loads(pickle.dumps(stream))[2], stream[2]
     assert torch.equal(again.banks[0], chunk.banks[0]) and torch.equal(again.boxes, chunk.boxes)
+
+
+class Unreadable(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        if i:
+            raise InputError("data/body/train: no readable image")
+        return torch.zeros(1)
+
+
+def test_bad_input_in_a_loader_process_stays_one_line():
+    items = train_input.load(Unreadable(), 0, 1, False)
+    assert len(next(items)) == 1
+    with pytest.raises(InputError) as error:
+        next(items)
+    assert error.value.message == "data/body/train: no readable image"
+    for text, words in (("DataLoader worker (pid 3) exited unexpectedly with exit code 24. Details", "ulimit -n"),
+                        ("unable to allocate shared memory(shm) for file </torch_3>: No space left", "--shm-size"),
+                        ("Pin memory thread exited unexpectedly", "a loader process died")):
+        assert words in train_input.loader_error(RuntimeError(text)).message
+    defect = RuntimeError("size mismatch")
+    assert train_input.loader_error(defect) is defect
 
 
 def test_weights_of_another_architecture_name_the_keys(demo_root, tmp_path):
