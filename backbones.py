@@ -3,12 +3,17 @@
 What is fine-tuned how (RECIPES) stands here too; options are read by their names from a run's configuration.
 """
 
+import contextlib
 import difflib
 import logging
 import math
+import pickle
 import re
 import socket
 import sys
+import urllib.request
+import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -185,53 +190,214 @@ def build_network(library: str, name: str, image_size: int | None, **pretrained)
         return timm.create_model(name, **options)
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from a safetensors file or from a .pt/.bin file that holds tensors only."""
+def read_weights(name: str) -> dict[str, torch.Tensor]:
+    """A state dict from a file: safetensors, PyTorch's that hold tensors and plain values only, or TorchScript.
+
+    Args:
+        name: FILE, or FILE:WRAPPER where it holds several sets of weights, such as `teacher` and `student`.
+
+    Nothing in the file is run.
+    """
+    file, _, wrapper = (name, "", "") if Path(name).is_file() else name.rpartition(":")
+    path = Path(file)
     if not path.is_file():
-        raise InputError(f"--weights: no file {path}; give 'pretrained', 'none' or a safetensors/pt file")
+        raise InputError(f"--weights: no file {name}; give 'pretrained', 'none' or a safetensors/pt file")
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        with open(path, "rb") as opened:
+            head = opened.read(9)
+        if head[8:] == b"{":  # by content, since files of both kinds go by any name
+            state = load_file(path)
+        elif head[:2] == b"PK" and is_torchscript(path):
+            state = read_torchscript(path)
+        else:
+            state = torch.load(path, "cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"--weights {path}: not a file of plain tensors ({type(error).__name__}); want safetensors "
-                         "or a .pt that torch.load(weights_only=True) reads") from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"--weights {path}: holds no dictionary of tensors")
-    return {key.removeprefix("module."): value.float() for key, value in state.items()}
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        kind = f"it holds {unsafe[1]}, which could run code" if unsafe else type(error).__name__
+        raise InputError(
+            f"--weights {path}: not a file of plain tensors ({kind}); if you trust it, keep its tensors alone: "
+            f"python -c \"import torch; s = torch.load('{path.name}', weights_only=False); "
+            "torch.save(s['state_dict'], 'plain.pt')\" (the key may be another, such as model)") from error
+    state = unwrap(state, wrapper, path)
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
-def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], path: Path) -> None:
+def unwrap(state: object, wrapper: str, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a loaded file: those under `wrapper`, else of a usual one, else of the only one there."""
+    while isinstance(state, dict):
+        inner = {key: value for key, value in state.items() if isinstance(value, dict) and any(
+            isinstance(one, torch.Tensor | dict) for one in value.values()) and not re.search("optim|sched", str(key))}
+        if wrapper:
+            if wrapper not in inner:
+                raise InputError(f"--weights {path}: no weights {wrapper!r} in it; it has {', '.join(inner) or 'none'}")
+            state, wrapper = inner[wrapper], ""
+            continue
+        usual = [key for key in ("state_dict", "model", "net") if key in inner] or list(inner)
+        tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        if tensors and all(isinstance(key, str) for key in tensors):
+            return tensors
+        if len(usual) > 1 and usual[0] not in ("state_dict", "model", "net"):
+            raise InputError(f"--weights {path}: holds several sets of weights: say --weights {path.name}:{usual[0]} "
+                             f"(or {', '.join(usual[1:])})")
+        state = state[usual[0]] if usual else None
+    raise InputError(f"--weights {path}: holds no dictionary of tensors")
+
+
+STORAGES = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
+            "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
+            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+            "BoolStorage": torch.bool}
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a zip is an archive of torch.jit, as OpenAI published CLIP."""
+    with zipfile.ZipFile(path) as file:
+        return any(re.fullmatch(r"[^/]+/constants\.pkl", name) for name in file.namelist())
+
+
+def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a TorchScript archive under their names; its code is not even read."""
+
+    class Module:  # stands for every class of the archive: it holds attributes
+        pass
+
+    class Tensors(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> object:
+            if module.startswith("__torch__"):
+                return type(name, (Module,), {})
+            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+                return lambda data, offset, size, stride, *_: torch.as_strided(data, size, stride, offset).clone()
+            if (module, name) == ("collections", "OrderedDict"):
+                return dict
+            if module == "torch.jit._pickle" and name.startswith(("build_", "restore_")):
+                return lambda values, *_: values
+            if module == "torch" and name in STORAGES:
+                return STORAGES[name]
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+
+        def persistent_load(self, key: tuple) -> torch.Tensor:
+            _, dtype, number, *_ = key
+            return torch.frombuffer(bytearray(file.read(f"{folder}/data/{number}")), dtype=dtype)
+
+    def collect(module: Module, prefix: str) -> None:
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                state[prefix + name] = value
+            elif isinstance(value, Module):
+                collect(value, f"{prefix}{name}.")
+
+    state: dict[str, torch.Tensor] = {}
+    with zipfile.ZipFile(path) as file:
+        folder = file.namelist()[0].partition("/")[0]
+        collect(Tensors(file.open(f"{folder}/data.pkl")).load(), "")
+    return state
+
+
+# Layouts of the library `transformers`, as (its key, ours): CLIP into OpenAI's, DINOv3 into timm's. Its projections are
+# transposed, and its q, k and v are apart.
+CLIP_KEYS = [
+    (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
+    (r"^vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
+    (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."), (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
+    (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
+    (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
+    (r"^text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
+    (r"^text_model\.final_layer_norm\.", "ln_final."), (r"^visual_projection\.weight", "visual.proj"),
+    (r"^text_projection\.weight", "text_projection"), (r"\.layer_norm([12])\.", r".ln_\1."),
+    (r"\.self_attn\.out_proj\.", ".attn.out_proj."), (r"\.self_attn\.qkv\.", ".attn.in_proj_"),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."), (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+]
+DINO_KEYS = [
+    (r"^embeddings\.register_tokens", "reg_token"), (r"^embeddings\.patch_embeddings\.", "patch_embed.proj."),
+    (r"^embeddings\.", ""), (r"^layer\.", "blocks."), (r"\.attention\.o_proj\.", ".attn.proj."),
+    (r"\.attention\.qkv\.", ".attn.qkv."), (r"\.attention\.([qv])_bias", r".attn.\1_bias"),
+    (r"\.layer_scale([12])\.lambda1", r".gamma_\1"), (r"\.mlp\.up_proj\.", ".mlp.fc1."),
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+]
+
+
+def from_transformers(state: dict[str, torch.Tensor], expected: Collection[str]) -> dict[str, torch.Tensor]:
+    """Weights in the layout of `transformers` (CLIP, DINOv3) in that of open_clip or timm; others as they are."""
+    clip = "vision_model.embeddings.class_embedding" in state
+    if not clip and "embeddings.register_tokens" not in state:
+        return state
+    state = {key: value for key, value in state.items()
+             if not key.endswith((".position_ids", "mask_token")) and "rope" not in key}
+    for key in [key for key in state if re.search(r"\.q_proj\.weight$", key)]:
+        at = key.removesuffix("q_proj.weight")
+        state[f"{at}qkv.weight"] = torch.cat([state.pop(f"{at}{part}_proj.weight") for part in "qkv"])
+        biases = {part: state.pop(f"{at}{part}_proj.bias") for part in "qkv" if f"{at}{part}_proj.bias" in state}
+        if clip:
+            state[f"{at}qkv.bias"] = torch.cat([biases[part] for part in "qkv"])
+        elif any(k.endswith("attn.q_bias") for k in expected) or any(bias.any() for bias in biases.values()):
+            state |= {f"{at}{part}_bias": bias for part, bias in biases.items() if part != "k"}  # else all are 0
+    result = {}
+    for key, value in state.items():
+        if key in ("visual_projection.weight", "text_projection.weight"):
+            value = value.T
+        for pattern, name in CLIP_KEYS if clip else DINO_KEYS:
+            key = re.sub(pattern, name, key)
+        result[key] = value
+    return result
+
+
+def strip_prefixes(state: dict[str, torch.Tensor], expected: Collection[str]) -> dict[str, torch.Tensor]:
+    """The weights without what compilers, trainers and wrapping modules put before their names."""
+    state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    while not any(key in expected for key in state):
+        counts = {prefix: sum(key.startswith(prefix) for key in state) for prefix in
+                  ("module.", "model.", "backbone.", "net.")}
+        prefix = max(counts, key=counts.get)
+        if not counts[prefix]:
+            break
+        # what lies beside them is of another module: a classifier, a projection head
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return state
+
+
+def from_openai(state: dict[str, torch.Tensor], net: nn.Module, path: Path) -> dict[str, torch.Tensor]:
+    """The weights of an archive by OpenAI without the settings that it holds as tensors; others as they are."""
+    if "input_resolution" not in state:
+        return state
+    if not any(type(module).__name__ == "QuickGELU" for module in net.modules()):
+        raise InputError(f"--weights {path}: OpenAI's weights, trained with QuickGELU: take --backbone clip, or "
+                         "the --model of that name with -quickgelu at its end")
+    settings = ("input_resolution", "context_length", "vocab_size", "attn_mask")
+    return {key: value for key, value in state.items() if key.rpartition(".")[2] not in settings}
+
+
+def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], path: Path | str) -> None:
     """Load a state dict strictly, with position embeddings resampled and classifiers of other sizes left out."""
+    expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
+    given = state
     try:
+        given = state = from_transformers(strip_prefixes(state, expected), expected)
         if library == "open_clip":
             from open_clip.model import resize_pos_embed
 
+            state = from_openai(state, net, path)
             resize_pos_embed(state, net)
         else:
             classifiers = net.default_cfg.get("classifier") or ()
             for classifier in [classifiers] if isinstance(classifiers, str) else classifiers:
                 state = {key: value for key, value in state.items() if not key.startswith(f"{classifier}.")}
             convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
-            state = convert(state, net) if convert else state
+            with contextlib.redirect_stdout(None):  # it prints what it passes over
+                state = convert(state, net) if convert else state
         # BatchNorm's step counters carry nothing while its statistics stay frozen, and some exports drop them
         state = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")} | state
-        expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
-        given = {key: tuple(value.shape) for key, value in state.items()}
-        wrong = [f"{key} is missing" for key in expected if key not in given]
-        wrong += [f"{key} is not part of the model" for key in given if key not in expected]
-        wrong += [f"{k} is {given[k]}, not {expected[k]}" for k in expected if k in given and expected[k] != given[k]]
     except (KeyError, RuntimeError, AttributeError, IndexError, ValueError):
-        # the library's own conversion met keys that it does not know: name those
-        expected = net.state_dict().keys()
-        wrong = [f"{key} is missing" for key in expected if key not in state]
-        wrong += [f"{key} is not part of the model" for key in state if key not in expected]
-    if wrong:
-        raise InputError(
-            f"--weights {path}: not the weights of this architecture: {'; '.join(wrong[:4])}"
-            + (f"; and {len(wrong) - 4} more keys" if len(wrong) > 4 else "")
-        )
+        state = given  # the library's own conversion met keys that it does not know: name those
+    shapes = {key: tuple(value.shape) for key, value in state.items()}
+    missing, foreign = [key for key in expected if key not in shapes], [key for key in shapes if key not in expected]
+    wrong = [f"{k} is {shapes[k]}, not {expected[k]}" for k in expected if k in shapes and expected[k] != shapes[k]]
+    if missing or foreign or wrong:
+        lists = [f"{what} {', '.join(keys[:3])}" + f" and {len(keys) - 3} more" * (len(keys) > 3)
+                 for what, keys in (("the network wants", missing), ("the file holds", foreign)) if keys]
+        raise InputError(f"--weights {path}: not the weights of this architecture: {'; '.join([*lists, *wrong[:3]])}"
+                         + f" and {len(wrong) - 3} more shapes" * (len(wrong) > 3))
     net.load_state_dict(state)
 
 
@@ -255,7 +421,7 @@ def load_backbone(config: dict) -> Backbone:
         else:
             net = build_network(library, name, size)
             if config["weights"] != "none":
-                fill_weights(net, library, read_weights(Path(config["weights"])), Path(config["weights"]))
+                fill_weights(net, library, read_weights(config["weights"]), config["weights"])
         if size is None:
             import timm
 
@@ -279,7 +445,10 @@ def download_network(config: dict, library: str, name: str, size: int | None, ta
     try:
         fail_fast_offline()
         return build_network(library, name, size, pretrained=tag or True)
-    except Exception as error:  # the hub clients raise a dozen kinds
+    except Exception as error:  # the hub clients raise a dozen kinds, open_clip one that it makes of all
+        client = re.match(r"huggingface_hub|httpx|requests|urllib3", type(error).__module__)
+        if not client and not isinstance(error, OSError) and not str(error).startswith("Failed to download"):
+            raise
         raise InputError(
             f"the weights of {name} cannot be downloaded ({str(error).splitlines()[0][:120]}): fetch them on a "
             "machine with network and give --weights FILE, or start at random with --weights none"
@@ -290,6 +459,8 @@ def fail_fast_offline() -> None:
     """Without a route to the hub use its cache at once, instead of a minute of retries and a page of warnings."""
     import huggingface_hub.constants as hub
 
+    if {"https", "all"} & urllib.request.getproxies().keys():  # the proxy resolves names
+        return
     try:
         socket.getaddrinfo(hub.ENDPOINT.split("//")[-1].split("/")[0], 443)
     except OSError:

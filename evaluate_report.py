@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep import DOMAINS, InputError
+from data_prep import DOMAINS, InputError, literal
 from run_folder import read_lines, write_atomically
 
 PUBLISHED = Path(__file__).parent / "published"  # humans.csv, experts.csv: figures whose source was checked, no others
@@ -224,11 +224,6 @@ table { border-collapse: collapse; margin: 1rem 0; font-size: 13px; display: blo
 th, td { border: 1px solid #ddd; padding: .25rem .55rem; text-align: left; vertical-align: top; }
 th { background: #f2f2f0; } tr:nth-child(even) td { background: #fafaf8; }
 img { max-width: 100%; } code { background: #f2f2f0; padding: 0 .2rem; }"""
-
-
-def literal(name: str) -> str:
-    """A name that somebody chose, as Markdown that shows it as it is."""
-    return re.sub(r"[\\|*!\[\]`<>&]", r"\\\g<0>", name)
 
 
 def inline(text: str, folder: Path) -> str:

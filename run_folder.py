@@ -9,12 +9,14 @@ import contextlib
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,8 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from backbones import Backbone, fill_weights, library_state, load_backbone
-from data_prep import InputError
-from data_prep.shards import Split
+from data_prep import DOMAINS, InputError
+from data_prep.shards import Split, fits
 from train_ranks import Ranks, head_slices
 
 if TYPE_CHECKING:
@@ -39,8 +41,9 @@ LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # of a run, one record a 
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
 NOT_OPTIONS = {"recipe", "role", "steps", "counts", "git_commit", "argv", "versions", "shards",
                "sources", "weights_sha256"}  # of config.json
-FREE_ON_RESUME = {"workers", "device", "cache", "compile", "grad_checkpointing", "shard_head", "log_every",
-                  "save_every", "keep", "resume", "data", "out", "max_skipped", "max_bad", "config", "recipe"}
+FREE_ON_RESUME = {"workers", "micro_batch", "device", "cache", "compile", "grad_checkpointing", "shard_head",
+                  "log_every", "save_every", "keep", "resume", "data", "out", "max_skipped", "max_bad", "config",
+                  "recipe"}
 
 
 # ---------------------------------------------------------------- files
@@ -57,6 +60,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except InputError:  # not of this file: a loader process died meanwhile
+        temporary.unlink(missing_ok=True)
+        raise
     except Exception as error:  # torch and safetensors report a full disk in ways of their own, or not at all
         free = shutil.disk_usage(path.parent).free >> 20 if path.parent.is_dir() else 0
         temporary.unlink(missing_ok=True)
@@ -81,21 +87,48 @@ def write_json(path: Path, value: dict) -> None:
 def read_json(path: Path) -> dict:
     """An object that write_json wrote; InputError where the file is damaged."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error}): restore it, or run the stage that wrote it again") from error
     if not isinstance(value, dict):
         raise InputError(f"{path}: damaged (no JSON object): restore it, or run the stage that wrote it again")
     return value
 
 
+def digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of tensors on the CPU, with their names, types and shapes, and of the metadata beside them."""
+    about = {key: [str(value.dtype), list(value.shape)] for key, value in sorted(tensors.items())}
+    whole = hashlib.sha256(json.dumps([about, metadata], sort_keys=True).encode())
+    for key in about:
+        whole.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    """Write a safetensors file with the digest of its contents in its metadata: `read_tensors` compares it."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    metadata = metadata | {"sha256": digest(tensors, metadata)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file of a run; InputError where it is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except Exception as error:  # safetensors raises a kind of its own
-        raise InputError(f"{path}: damaged ({error}): restore it, or continue the run with --resume") from error
+        raise damaged(path, str(error)) from error
+    if (expected := metadata.pop("sha256", None)) and digest(tensors, metadata) != expected:
+        raise damaged(path, "its contents are not what was written: their SHA-256 differs")
+    if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise damaged(path, f"{wrong[0]} holds numbers that are not finite")
+    return tensors, metadata
+
+
+def damaged(path: Path, what: str) -> InputError:
+    """The error about a file of a run that a stage cannot use."""
+    return InputError(f"{path}: damaged ({what}): restore it, or continue the run with --resume")
 
 
 def append(path: Path, record: dict) -> None:
@@ -108,17 +141,20 @@ def append(path: Path, record: dict) -> None:
             return [plain(v) for v in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(plain(record)) + "\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error}); the last checkpoint is intact: make room, then "
-                         "continue with --resume") from error
+    with writing(path), open(path, "a") as file:
+        file.write(json.dumps(plain(record)) + "\n")
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The records of a .jsonl file of a run; none where it does not exist."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The records of a .jsonl file of a run, none where there is no file; a last one that a kill cut is left out."""
+    lines, records = path.read_bytes().splitlines() if path.exists() else [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            if number < len(lines):
+                raise InputError(f"{path}, line {number}: damaged ({error}): remove the line") from error
+    return records
 
 
 def hash_file(path: Path) -> str | None:
@@ -163,14 +199,14 @@ def find_run(config: dict, splits: list[Split]) -> str:
         return "nothing"
     if not config["resume"]:
         raise InputError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
-    old = read_json(folder / "config.json")
+    old = read_config(folder)
     if differing := [key for key, value in config.items() if key not in FREE_ON_RESUME and old.get(key) != value
                      and not (key == "weights" and weights_of(old) == weights_of(config))]:  # its file may have moved
         key = differing[0]
         raise InputError(f"--resume {folder}: --{key.replace('_', '-')} was {old.get(key)!r} and is now "
                          f"{config[key]!r}; give what the run was started with (see its config.json)")
     for split in splits:
-        if old["shards"][split.domain] != split.index["provenance"]["plan"]:
+        if old["shards"].get(split.domain) != split.index["provenance"]["plan"]:
             raise InputError(f"--resume {folder}: {split.folder} is not the split that the run was started with")
     return "complete" if (folder / "done.json").exists() else "unfinished"
 
@@ -180,13 +216,37 @@ def find_run(config: dict, splits: list[Split]) -> str:
 
 def save_weights(folder: Path, model: Backbone, head: torch.Tensor, splits: list[Split]) -> None:
     """Write model.safetensors (the library's own keys) and head.safetensors (class names in its metadata)."""
-    net = library_state(model.net)
-    write_atomically(folder / "model.safetensors", lambda path: save_file(net, path))
-    tensors = {"weight": head.detach().contiguous()}
-    if model.project is not None:
-        tensors["project"] = model.project.weight.detach().contiguous()
-    classes = {"classes": json.dumps({split.domain: split.classes for split in splits})}
-    write_atomically(folder / "head.safetensors", lambda path: save_file(tensors, path, metadata=classes))
+    write_tensors(folder / "model.safetensors", library_state(model.net))
+    tensors = {"weight": head} | ({} if model.project is None else {"project": model.project.weight})
+    write_tensors(folder / "head.safetensors", tensors,
+                  classes=json.dumps({split.domain: split.classes for split in splits}))
+
+
+# what stages read of a config.json: a type, several of which one has to fit, or a list of such things
+CONFIG = {
+    "backbone": (str, None), "model": (str, None), "size": str, "weights": str, "image_size": (int, None),
+    "embed_dim": int, "seed": int, "domains": [str], "data": str, "counts": {}, "steps": int, "shards": {},
+    "versions": {}, "git_commit": (str, None),
+}
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a run; InputError where what stages read of it is missing or of another kind."""
+    path, config = folder / "config.json", read_json(folder / "config.json")
+    if missing := CONFIG.keys() - config.keys():
+        raise InputError(f"{path} lacks {min(missing)!r}: restore it, or train the run again")
+    for key, kinds in CONFIG.items():
+        value = config[key]
+        if not any(value is None if kind is None else fits(value, kind)
+                   for kind in (kinds if isinstance(kinds, tuple) else (kinds,))):
+            raise InputError(f"{path}: {key} is {str(value)[:60]!r}: restore it, or train the run again")
+    domains = config["domains"]
+    if not domains or sorted(set(domains), key=DOMAINS.index if set(domains) <= set(DOMAINS) else None) != domains:
+        raise InputError(f"{path}: domains is {str(domains)[:60]}: restore it, or train the run again")
+    if not all(fits(config["counts"].get(name), int) and isinstance(config["shards"].get(name), str)
+               for name in domains):
+        raise InputError(f"{path}: counts and shards do not name every domain: restore it, or train the run again")
+    return config
 
 
 @dataclass
@@ -211,25 +271,37 @@ def load_run(folder: Path, allow_partial: bool = False) -> Run:
     whole = (folder / "done.json").is_file() or folder.resolve().parent.name == "checkpoints"  # of --keep
     if not whole and not allow_partial:
         raise InputError(f"{folder} has not finished (no done.json): continue it with --resume or pass --allow-partial")
-    config = read_json(folder / "config.json")
-    if missing := {"backbone", "model", "size", "image_size", "embed_dim", "seed", "domains", "data",
-                   "counts", "steps", "shards", "versions", "git_commit"} - set(config):
-        raise InputError(f"{folder}/config.json lacks {min(missing)!r}: restore it, or train the run again")
-    if not (folder / "head.safetensors").is_file():
+    config = read_config(folder)
+    if not (path := folder / "head.safetensors").is_file():
         raise InputError(f"{folder} holds no weights yet (no head.safetensors): continue it with `train.py --resume`")
-    tensors, metadata = read_tensors(folder / "head.safetensors")
-    head, classes = tensors["weight"], json.loads(metadata["classes"])
+    tensors, metadata = read_tensors(path)
+    head = tensors.get("weight")
+    try:
+        classes = json.loads(metadata["classes"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise damaged(path, "no class names") from error
+    if not isinstance(classes, dict) or list(classes) != config["domains"] or not all(
+            fits(names, [str]) for names in classes.values()):
+        raise damaged(path, "its class names are no list for each domain")
     ends = np.cumsum([len(names) for names in classes.values()])
+    if head is None or not head.is_floating_point() or head.ndim != 2 or len(head) != ends[-1]:
+        form = "none" if head is None else f"{head.dtype} {list(head.shape)}"
+        raise damaged(path, f"its class weights are {form}, want float [{ends[-1]}, width], one row a class")
     ranges = {d: (int(end) - len(classes[d]), int(end)) for d, end in zip(classes, ends, strict=True)}
-    return Run(folder, config, head, classes, ranges)
+    return Run(folder, config, head.float(), classes, ranges)
 
 
 def load_tuned(run: Run) -> Backbone:
     """The fine-tuned backbone of a run, in eval mode."""
     model, path = load_backbone(run.config | {"weights": "none"}), run.folder / "model.safetensors"
     fill_weights(model.net, model.library, read_tensors(path)[0], path)
+    if run.head.shape[1] != model.dim:
+        raise damaged(run.folder / "head.safetensors", f"class weights of width {run.head.shape[1]}, not {model.dim}")
     if model.project is not None:
-        model.project.weight.data.copy_(read_tensors(run.folder / "head.safetensors")[0]["project"])
+        project = read_tensors(run.folder / "head.safetensors")[0].get("project")
+        if project is None or project.shape != model.project.weight.shape:
+            raise damaged(run.folder / "head.safetensors", "no linear layer of the width --embed-dim")
+        model.project.weight.data.copy_(project)
     return model.eval()
 
 
@@ -264,14 +336,26 @@ def whole_head(tensor: torch.Tensor, job: Job) -> torch.Tensor | None:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside, what cannot be written to the disk is bad input that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); the last checkpoint is intact: make "
+                         "room, then continue with --resume") from error
+
+
+@contextlib.contextmanager
 def averaged(job: Job) -> Iterator[None]:
     """Inside, the trainable parameters are their running averages, where --ema keeps any."""
     swap = [] if job.ema is None else list(zip(job.parameters, job.ema, strict=True))
     for parameter, average in swap:
         parameter.data, average.data = average.data, parameter.data
-    yield
-    for parameter, average in swap:
-        parameter.data, average.data = average.data, parameter.data
+    try:
+        yield
+    finally:
+        for parameter, average in swap:
+            parameter.data, average.data = average.data, parameter.data
 
 
 def export_weights(job: Job, folder: Path) -> None:
@@ -302,7 +386,42 @@ def save_checkpoint(job: Job, step: int) -> None:
         state = {"step": step, "model": job.model.state_dict(), "head": head, "optimizer": state,
                  "tally": job.tally, "health": job.health, "ema": average, "norms": job.norms}
         write_atomically(folder / "last" / "state.pt", lambda path: torch.save(state, path))
+    job.saved = step
     ranks.wait()
+
+
+def misfit(state: object, job: Job) -> str:
+    """What in a state file does not fit the run, "" where all does: an optimiser would read beyond a short moment."""
+    keys = ("step", "model", "head", "optimizer", "tally", "health", "ema", "norms")
+    if not isinstance(state, dict) or (missing := [key for key in keys if key not in state]):
+        return f"lacks {missing[0]}" if isinstance(state, dict) else "no dictionary"
+    whole = torch.Size([sum(len(split.classes) for split in job.splits), *job.head.shape[1:]])
+    shapes = [p.shape for p in job.parameters[:-1]] + [whole]
+
+    def tensor(value: object, shape: torch.Size, kind: torch.dtype = torch.float32) -> bool:
+        return isinstance(value, torch.Tensor) and value.shape == shape and value.dtype == kind
+
+    def tensors(values: object, like: dict[str, torch.Tensor]) -> bool:
+        return isinstance(values, dict) and values.keys() == like.keys() and all(
+            tensor(values[key], value.shape, value.dtype) for key, value in like.items())
+
+    moments = state["optimizer"].get("state") if isinstance(state["optimizer"], dict) else None
+    sound = {
+        "step": type(state["step"]) is int and 0 <= state["step"] <= job.steps,
+        "model": tensors(state["model"], job.model.state_dict()),
+        "head": tensor(state["head"], whole),
+        "optimizer": isinstance(moments, dict) and all(
+            i in range(len(shapes)) and isinstance(own, dict) and own.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            and tensor(own["step"], torch.Size()) and tensor(own["exp_avg"], shapes[i])
+            and tensor(own["exp_avg_sq"], shapes[i]) for i, own in moments.items()),
+        "tally": isinstance(state["tally"], dict) and state["tally"].keys() >= {"skipped", "bad", "seconds"}
+        and all(isinstance(state["tally"][key], int | float) for key in ("skipped", "bad", "seconds")),
+        "health": tensor(state["health"], torch.Size([2]), torch.int64),
+        "ema": job.ema is None or (isinstance(state["ema"], list) and len(state["ema"]) == len(shapes)
+                                   and all(map(tensor, state["ema"], shapes))),
+        "norms": job.norms is None or tensor(state["norms"], job.norms.shape, torch.float64),
+    }
+    return next((f"{key} is not what this run saves" for key, good in sound.items() if not good), "")
 
 
 def load_checkpoint(job: Job) -> int:
@@ -310,17 +429,24 @@ def load_checkpoint(job: Job) -> int:
     path = job.folder / "last" / "state.pt"
     rows = slice(None) if job.rows is None else job.rows.cpu()
     try:
+        if job.ranks.rank == 0:  # PyTorch reads past a checksum
+            with zipfile.ZipFile(path) as file:
+                if bad := file.testzip():
+                    raise ValueError(f"the checksum of {bad} differs")
         # of a sharded head every rank reads its own rows alone
         state = torch.load(path, "cpu", weights_only=True, mmap=job.rows is not None)
+        wrong = misfit(state, job)
     except Exception as error:  # a damaged zip, a foreign pickle
-        what = type(error).__name__
-        raise InputError(f"{path}: damaged ({what}): restore it, or start anew in another --out") from error
+        wrong = str(error).splitlines()[0][:120] if isinstance(error, ValueError) else type(error).__name__
+    if wrong:
+        raise InputError(f"{path}: damaged ({wrong}): restore it, or start anew in another --out")
     job.model.load_state_dict(state["model"])
     job.head.data.copy_(state["head"][rows])
     if moments := state["optimizer"]["state"]:
         last = max(moments)
         moments[last] = {key: v[rows] if v.ndim else v for key, v in moments[last].items()}
-    job.optimizer.load_state_dict(state["optimizer"])
+    # the groups are the options' own, which are those that the run was started with
+    job.optimizer.load_state_dict(job.optimizer.state_dict() | {"state": moments})
     if job.ema is not None:
         for average, saved in zip(job.ema, [*state["ema"][:-1], state["ema"][-1][rows]], strict=True):
             average.copy_(saved)
@@ -328,12 +454,14 @@ def load_checkpoint(job: Job) -> int:
     if job.norms is not None:
         job.norms.copy_(state["norms"])
     job.tally.update(state["tally"])
+    job.saved = state["step"]
     return state["step"]
 
 
 def kept_steps(run: Path) -> dict[int, Path]:
     """The checkpoints that --keep left in a run, by step."""
-    found = ((folder.name.removeprefix("step-"), folder) for folder in (run / "checkpoints").glob("step-*"))
+    found = ((folder.name.removeprefix("step-"), folder) for folder in (run / "checkpoints").glob("step-*")
+             if folder.is_dir() and not folder.is_symlink())
     return dict(sorted((int(step), folder) for step, folder in found if step.isdigit()))
 
 
@@ -342,6 +470,8 @@ def keep_checkpoint(job: Job, step: int) -> None:
 
     The newest ones stay, and the best by the mean AUC of --eval-every, to which the link `best` leads.
     """
+    if job.health[1]:  # within a streak of steps that were not finite
+        return
     folder = job.folder / "checkpoints" / f"step-{step:08d}"
     scratch = folder.with_suffix(".tmp")
     if job.ranks.rank == 0:
@@ -379,10 +509,10 @@ def forget_after(folder: Path, step: int) -> None:
     """Cut what a run left about steps after `step`, where it goes on: they come again."""
     for log in (folder / name for name in LOGS if (folder / name).exists()):
         kept = []
-        for line in log.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a line that was cut
+        for line in log.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a line that was cut
                 kept += [line] if json.loads(line)["step"] <= step else []
-        write_atomically(log, lambda path, kept=kept: path.write_text("".join(f"{line}\n" for line in kept)))
+        write_atomically(log, lambda path, kept=kept: path.write_bytes(b"".join(line + b"\n" for line in kept)))
     for late in [place for number, place in kept_steps(folder).items() if number > step]:
         shutil.rmtree(late)
 
@@ -397,6 +527,8 @@ class StopRequest:
 
     def handle(self, number: int, _frame) -> None:
         if self.reason:
+            for process in multiprocessing.active_children():  # nobody would read what they send
+                process.kill()
             os._exit(128 + number)
         self.reason = signal.Signals(number).name
 

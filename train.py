@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 import train_report
 from backbones import Backbone, choose_trained, load_backbone, resolve_backbone
-from data_prep import DOMAINS, InputError, Number, run_command
-from data_prep.shards import Split, named_splits, open_root, ordered_tests
+from data_prep import DOMAINS, InputError, Number, progress, run_command
+from data_prep.shards import Split, lock_folder, named_splits, open_root, ordered_tests
 from data_prep.stream import Batches
 from kernels.margin_loss import margin_loss
 from run_folder import (
@@ -50,9 +50,10 @@ from run_folder import (
     provenance,
     save_checkpoint,
     write_json,
+    writing,
 )
 from train_coupling import add_gradients, couple
-from train_input import check_cache, load, load_steps, make_stream, receive
+from train_input import check_cache, check_memory, load, load_steps, make_stream, receive
 from train_options import (
     MANY_CLASSES,
     MARGINS,
@@ -66,6 +67,8 @@ from train_options import (
 )
 from train_ranks import GatherSamples, Ranks, gather_rows, head_slices, join_ranks, pick_device
 from train_schedule import make_schedule, parse_shares, plan_batches, ramp, rate
+
+MOST_STEPS = 10_000_000  # of a run, which is planned whole: beyond it the plan alone takes gigabytes
 
 # ---------------------------------------------------------------- loss and optimiser
 
@@ -330,8 +333,7 @@ def init_head(model: Backbone, splits: list[Split], config: dict, device: torch.
         own = np.sort(order[number < config["head_init_images"]])[ranks.rank :: ranks.world]
         total = torch.zeros(len(split.classes), model.dim, device=place)
         parts = embed_rows(model, split, own, device, config["micro_batch"] or 64, config["workers"])
-        with tqdm(total=len(own), desc=f"class means {split.domain}", unit="img",
-                  disable=True if ranks.rank else None) as bar:
+        with progress(total=len(own), desc=f"class means {split.domain}", unit="img", disable=ranks.rank > 0) as bar:
             for used, x in parts:
                 total.index_add_(0, torch.from_numpy(split.labels[used]).to(place), F.normalize(x, dim=1).to(place))
                 bar.update(len(used))
@@ -430,6 +432,8 @@ class Job:
     cache: list[torch.Tensor] | None = None  # per domain, every image of its split
     fixed: list[Split] = field(default_factory=list)  # what --eval-every looks at
     first: int = 0  # the next step
+    saved: int | None = None  # the step that the checkpoint in `last` starts from
+    begun: float = field(default_factory=time.monotonic)  # when the seconds of `tally` began
     bad: int = 0  # damaged images of this rank since the last log line
 
     @property
@@ -440,7 +444,9 @@ class Job:
     def half(self) -> bool:
         """Whether the backbone computes in bfloat16 (--precision)."""
         precision, cuda = self.config["precision"], self.device.type == "cuda"
-        return precision == "bf16" or (precision == "auto" and cuda and torch.cuda.is_bf16_supported())
+        # emulated, on cards before Ampere, it is slower than float32 and no more exact
+        has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        return precision == "bf16" or (precision == "auto" and has_bf16)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -448,12 +454,14 @@ class Job:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def save(self, step: int) -> None:
-        """Checkpoint: the state that step `step` starts from."""
-        save_checkpoint(self, step)
+        """Checkpoint: the state that step `step` starts from; not within a streak of steps that were not finite."""
+        if not self.health[1]:
+            save_checkpoint(self, step)
 
 
 def set_up(config: dict) -> Job | None:
     """From options to a run that is ready to go; None: it is complete. Refuses before it builds anything."""
+    begun = time.monotonic()
     check_options(config)
     splits = open_splits(config)
     schedule = make_schedule(config["schedule"], len(splits), config["batch"])
@@ -462,8 +470,13 @@ def set_up(config: dict) -> Job | None:
     largest = int(np.where(shares > 0, sizes, 0).argmax())
     images = config["images"] or (config["epochs"] or 10.0) * sizes[largest] / shares[largest]
     steps = max(round(images / config["batch"]), 1)
-    plan = plan_batches(config, schedule, steps, shares, mix_ramp)
-    folder, found = Path(config["out"]), find_run(config, splits)
+    if steps > MOST_STEPS:
+        raise InputError(f"a run of {steps:,} steps: at most {MOST_STEPS:,} are planned: raise --batch, or lower "
+                         "--images or --epochs")
+    plan, folder = plan_batches(config, schedule, steps, shares, mix_ramp), Path(config["out"])
+    if (context := click.get_current_context(silent=True)) and not int(os.environ.get("RANK", 0)):
+        context.with_resource(lock_folder(folder, "--out"))
+    found = find_run(config, splits)
     if found == "complete":
         print(f"{folder} is complete")
         return None
@@ -488,6 +501,7 @@ def set_up(config: dict) -> Job | None:
             model.net.set_grad_checkpointing(True)
         except AssertionError as error:  # timm's way to say so
             raise InputError(f"--grad-checkpointing: {resolve_backbone(config)[1]} has none: leave it out") from error
+    check_memory(config, splits, model.image_size, ranks.world)
     model = model.to(device, memory_format=torch.channels_last)
     for split in splits:
         if model.image_size > split.size:
@@ -509,13 +523,14 @@ def set_up(config: dict) -> Job | None:
     tally = {"skipped": 0, "bad": 0, "collapsed_at": None, "seconds": 0.0}
     plan = plan.reshape(steps, schedule.batches_per_step, len(splits))
     job = Job(config, folder, device, ranks, splits, plan, torch.from_numpy(plan.sum(1)).to(device), model, head, rows,
-              optimizer, tally, torch.zeros(2, dtype=torch.int64, device=device), fixed=fixed)
+              optimizer, tally, torch.zeros(2, dtype=torch.int64, device=device), fixed=fixed, begun=begun)
     if any(per_domain(config, "margin_adaptive")):
         job.norms = torch.zeros(len(splits), 3, dtype=torch.float64, device=device)
     if config["ema"]:
         job.ema = [p.detach().float().clone() for p in job.parameters]
     if (folder / "last" / "state.pt").exists():
         job.first = load_checkpoint(job)
+        job.begun -= job.tally["seconds"]
     else:
         head.data.copy_(init_head(model, splits, config, device, ranks, rows))
         if job.ema is not None:
@@ -541,13 +556,15 @@ def drawn(job: Job, rows: torch.Tensor | None) -> Iterator[None]:
     whole = {key: v for key, v in state.items() if v.ndim}
     job.head.data = weight[rows]
     state.update({key: v[rows] for key, v in whole.items()})
-    yield
-    weight[rows] = job.head.data
-    for key in [key for key, v in state.items() if v.ndim]:
-        moments = whole[key] if key in whole else torch.zeros_like(weight)  # none before the first step
-        moments[rows] = state[key]
-        state[key] = moments
-    job.head.data = weight
+    try:
+        yield
+    finally:
+        weight[rows] = job.head.data
+        for key in [key for key, v in state.items() if v.ndim]:
+            moments = whole[key] if key in whole else torch.zeros_like(weight)  # none before the first step
+            moments[rows] = state[key]
+            state[key] = moments
+        job.head.data = weight
 
 
 class Precise(nn.Module):
@@ -654,8 +671,10 @@ def look_at_fixed_images(job: Job, board, step: int) -> None:
         job.model.train()
         append(job.folder / "probe.jsonl", {"step": step, "auc": scores})
         start = job.tally.setdefault("start", scores)
+        with writing(job.folder / "tensorboard"):
+            for name, score in scores.items():
+                board.add_scalar(f"auc/{name}", score, step)
         for name, score in scores.items():
-            board.add_scalar(f"auc/{name}", score, step)
             if score < start.get(name, 0) - 0.01:
                 tqdm.write(f"WARNING: step {step}: {name} has fallen below its start: same/different AUC {score:.3f}, "
                            f"was {start[name]:.3f}", file=sys.stderr)
@@ -672,24 +691,27 @@ def run_steps(job: Job) -> int:
     if ranks.rank == 0:
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
+        with writing(job.folder / "tensorboard"):
+            board = SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
         if not job.first:
             train_report.draw_samples(job.folder / "samples.png", stream, job.model, job.cache)
     options = loss_options(config, [len(split.classes) for split in job.splits], job.device, ranks)
     if job.fixed and not job.first:
         look_at_fixed_images(job, board, 0)
-    stop, window, started = StopRequest(job.folder, ranks), [], time.time() - tally["seconds"]
+    stop, window = StopRequest(job.folder, ranks), []
     forward, ending = make_forward(job), False
 
     forward.train()
-    bar = tqdm(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train",
-               disable=True if ranks.rank else None)
+    tally["logged"] = time.monotonic() - job.begun
+    bar = progress(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train",
+                   disable=ranks.rank > 0)
     for step in bar:
         batches, now = receive(job, chunks, step, options, passes)
         window.append(take_step(job, forward, batches, step, now, passes))
-        tally["seconds"], done = time.time() - started, step + 1
+        tally["seconds"], done = time.monotonic() - job.begun, step + 1
         ending = ranks.any(bool(stop)) and done < steps
-        if done % config["log_every"] == 0 or done == steps or ending:
+        saving = ending or done % config["save_every"] == 0 or done == steps
+        if done % config["log_every"] == 0 or saving:  # so no line after a resume averages fewer steps than it would
             record = train_report.log_window(job, board, window, done)
             train_report.check_health(job, done)
             if "loss" in record:
@@ -700,15 +722,20 @@ def run_steps(job: Job) -> int:
             forward.train()
         if config["keep"] and (done % (config["eval_every"] or config["save_every"]) == 0 or done == steps):
             keep_checkpoint(job, done)
-        if ending or done % config["save_every"] == 0 or done == steps:
+        if saving:
             job.save(done)
         if ending:
             print(f"stopped by {stop.reason or 'another process'} after step {done} of {steps}; continue with --resume")
             break
     if board:
-        board.close()
+        with writing(job.folder / "tensorboard"):
+            board.close()
     if ending:
         return STOPPED
+    if streak := int(job.health[1]):
+        raise InputError(f"{job.folder}: the last {streak} steps were not finite, so the run is not done; "
+                         f"{train_report.describe_saved(job)}: lower --lr or raise --warmup")
+    tally["seconds"] = time.monotonic() - job.begun
     if ranks.rank == 0:
         train_report.write_report(job)
         write_json(job.folder / "done.json", {"steps": steps, "images": steps * config["batch"], **tally})
@@ -736,6 +763,7 @@ def main(context: click.Context, **config) -> int | None:
         raise InputError(f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --micro-batch, or add "
                          "--grad-checkpointing; go on with --resume") from error
     if job and job.ranks.world > 1:
+        context.close()  # its lock
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)  # all is written; gloo's threads now and then abort an interpreter that is torn down
     return code

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import dataclasses
+import errno
 import itertools
+import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from backbones import Backbone
-from data_prep import InputError
+from data_prep import InputError, progress
 from data_prep.shards import Split
 from data_prep.stream import Batches, Chunk, Stream
 from kernels.gather import gather_interleaved
@@ -30,11 +35,73 @@ from train_schedule import ramp
 if TYPE_CHECKING:
     from train import Job
 
+SHARED_MEMORY = 1 << 30  # where /dev/shm is smaller, a loader process that dies has probably filled it
 
-def quiet_worker(_: int) -> None:
-    """Loader workers leave signals to the main process, which ends the run after the current step."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # terminals and schedulers signal the whole group
-        signal.signal(number, signal.SIG_IGN)
+
+def start_loader(_: int) -> None:
+    """A loader process ends with its parent, however that ends, and leaves a first SIGTERM to it.
+
+    Terminals and schedulers signal the whole group, and the parent still has to end its step and to save.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody reads the pipe that it may be writing to
+    if not multiprocessing.parent_process().is_alive():
+        os._exit(1)
+    # what cannot be sent would be dropped, and the parent would wait for it for ever
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(
+        lambda error, _: os._exit(getattr(error, "errno", None) or 1))
+
+
+def end_loaders() -> None:
+    """End every loader process at once: one that writes into a full pipe would not, and exiting would wait for it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+def loader_error(error: Exception) -> Exception:
+    """One line about a loader process that failed or died; other errors stay what they are."""
+    text, shared = str(error).strip(), Path("/dev/shm")
+    last = text.splitlines()[-1] if text else ""
+    if isinstance(error, InputError):
+        return InputError(last.removeprefix(f"{InputError.__module__}.InputError: "))
+    if "Too many open files" in text or f"exit code {errno.EMFILE}." in text:
+        return InputError("loading images: too many open files: raise the limit (`ulimit -n 4096`) or take --workers 0")
+    died = "DataLoader worker (pid" in text or isinstance(error, ConnectionError | EOFError)
+    died |= "Pin memory thread exited" in text
+    if not died and "shared memory" not in text and not isinstance(error, OSError | MemoryError):
+        return error
+    small = shared.is_dir() and shutil.disk_usage(shared).total < SHARED_MEMORY
+    if "shared memory" in text or (died and small):
+        size = f", which holds {shutil.disk_usage(shared).total >> 20:,} MiB," if shared.is_dir() else ""
+        return InputError(f"loading images: the shared memory /dev/shm{size} is full: take --workers 0, or enlarge it "
+                          "(docker run --shm-size 8g, or --ipc=host)")
+    if died:
+        return InputError("loading images: a loader process died (killed because memory is full, as a rule): lower "
+                          "--workers or --batch, or take --workers 0")
+    return InputError(f"loading images: {last}")
+
+
+def watch_loaders() -> None:
+    """Let the death of a loader process end what the main one does, in one line.
+
+    PyTorch raises wherever the main process is: it may be reading half a message, whose other half never comes.
+    """
+    raises = signal.getsignal(signal.SIGCHLD)
+    if raises in (signal.SIG_DFL, signal.SIG_IGN, None) or getattr(raises, "named", False):
+        return
+
+    def handle(*arguments) -> None:
+        try:
+            raises(*arguments)
+        except RuntimeError as error:
+            end_loaders()
+            raise loader_error(error) from error
+
+    handle.named = True
+    signal.signal(signal.SIGCHLD, handle)
 
 
 def as_it_is(item):
@@ -42,12 +109,39 @@ def as_it_is(item):
     return item
 
 
+@contextlib.contextmanager
+def in_one_line() -> Iterator[None]:
+    """Inside, a loader process that fails or dies is bad input."""
+    try:
+        yield
+    except Exception as error:
+        if (line := loader_error(error)) is error:
+            raise
+        end_loaders()  # what they say from now on is no news
+        raise line from error
+
+
 def load(dataset: torch.utils.data.Dataset, first: int, workers: int, pin: bool) -> Iterator:
-    """The items of a data set from number `first` on, decoded ahead by worker processes."""
-    return iter(torch.utils.data.DataLoader(
-        dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers, pin_memory=pin,
-        worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None, collate_fn=as_it_is,
-    ))
+    """The items of a data set from number `first` on, decoded ahead by worker processes.
+
+    Raises:
+        InputError: a worker died, or had no memory or files left.
+    """
+    with in_one_line():
+        items = iter(torch.utils.data.DataLoader(
+            dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers, pin_memory=pin,
+            worker_init_fn=start_loader, prefetch_factor=4 if workers else None, collate_fn=as_it_is,
+        ))
+    if workers:
+        watch_loaders()
+        atexit.unregister(end_loaders)
+        atexit.register(end_loaders)  # after the iterator's own hooks, so that it comes before them
+
+    def draw() -> Iterator:
+        with in_one_line():
+            yield from items
+
+    return draw()
 
 
 class Finished(torch.utils.data.Dataset):
@@ -89,6 +183,16 @@ def free_bytes(device: torch.device) -> int:
     return max(min(free), 0)
 
 
+def check_memory(config: dict, splits: list[Split], image_size: int, world: int) -> None:
+    """Refuse a batch whose images alone the memory does not hold: as decoded bytes and as the network's float32."""
+    images = min(config["micro_batch"] or config["batch"], -(-config["batch"] // world))
+    need = images * 3 * (max(split.size for split in splits) ** 2 + 4 * image_size**2)
+    have = free_bytes(torch.device("cpu"))
+    if need > have:
+        raise InputError(f"--batch {config['batch']}: {images:,} images at a time take {need / 2**30:,.1f} GiB and "
+                         f"{have / 2**30:,.1f} GiB are free: lower --micro-batch or --batch")
+
+
 def check_cache(which: str, splits: list[Split], device: torch.device, ranks: Ranks) -> None:
     """Refuse a --cache that the memory does not hold."""
     place = device if which == "gpu" else torch.device("cpu")
@@ -108,8 +212,7 @@ def fill_cache(job: Job) -> list[np.ndarray]:
         bank = torch.zeros(len(split), split.size, split.size, 3, dtype=torch.uint8, device=place)
         good = np.zeros(len(split), dtype=bool)
         parts = load(Batches(split, np.arange(len(split)), 256), 0, job.config["workers"], False)
-        with tqdm(total=len(split), desc=f"cache {split.domain}", unit="img",
-                  disable=True if job.ranks.rank else None) as bar:
+        with progress(total=len(split), desc=f"cache {split.domain}", unit="img", disable=job.ranks.rank > 0) as bar:
             for rows, images in parts:
                 bank[torch.from_numpy(rows).to(place)] = images.permute(0, 2, 3, 1).to(place)
                 good[rows] = True

@@ -232,9 +232,10 @@ def read_config(context: click.Context, _parameter, path: str | None) -> str | N
     if path is None:
         return None
     try:
-        values = json.loads(Path(path).read_text())
-        assert isinstance(values, dict)
-    except (OSError, ValueError, AssertionError) as error:
+        values = json.loads(Path(path).read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--config {path}: not a readable JSON file of options; take a run's config.json") from error
     known = {parameter.name for parameter in context.command.params}
     if unknown := set(values) - known - NOT_OPTIONS:
@@ -259,10 +260,11 @@ OPTIONS = [
     click.option("--model", metavar="NAME",
                  help="Any timm or open_clip model instead of --backbone; open_clip: NAME or NAME/TAG."),
     click.option("--weights", default="pretrained", metavar="WHICH",
-                 help="'pretrained' (downloads), 'none' (random start) or a safetensors/pt FILE."),
-    click.option("--image-size", type=click.IntRange(16),
+                 help="'pretrained' (downloads), 'none' (random start) or a safetensors/pt FILE; FILE:NAME takes one "
+                      "of its sets of weights."),
+    click.option("--image-size", type=click.IntRange(16, 4096),
                  help="Input side in pixels (default: 224, DINOv3 256, --model: its own)."),
-    click.option("--embed-dim", type=click.IntRange(0), default=0,
+    click.option("--embed-dim", type=click.IntRange(0, 65536), default=0,
                  help="Width of one linear layer after the backbone; 0: none."),
     click.option("--data", default="data", metavar="DIR", help="Data root: DIR/<domain>/train holds the shards."),
     click.option("--out", metavar="DIR",
@@ -275,10 +277,10 @@ OPTIONS = [
                  help="Comma-separated subset of object,face_hq,face_lq,body (default: all)."),
     click.option("--order", metavar="NAMES",
                  help="Order of the blocks of --schedule sequential (default: the order above)."),
-    click.option("--batch", type=click.IntRange(1), default=256, help="Images per optimiser step."),
+    click.option("--batch", type=click.IntRange(1, 2**36), default=256, help="Images per optimiser step."),
     click.option("--micro-batch", type=click.IntRange(1),
                  help="At most so many images per forward pass (default: the batch)."),
-    click.option("--images", type=click.IntRange(1), help="Length of the run in images, all domains together."),
+    click.option("--images", type=click.IntRange(1, 2**60), help="Length of the run in images, all domains together."),
     click.option("--epochs", type=Number(0, min_open=True),
                  help="Length as passes over the largest domain (default: 10)."),
     click.option("--mix", metavar="SHARES", help="Shares of schedule B, e.g. object=1,face_hq=2,face_lq=1,body=1."),
@@ -339,7 +341,7 @@ OPTIONS = [
                  help="Factor on the learning rate per layer downwards; 1: none."),
     click.option("--freeze-blocks", type=click.IntRange(0), default=0,
                  help="Lowest blocks that stay as they are, with all below them."),
-    click.option("--lora", type=click.IntRange(0), default=0, metavar="RANK",
+    click.option("--lora", type=click.IntRange(0, 4096), default=0, metavar="RANK",
                  help="Train low-rank updates of the attention's projections instead of the network; 0: off."),
     click.option("--drop-path", type=Number(0, 1, max_open=True), default=0.0,
                  help="Stochastic depth: chance of dropping the top block's branches, falling to 0 at the lowest."),
@@ -353,11 +355,11 @@ OPTIONS = [
                  help="Gradient norm above which a step is scaled down; 0: never."),
     click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto",
                  help="bf16 autocast of the backbone; auto: where CUDA has it."),
-    click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0,
+    click.option("--seed", type=click.IntRange(0, 2**62 - 1), default=0,
                  help="Seed of the start, the data order and every draw."),
     click.option("--shuffle-window", type=click.IntRange(1), default=8,
                  help="Shards among which the order of an epoch is shuffled."),
-    click.option("--workers", type=click.IntRange(0), default=LOADERS, help="Loader processes."),
+    click.option("--workers", type=click.IntRange(0, 1024), default=LOADERS, help="Loader processes."),
     click.option("--device", default="auto", help="auto, cpu or cuda; under torchrun each process takes its own GPU."),
     click.option("--cache", type=click.Choice(["none", "ram", "gpu"]), default="none",
                  help="Decode every image once, at the start, and keep it there."),

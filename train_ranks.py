@@ -2,7 +2,10 @@
 
 import os
 import re
+import signal
 import sys
+import threading
+import time
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +55,15 @@ class Ranks:
         self.any(False)
 
 
+def watch_parent(parent: int, patience: float = 120.0) -> None:
+    """End a rank whose torchrun was killed, which can no longer end it: by SIGTERM, so that a run saves first."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(patience)  # in a collective that others have left, nobody would come to handle the signal
+    os._exit(128 + signal.SIGTERM)
+
+
 def join_ranks(config: dict) -> Ranks:
     """The ranks of torchrun's environment; a process group where there are several."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -64,6 +76,7 @@ def join_ranks(config: dict) -> Ranks:
     if device.type == "cuda":
         config["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(pick_device(config["device"]))
+    threading.Thread(target=watch_parent, args=(os.getppid(),), daemon=True).start()
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = Ranks(torch.distributed.get_rank(), world, torch.distributed.new_group(backend="gloo"))
     if ranks.rank:  # one voice

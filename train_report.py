@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from backbones import Backbone
-from data_prep import DOMAIN_COLOURS, InputError
+from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, literal
 from data_prep.stream import Stream
-from run_folder import append, read_lines, write_atomically
+from run_folder import append, read_lines, write_atomically, writing
 from train_input import to_images
 from train_schedule import ramp, rate
 
@@ -46,7 +46,14 @@ def draw_samples(path: Path, stream: Stream, model: Backbone, cache: list[torch.
             ax.imshow((images[b] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
             ax.set_title(split.names[int(chunk.label[b])][:16], fontsize=7)
         axes[d][0].text(-0.15, 0.5, split.domain, transform=axes[d][0].transAxes, rotation=90, va="center", ha="right")
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    save_figure(figure, path, bbox_inches="tight")
+
+
+def save_figure(figure, path: Path, **options) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    import matplotlib.pyplot as plt
+
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, **options))
     plt.close(figure)
 
 
@@ -55,7 +62,7 @@ def write_report(job: Job) -> None:
     log, looks, fights = (read_lines(job.folder / f"{name}.jsonl") for name in ("log", "probe", "conflict"))
     log = [record for record in log if "loss" in record]
     draw_curves(job.folder / "curves.png", log, looks, job.config["domains"])
-    lines = [f"# {job.folder.name}", "",
+    lines = [f"# {literal(job.folder.name)}", "",
              f"Schedule {job.config['schedule']}, {job.steps} steps of {job.config['batch']} images, "
              f"{job.tally['seconds'] / 60:.1f} minutes on {job.ranks.world} x {job.device.type}.", "",
              "| domain | images | passes | loss | top-1 | target cosine | norm |", "|---|---|---|---|---|---|---|"]
@@ -69,7 +76,7 @@ def write_report(job: Job) -> None:
               "![curves](curves.png)"]
     if looks:
         lines += ["", "| same/different AUC of fixed images | start | end |", "|---|---|---|"]
-        lines += [f"| {name} | {looks[0]['auc'].get(name, math.nan):.3f} | {value:.3f} |"
+        lines += [f"| {literal(name)} | {looks[0]['auc'].get(name, math.nan):.3f} | {value:.3f} |"
                   for name, value in looks[-1]["auc"].items()]
     if fights:
         draw_conflict(job.folder / "conflict.png", fights)
@@ -85,31 +92,33 @@ def write_report(job: Job) -> None:
 
 
 def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[str]) -> None:
-    """Loss, top-1, target cosine per domain and, where --eval-every looked, AUC, over the images seen."""
+    """Loss, top-1, target cosine per domain and, where --eval-every looked, AUC, over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     keys = [("loss", "training loss"), ("top1", "training top-1"), ("target_cosine", "cosine to the own class")]
-    figure, axes = plt.subplots(1, len(keys) + bool(looks), figsize=(4 * (len(keys) + bool(looks)), 3), squeeze=False)
+    figure, axes = plt.subplots(1, len(keys) + bool(looks), figsize=(4 * (len(keys) + bool(looks)), 3.8), squeeze=False)
     for ax, (key, title) in zip(axes[0], keys, strict=False):
         for name in domains:
-            points = [(r["images"], r[f"{key}/{name}"]) for r in log if f"{key}/{name}" in r]
+            points = [(r["step"], r[f"{key}/{name}"]) for r in log if f"{key}/{name}" in r]
             ax.plot(*zip(*points, strict=True) if points else ((), ()), label=name, color=DOMAIN_COLOURS[name])
-        ax.set(title=title, xlabel="images")
+        ax.set(title=title, xlabel="optimiser step")
     if looks:
-        for number, name in enumerate(looks[0]["auc"]):
-            domain = name.split("/")[0]
-            again = domain in [n.split("/")[0] for n in list(looks[0]["auc"])[:number]]
+        names = sorted(dict.fromkeys(name for look in looks for name in look["auc"]),
+                       key=lambda name: DOMAINS.index(name.partition("/")[0]))
+        for name in names:
+            domain = name.partition("/")[0]
+            number = [other for other in names if other.startswith(f"{domain}/")].index(name)
             axes[0][-1].plot([r["step"] for r in looks], [r["auc"].get(name, math.nan) for r in looks], label=name,
-                             color=DOMAIN_COLOURS[domain], ls="--" if again else "-", marker=".")
-        axes[0][-1].set(title="same/different AUC, fixed images", xlabel="step")
-        axes[0][-1].legend(fontsize=7)
-    axes[0][0].legend(fontsize=7)
+                             color=DOMAIN_COLOURS[domain], ls=("-", "--", ":", "-.")[number % 4],
+                             marker="osD^v"[number % 5], markersize=4)
+        axes[0][-1].set(title="same/different AUC, fixed images", xlabel="optimiser step")
+    for ax in axes[0][:: len(keys)]:  # below the panel, where no curve runs
+        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2, frameon=False)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def draw_conflict(path: Path, fights: list[dict]) -> None:
@@ -131,8 +140,7 @@ def draw_conflict(path: Path, fights: list[dict]) -> None:
         ax.axhline(0, color="0.6", lw=0.8)
     right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def log_window(job: Job, board, window: list[dict], done: int) -> dict:
@@ -168,9 +176,10 @@ def log_window(job: Job, board, window: list[dict], done: int) -> dict:
     record |= {key: value for key, value in job.tally.items() if key != "start"}
     if board is not None:
         append(job.folder / "log.jsonl", record)
-        for name, value in record.items():
-            if isinstance(value, int | float):
-                board.add_scalar(name, value, done)
+        with writing(job.folder / "tensorboard"):
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    board.add_scalar(name, value, done)
     return record
 
 
@@ -200,13 +209,19 @@ def mean_pairwise_cosine(direction: torch.Tensor, n: torch.Tensor) -> torch.Tens
     return (direction.square().sum() - n) / (n * (n - 1)).clamp(min=1)
 
 
+def describe_saved(job: Job) -> str:
+    """Which checkpoint a run that went wrong can go back to."""
+    return (f"no checkpoint was written before them, {job.folder} starts anew" if job.saved is None
+            else f"the checkpoint from before them, of step {job.saved}, is in {job.folder}/last")
+
+
 def check_health(job: Job, done: int) -> None:
     """Stop a run whose steps or images are bad; its last checkpoint stays."""
     config, seen = job.config, done * job.config["batch"]
     job.tally["skipped"], in_a_row = job.health.tolist()
     if in_a_row > config["max_skipped"]:
-        raise InputError(f"{job.folder}: {in_a_row} steps in a row were not finite; the last good checkpoint is in "
-                         f"{job.folder}/last: lower --lr or raise --warmup")
+        raise InputError(f"{job.folder}: {in_a_row} steps in a row were not finite; {describe_saved(job)}: lower --lr "
+                         "or raise --warmup")
     if job.tally["bad"] > config["max_bad"] * max(seen, 1000):
         raise InputError(f"{job.tally['bad']} damaged images among {seen} exceed --max-bad: check the shards with "
                          "`python -m data_prep verify DIR`")

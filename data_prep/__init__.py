@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -36,9 +37,11 @@ class Number(click.FloatRange):
 LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
 
-def progress(iterable: Iterable | None = None, **options) -> "tqdm | ProgressLines":
+def progress(iterable: Iterable | None = None, disable: bool = False, **options) -> "tqdm | ProgressLines":
     """tqdm's bar (desc, total, unit, initial), or, where there is no terminal, a line every LINE_EVERY seconds."""
-    return tqdm(iterable, **options) if sys.stderr.isatty() else ProgressLines(iterable, **options)
+    if disable or sys.stderr.isatty():
+        return tqdm(iterable, disable=disable, **options)
+    return ProgressLines(iterable, **options)
 
 
 class ProgressLines:
@@ -74,6 +77,11 @@ class ProgressLines:
 
     def __exit__(self, *_) -> None:
         pass
+
+
+def literal(name: str) -> str:
+    """A name that somebody chose, as Markdown that shows it as it is."""
+    return re.sub(r"[\\|*!\[\]`<>&]", r"\\\g<0>", name)
 
 
 def run_command(command: click.Command) -> None:

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -23,7 +24,7 @@ import tarfile
 import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -54,7 +55,7 @@ FITS = ("crop", "squash", "pad")
 # raster formats alone: Pillow would hand PostScript to an interpreter, whatever a file is called
 READABLE = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MAX_SIZE = 4096  # pixels
-OPEN_SHARDS = 64  # files that a split keeps open at once: far below the usual limit of 1024 a process
+OPEN_SHARDS = 256  # files that the splits of a process keep open at once; at most a quarter of its limit
 # fork where it is safe and quick; named, because the default differs between systems and Python versions
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
@@ -670,6 +671,9 @@ def fits_protocol(protocol: object) -> bool:
 SHARD = re.compile(r"(\.\./(?!\.)[^/\0]+/)?shard-\d{6}\.tar")  # a split's own, or, where it is merged, a neighbour's
 
 
+OPEN_FILES: OrderedDict[tuple[object, int], int] = OrderedDict()  # (split's key, shard) -> descriptor, last used last
+
+
 class Split:
     """A split folder, for reading in any order.
 
@@ -682,12 +686,12 @@ class Split:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.index = Path(folder), read_index(Path(folder))
+        self.key = object()  # its own in OPEN_FILES: a split at the same path may be another one
         self.domain, self.name, self.size = self.index["domain"], self.index["split"], self.index["size"]
         self.classes, self.names, self.protocol = (self.index[key] for key in ("classes", "names", "protocol"))
         self.shard, self.offset, self.length, self.labels = (
             np.asarray(self.column(name)) for name in ("shard", "offset", "length", "label")
         )  # still mapped, but plain arrays: to look one number up in a memmap takes a microsecond
-        self.files: dict[int, int] = {}  # shard -> file descriptor
         again = "prepare the split again, or find what differs with `python -m data_prep verify`"
         sizes = np.array([shard["bytes"] for shard in self.index["shards"]], dtype=np.int64)
         parts = {part["split"] for part in self.index.get("merged", [])}
@@ -765,12 +769,16 @@ class Split:
         return np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
 
     def open_shard(self, shard: int) -> int:
-        """The file descriptor of a shard."""
-        if shard not in self.files:
-            if len(self.files) >= OPEN_SHARDS:
-                os.close(self.files.pop(next(iter(self.files))))
-            self.files[shard] = os.open(self.folder / self.index["shards"][shard]["file"], os.O_RDONLY)
-        return self.files[shard]
+        """The file descriptor of a shard; those of all splits that were not used for longest are closed for it."""
+        if (place := (self.key, shard)) in OPEN_FILES:
+            OPEN_FILES.move_to_end(place)
+        else:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: none
+            most = OPEN_SHARDS if limit < 0 else min(OPEN_SHARDS, limit // 4)
+            while len(OPEN_FILES) >= max(most, 1):
+                os.close(OPEN_FILES.popitem(last=False)[1])
+            OPEN_FILES[place] = os.open(self.folder / self.index["shards"][shard]["file"], os.O_RDONLY)
+        return OPEN_FILES[place]
 
     def jpeg(self, row: int) -> tuple[str, bytes]:
         """Key and JPEG bytes of a sample."""

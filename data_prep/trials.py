@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import InputError
-from data_prep.shards import BadImage, Split, open_root, write_bytes
+from data_prep.shards import BadImage, Split, open_root, ordered_tests, write_bytes
 
 RATING_COLUMNS = ("split", "left_key", "right_key", "rater", "rating")
 QUESTION = {"object": "The same kind of thing?", "face_hq": "The same person?", "face_lq": "The same person?",
@@ -125,8 +125,7 @@ def find_test_splits(places: list[Path]) -> list[Split]:
                 raise InputError(f"{place}: a training split; models have seen it: name a test split")
             continue
         for splits in open_root(place).values():
-            tests = [s for s in splits.values() if s.protocol and not s.protocol.get("ood")]
-            found += tests[:1]
+            found += ordered_tests(splits.values())[:1]
     if not found:
         raise InputError(f"{places[0]}: no test split: prepare one, `python -m data_prep SOURCE ... --part test`")
     names = [f"{split.domain}/{split.name}" for split in found]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -31,6 +32,20 @@ def script(*arguments, check: int | None = 0, **options) -> subprocess.Completed
     )
     assert check is None or result.returncode == check, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def assert_gone(pids: list[int]) -> None:
+    """None of the processes is left; a minute is for slow machines, 2 seconds are usual."""
+    def state(pid: int) -> str:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return "gone"
+
+    deadline = time.monotonic() + 60
+    while left := [pid for pid in pids if state(pid) not in ("gone", "Z")]:
+        assert time.monotonic() < deadline, f"alive: {left}"
+        time.sleep(0.1)
 
 
 # ---------------------------------------------------------------- accidents

@@ -1,6 +1,7 @@
 """What a run keeps: --keep, and that nothing which ends a run early costs more than the steps since its checkpoint."""
 
 import csv
+import json
 import os
 import re
 import resource
@@ -8,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +20,21 @@ import evaluate
 import run_folder
 import train
 from data_prep import InputError
+from data_prep.shards import lock_folder
 from evaluate_results import make_rows, read_rows
 from run_folder import load_run, load_tuned, save_weights
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT, TINY, assert_gone
 from tests.test_recipes import stop_at
-from tests.test_train import LONG, assert_same_weights, log_of, run_here, start, uninterrupted, wait_for_step
+from tests.test_train import (
+    LONG,
+    assert_same_weights,
+    log_of,
+    run_here,
+    start,
+    uninterrupted,
+    wait_for_step,
+    weights_of,
+)
 
 __all__ = ["uninterrupted"]  # the fixture: LONG from start to end
 
@@ -173,6 +186,257 @@ def half(demo_root, tmp_path_factory) -> Path:
     return run
 
 
+def flip(path: Path, at: float) -> None:
+    """Change one bit of a file, `at` as a fraction of it."""
+    data = bytearray(path.read_bytes())
+    data[int(at * len(data))] ^= 4
+    path.write_bytes(data)
+
+
+def resaved(path: Path, change) -> None:
+    """A state file after `change`, with good checksums."""
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+
+
+STATES = {  # what may be wrong with a state file -> what the one line says
+    "step of another run": (lambda s: s.update(step=10**6), "step is not"),
+    "step -5": (lambda s: s.update(step=-5), "step is not"),
+    "no step": (lambda s: s.pop("step"), "lacks step"), "no tally": (lambda s: s.pop("tally"), "lacks tally"),
+    "tally": (lambda s: s["tally"].update(seconds="x"), "tally is not"),
+    "head": (lambda s: s.update(head=s["head"][1:]), "head is not"),
+    "health": (lambda s: s.update(health=None), "health is not"),
+    "model": (lambda s: s["model"].popitem(), "model is not"),
+    "moment": (lambda s: max(s["optimizer"]["state"].items())[1].update(exp_avg=torch.zeros(3, 4)), "optimizer is not"),
+    "moments": (lambda s: s["optimizer"]["state"].update({10**6: {}}), "optimizer is not"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_is_not_this_runs(name, half, demo_root, tmp_path):
+    shutil.copytree(half, run := tmp_path / "run")
+    change, words = STATES[name]
+    resaved(run / "last/state.pt", change)
+    with pytest.raises(InputError, match=rf"state.pt: damaged \({words}.*restore it"):
+        run_here(*LONG, "--data", demo_root, "--out", run, "--resume")
+
+
+def test_a_flipped_bit_is_found(half, tiny_run, demo_root, tmp_path):
+    for number in range(6):
+        for name in ("model.safetensors", "head.safetensors"):
+            shutil.copytree(tiny_run, run := tmp_path / f"{number}-{name}", ignore=shutil.ignore_patterns("eval"))
+            flip(run / name, (number + 0.5) / 6)
+            with pytest.raises(InputError, match=f"{name}: damaged"):
+                load_tuned(load_run(run))
+    shutil.copytree(half, run := tmp_path / "run")
+    flip(run / "last/state.pt", 0.5)
+    with pytest.raises(InputError, match=r"state.pt: damaged \(the checksum of .* differs\)"):
+        run_here(*LONG, "--data", demo_root, "--out", run, "--resume")
+
+
+def test_a_run_is_checked_when_it_is_read(tiny_run, tmp_path):
+    tensors, metadata = run_folder.read_tensors(tiny_run / "head.safetensors")
+    weight, classes = tensors["weight"], json.loads(metadata["classes"])
+    config = json.loads((tiny_run / "config.json").read_text())
+    nan = weight.clone()
+    nan[1, 2] = float("nan")
+    short = classes | {"body": classes["body"][1:]}
+    cases = [({"weight": nan}, classes, "weight holds numbers that are not finite"),
+             ({"weight": weight.to(torch.int8)}, classes, r"class weights are torch.int8"),
+             ({"weight": weight[0]}, classes, r"class weights are torch.float32 \[64\]"),
+             ({"weight": weight[:, 1:].contiguous()}, classes, "class weights of width 63, not 64"),
+             ({"other": weight}, classes, "class weights are none"), ({"weight": weight}, short, "class weights are"),
+             ({"weight": weight}, [1], "no list for each domain"),
+             ({"weight": weight}, classes | {"body": 3}, "no list for each domain"),
+             ({"weight": weight}, None, "no class names")]
+    shutil.copytree(tiny_run, run := tmp_path / "run", ignore=shutil.ignore_patterns("eval", "last", "analysis"))
+    for tensors, names, words in cases:
+        run_folder.write_tensors(run / "head.safetensors", tensors, **{"classes": json.dumps(names)} if names else {})
+        with pytest.raises(InputError, match=words):
+            load_tuned(load_run(run))
+    shutil.copy(tiny_run / "head.safetensors", run)
+    for changes in ({"embed_dim": "x"}, {"domains": "object"}, {"domains": ["body", "object"]}, {"steps": -1},
+                    {"shards": {}}, {"counts": 3}, {"image_size": [32]}, {"seed": None}):
+        (run / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(InputError, match=r"config\.json.*: restore it, or train the run again"):
+            load_run(run)
+    (run / "config.json").write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"config\.json: damaged"):
+        load_run(run)
+    (run / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "shards"}))
+    with pytest.raises(InputError, match="lacks 'shards'"):
+        run_here(*TINY, "--data", config["data"], "--out", run, "--resume")
+
+
+def test_a_log_that_was_cut_or_damaged(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
+    assert run_folder.read_lines(path) == [{"step": 1}, {"step": 2}] and run_folder.read_lines(tmp_path / "none") == []
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"log.jsonl, line 2: damaged .*: remove the line"):
+        run_folder.read_lines(path)
+    run_folder.forget_after(tmp_path, 1)
+    assert path.read_bytes() == b'{"step": 1}\n'
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/step-00000009").symlink_to(tmp_path)
+    assert run_folder.kept_steps(tmp_path) == {}
+    run_folder.forget_after(tmp_path, 1)
+
+
+def test_nothing_is_saved_within_a_streak_of_bad_steps(demo_root, tmp_path):
+    """The streak begins at step 7: what stays is of step 5, and a run that ends within one is not done."""
+    common, fail = [*TINY, "--images", "480", "--save-every", "5", "--domains", "object,body", "--log-every", "1",
+                    "--keep", "9", "--data", demo_root], train.gradient_norm
+    seen = []
+
+    def norm(*arguments):
+        seen.append(1)
+        return fail(*arguments) if len(seen) < 7 else torch.tensor(float("nan"))
+
+    for most, words in ((10, "steps in a row were not finite"), (100, "the last 24 steps were not finite, so the run")):
+        seen.clear()
+        train.gradient_norm = norm
+        try:
+            with pytest.raises(InputError, match=words) as error:
+                run_here(*common, "--out", (run := tmp_path / f"run{most}"), "--max-skipped", most)
+        finally:
+            train.gradient_norm = fail
+        assert f"the checkpoint from before them, of step 5, is in {run}/last" in error.value.message
+        assert torch.load(run / "last/state.pt", weights_only=True)["step"] == 5 and kept(run) == [5]
+        assert not (run / "done.json").exists()
+    with pytest.raises(InputError, match=r"no checkpoint was written before them, .*none starts anew"):
+        run_here(*common, "--out", tmp_path / "none", "--head-lr", "inf", "--max-skipped", "1")
+
+
+def test_one_process_writes_a_run(demo_root, tmp_path):
+    run = tmp_path / "run"
+    process = start(*ENDLESS, "--data", demo_root, "--out", run)
+    wait_for_step(run, 1, process)
+    result = subprocess.run([sys.executable, "train.py", *ENDLESS, "--data", demo_root, "--out", run, "--resume"],
+                            cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2 and f"process {process.pid} on" in result.stderr, result.stderr
+    assert "is writing it" in result.stderr and len(result.stderr.splitlines()) == 1
+    process.kill()
+    process.communicate()
+    with lock_folder(run, "--out"):  # its lock ended with it
+        pass
+
+
+def test_the_memory_of_a_step_may_be_lowered_on_resume(uninterrupted, half, demo_root, tmp_path):
+    """As the line about a full memory says; the weights are the same to rounding."""
+    shutil.copytree(half, run := tmp_path / "run")
+    run_here(*LONG, "--data", demo_root, "--out", run, "--resume", "--micro-batch", "6")
+    a, b = weights_of(uninterrupted), weights_of(run)
+    assert all((a[key].float() - b[key].float()).abs().max() < 2e-2 for key in a)
+
+
+def test_swapped_weights_come_back_after_an_error():
+    head = torch.nn.Parameter(torch.arange(6.0).view(3, 2))
+    optimizer = torch.optim.AdamW([head])
+    optimizer.state[head] = {"step": torch.tensor(1.0), "exp_avg": torch.ones(3, 2), "exp_avg_sq": torch.ones(3, 2)}
+    job = SimpleNamespace(head=head, optimizer=optimizer, parameters=[head], ema=[torch.full((3, 2), 7.0)])
+    with pytest.raises(KeyError), train.drawn(job, torch.tensor([2])):
+        raise KeyError
+    assert head.shape == (3, 2) and optimizer.state[head]["exp_avg"].shape == (3, 2)
+    with pytest.raises(KeyError), run_folder.averaged(job):
+        assert head[0, 0] == 7
+        raise KeyError
+    assert torch.equal(head.data, torch.arange(6.0).view(3, 2)) and job.ema[0][0, 0] == 7
+
+
+def test_names_in_a_report_are_shown_as_they_are(demo_root, tmp_path):
+    run_here(*SHORT, "--data", demo_root, "--out", tmp_path / "<img src=x onerror=alert(1)>", "--eval-every", 5)
+    page = (tmp_path / "<img src=x onerror=alert(1)>/report.md").read_text()
+    assert "<img" not in page.replace("\\<img", "") and page.startswith("# \\<img src=x")
+    done = json.loads((tmp_path / "<img src=x onerror=alert(1)>/done.json").read_text())
+    assert done["seconds"] > log_of(tmp_path / "<img src=x onerror=alert(1)>")[-1]["seconds"]
+
+
+def test_seconds_go_on_when_the_clock_is_set_back(demo_root, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.time, "time", lambda: -1e6)
+    run_here(*SHORT, "--data", demo_root, "--out", tmp_path / "run")
+    seconds = [record["seconds"] for record in log_of(tmp_path / "run")]
+    assert seconds[0] > 0 and seconds == sorted(seconds)
+
+
+def test_a_line_after_a_resume_averages_what_it_would_have(demo_root, tmp_path):
+    common = [*TINY, "--images", "160", "--log-every", "4", "--save-every", "3", "--domains", "object,body", "--data",
+              demo_root]
+    run_here(*common, "--out", tmp_path / "whole")
+    stop_at(tmp_path / "run", common, 3)
+    run_here(*common, "--out", tmp_path / "run", "--resume")
+    logs = [[(r["step"], r["loss"]) for r in log_of(tmp_path / name)] for name in ("whole", "run")]
+    assert logs[0] == logs[1] and [step for step, _ in logs[0]] == [3, 4, 6, 8, 9, 10]
+
+
+def loaders_of(process: subprocess.Popen, count: int) -> list[int]:
+    """The loader processes of a run, when all are there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        pids = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if len(pids) == count:
+            return [int(pid) for pid in pids]
+        time.sleep(0.05)
+    raise AssertionError(f"{pids}: want {count}")
+
+
+ENDLESS = [*TINY, "--images", "1000000", "--log-every", "1", "--domains", "object,body", "--batch", "64"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_loader_ends_the_run_in_one_line(workers, demo_root, tmp_path):
+    process = start(*ENDLESS, "--data", demo_root, "--out", tmp_path / "run", "--workers", workers)
+    wait_for_step(tmp_path / "run", 2, process)
+    pids = loaders_of(process, workers)
+    os.kill(pids[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and "Traceback" not in err, err
+    assert len(lines) == 1 and "a loader process died" in lines[0] and "lower --workers or --batch" in lines[0], err
+    assert_gone(pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGTERM twice"])
+def test_loaders_do_not_outlive_their_run(how, demo_root, tmp_path):
+    process = start(*ENDLESS, "--data", demo_root, "--out", tmp_path / "run", "--workers", "2")
+    wait_for_step(tmp_path / "run", 2, process)
+    pids = loaders_of(process, 2)
+    if how == "SIGKILL":
+        process.kill()
+    else:
+        process.send_signal(signal.SIGSTOP)  # both signals wait for it: the second comes during the first one's wait
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
+    process.communicate(timeout=120)
+    assert process.returncode in ((-signal.SIGKILL,) if how == "SIGKILL" else (128 + signal.SIGTERM, 130))
+    assert_gone(pids)
+
+
+def test_an_unexpected_error_ends_a_run_with_its_loaders(demo_root, tmp_path):
+    code = """if True:
+        import train
+        def fail(*_): raise KeyError("a defect")
+        train.train_report.check_health = fail
+        train.run_command(train.main)"""
+    arguments = map(str, [*ENDLESS, "--data", demo_root, "--out", tmp_path / "run", "--workers", "2"])
+    result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True,
+                            timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 1 and "KeyError: 'a defect'" in result.stderr
+
+
+def test_too_few_files_may_be_open(demo_root, tmp_path):
+    result = subprocess.run([sys.executable, "train.py", *ENDLESS, "--data", demo_root, "--out", tmp_path / "run",
+                             "--workers", "2"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"},
+                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24)))
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ") and "ulimit -n" in result.stderr
+
+
 # argv: which write of which file ends the process by kill -9, when half of it is written or after it
 KILLED_WHILE_WRITING = """
 import os, run_folder, signal, sys, train
@@ -213,6 +477,18 @@ def test_killed_while_a_checkpoint_is_written(uninterrupted, half, demo_root, tm
     assert_same_weights(uninterrupted, run)
     assert [r["step"] for r in log_of(run)] == [r["step"] for r in log_of(uninterrupted)]
     assert not list(run.rglob("*.tmp"))
+
+
+def test_a_small_dev_shm_is_named(demo_root, tmp_path):
+    command = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
+    if os.geteuid() or subprocess.run([*command, "true"], capture_output=True).returncode:
+        pytest.skip("only root may mount a small /dev/shm")
+    result = subprocess.run([*command, sys.executable, "train.py", *ENDLESS, "--data", demo_root, "--out",
+                             tmp_path / "run", "--workers", "2"], cwd=ROOT, capture_output=True, text=True,
+                            timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "/dev/shm, which holds 1 MiB, is full: take --workers 0" in result.stderr.splitlines()[-1]
+    assert "--shm-size" in result.stderr and "--ipc=host" in result.stderr
 
 
 @pytest.fixture

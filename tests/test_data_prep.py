@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 import unicodedata
+from collections import OrderedDict
 from pathlib import Path
 
 import click
@@ -314,10 +315,20 @@ def test_a_split_in_anothers_place_is_refused(small):
 
 
 def test_few_shards_are_open_at_once(small, monkeypatch):
-    monkeypatch.setattr(shards, "OPEN_SHARDS", 2)
-    split = Split(small)
+    """Of all splits of a process together, and the last used ones stay: a quarter of `ulimit -n` at most."""
+    monkeypatch.setattr(shards, "OPEN_FILES", OrderedDict())
+    monkeypatch.setattr(shards.resource, "getrlimit", lambda _: (8, 4096))
+    split, other = Split(small), Split(small)
     images = [split.image(row) for row in range(15)]
-    assert len(split.files) == 2 and all(torch.equal(split.image(row), images[row]) for row in (0, 14, 7))
+    assert len(shards.OPEN_FILES) == 2
+    assert all(torch.equal(s.image(row), images[row]) for row in (0, 14, 7) for s in (split, other))
+    assert len(shards.OPEN_FILES) == 2 and len({int(split.shard[row]) for row in (0, 14, 7)}) == 3
+    first, second = (int(split.shard[row]) for row in (0, 14))
+    for shard in (first, second, first, int(split.shard[7])):
+        split.open_shard(shard)
+    assert [shard for _, shard in shards.OPEN_FILES] == [first, int(split.shard[7])]
+    monkeypatch.setattr(shards.resource, "getrlimit", lambda _: (-1, -1))
+    assert split.image(0) is not None and len(shards.OPEN_FILES) == 2
 
 
 def test_show_draws_a_contact_sheet(small, capsys):
@@ -730,4 +741,4 @@ def test_loader_processes_reopen_a_split(small):
     split = Split(small)
     split.image(0)
     again = pickle.loads(pickle.dumps(split))
-    assert again.files == {} and torch.equal(again.image(3), split.image(3))
+    assert again.key is not split.key and torch.equal(again.image(3), split.image(3))

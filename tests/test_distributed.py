@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 
 import train
 from data_prep.stream import interleave
-from tests.conftest import ROOT, TINY, script
+from tests.conftest import ROOT, TINY, assert_gone, script
 from tests.test_schedule import CONFIG, LOSS
 from train_ranks import Ranks, head_slices
 
@@ -195,6 +196,25 @@ def test_stopped_on_two_processes_and_continued_on_three(demo_root, tmp_path):
     assert 5 <= step < 60 and not (run / "done.json").exists()
     torchrun(3, *common, "--out", run, "--resume")
     assert_near(run, tmp_path / "one", 5e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ranks_do_not_outlive_a_killed_torchrun(demo_root, tmp_path):
+    """They save and stop, as they would at its SIGTERM."""
+    run = tmp_path / "run"
+    process = subprocess.Popen([*TORCHRUN, "2", "train.py", *TINY, "--data", demo_root, "--batch", "18",
+                                "--images", "1000000", "--save-every", "5", "--out", run],
+                               cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    while not (run / "last/state.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    pids = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    process.wait()
+    assert len(pids) == 2
+    assert_gone(pids)
+    assert torch.load(run / "last/state.pt", weights_only=True)["step"] < 50_000 and not (run / ".lock").exists()
 
 
 def test_a_batch_too_small_for_the_processes_is_one_line(demo_root, tmp_path):

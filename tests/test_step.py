@@ -154,7 +154,7 @@ def test_what_means_nothing_is_refused(demo_root, tmp_path, options, words):
 def test_more_starts_that_are_refused_in_one_line(demo_root, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "config.json").write_text(json.dumps({"scale": [1, 2]}))
-    for options, words in ((("--out", tmp_path / "file" / "x"), "cannot be made a folder"),
+    for options, words in ((("--out", tmp_path / "file" / "x"), "cannot be written"),
                            (("--config", tmp_path / "config.json"), "scale is [1, 2]: want text")):
         failed = script("train.py", *TINY, "--data", demo_root, "--out", tmp_path / "run", *options, check=2)
         assert words in failed.stderr and "Traceback" not in failed.stderr
