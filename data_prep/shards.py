@@ -717,8 +717,8 @@ class Split:
             raise InputError(f"{self.folder}/index/label.npy: labels outside -1..{len(self.classes) - 1}; {again}")
         # a reader allocates what the index says; several, as one may be damaged
         sides = {jpeg_sides(self.jpeg(row)[1]) for row in range(min(len(self), 4))} - {None}
-        while self.files:
-            os.close(self.files.popitem()[1])
+        for place in [place for place in OPEN_FILES if place[0] is self.key]:  # most splits are only looked at
+            os.close(OPEN_FILES.pop(place))
         if sides and (self.size, self.size) not in sides:
             raise InputError(f"{self.folder}/index.json: size is {self.size}, its first images have "
                              f"{'x'.join(map(str, min(sides)))} pixels; {again}")
