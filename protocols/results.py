@@ -180,8 +180,8 @@ def read_stages(folder: Path, config: dict) -> Stages | None:
 
     Stage k of K holds the steps s with floor(s K / steps) = k, as train.py plans them.
     """
-    looks = [look for look in read_lines(folder / "probe.jsonl") if isinstance(look, dict)
-             and isinstance(look.get("step"), int) and isinstance(look.get("auc"), dict)]  # others are damaged
+    looks = [look for look in read_lines(folder / "probe.jsonl")
+             if isinstance(look.get("step"), int) and isinstance(look.get("auc"), dict)]  # others are damaged
     if not looks:
         return None
     order, steps = config["order"] or config["domains"], config["steps"]

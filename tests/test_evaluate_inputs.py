@@ -577,6 +577,9 @@ def test_stages_of_a_damaged_log(tmp_path):
     (tmp_path / "probe.jsonl").write_text("".join(json.dumps(look) + "\n" for look in looks))
     stages = read_stages(tmp_path, {"order": ["face_hq", "body"], "domains": [], "steps": 4})
     assert stages.steps == [1, 4] and stages.scores[0] == [0.5] and np.isnan(stages.scores[1]).all()
+    (tmp_path / "probe.jsonl").write_text(f"{json.dumps(looks[0])}\n3\n{json.dumps(looks[4])}\n")
+    with pytest.raises(InputError, match=r"probe.jsonl, line 2: damaged .*: remove the line"):
+        read_stages(tmp_path, {"order": ["face_hq", "body"], "domains": [], "steps": 4})
 
 
 @pytest.mark.parametrize("change", [{"domains": 3}, {"domains": [["x"]]}, {"counts": []}, {"counts": {"body": "many"}}])
