@@ -6,7 +6,6 @@
     python train.py --backbone clip --size tiny --weights none --data demo/data --image-size 64 --batch 64 --images 6400
     torchrun --nproc-per-node 8 train.py --backbone clip --schedule B --shard-head   # eight GPUs
     python train.py --config runs/NAME/config.json --seed 1                       # replay a run with another seed
-    python train.py ... --out runs/NAME --resume                                  # continue; start if nothing is there
     python train.py export --run runs/NAME --to onnx                              # a model for others, with its card
 
 A schedule is three numbers (domains per batch, images per batch, batches per optimiser step); every step minimises
@@ -39,11 +38,15 @@ from data_prep import (
 from data_prep.format import Split, matched_pairs, named_splits, open_root, open_training, ordered_tests
 from data_prep.stream import LOADERS, Feed, Stream, batch_too_large, decode_split, too_large
 from models import runs
-from models.adapt import AutocastModel, RunningAverage, add_drop_path, add_low_rank
+from models.adapt import (
+    RETAIN_TYPE, AutocastModel, Retention, RetainWeights, RunningAverage, add_drop_path, add_low_rank, uses_bf16,
+)
 from models.backbones import BACKBONES, RECIPES, SIZES, Backbone, Network, embed_rows, load_backbone, resolve_backbone
-from models.head import LOSS_TYPE, MANY_CLASSES, HeadSettings, Loss, MarginHead, show_loss, starting_weights
+from models.head import LOSS_TYPE, MANY_CLASSES, HeadSettings, Loss, MarginHead, starting_weights
 from models.runs import Ranks, join_ranks, pick_device
-from reports.training import Tally, TrainingLog, add_to_totals, draw_samples, empty_totals, write_report
+from reports.training import (
+    Tally, TrainingLog, add_to_totals, describe_run, draw_samples, empty_totals, write_report,
+)
 
 MIN_RATE = 0.01  # of the peak learning rate, at the end of the cosine
 CLIP = 1.0  # gradient norm above which a step is scaled down
@@ -92,6 +95,9 @@ class Options:
     mix_ramp: MixRamp | None = option("schedule", None, MIX_RAMP, "Let a share move, e.g. object:1.0->0.25@0.3 over "
                                       "the first 0.3 of training.")
 
+    replay: float = option("schedule", 0.0, Number(0, 1, max_open=True), "Share of each batch of --schedule sequential "
+                           "that comes from the earlier domains.")
+
     loss: dict[str, Loss] = option(
         "loss", "object=softmax;face_hq=cosface;face_lq=cosface;body=cosface", LOSS_TYPE, "softmax, cosface, arcface, "
         "adaface or combined, per domain, e.g. face_hq=arcface:m=0.5,s=64;body=cosface; s: scale, e: smoothing, w: "
@@ -103,6 +109,9 @@ class Options:
     sample_classes: float | dict[str, float] = option(
         "loss", "1", one_or_per_domain(1e-6, 1), "Partial FC: share of the class weights that a step draws; one number:"
         f" of domains with {MANY_CLASSES:,} classes or more; 1: all.")
+    retain: RetainWeights | None = option(
+        "loss", None, RETAIN_TYPE, "Hold the backbone near the untouched one: l2sp=W, by weights; features=W, by "
+        "embeddings (one more forward pass).", metavar="NAME=W,...")
     margin_ramp: float = option("loss", 0.1, Number(0, 1), "Margins grow from 0 over this fraction of training.")
     head_init: str = option("loss", "means", click.Choice(["means", "text", "text-frozen", "random"]), "Class weights "
                             "start at class means, at prompts' CLIP embeddings (objects; frozen: and stay) or random.")
@@ -160,6 +169,7 @@ def settle_options(context: click.Context, values: dict) -> tuple[Options, dict[
     for name, idle, why in (("size", options.model and not options.backbone, "is a size of --backbone"),
                             ("mix", options.schedule != "B", "sets the shares of schedule B; the others deal equally"),
                             ("mix_ramp", options.schedule != "B", "moves the shares of schedule B"),
+                            ("replay", options.schedule != "sequential", "mixes the batches of --schedule sequential"),
                             ("splits", not options.eval_every, "chooses what --eval-every looks at")):
         if given[name] == "COMMANDLINE" and idle:
             raise InputError(f"--{name.replace('_', '-')} {why}: leave it out")
@@ -178,6 +188,10 @@ def check_options(options: Options) -> None:
         options.weights = os.path.abspath(options.weights)  # a run is read from other folders too
     if not options.model and not options.backbone:
         raise InputError("which backbone? give --backbone clip|eva02|dinov3 or --model NAME (of timm or open_clip)")
+    blended = options.schedule in "AB" or options.replay
+    if options.conflict_every and (len(domains) == 1 or not blended):
+        print("  --conflict-every: every step has one domain here: nothing conflicts, so it is off")
+        options.conflict_every = 0
     is_clip = resolve_backbone(Network.of(options))[0] == "open_clip"
     for wrong, why in (
         (options.images and options.epochs, "--images and --epochs both say how long to train: give one of them"),
@@ -194,15 +208,15 @@ def check_options(options: Options) -> None:
          "--coupling pcgrad goes through the domains one by one: it needs --schedule A"),
         (options.shard_head and options.negatives == "all",
          "--shard-head deals out every domain's classes by themselves: not with --negatives all"),
+        (options.retain and (options.coupling == "pcgrad" or options.conflict_every),
+         "--retain and what takes the gradient apart (--coupling pcgrad, --conflict-every) exclude each other"),
+        (options.retain and options.retain.l2sp and options.lora,
+         "--retain l2sp measures how far the network's weights move, which --lora leaves: take features=W"),
         (options.degrade and "face_lq" not in domains, "--degrade acts on face_lq, which is not among --domains"),
         (isinstance(options.mix, float) and options.mix > 1, "--mix: one number is a temperature: want 0 to 1"),
     ):
         if wrong:
             raise InputError(why)
-    # what the runs of a batch may share is no error where it has nothing to do
-    if options.conflict_every and (len(domains) == 1 or options.schedule in ("alternate", "sequential")):
-        print("  --conflict-every: every step has one domain here: nothing conflicts, so it is off")
-        options.conflict_every = 0
     if options.head_init == "text" and "object" not in domains:
         print("  --head-init text: no object among the domains; the others start at class means")
         options.head_init = "means"
@@ -280,10 +294,19 @@ def plan_batches(options: Options, splits: list[Split]) -> np.ndarray:
         plan = blend_counts((shares_at(s / steps, shares, ramp) for s in range(steps)), batch)
     elif options.schedule == "sequential":
         order = [options.trained.index(name) for name in options.domains or DOMAINS]
-        plan = batch * np.eye(K, dtype=np.int64)[[order[s * K // steps] for s in range(steps)]]
+        plan = blend_counts((stage_shares(order[: s * K // steps + 1], K, options.replay) for s in range(steps)), batch)
     else:  # A and alternate: the domains one after another
         plan = batch * np.eye(K, dtype=np.int64)[np.arange(steps * schedule.batches_per_step) % K]
     return plan.reshape(steps, schedule.batches_per_step, K)
+
+
+def stage_shares(seen: list[int], K: int, replay: float) -> np.ndarray:
+    """Shares [K] in a stage of `sequential`: the last domain of `seen`, and --replay of those before, equally."""
+    *before, now = seen
+    shares = np.zeros(K)
+    shares[before] = replay / max(len(before), 1)
+    shares[now] = 1 - shares.sum()
+    return shares
 
 
 def blend_shares(options: Options, sizes: np.ndarray) -> tuple[np.ndarray, tuple[int, float, float, float] | None]:
@@ -398,11 +421,7 @@ class Job:
 
     @property
     def bf16(self) -> bool:
-        """Whether the backbone computes in bfloat16 (--precision)."""
-        precision, cuda = self.options.precision, self.device.type == "cuda"
-        # emulated, on cards before Ampere, it is slower than float32 and no more exact
-        has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        return precision == "bf16" or (precision == "auto" and has_bf16)
+        return uses_bf16(self.options.precision, self.device)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -434,7 +453,7 @@ def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int,
         hook.begin()
     with head.drawn(job.optimizer):
         for number, (images, labels, domains) in enumerate(batches):
-            ranks_add_up = number == passes - 1 and not hook
+            ranks_add_up = number == passes - 1 and not (hook and hook.sums_ranks)
             with contextlib.nullcontext() if ranks_add_up or ranks.world == 1 or not tune_backbone else \
                     forward.no_sync():
                 with torch.set_grad_enabled(tune_backbone):
@@ -442,7 +461,7 @@ def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int,
                 result = head(x, labels, domains, job.counts[step], margin)
                 if hook:
                     present = np.flatnonzero(job.plan[step][number * len(job.plan[step]) // passes]).tolist()
-                    hook.backward(result, (x, labels, domains, job.counts[step], margin), present)
+                    hook.backward(result, images, (x, labels, domains, job.counts[step], margin), present)
                 else:
                     result.loss.backward()
             add_to_totals(total, x, result, labels, domains)
@@ -504,7 +523,6 @@ def run_steps(job: Job) -> int:
         look_at_fixed_images(job, board, 0)
     stop, window, ending = runs.StopRequest(job.folder, ranks), [], False
     draw = job.head.draw_classes if job.head.samples_classes else None
-
     forward = make_forward(job).train()
     feed.start(job.first)
     tally.logged = time.monotonic() - job.begun
@@ -551,7 +569,7 @@ def rates_of(job: Job, step: int) -> dict:
     factor, options = rate(step, job.steps, job.options.warmup), job.options
     return {"lr": factor * options.lr, "head_lr": factor * options.head_lr,
             "margin": ramp_up(step / job.steps, options.margin_ramp),
-            "backbone": step >= round(options.head_warmup * job.steps)}
+            "backbone": step >= round(options.head_warmup * job.steps)} | (job.hook.figures() if job.hook else {})
 
 
 def make_forward(job: Job) -> nn.Module:
@@ -725,26 +743,6 @@ def load_checkpoint(job: Job) -> None:
 # ---------------------------------------------------------------- from options to a run
 
 
-def describe_run(options: Options, recipe: dict[str, float], splits: list[Split], plan: np.ndarray) -> None:
-    """Print what will be seen, before anything is."""
-    print(f"{options.out}: schedule {options.schedule}, {len(plan)} steps of {options.batch} images")
-    if recipe:
-        print(f"  recipe of {options.backbone}: " + ", ".join(f"{key}={value:g}" for key, value in recipe.items()))
-    shares = head_settings(options, splits).class_share
-    for split, loss, share, seen in zip(splits, options.per_domain("loss"), shares, plan.sum((0, 1)), strict=True):
-        passes = seen / len(split)
-        warning = "  WARNING: above 50 passes, expect memorisation" if passes > 50 else ""
-        over = f" over {share:g} of the classes a step" if share < 1 else ""
-        print(f"  {split.domain:8s} {len(split):9,d} images of {len(split.classes):7,d} classes: {seen:10,d} drawn, "
-              f"{passes:.1f} passes; {show_loss(loss)}{over}{warning}")
-    print(f"  learning rate {options.lr:g} at the top of the backbone, x {options.layer_decay:g} per layer downwards, "
-          f"class weights {options.head_lr:g}; warm-up {options.warmup:.0%}, cosine to x {MIN_RATE:g}; not scaled with "
-          "the batch or the number of processes")
-    if isinstance(options.sample_classes, float) and options.sample_classes < min(shares):
-        print(f"  --sample-classes: no domain has {MANY_CLASSES:,} classes, all are used; to draw from fewer name the "
-              "domains: object=1,...")
-
-
 def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
     """From options to a run that is ready to go; None: it is complete. Refuses before it builds anything."""
     begun, splits = time.monotonic(), open_training(options.data, options.trained)
@@ -764,7 +762,7 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
     if device.index:
         torch.cuda.set_device(device)  # kernels and generators go by the current device
     torch.set_float32_matmul_precision("high")
-    describe_run(options, recipe, splits, plan)
+    describe_run(options, recipe, splits, plan, head_settings(options, splits).class_share, MIN_RATE)
     fixed = probe_splits(options) if options.eval_every else []
     model = build_model(options, device)
     check_memory(options, splits, model.image_size, device, ranks)
@@ -803,7 +801,9 @@ def start_or_resume(job: Job) -> Job:
     options, head, folder = job.options, job.head, job.folder
     if options.ema:
         job.average = RunningAverage(job.parameters, options.ema)
-    if options.coupling == "pcgrad" or options.conflict_every:
+    if options.retain:
+        job.hook = Retention(job.model, options.retain, job.bf16, job.ranks.world)
+    elif options.coupling == "pcgrad" or options.conflict_every:
         from tools.conflicts import DomainGradients
 
         job.hook = DomainGradients(job.model, head, options.trained, folder, pcgrad=options.coupling == "pcgrad",

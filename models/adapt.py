@@ -1,18 +1,20 @@
-"""How a backbone is trained: LoRA, stochastic depth, running averages of its weights, bfloat16.
+"""How a backbone is trained: LoRA, stochastic depth, running averages, remedies for forgetting, bfloat16.
 
 Copy with it: models/backbones.py.
 """
 
 import contextlib
+import copy
 import math
 import re
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from data_prep import InputError
+from data_prep import InputError, Parsed
 from models.backbones import Backbone
 
 
@@ -100,6 +102,96 @@ class RunningAverage:
         """Exchange the parameters and their averages."""
         for parameter, average in zip(self.parameters, self.values, strict=True):
             parameter.data, average.data = average.data, parameter.data
+
+
+class RetainWeights(NamedTuple):
+    """Weights of the penalties that hold a backbone near the untouched one; 0: none."""
+
+    l2sp: float = 0.0
+    features: float = 0.0
+
+
+def parse_retain(text: str) -> RetainWeights:
+    """`l2sp=W`, `features=W`, or both with a comma."""
+    try:
+        pairs = [part.split("=") for part in text.replace(" ", "").split(",")]
+        values = {name: float(weight) for name, weight in pairs}
+        if len(values) == len(pairs) and all(0 < weight < math.inf for weight in values.values()):
+            return RetainWeights(**values)
+    except (ValueError, TypeError):
+        pass
+    raise ValueError("want l2sp=W, features=W or l2sp=W,features=W, each W above 0")
+
+
+RETAIN_TYPE = Parsed("penalties", parse_retain, lambda weights: ",".join(
+    f"{name}={weight!r}" for name, weight in weights._asdict().items() if weight))
+
+
+class Retention:
+    """A hook into the step of train.py: penalties that hold the backbone near the untouched one (--retain).
+
+    l2sp adds W/2 |θ - θ₀|² over the trained weights θ of the network (arXiv 1802.01483, eq. 3, with the factor on new
+    layers left to AdamW). features adds W mean_i (1 - cos(x_i, x⁰_i)) over the images i of a step, with x⁰ the
+    untouched backbone's embedding of the same augmented image: learning without forgetting (arXiv 1606.09282) for
+    embeddings, which needs no images of the earlier task. l2sp costs another copy of the trained weights; features one
+    more forward pass of each image and another copy of the network.
+
+    Args:
+        model: the backbone before its first step.
+        weights: of the penalties.
+        bf16: the untouched backbone computes in bfloat16, as the trained one does.
+        world: number of processes, whose gradients DDP averages.
+    """
+
+    sums_ranks = False  # DDP does
+
+    def __init__(self, model: Backbone, weights: RetainWeights, bf16: bool, world: int) -> None:
+        self.weights, self.world, self.device = weights, world, next(model.parameters()).device
+        self.trained = [p for p in model.net.parameters() if p.requires_grad] if weights.l2sp else []
+        self.start = [p.detach().clone() for p in self.trained]
+        self.turned, self.images = torch.zeros((), device=self.device), 0
+        self.untouched = AutocastModel(copy.deepcopy(model).eval().requires_grad_(False), bf16, self.device) \
+            if weights.features else None
+
+    def acts(self, step: int) -> bool:
+        """Whether the hook is called in a step."""
+        return True
+
+    def begin(self) -> None:
+        """Before the first micro-batch of a step."""
+        self.turned, self.images = torch.zeros((), device=self.device), 0  # sum of 1 - cos, over this rank's images
+
+    def backward(self, result: Any, images: torch.Tensor, batch: tuple, present: list[int]) -> None:
+        """In place of `result.loss.backward()`; `batch`: what the head was called with."""
+        x, _, _, counts, _ = batch
+        loss = result.loss
+        if self.untouched:
+            with torch.no_grad():
+                target = self.untouched(images).to(x)
+            turned = (1 - nn.functional.cosine_similarity(x.to(loss), target.to(loss))).sum()
+            loss = loss + self.weights.features * self.world * turned / counts.sum()
+            self.turned, self.images = self.turned + turned.detach(), self.images + len(x)
+        loss.backward()
+
+    @torch.no_grad()
+    def finish(self, step: int) -> None:
+        """After the last micro-batch: the gradient of the distance to the untouched weights."""
+        for parameter, start in zip(self.trained, self.start, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=self.weights.l2sp)
+
+    def figures(self) -> dict[str, float]:
+        """For a line of the log: |θ - θ₀|, and the mean 1 - cos of the last step's images of this process."""
+        moved = [p.detach() - start for p, start in zip(self.trained, self.start, strict=True)]
+        return ({"retain/weights": float(nn.utils.get_total_norm(moved))} if moved else {}) | (
+            {"retain/features": float(self.turned) / self.images} if self.untouched and self.images else {})
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether the backbone computes in bfloat16; "auto": where CUDA has it."""
+    # emulated, on cards before Ampere, it is slower than float32 and no more exact
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda" and
+                                   torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 class AutocastModel(nn.Module):

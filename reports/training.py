@@ -16,12 +16,44 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, append, literal, read_lines, write_atomically, writing
+from data_prep.format import Split
 from data_prep.stream import Look, Stream, make_images
-from models.head import HeadLoss, embedding_norms
+from models.head import MANY_CLASSES, HeadLoss, embedding_norms, show_loss
 from models.runs import Ranks
 
 MAX_SKIPPED = 10  # non-finite steps in a row that stop a run
 MAX_DAMAGED = 0.001  # share of damaged images that stops a run
+
+
+# ---------------------------------------------------------------- before the first step
+
+
+def describe_run(options: Any, recipe: dict[str, float], splits: list[Split], plan: np.ndarray, shares: list[float],
+                 last_rate: float) -> None:
+    """Print what a run will see, before its first step.
+
+    Args:
+        options: of train.py.
+        recipe: options that the backbone's recipe filled.
+        plan: int64 [steps, batches per step, K], images of each domain.
+        shares: of a domain's class weights that a step draws (Partial FC).
+        last_rate: of the cosine, as a share of the peak.
+    """
+    print(f"{options.out}: schedule {options.schedule}, {len(plan)} steps of {options.batch} images")
+    if recipe:
+        print(f"  recipe of {options.backbone}: " + ", ".join(f"{key}={value:g}" for key, value in recipe.items()))
+    for split, loss, share, seen in zip(splits, options.per_domain("loss"), shares, plan.sum((0, 1)), strict=True):
+        passes = seen / len(split)
+        warning = "  WARNING: above 50 passes, expect memorisation" if passes > 50 else ""
+        over = f" over {share:g} of the classes a step" if share < 1 else ""
+        print(f"  {split.domain:8s} {len(split):9,d} images of {len(split.classes):7,d} classes: {seen:10,d} drawn, "
+              f"{passes:.1f} passes; {show_loss(loss)}{over}{warning}")
+    print(f"  learning rate {options.lr:g} at the top of the backbone, x {options.layer_decay:g} per layer downwards, "
+          f"class weights {options.head_lr:g}; warm-up {options.warmup:.0%}, cosine to x {last_rate:g}; not scaled "
+          "with the batch or the number of processes")
+    if isinstance(options.sample_classes, float) and options.sample_classes < min(shares):
+        print(f"  --sample-classes: no domain has {MANY_CLASSES:,} classes, all are used; to draw from fewer name the "
+              "domains: object=1,...")
 
 
 # ---------------------------------------------------------------- what a step leaves

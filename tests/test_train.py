@@ -32,6 +32,7 @@ from data_prep import DOMAINS, InputError, write_atomically
 from data_prep.format import open_root
 from data_prep.stream import Stream
 from models import backbones
+from models.adapt import uses_bf16
 from models.backbones import Network, load_backbone
 from models.head import HeadSettings, Loss, MarginHead, starting_weights
 from models.runs import STOPPED, Ranks, load_foundation, load_run, load_tuned
@@ -457,11 +458,10 @@ def test_a_proxy_resolves_names(monkeypatch):
 
 
 def test_bf16_is_taken_where_it_is_not_emulated(monkeypatch):
-    job = SimpleNamespace(options=train.Options(), device=torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert not train.Job.bf16.fget(job)
+    assert not uses_bf16("auto", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert train.Job.bf16.fget(job)
+    assert uses_bf16("auto", torch.device("cuda")) and not uses_bf16("fp32", torch.device("cuda"))
 
 
 def test_a_last_batch_of_one_image(demo_root, monkeypatch):

@@ -76,6 +76,8 @@ class DomainGradients:
         every: steps between lines of conflict.jsonl (--conflict-every); 0: none.
     """
 
+    sums_ranks = True  # of each domain's gradient, so that DDP must not
+
     def __init__(self, model: Backbone, head: MarginHead, domains: list[str], folder: Path, *, pcgrad: bool, every: int,
                  seed: int) -> None:
         self.model, self.head, self.domains, self.folder = model, head, domains, folder
@@ -94,7 +96,7 @@ class DomainGradients:
         """Before the first micro-batch of a step."""
         self.by_domain = [[] for _ in self.domains]
 
-    def backward(self, result: HeadLoss, batch: tuple, present: list[int]) -> None:
+    def backward(self, result: HeadLoss, images: Tensor, batch: tuple, present: list[int]) -> None:
         """In place of `result.loss.backward()`; `batch`: what the head was called with, `present`: domains in it."""
         x, labels, domains, *more = batch
         for k in present:
@@ -120,6 +122,10 @@ class DomainGradients:
             parameter.grad = gradient
         if self.looks(step) and ranks.rank == 0:
             self.write(step, [name for name, _ in named])
+
+    def figures(self) -> dict[str, float]:
+        """For a line of log.jsonl: none, conflict.jsonl has them."""
+        return {}
 
     def write(self, step: int, names: list[str]) -> None:
         """A line of conflict.jsonl: norms and cosines of the domains' gradients."""
