@@ -147,7 +147,7 @@ def test_which_split_stands_for_a_domain(monkeypatch, capsys):
     assert names == ["object/val", "face_hq/lfw", "object/sketch"]
     out = capsys.readouterr().out
     assert "--eval-every evaluates object/val, face_hq/lfw, object/sketch (--splits chooses)" in out
-    assert "body has no test split" in out
+    assert "leaves out body, which has no test split" in out
     chosen = train.probe_splits(train.Options(splits="object/birds,face_hq/lfw", domains=["face_hq"]))
     assert [s.name for s in chosen] == ["birds", "lfw"]
     for names, words in (("face_hq/casia", "is a training split"), ("face_hq/ijbc", "has no split 'face_hq/ijbc'")):
