@@ -6,10 +6,11 @@
     python train.py --backbone clip --size tiny --weights none --data demo/data --image-size 64 --batch 64 --images 6400
     torchrun --nproc-per-node 8 train.py --backbone clip --schedule B --shard-head   # eight GPUs
     python train.py --config runs/NAME/config.json --seed 1                       # replay a run with another seed
-    python train.py export --run runs/NAME --to onnx                              # a model for others, with its card
+    python train.py ... --out runs/NAME --resume                                  # continue, or start
+    python train.py export --run runs/NAME --to onnx                              # export, with a model card
 
-A schedule is three numbers (domains per batch, images per batch, batches per optimiser step); every step minimises
-L = sum_i w_d(i) l_i / (K n_d(i)), whatever the schedule. What is written into runs/NAME: docs/training.md.
+A schedule is three numbers: domains per batch, images per batch, batches per optimiser step. In every schedule a step
+minimises L = sum_i w_d(i) l_i / (K n_d(i)). docs/training.md lists the files in runs/NAME.
 """
 
 import contextlib
@@ -48,53 +49,52 @@ from reports.training import (
     Tally, TrainingLog, add_to_totals, describe_run, draw_samples, empty_totals, write_report,
 )
 
-MIN_RATE = 0.01  # of the peak learning rate, at the end of the cosine
-CLIP = 1.0  # gradient norm above which a step is scaled down
-MOST_STEPS = 10_000_000  # of a run, which is planned whole
+MIN_RATE = 0.01  # end of the cosine, as a fraction of the peak learning rate
+CLIP = 1.0  # largest gradient norm
+MOST_STEPS = 10_000_000  # the plan of a run is held in memory
 # ---------------------------------------------------------------- options
 
 
 @dataclass
 class Options:
-    """Everything that can be said of a run. Default < recipe of the backbone < --config < command line."""
+    """The options of a run. Precedence: default < recipe of the backbone < --config < command line."""
 
-    data: str = option("data", "data", str, "Data root: DIR/<domain>/train holds the shards.", metavar="DIR")
-    domains: list[str] | None = option("data", None, DOMAIN_LIST, "Which domains (default: all four); --schedule "
-                                       "sequential takes them in this order.")
+    data: str = option("data", "data", str, "Data root; training reads DIR/<domain>/train.", metavar="DIR")
+    domains: list[str] | None = option("data", None, DOMAIN_LIST, "Domains to train on (default: all four); "
+                                       "--schedule sequential visits them in this order.")
     crop_scale: dict[str, float] = option("data", "object=0.35,face_hq=0.8,face_lq=0.8,body=0.8", per_domain(0.01, 1),
-                                          "Least area of the random crop, per domain; 1: none.")
-    erase: dict[str, float] = option("data", "0", per_domain(0, 1), "Chance of erasing a patch, per domain; "
-                                     "re-identification takes body=0.5.")
+                                          "Smallest area of the random crop, per domain; 1: no crop.")
+    erase: dict[str, float] = option("data", "0", per_domain(0, 1), "Probability of random erasing, per domain; "
+                                     "usual in re-identification: body=0.5.")
     degrade: tuple[float, float] | None = option(
-        "data", None, SEVERITY, "Degrade the sharp crops of face_lq/train online: largest severity, reached after a "
-        "fraction of training (no value: 1@0.3).", is_flag=False, flag_value="1@0.3")
-    cache: str = option("data", "none", click.Choice(["none", "ram", "gpu"]), "Decode each image once and keep it.")
-    workers: int = option("data", LOADERS, click.IntRange(0, 1024), "Loader processes.")
+        "data", None, SEVERITY, "Degrade the sharp crops of face_lq/train online. SEVERITY[@RAMP]: full severity, and "
+        "the fraction of training over which it is reached (no value: 1@0.3).", is_flag=False, flag_value="1@0.3")
+    cache: str = option("data", "none", click.Choice(["none", "ram", "gpu"]), "Decode every image once, keep it.")
+    workers: int = option("data", LOADERS, click.IntRange(0, 1024), "Number of data loader processes.")
 
-    backbone: str | None = option("model", None, click.Choice(list(BACKBONES)), "Foundation model family; where "
-                                  "weights are loaded, its recipe fills what is not given.")
+    backbone: str | None = option("model", None, click.Choice(list(BACKBONES)), "Backbone family; where weights "
+                                  "are loaded, its recipe sets options that are not given.")
     size: str = option("model", "large", click.Choice(SIZES), "Size within the family.")
     model: str | None = option("model", None, str, "Any timm or open_clip NAME (or NAME/TAG) instead of --backbone.")
     weights: str = option("model", "pretrained", str, "'pretrained' (downloads), 'none' (random), FILE or FILE:NAME.")
     image_size: int | None = option("model", None, click.IntRange(16, 4096), "Input side in pixels (default: its own).")
-    embed_dim: int = option("model", 0, click.IntRange(0, 65536), "Width of a linear layer at the end; 0: none.")
-    lora: int = option("model", 0, click.IntRange(0, 4096), "Rank of low-rank updates of the attention's projections, "
-                       "trained instead of the network; 0: off.")
-    drop_path: float = option("model", 0.0, Number(0, 1, max_open=True), "Stochastic depth: chance of dropping the top "
-                              "block's branches, falling to 0 at the lowest.")
+    embed_dim: int = option("model", 0, click.IntRange(0, 65536), "Width of an added linear layer; 0: none.")
+    lora: int = option("model", 0, click.IntRange(0, 4096), "LoRA: rank of the updates of the attention projections, "
+                       "which are trained instead of the network; 0: off.")
+    drop_path: float = option("model", 0.0, Number(0, 1, max_open=True), "Stochastic depth: drop probability of the "
+                              "top block, decreasing linearly to 0 at the lowest.")
 
     schedule: str = option("schedule", "B", click.Choice(["A", "B", "alternate", "sequential"]),
-                           "A: one domain a batch, a step after each round. B: every batch blended.")
+                           "A: one domain per batch, one step per round of the domains. B: all domains in every batch.")
     batch: int = option("schedule", 256, click.IntRange(1, 1 << 36), "Images per optimiser step.")
-    micro_batch: int | None = option("schedule", None, click.IntRange(1), "Images per forward pass, at most.")
+    micro_batch: int | None = option("schedule", None, click.IntRange(1), "Largest number of images per forward pass.")
     images: int | None = option("schedule", None, click.IntRange(1, 1 << 48), "Length of the run, in images.")
-    epochs: float | None = option("schedule", None, Number(0, 1e9, min_open=True), "Or passes of the largest domain.")
+    epochs: float | None = option("schedule", None, Number(0, 1e9, min_open=True), "Or passes over the largest domain.")
     mix: float | dict[str, float] = option(
         "schedule", "0.5", one_or_per_domain(0, 1e12), "Shares of schedule B: one number T for shares ∝ (images)^T (0: "
         "equal, 1: proportional), or object=1,face_hq=2,...")
-    mix_ramp: MixRamp | None = option("schedule", None, MIX_RAMP, "Let a share move, e.g. object:1.0->0.25@0.3 over "
-                                      "the first 0.3 of training.")
-
+    mix_ramp: MixRamp | None = option("schedule", None, MIX_RAMP, "Change a share linearly, e.g. object:1.0->0.25@0.3 "
+                                      "over the first 0.3 of training.")
     replay: float = option("schedule", 0.0, Number(0, 1, max_open=True), "Share of each batch of --schedule sequential "
                            "that comes from the earlier domains.")
 
@@ -102,59 +102,59 @@ class Options:
         "loss", "object=softmax;face_hq=cosface;face_lq=cosface;body=cosface", LOSS_TYPE, "softmax, cosface, arcface, "
         "adaface or combined, per domain, e.g. face_hq=arcface:m=0.5,s=64;body=cosface; s: scale, e: smoothing, w: "
         "weight of the domain.")
-    coupling: str = option("loss", "domain", click.Choice(["domain", "sample", "pcgrad"]), "What a step averages over "
-                           "first: each domain, or all samples; pcgrad: each domain, its gradient freed of what points "
-                           "against another's (schedule A, a backward pass per domain).")
-    negatives: str = option("loss", "own", click.Choice(["own", "all"]), "Softmax over the domain's classes or all.")
+    coupling: str = option("loss", "domain", click.Choice(["domain", "sample", "pcgrad"]), "Loss of a step: mean over "
+                           "domains of their mean losses, or mean over samples; pcgrad: as domain, without the part of "
+                           "a gradient that opposes another domain's (schedule A).")
+    negatives: str = option("loss", "own", click.Choice(["own", "all"]), "Softmax over own domain's classes, or all.")
     sample_classes: float | dict[str, float] = option(
-        "loss", "1", one_or_per_domain(1e-6, 1), "Partial FC: share of the class weights that a step draws; one number:"
-        f" of domains with {MANY_CLASSES:,} classes or more; 1: all.")
+        "loss", "1", one_or_per_domain(1e-6, 1), "Partial FC: fraction of the class weights drawn in each step; one "
+        f"number applies to domains of {MANY_CLASSES:,} classes or more; 1: all.")
     retain: RetainWeights | None = option(
-        "loss", None, RETAIN_TYPE, "Hold the backbone near the untouched one: l2sp=W, by weights; features=W, by "
+        "loss", None, RETAIN_TYPE, "Penalise the distance to the untouched backbone: l2sp=W, of weights; features=W, of "
         "embeddings (one more forward pass).", metavar="NAME=W,...")
     margin_ramp: float = option("loss", 0.1, Number(0, 1), "Margins grow from 0 over this fraction of training.")
-    head_init: str = option("loss", "means", click.Choice(["means", "text", "text-frozen", "random"]), "Class weights "
-                            "start at class means, at prompts' CLIP embeddings (objects; frozen: and stay) or random.")
-    head_warmup: float = option("loss", 0.02, Number(0, 1), "First fraction of the steps: class weights alone.")
+    head_init: str = option("loss", "means", click.Choice(["means", "text", "text-frozen", "random"]), "Initial "
+                            "class weights: class means; CLIP text embeddings of objects (text-frozen: not trained).")
+    head_warmup: float = option("loss", 0.02, Number(0, 1), "Train only class weights in this first fraction of steps.")
     shard_head: bool = option("loss", False, bool, "torchrun: every process holds a slice of the class weights.")
 
-    lr: float = option("optimiser", 2e-5, Number(0), "Peak learning rate of the top layer of the backbone.")
+    lr: float = option("optimiser", 2e-5, Number(0), "Peak learning rate of the backbone's top layer.")
     head_lr: float = option("optimiser", 1e-3, Number(0, infinite=True), "Peak learning rate of the class weights.")
     layer_decay: float = option("optimiser", 0.8, Number(0, 1), "Factor on the learning rate per layer downwards.")
     weight_decay: float = option("optimiser", 0.05, Number(0), "AdamW weight decay of the backbone's matrices.")
     warmup: float = option("optimiser", 0.05, Number(0, 1), "Fraction of the steps over which the learning rate rises.")
-    ema: float = option("optimiser", 0.0, Number(0, 1, max_open=True), "Decay of the exported running average.")
-    seed: int = option("optimiser", 0, click.IntRange(0, 2**62 - 1), "Of the start, the data order and every draw.")
+    ema: float = option("optimiser", 0.0, Number(0, 1, max_open=True), "EMA decay; exports the average; 0: off.")
+    seed: int = option("optimiser", 0, click.IntRange(0, 2**62 - 1), "Seed of weights, data order, augmentation.")
 
     device: str = option("machine", "auto", str, "auto, cpu or cuda; under torchrun each process takes its own GPU.")
-    precision: str = option("machine", "auto", click.Choice(["auto", "fp32", "bf16"]), "auto: bf16 where CUDA has it.")
-    compile: bool = option("machine", False, bool, "torch.compile: minutes at the start, then faster steps.")
+    precision: str = option("machine", "auto", click.Choice(["auto", "fp32", "bf16"]), "auto: bf16 if the GPU has it.")
+    compile: bool = option("machine", False, bool, "torch.compile: a start of minutes, then faster steps.")
     grad_checkpointing: bool = option("machine", False, bool, "Recompute activations in backward: less memory, slower.")
 
     out: str | None = option("logging", None, str, "Run folder (default: runs/{backbone}-{size}-{schedule}-{domains}-"
                              "s{seed}).", metavar="DIR")
     resume: bool = option("logging", False, bool, "Continue the run in --out, or start it.")
     log_every: int = option("logging", 10, click.IntRange(1), "Steps between lines of log.jsonl.")
-    eval_every: int = option("logging", 0, click.IntRange(0), "Steps between same/different AUCs of 2,000 fixed images "
-                             "per domain; 0: never.")
+    eval_every: int = option("logging", 0, click.IntRange(0), "Steps between quick evaluations: same/different AUC of "
+                             "2,000 fixed images per domain; 0: never.")
     splits: str | None = option("logging", None, str, "domain/split,... for --eval-every (default: one a domain).")
     save_every: int = option("logging", 500, click.IntRange(1), "Steps between checkpoints.")
-    keep: int = option("logging", 0, click.IntRange(0), "Checkpoints that stay in RUN/checkpoints, one an --eval-every "
-                       "(else --save-every): the newest and the best by --eval-every.")
-    conflict_every: int = option("logging", 0, click.IntRange(0), "Steps between looks at conflicting gradients.")
+    keep: int = option("logging", 0, click.IntRange(0), "Newest checkpoints to keep in RUN/checkpoints, one per "
+                       "--eval-every (else --save-every); the best by --eval-every stays, too.")
+    conflict_every: int = option("logging", 0, click.IntRange(0), "Steps between measured gradient conflicts; 0: off.")
 
     @property
     def trained(self) -> list[str]:
-        """The domains of the run, in the house order."""
+        """The domains of the run, in the order of DOMAINS."""
         return [name for name in DOMAINS if name in (self.domains or DOMAINS)]
 
     def per_domain(self, name: str) -> list:
-        """The values of an option for the domains of the run."""
+        """The values of an option, one per domain of the run."""
         return [getattr(self, name)[domain] for domain in self.trained]
 
 
 def settle_options(context: click.Context, values: dict) -> tuple[Options, dict[str, float]]:
-    """The options of a run, and what of them the backbone's recipe filled; contradictions are refused."""
+    """The checked options of a run, and those among them that the backbone's recipe set."""
     sources = {name: context.get_parameter_source(name) for name in values}
     given = {name: source.name if source else "DEFAULT" for name, source in sources.items()}
     for name, rival in (("images", "epochs"), ("epochs", "images"), ("backbone", "model"), ("model", "backbone")):
@@ -167,10 +167,10 @@ def settle_options(context: click.Context, values: dict) -> tuple[Options, dict[
     recipe = {name: value for name, value in recipe.items() if given[name] == "DEFAULT"}
     options = Options(**values | recipe)
     for name, idle, why in (("size", options.model and not options.backbone, "is a size of --backbone"),
-                            ("mix", options.schedule != "B", "sets the shares of schedule B; the others deal equally"),
+                            ("mix", options.schedule != "B", "sets the shares of schedule B; others have equal ones"),
                             ("mix_ramp", options.schedule != "B", "moves the shares of schedule B"),
                             ("replay", options.schedule != "sequential", "mixes the batches of --schedule sequential"),
-                            ("splits", not options.eval_every, "chooses what --eval-every looks at")):
+                            ("splits", not options.eval_every, "chooses the splits of --eval-every")):
         if given[name] == "COMMANDLINE" and idle:
             raise InputError(f"--{name.replace('_', '-')} {why}: leave it out")
     check_options(options)
@@ -178,58 +178,58 @@ def settle_options(context: click.Context, values: dict) -> tuple[Options, dict[
 
 
 def check_options(options: Options) -> None:
-    """Refuse contradictions before any work; fills what follows from other options."""
+    """Refuse contradictions before any work; set options that follow from others."""
     domains = options.trained
     for one in fields(options):
         value = getattr(options, one.name)
         if isinstance(value, dict) and (missing := [name for name in domains if name not in value]):
             raise InputError(f"--{one.name.replace('_', '-')}: no value for {missing[0]}")
     if options.weights not in ("pretrained", "none"):
-        options.weights = os.path.abspath(options.weights)  # a run is read from other folders too
+        options.weights = os.path.abspath(options.weights)  # runs are also read from other working directories
     if not options.model and not options.backbone:
         raise InputError("which backbone? give --backbone clip|eva02|dinov3 or --model NAME (of timm or open_clip)")
-    blended = options.schedule in "AB" or options.replay
-    if options.conflict_every and (len(domains) == 1 or not blended):
-        print("  --conflict-every: every step has one domain here: nothing conflicts, so it is off")
+    # scripts pass the same options to many runs: one without effect is no error
+    if options.conflict_every and (len(domains) == 1 or not (options.schedule in "AB" or options.replay)):
+        print("  --conflict-every is off: every step has a single domain, so no gradients conflict")
         options.conflict_every = 0
     is_clip = resolve_backbone(Network.of(options))[0] == "open_clip"
     for wrong, why in (
-        (options.images and options.epochs, "--images and --epochs both say how long to train: give one of them"),
+        (options.images and options.epochs, "--images and --epochs both set the length of training: give one of them"),
         (options.model and options.backbone, "--backbone and --model both name the network: give one of them"),
         (options.head_init.startswith("text") and (not is_clip or options.embed_dim),
          "--head-init text needs CLIP's text tower and its own width: only CLIP models, no --embed-dim"),
         (options.head_init == "text-frozen" and "object" not in domains,
-         "--head-init text-frozen freezes the object classes: object is not among --domains"),
+         "--head-init text-frozen freezes the object classes, but object is not among --domains"),
         (options.degrade and options.cache != "none",
-         "--degrade makes another image each time, --cache keeps the decoded ones: give one of them"),
+         "--degrade changes the images in every pass, --cache keeps them as first decoded: give one of them"),
         (options.cache == "gpu" and pick_device(options.device).type != "cuda",
          "--cache gpu needs a CUDA device: take --cache ram"),
         (options.coupling == "pcgrad" and options.schedule != "A",
-         "--coupling pcgrad goes through the domains one by one: it needs --schedule A"),
+         "--coupling pcgrad needs one backward pass per domain: use --schedule A"),
         (options.shard_head and options.negatives == "all",
-         "--shard-head deals out every domain's classes by themselves: not with --negatives all"),
+         "--shard-head slices each domain separately: it excludes --negatives all"),
         (options.retain and (options.coupling == "pcgrad" or options.conflict_every),
-         "--retain and what takes the gradient apart (--coupling pcgrad, --conflict-every) exclude each other"),
+         "--retain excludes --coupling pcgrad and --conflict-every: give one of them"),
         (options.retain and options.retain.l2sp and options.lora,
-         "--retain l2sp measures how far the network's weights move, which --lora leaves: take features=W"),
+         "--retain l2sp acts on the network's weights, which --lora freezes: take features=W"),
         (options.degrade and "face_lq" not in domains, "--degrade acts on face_lq, which is not among --domains"),
         (isinstance(options.mix, float) and options.mix > 1, "--mix: one number is a temperature: want 0 to 1"),
     ):
         if wrong:
             raise InputError(why)
     if options.head_init == "text" and "object" not in domains:
-        print("  --head-init text: no object among the domains; the others start at class means")
+        print("  --head-init text: no object among --domains; class weights start at class means")
         options.head_init = "means"
     if not options.out:
         names = "all" if len(domains) == len(DOMAINS) else "+".join(domains)
         options.out = f"runs/{Network.of(options).name}-{options.schedule}-{names}-s{options.seed}"
 
 
-# ---------------------------------------------------------------- schedule: which domains' images every batch holds
+# ---------------------------------------------------------------- schedule: images of each domain in each batch
 
 
 class Schedule(NamedTuple):
-    """Three numbers make a schedule; `plan_batches` says which domains' images the batches hold."""
+    """A schedule is three numbers; `plan_batches` derives the images of each domain in each batch."""
 
     domains_per_batch: int
     images_per_batch: int
@@ -237,17 +237,17 @@ class Schedule(NamedTuple):
 
 
 def make_schedule(name: str, num_domains: int, batch: int) -> Schedule:
-    """A (accumulate), B (blend), alternate or sequential at `batch` images per optimiser step."""
+    """The schedule of --schedule at `batch` images per optimiser step."""
     if name == "A":
         if batch % num_domains:
-            raise InputError(f"--batch {batch} cannot be dealt to {num_domains} domains by schedule A: "
+            raise InputError(f"--batch {batch} cannot be divided among {num_domains} domains by schedule A: "
                              f"take {max(batch // num_domains, 1) * num_domains}")
         return Schedule(1, batch // num_domains, num_domains)
     return Schedule(num_domains if name == "B" else 1, batch, 1)
 
 
 def shares_at(progress: float, shares: np.ndarray, ramp: tuple[int, float, float, float] | None) -> np.ndarray:
-    """Shares [K] of the blended pool when a fraction `progress` of training is over, with the --mix-ramp applied.
+    """Shares [K] of schedule B after a fraction `progress` of training, with the --mix-ramp applied.
 
     The ramp is (domain number, first share, last share, fraction of training); the others are rescaled to sum to 1.
     """
@@ -264,14 +264,14 @@ def shares_at(progress: float, shares: np.ndarray, ramp: tuple[int, float, float
 def blend_counts(shares: Iterable[np.ndarray], batch: int) -> np.ndarray:
     """Images per batch and domain [batches, K], replayed from batch 0 so that the long-run shares are exact.
 
-    Every domain carries its remainder from batch to batch; the places of a batch go to the largest credits.
+    Remainders are carried from batch to batch; the places of a batch go to the domains of largest credit.
     """
     counts, credit = [], 0.0
     for share in shares:
         credit = credit + batch * share
         places = np.floor(np.maximum(credit, 0.0)).astype(np.int64)
         while (left := batch - places.sum()) != 0:
-            # while a ramp moves a share through less than one image, a floor can hand out one place too many
+            # while a ramp changes a share by less than one image per batch, the floors can sum to one place too many
             k = np.argmax(credit - places) if left > 0 else np.argmin(np.where(places > 0, credit - places, np.inf))
             places[k] += np.sign(left)
         credit = credit - places
@@ -288,14 +288,14 @@ def plan_batches(options: Options, splits: list[Split]) -> np.ndarray:
     images = options.images or (options.epochs or 10.0) * sizes[largest] / shares[largest]
     steps, batch = max(round(images / options.batch), 1), schedule.images_per_batch
     if steps > MOST_STEPS:
-        raise InputError(f"a run of {steps:,} steps: at most {MOST_STEPS:,} are planned: raise --batch, or lower "
+        raise InputError(f"a run of {steps:,} steps: at most {MOST_STEPS:,} are possible: raise --batch, or lower "
                          "--images or --epochs")
     if options.schedule == "B":
         plan = blend_counts((shares_at(s / steps, shares, ramp) for s in range(steps)), batch)
     elif options.schedule == "sequential":
         order = [options.trained.index(name) for name in options.domains or DOMAINS]
         plan = blend_counts((stage_shares(order[: s * K // steps + 1], K, options.replay) for s in range(steps)), batch)
-    else:  # A and alternate: the domains one after another
+    else:  # A and alternate: one domain per batch, in turn
         plan = batch * np.eye(K, dtype=np.int64)[np.arange(steps * schedule.batches_per_step) % K]
     return plan.reshape(steps, schedule.batches_per_step, K)
 
@@ -310,7 +310,7 @@ def stage_shares(seen: list[int], K: int, replay: float) -> np.ndarray:
 
 
 def blend_shares(options: Options, sizes: np.ndarray) -> tuple[np.ndarray, tuple[int, float, float, float] | None]:
-    """Shares [K] of schedule B by --mix, and its --mix-ramp with the number of the domain."""
+    """Shares [K] of --mix, and the --mix-ramp as `shares_at` takes it."""
     shares, ramp = np.array(options.per_domain("mix")) if isinstance(options.mix, dict) else sizes**options.mix, None
     if shares.sum() <= 0:
         raise InputError("--mix: at least one share must be above 0")
@@ -324,18 +324,18 @@ def blend_shares(options: Options, sizes: np.ndarray) -> tuple[np.ndarray, tuple
     for when in (0.0, 1.0):
         for name, share in zip(options.trained, shares_at(when, shares, ramp), strict=True):
             if share and options.batch * share < 1:
-                raise InputError(f"--batch {options.batch} gives {name} {options.batch * share:.2f} images each: "
+                raise InputError(f"--batch {options.batch} gives {name} {options.batch * share:.2f} images: "
                                  f"raise --batch to {math.ceil(1 / share)} or set its share with --mix")
     return shares, ramp
 
 
 def ramp_up(progress: float, fraction: float) -> float:
-    """0 -> 1, linear over the first `fraction` of training (0: no ramp)."""
+    """Linear from 0 to 1 over the first `fraction` of training (0: no ramp)."""
     return min(progress / fraction, 1.0) if fraction > 0 else 1.0
 
 
 def rate(step: int, steps: int, warmup: float) -> float:
-    """Factor on every learning rate at a step: linear warm-up over a fraction of the steps, then a cosine."""
+    """Factor on every learning rate: linear warm-up over a fraction of the steps, then a cosine to MIN_RATE."""
     rising = (step + 1) / max(warmup * steps, 1.0)
     falling = MIN_RATE + (1 - MIN_RATE) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
     return min(rising, 1.0) * falling
@@ -347,7 +347,7 @@ def rate(step: int, steps: int, warmup: float) -> float:
 def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> torch.optim.AdamW:
     """AdamW with layer-wise learning rates lr * decay^(distance from the top) and no weight decay on vectors.
 
-    Every group's `scale` times the rate of the step is its learning rate; the class weights come last.
+    The learning rate of a group is its `scale` times `rate` of the step; the class weights are the last group.
     """
     layers = model.layers()
     deepest, groups = max(layers.values()), {}
@@ -358,14 +358,14 @@ def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> torch
             scale = options.lr * options.layer_decay ** (deepest - layers[name])
             groups.setdefault((scale, decay), []).append(parameter)
     parameters = [{"params": p, "weight_decay": decay, "scale": scale} for (scale, decay), p in groups.items()]
-    # cosines do not see the length of a class weight: decaying it would only raise its effective learning rate
+    # cosines ignore the norm of a class weight: decaying it would only raise its effective learning rate
     parameters.append({"params": [head.weight], "weight_decay": 0.0, "scale": options.head_lr})
-    # fused: one launch, and a step that is not finite is left out on the device (`found_inf`), without asking the CPU
+    # fused: one launch, and a non-finite step is skipped on the device (`found_inf`), without a synchronisation
     return torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.999), fused=True)
 
 
 def build_model(options: Options, device: torch.device) -> Backbone:
-    """The backbone with what of it is trained."""
+    """The backbone on its device, with LoRA, drop path and gradient checkpointing as the options say."""
     model = load_backbone(Network.of(options))
     if options.drop_path:
         add_drop_path(model, options.drop_path)
@@ -374,13 +374,12 @@ def build_model(options: Options, device: torch.device) -> Backbone:
     if options.grad_checkpointing:
         try:
             model.net.set_grad_checkpointing(True)
-        except AssertionError as error:  # timm's way to say so
-            raise InputError(f"--grad-checkpointing: {model.name} has none: leave it out") from error
+        except AssertionError as error:  # timm: not supported
+            raise InputError(f"--grad-checkpointing: {model.name} does not support it: leave it out") from error
     return model.to(device, memory_format=torch.channels_last)
 
 
 def head_settings(options: Options, splits: list[Split]) -> HeadSettings:
-    """What the options say of the class weights."""
     share = options.sample_classes
     shares = options.per_domain("sample_classes") if isinstance(share, dict) else \
         [share if len(split.classes) >= MANY_CLASSES else 1.0 for split in splits]
@@ -394,26 +393,26 @@ def head_settings(options: Options, splits: list[Split]) -> HeadSettings:
 
 @dataclass
 class Job:
-    """A run that is ready to take its next step."""
+    """A run in memory: everything that its steps read and change."""
 
     options: Options
     folder: Path
     device: torch.device
     ranks: Ranks
-    splits: list[Split]  # training, one a domain
+    splits: list[Split]  # of training, one per domain
     plan: np.ndarray  # int64 [steps, batches per step, K]: images of each domain
-    counts: Tensor  # int64 [steps, K] on the device: the same of whole steps
+    counts: Tensor  # int64 [steps, K] on the device: images of each domain in each step
     model: Backbone
     head: MarginHead
     optimizer: torch.optim.AdamW
-    health: Tensor  # int64 [2] on the device: steps that were not finite, of these the last ones in a row
+    health: Tensor  # int64 [2] on the device: skipped (non-finite) steps, and those of the current streak
     tally: Tally = field(default_factory=Tally)
     average: RunningAverage | None = None  # --ema, of `parameters`
     hook: Any = None  # takes over the backward passes of some steps, e.g. tools.conflicts.DomainGradients
-    fixed: list[Split] = field(default_factory=list)  # what --eval-every looks at
+    fixed: list[Split] = field(default_factory=list)  # test splits of --eval-every
     first: int = 0  # the next step
     saved: int | None = None  # the step that the checkpoint in `last` starts from
-    begun: float = field(default_factory=time.monotonic)  # when the seconds of `tally` began
+    begun: float = field(default_factory=time.monotonic)  # monotonic time from which `tally.seconds` counts
 
     @property
     def steps(self) -> int:
@@ -425,7 +424,7 @@ class Job:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained; the class weights come last."""
+        """The trained parameters; the class weights come last."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
@@ -433,20 +432,20 @@ class Job:
 
 
 def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int, passes: int) -> dict[str, Tensor]:
-    """One optimiser step: the gradients of its micro-batches, clipping, update. Nothing in it waits for the device.
+    """One optimiser step: gradients of its micro-batches, clipping, update. No host synchronisation.
 
     Args:
         forward: images [B, 3, S, S] -> embeddings [B, D].
-        batches: (images, labels [B], domains [B]) of the step: any split of it gives the same gradients to rounding.
-        passes: number of batches; the ranks add up their gradients in the last one.
+        batches: (images, labels [B], domains [B]); any partition of the step gives the same gradients to rounding.
+        passes: number of batches; gradients are summed over the ranks in the last one.
 
     Returns:
-        What `add_to_totals` adds up, and grad_norm and finite (0 where the step was skipped).
+        The sums of `add_to_totals`, grad_norm, and finite (0 where the step was skipped).
     """
     options, head, ranks = job.options, job.head, job.ranks
     set_rates_and_seed(job, step)
     margin = ramp_up(step / job.steps, options.margin_ramp)
-    tune_backbone = step >= round(options.head_warmup * job.steps)  # else the class weights alone
+    tune_backbone = step >= round(options.head_warmup * job.steps)  # before that, class weights only
     hook = job.hook if job.hook and tune_backbone and job.hook.acts(step) else None
     total = empty_totals(len(job.splits), job.model.dim, job.device)
     if hook:
@@ -479,9 +478,9 @@ def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int,
 
 
 def set_rates_and_seed(job: Job, step: int) -> None:
-    """Learning rates and generators of a step; dropped paths are keyed by (seed, step, rank), so no state is kept."""
+    """Set learning rates and seed: dropped paths depend on (seed, step, rank) alone, so resuming needs no state."""
     key = int(np.random.SeedSequence((job.options.seed, step, job.ranks.rank)).generate_state(1)[0])
-    torch.default_generator.manual_seed(key)  # torch.manual_seed formats a stack for each kind of GPU that is not there
+    torch.default_generator.manual_seed(key)  # torch.manual_seed formats a stack trace per absent GPU backend
     if job.device.type == "cuda":
         torch.cuda.manual_seed(key)
     factor = rate(step, job.steps, job.options.warmup)
@@ -490,7 +489,7 @@ def set_rates_and_seed(job: Job, step: int) -> None:
 
 
 def gradient_norm(job: Job) -> Tensor:
-    """Length of the gradient of the backbone and of the whole head, the same on every rank."""
+    """L2 norm of the gradient of the backbone and the whole head, the same on every rank."""
     square = job.head.squared_gradient()
     gradients = [p.grad for p in job.parameters[:-1] if p.grad is not None]
     return (nn.utils.get_total_norm(gradients).to(square) ** 2 + square).sqrt() if gradients else square.sqrt()
@@ -498,10 +497,7 @@ def gradient_norm(job: Job) -> Tensor:
 
 @torch.no_grad()
 def update(job: Job, norm: Tensor) -> Tensor:
-    """Take the optimiser step unless the gradient is not finite; decided on the device, nobody waits for it.
-
-    Returns 1 for a step that was taken, else 0.
-    """
+    """Take the optimiser step if the gradient is finite, decided on the device; returns 1 if taken, else 0."""
     finite = torch.isfinite(norm)
     job.optimizer.found_inf = (~finite).float()
     job.optimizer.step()
@@ -534,7 +530,7 @@ def run_steps(job: Job) -> int:
         tally.seconds, done = time.monotonic() - job.begun, step + 1
         ending = ranks.any(bool(stop)) and done < steps
         saving = ending or done % options.save_every == 0 or done == steps
-        if done % options.log_every == 0 or saving:  # so no line after a resume averages fewer steps than it would
+        if done % options.log_every == 0 or saving:  # a resumed run then averages over the same steps
             record = log.write(window, done, rates_of(job, step), job.health, feed.bad)
             log.check_health(done, job.health)
             bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}", img_s=f"{record['images_per_second']:.0f}")
@@ -544,7 +540,7 @@ def run_steps(job: Job) -> int:
             forward.train()
         if options.keep and (done % (options.eval_every or options.save_every) == 0 or done == steps):
             keep_checkpoint(job, done)
-        if saving and not job.health[1]:  # not within a streak of steps that were not finite
+        if saving and not job.health[1]:  # never within a streak of non-finite steps
             save_checkpoint(job, done)
             log.saved = done
         if ending:
@@ -565,7 +561,7 @@ def run_steps(job: Job) -> int:
 
 
 def rates_of(job: Job, step: int) -> dict:
-    """What the schedule says of a step, for its line of the log."""
+    """Learning rates and curriculum of a step, for its line of the log."""
     factor, options = rate(step, job.steps, job.options.warmup), job.options
     return {"lr": factor * options.lr, "head_lr": factor * options.head_lr,
             "margin": ramp_up(step / job.steps, options.margin_ramp),
@@ -573,10 +569,10 @@ def rates_of(job: Job, step: int) -> dict:
 
 
 def make_forward(job: Job) -> nn.Module:
-    """The backbone in the precision of the run, compiled and spread over the ranks where that is asked for."""
+    """The backbone in the precision of the run, compiled (--compile) and replicated over the ranks."""
     forward = AutocastModel(job.model, job.bf16, job.device)
     if job.ranks.world > 1:
-        # what never gets a gradient must not be waited for
+        # DDP would wait for parameters that never receive a gradient
         images = torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)
         forward(images).sum().backward()
         for parameter in job.model.parameters():
@@ -584,8 +580,8 @@ def make_forward(job: Job) -> nn.Module:
         job.optimizer.zero_grad(set_to_none=True)
     if job.options.compile:
         if job.hook:
-            torch._functorch.config.donated_buffer = False  # its backward passes keep the graph
-        forward.compile(dynamic=False)  # batches have one size, but for a smaller last part
+            torch._functorch.config.donated_buffer = False  # the hook retains the graph
+        forward.compile(dynamic=False)  # micro-batches have one size, but for the last
     if job.ranks.world > 1:
         forward = nn.parallel.DistributedDataParallel(
             forward, device_ids=[job.device] if job.device.type == "cuda" else None, broadcast_buffers=False)
@@ -616,7 +612,7 @@ def make_feed(job: Job) -> Feed:
 
 
 def probe_splits(options: Options) -> list[Split]:
-    """What --eval-every looks at: the test splits of --splits, else one a domain and one out of distribution."""
+    """The test splits of --eval-every: --splits, else one per domain and one out of distribution."""
     root = open_root(Path(options.data), DOMAINS if options.splits else options.trained)
     if options.splits:
         return named_splits(root, options.splits, options.data)
@@ -624,15 +620,15 @@ def probe_splits(options: Options) -> list[Split]:
     for domain, splits in others.items():
         chosen += (tests := ordered_tests(splits)[:1])
         if not tests:
-            print(f"  --eval-every: {domain} has no test split (--part test prepares one), so it is not looked at")
+            print(f"  --eval-every leaves out {domain}, which has no test split (--part test prepares one)")
     chosen += ordered_tests(others.get("object", []), ood=True)[:1]
     names = ", ".join(f"{split.domain}/{split.name}" for split in chosen)
-    print(f"  --eval-every looks at {names or 'nothing'} (--splits chooses)")
+    print(f"  --eval-every evaluates {names or 'nothing'} (--splits chooses)")
     return chosen
 
 
 def probe(job: Job, count: int = 2000) -> dict[str, float]:
-    """Same/different AUC of `count` images of each of job.fixed, on matched numbers of random pairs; chance is 0.5."""
+    """Same/different AUC of `count` fixed images of each test split, on as many genuine as impostor pairs."""
     from sklearn.metrics import roc_auc_score
 
     scores = {}
@@ -651,7 +647,7 @@ def probe(job: Job, count: int = 2000) -> dict[str, float]:
 
 
 def look_at_fixed_images(job: Job, board: Any, step: int) -> None:
-    """--eval-every: AUC of fixed images into probe.jsonl; a task that falls below its start is named."""
+    """--eval-every: append the AUCs to probe.jsonl; warn of a task that has fallen below its initial AUC."""
     if job.ranks.rank == 0:
         job.model.eval()
         with averaged(job):
@@ -673,12 +669,12 @@ def look_at_fixed_images(job: Job, board: Any, step: int) -> None:
 
 
 def averaged(job: Job) -> contextlib.AbstractContextManager:
-    """Inside, the trained parameters are their running averages, where --ema keeps any."""
+    """With --ema, a context in which the parameters are replaced by their running averages."""
     return job.average.swapped_in() if job.average else contextlib.nullcontext()
 
 
 def export_weights(job: Job, folder: Path) -> None:
-    """Write what the run is for: its weights, or their running averages."""
+    """Write the weights of the run (with --ema, their running averages)."""
     with averaged(job):
         head = job.head.whole(job.head.weight.detach())
         if job.ranks.rank == 0:
@@ -686,9 +682,9 @@ def export_weights(job: Job, folder: Path) -> None:
 
 
 def save_checkpoint(job: Job, step: int) -> None:
-    """Write the weights, then last/state.pt: everything that step `step` starts from, whatever the number of ranks.
+    """Write the weights, then last/state.pt: all that step `step` starts from, for any number of ranks.
 
-    In this order a run that is killed in between repeats the steps since the former state, and ends with both.
+    In this order, a run killed in between repeats the steps since the previous state and ends with both.
     """
     head, optimizer = job.head, job.optimizer.state_dict()
     last = max(optimizer["state"], default=None)  # the class weights: last group, last number
@@ -707,7 +703,7 @@ def save_checkpoint(job: Job, step: int) -> None:
 
 
 def keep_checkpoint(job: Job, step: int) -> None:
-    """--keep: the weights of now in RUN/checkpoints, unless the last steps were not finite."""
+    """--keep: write the current weights to RUN/checkpoints, unless the last step was skipped."""
     if not job.health[1]:
         counts = dict(zip(job.options.trained, job.plan[:step].sum((0, 1)).tolist(), strict=True))
         runs.keep_checkpoint(job.folder, step, counts, job.options.keep, functools.partial(export_weights, job),
@@ -720,14 +716,14 @@ def load_checkpoint(job: Job) -> None:
     shapes = [p.shape for p in job.parameters[:-1]] + [torch.Size([sum(head.class_counts), job.model.dim])]
     check = functools.partial(runs.misfit, steps=job.steps, model=job.model.state_dict(), shapes=shapes,
                               averaged=average is not None, statistics=head.statistics)
-    # of a sharded head every rank reads its own rows alone
+    # with a sharded head every rank reads only its own rows
     state = runs.read_state(job.folder / "last" / "state.pt", job.ranks.rank == 0, head.sharded, check)
     job.model.load_state_dict(state["model"])
     head.set_whole(state["head"])
     if moments := state["optimizer"]["state"]:
         last = max(moments)
         moments[last] = {key: head.part_of(v) if v.ndim else v for key, v in moments[last].items()}
-    # the groups are the options' own, which are those that the run was started with
+    # the groups follow from the options, which --resume requires to be unchanged
     job.optimizer.load_state_dict(job.optimizer.state_dict() | {"state": moments})
     if average:
         for value, saved in zip(average.values, [*state["ema"][:-1], head.part_of(state["ema"][-1])], strict=True):
@@ -744,23 +740,23 @@ def load_checkpoint(job: Job) -> None:
 
 
 def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
-    """From options to a run that is ready to go; None: it is complete. Refuses before it builds anything."""
+    """From options to a run in memory, or None where it is complete. Refuses before it builds anything."""
     begun, splits = time.monotonic(), open_training(options.data, options.trained)
     plan, folder, texts = plan_batches(options, splits), Path(options.out), as_texts(options)
     if (context := click.get_current_context(silent=True)) and not int(os.environ.get("RANK", 0)):
         context.with_resource(lock_folder(folder, "--out"))
-    found = runs.find_run(folder, texts, splits)
-    if found == "complete":
+    state = runs.find_run(folder, texts, splits)
+    if state == "complete":
         print(f"{folder} is complete")
         return None
     ranks, device = join_ranks(options.device)
-    if ranks.rank == 0 and (folder / "STOP").exists():  # of an earlier start; one that comes from now on counts
+    if ranks.rank == 0 and (folder / "STOP").exists():  # left by an earlier start
         (folder / "STOP").unlink()
     if plan[0][0].sum() < ranks.world:
-        raise InputError(f"batches of {plan[0][0].sum()} images cannot be dealt to {ranks.world} processes: raise "
+        raise InputError(f"batches of {plan[0][0].sum()} images cannot be divided among {ranks.world} processes: raise "
                          "--batch or start fewer")
     if device.index:
-        torch.cuda.set_device(device)  # kernels and generators go by the current device
+        torch.cuda.set_device(device)  # kernels and generators use the current device
     torch.set_float32_matmul_precision("high")
     describe_run(options, recipe, splits, plan, head_settings(options, splits).class_share, MIN_RATE)
     fixed = probe_splits(options) if options.eval_every else []
@@ -771,7 +767,7 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
             print(f"  {split.domain}/{split.name}: images of {split.size} px are enlarged to {model.image_size} px")
     if options.shard_head and ranks.world == 1:
         print("  --shard-head: one process holds all class weights")
-    if found == "nothing" and ranks.rank == 0:
+    if state == "nothing" and ranks.rank == 0:
         make_folder(folder, "--out")
         counts = dict(zip(options.trained, plan.sum((0, 1)).tolist(), strict=True))
         facts = runs.gather_facts(splits, options.schedule, len(plan), counts, recipe, options.weights)
@@ -785,19 +781,19 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
 
 
 def check_memory(options: Options, splits: list[Split], image_size: int, device: torch.device, ranks: Ranks) -> None:
-    """Refuse a batch or a --cache that the memory does not hold."""
+    """Refuse a batch or a --cache that does not fit in memory."""
     images = min(options.micro_batch or options.batch, -(-options.batch // ranks.world))
     if why := batch_too_large(splits, images, image_size):
         raise InputError(f"--batch {options.batch}: {why}: lower --micro-batch or --batch")
     if options.cache != "none":
         why = too_large(splits, device if options.cache == "gpu" else torch.device("cpu"))
-        if ranks.any(bool(why)):  # nobody begins before all have looked
+        if ranks.any(bool(why)):  # collective: every rank must call it
             raise InputError(f"--cache {options.cache}: {why or 'another process has too little memory'}: leave "
                              "--cache out, or prepare smaller images (--size)")
 
 
 def start_or_resume(job: Job) -> Job:
-    """Fill the weights of a run: from its last checkpoint, or from where class weights start."""
+    """Fill the weights of a run, from its last checkpoint or (class weights) from --head-init."""
     options, head, folder = job.options, job.head, job.folder
     if options.ema:
         job.average = RunningAverage(job.parameters, options.ema)
@@ -817,12 +813,12 @@ def start_or_resume(job: Job) -> Job:
         if job.average:
             job.average.values[-1].copy_(head.weight.data)
     if job.ranks.rank == 0:
-        runs.forget_after(folder, job.first or -1)  # -1: a run that was killed before its first checkpoint
+        runs.forget_after(folder, job.first or -1)  # -1: no checkpoint yet, drop all
     return job
 
 
 def open_board(job: Job, feed: Feed) -> Any:
-    """TensorBoard's writer; at the start of a run also samples.png."""
+    """TensorBoard's writer; a run that starts also draws samples.png."""
     from torch.utils.tensorboard import SummaryWriter
 
     if not job.first:
@@ -855,21 +851,21 @@ def main(context: click.Context, **values) -> int | None:
         code = run_steps(job) if job else 0
     except torch.OutOfMemoryError as error:
         raise InputError(f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --micro-batch, or add "
-                         "--grad-checkpointing; go on with --resume") from error
+                         "--grad-checkpointing; continue with --resume") from error
     if job and job.ranks.world > 1:
         context.close()  # its lock
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)  # all is written; gloo's threads now and then abort an interpreter that is torn down
+        os._exit(code)  # gloo's threads sometimes abort an interpreter that shuts down
     return code
 
 
-@main.command(help="""Where the time of a step goes: real data, one batch on the device, the bare backbone. Takes the
-options of training.""")
+@main.command(help="""Time of a training step and of its parts: real data, one batch on the device, the bare backbone.
+Takes the options of training.""")
 @CONFIG
 @add_options(Options, leave_out=("out", "resume", "epochs", "images"))
-@click.option("--rounds", type=click.IntRange(1), default=4, help="Turns of each kind.")
-@click.option("--count", type=click.IntRange(1), default=8, help="Steps of a turn.")
-@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there, too.")
+@click.option("--rounds", type=click.IntRange(1), default=4, help="Rounds; each times every kind of step.")
+@click.option("--count", type=click.IntRange(1), default=8, help="Steps per kind and round.")
+@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="File for the result, as JSON.")
 @DEBUG
 @click.pass_context
 def bench(context: click.Context, rounds: int, count: int, path: Path | None, **values) -> int:
@@ -879,16 +875,16 @@ def bench(context: click.Context, rounds: int, count: int, path: Path | None, **
     return bench_run(sys.modules[__name__], options, rounds, count, path)
 
 
-@main.command(help="Write a run's model for others: weights of timm or open_clip, or an ONNX graph; with a model card.")
+@main.command(help="Export a run's model as weights for timm or open_clip, or as an ONNX graph, with a model card.")
 @click.option("--run", metavar="RUN", required=True, help="Folder of a finished run.")
-@click.option("--to", type=click.Choice(["safetensors", "onnx"]), required=True, help="Form of the model.")
+@click.option("--to", type=click.Choice(["safetensors", "onnx"]), required=True, help="File format.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
-              help="File to write, its card beside it (default: RUN/export/NAME.FORM).")
+              help="File to write; the card is written beside it (default: RUN/export/NAME.FORM).")
 @click.option("--tolerance", type=Number(0), default=1e-4,
-              help="Largest difference of a unit embedding's component; beyond it nothing is written (exit code 1).")
+              help="Largest accepted difference in a component of a unit embedding; above it, exit code 1.")
 @click.option("--wise-ft", type=Number(0, 1), default=1.0, metavar="ALPHA",
-              help="Mix with the foundation: ALPHA of the run's weights, the rest of those it started from; 1: none.")
-@click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished.")
+              help="Interpolate: ALPHA x fine-tuned + (1 - ALPHA) x untouched weights; 1: fine-tuned only.")
+@click.option("--allow-partial", is_flag=True, help="Accept an unfinished run.")
 @DEBUG
 def export(run: str, to: str, out: Path | None, tolerance: float, wise_ft: float, allow_partial: bool) -> int:
     from tools.export import export_run

@@ -143,7 +143,7 @@ class Retention:
         world: number of processes, whose gradients DDP averages.
     """
 
-    sums_ranks = False  # DDP does
+    sums_ranks = False  # DDP averages the gradients
 
     def __init__(self, model: Backbone, weights: RetainWeights, bf16: bool, world: int) -> None:
         self.weights, self.world, self.device = weights, world, next(model.parameters()).device

@@ -30,7 +30,7 @@ MAX_DAMAGED = 0.001  # share of damaged images that stops a run
 
 def describe_run(options: Any, recipe: dict[str, float], splits: list[Split], plan: np.ndarray, shares: list[float],
                  last_rate: float) -> None:
-    """Print what a run will see, before its first step.
+    """Print, before anything is built, the images, passes, losses and learning rates of a run.
 
     Args:
         options: of train.py.
@@ -45,14 +45,14 @@ def describe_run(options: Any, recipe: dict[str, float], splits: list[Split], pl
     for split, loss, share, seen in zip(splits, options.per_domain("loss"), shares, plan.sum((0, 1)), strict=True):
         passes = seen / len(split)
         warning = "  WARNING: above 50 passes, expect memorisation" if passes > 50 else ""
-        over = f" over {share:g} of the classes a step" if share < 1 else ""
+        over = f" over {share:g} of the classes per step" if share < 1 else ""
         print(f"  {split.domain:8s} {len(split):9,d} images of {len(split.classes):7,d} classes: {seen:10,d} drawn, "
               f"{passes:.1f} passes; {show_loss(loss)}{over}{warning}")
     print(f"  learning rate {options.lr:g} at the top of the backbone, x {options.layer_decay:g} per layer downwards, "
           f"class weights {options.head_lr:g}; warm-up {options.warmup:.0%}, cosine to x {last_rate:g}; not scaled "
           "with the batch or the number of processes")
     if isinstance(options.sample_classes, float) and options.sample_classes < min(shares):
-        print(f"  --sample-classes: no domain has {MANY_CLASSES:,} classes, all are used; to draw from fewer name the "
+        print(f"  --sample-classes: no domain has {MANY_CLASSES:,} classes, so all are used; to draw fewer, name the "
               "domains: object=1,...")
 
 

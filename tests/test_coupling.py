@@ -146,8 +146,8 @@ def test_which_split_stands_for_a_domain(monkeypatch, capsys):
     names = [f"{s.domain}/{s.name}" for s in train.probe_splits(options)]
     assert names == ["object/val", "face_hq/lfw", "object/sketch"]
     out = capsys.readouterr().out
-    assert "--eval-every looks at object/val, face_hq/lfw, object/sketch (--splits chooses)" in out
-    assert "body has no test split" in out
+    assert "--eval-every evaluates object/val, face_hq/lfw, object/sketch (--splits chooses)" in out
+    assert "leaves out body, which has no test split" in out
     chosen = train.probe_splits(train.Options(splits="object/birds,face_hq/lfw", domains=["face_hq"]))
     assert [s.name for s in chosen] == ["birds", "lfw"]
     for names, words in (("face_hq/casia", "is a training split"), ("face_hq/ijbc", "has no split 'face_hq/ijbc'")):
@@ -219,10 +219,10 @@ def test_bench_says_where_the_time_goes(demo_root, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--coupling", "pcgrad", "--schedule", "B"], "--coupling pcgrad goes through the domains one by one"),
-    (["--cache", "ram", "--degrade"], "--degrade makes another image each time"),
+    (["--coupling", "pcgrad", "--schedule", "B"], "--coupling pcgrad needs one backward pass per domain"),
+    (["--cache", "ram", "--degrade"], "--degrade changes the images in every pass"),
     (["--cache", "gpu"], "--cache gpu needs a CUDA device"),
-    (["--shard-head", "--negatives", "all"], "not with --negatives all"),
+    (["--shard-head", "--negatives", "all"], "it excludes --negatives all"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(arguments, words, demo_root, tmp_path):
     result = script("train.py", *TINY, "--data", demo_root, "--out", tmp_path / "run", *arguments, check=2)

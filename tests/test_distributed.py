@@ -218,7 +218,7 @@ def test_ranks_do_not_outlive_a_killed_torchrun(demo_root, tmp_path):
 def test_a_batch_too_small_for_the_processes_is_one_line(demo_root, tmp_path):
     result = torchrun(3, *TINY, "--data", demo_root, "--schedule", "A", "--batch", "8", "--out", tmp_path / "run",
                       check=1)  # torchrun's own exit code
-    assert "batches of 2 images cannot be dealt to 3 processes" in result.stderr
+    assert "batches of 2 images cannot be divided among 3 processes" in result.stderr
     assert 'train.py", line' not in result.stderr
 
 

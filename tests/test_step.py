@@ -179,5 +179,5 @@ def test_a_run_of_one_domain_says_that_nothing_conflicts(demo_root, tmp_path, ca
     run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--domains", "body", "--conflict-every", "1",
              "--shard-head", "--images", "32")
     said = capsys.readouterr().out
-    assert "nothing conflicts" in said and "one process holds all class weights" in said
+    assert "no gradients conflict" in said and "one process holds all class weights" in said
     assert not (tmp_path / "run/conflict.jsonl").exists()
