@@ -110,8 +110,8 @@ class Options:
         "loss", "1", one_or_per_domain(1e-6, 1), "Partial FC: fraction of the class weights drawn in each step; one "
         f"number applies to domains of {MANY_CLASSES:,} classes or more; 1: all.")
     retain: RetainWeights | None = option(
-        "loss", None, RETAIN_TYPE, "Penalise the distance to the untouched backbone: l2sp=W, of weights; features=W, of "
-        "embeddings (one more forward pass).", metavar="NAME=W,...")
+        "loss", None, RETAIN_TYPE, "Penalty on the distance to the untouched backbone: l2sp=W, of weights; features=W, "
+        "of embeddings (one more forward pass).", metavar="NAME=W,...")
     margin_ramp: float = option("loss", 0.1, Number(0, 1), "Margins grow from 0 over this fraction of training.")
     head_init: str = option("loss", "means", click.Choice(["means", "text", "text-frozen", "random"]), "Initial "
                             "class weights: class means; CLIP text embeddings of objects (text-frozen: not trained).")
