@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The grid of the study: for every backbone and seed the four schedules, and for every domain two experts: one trained on
-# as many images as a unified run, all of its own domain ("images"), and one trained on as many images of its domain as a
-# unified run ("exposure"). Each cell is trained, evaluated and, if unified, analysed; complete cells are skipped.
+# A grid of runs: for every backbone and seed the four schedules, and for every domain two experts: one trained on as many
+# images as a unified run, all of its own domain ("images"), and one trained on as many images of its domain as a unified
+# run ("exposure"). SCHEDULE+NAME is a schedule with the further options of VARIANT_NAME, e.g. sequential+replay. Each cell is trained, evaluated and, if unified, analysed; complete cells are skipped.
 #   scripts/grid.sh             every cell, one after another, then the summary
 #   scripts/grid.sh list        number and run folder of every cell
 #   scripts/grid.sh summary     the scores of all evaluated cells and the verdicts on the abstract's claims
@@ -22,8 +22,10 @@ cd "$(dirname "$0")/.."
 : "${IMAGES:=2000000}"            # of a unified run, all domains together
 : "${EXPOSURE:=A}"                # whose exposure experts match: A (equal shares; also sequential and alternate), or B
 : "${LAUNCH:=python}"             # e.g. "torchrun --standalone --nproc-per-node=8"
-: "${TRAIN:=}" "${EVALUATE:=}" "${ANALYZE:=}"  # more options for train.py, evaluate.py, analyze.py
+: "${TRAIN:=}" "${EVALUATE:=}" "${ANALYZE:=}"  # more options for train.py, evaluate.py, analyze.py (none: no analysis)
 : "${SEQUENTIAL:=}"               # more options for the sequential cells, e.g. "--eval-every N" for their task matrix
+: "${VARIANT_replay:=--replay 0.1}" "${VARIANT_l2sp:=--retain l2sp=0.01}" "${VARIANT_features:=--retain features=1}"
+: "${VARIANT_lora:=--lora 8}" "${VARIANT_reversed:=--domains $(printf '%s\n' $DOMAINS | tac | paste -sd,)}"
 : "${JOBS:=1}"                    # cells at once, each a process of its own
 : "${CELL:=${SLURM_ARRAY_TASK_ID:-}}"
 
@@ -47,7 +49,7 @@ exposure() {  # images of domain $3 in the unified run of backbone $1, seed $2
 }
 
 run_cell() {  # called where `set -e` is off: every step handles its own failure
-    local run options images=$IMAGES code=0 network=(--backbone "$1" --size "$SIZE")
+    local run variant options images=$IMAGES code=0 network=(--backbone "$1" --size "$SIZE")
     [ -z "$MODEL" ] || network=(--model "$MODEL")
     run=$(folder "$@")
     case $3 in
@@ -55,9 +57,11 @@ run_cell() {  # called where `set -e` is off: every step handles its own failure
     esac
     case $3 in
         *-*) options=(--domains "${3%-*}" --images "$images") ;;
-        *) options=(--schedule "$3" --domains "${DOMAINS// /,}" --images "$images") ;;
+        *) options=(--schedule "${3%+*}" --domains "${DOMAINS// /,}" --images "$images") ;;
     esac
-    [ "$3" != sequential ] || options+=($SEQUENTIAL)
+    [ "${3%+*}" != sequential ] || options+=($SEQUENTIAL)
+    variant=VARIANT_${3#*+}
+    [[ $3 != *+* ]] || options+=(${!variant})
     if [ ! -e "$run/done.json" ]; then
         rm -f "$run/STOP"
         $LAUNCH train.py "${network[@]}" --seed "$2" --data "$DATA" --out "$run" --resume \
@@ -70,7 +74,7 @@ run_cell() {  # called where `set -e` is off: every step handles its own failure
         --cache "$OUT/embeddings" $EVALUATE || return  # the untouched backbone is embedded once for all cells
     case $3 in
         *-*) ;;  # an expert has one task: nothing to transfer
-        *) [ "$run/analysis/analysis.json" -nt "$run/eval/results.json" ] || python analyze.py --run "$run" \
+        *) [ "$ANALYZE" = none ] || [ "$run/analysis/analysis.json" -nt "$run/eval/results.json" ] || python analyze.py --run "$run" \
             --cache "$OUT/embeddings" $ANALYZE ;;
     esac
 }
@@ -113,6 +117,10 @@ PYTHON
 [[ $IMAGES =~ ^[1-9][0-9]*$ ]] || refuse "IMAGES=$IMAGES: want a whole number of images"
 [[ $EXPOSURE =~ ^[AB]$ ]] || refuse "EXPOSURE=$EXPOSURE: want A or B"
 [[ $JOBS =~ ^[1-9][0-9]*$ ]] || refuse "JOBS=$JOBS: want the number of cells to run at once"
+for schedule in $SCHEDULES; do
+    variant=VARIANT_${schedule#*+}
+    [[ $schedule != *+* || -n ${!variant:-} ]] || refuse "$schedule: no variable $variant with its options"
+done
 grid=()
 while read -r cell; do grid+=("$cell"); done < <(cells)
 if [ -n "$CELL" ]; then
@@ -124,7 +132,7 @@ case ${1:-} in
     ?*) refuse "$1: no such command; want list, summary or nothing" ;;
 esac
 if [ -z "$CELL" ] && [ "$JOBS" -gt 1 ]; then  # cells that are incomplete after this are retried below
-    export BACKBONES SEEDS DOMAINS SCHEDULES MATCH IMAGES EXPOSURE LAUNCH TRAIN EVALUATE ANALYZE SEQUENTIAL DATA OUT SIZE MODEL
+    export "${!VARIANT_@}" BACKBONES SEEDS DOMAINS SCHEDULES MATCH IMAGES EXPOSURE LAUNCH TRAIN EVALUATE ANALYZE SEQUENTIAL DATA OUT SIZE MODEL
     # xargs stops at an exit code of 255: after one cell was asked to stop, no other is started
     printf '%s\n' "${!grid[@]}" | xargs -P "$JOBS" -I{} bash -c 'CELL={} "$0" || { [ $? != 75 ] || exit 255; }' "$0" ||
         exit 75

@@ -5,23 +5,48 @@
 #   SOURCE/body/{bounding_box_train,bounding_box_test,query} (Market-1501 names)
 #   SOURCE/object/{train,val}/<class>/*, object/classes.txt (folder<TAB>name)
 #   SOURCE/ood_pacs/{photo,art_painting,cartoon,sketch}/<class>/*
+# A tenth of the training identities and a fifth of the object classes become the splits `valid`, by which
+# scripts/study.sh chooses a learning rate; object/unseen holds the test images of these classes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
-src=$1 data=$2 size=${3:-112} object_size=${4:-${3:-112}}
-prepare() { python -m data_prep "$@" --size "$size"; }
+src=$(realpath "$1") data=$2 size=${3:-112} object_size=${4:-${3:-112}}
+parts=$(mktemp -d)
+trap 'rm -rf "$parts"' EXIT
+prepare() { python -m data_prep "$@"; }
 for domain in face_hq face_lq; do
-    prepare lfw --src "$src/$domain/train" --out "$data/$domain/train"
-    prepare lfw --src "$src/$domain/test" --pairs "$src/$domain/pairs.txt" --out "$data/$domain/test"
+    for split in train valid; do
+        prepare folder --src "$src/$domain/train" --size "$size" --holdout 0.1 --out "$data/$domain/$split"
+    done
+    prepare lfw --src "$src/$domain/test" --pairs "$src/$domain/pairs.txt" --size "$size" --out "$data/$domain/test"
 done
-prepare market --src "$src/body" --out "$data/body/train"
-prepare market --src "$src/body" --out "$data/body/test"
-for part in train val; do
-    python -m data_prep folder --src "$src/object/$part" --names "$src/object/classes.txt" --size "$object_size" \
-        --out "$data/object/$part"
+
+mkdir -p "$parts"/body/{train,valid}/{bounding_box_train,bounding_box_test,query}
+for image in "$src"/body/bounding_box_train/*.jpg; do  # valid: a person's first image of each camera is a probe
+    name=${image##*/}
+    person=${name%%_*} camera=${name:0:6}
+    if [ $((10#$person % 10)) != 0 ]; then folder=train/bounding_box_train
+    elif [ "$camera" != "${last:-}" ]; then folder=valid/query last=$camera
+    else folder=valid/bounding_box_test
+    fi
+    ln -s "$image" "$parts/body/$folder/$name"
 done
+prepare market --src "$parts/body/train" --size "$size" --source-name body --out "$data/body/train"
+prepare market --src "$parts/body/valid" --size "$size" --source-name body --out "$data/body/valid"
+prepare market --src "$src/body" --size "$size" --out "$data/body/test"
+
+ls "$src/object/train" | awk 'NR % 5 != 0' > "$parts/train"
+ls "$src/object/train" | awk 'NR % 5 == 0' > "$parts/valid"
+objects() {  # folder, list of classes, split, further options
+    prepare folder --src "$src/object/$1" --list "$parts/$2" --names "$src/object/classes.txt" --size "$object_size" \
+        --source-name object --out "$data/object/$3" "${@:4}"
+}
+objects train train train
+objects train valid valid --reference valid
+objects val train val
+objects val valid unseen --reference valid
 # class means and neighbours come from the photographs, on which the others are the shift
-prepare folder --src "$src/ood_pacs/photo" --reference pacs-photo --ood --out "$data/object/pacs-photo"
+prepare folder --src "$src/ood_pacs/photo" --size "$size" --reference pacs-photo --ood --out "$data/object/pacs-photo"
 for kind in art_painting cartoon sketch; do
-    prepare folder --src "$src/ood_pacs/$kind" --reference pacs-photo --ood --out "$data/object/pacs-$kind"
+    prepare folder --src "$src/ood_pacs/$kind" --size "$size" --reference pacs-photo --ood --out "$data/object/pacs-$kind"
 done

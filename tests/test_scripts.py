@@ -171,24 +171,57 @@ def test_a_stopped_cell_keeps_the_others_from_starting(tmp_path):
     assert len((tmp_path / "said").read_text().splitlines()) < 5
 
 
-def test_the_study_on_the_demo_corpus(demo_root, tmp_path):
-    import timm
-    from safetensors.torch import save_file
+def test_a_variant_of_a_schedule(tmp_path):
+    stub = program(tmp_path / "launch", 'echo "$@"; exit 75')
+    cell = {"OUT": tmp_path, "LAUNCH": stub, "SCHEDULES": "sequential+reversed A+hold", "IMAGES": 8,
+            "VARIANT_hold": "--retain features=2", "SEQUENTIAL": "--keep 1"}
+    assert "--schedule sequential --domains object,face_hq,face_lq,body --images 8 --keep 1 --domains " \
+        "body,face_lq,face_hq,object\n" in grid(**cell, CELL=0, check=75).stdout
+    assert grid(**cell, CELL=1, check=75).stdout.endswith("--images 8 --retain features=2\n")
+    assert grid("list", SCHEDULES="A+none", check=2).stderr == \
+        "error: A+none: no variable VARIANT_none with its options\n"
 
-    weights = tmp_path / "test_efficientnet.safetensors"
-    save_file(timm.create_model("test_efficientnet", num_classes=0).state_dict(), weights)
-    small = {"MODEL": "test_efficientnet", "SIDE": 32, "IMAGES": 256, "DOMAINS": "object body",
-             "SCHEDULES": "sequential", "MATCH": " ", "FORM": "reduced", "OUT": tmp_path / "o ut",
-             "EVALUATE": GRID["EVALUATE"], "ANALYZE": GRID["ANALYZE"], "TRAIN": "--device cpu"}
-    result = subprocess.run([ROOT / "scripts/study.sh", demo_root, weights], capture_output=True, text=True,
-                            timeout=300, env=environment(**small))
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert [path.name for path in (tmp_path / "o ut").glob("test_*")] == ["test_efficientnet-sequential-s0"]
-    looks = (tmp_path / "o ut/test_efficientnet-sequential-s0/probe.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in looks] == [0, 1, 2, 3, 4]
-    assert (tmp_path / "o ut/comparison/comparison.png").stat().st_size > 5000
-    assert "| test_efficientnet-sequential |" in (tmp_path / "o ut/summary.md").read_text()
-    assert (tmp_path / "o ut/claims.md").exists()
+
+# in place of python: notes what it was called with, and leaves the files by which a cell is known to be complete
+STUB = """
+echo "$@" >> "$LOG"
+for word in "$@"; do case $before in --out|--run) run=$word ;; esac; before=$word; done
+case "$1 $3" in
+    train.py*) mkdir -p "$run/eval"; touch "$run/done.json" ;;
+    evaluate.py*) touch "$run/eval/results.json" ;;
+    "-m choose") echo 1e-3 ;;
+esac"""
+
+
+def test_the_study_runs_what_decides_first(tmp_path):
+    root, weights = tmp_path / "data", tmp_path / "net.safetensors"
+    weights.touch()
+    for split in ("object/train", "object/valid", "object/val", "body/train", "body/valid", "body/test"):
+        (root / split).mkdir(parents=True)
+        (root / split / "index.json").touch()
+    program(tmp_path / "python", STUB)
+    small = {"DOMAINS": "object body", "SCHEDULES": "A sequential sequential+replay", "RATES": "1e-3 1e-2",
+             "SEEDS": "0 1", "FORM": "reduced", "JOBS": 1, "OUT": tmp_path / "o ut", "LOG": tmp_path / "log",
+             "PATH": f"{tmp_path}:{PATH}"}
+    for _ in range(2):  # the second time all is complete
+        subprocess.run([ROOT / "scripts/study.sh", root, weights], check=True, timeout=60, capture_output=True,
+                       env=environment(**small))
+    said = (tmp_path / "log").read_text().splitlines()
+    trained = [line.partition("--out ")[2].partition(" --resume")[0].removeprefix(f"{tmp_path}/o ut/")
+               for line in said if line.startswith("train.py")]
+    net = "tf_efficientnet_lite0"
+    cells = [f"lr-{rate}/{net}-{domain}-images-s0" for rate in ("1e-3", "1e-2") for domain in ("object", "body")]
+    cells += [f"lr-1e-2/{net}-{kind}-s0" for kind in ("A", "sequential")]  # not a word of the remedies
+    kinds = ["A", "sequential", "sequential+replay", "object-images", "object-exposure", "body-images", "body-exposure"]
+    everything = [f"lr-1e-3/{net}-{kind}-s{seed}" for seed in (0, 1) for kind in kinds]
+    assert trained == cells + [cell for cell in everything if cell not in cells]
+    train = next(line for line in said if "+replay" in line and line.startswith("train.py"))
+    assert "--splits object/valid,body/valid" in train and "--replay 0.1" in train and "--lr 1e-3" in train
+    scored = next(line for line in said if line.startswith("evaluate.py"))
+    assert scored.endswith("--splits body/test,object/val")  # neither training nor validation identities
+    assert not any(line.startswith("analyze.py --run") and "lr-1e-2" in line for line in said)
+    assert [line for line in said if line.startswith("-m")] == [
+        f"-m tools.study choose {tmp_path}/o ut", f"-m tools.study report {tmp_path}/o ut"] * 2
 
 
 def test_preparing_real_sets_says_what_it_needs():
@@ -204,12 +237,15 @@ def test_the_study_says_what_it_needs():
     for data in (ROOT / "docs", "a b"):
         result = subprocess.run([ROOT / "scripts/study.sh", data, "x"], capture_output=True, text=True,
                                 env=environment(), timeout=30)
-        assert result.returncode == 2 and "no face_hq/train there" in result.stderr
+        assert result.returncode == 2 and "no object/train there" in result.stderr
 
 
-def test_the_study_looks_at_its_weights_first(demo_root, tmp_path):
+def test_the_study_looks_at_its_weights_first(tmp_path):
     (tmp_path / "a b.safetensors").touch()
+    for split in ("train", "valid"):
+        (tmp_path / "object" / split).mkdir(parents=True)
+        (tmp_path / "object" / split / "index.json").touch()
     for weights, words in ((tmp_path / "none", "no such file of weights"), (tmp_path / "a b.safetensors", "spaces")):
-        result = subprocess.run([ROOT / "scripts/study.sh", demo_root, weights], capture_output=True, text=True,
-                                env=environment(), timeout=30)
+        result = subprocess.run([ROOT / "scripts/study.sh", tmp_path, weights], capture_output=True, text=True,
+                                env=environment(DOMAINS="object"), timeout=30)
         assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,236 @@
+"""The study of scripts/study.sh as a dose-response: which learning rate decides, and gain against what was kept.
+
+    python -m tools.study choose OUT     # the learning rate at which conclusions are drawn
+    python -m tools.study report OUT     # study.csv, study.md, study.png
+
+OUT holds a folder of runs for each learning rate of the backbone (the dose), OUT/lr-RATE.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+
+from data_prep import DOMAINS, InputError, join_config, read_lines, run_command, write_atomically
+from protocols.bootstrap import Estimate
+from protocols.results import HEADLINE, Group, Stages, group_runs, read_runs, read_stages
+
+VALID = "valid"  # split of training identities that experts are compared on
+KEPT = ("seen", "unseen", "shifts")  # object classes of training, other classes, splits out of distribution
+
+
+def doses(out: Path) -> list[Path]:
+    """The folders of runs, by learning rate."""
+    folders = [path for path in out.glob("lr-*") if path.is_dir()]
+    if not folders:
+        raise InputError(f"{out}: no folder lr-RATE in it; scripts/study.sh makes them")
+    try:
+        return sorted(folders, key=lambda path: float(path.name[3:]))
+    except ValueError:
+        raise InputError(f"{out}: a folder lr-RATE whose RATE is no number") from None
+
+
+# ---------------------------------------------------------------- the rule
+
+
+def expert_scores(folder: Path) -> dict[str, float]:
+    """Same/different AUC of DOMAIN/valid at the end of that domain's experts, averaged over them."""
+    scores: dict[str, list[float]] = {}
+    for path in sorted(folder.glob("*-images-s*/probe.jsonl")):
+        domains, looks = join_config(path.parent / "config.json")["domains"], read_lines(path)
+        score = looks[-1].get("auc", {}).get(f"{domains[0]}/{VALID}") if looks and len(domains) == 1 else None
+        if isinstance(score, float) and (path.parent / "done.json").exists():
+            scores.setdefault(domains[0], []).append(score)
+    return {domain: float(np.mean(found)) for domain, found in scores.items()}
+
+
+def choose_rate(out: Path) -> tuple[str, list[str]]:
+    """The rate whose experts score best on validation identities, mean over the domains; and the lines that show it.
+
+    No run of several tasks is looked at, so that the choice does not depend on what the study is to decide.
+    """
+    tables = {folder.name[3:]: expert_scores(folder) for folder in doses(out)}
+    domains = [domain for domain in DOMAINS if any(domain in scores for scores in tables.values())]
+    for rate, scores in tables.items():
+        if not domains or (missing := [domain for domain in domains if domain not in scores]):
+            task = missing[0] if domains else "DOMAIN"
+            raise InputError(f"{out}/lr-{rate}: no finished expert with a look at {task}/{VALID}: run scripts/study.sh "
+                             "again")
+    means = {rate: float(np.mean(list(scores.values()))) for rate, scores in tables.items()}
+    best = max(means, key=means.get)
+    lines = [f"| learning rate | {' | '.join(domains)} | mean |", "| --- |" + " --- |" * (len(domains) + 1)]
+    for rate, scores in tables.items():
+        shown = " | ".join(f"{100 * score:.1f}" for score in [*(scores[d] for d in domains), means[rate]])
+        lines.append(f"| {rate}{' (chosen)' * (rate == best)} | {shown} |")
+    return best, lines
+
+
+# ---------------------------------------------------------------- the outcome
+
+
+@dataclass
+class Point:
+    """A recipe at a dose: percentage points gained over the untouched backbone, and percent kept."""
+
+    rate: str
+    recipe: str  # the schedule with its variant, or an expert's domain
+    seeds: int
+    gain: Estimate | None  # mean over the tasks
+    tasks: dict[str, Estimate]  # domain/split -> gain
+    kept: dict[str, Estimate]  # KEPT -> retention of object classification
+
+
+def mean_of(found: list[Estimate]) -> Estimate | None:
+    """Mean of estimates, and of their resamplings."""
+    if not found:
+        return None
+    return Estimate(float(np.mean([one.value for one in found])), np.mean([one.draws for one in found], axis=0))
+
+
+def recipe_of(name: str) -> str:
+    """`A`, `sequential+replay`, `face_hq-images`, ... from the name of a run of scripts/grid.sh: MODEL-RECIPE-sSEED."""
+    words = name.rpartition("-s")[0].split("-")
+    return "-".join(words[-2:]) if words[-1] in ("images", "exposure") else words[-1]
+
+
+def make_point(rate: str, group: Group) -> Point:
+    """What a group of seeds gained and kept."""
+    tasks = {"/".join(key): lead for key, lead in group.leads(group, "tuned", "foundation").items()}
+    rows = group.rows("tuned", lambda row: row.kind == "retention" and row.domain == "object" and (
+        row.readout, row.measure) == HEADLINE["classification"])
+    shown = {key: group.runs[0].found["tuned"].found[key][0] for key in rows}
+    unseen = {row.split for row in shown.values() if row.unseen}
+    kinds = {key: "shifts" if row.ood else "unseen" if row.split in unseen else "seen" for key, row in shown.items()}
+    kept = {kind: mean_of([rows[key] for key in rows if kinds[key] == kind
+                           and shown[key].unseen == (kind == "unseen")]) for kind in KEPT if kind in kinds.values()}
+    by_domain = [mean_of([lead for name, lead in tasks.items() if name.split("/")[0] == domain])
+                 for domain in DOMAINS]
+    gains = [one for one in by_domain if one]
+    return Point(rate, recipe_of(group.runs[0].name), group.seeds, mean_of(gains), tasks, kept)
+
+
+def stage_lines(folder: Path) -> list[str]:
+    """For every sequential run, each task before training, after its own stage and at the end (AUC of --eval-every)."""
+    lines = []
+    for path in sorted(folder.glob("*-sequential*/probe.jsonl")):
+        stages: Stages | None = read_stages(path.parent, config := join_config(path.parent / "config.json"))
+        if stages is None:
+            continue
+        for task, scores in zip(stages.tasks, np.array(stages.scores).T, strict=True):
+            domain = task.split("/")[0]
+            own = stages.names.index(domain) if domain in stages.names else None
+            if own is None or domain == config["order"][-1]:
+                continue
+            start, after, end = (100 * scores[at] for at in (0, own, -1))
+            lines.append(f"| {folder.name[3:]} | {path.parent.name} | {task} | {start:.1f} | {after:.1f} | {end:.1f} | "
+                         f"{end - after:+.1f} |")
+    return lines
+
+
+def show(estimate: Estimate | None, form: str) -> str:
+    """A percentage with its interval; empty where there is none."""
+    if estimate is None:
+        return ""
+    return f"{100 * estimate.value:{form}} [{100 * estimate.low:{form}}, {100 * estimate.high:{form}}]"
+
+
+def report_lines(points: list[Point], chosen: list[str], stages: list[str]) -> list[str]:
+    """The page of the study."""
+    lines = ["# Gain and retention by learning rate", "", "Same/different AUC (%) of the experts on validation "
+             "identities, by which the rate was chosen:", "", *chosen, "",
+             "Gain: mean over the tasks, in points over the untouched backbone. Kept: retention (%) of nearest-mean "
+             "accuracy on objects, of classes seen in training, of unseen classes, and on shifts. 95 % intervals.", "",
+             "| learning rate | recipe | seeds | gain | " + " | ".join(f"kept, {kind}" for kind in KEPT) + " |",
+             "| --- |" + " --- |" * (3 + len(KEPT))]
+    for point in points:
+        lines.append(f"| {point.rate} | {point.recipe} | {point.seeds} | {show(point.gain, '.1f')} | "
+                     + " | ".join(show(point.kept.get(kind), ".0f") for kind in KEPT) + " |")
+    if stages:
+        lines += ["", "Earlier tasks of sequential runs (same/different AUC, %):", "",
+                  "| learning rate | run | task | untouched | after its own stage | at the end | change |",
+                  "| --- |" + " --- |" * 6, *stages]
+    return lines
+
+
+def write_table(path: Path, points: list[Point]) -> None:
+    """study.csv: a line a point and quantity."""
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["rate", "recipe", "seeds", "quantity", "value", "low", "high"])
+        for point in points:
+            figures = {"gain": point.gain} | {f"gain {name}": lead for name, lead in point.tasks.items()}
+            for name, one in (figures | {f"kept {kind}": one for kind, one in point.kept.items()}).items():
+                if one is not None:
+                    table.writerow([point.rate, point.recipe, point.seeds, name, one.value, one.low, one.high])
+
+
+def draw(path: Path, points: list[Point], chosen: str) -> None:
+    """One point a recipe and rate, one colour a recipe, its rates joined by a line; the chosen rate with intervals."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [point for point in points if point.gain and "-" not in point.recipe]
+    kinds = [kind for kind in KEPT if any(kind in point.kept for point in shown)]
+    figure, axes = plt.subplots(1, max(len(kinds), 1), figsize=(5.2 * max(len(kinds), 1), 4.6), squeeze=False,
+                                sharex=True)
+    recipes = list(dict.fromkeys(point.recipe for point in shown))
+    for axis, kind in zip(axes[0], kinds, strict=False):
+        for number, recipe in enumerate(recipes):
+            path_of = [point for point in shown if point.recipe == recipe and kind in point.kept]
+            x, y = ([100 * one.value for one in ends] for ends in
+                    ([p.gain for p in path_of], [p.kept[kind] for p in path_of]))
+            colour = plt.get_cmap("tab10")(number % 10)
+            axis.plot(x, y, "-", color=colour, lw=1, alpha=0.7)
+            axis.scatter(x, y, s=[25 + 25 * i for i in range(len(x))], color=colour, label=recipe, zorder=3)
+            for point in path_of:
+                if point.rate == chosen:
+                    gain, kept = point.gain, point.kept[kind]
+                    axis.errorbar(100 * gain.value, 100 * kept.value, color=colour, lw=0.8, capsize=2,
+                                  xerr=[[100 * (gain.value - gain.low)], [100 * (gain.high - gain.value)]],
+                                  yerr=[[100 * (kept.value - kept.low)], [100 * (kept.high - kept.value)]])
+        axis.axhline(100, color="0.6", lw=0.8, ls=":")
+        axis.axvline(0, color="0.6", lw=0.8, ls=":")
+        axis.set(title={"seen": "object classes of training", "unseen": "object classes unseen in training",
+                        "shifts": "out-of-distribution splits"}[kind],
+                 xlabel="mean gain on the tasks (points)", ylabel="retention (%)")
+    if shown:
+        axes[0][-1].legend(fontsize=8, title=f"larger: higher rate\nbars: chosen rate {chosen}", title_fontsize=8)
+    figure.tight_layout()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- command line
+
+
+@click.group(help=__doc__.split("\n\n")[0])
+def main() -> None:
+    pass
+
+
+@main.command(help="Print the learning rate whose experts are best on validation identities; OUT/rate.md shows why.")
+@click.argument("out", type=click.Path(path_type=Path))
+def choose(out: Path) -> None:
+    best, lines = choose_rate(out)
+    (out / "rate.md").write_text("\n".join(lines) + "\n")
+    click.echo(best)
+
+
+@main.command(help="Write study.md, study.csv and study.png into OUT.")
+@click.argument("out", type=click.Path(path_type=Path))
+def report(out: Path) -> None:
+    best, chosen = choose_rate(out)
+    points = [make_point(folder.name[3:], group) for folder in doses(out) for group in group_runs(read_runs(folder))]
+    stages = [line for folder in doses(out) for line in stage_lines(folder)]
+    lines = report_lines(points, chosen, stages)
+    (out / "study.md").write_text("\n".join(lines) + "\n")
+    write_table(out / "study.csv", points)
+    draw(out / "study.png", points, best)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run_command(main)
