@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# The grid of the study: for every backbone and seed the four schedules, and for every domain two experts: one trained on
-# as many images as a unified run, all of its own domain ("images"), and one trained on as many images of its domain as a
-# unified run ("exposure"). Each cell is trained, evaluated and, if unified, analysed; complete cells are skipped.
+# The grid of the study: for every backbone and seed, the four schedules and two experts per domain, matched to a unified
+# run in images ("images": as many in all, of one domain) or in exposure ("exposure": as many of their domain). Each cell is
+# trained, evaluated and, if unified, analysed; complete cells are skipped.
 #   scripts/grid.sh             every cell, one after another, then the summary
 #   scripts/grid.sh list        number and run folder of every cell
 #   scripts/grid.sh summary     the scores of all evaluated cells and the verdicts on the abstract's claims
 # CELL=N (or a SLURM array, see scripts/slurm.sbatch) selects one cell. Exit code 75: stopped with a checkpoint; run the
-# command again. Environment variables set the rest; their defaults are below. A first trial, ten minutes on a CPU:
+# command again. Other environment variables have their defaults below. A first trial, ten minutes on a CPU:
 #   python -m data_prep demo --out demo/data
 #   export DATA=demo/data OUT=demo/grid BACKBONES=clip SIZE=tiny SEEDS=0 IMAGES=12800 ANALYZE="--components 24"
 #   export TRAIN="--weights none --image-size 64 --batch 64 --lr 3e-3 --head-lr 1e-2 --layer-decay 1
 #       --loss cosface:s=24;object=softmax:s=24"
 #   scripts/grid.sh
-set -eufo pipefail  # -f: lists are split at spaces, a * in them is no pattern
+set -eufo pipefail  # -f: no globbing in lists
 cd "$(dirname "$0")/.."
 : "${DATA:=data}" "${OUT:=runs/grid}"
 : "${BACKBONES:=clip eva02 dinov3}" "${SIZE:=large}" "${SEEDS:=0 1 2}"
-: "${MODEL:=}"                    # any timm or open_clip model instead of BACKBONES and SIZE (its weights go into TRAIN)
-: "${DOMAINS:=object face_hq face_lq body}"  # also the order of the sequential run
+: "${MODEL:=}"                    # any timm or open_clip model instead of BACKBONES and SIZE (--weights: in TRAIN)
+: "${DOMAINS:=object face_hq face_lq body}"  # in the order of the sequential run
 : "${SCHEDULES:=A B sequential alternate}" "${MATCH:=images exposure}"
 : "${IMAGES:=2000000}"            # of a unified run, all domains together
-: "${EXPOSURE:=A}"                # whose exposure experts match: A (equal shares; also sequential and alternate), or B
+: "${EXPOSURE:=A}"                # exposure of experts: that of A (equal shares, as in sequential and alternate) or B
 : "${LAUNCH:=python}"             # e.g. "torchrun --standalone --nproc-per-node=8"
 : "${TRAIN:=}" "${EVALUATE:=}" "${ANALYZE:=}"  # more options for train.py, evaluate.py, analyze.py
 : "${SEQUENTIAL:=}"               # more options for the sequential cells, e.g. "--eval-every N" for their task matrix
-: "${JOBS:=1}"                    # cells at once, each a process of its own
+: "${JOBS:=1}"                    # number of parallel cells
 : "${CELL:=${SLURM_ARRAY_TASK_ID:-}}"
 
 [ -z "$MODEL" ] || BACKBONES=$MODEL
@@ -46,7 +46,7 @@ exposure() {  # images of domain $3 in the unified run of backbone $1, seed $2
     python -c 'import json, sys; print(json.load(open(sys.argv[1]))["facts"]["counts"][sys.argv[2]])' "$config" "$3"
 }
 
-run_cell() {  # called where `set -e` is off: every step handles its own failure
+run_cell() {  # `set -e` is off here: every step handles its failure
     local run options images=$IMAGES code=0 network=(--backbone "$1" --size "$SIZE")
     [ -z "$MODEL" ] || network=(--model "$MODEL")
     run=$(folder "$@")
@@ -62,14 +62,14 @@ run_cell() {  # called where `set -e` is off: every step handles its own failure
         rm -f "$run/STOP"
         $LAUNCH train.py "${network[@]}" --seed "$2" --data "$DATA" --out "$run" --resume \
             "${options[@]}" $TRAIN || code=$?
-        # torchrun turns every exit code of its processes into 1: a run that was asked to stop is known by its STOP file
+        # torchrun turns every exit code into 1: the STOP file marks a stopped run
         [ $code = 0 ] || [ ! -e "$run/STOP" ] || code=75
         [ $code = 0 ] || return $code
     fi
     [ "$run/eval/results.json" -nt "$run/done.json" ] || python evaluate.py --run "$run" \
-        --cache "$OUT/embeddings" $EVALUATE || return  # the untouched backbone is embedded once for all cells
+        --cache "$OUT/embeddings" $EVALUATE || return  # all cells share the embeddings of the untouched backbone
     case $3 in
-        *-*) ;;  # an expert has one task: nothing to transfer
+        *-*) ;;  # an expert has one task
         *) [ "$run/analysis/analysis.json" -nt "$run/eval/results.json" ] || python analyze.py --run "$run" \
             --cache "$OUT/embeddings" $ANALYZE ;;
     esac
@@ -95,13 +95,13 @@ for path in sorted(out.glob("*/eval/results.json")):
             cell = name if weights == "tuned" else f"{network}, untouched"
             values[cell][f"{domain}/{split} {row.metric}"].append(100 * row.value)
 if not values:
-    sys.exit(f"error: {out}: no evaluated run in it yet")
-columns = list(dict.fromkeys(column for found in values.values() for column in found))
-lines = ["Percent; over several seeds the mean (least, greatest).", "", f"| | {' | '.join(columns)} |",
+    sys.exit(f"error: {out}: no evaluated run yet")
+columns = list(dict.fromkeys(column for scores in values.values() for column in scores))
+lines = ["Percent; over several seeds: mean (minimum, maximum).", "", f"| | {' | '.join(columns)} |",
          "| --- |" + " --- |" * len(columns)]
-for cell, found in values.items():
+for cell, scores in values.items():
     shown = [f"{sum(v) / len(v):.1f}" + (f" ({min(v):.1f}, {max(v):.1f})" if min(v) < max(v) else "") if v else ""
-             for v in (found[column] for column in columns)]
+             for v in (scores[column] for column in columns)]
     lines.append(f"| {cell} | {' | '.join(shown)} |")
 (out / "summary.md").write_text("\n".join(lines) + "\n")
 print("\n".join(lines))
@@ -112,7 +112,7 @@ PYTHON
 [[ $SEEDS =~ ^[0-9\ ]+$ ]] || refuse "SEEDS=$SEEDS: want whole numbers"
 [[ $IMAGES =~ ^[1-9][0-9]*$ ]] || refuse "IMAGES=$IMAGES: want a whole number of images"
 [[ $EXPOSURE =~ ^[AB]$ ]] || refuse "EXPOSURE=$EXPOSURE: want A or B"
-[[ $JOBS =~ ^[1-9][0-9]*$ ]] || refuse "JOBS=$JOBS: want the number of cells to run at once"
+[[ $JOBS =~ ^[1-9][0-9]*$ ]] || refuse "JOBS=$JOBS: want a number of parallel cells"
 grid=()
 while read -r cell; do grid+=("$cell"); done < <(cells)
 if [ -n "$CELL" ]; then
@@ -123,9 +123,9 @@ case ${1:-} in
     summary) summarise; exit ;;
     ?*) refuse "$1: no such command; want list, summary or nothing" ;;
 esac
-if [ -z "$CELL" ] && [ "$JOBS" -gt 1 ]; then  # cells that are incomplete after this are retried below
+if [ -z "$CELL" ] && [ "$JOBS" -gt 1 ]; then  # incomplete cells are retried below
     export BACKBONES SEEDS DOMAINS SCHEDULES MATCH IMAGES EXPOSURE LAUNCH TRAIN EVALUATE ANALYZE SEQUENTIAL DATA OUT SIZE MODEL
-    # xargs stops at an exit code of 255: after one cell was asked to stop, no other is started
+    # 255 ends xargs: after a cell was stopped, no other is started
     printf '%s\n' "${!grid[@]}" | xargs -P "$JOBS" -I{} bash -c 'CELL={} "$0" || { [ $? != 75 ] || exit 255; }' "$0" ||
         exit 75
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepare a folder of real sets in the layouts below into one data root:
+# Prepare real data sets, in the layouts below, into one data root:
 #   scripts/prepare_real.sh SOURCE DATA_ROOT [SIZE] [OBJECT_SIZE]
 #   SOURCE/face_hq/{train,test}/<Name>/<Name>_0001.jpg and face_hq/pairs.txt (LFW format); face_lq the same
 #   SOURCE/body/{bounding_box_train,bounding_box_test,query} (Market-1501 names)
@@ -20,7 +20,7 @@ for part in train val; do
     python -m data_prep folder --src "$src/object/$part" --names "$src/object/classes.txt" --size "$object_size" \
         --out "$data/object/$part"
 done
-# class means and neighbours come from the photographs, on which the others are the shift
+# class means and neighbours come from photographs; the other styles are the distribution shift
 prepare folder --src "$src/ood_pacs/photo" --reference pacs-photo --ood --out "$data/object/pacs-photo"
 for kind in art_painting cartoon sketch; do
     prepare folder --src "$src/ood_pacs/$kind" --reference pacs-photo --ood --out "$data/object/pacs-$kind"

@@ -1,20 +1,18 @@
 #!/usr/bin/env bash
-# The small-scale study: one small backbone is fine-tuned on all four tasks by schedules A and B, one task after another
-# (sequential), one task a step in turn (alternate), and on each task alone (experts, matched in images and in exposure).
-# Every run is evaluated and analysed; the verdicts on the abstract's claims are in OUT/claims.md, the scores in
-# OUT/summary.md and OUT/comparison.
+# The small-scale study: scripts/grid.sh with one small backbone (schedules A, B, sequential, alternate; experts matched in
+# images and in exposure). Verdicts on the abstract's claims: OUT/claims.md; scores: OUT/summary.md and OUT/comparison.
 #   scripts/study.sh DATA_ROOT WEIGHTS
 # DATA_ROOT   prepared splits: face_hq, face_lq, body and object, each with a train split (see scripts/prepare_real.sh)
 # WEIGHTS     safetensors file of MODEL
 # FORM=full     three seeds, 112 pixels, 900 steps of 64 images: for a GPU
 # FORM=reduced  one seed, 96 pixels, 300 steps: for two CPU cores within an hour (default without a GPU)
-# Complete cells are skipped, so that the same command continues after a stop. The environment variables of
-# scripts/grid.sh (SEEDS, IMAGES, JOBS, OUT, ...) work here, too.
+# After a stop, the same command continues. The environment variables of scripts/grid.sh (SEEDS, IMAGES, JOBS, OUT, ...)
+# also apply.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# = 2 ] || { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2; }
 for domain in face_hq face_lq body object; do
-    [ -e "$1/$domain/train/index.json" ] || { echo "error: $1: no $domain/train there; see scripts/prepare_real.sh" >&2; exit 2; }
+    [ -e "$1/$domain/train/index.json" ] || { echo "error: $1 has no $domain/train; see scripts/prepare_real.sh" >&2; exit 2; }
 done
 [ -f "$2" ] || { echo "error: $2: no such file of weights" >&2; exit 2; }
 case $2 in *[[:space:]]*) echo "error: $2: spaces in the path; move the file, or link to it" >&2; exit 2 ;; esac
@@ -27,8 +25,7 @@ case $FORM in
 esac
 : "${OUT:=runs/study}"
 export SEEDS IMAGES JOBS OUT OMP_NUM_THREADS
-# A small backbone and few images: other learning rates, scale and margins than the defaults, no layer-wise decay; the
-# same for every cell.
+# For a small backbone and few images: other learning rates, scale and margins, no layer-wise decay; the same in all cells.
 export TRAIN="--weights $2 --image-size $SIDE --batch 64 --lr 2e-4 --head-lr 1e-3 --layer-decay 1 --margin-ramp 0.3
     --crop-scale object=0.5,face_hq=0.9,face_lq=0.9,body=0.7 --loss cosface:m=0.2,s=32;object=softmax:s=30
     --cache ram --workers 0 ${TRAIN:-}"
