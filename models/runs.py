@@ -91,12 +91,12 @@ class Ranks:
         self.any(False)
 
 
-def watch_parent(parent: int, patience: float = 120.0) -> None:
+def watch_parent(parent: int) -> None:
     """End a rank whose torchrun was killed, by SIGTERM, so that a run saves first."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(patience)  # within a collective that others have left, the signal is never handled
+    time.sleep(120)  # within a collective that others have left, the signal is never handled
     os._exit(128 + signal.SIGTERM)
 
 

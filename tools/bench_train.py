@@ -29,59 +29,56 @@ def bench_steps(train: ModuleType, job, rounds: int, count: int) -> dict[str, li
     `rounds` rounds of `count` steps each. The first steps of a round, whose batches the loader has prefetched, are not
     counted. On a GPU the steps of a round are timed together, because they overlap as in training.
     """
-    feed = train.make_feed(job)
+    feed, log = train.make_feed(job), TrainingLog(
+        job.folder, {s.domain: len(s) for s in job.splits}, job.plan, job.ranks, job.tally)
+    forward, cuda = train.make_forward(job).train(), job.device.type == "cuda"
     feed.start(0)
-    passes = feed.passes
-    log = TrainingLog(job.folder, {s.domain: len(s) for s in job.splits}, job.plan, job.ranks, job.tally)
-    forward, step = train.make_forward(job), itertools.count()
-    measured: dict[str, list] = {"real": [], "fixed": [], "bare": [], "log": []}
-    forward.train()
 
-    def batches(now: int) -> Iterator[tuple]:
-        return feed.next_step(functools.partial(job.head.draw_classes, now) if job.head.samples_classes else None)
+    def batches(step: int) -> Iterator[tuple]:
+        return feed.next_step(functools.partial(job.head.draw_classes, step) if job.head.samples_classes else None)
 
     fixed = [tuple(v.clone() for v in batch) for batch in batches(0)]
-    drawn_rows = job.head.step_rows
-    first_step = round(job.options.head_warmup * job.steps) + job.steps // 2  # after the warm-up of the head
+    drawn_rows, totals = job.head.step_rows, []
 
-    def bare() -> None:
+    def real_step(step: int) -> None:
+        totals.append(train.take_step(job, forward, batches(step), step, feed.passes))
+
+    def fixed_step(step: int) -> None:
+        job.head.step_rows = drawn_rows
+        totals.append(train.take_step(job, forward, iter(fixed), step, feed.passes))
+
+    def bare_step(_: int) -> None:
         for number, (images, *_) in enumerate(fixed, 1):  # one sum over the ranks per step, as in training
-            with contextlib.nullcontext() if number == passes or job.ranks.world == 1 else forward.no_sync():
+            with contextlib.nullcontext() if number == feed.passes or job.ranks.world == 1 else forward.no_sync():
                 forward(images).float().sum().backward()
         job.optimizer.step()
         job.optimizer.zero_grad(set_to_none=True)
 
-    def real(now: int) -> None:
-        window.append(train.take_step(job, forward, batches(now), now, passes))
+    first_step = round(job.options.head_warmup * job.steps) + job.steps // 2  # after the warm-up of the head
+    numbers = itertools.count()
 
-    def again(now: int) -> None:
-        job.head.step_rows = drawn_rows
-        window.append(train.take_step(job, forward, iter(fixed), now, passes))
-
-    def timed(run: Callable, times: int = 1) -> float:
+    def timed(run: Callable[[int], None], steps: int) -> float:
         start = time.perf_counter()
-        for _ in range(times):
-            run()
-        if job.device.type == "cuda":
+        for _ in range(steps):
+            run(min(first_step + next(numbers) % 8, job.steps - 1))
+        if cuda:
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / times
+        return (time.perf_counter() - start) / steps
 
-    def next_step(kind: str) -> None:
-        now = min(first_step + next(step) % 8, job.steps - 1)
-        {"real": real, "bare": lambda _: bare(), "fixed": again}[kind](now)
+    def log_line(_: int) -> None:
+        log.write(totals, first_step + 1, train.rates_of(job, first_step), job.health, 0)
 
-    store = 4 * max(job.options.workers, 1) // passes + 1
-    window: list[dict] = []
-    for _ in tqdm(range(rounds + 1), desc="rounds (the first warms up)", disable=None):
-        for kind, skip in (("real", store), ("fixed", 1), ("bare", 1)):
-            run = functools.partial(next_step, kind)
-            timed(run, skip)
-            together = count if job.device.type == "cuda" else 1
-            measured[kind].append([timed(run, together) for _ in range(count // together)])
-        write = functools.partial(log.write, window, first_step + 1, train.rates_of(job, first_step), job.health, 0)
-        measured["log"].append([timed(write)])
-        window.clear()
-    return {kind: [seconds for turn in turns[1:] for seconds in turn] for kind, turns in measured.items()}
+    prefetched, together = 4 * max(job.options.workers, 1) // feed.passes + 1, count if cuda else 1
+    measured: dict[str, list[float]] = {"real": [], "fixed": [], "bare": [], "log": []}
+    for number in tqdm(range(rounds + 1), desc="rounds (the first warms up)", disable=None):
+        for kind, run, warm_up in (("real", real_step, prefetched), ("fixed", fixed_step, 1), ("bare", bare_step, 1)):
+            timed(run, warm_up)
+            seconds = [timed(run, together) for _ in range(count // together)]
+            measured[kind] += seconds if number else []
+        seconds = timed(log_line, 1)
+        measured["log"] += [seconds] if number else []
+        totals.clear()
+    return measured
 
 
 def bench_run(train: ModuleType, options, rounds: int, count: int, path: Path | None) -> int:

@@ -70,7 +70,7 @@ def describe(program: str, group: click.Group) -> Iterator[str]:
         shared = {key: value for key, value in every[0].items()  # one source may read a URL
                   if sum(one.get(key) == value for one in every) >= len(every) - 1}
         known |= shared
-        yield from ("", "### Every source", *table(shared))
+        yield from ("", "### Every source", "", "The sources below also take these options.", *table(shared))
     for name, command in group.commands.items():
         options = options_of(command)
         arguments = [p for p in command.params if isinstance(p, click.Argument)]
@@ -78,9 +78,7 @@ def describe(program: str, group: click.Group) -> Iterator[str]:
         again = [key.split("`")[1].split(",")[0] for key, value in options.items() if known.get(key) == value]
         yield from ("", f"### {program} {name} {usage}".rstrip(), "", " ".join((command.help or "").split()))
         yield from table({key: value for key, value in options.items() if known.get(key) != value})
-        if command in sources:
-            yield from ("", "And the options of every source.")
-        elif again:
+        if again and command not in sources:
             yield from ("", "As above: " + ", ".join(f"`{option}`" for option in again) + ".")
 
 
