@@ -1,9 +1,9 @@
-# make demo   sets up, then prepare -> train -> evaluate -> analyze on a corpus drawn by the project itself (CPU, minutes)
-# make test   sets up, then runs the tests
-# make lint   ruff
-# make gpu-check  on a machine with a GPU: the kernels' tests, their benchmarks at the sizes of the goals, the verdict
-#                 (with a Python of your own that has torch, triton, click, pytest: make gpu-check PY=python3 READY=)
-# PIP_ARGS is handed to pip, e.g. for the smaller CPU build of torch on a laptop:
+# make demo       all stages on a synthetic corpus (CPU, minutes)
+# make test       the tests
+# make lint       ruff
+# make gpu-check  on a machine with a GPU: tests and benchmarks of the kernels against their goals
+#                 (another Python with torch, triton, click, pytest: make gpu-check PY=python3 READY=)
+# Each sets up .venv first. PIP_ARGS is passed to pip, e.g. for the smaller CPU build of torch:
 #   make demo PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
 
 PYTHON ?= python3
@@ -15,7 +15,6 @@ READY := .venv/.ready
 .PHONY: setup demo test lint gpu-check clean-demo
 setup: $(READY)
 
-# Made again only when a requirements file changes.
 $(READY): requirements.txt requirements-dev.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) is older than Python 3.11; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }

@@ -1,1 +1,1 @@
-"""The operations that the project is built around, each with its plain PyTorch definition beside it."""
+"""Fused operations, each with its definition in plain PyTorch in the same file."""

@@ -1,13 +1,9 @@
 """Benchmarks of the kernels: `python -m kernels.bench [margin|gather|compile|check] [--csv FILE]`.
 Copy with it: kernels/.
 
-    margin    the multi-domain margin loss against what a user would write: forward, backward, both
-    gather    the interleaved gather against indexing and normalising in PyTorch, and against plain copies
-    compile   lower every launch of the Triton kernels for sm_80 and sm_90 (needs no GPU): registers, spills, overlap
-    check     on a GPU: the sizes that the goals name, with the verdict
-
-A row has median, 20th and 80th percentile, peak memory beyond inputs and gradients, and the ceilings measured in the
-same run: products (TFLOP/s) and copies (GB/s). Its floor is max(products at the one, least bytes at the other).
+A row holds median, 20th and 80th percentile of the time, peak memory beyond inputs and gradients, and two ceilings
+measured in the same run: TFLOP/s of a matrix product and GB/s of a copy. Its floor is the larger of the operations at
+the first and the fewest possible bytes at the second.
 """
 
 import csv
@@ -37,37 +33,37 @@ from .margin_plan import make_plan
 
 DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}  # of embeddings and pixels
 LAYOUTS = ("one", "four", "shares")
-OUTSIDE = "cut cross-entropy, no margin"
+CUT_CROSS_ENTROPY = "cut cross-entropy, no margin"
 LOOK = {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}
 
 # ---------------------------------------------------------------- the harness
 
 
 def measure(run: Callable, device: torch.device, seconds: float, prepare: Callable = lambda: None) -> dict:
-    """median_ms, p20_ms, p80_ms of calls over `seconds`, after two that are not counted (they compile and allocate)."""
-    found: list[float] = []
+    """median_ms, p20_ms, p80_ms of calls over `seconds`, after two warm-up calls."""
+    times: list[float] = []
     for call in range(200):
         prepare()
         if device.type == "cuda":
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before.record()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
             run()
-            after.record()
+            end.record()
             torch.cuda.synchronize()
-            spent = before.elapsed_time(after)
+            elapsed = start.elapsed_time(end)
         else:
             tick = time.perf_counter()
             run()
-            spent = 1e3 * (time.perf_counter() - tick)
+            elapsed = 1e3 * (time.perf_counter() - tick)
         if call >= 2:
-            found.append(spent)
-        if len(found) >= 3 and sum(found) > 1e3 * seconds:
+            times.append(elapsed)
+        if len(times) >= 3 and sum(times) > 1e3 * seconds:
             break
-    return {f"{name}_ms": float(np.percentile(found, q)) for name, q in (("median", 50), ("p20", 20), ("p80", 80))}
+    return {f"{name}_ms": float(np.percentile(times, q)) for name, q in (("median", 50), ("p20", 20), ("p80", 80))}
 
 
 def peak_memory(run: Callable, device: torch.device) -> float:
-    """MiB that one call has in use at its peak beyond what is in use before it."""
+    """Peak memory of one call in MiB, beyond that in use before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -79,15 +75,15 @@ def peak_memory(run: Callable, device: torch.device) -> float:
     def status(field: str) -> float:
         return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed would hide what this one needs (glibc)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here (Linux)
+    ctypes.CDLL(None).malloc_trim(0)  # else memory freed by earlier calls is reused unseen (glibc)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (Linux)
     before = status("VmRSS")
     run()
     return status("VmHWM") - before
 
 
 def ceilings(device: torch.device) -> dict:
-    """Best TFLOP/s of a large product in the dtype of the benchmark, and GB/s (read + written) of a large copy."""
+    """TFLOP/s of a large matrix product in the dtype of the benchmark, and GB/s (read + written) of a large copy."""
     side, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
     a = torch.randn(side, side, device=device).to(DTYPE[device.type])
     source = torch.empty(size, dtype=torch.uint8, device=device)
@@ -97,8 +93,8 @@ def ceilings(device: torch.device) -> dict:
     return {"ceiling_tflops": 2 * side**3 / product / 1e9, "ceiling_gbs": 2 * size / copy / 1e6}
 
 
-def say(row: dict) -> dict:
-    """Print one line of the table and return it."""
+def print_row(row: dict) -> dict:
+    """Print a row and return it."""
     shape = " ".join(f"{key}={row[key]}" for key in ("N", "C", "D", "B", "S", "layout", "form") if key in row)
     line = f"{row['impl']:28} {shape:42} "
     if "median_ms" in row:
@@ -122,25 +118,25 @@ def write_csv(path: Path | None, rows: list[dict]) -> None:
 
 
 def layout(name: str, N: int, C: int) -> tuple[list[tuple[int, int]], torch.Tensor]:
-    """Class ranges and domains [N]: "one" domain, "four" equal ones, or realistic "shares" of the classes."""
-    # object, face_hq, face_lq, body: a thousand object classes, thousands of people, the bulk in face_hq
+    """Class ranges and domains [N] of "one" domain, "four" equal ones, or four with realistic "shares" of classes."""
+    # object: up to 1,000 classes; most of the others are face_hq
     small = [max(min(1000, C // 10), 2), max(C // 50, 2), max(C // 100, 2)]
     sizes = {"one": [C], "four": [C // 4] * 4, "shares": [small[0], C - sum(small), *small[1:]]}[name]
     ends = np.cumsum(sizes).tolist()
     ranges = [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-    return ranges, torch.arange(N) % len(ranges)  # interleaved, as schedule B has it
+    return ranges, torch.arange(N) % len(ranges)  # interleaved, as in schedule B
 
 
 def eager(x, w, labels, rows_of, ranges, domains, s=64.0, m=0.5):
-    """What a user would write: a loop over the domains, s cos(θ + m) at the label, on a GPU under autocast."""
+    """The straightforward form: a loop over domains, s cos(θ + m) at the label; on a GPU under autocast."""
     total = x.new_zeros((), dtype=torch.float32)
     for rows, (start, end) in zip(rows_of, ranges, strict=True):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             cos = F.linear(F.normalize(x[rows]), F.normalize(w[start:end]))
-            own = torch.arange(len(cos), device=cos.device), labels[rows]
-            t = cos[own].float().clamp(-1 + 1e-6, 1 - 1e-6)
-            turned = t * math.cos(m) - (1 - t * t).sqrt() * math.sin(m)
-            logits = s * cos.index_put(own, turned.to(cos.dtype))
+            target = torch.arange(len(cos), device=cos.device), labels[rows]
+            t = cos[target].float().clamp(-1 + 1e-6, 1 - 1e-6)
+            with_margin = t * math.cos(m) - (1 - t * t).sqrt() * math.sin(m)
+            logits = s * cos.index_put(target, with_margin.to(cos.dtype))
             total = total + F.cross_entropy(logits.float(), labels[rows])
     return total / len(ranges)
 
@@ -158,7 +154,7 @@ def implementations(device: torch.device, with_compile: bool) -> dict[str, Calla
         table["eager, compiled"] = torch.compile(eager, dynamic=False)
     if on_gpu and find_spec("cut_cross_entropy"):
         from cut_cross_entropy import linear_cross_entropy
-        table[OUTSIDE] = lambda x, w, labels, *_: linear_cross_entropy(x, w.to(x.dtype), labels)
+        table[CUT_CROSS_ENTROPY] = lambda x, w, labels, *_: linear_cross_entropy(x, w.to(x.dtype), labels)
     return table
 
 
@@ -174,15 +170,15 @@ def margin_rows(device, N, C, D, name, table, seconds, ceiling) -> Iterator[dict
     pairs = sum(len(rows) * (end - start) for rows, (start, end) in zip(rows_of, ranges, strict=True))
     gradients = x.numel() * x.element_size() + w.numel() * 4
     for kind, loss in table.items():
-        row, held = {"op": "margin", "impl": kind, "N": N, "C": C, "D": D, "layout": name}, []
-        if kind == OUTSIDE and name != "one":
+        row, graph = {"op": "margin", "impl": kind, "N": N, "C": C, "D": D, "layout": name}, []
+        if kind == CUT_CROSS_ENTROPY and name != "one":
             continue
 
-        def forward(loss=loss, held=held):
-            held[:] = [loss(x, w, labels, rows_of, ranges, domains)]
+        def forward(loss=loss, graph=graph):
+            graph[:] = [loss(x, w, labels, rows_of, ranges, domains)]
 
-        def backward(held=held):
-            held.pop().backward()
+        def backward(graph=graph):
+            graph.pop().backward()
 
         def clear():
             x.grad = w.grad = None
@@ -191,7 +187,7 @@ def margin_rows(device, N, C, D, name, table, seconds, ceiling) -> Iterator[dict
             forward()
             backward()
 
-        def ready(forward=forward):
+        def prepare_backward(forward=forward):
             clear()
             forward()
 
@@ -202,15 +198,16 @@ def margin_rows(device, N, C, D, name, table, seconds, ceiling) -> Iterator[dict
             continue
         clear()
         extra = peak_memory(both, device) - gradients / 2**20
-        for phase, run, prepare, products, moves in (("forward", forward, clear, 1, 1),
-                                                     ("backward", backward, ready, 3, 2), ("both", both, clear, 4, 3)):
-            found = measure(run, device, seconds, prepare)
-            flops, least = 2 * pairs * D * products, w.numel() * 4 * moves + 3 * N * D * x.element_size()
-            yield row | found | ceiling | {
-                "phase": phase, "extra_MiB": max(extra, 0.0), "tflops": flops / found["median_ms"] / 1e9,
-                "gbs": least / found["median_ms"] / 1e6,
+        for phase, run, prepare, products, passes in (
+                ("forward", forward, clear, 1, 1), ("backward", backward, prepare_backward, 3, 2),
+                ("both", both, clear, 4, 3)):
+            times = measure(run, device, seconds, prepare)
+            flops, least = 2 * pairs * D * products, w.numel() * 4 * passes + 3 * N * D * x.element_size()
+            yield row | times | ceiling | {
+                "phase": phase, "extra_MiB": max(extra, 0.0), "tflops": flops / times["median_ms"] / 1e9,
+                "gbs": least / times["median_ms"] / 1e6,
                 "floor_ms": max(flops / ceiling["ceiling_tflops"] / 1e9, least / ceiling["ceiling_gbs"] / 1e6)}
-        held.clear()  # what a timed forward pass has left
+        graph.clear()  # of the last timed forward pass
         clear()
 
 
@@ -218,17 +215,17 @@ def margin_rows(device, N, C, D, name, table, seconds, ceiling) -> Iterator[dict
 
 
 def gather_rows(device, B, S, seconds, ceiling) -> Iterator[dict]:
-    """Crop, resample and normalise B images of four banks; banks and outputs change with every call (cold L2)."""
+    """Crop, resample and normalise B images of four banks larger than the L2 cache, in four batches."""
     on_gpu, dtype = device.type == "cuda", DTYPE[device.type]
-    count = max(2 * B, math.ceil((2**28 if on_gpu else 2**26) / (3 * S * S)))  # images: more than any L2 cache holds
+    count = max(2 * B, math.ceil((2**28 if on_gpu else 2**26) / (3 * S * S)))  # images
     g = torch.Generator().manual_seed(0)
     banks = [torch.randint(0, 256, (count // 4 + 1, S, S, 3), dtype=torch.uint8, device=device) for _ in range(4)]
-    turns = []
+    batches = []
     for _ in range(4):
         corner = torch.rand(B, 2, generator=g) * 0.3 * S
         boxes = torch.cat([corner, corner + (0.4 + 0.3 * torch.rand(B, 2, generator=g)) * S], 1)
         row, flip = torch.randint(0, count // 4, (B,), generator=g), torch.rand(B, generator=g) < 0.5
-        turns.append([v.to(device) for v in (torch.arange(B) % 4, row, boxes, flip)])
+        batches.append([v.to(device) for v in (torch.arange(B) % 4, row, boxes, flip)])
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in LOOK.values())
 
     def ours(impl, interpolation, domain, row, boxes, flip):
@@ -236,7 +233,7 @@ def gather_rows(device, B, S, seconds, ceiling) -> Iterator[dict]:
                                   interpolation=interpolation)
 
     def plain(domain, row, boxes, flip):
-        """No resampling: index_select per domain, cast, scale, normalise, flip, put in place."""
+        """Without resampling: index_select per domain, cast, normalise, flip, write."""
         out = torch.empty(B, 3, S, S, dtype=dtype, device=device, memory_format=torch.channels_last)
         for k, bank in enumerate(banks):
             x = (bank.index_select(0, row[k::4]).permute(0, 3, 1, 2).to(torch.float32) / 255 - mean) / std
@@ -248,38 +245,38 @@ def gather_rows(device, B, S, seconds, ceiling) -> Iterator[dict]:
     least = B * S * S * 3 * (1 + dtype.itemsize)
     for impl, form, function in [("eager", "copy", plain), *forms]:
 
-        def all_turns(function=function):
-            for turn in turns:
-                function(*turn)
+        def all_batches(function=function):
+            for batch in batches:
+                function(*batch)
 
-        run = all_turns
-        if impl == "triton":  # without the time of launching; plain PyTorch looks at indices, which no graph can hold
-            all_turns()
+        run = all_batches
+        if impl == "triton":  # without launch overhead; plain PyTorch synchronises, which no graph can capture
+            all_batches()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                all_turns()
+                all_batches()
             run = graph.replay
-        found = {key: value / len(turns) for key, value in measure(run, device, seconds).items()}
-        yield {"op": "gather", "impl": impl, "form": form, "B": B, "S": S} | found | ceiling | {
-            "gbs": least / found["median_ms"] / 1e6, "floor_ms": least / ceiling["ceiling_gbs"] / 1e6}
+        times = {key: value / len(batches) for key, value in measure(run, device, seconds).items()}
+        yield {"op": "gather", "impl": impl, "form": form, "B": B, "S": S} | times | ceiling | {
+            "gbs": least / times["median_ms"] / 1e6, "floor_ms": least / ceiling["ceiling_gbs"] / 1e6}
 
 
 # ---------------------------------------------------------------- goals
 
 
 def planned(N: int, C: int, D: int, name: str) -> float:
-    """MiB that the plan of a call in bf16 takes beyond inputs and gradients, a tenth and the embeddings' share more."""
+    """Allowed MiB of a bf16 call beyond inputs and gradients: its plan, a tenth more, and the temporaries of dx."""
     plan = make_plan(N, D, tuple(layout(name, N, C)[0]), torch.bfloat16, torch.float32, "high", 132)
-    return 1.1 * plan.workspace(C) / 2**20 + 4 * N * D * 4 / 2**20 + 2  # dx is made from four tensors of its size
+    return 1.1 * plan.workspace(C) / 2**20 + 4 * N * D * 4 / 2**20 + 2  # four tensors of the size of dx
 
 
 def verdicts(device: torch.device, seconds: float) -> tuple[list[dict], list[tuple[str, str, bool]]]:
-    """Rows and (goal, what was measured, met) for the sizes that the goals name."""
+    """Rows of the benchmark and (goal, measured value, met) for the sizes of the goals."""
     ceiling, rows, goals, table = ceilings(device), [], [], implementations(device, True)
     for N, C, D, name in ((1024, 100_000, 768, "one"), (1024, 100_000, 768, "four"), (1024, 100_000, 768, "shares"),
                           (256, 10_000, 384, "four"), (1024, 10_000, 768, "one"), (4096, 600_000, 768, "four")):
-        rows += map(say, margin_rows(device, N, C, D, name, table, seconds, ceiling))
+        rows += map(print_row, margin_rows(device, N, C, D, name, table, seconds, ceiling))
     left, right = (torch.randn(n, 768, device=device).to(torch.bfloat16) for n in (1024, 100_000))
     product = measure(lambda: left @ right.T, device, seconds)["median_ms"]
     both = {(r["N"], r["C"], r["layout"], r["impl"]): r for r in rows if r["phase"] == "both"}
@@ -288,23 +285,24 @@ def verdicts(device: torch.device, seconds: float) -> tuple[list[dict], list[tup
     ratio = both[1024, 100_000, "four", "triton"]["median_ms"] / both[1024, 100_000, "four", "triton"]["floor_ms"]
     goals.append(("four domains of 25k <= 2 x the floor", f"{ratio:.2f} x", ratio <= 2))
     for (N, C, name, impl), row in both.items():
-        mine = both[N, C, name, "triton"]
-        if impl in ("triton", "torch") or "median_ms" not in row:  # what does not fit is beaten
+        triton = both[N, C, name, "triton"]
+        if impl in ("triton", "torch") or "median_ms" not in row:  # baselines that run out of memory
             continue
-        ratio = row["median_ms"] / mine["median_ms"]
+        ratio = row["median_ms"] / triton["median_ms"]
         goals.append((f"as fast as {impl}, N={N} C={C} {name}", f"{ratio:.2f} x", ratio >= 1))
         if impl == "eager":
-            most, extra = planned(N, C, mine["D"], name), mine["extra_MiB"]
+            most, extra = planned(N, C, triton["D"], name), triton["extra_MiB"]
             goals.append((f"extra memory <= {most:.0f} MiB, N={N} C={C} {name}", f"{extra:.0f} MiB (eager: "
                           f"{row['extra_MiB']:.0f})", extra <= most))
-    rows += map(say, margin_rows(device, 4096, 2_200_000, 1024, "one", {"triton": table["triton"]}, seconds, ceiling))
+    largest = margin_rows(device, 4096, 2_200_000, 1024, "one", {"triton": table["triton"]}, seconds, ceiling)
+    rows += map(print_row, largest)
     extra = rows[-1].get("extra_MiB", math.inf)
     goals.append(("N=4096 C=2.2M D=1024 within 1 GB beyond W and dW", f"{extra:.0f} MiB", extra <= 1000))
     for B in (256, 1024):
-        found = list(map(say, gather_rows(device, B, 224, seconds, ceiling)))
-        rows += found
-        for ms, form in ((row["median_ms"], row["form"]) for row in found if row["impl"] == "triton"):
-            most = B / 1024 * {"bilinear": 0.5, "bicubic": 1.0}[form]  # 4 and 16 loads of a byte for a number
+        measured = list(map(print_row, gather_rows(device, B, 224, seconds, ceiling)))
+        rows += measured
+        for ms, form in ((row["median_ms"], row["form"]) for row in measured if row["impl"] == "triton"):
+            most = B / 1024 * {"bilinear": 0.5, "bicubic": 1.0}[form]  # 4 and 16 byte loads per output value
             goals.append((f"gather, {form}, B={B} S=224 <= {most} ms", f"{ms:.3f} ms", ms <= most))
     return rows, goals
 
@@ -312,20 +310,20 @@ def verdicts(device: torch.device, seconds: float) -> tuple[list[dict], list[tup
 # ---------------------------------------------------------------- command line
 
 
-@click.group(context_settings={"show_default": True, "max_content_width": 120}, help=__doc__)
+@click.group(context_settings={"show_default": True, "max_content_width": 120}, help=__doc__.partition("\n")[0])
 def cli() -> None:
     pass
 
 
-PATH = click.option("--csv", "path", type=click.Path(path_type=Path), help="File to write the table to.")
-SECONDS = click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.5, help="Time for every row.")
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where to run.")
+PATH = click.option("--csv", "path", type=click.Path(path_type=Path), help="CSV file to write.")
+SECONDS = click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.5, help="Time per measurement.")
+DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Device.")
 
 
 def begin(device: str) -> tuple[torch.device, dict]:
-    """The device, and what its rows say of where they come from."""
+    """The device, and the columns that identify it: date, device, versions, commit."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise click.UsageError("--device cuda: there is no CUDA device here; use --device cpu")
+        raise click.UsageError("--device cuda: no CUDA device is available; use --device cpu")
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name() if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -335,17 +333,16 @@ def begin(device: str) -> tuple[torch.device, dict]:
     return place, source
 
 
-@cli.command(help="The margin loss against what a user would write.")
+@cli.command(help="The margin loss against eager and compiled PyTorch: forward, backward, both.")
 @PATH
 @DEVICE
 @SECONDS
-@click.option("--compile/--no-compile", "with_compile", help="Compare with torch.compile, too.")
+@click.option("--compile/--no-compile", "with_compile", help="Also compare with torch.compile.")
 @click.option("--samples", multiple=True, type=int, help="N (default: 256 1024 4096; on a CPU 256).")
-@click.option("--classes", multiple=True, type=int,
-              help="C (default: 1k 10k 100k 600k 2.2M; on a CPU 1k 10k 100k).")
+@click.option("--classes", multiple=True, type=int, help="C (default: 1k 10k 100k 600k 2.2M; on a CPU 1k 10k 100k).")
 @click.option("--width", "widths", multiple=True, type=int, help="D (default: 384 768 1024; on a CPU 384).")
 @click.option("--layout", "layouts", multiple=True, type=click.Choice(LAYOUTS), default=LAYOUTS,
-              help="One domain, four equal ones, realistic shares.")
+              help="One domain, four equal ones, or four of realistic shares.")
 def margin(path, device, seconds, with_compile, samples, classes, widths, layouts) -> None:
     device, source = begin(device)
     gpu, ceiling = device.type == "cuda", ceilings(device)
@@ -353,30 +350,30 @@ def margin(path, device, seconds, with_compile, samples, classes, widths, layout
     cases = itertools.product(widths or ((384, 768, 1024) if gpu else (384,)),
                               classes or (1000, 10_000, 100_000, *((600_000, 2_200_000) if gpu else ())),
                               samples or ((256, 1024, 4096) if gpu else (256,)), layouts)
-    write_csv(path, [source | say(row) for D, C, N, name in cases
+    write_csv(path, [source | print_row(row) for D, C, N, name in cases
                      for row in margin_rows(device, N, C, D, name, table, seconds, ceiling)])
 
 
-@cli.command(help="The interleaved gather against PyTorch and the copy ceiling.")
+@cli.command(help="The interleaved gather against PyTorch, and against copies without resampling.")
 @PATH
 @DEVICE
 @SECONDS
 @click.option("--batch", "batches", multiple=True, type=int, help="B (default: 64 256 1024; on a CPU 64).")
-@click.option("--size", "sizes", multiple=True, type=int, help="S in pixels (default: 112 224 448; on a CPU 112 224).")
+@click.option("--size", "sizes", multiple=True, type=int, help="S, pixels (default: 112 224 448; on a CPU 112 224).")
 def gather(path, device, seconds, batches, sizes) -> None:
     device, source = begin(device)
     gpu, ceiling = device.type == "cuda", ceilings(device)
     cases = itertools.product(sizes or ((112, 224, 448) if gpu else (112, 224)),
                               batches or ((64, 256, 1024) if gpu else (64,)))
-    write_csv(path, [source | say(row) for S, B in cases for row in gather_rows(device, B, S, seconds, ceiling)])
+    write_csv(path, [source | print_row(row) for S, B in cases for row in gather_rows(device, B, S, seconds, ceiling)])
 
 
-@cli.command("compile", help="Lower every launch of the Triton kernels, without a GPU.")
+@cli.command("compile", help="Compile every launch of the Triton kernels, without a GPU: registers, spills, overlap.")
 @PATH
 @click.option("--arch", "archs", multiple=True, type=click.Choice(["80", "90"]), default=["80", "90"],
-              help="Compute capability.")
+              help="Compute capability, x 10.")
 def compile_(path, archs) -> None:
-    os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are imported
+    os.environ.pop("TRITON_INTERPRET", None)  # read at the import of the kernels
     rows = [row for arch in archs for row in compile_kernels(int(arch))]
     widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
     for row in [{key: key for key in widths}, *rows]:
@@ -384,7 +381,7 @@ def compile_(path, archs) -> None:
     write_csv(path, rows)
 
 
-@cli.command(help="The goals, on this GPU: measured, and whether they are met; exit code 1 if one is missed.")
+@cli.command(help="Measure the goals on this GPU; exit code 1 if one is missed.")
 @PATH
 @SECONDS
 def check(path, seconds) -> None:
@@ -392,8 +389,8 @@ def check(path, seconds) -> None:
     rows, goals = verdicts(device, seconds)
     write_csv(path, [source | row for row in rows])
     print("\n| goal | measured | |\n|---|---|---|")
-    for goal, found, met in goals:
-        print(f"| {goal} | {found} | {'met' if met else 'MISSED'} |")
+    for goal, measured, met in goals:
+        print(f"| {goal} | {measured} | {'met' if met else 'MISSED'} |")
     raise SystemExit(0 if all(met for *_, met in goals) else 1)
 
 

@@ -1,4 +1,4 @@
-"""The interleaved gather: one normalised batch out of several banks of uint8 images, cropped, resized and flipped.
+"""The interleaved gather: crop, resize, flip and normalise images of several uint8 banks into one batch.
 Copy with it: for GPUs kernels/gather_triton.py, into one package.
 
 `gather_interleaved_reference` is the definition, the fallback on every device and the oracle of the tests.
@@ -10,13 +10,13 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-NONE = 2**31 - 1  # of a flag: no wrong place so far
+NO_ERROR = 2**31 - 1  # value of a flag in FLAGS
 
 # ---------------------------------------------------------------- reference
 
 
 def filter_weights(x: Tensor, interpolation: str) -> Tensor:
-    """The filter at a distance of x pixels: a triangle ("bilinear"), or Keys's cubic with a = -0.5 ("bicubic")."""
+    """The filter at distance x in pixels: a triangle ("bilinear"), or Keys's cubic with a = -0.5 ("bicubic")."""
     x = x.abs()
     if interpolation == "bilinear":
         return (1 - x).clamp(min=0)
@@ -27,9 +27,8 @@ def filter_weights(x: Tensor, interpolation: str) -> Tensor:
 def resample_weights(low: Tensor, high: Tensor, length: int, size: int, interpolation: str) -> Tensor:
     """Weights [b, size, length] that resample the interval low..high [b] of `length` pixels.
 
-    Pixel i covers i..i+1 and has its centre at i + 0.5. The filter is widened by the reduction factor where the
-    interval is larger than the output (antialiasing), and sees only the pixels that the interval touches: for a
-    whole-pixel box that equals cropping first.
+    Pixel i covers i..i+1. In a reduction, the filter is widened by its factor (antialiasing). Pixels that the interval
+    does not touch get no weight: for a whole-pixel box this equals cropping first.
     """
     step = ((high - low) / size)[:, None, None]
     centre = low[:, None, None] + (torch.arange(size, device=low.device)[:, None] + 0.5) * step
@@ -46,34 +45,34 @@ def gather_interleaved_reference(
 ) -> Tensor:
     """The definition of `gather_interleaved`, computed bank by bank in float32 (float64 for float64 output).
 
-    Each axis is one batched matrix product, over lines that hold their pixels' colours side by side as the banks do:
-    what lies last in memory is never three numbers wide, and the result is channels-last as it comes.
+    Each axis is one batched matrix product over lines of interleaved RGB, so that the innermost dimension is wide and
+    the result is channels-last without a copy.
     """
     work = torch.promote_types(dtype, torch.float32)
     device = banks[0].device
     out = torch.empty(len(domain), size, size * 3, dtype=dtype, device=device)
-    mean, std = (torch.as_tensor(v, dtype=work, device=device).repeat(size) for v in (mean, std))  # of a line
+    mean, std = (torch.as_tensor(v, dtype=work, device=device).repeat(size) for v in (mean, std))
     for k, bank in enumerate(banks):
-        places = (domain == k).nonzero().flatten()
-        if not len(places):
+        outputs = (domain == k).nonzero().flatten()
+        if not len(outputs):
             continue
-        x, (H, W) = bank[row[places]], bank.shape[1:3]  # [n, H, W, 3]
-        mirrored = None if flip is None else flip[places, None, None]
+        x, (H, W) = bank[row[outputs]], bank.shape[1:3]  # [n, H, W, 3]
+        mirror = None if flip is None else flip[outputs, None, None]
         if boxes is not None or (size, size) != (H, W):
-            whole = torch.tensor([0, 0, W, H], dtype=work, device=device).expand(len(places), 4)
-            x0, y0, x1, y1 = (whole if boxes is None else boxes[places].to(work)).unbind(1)
+            whole = torch.tensor([0, 0, W, H], dtype=work, device=device).expand(len(outputs), 4)
+            x0, y0, x1, y1 = (whole if boxes is None else boxes[outputs].to(work)).unbind(1)
             across, down = (resample_weights(*side, size, interpolation) for side in ((x0, x1, W), (y0, y1, H)))
             if flip is not None:
-                across = torch.where(mirrored, across.flip(1), across)
+                across = torch.where(mirror, across.flip(1), across)
             x = x.transpose(1, 2).to(work, memory_format=torch.contiguous_format)
-            with torch.autocast(device.type, enabled=False):  # the definition is as precise wherever it is called
+            with torch.autocast(device.type, enabled=False):  # a caller's autocast must not lower the precision
                 x = torch.bmm(across, x.flatten(2)).unflatten(2, (H, 3))  # [n, size, H, 3]
                 x = torch.bmm(down, x.transpose(1, 2).flatten(2))  # [n, size, size * 3]
             x = x.clamp(0, 255)  # the cubic overshoots
         else:
             x = x.to(work)
-            x = (x if flip is None else torch.where(mirrored[..., None], x.flip(2), x)).flatten(2)
-        out[places] = torch.addcmul(-mean / std, x, 1 / (255 * std)).to(dtype)  # (x / 255 - mean) / std
+            x = (x if flip is None else torch.where(mirror[..., None], x.flip(2), x)).flatten(2)
+        out[outputs] = torch.addcmul(-mean / std, x, 1 / (255 * std)).to(dtype)  # (x / 255 - mean) / std
     out = out.unflatten(2, (size, 3)).permute(0, 3, 1, 2)
     return out if channels_last else out.contiguous()
 
@@ -82,7 +81,7 @@ def gather_interleaved_reference(
 
 
 def check_shapes(banks, domain, row, boxes, flip, size, interpolation, dtype) -> None:
-    """Raise ValueError for what cannot be meant; values are not looked at."""
+    """Raise ValueError for invalid shapes, dtypes and names."""
     if not banks or any(bank.dtype != torch.uint8 or bank.ndim != 4 or bank.shape[3] != 3 for bank in banks):
         raise ValueError("banks: want a list of uint8 tensors [M, H, W, 3]")
     B = len(domain)
@@ -100,8 +99,8 @@ def check_places(banks, domain, row, boxes) -> None:
     if not len(domain):
         return
     sizes = torch.tensor([len(bank) for bank in banks], device=row.device)
-    known = (domain >= 0) & (domain < len(banks))
-    wrong = ~known | (row < 0) | (row >= sizes[domain.clamp(0, len(banks) - 1)])
+    exists = (domain >= 0) & (domain < len(banks))
+    wrong = ~exists | (row < 0) | (row >= sizes[domain.clamp(0, len(banks) - 1)])
     if bool(wrong.any()):
         b = int(wrong.nonzero()[0])
         raise IndexError(f"output {b}: row {int(row[b])} of domain {int(domain[b])} is not in the banks, which hold "
@@ -109,32 +108,32 @@ def check_places(banks, domain, row, boxes) -> None:
     if boxes is not None:
         sides = torch.tensor([[bank.shape[2], bank.shape[1]] for bank in banks], device=boxes.device)
         sides = sides[domain.to(boxes.device)]
-        inside = (boxes[:, :2] >= 0) & (boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= sides)
-        if not bool(inside.all()):
-            b = int((~inside.all(1)).nonzero()[0])
+        valid = (boxes[:, :2] >= 0) & (boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= sides)
+        if not bool(valid.all()):
+            b = int((~valid.all(1)).nonzero()[0])
             raise ValueError(f"output {b}: box {boxes[b].tolist()} is empty or not within its image of "
                              f"{sides[b].tolist()} pixels (x, y)")
 
 
-FLAGS: dict[torch.device, Tensor] = {}  # per GPU: first place of a batch that the kernel could not fill
+FLAGS: dict[torch.device, Tensor] = {}  # per GPU: the first output of a batch with a wrong row, domain or box
 
 
 def raise_pending() -> None:
-    """Raise IndexError if a gather met a place outside its banks on a GPU since the last call; waits for the GPU.
+    """Raise IndexError if a row, domain or box on a GPU was outside the banks since the last call; synchronises.
 
-    For loops that hand over indices on the GPU: looking at these in every call would stop the GPU every time. Call it
-    where the loop waits anyhow, e.g. where it reads its metrics.
+    For loops whose indices are on the GPU, where a check in every call would synchronise every step. Call it where the
+    loop synchronises anyway, e.g. to read its metrics.
     """
     for flag in FLAGS.values():
         place = int(flag)
-        if place != NONE:
-            flag.fill_(NONE)
+        if place != NO_ERROR:
+            flag.fill_(NO_ERROR)
             raise IndexError(f"output {place} of a batch: its row, domain or box is not within the banks; the image "
-                             "was filled with NaN")
+                             "is NaN")
 
 
-def can_run_triton(banks: list[Tensor], dtype: torch.dtype) -> str:
-    """Why the Triton kernel cannot run on these; empty if it can."""
+def triton_obstacle(banks: list[Tensor], dtype: torch.dtype) -> str:
+    """Why the Triton kernel cannot run; empty if it can."""
     if not find_spec("triton"):
         return "Triton is not installed: pip install triton"
     if not banks[0].is_cuda and not os.environ.get("TRITON_INTERPRET"):
@@ -153,8 +152,8 @@ def gather_interleaved(
 
     Args:
         banks: K tensors uint8 [M_d, H_d, W_d, 3], RGB, on one device; sizes may differ.
-        domain: int64 [B], the bank of every output image; on the CPU (it is checked there and then sent to the banks'
-            device without waiting) or on the banks' device; so are row, boxes and flip.
+        domain: int64 [B], the bank of every output image. domain, row, boxes and flip lie on the banks' device or on
+            the CPU (checked there, then copied to the banks' device without synchronisation).
         row: int64 [B], its row in that bank.
         size: output side S in pixels.
         mean: 3 numbers, per channel, of images scaled to 0..1.
@@ -163,27 +162,26 @@ def gather_interleaved(
             than the output. Default: the whole image (a pure copy where H = W = size).
         flip: bool [B], mirror left-right after resampling.
         interpolation: "bilinear" or "bicubic", as torchvision's antialiased resize of floats, clamped to 0..255.
-        dtype: of the output: bfloat16, float16, float32 or (plain PyTorch alone) float64.
+        dtype: of the output: bfloat16, float16, float32 or (PyTorch only) float64.
         channels_last: memory layout of the output.
-        impl: "torch", "triton" (one pass, nothing between the bytes and the batch) or "auto": Triton for banks on a
-            GPU, else torch.
+        impl: "torch", "triton" (one pass, no intermediate tensors) or "auto": Triton for banks on a GPU, else torch.
 
     Returns:
         [B, 3, S, S], (image / 255 - mean) / std.
 
     Raises:
-        IndexError: a row or a domain outside the banks. With indices on a GPU and the Triton kernel the output image
+        IndexError: a row or a domain outside the banks. With indices on a GPU and the Triton kernel, the output image
             is NaN and `raise_pending` raises.
-        ValueError: shapes, boxes or dtypes that cannot be meant.
+        ValueError: invalid shapes, boxes or dtypes.
         NotImplementedError: impl="triton" where Triton cannot run.
     """
     if impl not in ("auto", "triton", "torch"):
         raise ValueError(f"impl={impl!r}: want one of auto, triton, torch")
     check_shapes(banks, domain, row, boxes, flip, size, interpolation, dtype)
-    device, missing = banks[0].device, can_run_triton(banks, dtype)
-    if impl == "triton" and missing:
-        raise NotImplementedError(f"gather_interleaved: impl='triton' was asked for, but {missing}; use impl='auto'")
-    triton = impl == "triton" or (impl == "auto" and banks[0].is_cuda and not missing)
+    device, obstacle = banks[0].device, triton_obstacle(banks, dtype)
+    if impl == "triton" and obstacle:
+        raise NotImplementedError(f"gather_interleaved: impl='triton' was asked for, but {obstacle}; use impl='auto'")
+    triton = impl == "triton" or (impl == "auto" and banks[0].is_cuda and not obstacle)
     if domain.device.type == "cpu" or not triton:
         check_places(banks, domain, row, boxes)
     domain, row, boxes, flip = (v if v is None else v.to(device, non_blocking=True) for v in (domain, row, boxes, flip))
@@ -191,9 +189,9 @@ def gather_interleaved(
     if not triton:
         return gather_interleaved_reference(banks, domain, row, size=size, mean=mean, std=std, boxes=boxes, flip=flip,
                                             interpolation=interpolation, dtype=dtype, channels_last=channels_last)
-    from .gather_triton import gather  # not at the top: the file must import where Triton is absent
+    from .gather_triton import gather  # Triton may be absent
 
     if device not in FLAGS:
-        with torch.inference_mode(False):  # else a first call under inference mode would spoil later training
-            FLAGS[device] = torch.full((1,), NONE, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # training cannot modify an inference tensor
+            FLAGS[device] = torch.full((1,), NO_ERROR, dtype=torch.int32, device=device)
     return gather(banks, domain, row, size, mean, std, boxes, flip, interpolation, dtype, channels_last, FLAGS[device])

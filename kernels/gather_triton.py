@@ -1,8 +1,8 @@
-"""The interleaved gather in Triton: what `gather.gather_interleaved` runs on a GPU; it is defined there.
+"""The interleaved gather in Triton; kernels/gather.py defines and calls it.
 Copy with it: nothing; kernels/gather.py calls it.
 
-The kernel reads uint8 and writes the finished batch in one pass. A row, domain or box outside the banks makes NaN of
-its output image and leaves its place in `flag`: an assert on the device would end the whole process.
+The kernel reads uint8 and writes the finished batch in one pass. For a row, domain or box outside the banks, the output
+image is NaN and `flag` takes its number: a device assert would end the process.
 """
 
 import torch
@@ -10,29 +10,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = (4, 256)  # lines and numbers of a line (3 S of them) a program: 8 a thread, one vector of bf16
+TILE = (4, 256)  # lines, and values of the 3 S of a line, per program: 8 per thread, one vector of bf16
 
 # ---------------------------------------------------------------- kernels
 
 
 @triton.jit
 def find_image(b, banks, sizes, domain, row):
-    """Pointer to the image of output b, its height and width, and whether it is there at all; K is unrolled.
+    """Pointer to the image of output b, its height and width, and whether it exists.
 
-    `sizes` holds 2 n + 3 for every number n: Triton makes another kernel where an integer is 1 or divisible by 16, and
-    the images of a bank change from step to step (none at all: a bank of 1 x 1).
+    `sizes` holds 2 n + 3 for every number n: Triton compiles another kernel where an integer is 1 or divisible by 16,
+    and the number of images in a bank changes from step to step.
     """
     d = tl.load(domain + b)
     r = tl.load(row + b)
     image = banks[0]
     height, width = (sizes[1] - 3) // 2 + 0 * b, (sizes[2] - 3) // 2 + 0 * b
-    there = (b < 0) & (b >= 0)
+    valid = (b < 0) & (b >= 0)
     for k in tl.static_range(len(banks)):
         if d == k:
-            there = (r >= 0) & (r < (sizes[3 * k] - 3) // 2)
+            valid = (r >= 0) & (r < (sizes[3 * k] - 3) // 2)
             height, width = (sizes[3 * k + 1] - 3) // 2 + 0 * b, (sizes[3 * k + 2] - 3) // 2 + 0 * b
-            image = banks[k] + tl.where(there, r, 0) * height.to(tl.int64) * width * 3
-    return image, height, width, there
+            image = banks[k] + tl.where(valid, r, 0) * height.to(tl.int64) * width * 3
+    return image, height, width, valid
 
 
 @triton.jit
@@ -47,8 +47,7 @@ def filter_weight(x, CUBIC: tl.constexpr):
 
 @triton.jit
 def find_taps(place, low, high, S, CUBIC: tl.constexpr):
-    """Of the output pixels `place` over low..high: where the filter is centred, how far it is widened, its first pixel
-    and how many pixels any of them may see."""
+    """Centre, widening factor, first pixel and largest number of pixels of the filters of output pixels `place`."""
     step = (high - low) / S
     reach = tl.maximum(step, 1.0)
     support = reach * (2 if CUBIC else 1)
@@ -58,10 +57,10 @@ def find_taps(place, low, high, S, CUBIC: tl.constexpr):
 
 @triton.jit
 def tap(centre, reach, first, low, high, t, CUBIC: tl.constexpr):
-    """Pixel number t of the filters around the centres and its weight, 0 outside the pixels that low..high touches."""
+    """Pixel t of the filters and its weight, which is 0 outside the pixels that low..high touches."""
     pixel = first + t
-    seen = (pixel >= tl.floor(low)) & (pixel < tl.ceil(high))
-    return pixel, tl.where(seen, filter_weight((pixel.to(tl.float32) + 0.5 - centre) / reach, CUBIC), 0.0)
+    inside = (pixel >= tl.floor(low)) & (pixel < tl.ceil(high))
+    return pixel, tl.where(inside, filter_weight((pixel.to(tl.float32) + 0.5 - centre) / reach, CUBIC), 0.0)
 
 
 @triton.jit
@@ -70,23 +69,23 @@ def resample_images(
     BOXES: tl.constexpr, FLIP: tl.constexpr, CUBIC: tl.constexpr, CHANNELS_LAST: tl.constexpr, LINES: tl.constexpr,
     NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Numbers of the output in the order in which they lie there: Σ_x w_x Σ_y w_y byte over the filters of the axes."""
+    """Output values in memory order: Σ_x w_x Σ_y w_y byte."""
     b = tl.program_id(0)
-    image, height, width, there = find_image(b, banks, sizes, domain, row)
+    image, height, width, valid = find_image(b, banks, sizes, domain, row)
     columns = tl.cdiv(3 * S, NUMBERS)
     Y = tl.program_id(1) // columns * LINES + tl.arange(0, LINES)
-    at = tl.program_id(1) % columns * NUMBERS + tl.arange(0, NUMBERS)
-    channel, X = at // S, at % S
+    number = tl.program_id(1) % columns * NUMBERS + tl.arange(0, NUMBERS)
+    channel, X = number // S, number % S
     if CHANNELS_LAST:
-        channel, X = at % 3, at // 3
+        channel, X = number % 3, number // 3
     x0, y0, x1, y1 = 0.0, 0.0, width.to(tl.float32), height.to(tl.float32)
     if BOXES:
         x0, y0 = tl.load(boxes + 4 * b), tl.load(boxes + 4 * b + 1)
         x1, y1 = tl.load(boxes + 4 * b + 2), tl.load(boxes + 4 * b + 3)
-        # a wrong box must not set the length of the loops below
-        there = there & (x0 >= 0) & (y0 >= 0) & (x1 > x0) & (y1 > y0) & (x1 <= width) & (y1 <= height)
-        x0, y0 = tl.where(there, x0, 0.0), tl.where(there, y0, 0.0)
-        x1, y1 = tl.where(there, x1, 1.0), tl.where(there, y1, 1.0)
+        # else an invalid box would set the length of the loops below
+        valid = valid & (x0 >= 0) & (y0 >= 0) & (x1 > x0) & (y1 > y0) & (x1 <= width) & (y1 <= height)
+        x0, y0 = tl.where(valid, x0, 0.0), tl.where(valid, y0, 0.0)
+        x1, y1 = tl.where(valid, x1, 1.0), tl.where(valid, y1, 1.0)
     source = X
     if FLIP:
         source = tl.where(tl.load(flip + b) != 0, S - 1 - X, X)
@@ -103,19 +102,19 @@ def resample_images(
             line, weight_y = tap(centre_y, reach_y, first_y, y0, y1, v, CUBIC)
             sum_y += weight_y
             place = image + (line[:, None] * width + column[None, :]) * 3 + channel[None, :]
-            seen = (weight_y != 0)[:, None] & (weight_x != 0)[None, :] & there
-            part += weight_y[:, None] * tl.load(place, mask=seen, other=0).to(tl.float32)
+            used = (weight_y != 0)[:, None] & (weight_x != 0)[None, :] & valid
+            part += weight_y[:, None] * tl.load(place, mask=used, other=0).to(tl.float32)
         value += weight_x[None, :] * part
     value = value / (tl.where(sum_y != 0, sum_y, 1.0)[:, None] * tl.where(sum_x != 0, sum_x, 1.0)[None, :])
     value = tl.minimum(tl.maximum(value, 0.0), 255.0)  # the cubic overshoots
     value = value * tl.where(channel == 0, f0, tl.where(channel == 1, f1, f2))[None, :]
     value = value + tl.where(channel == 0, s0, tl.where(channel == 1, s1, s2))[None, :]
-    value = tl.where(there, value, float("nan")).to(out.dtype.element_ty)
-    place = Y[:, None] * 3 * S + at[None, :]
+    value = tl.where(valid, value, float("nan")).to(out.dtype.element_ty)
+    place = Y[:, None] * 3 * S + number[None, :]
     if not CHANNELS_LAST:
         place = Y[:, None] * S + (channel * S * S + X)[None, :]
-    tl.store(out + b.to(tl.int64) * 3 * S * S + place, value, mask=(Y < S)[:, None] & (at < 3 * S)[None, :])
-    if (there == 0) & (tl.program_id(1) == 0):
+    tl.store(out + b.to(tl.int64) * 3 * S * S + place, value, mask=(Y < S)[:, None] & (number < 3 * S)[None, :])
+    if (valid == 0) & (tl.program_id(1) == 0):
         tl.atomic_min(flag, b)
 
 
@@ -124,7 +123,7 @@ def resample_images(
 
 def gather(banks: list[Tensor], domain: Tensor, row: Tensor, size: int, mean, std, boxes: Tensor | None,
            flip: Tensor | None, interpolation: str, dtype: torch.dtype, channels_last: bool, flag: Tensor) -> Tensor:
-    """`gather.gather_interleaved` for tensors on one device; `flag` int32 [1] takes the first wrong place."""
+    """`gather.gather_interleaved` for tensors on one device; `flag` int32 [1] takes the first invalid output."""
     B = len(domain)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(B, 3, size, size, dtype=dtype, device=banks[0].device, memory_format=layout)
@@ -135,7 +134,7 @@ def gather(banks: list[Tensor], domain: Tensor, row: Tensor, size: int, mean, st
     banks = tuple(bank.contiguous() for bank in banks)
     sizes = tuple(2 * number + 3 for bank in banks for number in bank.shape[:3])
     tiles = triton.cdiv(size, TILE[0]) * triton.cdiv(3 * size, TILE[1])
-    # what is absent is never read
+    # pointers of absent arguments are never read
     boxes_, flip_ = (domain if v is None else v.to(kind).contiguous() for v, kind in (
         (boxes, torch.float32), (flip, torch.uint8)))
     with torch.cuda.device_of(out):  # Triton launches on the current device

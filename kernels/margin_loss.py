@@ -1,4 +1,4 @@
-"""The multi-domain margin loss: every sample meets the classes of its own domain, all domains in one call.
+"""The multi-domain margin loss: a softmax over the classes of each sample's own domain, all domains in one call.
 Copy with it: for GPUs kernels/margin_triton.py and kernels/margin_plan.py, into one package.
 
 `margin_loss_reference` is the definition, the fallback on every device and the oracle of the tests.
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-TINY = 1e-12  # |x|² below which a vector counts as zero: no direction, no gradient
-CLASS_CHUNK = 16384  # classes whose logits are held at once by the fallback
+TINY = 1e-12  # |x|² below which a vector counts as zero and has no gradient
+CLASS_CHUNK = 16384  # classes whose logits the fallback holds at once
 TRITON_EMBEDDINGS = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_WEIGHTS = (torch.float32, torch.bfloat16)
-TRITON_DOMAINS = 64  # all domains are counted by one program
+TRITON_DOMAINS = 64  # one program counts all domains
 
 
 class MarginLoss(NamedTuple):
@@ -28,35 +28,35 @@ class MarginLoss(NamedTuple):
 
     loss: Tensor  # scalar
     per_domain: Tensor  # [K] sum of the domain's losses / n_d, unweighted; NaN without a valid sample in this call
-    target_cos: Tensor  # [N] cosine to the own class, without margin; NaN where the label is -1
-    correct: Tensor  # [N] bool: the own class is nearer than every other one (no margin); False where ignored
+    target_cos: Tensor  # [N] cosine to the target class, without margin; NaN where the label is -1
+    correct: Tensor  # [N] bool: the target class has the highest cosine (without margin); False where ignored
 
 
 class Shard(NamedTuple):
-    """The part of every domain's classes that this rank holds, and how to merge what the ranks find.
+    """The slice of every domain's classes that this rank holds, and how statistics are merged over ranks.
 
-    Every rank calls `margin_loss` with the samples of ALL ranks and with its own rows of the class weights; every rank
-    then has the same loss and `correct`, the gradient of its own rows, and its share of the embeddings' gradient: the
-    shares add up to the gradient.
+    Every rank calls `margin_loss` with the samples of ALL ranks and with its own rows of the class weights. All ranks
+    get the same loss and `correct`; each gets the gradient of its rows and a part of the embeddings' gradient, which is
+    the sum of these parts.
     """
 
-    start: tuple[int, ...]  # [K] number, among the domain's classes, of the first class that is here
-    total: tuple[int, ...]  # [K] classes of the domain on all ranks; labels count over these
+    start: tuple[int, ...]  # [K] number, among the domain's classes, of the first class of this rank
+    total: tuple[int, ...]  # [K] classes of the domain over all ranks; labels count over these
     merge: Callable | None = None  # see `merge_over`
 
 
 def merge_over(group=None) -> Callable:
     """The `merge` of a Shard by all-reduce over a process group.
 
-    A merge takes and returns, per sample, [N] each: best other cosine (-inf: none here), Σ exp(s (c - best)) over the
-    other classes, Σ s c over them, cosine to the own class (-inf: not here); and takes the scale s.
+    A merge takes and returns four tensors [N]: the best non-target cosine (-inf: none), Σ exp(s (c - best)) and Σ s c
+    over the non-targets, and the target cosine (-inf: on another rank). It also takes the scale s [N].
     """
 
     def merge(best: Tensor, mass: Tensor, total: Tensor, target: Tensor, scale: Tensor):
         top = best.clone()
         torch.distributed.all_reduce(top, torch.distributed.ReduceOp.MAX, group=group)
-        here = torch.where(best == -math.inf, 0.0, mass * (scale * (best - top)).exp())
-        sums = torch.stack([here, total])
+        rescaled = torch.where(best == -math.inf, 0.0, mass * (scale * (best - top)).exp())
+        sums = torch.stack([rescaled, total])
         torch.distributed.all_reduce(sums, group=group)
         target = target.clone()
         torch.distributed.all_reduce(target, torch.distributed.ReduceOp.MAX, group=group)
@@ -71,18 +71,18 @@ def merge_over(group=None) -> Callable:
 def unit(x: Tensor) -> Tensor:
     """Rows of x [N, D] divided by their lengths; rows with |x|² < 1e-12 become 0 with gradient 0."""
     square = x.square().sum(1, keepdim=True)
-    alive = square >= TINY
-    return x * torch.where(alive, torch.where(alive, square, 1.0).rsqrt(), 0.0)
+    nonzero = square >= TINY
+    return x * torch.where(nonzero, torch.where(nonzero, square, 1.0).rsqrt(), 0.0)
 
 
 def margin_target(cos: Tensor, m_ang: Tensor, m_add: Tensor, gradient: str) -> Tensor:
-    """φ(t) of the target cosines [n]: the cosine with its margin, with the derivative written out.
+    """φ(t) of the target cosines [n]: the cosine with its margin, with an explicit derivative.
 
     t = cos clamped to [-1, 1], θ = arccos t:
         φ = cos(θ + m_ang) - m_add               φ' = cos m + t sin m / √max(1 - t², 1e-6)   0 <= θ + m_ang <= π
         φ = t - m_ang sin(m_ang) - m_add         φ' = 1                                      above π
         φ = t + 1 - cos(m_ang) - m_add           φ' = 1                                      below 0
-    gradient="straight_through": φ' = 1 everywhere, what arcface_torch trains with.
+    gradient="straight_through": φ' = 1 everywhere, as in arcface_torch.
     """
     with torch.no_grad():  # autograd through arccos would give infinities at |t| = 1
         t = cos.clamp(-1, 1)
@@ -100,11 +100,11 @@ def margin_target(cos: Tensor, m_ang: Tensor, m_add: Tensor, gradient: str) -> T
 
 
 def negatives(x: Tensor, w: Tensor, label: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the classes w [c, D] but for the target (label [n], outside 0..c-1 if it is not here), for unit vectors:
+    """Statistics [n] over the non-target classes among w [c, D], for unit vectors.
 
-    log Σ exp(s c_ij) (-inf without any), Σ s c_ij and, detached, max c_ij; all [n].
+    log Σ exp(s c_ij) (-inf without any), Σ s c_ij and, detached, max c_ij. A label outside 0..c-1 has no target in w.
     """
-    with torch.autocast(x.device.type, enabled=False):  # the definition is as precise as its inputs, wherever called
+    with torch.autocast(x.device.type, enabled=False):  # a caller's autocast must not lower the precision
         cos = x @ w.T
     target = torch.arange(len(w), device=w.device) == label[:, None]
     best = cos.detach().masked_fill(target, -math.inf).amax(1)
@@ -113,20 +113,20 @@ def negatives(x: Tensor, w: Tensor, label: Tensor, scale: Tensor) -> tuple[Tenso
 
 
 def reduce_classes(x, w, label, scale, class_chunk):
-    """`negatives` of x [n, D] over the classes w [C, D], chunk by chunk."""
+    """`negatives` of x [n, D] over w [C, D], in chunks of classes."""
     lse, total, best = x.new_full((len(x),), -math.inf), x.new_zeros(len(x)), x.new_full((len(x),), -math.inf)
     for start in range(0, len(w), class_chunk):
         part = (x, w[start : start + class_chunk], label - start, scale)
-        # one chunk needs no recomputation in the backward pass; of several only one is ever in memory
+        # several chunks are recomputed in the backward pass, so that one is in memory at a time
         chunk = negatives(*part) if class_chunk >= len(w) else checkpoint(negatives, *part, use_reentrant=False)
-        # logaddexp(-inf, -inf) is right, its gradient is NaN
+        # the gradient of logaddexp(-inf, -inf) is NaN
         lse = chunk[0] if start == 0 else torch.logaddexp(lse, chunk[0])
         total, best = total + chunk[1], torch.maximum(best, chunk[2])
     return lse, total, best
 
 
-def merged(merge: Callable, rows: Tensor, N: int, scale: Tensor, best, lse, total, cos):
-    """The statistics [n] of `rows` over all ranks: their values are global, their gradients the local ones."""
+def merge_statistics(merge: Callable, rows: Tensor, N: int, scale: Tensor, best, lse, total, cos):
+    """The statistics [n] of `rows` over all ranks: global values with local gradients."""
 
     def spread(values: Tensor, fill: float) -> Tensor:
         return values.new_full((N,), fill).index_put((rows,), values.detach())
@@ -137,14 +137,14 @@ def merged(merge: Callable, rows: Tensor, N: int, scale: Tensor, best, lse, tota
         spread(best, -math.inf), spread(mass, 0.0), spread(total, 0.0), spread(cos, -math.inf), scale=scale))
     whole = torch.where(mass > 0, s * top + mass.log(), -math.inf)
     share = torch.where(lse == -math.inf, 0.0, (lse.detach() - whole).exp())
-    zero = torch.where(lse == -math.inf, 0.0, lse)
-    own = torch.where(cos == -math.inf, 0.0, cos)
-    return (top, whole + share * (zero - zero.detach()), sums + (total - total.detach()),
-            target + (own - own.detach()))
+    finite_lse = torch.where(lse == -math.inf, 0.0, lse)
+    finite_cos = torch.where(cos == -math.inf, 0.0, cos)
+    return (top, whole + share * (finite_lse - finite_lse.detach()), sums + (total - total.detach()),
+            target + (finite_cos - finite_cos.detach()))
 
 
 def per_domain(name: str, value, K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number or [K] as [K]."""
+    """A number or [K], as [K]."""
     if isinstance(value, int | float):
         return torch.full((K,), float(value), dtype=dtype, device=device)
     value = torch.as_tensor(value, dtype=dtype, device=device).detach()
@@ -155,14 +155,14 @@ def per_domain(name: str, value, K: int, dtype: torch.dtype, device: torch.devic
 
 
 def per_sample(name: str, value, sample, domains: Tensor, K: int, dtype: torch.dtype) -> Tensor:
-    """`sample` [N], or where there is none the domain's `value`."""
+    """`sample` [N] if given, else `value` of each sample's domain."""
     if sample is not None:
         return torch.as_tensor(sample, dtype=dtype, device=domains.device).detach()
     return per_domain(name, value, K, dtype, domains.device)[domains.clamp(0, max(K - 1, 0))]
 
 
 def class_slices(class_ranges, shard: Shard | None, device) -> tuple[tuple, Tensor]:
-    """First class that is here (numbers [K]) and classes in all ([K] int64) of every domain."""
+    """First class on this rank (K integers) and number of classes over all ranks (int64 [K]) of each domain."""
     sizes = tuple(end - start for start, end in class_ranges)
     first, total = ((0,) * len(sizes), sizes) if shard is None else (shard.start, shard.total)
     return first, torch.tensor(total, dtype=torch.int64, device=device)
@@ -176,7 +176,7 @@ def margin_loss_reference(
 ) -> MarginLoss:
     """The definition of `margin_loss`, unfused, in any dtype (half precision is computed in float32).
 
-    `class_chunk`: logits of at most so many classes are held at once and recomputed in backward (None: all at once).
+    `class_chunk`: number of classes whose logits are held at once and recomputed in backward (None: all).
     """
     N, K, device = len(embeddings), len(class_ranges), embeddings.device
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
@@ -186,15 +186,15 @@ def margin_loss_reference(
     w_d = per_domain("domain_weight", 1.0 if domain_weight is None else domain_weight, K, dtype, device)
     smoothing = per_domain("label_smoothing", label_smoothing, K, dtype, device)
     first, size = class_slices(class_ranges, shard, device)
-    known = (domains >= 0) & (domains < K)
-    size_of = torch.where(known, size[domains.clamp(0, max(K - 1, 0))], 0) if K else torch.zeros_like(domains)
+    has_domain = (domains >= 0) & (domains < K)
+    size_of = torch.where(has_domain, size[domains.clamp(0, max(K - 1, 0))], 0) if K else torch.zeros_like(domains)
     valid = (labels >= 0) & (labels < size_of)
-    seen = torch.stack([((domains == k) & valid).sum() for k in range(K)]) if K else labels[:0]
-    count = (seen if domain_count is None else torch.as_tensor(domain_count, device=device)).to(dtype)
-    active = (seen > 0).sum().clamp(min=1) if num_domains is None else num_domains
+    num_valid = torch.stack([((domains == k) & valid).sum() for k in range(K)]) if K else labels[:0]
+    count = (num_valid if domain_count is None else torch.as_tensor(domain_count, device=device)).to(dtype)
+    active = (num_valid > 0).sum().clamp(min=1) if num_domains is None else num_domains
     denominator = active * count if reduction == "domain" else count.sum().expand(K)
 
-    # the sum of nothing, still part of the graph: a call without a valid sample gives loss 0 and gradients 0
+    # an empty sum in the graph: without a valid sample, loss and gradients are 0
     loss = embeddings[:0].to(dtype).sum() + weight[:0].to(dtype).sum()
     rows_of, parts = [], []
     directions, classes = unit(embeddings.to(dtype)), unit(weight.to(dtype))
@@ -203,29 +203,29 @@ def margin_loss_reference(
         rows_of.append(rows)
         x, w = directions[rows], classes[start:end]
         label = labels[rows] - first[k]
-        here = (label >= 0) & (label < len(w))
+        is_local = (label >= 0) & (label < len(w))
         cos = (x * (w[label.clamp(0, len(w) - 1)] if len(w) else torch.zeros_like(x))).sum(1)
         lse, total, best = reduce_classes(x, w, label, s[rows], class_chunk or max(end - start, 1))
-        parts.append((best, lse, total, torch.where(here, cos, -math.inf)))
+        parts.append((best, lse, total, torch.where(is_local, cos, -math.inf)))
     rows = torch.cat(rows_of) if rows_of else labels[:0]
     best, lse, total, cos = map(torch.cat, zip(*parts, strict=True)) if parts else [loss.expand(0)] * 4
     if shard is not None and shard.merge is not None:
-        best, lse, total, cos = merged(shard.merge, rows, N, s, best, lse, total, cos)
+        best, lse, total, cos = merge_statistics(shard.merge, rows, N, s, best, lse, total, cos)
 
-    s, eps, own = s[rows], smoothing[domains[rows]], domains[rows]
+    s, eps, domain_of = s[rows], smoothing[domains[rows]], domains[rows]
     target = s * margin_target(cos, m_ang[rows], m_add[rows], gradient)
-    # the target is kept out of the log-sum-exp: lse - sφ would cancel to 0 in fp32 where the truth is 1e-8
+    # the target is not in the log-sum-exp: lse - sφ would cancel to 0 in fp32 where the loss is 1e-8
     losses = -F.logsigmoid(target - lse)  # softplus(lse⁻ - sφ), exact in both tails
     # CE against (1 - ε) onehot + ε/C: the cross-entropy above plus ε (sφ - mean logit)
     losses = losses + eps * (target - (target + total) / size_of[rows])
-    sums = torch.stack([losses[own == k].sum() for k in range(K)]) if K else losses
-    factor = torch.where(seen > 0, w_d / torch.where(seen > 0, denominator, 1), 0)
+    sums = torch.stack([losses[domain_of == k].sum() for k in range(K)]) if K else losses
+    factor = torch.where(num_valid > 0, w_d / torch.where(num_valid > 0, denominator, 1), 0)
     loss = loss + (factor * sums).sum()
-    # a label outside its range must not pass for a small loss, nor its gradient for a step; on CPU: refused before
+    # an invalid label makes loss and gradients NaN, so that no step is taken (on a CPU: refused before)
     loss = loss * torch.where(((labels != -1) & ~valid).any(), math.nan, 1.0)
     target_cos = torch.full((N,), math.nan, dtype=dtype, device=device).index_put((rows,), cos.detach())
     correct = torch.zeros(N, dtype=torch.bool, device=device).index_put((rows,), cos.detach() > best)
-    return MarginLoss(loss, torch.where(seen > 0, sums.detach() / count, math.nan), target_cos, correct)
+    return MarginLoss(loss, torch.where(num_valid > 0, sums.detach() / count, math.nan), target_cos, correct)
 
 
 # ---------------------------------------------------------------- Partial FC
@@ -235,20 +235,20 @@ def sample_classes(
     labels: Tensor, domains: Tensor, class_ranges: list[tuple[int, int]], fraction: float | list[float], *, seed: int,
     step: int, minimum: int = 10_000,
 ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """A step's class rows for Partial FC: of every large domain the classes of its samples and random others.
+    """The class rows of a step for Partial FC: in every large domain, the classes of its samples and random others.
 
-    `margin_loss(x, weight[rows], labels, domains, ranges)` with what is returned; rows that are not drawn get no
-    gradient. The draw depends on (seed, step, domain) and the labels alone, and nothing waits for the GPU.
+    The returned values go into `margin_loss(x, weight[rows], labels, domains, ranges)`; other rows get no gradient. The
+    draw depends only on (seed, step, domain) and the labels, without synchronisation.
 
     Args:
         labels: int64 [N], counted from the start of the sample's range; -1: ignored.
         domains: int64 [N] in 0..K-1.
         class_ranges: K pairs of rows of the whole weight.
-        fraction: of a domain's classes to keep, in (0, 1], a number or K; at least N of them, so that every sample's
-            class is there.
+        fraction: of a domain's classes to draw, in (0, 1], a number or K; at least N are drawn, so that every sample's
+            class is among them.
         seed: of the run.
         step: of the optimiser.
-        minimum: domains with fewer classes are kept whole.
+        minimum: domains with fewer classes take part with all of them.
 
     Returns:
         rows int64 [C'] of the whole weight, ascending in every domain; labels [N] and class_ranges that count in them.
@@ -270,10 +270,10 @@ def sample_classes(
         else:
             key = int.from_bytes(hashlib.sha256(f"{seed} {step} {k}".encode()).digest()[:7], "little")
             score = torch.rand(size, generator=torch.Generator(device).manual_seed(key), device=device)
-            mine = (domains == k) & (labels >= 0)
-            score.scatter_reduce_(0, torch.where(mine, labels, 0), torch.where(mine, 2.0, -1.0), "amax")
+            in_domain = (domains == k) & (labels >= 0)
+            score.scatter_reduce_(0, torch.where(in_domain, labels, 0), torch.where(in_domain, 2.0, -1.0), "amax")
             drawn = score.topk(keep).indices.sort().values
-            out = torch.where(mine, torch.searchsorted(drawn, torch.where(mine, labels, 0)), out)
+            out = torch.where(in_domain, torch.searchsorted(drawn, torch.where(in_domain, labels, 0)), out)
         rows.append(drawn + first)
         ranges.append((end, end + keep))
         end += keep
@@ -285,7 +285,7 @@ def sample_classes(
 
 def check_arguments(embeddings, weight, labels, domains, class_ranges, samples, reduction, gradient, shard,
                     impl) -> None:
-    """Raise ValueError for shapes and names that cannot be meant; values are looked at on CPU only (no device sync)."""
+    """Raise ValueError for invalid shapes and names; values are checked on a CPU only, to avoid synchronisation."""
     N, D = embeddings.shape
     if weight.ndim != 2 or weight.shape[1] != D:
         raise ValueError(f"weight is {tuple(weight.shape)}: want [C, {D}], the width of the embeddings")
@@ -293,7 +293,7 @@ def check_arguments(embeddings, weight, labels, domains, class_ranges, samples, 
         raise ValueError(f"labels {tuple(labels.shape)} and domains {tuple(domains.shape)}: want one of each for "
                          f"{N} samples")
     if N and not class_ranges:
-        raise ValueError(f"class_ranges is empty: the {N} samples have no domain that they could belong to")
+        raise ValueError(f"class_ranges is empty: the {N} samples have no domain")
     for k, (start, end) in enumerate(class_ranges):
         if not 0 <= start <= end <= len(weight):
             raise ValueError(f"class range {k} is ({start}, {end}): not within the {len(weight)} rows of weight")
@@ -305,11 +305,11 @@ def check_arguments(embeddings, weight, labels, domains, class_ranges, samples, 
     if shard is not None and not len(shard.start) == len(shard.total) == len(class_ranges):
         raise ValueError(f"shard has {len(shard.start)} starts and {len(shard.total)} totals: want one for each of "
                          f"{len(class_ranges)} domains")
-    for name, value, known in (("reduction", reduction, ("domain", "sample")),
+    for name, value, choices in (("reduction", reduction, ("domain", "sample")),
                                ("gradient", gradient, ("exact", "straight_through")),
                                ("impl", impl, ("auto", "triton", "torch"))):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}: want one of {', '.join(known)}")
+        if value not in choices:
+            raise ValueError(f"{name}={value!r}: want one of {', '.join(choices)}")
     if labels.device.type == "cpu" and N:
         if not 0 <= int(domains.min()) <= int(domains.max()) < len(class_ranges):
             raise ValueError(f"domains reach from {int(domains.min())} to {int(domains.max())}: "
@@ -322,26 +322,26 @@ def check_arguments(embeddings, weight, labels, domains, class_ranges, samples, 
 
 
 def best_impl(impl: str, embeddings: Tensor, weight: Tensor, K: int) -> str:
-    """`impl` with "auto" decided: Triton where the kernels can run, else plain PyTorch.
+    """Resolve impl="auto": Triton where the kernels can run, else PyTorch.
 
     Raises:
         NotImplementedError: impl="triton" where they cannot.
     """
-    missing = ""
+    obstacle = ""
     if not find_spec("triton"):
-        missing = "Triton is not installed: pip install triton"
+        obstacle = "Triton is not installed: pip install triton"
     elif not embeddings.is_cuda and (impl == "auto" or not os.environ.get("TRITON_INTERPRET")):
-        missing = f"it needs tensors on a GPU (these are on {embeddings.device}), or TRITON_INTERPRET=1"
+        obstacle = f"it needs tensors on a GPU (these are on {embeddings.device}), or TRITON_INTERPRET=1"
     elif embeddings.is_cuda and torch.cuda.get_device_capability(embeddings.device) < (8, 0):
-        missing = "it needs a GPU of compute capability 8.0 or more (A100 and later)"
+        obstacle = "it needs a GPU of compute capability 8.0 or more (A100 and later)"
     elif embeddings.dtype not in TRITON_EMBEDDINGS or weight.dtype not in TRITON_WEIGHTS:
-        missing = ("it takes bf16, fp16 or fp32 embeddings and fp32 or bf16 weights, not "
+        obstacle = ("it takes bf16, fp16 or fp32 embeddings and fp32 or bf16 weights, not "
                    f"{embeddings.dtype} and {weight.dtype}")
     elif K > TRITON_DOMAINS:
-        missing = f"it takes up to {TRITON_DOMAINS} domains, not {K}"
-    if impl == "triton" and missing:
-        raise NotImplementedError(f"margin_loss: impl='triton' was asked for, but {missing}; use impl='auto'")
-    return "torch" if impl == "torch" or missing else "triton"
+        obstacle = f"it takes up to {TRITON_DOMAINS} domains, not {K}"
+    if impl == "triton" and obstacle:
+        raise NotImplementedError(f"margin_loss: impl='triton' was asked for, but {obstacle}; use impl='auto'")
+    return "torch" if impl == "torch" or obstacle else "triton"
 
 
 def margin_loss(
@@ -355,7 +355,7 @@ def margin_loss(
     With θ the angle between an embedding and its class weight, φ = cos(θ + m_ang) - m_add (see `margin_target` for
     its extension beyond 0..π), lse⁻ = log Σ_{j≠y} exp(s c_ij) over the domain's classes:
         ℓ_i = softplus(lse⁻_i - s φ_i)          L = Σ_i w_d(i) ℓ_i / (K n_d(i))
-    A domain of one class has ℓ = 0. This one form holds ArcFace (arXiv 1801.07698, eq. 3: m_ang), CosFace
+    A domain of one class has ℓ = 0. Special cases: ArcFace (arXiv 1801.07698, eq. 3: m_ang), CosFace
     (1801.09414, eq. 4: m_add), AdaFace (2204.00964, eq. 6-8: both, per sample) and plain normalised softmax (0, 0).
 
     Args:
@@ -364,30 +364,30 @@ def margin_loss(
         labels: int64 [N], counted from the start of the sample's range; -1: ignore the sample.
         domains: int64 [N] in 0..K-1.
         class_ranges: K pairs (start, end) of rows of `weight`, end excluded; they may overlap or be empty.
-        scale: s > 0: a number or [K], one value a domain.
-        margin_angular: m_ang in radians, likewise; no gradient flows into scale and margins.
-        margin_additive: m_add on the cosine, likewise.
-        sample_scale: [N], one value a sample, instead of `scale`.
+        scale: s > 0: a number or [K], one value per domain.
+        margin_angular: m_ang in radians, a number or [K]; scale and margins get no gradient.
+        margin_additive: m_add on the cosine, a number or [K].
+        sample_scale: [N], one value per sample, instead of `scale`.
         sample_margin_angular: [N], instead of `margin_angular`.
         sample_margin_additive: [N], instead of `margin_additive`.
         domain_weight: a number or [K], w_d (default 1).
-        domain_count: [K] n_d, valid samples of the whole optimiser step (default: counted in this call), so that
-            micro-batches add up to the exact loss.
+        domain_count: [K] n_d, valid samples in the whole optimiser step, so that the losses of micro-batches add up
+            (default: counted in this call).
         num_domains: K of the formula (default: domains with a valid sample in this call).
         reduction: "domain" (above) or "sample": L = Σ_i w_d(i) ℓ_i / Σ_d n_d.
         label_smoothing: ε in 0..1, a number or [K]: the target becomes (1 - ε) onehot + ε / C_d.
         gradient: "exact", or "straight_through": dφ/dt = 1, as arcface_torch trains.
         shard: the class rows are sharded over ranks, see `Shard`.
-        impl: "torch" (chunked over classes, memory N x 16384 logits), "triton" (no N x C tensor at all; sums in a fixed
-            order; products in bf16 for bf16 embeddings, in TF32 for fp16 ones, for fp32 ones as
-            `torch.set_float32_matmul_precision` says), or "auto": Triton on GPUs where it can run, else torch.
+        impl: "torch" (chunked over classes, N x 16384 logits in memory), "triton" (no N x C tensor; deterministic;
+            products in bf16 for bf16 embeddings, in TF32 for fp16, as `torch.set_float32_matmul_precision` says for
+            fp32), or "auto": Triton on GPUs where it can run, else torch.
 
     Returns:
         MarginLoss(loss, per_domain [K], target_cos [N], correct [N]).
 
     Raises:
-        ValueError: shapes, ranges or names that cannot be meant; on CPU also labels and domains out of range (on a GPU
-            these give a NaN loss and NaN gradients: looking at them would stop the GPU).
+        ValueError: invalid shapes, ranges or names; on a CPU also labels and domains out of range (on a GPU these give
+            a NaN loss and NaN gradients, because a check would synchronise).
         NotImplementedError: impl="triton" where Triton cannot run.
     """
     samples = {"scale": (scale, sample_scale), "margin_angular": (margin_angular, sample_margin_angular),
@@ -402,7 +402,7 @@ def margin_loss(
             num_domains=num_domains, reduction=reduction, label_smoothing=label_smoothing, gradient=gradient,
             shard=shard, class_chunk=CLASS_CHUNK,
         )
-    from . import margin_triton  # not at the top: the file must import where Triton is absent
+    from . import margin_triton  # Triton may be absent
 
     def of_domains(name: str, value) -> Tensor:
         return per_domain(name, value, K, torch.float32, device).contiguous()

@@ -1,4 +1,4 @@
-"""Sizes of the margin loss's launches: what the host decides, from shapes and class ranges alone (no Triton needed).
+"""Launch sizes of the margin loss, from shapes and class ranges alone (without Triton).
 Copy with it: nothing; kernels/margin_triton.py calls it.
 """
 
@@ -12,19 +12,19 @@ import torch
 class Launch(NamedTuple):
     """Tile sizes of the matrix products."""
 
-    rows: int  # samples of a forward tile; every domain starts one
-    height: int  # samples of a backward tile; divides rows
-    classes: int  # of a tile
-    width: int  # of D, a step of the cosines; divides columns
-    columns: int  # of D, a program of the products
-    step: int  # samples or classes, a step of the products; divides height and classes
+    rows: int  # samples per forward tile; every domain starts a tile
+    height: int  # samples per backward tile; divides rows
+    classes: int  # per tile
+    width: int  # of D per step of the cosines; divides columns
+    columns: int  # of D per program of the products
+    step: int  # samples or classes per step of the products; divides height and classes
     warps: int
     class_warps: int  # of class_products, whose tile is classes x columns
     stages: int
 
 
-# By operand and samples per domain; from arithmetic and from what the compiler says (`kernels.bench compile`), not yet
-# from measurements: see RESULTS.md.
+# By operand and samples per domain; from arithmetic and compilation (`kernels.bench compile`), not from measurements:
+# see RESULTS.md.
 LAUNCH = {
     ("bf16", 512): Launch(256, 128, 128, width=64, columns=128, step=64, warps=8, class_warps=8, stages=3),
     ("bf16", 128): Launch(128, 128, 128, width=64, columns=128, step=64, warps=8, class_warps=8, stages=3),
@@ -33,66 +33,66 @@ LAUNCH = {
     ("fp32", 64): Launch(64, 64, 64, width=32, columns=64, step=32, warps=4, class_warps=4, stages=3),
     ("fp32", 16): Launch(16, 16, 64, width=32, columns=64, step=16, warps=4, class_warps=4, stages=3),
 }
-STRIP = 1024  # classes at least per strip: 8 bytes a sample for 1024 logits
-CHUNK_BYTES = 16 << 20  # of P: it is written once and read D / columns times, and should stay in the L2 cache
-CHUNK = 1024  # classes at least per chunk, whatever CHUNK_BYTES says
-COPY_BYTES = 512 << 20  # of a copy of W as a whole; a larger one is made twice, window by window
+STRIP = 1024  # fewest classes per strip: 8 bytes per sample for 1024 logits
+CHUNK_BYTES = 16 << 20  # of P, which is written once, read D / columns times, and should stay in the L2 cache
+CHUNK = 1024  # fewest classes per chunk
+COPY_BYTES = 512 << 20  # of a whole copy of W; a larger one is made in windows, forward and backward
 WINDOW_BYTES = 256 << 20  # of a window
 
 
 class Plan(NamedTuple):
-    """Sizes of a call; how many samples a domain has is known to the GPU alone, so they are for the worst case."""
+    """Sizes of a call. Only the GPU knows the number of samples of a domain, so they are for the worst case."""
 
     launch: Launch
     K: int
-    slots: int  # S: every domain may end in a tile that is not full
-    pitch: int  # D in whole columns
+    slots: int  # S: N and a partial tile per domain
+    pitch: int  # D rounded up to whole columns
     operand: torch.dtype  # of the products
     precision: str
-    copy: bool  # W is copied for them
+    copy: bool  # whether the products need a copy of W
     longest: int  # classes of the largest domain
-    covers: int  # rows of W that one pass over the ranges writes; 0 where ranges overlap and add up
-    window: int  # classes of a domain whose copy is in memory at once; 0: W as a whole
+    covers: int  # rows of W that one pass over the ranges writes; 0 where overlapping ranges need several
+    window: int  # classes per domain in a partial copy of W; 0: a whole copy
     strip: int
     strips: int  # of a window, or of all classes
-    chunk: int  # classes of a domain whose P is in memory at once, in whole tiles
+    chunk: int  # classes per domain in P, in whole tiles
     splits: int  # see choose_splits
 
     def windows(self) -> list[tuple[int, int]]:
-        """Class numbers from, to."""
+        """First class and end of each window."""
         step = self.window or max(self.longest, 1)
         return [(low, min(low + step, self.longest)) for low in range(0, self.longest, step)]
 
     def chunks(self, low: int, high: int) -> list[tuple[int, int]]:
-        """Class numbers from, to, of the chunks of a window."""
+        """First class and end of each chunk of a window."""
         return [(first, min(first + self.chunk, high)) for first in range(low, high, self.chunk)]
 
     def workspace(self, C: int) -> int:
-        """Bytes beyond inputs and gradients at the peak, which is in the backward pass."""
+        """Peak bytes beyond inputs and gradients, in the backward pass."""
         size, copied = self.operand.itemsize, self.window * self.K or C
         return (self.slots * (self.pitch * (size + 4 * self.splits) + self.chunk * size + 40)
                 + self.slots // self.launch.height * self.chunk * 4 + 4 * C + self.copy * copied * self.pitch * size)
 
 
-def disjoint(ranges: tuple) -> list[list[tuple[int, int]]]:
-    """The ranges in groups within which none overlaps another: one group where they are disjoint or equal."""
-    turns: list[list[tuple]] = []
-    for own in dict.fromkeys(r for r in ranges if r[0] < r[1]):
-        turn = next((t for t in turns if all(own[1] <= a or b <= own[0] for a, b in t)), None)
-        turns.append([own]) if turn is None else turn.append(own)
-    return turns
+def disjoint_groups(ranges: tuple) -> list[list[tuple[int, int]]]:
+    """Distinct ranges in groups without overlap: one group where ranges are disjoint or equal."""
+    groups: list[list[tuple]] = []
+    for span in dict.fromkeys(r for r in ranges if r[0] < r[1]):
+        group = next((t for t in groups if all(span[1] <= a or b <= span[0] for a, b in t)), None)
+        groups.append([span]) if group is None else group.append(span)
+    return groups
 
 
 def near_equal(count: int, most: int, unit: int) -> int:
-    """Size of the parts of `count`, near-equal and at most about `most`, in multiples of `unit`."""
+    """Size, a multiple of `unit` and about `most` at most, of near-equal parts of `count`."""
     parts = max(ceil(count / max(most, 1)), 1)
     return max(ceil(count / (parts * unit)), 1) * unit
 
 
 def choose_splits(programs: int, chunk: int, processors: int) -> int:
-    """In how many parts sample_products sums a chunk: fewest waves of programs, and traffic of what the parts add to.
+    """Number of parts in which sample_products sums a chunk, by waves of programs and memory traffic of the sums.
 
-    A program does 2·height·columns·chunk operations, a split reads and writes 8 bytes for every height·columns of them;
+    A program does 2·height·columns·chunk operations; a split moves 8 bytes per output of the height·columns of a tile;
     209 operations take as long as a byte (H100: 700 TFLOP/s, 3.35 TB/s).
     """
     return min(range(1, 17), key=lambda s: ceil(programs * s / processors) / s
@@ -104,8 +104,8 @@ def make_plan(N: int, D: int, ranges: tuple, embeddings: torch.dtype, weight: to
               processors: int) -> Plan:
     """Tile sizes and precision of a call.
 
-    bf16 embeddings are multiplied in bf16, fp32 ones as `matmul`, torch's float32_matmul_precision, says: "highest" in
-    fp32, "high" and "medium" in TF32. fp16 always in TF32, which has fp16's digits without its overflow.
+    Products are in bf16 for bf16 embeddings; for fp32 in fp32 or, if `matmul` (torch's float32_matmul_precision) is not
+    "highest", in TF32; for fp16 in TF32, which has the precision of fp16 without its overflow.
     """
     K, kind = len(ranges), "bf16" if embeddings == torch.bfloat16 else "fp32"
     operand = torch.bfloat16 if kind == "bf16" else torch.float32
@@ -117,8 +117,8 @@ def make_plan(N: int, D: int, ranges: tuple, embeddings: torch.dtype, weight: to
     copy, window = weight != operand or pitch != D, 0
     if copy and max(end for _, end in ranges) * pitch * operand.itemsize > COPY_BYTES:
         window = near_equal(longest, WINDOW_BYTES // (K * pitch * operand.itemsize), launch.classes)
-    turns = disjoint(ranges)
-    covers = sum(end - start for start, end in turns[0]) if len(turns) == 1 else 0
+    groups = disjoint_groups(ranges)
+    covers = sum(end - start for start, end in groups[0]) if len(groups) == 1 else 0
     part = min(window or longest, longest)
     strip = near_equal(part, max(part * slots // launch.rows // (8 * processors), STRIP), launch.classes)
     strips = max(ceil(part / strip), 1)

@@ -1,24 +1,24 @@
-"""The margin loss in Triton: what `margin_loss.margin_loss` runs on a GPU; its formulas are defined there.
+"""The margin loss in Triton; kernels/margin_loss.py defines its formulas and calls it.
 Copy with it: kernels/margin_plan.py; kernels/margin_loss.py calls it.
 
-One call is
+The forward pass:
 
-    group_rows      samples sorted by domain into slots: a domain starts a tile of its own, what is left over is empty
-    sample_norms    the samples in slot order, as the products take them; 1/|x_i| and target cosine, always from fp32
-    class_norms     1/|w_j|, and a copy of W as the products take it, whole or window by window
+    group_rows      sort samples by domain into slots; every domain starts a tile, the rest of its last tile is empty
+    sample_norms    copy the samples in slot order and in the dtype of the products; 1/|x_i| and target cosine in fp32
+    class_norms     1/|w_j|, and a copy of W in the dtype of the products, whole or in windows
     cosine_tiles    per (sample, strip of classes): best cosine, log Σ exp, Σ s c over the non-targets
-    losses          φ, ℓ, the sums by domain, and per sample all that the backward pass needs
+    losses          φ, ℓ, sums by domain, and coefficients for the backward pass
 
-and backward, chunk by chunk of class numbers, in all domains at once, so that nothing of size N x C ever exists:
+The backward pass, by chunks of classes of all domains, so that no N x C matrix exists:
 
     gradient_tiles  P_ij = dL/dc_ij / (|x_i| |w_j|) of the chunk, from recomputed cosines
-    sample_products dx_i += Σ_j P_ij w_j, whose part along x_i is taken off at the end
-    class_products  dw_j  = Σ_i P_ij x_i - (its part along w_j): complete after one visit, so no atomics
+    sample_products dx_i += Σ_j P_ij w_j, whose component along x_i is subtracted at the end
+    class_products  dw_j  = Σ_i P_ij x_i - (its component along w_j): complete after one visit, without atomics
 
-With the raw vectors as operands and both norms inside P, no product needs a scaled copy. Ranges that overlap without
-being equal take turns. Sums run in a fixed order: the same inputs give the same bits. Nothing waits for the GPU and no
-size depends on data, so a call can be captured in a CUDA graph. How many samples a domain has is known to the GPU
-alone: that is why the products are not left to cuBLAS, which would have to be told.
+P contains both norms, so the products need no normalised copies. Ranges that overlap without being equal are processed
+one group after another. Sums run in a fixed order: results are deterministic. There is no host synchronisation and no
+size depends on data, so a call can be captured in a CUDA graph. cuBLAS would need the number of samples of each domain,
+which only the GPU knows.
 """
 
 from functools import lru_cache, partial
@@ -29,19 +29,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .margin_plan import Plan, disjoint, make_plan
+from .margin_plan import Plan, disjoint_groups, make_plan
 
 TINY = tl.constexpr(1e-12)  # as in margin_loss.py
-# rows of the table [9, S] of fp32 values by slot
-NORM, SCALE, ANGULAR, ADDITIVE, TARGET, LSE, OTHER, SHIFT, OWN = (tl.constexpr(row) for row in range(9))
+# rows of `fields`, fp32 [9, S], by slot
+NORM, SCALE, ANGULAR, ADDITIVE, TARGET, LSE, NEGATIVE, SHIFT, POSITIVE = (tl.constexpr(row) for row in range(9))
 
 # ---------------------------------------------------------------- kernels: forward
-# do_not_specialize: what changes from call to call gets no kernel of its own where it is 1 or divisible by 16
+# do_not_specialize: else a value that is 1 or divisible by 16 in some calls compiles another kernel
 
 
 @triton.jit
 def find_members(labels, domains, total, i, N, k):
-    """Which of the samples i [n] belong to which domain k [KP]: int32 [n, KP], 0 for labels that count for nothing."""
+    """Membership int32 [n, KP] of samples i [n] in domains k [KP], 0 for ignored and invalid labels; and labels [n]."""
     domain, label = tl.load(domains + i, mask=i < N, other=-1), tl.load(labels + i, mask=i < N, other=-1)
     return ((domain[:, None] == k) & (label[:, None] >= 0) & (label[:, None] < total)).to(tl.int32), label
 
@@ -49,10 +49,10 @@ def find_members(labels, domains, total, i, N, k):
 @triton.jit(do_not_specialize=["N", "tiles"])
 def group_rows(labels, domains, classes, order, slots, owner, groups, count, N, K, tiles, KP: tl.constexpr,
                ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Counting sort by domain, in one program; a label that is not among its domain's classes gets no slot.
+    """Counting sort by domain, in one program; samples with ignored or invalid labels get no slot.
 
-    order [S] (preset to -1) sample of a slot, slots [N] slot of a sample or -1, owner [tiles] domain of a tile or -1,
-    groups [2, K] slots from, to, count [K + 1] samples of a domain, then wrong labels.
+    order [S]: sample of a slot, preset to -1; slots [N]: slot of a sample or -1; owner [tiles]: domain of a tile or -1;
+    groups [2, K]: first slot and end of a domain; count [K + 1]: samples of a domain, then invalid labels.
     """
     k = tl.arange(0, KP)[None, :]
     total = tl.load(classes + 5 * k + 3, mask=k < K, other=0)
@@ -84,7 +84,7 @@ def group_rows(labels, domains, classes, order, slots, owner, groups, count, N, 
 
 @triton.jit
 def find_range(classes, domain, low, window):
-    """First row of W and number of classes of a domain, and the row of the products' W where its class 0 would lie."""
+    """First row in W and number of classes of a domain, and the row of its class 0 in the operand of the products."""
     start = tl.load(classes + 5 * domain)
     size = (tl.load(classes + 5 * domain + 1) - start).to(tl.int32)
     return start, size, tl.where(window > 0, tl.load(classes + 5 * domain + 4) * window - low, start)
@@ -94,36 +94,36 @@ def find_range(classes, domain, low, window):
 def sample_norms(x, w, labels, order, owner, classes, scale, m_ang, m_add, fields, column, copy, S, D, pitch,
                  BY_S: tl.constexpr, BY_ANG: tl.constexpr, BY_ADD: tl.constexpr, ROWS: tl.constexpr,
                  SLOTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Of SLOTS slots: copy of x, 1/|x|, s, margins, target cosine (-inf: its class is not here), its class (or -1)."""
+    """For SLOTS slots: copy of x, 1/|x|, s, margins, target cosine (-inf: class on another rank), class (or -1)."""
     slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
     sample = tl.load(order + slot)
     i = tl.maximum(sample, 0)
     domain = tl.where(sample < 0, 0, tl.load(owner + slot // ROWS))
     start, size, _ = find_range(classes, domain, 0, 0)
-    own = (tl.load(labels + i) - tl.load(classes + 5 * domain + 2)).to(tl.int32)
-    here = (sample >= 0) & (own >= 0) & (own < size)
-    xs, ws = x + i.to(tl.int64)[:, None] * D, w + tl.where(here, start + own, 0)[:, None] * D
-    square, cos, other = tl.zeros([SLOTS], tl.float32), tl.zeros([SLOTS], tl.float32), tl.zeros([SLOTS], tl.float32)
+    target = (tl.load(labels + i) - tl.load(classes + 5 * domain + 2)).to(tl.int32)
+    is_local = (sample >= 0) & (target >= 0) & (target < size)
+    xs, ws = x + i.to(tl.int64)[:, None] * D, w + tl.where(is_local, start + target, 0)[:, None] * D
+    square, cos, square_w = tl.zeros([SLOTS], tl.float32), tl.zeros([SLOTS], tl.float32), tl.zeros([SLOTS], tl.float32)
     for d in range(0, pitch, WIDTH):
         at = d + tl.arange(0, WIDTH)[None, :]
         a = tl.load(xs + at, mask=(at < D) & (sample >= 0)[:, None], other=0).to(tl.float32)
-        b = tl.load(ws + at, mask=(at < D) & here[:, None], other=0).to(tl.float32)
+        b = tl.load(ws + at, mask=(at < D) & is_local[:, None], other=0).to(tl.float32)
         tl.store(copy + slot.to(tl.int64)[:, None] * pitch + at, a.to(copy.dtype.element_ty), mask=at < pitch)
-        square, cos, other = square + tl.sum(a * a, 1), cos + tl.sum(a * b, 1), other + tl.sum(b * b, 1)
+        square, cos, square_w = square + tl.sum(a * a, 1), cos + tl.sum(a * b, 1), square_w + tl.sum(b * b, 1)
     norm = tl.where(square >= TINY, tl.rsqrt(square), 0.0)
-    cos *= norm * tl.where(other >= TINY, tl.rsqrt(other), 0.0)
+    cos *= norm * tl.where(square_w >= TINY, tl.rsqrt(square_w), 0.0)
     tl.store(fields + NORM * S + slot, norm)
     tl.store(fields + SCALE * S + slot, tl.load(scale + (i if BY_S else domain)))
     tl.store(fields + ANGULAR * S + slot, tl.load(m_ang + (i if BY_ANG else domain)))
     tl.store(fields + ADDITIVE * S + slot, tl.load(m_add + (i if BY_ADD else domain)))
-    tl.store(fields + TARGET * S + slot, tl.where(here, cos, float("-inf")))
-    tl.store(column + slot, tl.where(here, own, -1))
+    tl.store(fields + TARGET * S + slot, tl.where(is_local, cos, float("-inf")))
+    tl.store(column + slot, tl.where(is_local, target, -1))
 
 
 @triton.jit(do_not_specialize=["low", "window"])
 def class_norms(w, classes, copy, inverse, D, pitch, low, window, COPY: tl.constexpr, CLASSES: tl.constexpr,
                 WIDTH: tl.constexpr):
-    """1/|w_j| of CLASSES classes a program, and their copy in the same pass."""
+    """1/|w_j| of CLASSES classes per program, and their copy."""
     k = tl.program_id(1)
     start, size, base = find_range(classes, k, low, window)
     first = low + tl.program_id(0) * CLASSES
@@ -146,10 +146,10 @@ def class_norms(w, classes, copy, inverse, D, pitch, low, window, COPY: tl.const
 def cosine_tiles(x, w, inverse, fields, column, owner, classes, out, S, pitch, low, window, strip, part, parts,
                  SMOOTH: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
                  WIDTH: tl.constexpr, STAGES: tl.constexpr):
-    """out [2 or 3, parts, S]: best cosine, log-sum-exp (and sum) of s c of ROWS samples over `strip` classes of theirs.
+    """out [2 or 3, parts, S]: best cosine, log-sum-exp (and sum) of s c over `strip` classes without the target.
 
-    The target is left out. Tiles of samples are neighbours in launch order, so that a strip of W comes from memory once
-    and then from L2. One loop over classes and D: the loads of a class tile begin under the products of the one before.
+    Tiles of samples are adjacent in launch order, so that a strip of W is read from memory once and then from L2. One
+    loop over classes and D lets the loads of a class tile overlap the products of the previous one.
     """
     domain = tl.load(owner + tl.program_id(0))
     if domain < 0:
@@ -159,7 +159,7 @@ def cosine_tiles(x, w, inverse, fields, column, owner, classes, out, S, pitch, l
     if first >= size:
         return
     slot = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    norm, s, own = tl.load(fields + NORM * S + slot), tl.load(fields + SCALE * S + slot), tl.load(column + slot)
+    norm, s, target = tl.load(fields + NORM * S + slot), tl.load(fields + SCALE * S + slot), tl.load(column + slot)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     sums, logits = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     at = tl.arange(0, WIDTH)
@@ -174,10 +174,10 @@ def cosine_tiles(x, w, inverse, fields, column, owner, classes, out, S, pitch, l
                       input_precision=PRECISION)  # int64: C·D passes 2³¹
         if d + WIDTH == pitch:
             cos = dots * norm[:, None] * tl.load(inverse + start + near)[None, :]
-            other = (cols < last)[None, :] & (cols[None, :] != own[:, None])
+            negative = (cols < last)[None, :] & (cols[None, :] != target[:, None])
             if SMOOTH:
-                logits += s * tl.sum(tl.where(other, cos, 0.0), 1)
-            cos = tl.where(other, cos, float("-inf"))
+                logits += s * tl.sum(tl.where(negative, cos, 0.0), 1)
+            cos = tl.where(negative, cos, float("-inf"))
             new = tl.maximum(top, tl.max(cos, 1))
             finite = tl.where(new == float("-inf"), 0.0, new)  # -inf - -inf is NaN
             sums = sums * tl.exp(s * (top - finite)) + tl.sum(tl.exp(s[:, None] * (cos - finite[:, None])), 1)
@@ -192,7 +192,7 @@ def cosine_tiles(x, w, inverse, fields, column, owner, classes, out, S, pitch, l
 
 @triton.jit
 def margin_target(cos, m, STRAIGHT: tl.constexpr):
-    """φ before the additive margin, and φ'; arccos is never taken: θ + m <= π is t >= -cos m, and so on."""
+    """φ before the additive margin, and φ', without arccos: θ + m <= π is t >= -cos m."""
     t = tl.minimum(tl.maximum(cos, -1.0), 1.0)
     square = (1 - t) * (1 + t)  # 1 - t² would lose the digits of 1 - t
     cos_m, sin_m = tl.cos(m), tl.sin(m)
@@ -210,11 +210,11 @@ def margin_target(cos, m, STRAIGHT: tl.constexpr):
 def losses(best, lse, total, target, fields, slots, owner, classes, count, step_count, weight, smoothing, loss,
            per_domain, target_cos, correct, S, N, K, num_domains, BY_SAMPLE: tl.constexpr, STRAIGHT: tl.constexpr,
            SMOOTH: tl.constexpr, ROWS: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr):
-    """ℓ of every sample and the sums by domain, in one program: N values are few, and their order stays fixed.
+    """ℓ of every sample and the sums by domain, in one program: N values are few, and the order of the sums is fixed.
 
     With z = lse⁻ - sφ, q = sigmoid(z) = 1 - p_y and G = w_d / denominator, for the backward pass:
-        dL/dc_ij = G s q exp(s c_ij - lse⁻) - G s ε/C        OTHER, SHIFT        j != y
-        dL/dc_iy = G s (ε (1 - 1/C) - q) φ'                  OWN
+        dL/dc_ij = G s q exp(s c_ij - lse⁻) - G s ε/C        NEGATIVE, SHIFT     j != y
+        dL/dc_iy = G s (ε (1 - 1/C) - q) φ'                  POSITIVE
     """
     k = tl.arange(0, KP)
     seen, n = tl.load(count + k, mask=k < K, other=0.0), tl.load(step_count + k, mask=k < K, other=0.0)
@@ -225,7 +225,7 @@ def losses(best, lse, total, target, fields, slots, owner, classes, count, step_
     if BY_SAMPLE:
         denominator = tl.sum(n, 0) + 0 * n
     factor = tl.load(weight + k, mask=k < K, other=0.0) / tl.where(seen > 0, denominator, 1.0)
-    # a label outside its range must not pass for a small loss, nor its gradient for a step
+    # an invalid label makes loss and gradients NaN, so that no step is taken
     factor = tl.where(tl.load(count + K) > 0, float("nan"), factor)
     eps_k = tl.load(smoothing + k, mask=k < K, other=0.0)
     sums = tl.zeros([KP], tl.float32)
@@ -240,20 +240,20 @@ def losses(best, lse, total, target, fields, slots, owner, classes, count, step_
         C = tl.maximum(tl.sum(tl.where(member, size_k[None, :], 0.0), 1), 1.0)
         s, cos, rest = tl.load(fields + SCALE * S + slot), tl.load(target + slot), tl.load(lse + slot)
         phi, slope = margin_target(cos, tl.load(fields + ANGULAR * S + slot), STRAIGHT)
-        own = s * (phi - tl.load(fields + ADDITIVE * S + slot))
-        z = tl.where(valid, rest - own, 0.0)
+        logit = s * (phi - tl.load(fields + ADDITIVE * S + slot))
+        z = tl.where(valid, rest - logit, 0.0)
         small = tl.exp(-tl.abs(z))
-        u = 1 + small  # log(1 + small) to the last digit also where u rounds to 1
+        u = 1 + small  # log(1 + small), exact also where u rounds to 1
         log1p = tl.where(u == 1, small, small * tl.log(u) / tl.where(u == 1, 1.0, u - 1))
         q = tl.where(z < 0, small / u, 1 / u)
         value = tl.maximum(z, 0.0) + log1p
         if SMOOTH:
-            value += eps * (own - (own + tl.load(total + slot)) / C)
+            value += eps * (logit - (logit + tl.load(total + slot)) / C)
         sums += tl.sum(tl.where(member, value[:, None], 0.0), 0)
         tl.store(fields + LSE * S + slot, rest, mask=valid)
-        tl.store(fields + OTHER * S + slot, G * s * q, mask=valid)
+        tl.store(fields + NEGATIVE * S + slot, G * s * q, mask=valid)
         tl.store(fields + SHIFT * S + slot, G * s * eps / C, mask=valid)
-        tl.store(fields + OWN * S + slot, G * s * (eps * (1 - 1 / C) - q) * slope, mask=valid)
+        tl.store(fields + POSITIVE * S + slot, G * s * (eps * (1 - 1 / C) - q) * slope, mask=valid)
         tl.store(target_cos + i, tl.where(valid, cos, float("nan")), mask=i < N)
         tl.store(correct + i, (valid & (cos > tl.load(best + slot))).to(tl.int8), mask=i < N)
     tl.store(per_domain + k, tl.where(seen > 0, sums / tl.where(seen > 0, n, 1.0), float("nan")), mask=k < K)
@@ -267,10 +267,9 @@ def losses(best, lse, total, target, fields, slots, owner, classes, count, step_
 def gradient_tiles(x, w, inverse, fields, column, upstream, owner, groups, classes, gradients, along, S, K, pitch,
                    chunk, first, low, window, PRECISION: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr,
                    CLASSES: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr):
-    """P [S, chunk] and along_j = Σ_i P_ij <x_i, w_j> / |w_j|² of HEIGHT samples [S / HEIGHT, chunk].
+    """P [S, chunk], and along_j [S / HEIGHT, chunk] = Σ_i P_ij <x_i, w_j> / |w_j|² over HEIGHT samples.
 
-    A tile in which the domain ends is written whole, with zeros for what is not there; tiles past its end are neither
-    written here nor read later.
+    The tile in which a domain ends is padded with zeros; tiles past its end are neither written nor read.
     """
     m = tl.program_id(0)
     domain = tl.load(owner + m * HEIGHT // ROWS)
@@ -291,15 +290,15 @@ def gradient_tiles(x, w, inverse, fields, column, upstream, owner, groups, class
     fields += slot
     norm_x, norm_w = tl.load(fields + NORM * S), tl.load(inverse + start + near)
     cos = dots * norm_x[:, None] * norm_w[None, :]
-    # of the non-targets: q exp(s c - lse⁻) is their softmax
+    # q exp(s c - lse⁻) is the softmax of the non-targets
     p = tl.exp(tl.load(fields + SCALE * S)[:, None] * cos - tl.load(fields + LSE * S)[:, None])
-    slope = tl.load(fields + OTHER * S)[:, None] * p - tl.load(fields + SHIFT * S)[:, None]
-    own = cols[None, :] == tl.load(column + slot)[:, None]
-    slope = tl.where(own, tl.load(fields + OWN * S)[:, None], slope)
-    slope = tl.where((cols < size)[None, :], slope, 0.0) * tl.load(upstream)  # empty slots: OTHER, SHIFT, OWN are 0
+    slope = tl.load(fields + NEGATIVE * S)[:, None] * p - tl.load(fields + SHIFT * S)[:, None]
+    is_target = cols[None, :] == tl.load(column + slot)[:, None]
+    slope = tl.where(is_target, tl.load(fields + POSITIVE * S)[:, None], slope)
+    slope = tl.where((cols < size)[None, :], slope, 0.0) * tl.load(upstream)  # all coefficients of empty slots are 0
     P = (slope * norm_x[:, None] * norm_w[None, :]).to(gradients.dtype.element_ty)
     tl.store(gradients + slot.to(tl.int64)[:, None] * chunk + place[None, :], P)
-    # from the rounded P, as the products will see it: the part along w_j then cancels to fp32
+    # from the rounded P, as in the products: the component along w_j then cancels in fp32
     tl.store(along + m.to(tl.int64) * chunk + place, tl.sum(P.to(tl.float32) * dots, 0) * norm_w * norm_w)
 
 
@@ -307,7 +306,7 @@ def gradient_tiles(x, w, inverse, fields, column, upstream, owner, groups, class
 def sample_products(w, gradients, owner, groups, classes, out, S, K, pitch, chunk, first, last, low, window,
                     PRECISION: tl.constexpr, ROWS: tl.constexpr, HEIGHT: tl.constexpr, COLUMNS: tl.constexpr,
                     STEP: tl.constexpr, STAGES: tl.constexpr):
-    """out[split, slot] += Σ_j P_ij w_j over a split's share of the chunk; splits fill the GPU where samples are few."""
+    """out[split, slot] += Σ_j P_ij w_j over a split's part of the chunk; splits fill the GPU where samples are few."""
     m = tl.program_id(0)
     domain = tl.load(owner + m * HEIGHT // ROWS)
     if domain < 0:
@@ -322,9 +321,9 @@ def sample_products(w, gradients, owner, groups, classes, out, S, K, pitch, chun
     at = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     sums = tl.zeros([HEIGHT, COLUMNS], tl.float32)
     for c in tl.range(begin, tl.minimum(begin + share, count), STEP, num_stages=STAGES):
-        place = c + tl.arange(0, STEP)  # in whole steps: else the compiler would not load P ahead
+        place = c + tl.arange(0, STEP)  # whole steps: else the compiler does not prefetch P
         P = tl.load(gradients + slot[:, None] * chunk + place[None, :])
-        near = base + tl.minimum(first + place, size - 1)  # P is 0 past the range, W has to be finite there
+        near = base + tl.minimum(first + place, size - 1)  # P is 0 past the range, but 0 times NaN is NaN
         sums = tl.dot(P, tl.load(w + near[:, None] * pitch + at[None, :]), sums, input_precision=PRECISION)
     out += (tl.program_id(2).to(tl.int64) * S + slot)[:, None] * pitch + at[None, :]
     tl.store(out, tl.load(out) + sums)
@@ -334,7 +333,7 @@ def sample_products(w, gradients, owner, groups, classes, out, S, K, pitch, chun
 def class_products(x, w, gradients, along, groups, classes, out, K, D, pitch, chunk, first, low, window,
                    ADD: tl.constexpr, PRECISION: tl.constexpr, HEIGHT: tl.constexpr, CLASSES: tl.constexpr,
                    COLUMNS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr):
-    """dw_j = Σ_i P_ij x_i - along_j w_j over every domain that has this range, in their order; 0 without a sample."""
+    """dw_j = Σ_i P_ij x_i - along_j w_j over all domains with this range, in their order; 0 without a sample."""
     k = tl.program_id(2)
     start, size, base = find_range(classes, k, low, window)
     if (first + tl.program_id(0) * CLASSES >= size) | (tl.load(classes + 5 * k + 4) != k):
@@ -367,13 +366,13 @@ def class_products(x, w, gradients, along, groups, classes, out, K, D, pitch, ch
 
 @lru_cache(maxsize=64)
 def class_tables(ranges: tuple, starts: tuple, totals: tuple, device: torch.device) -> tuple[Tensor, ...]:
-    """int64 [K, 5]: rows of W from, to; number of the first of them among the domain's classes; classes in all; the
-    first domain with the same range. Where ranges overlap without being equal, one more for each group of domains whose
-    ranges do not: the same with the other domains' ranges empty.
+    """int64 [K, 5]: first row of W and end; number of that first row among the domain's classes; classes over all
+    ranks; first domain with the same range. Where ranges overlap without being equal, one more table per group of
+    `disjoint_groups`, in which the ranges of the other groups are empty.
     """
-    tables, turns = [], disjoint(ranges)
-    for turn in [ranges, *(turns if len(turns) > 1 else [])]:
-        rows = [(a, b if (a, b) in turn else a, number, total, ranges.index((a, b)))
+    tables, groups = [], disjoint_groups(ranges)
+    for group in [ranges, *(groups if len(groups) > 1 else [])]:
+        rows = [(a, b if (a, b) in group else a, number, total, ranges.index((a, b)))
                 for (a, b), number, total in zip(ranges, starts, totals, strict=True)]
         table = torch.tensor(rows, dtype=torch.int64)
         tables.append(table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table)
@@ -381,13 +380,13 @@ def class_tables(ranges: tuple, starts: tuple, totals: tuple, device: torch.devi
 
 
 def copy_classes(plan: Plan, w: Tensor, table: Tensor, copy: Tensor, inverse: Tensor, low: int) -> None:
-    """Norms of the classes from `low` on, and their copy: of a window, or of all."""
+    """Norms and copy of the classes from `low` on, of a window or of all."""
     class_norms[(triton.cdiv(plan.window or plan.longest, 16), plan.K)](
         w, table, copy, inverse, w.shape[1], plan.pitch, low, plan.window, COPY=plan.copy, CLASSES=16, WIDTH=256)
 
 
 def forward(plan: Plan, x, w, labels, domains, tables, values, by, weight, smoothing, step_count, merge, options: dict):
-    """The forward launches; returns what the caller is given and what backward needs."""
+    """Launch the forward pass; returns the results and the tensors for the backward pass."""
     (N, D), launch, K, S, table, smooth = x.shape, plan.launch, plan.K, plan.slots, tables[0], options["SMOOTH"]
     empty, rows = partial(torch.empty, dtype=torch.float32, device=x.device), {"ROWS": launch.rows}
     order, fields = torch.full((S,), -1, dtype=torch.int32, device=x.device), torch.zeros(9, S, device=x.device)
@@ -423,7 +422,7 @@ def forward(plan: Plan, x, w, labels, domains, tables, values, by, weight, smoot
 
 
 def backward(plan: Plan, x, w, tables, upstream, saved, need_x: bool, need_w: bool):
-    """dx, dw, one chunk of classes after the other."""
+    """Launch the backward pass, chunk by chunk of classes; returns dx and dw."""
     samples, operand, inverse, fields, column, slots, owner, groups = saved
     D, launch, K, S, pitch, chunk = x.shape[1], plan.launch, plan.K, plan.slots, plan.pitch, plan.chunk
     tiles, columns, turns = S // launch.height, pitch // launch.columns, tables[1:] or tables
@@ -431,7 +430,7 @@ def backward(plan: Plan, x, w, tables, upstream, saved, need_x: bool, need_w: bo
     gradients, along = empty(S, chunk, dtype=plan.operand), empty(tiles, chunk)
     sums = torch.zeros(plan.splits, S, pitch, device=x.device) if need_x else None
     make = torch.empty_like if plan.covers == len(w) else torch.zeros_like  # rows in no range get 0
-    dw = make(w, dtype=torch.float32 if len(turns) > 1 else w.dtype) if need_w else None  # what is added to is fp32
+    dw = make(w, dtype=torch.float32 if len(turns) > 1 else w.dtype) if need_w else None  # sums over groups in fp32
     if plan.window:
         operand = empty(plan.window * K, pitch, dtype=plan.operand)
     shape = {"PRECISION": plan.precision, "HEIGHT": launch.height, "STAGES": launch.stages}
@@ -454,21 +453,21 @@ def backward(plan: Plan, x, w, tables, upstream, saved, need_x: bool, need_w: bo
                     samples, operand, gradients, along, groups, table, dw, K, D, pitch, chunk, first, *at,
                     ADD=len(turns) > 1, CLASSES=launch.classes, num_warps=launch.class_warps, **steps, **shape)
     dx = None
-    if need_x:  # without a slot: -1, which is the last one, and empty where any sample has none
+    if need_x:  # a sample without a slot has -1: the last slot, which is then empty
         v, unit = sums.sum(0)[slots, :D], x.float() * fields[0][slots, None]
         dx = (v - (v * unit).sum(1, keepdim=True) * unit).to(x.dtype)
     return dx, dw if dw is None else dw.to(w.dtype)
 
 
 class MarginLossFunction(torch.autograd.Function):
-    """loss, per_domain, target_cos, correct; only the loss has a gradient, to embeddings and class weights."""
+    """loss, per_domain, target_cos, correct; only the loss is differentiable, in embeddings and class weights."""
 
     @staticmethod
     def forward(ctx, x, w, plan, labels, domains, tables, *rest):
         with torch.cuda.device_of(x):  # Triton launches on the current device
             out, saved = forward(plan, x, w, labels, domains, tables, *rest)
         ctx.save_for_backward(x, w, *saved)
-        ctx.plan, ctx.tables = plan, tables  # tables may be inference tensors of an earlier call, which cannot be saved
+        ctx.plan, ctx.tables = plan, tables  # cached tables may be inference tensors, which cannot be saved
         ctx.mark_non_differentiable(*out[1:])
         return out
 

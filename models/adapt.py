@@ -1,4 +1,4 @@
-"""How a backbone is trained: LoRA, stochastic depth, running averages, remedies for forgetting, bfloat16.
+"""Training a backbone: LoRA, stochastic depth, averaged weights (EMA), penalties on forgetting, bfloat16.
 
 Copy with it: models/backbones.py.
 """
@@ -19,10 +19,11 @@ from models.backbones import Backbone
 
 
 class LowRank(nn.Module):
-    """A matrix [out, in] plus a product of two thin ones that starts at 0: W + 16/√r · up @ down (rsLoRA).
+    """Low-rank update of a weight [out, in]: W + 16/√r · up @ down (rsLoRA), with up = 0 at the start.
 
-    Source: arXiv 2106.09685 (LoRA), 2312.03732 (the √r); FRoundation's alpha of 16. As a parametrisation of torch's it
-    reaches the fused projections of every library alike, nn.MultiheadAttention's too, which hold no Linear to wrap.
+    A torch parametrisation, because fused projections such as nn.MultiheadAttention's contain no Linear to wrap.
+
+    Source: arXiv 2106.09685 (LoRA), 2312.03732 (the √r); alpha = 16 as in FRoundation.
     """
 
     def __init__(self, weight: torch.Tensor, rank: int) -> None:
@@ -33,29 +34,27 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(weight.device.type, enabled=False):  # in bf16 it would not be the matrix that is exported
+        with torch.autocast(weight.device.type, enabled=False):  # the exported matrix is computed in fp32, too
             return weight + self.scale * (self.up @ self.down)
 
 
 def add_low_rank(model: Backbone, rank: int) -> None:
-    """Freeze the network but for low-rank updates of its attention's query, key and value projections (--lora)."""
+    """Freeze the network and add low-rank updates to its query, key and value projections (--lora)."""
     projection = re.compile(r".*\.(in_proj_weight|(qkv|[qkv]_proj)\.weight)")
-    found = [name for name, p in model.net.named_parameters() if p.requires_grad and projection.fullmatch(name)]
+    names = [name for name, p in model.net.named_parameters() if p.requires_grad and projection.fullmatch(name)]
     model.net.requires_grad_(False)
-    for name in found:
+    for name in names:
         path, _, weight = name.rpartition(".")
         module = model.net.get_submodule(path)
         nn.utils.parametrize.register_parametrization(module, weight, LowRank(getattr(module, weight), rank))
-    if not found:
-        raise InputError(f"--lora {rank}: this network has no attention projections to adapt: take a transformer, or "
-                         "leave it out")
+    if not names:
+        raise InputError(f"--lora {rank}: this network has no attention projections; take a transformer")
 
 
 def add_drop_path(model: Backbone, rate: float) -> None:
-    """Stochastic depth: in training a residual branch is left out for a sample, the more often the higher it lies.
+    """Stochastic depth (arXiv 1603.09382): the drop probability grows linearly from 0 to `rate` at the top block.
 
-    Source: arXiv 1603.09382, linear from 0 at the lowest block to `rate` at the top one. open_clip's towers have no
-    such option; the place of their layer scale, empty in the published models, is the end of the branch.
+    open_clip has no such option; DropPath replaces its layer scale, which is the identity in the published models.
     """
     from timm.layers import DropPath
 
@@ -63,16 +62,16 @@ def add_drop_path(model: Backbone, rate: float) -> None:
     ends = ("drop_path", "drop_path1", "drop_path2", "ls_1", "ls_2")
     blocks = [(module, [end for end in ends if isinstance(getattr(module, end, None), nn.Identity | DropPath)])
               for module in tower.modules()]
-    blocks = [(module, found) for module, found in blocks if found]
+    blocks = [(module, places) for module, places in blocks if places]
     if not blocks:
         raise InputError(f"--drop-path {rate:g}: this network has no residual branches to drop: leave it out")
-    for (module, found), probability in zip(blocks, np.linspace(0, rate, len(blocks)).tolist(), strict=True):
-        for end in found:
+    for (module, places), probability in zip(blocks, np.linspace(0, rate, len(blocks)).tolist(), strict=True):
+        for end in places:
             setattr(module, end, DropPath(probability))
 
 
 class RunningAverage:
-    """Exponential running average (EMA) of parameters, whose decay warms up: min(decay, (1 + t) / (10 + t)).
+    """Exponential moving average (EMA) of parameters with decay min(decay, (1 + t) / (10 + t)).
 
     Source of the warm-up: Karras et al., arXiv 2312.02696, and TensorFlow's ExponentialMovingAverage.
     """
@@ -83,7 +82,7 @@ class RunningAverage:
 
     @torch.no_grad()
     def update(self, t: torch.Tensor, taken: torch.Tensor) -> None:
-        """After step number t (from 1, not counting skipped ones); `taken`: 0 where this one was skipped."""
+        """After step t (from 1, skipped steps not counted); `taken`: 0 where this step was skipped."""
         pull = (1 - ((1 + t) / (10 + t)).clamp(max=self.decay)) * taken
         away = torch._foreach_sub([p.detach() for p in self.parameters], self.values)
         torch._foreach_mul_(away, pull.to(away[0].dtype))
@@ -91,7 +90,7 @@ class RunningAverage:
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Inside, the parameters are their averages."""
+        """A context in which the parameters are replaced by their averages."""
         self.swap()
         try:
             yield
@@ -99,7 +98,6 @@ class RunningAverage:
             self.swap()
 
     def swap(self) -> None:
-        """Exchange the parameters and their averages."""
         for parameter, average in zip(self.parameters, self.values, strict=True):
             parameter.data, average.data = average.data, parameter.data
 
@@ -162,7 +160,7 @@ class Retention:
         self.turned, self.images = torch.zeros((), device=self.device), 0  # sum of 1 - cos, over this rank's images
 
     def backward(self, result: Any, images: torch.Tensor, batch: tuple, present: list[int]) -> None:
-        """In place of `result.loss.backward()`; `batch`: what the head was called with."""
+        """Replaces `result.loss.backward()`; `batch`: arguments of the head."""
         x, _, _, counts, _ = batch
         loss = result.loss
         if self.untouched:
@@ -189,13 +187,13 @@ class Retention:
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether the backbone computes in bfloat16; "auto": where CUDA has it."""
-    # emulated, on cards before Ampere, it is slower than float32 and no more exact
+    # GPUs before Ampere emulate bf16: slower than float32 and no more exact
     return precision == "bf16" or (precision == "auto" and device.type == "cuda" and
                                    torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 class AutocastModel(nn.Module):
-    """The model's forward pass in the precision of --precision, embeddings included: some networks end in float32."""
+    """The model in the precision of --precision; embeddings are cast, too, because some networks end in float32."""
 
     def __init__(self, model: Backbone, bf16: bool, device: torch.device) -> None:
         super().__init__()

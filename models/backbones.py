@@ -1,6 +1,6 @@
-"""Backbones of timm and open_clip: what there is, how each is built, filled with weights and fine-tuned (RECIPES).
+"""Backbones of timm and open_clip: the list, construction, weights, fine-tuning recipes, embeddings.
 
-Copy with it: data_prep/ (of it, reading) and kernels/gather.py.
+Copy with it: data_prep/ (its readers), kernels/gather.py and models/weights.py.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from data_prep.stream import Batches, Look, load
 from models.weights import from_openai, from_transformers, read_weights, strip_prefixes
 
 SIZES = ("tiny", "small", "base", "large")
-# Family -> size -> (library, name, pretrained tag or None), and the input size where --image-size is not given.
+# Family -> size -> (library, name, pretrained tag or None).
 BACKBONES = {
     "clip": {
         "tiny": ("open_clip", "tiny", None),
@@ -47,17 +47,16 @@ BACKBONES = {
         "large": ("timm", "vit_large_patch16_dinov3.lvd1689m", ""),
     },
 }
-IMAGE_SIZE = {"clip": 224, "eva02": 224, "dinov3": 256}
-# How each foundation is fine-tuned: fills the options that neither the command line nor --config gave, where weights
-# are loaded; from a random start the options' own defaults hold. The loss and the augmentations are not in it: a grid
-# over backbones compares them on the same task. What all share is in the defaults: AdamW, class weights at 1e-3
-# (arcface_torch's ViTs), gradients clipped at 1, a cosine to 1 % after 5 % of warm-up.
+IMAGE_SIZE = {"clip": 224, "eva02": 224, "dinov3": 256}  # pixels, without --image-size
+# Optimiser options of each backbone where weights are loaded, unless the command line or --config gives them. Losses
+# and augmentations are left out, so that a grid compares backbones on the same task. The defaults hold what all share:
+# AdamW, class weights at 1e-3 (arcface_torch's ViTs), gradients clipped at 1, a cosine to 1 % after 5 % of warm-up.
 RECIPES = {
     "clip": {
-        "lr": 2e-5,  # with the decay 4e-6 on average over the blocks; CLIP-ReID trains all of CLIP at 5e-6, batch 64
+        "lr": 2e-5,  # mean over blocks with the decay: 4e-6; CLIP-ReID trains all of CLIP at 5e-6, batch 64
         "layer_decay": 0.8,  # EVA-02's for large models, 0.8 to 0.85
-        "drop_path": 0.0,  # neither CLIP's training nor CLIP-ReID drops any
-        "weight_decay": 0.05,  # FRoundation's; CLIP's own was 0.2, CLIP-ReID's 1e-4
+        "drop_path": 0.0,  # as in CLIP and CLIP-ReID
+        "weight_decay": 0.05,  # FRoundation; CLIP: 0.2, CLIP-ReID: 1e-4
     },
     "eva02": {  # the authors' ImageNet fine-tuning of the same weights, batch 512 (EVA-02/asuka/README.md)
         "lr": 2e-5,
@@ -66,19 +65,19 @@ RECIPES = {
         "weight_decay": 0.05,
         "warmup": 0.1,  # 2 of 20 epochs
     },
-    "eva02-base": {"lr": 5e-5, "layer_decay": 0.8},  # as above, for the base size
+    "eva02-base": {"lr": 5e-5, "layer_decay": 0.8},  # same source
     "dinov3": {
-        "lr": 1e-5,  # DeiT III fine-tunes base to huge at it; for DINOv2 users found 1e-5 to 1e-7 (dinov2#252)
-        "layer_decay": 0.8,  # as above
-        "drop_path": 0.1,  # below EVA-02's 0.15 and DeiT III's 0.2 and more: we train for fewer epochs
-        "weight_decay": 0.05,  # EVA-02's; DeiT III has 0.1
+        "lr": 1e-5,  # DeiT III, base to huge; users of DINOv2 report 1e-5 to 1e-7 (dinov2#252)
+        "layer_decay": 0.8,  # EVA-02's
+        "drop_path": 0.1,  # EVA-02: 0.15, DeiT III: 0.2 and more, both with more epochs
+        "weight_decay": 0.05,  # EVA-02's; DeiT III: 0.1
     },
-    # On top of the backbone's with --lora: FRoundation, CLIP and DINOv2 on faces, batch 512. Every block alike, and so
-    # few parameters need no dropped paths.
+    # With --lora, over the backbone's own: FRoundation (CLIP and DINOv2 on faces, batch 512); so few parameters need no
+    # stochastic depth.
     "lora": {"lr": 1e-4, "layer_decay": 1.0, "drop_path": 0.0},
 }
-# CLIP in miniature, for the demo and the tests: no weights of it exist. Its image tower is a ConvNeXt, as in OpenCLIP's
-# convnext models, because a transformer learns next to nothing from scratch in the minutes of a demo.
+# For the demo and the tests, without published weights. Its image tower is a ConvNeXt, as in OpenCLIP's convnext
+# models, because a transformer learns next to nothing from scratch in the minutes of a demo.
 TINY_CLIP = {
     "embed_dim": 64,
     "vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64},
@@ -88,34 +87,34 @@ TINY_CLIP = {
 
 @dataclass(frozen=True)
 class Network:
-    """Which network, with which weights, on which input."""
+    """Choice of network, weights and input size."""
 
-    backbone: str | None  # a family of BACKBONES, with its size; None: model
+    backbone: str | None  # a family of BACKBONES; None: see model
     size: str = "large"
     model: str | None = None  # any name of timm or open_clip
     weights: str = "pretrained"  # or "none", or a file
     image_size: int | None = None  # pixels; None: the family's or the model's own
     embed_dim: int = 0  # width of one linear layer after the backbone; 0: none
-    seed: int = 0  # a random start is a function of it
+    seed: int = 0  # of random weights
 
     @classmethod
     def of(cls, values: Any, **changes) -> "Network":
-        """From anything that has these names: options, or the configuration of a run."""
+        """From options, or from the configuration of a run."""
         given = values if isinstance(values, dict) else vars(values)
         return cls(**{field.name: given[field.name] for field in fields(cls)} | changes)
 
     @property
     def name(self) -> str:
-        """For folders and tables."""
+        """Name in folders and tables."""
         return (self.model or f"{self.backbone}-{self.size}").replace("/", "_")
 
 
 class Backbone(nn.Module):
-    """An image tower of timm or open_clip with what it needs to know about its input.
+    """An image tower of timm or open_clip and the format of its input.
 
-    Attributes: dim (width D of the embedding), image_size (pixels), mean and std (per RGB channel, images scaled to
-    0..1), interpolation ("bilinear" or "bicubic"), net (the library's own module, with its own key names), library and
-    name (in it).
+    Attributes: net (the library's module, with its key names), library, name (in the library), dim (width D of the
+    embedding), image_size (pixels), mean and std (per RGB channel, images scaled to 0..1), interpolation ("bilinear" or
+    "bicubic").
     """
 
     def __init__(self, net: nn.Module, library: str, name: str, embed_dim: int, image_size: int) -> None:
@@ -127,12 +126,12 @@ class Backbone(nn.Module):
             settings = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
                         "interpolation": "bicubic"} | open_clip.get_model_preprocess_cfg(net)
             net.requires_grad_(False)
-            net.visual.requires_grad_(True)  # the text tower stays as it is: it keeps zero-shot alive
+            net.visual.requires_grad_(True)  # the frozen text tower keeps zero-shot classification possible
         else:
             import timm
 
             settings = timm.data.resolve_model_data_config(net)
-        with torch.no_grad():  # networks of different origin name their width differently: look at what comes out
+        with torch.no_grad():  # libraries name the width differently: measure it
             probe = torch.zeros(1, 3, image_size, image_size)
             width = (net.eval().encode_image(probe) if library == "open_clip" else net.eval()(probe)).shape[1]
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
@@ -142,7 +141,7 @@ class Backbone(nn.Module):
 
     @property
     def look(self) -> Look:
-        """How the network wants its images."""
+        """Size and normalisation of the input."""
         return Look(self.image_size, self.mean, self.std, self.interpolation)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -151,7 +150,7 @@ class Backbone(nn.Module):
         return x if self.project is None else self.project(x)
 
     def train(self, mode: bool = True) -> "Backbone":
-        """As nn.Module.train, but BatchNorm keeps its statistics: no layer may mix the samples of a batch."""
+        """As nn.Module.train, but BatchNorm statistics stay frozen: no layer may mix the samples of a batch."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -159,11 +158,11 @@ class Backbone(nn.Module):
         return self
 
     def layers(self) -> dict[str, int]:
-        """Trainable parameter -> depth, 0 at the input; projections count as the top. For layer-wise learning rates."""
+        """Trainable parameter -> depth, 0 at the input; projections belong to the top layer."""
         from timm.models._manipulate import group_with_matcher
 
         tower, prefix = self.net, "net."
-        if self.library == "open_clip" and hasattr(self.net.visual, "trunk"):  # a network of timm's inside CLIP
+        if self.library == "open_clip" and hasattr(self.net.visual, "trunk"):  # a timm network inside CLIP
             tower, prefix = self.net.visual.trunk, "net.visual.trunk."
         if tower is self.net and self.library == "open_clip":
             matcher = {
@@ -192,16 +191,16 @@ def resolve_backbone(network: Network) -> tuple[str, str, str | None]:
         if tag and not (settings := open_clip.get_pretrained_cfg(name, tag)):
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
             raise InputError(f"--model: open_clip has no weights {tag!r} for {name}; it has {tags or 'none'}")
-        # the tag knows with which activation its weights were trained, the plain name does not
+        # the activation depends on the tag
         quick = tag and settings.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu")
         return "open_clip", name + "-quickgelu" * bool(quick), tag or None
     close = difflib.get_close_matches(name, [*timm.list_models(), *open_clip.list_models()], n=3)
-    hint = f"; near it: {', '.join(close)}" if close else "; any timm or open_clip name will do"
-    raise InputError(f"--model: neither timm nor open_clip knows {name!r}{hint}")
+    hint = f"; similar names: {', '.join(close)}" if close else "; any timm or open_clip name is valid"
+    raise InputError(f"--model: neither timm nor open_clip has {name!r}{hint}")
 
 
 def build_network(library: str, name: str, image_size: int | None, **pretrained) -> nn.Module:
-    """The library's own module without a classifier, at an input size (None: the model's own)."""
+    """The library's module without a classifier, at an input size (None: the model's)."""
     if library == "open_clip":
         import open_clip
 
@@ -222,7 +221,7 @@ def build_network(library: str, name: str, image_size: int | None, **pretrained)
 
 
 def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], path: Path | str) -> None:
-    """Load a state dict strictly, with position embeddings resampled and classifiers of other sizes left out."""
+    """Load a state dict strictly; position embeddings are resampled, classifiers left out."""
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
     given = state
     try:
@@ -237,18 +236,18 @@ def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], p
             for classifier in [classifiers] if isinstance(classifiers, str) else classifiers:
                 state = {key: value for key, value in state.items() if not key.startswith(f"{classifier}.")}
             convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
-            with contextlib.redirect_stdout(None):  # it prints what it passes over
+            with contextlib.redirect_stdout(None):  # it prints skipped keys
                 state = convert(state, net) if convert else state
-        # BatchNorm's step counters carry nothing while its statistics stay frozen, and some exports drop them
+        # some exports drop BatchNorm's step counters, which frozen statistics do not use
         state = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")} | state
     except (KeyError, RuntimeError, AttributeError, IndexError, ValueError):
-        state = given  # the library's own conversion met keys that it does not know: name those
+        state = given  # unknown keys broke the library's conversion: name them below
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     missing, foreign = [key for key in expected if key not in shapes], [key for key in shapes if key not in expected]
     wrong = [f"{k} is {shapes[k]}, not {expected[k]}" for k in expected if k in shapes and expected[k] != shapes[k]]
     if missing or foreign or wrong:
         lists = [f"{what} {', '.join(keys[:3])}" + f" and {len(keys) - 3} more" * (len(keys) > 3)
-                 for what, keys in (("the network wants", missing), ("the file holds", foreign)) if keys]
+                 for what, keys in (("the file lacks", missing), ("the network lacks", foreign)) if keys]
         raise InputError(f"--weights {path}: not the weights of this architecture: {'; '.join([*lists, *wrong[:3]])}"
                          + f" and {len(wrong) - 3} more shapes" * (len(wrong) > 3))
     net.load_state_dict(state)
@@ -258,12 +257,12 @@ def load_backbone(network: Network) -> Backbone:
     """Build an untouched backbone.
 
     Raises:
-        InputError: unknown model, weights that cannot be had, or weights of another architecture.
+        InputError: unknown model, weights that cannot be read or downloaded, or weights of another architecture.
     """
     library, name, tag = resolve_backbone(network)
     size = network.image_size or (None if network.model else IMAGE_SIZE[network.backbone])
     torch.manual_seed(network.seed)
-    logging.disable(logging.ERROR)  # the hub clients' own pages about what ends here in one line
+    logging.disable(logging.ERROR)  # the hub clients' warnings about errors that end here in one line
     try:
         if network.weights == "pretrained":
             net = download_network(network, library, name, size, tag)
@@ -286,7 +285,7 @@ def load_backbone(network: Network) -> Backbone:
 
 
 def download_network(network: Network, library: str, name: str, size: int | None, tag: str | None) -> nn.Module:
-    """The network with its published weights, from the libraries' hubs or their cache."""
+    """The network with its published weights, from the hub or its cache."""
     if tag is None:
         which = network.model or f"{network.backbone} {network.size}"
         more = " or, for OpenCLIP's, --model NAME/TAG" if library == "open_clip" and network.model else ""
@@ -294,7 +293,7 @@ def download_network(network: Network, library: str, name: str, size: int | None
     try:
         fail_fast_offline()
         return build_network(library, name, size, pretrained=tag or True)
-    except Exception as error:  # the hub clients raise a dozen kinds, open_clip one that it makes of all
+    except Exception as error:  # the hub clients raise many types, open_clip a single one
         client = re.match(r"huggingface_hub|httpx|requests|urllib3", type(error).__module__)
         if not client and not isinstance(error, OSError) and not str(error).startswith("Failed to download"):
             raise
@@ -305,7 +304,7 @@ def download_network(network: Network, library: str, name: str, size: int | None
 
 
 def fail_fast_offline() -> None:
-    """Without a route to the hub use its cache at once, instead of a minute of retries and a page of warnings."""
+    """Without network, read the hub's cache at once, instead of after a minute of retries and warnings."""
     import huggingface_hub.constants as hub
 
     if {"https", "all"} & urllib.request.getproxies().keys():  # the proxy resolves names
@@ -316,11 +315,11 @@ def fail_fast_offline() -> None:
         hub.HF_HUB_OFFLINE = True
 
 
-# ---------------------------------------------------------------- what of the backbone is trained
+# ---------------------------------------------------------------- weights and embeddings
 
 
 def library_state(net: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights under the library's own key names, low-rank updates merged into the matrices that they change."""
+    """The weights under the library's key names, with low-rank updates merged."""
     state = net.state_dict()
     for key in [key for key in state if key.endswith(".original")]:
         path, _, name = key.removesuffix(".original").rpartition(".parametrizations.")
@@ -331,9 +330,9 @@ def library_state(net: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def embed_rows(model: Backbone, split: Split, rows: np.ndarray, device: torch.device, batch: int, workers: int = 0,
                flip: bool = False) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-    """Yield (rows [b], embeddings [b, D] float32) of whole images of a split; unreadable ones are left out.
+    """Yield (rows [b], embeddings [b, D] float32) of the readable images of a split, uncropped.
 
-    `flip`: the embedding of the mirrored image is added.
+    `flip`: add the embedding of the mirror image.
     """
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2.functional import resize
@@ -351,7 +350,7 @@ def embed_rows(model: Backbone, split: Split, rows: np.ndarray, device: torch.de
 @torch.no_grad()
 def text_weights(model: Backbone, names: list[str], device: torch.device,
                  templates: Sequence[str] = ("a photo of a {}.",)) -> torch.Tensor:
-    """Unit CLIP embeddings [C, D] of class names: each the mean of those of its prompts, {} being the name."""
+    """Unit CLIP text embeddings [C, D] of class names, each the mean over prompts, where {} stands for the name."""
     import open_clip
 
     tokenizer = open_clip.get_tokenizer("ViT-B-32" if model.name == "tiny" else model.name)

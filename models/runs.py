@@ -1,4 +1,4 @@
-"""A run: its processes and its folder with options, weights and checkpoints. What lies where: docs/training.md.
+"""A run: its processes (Ranks) and its folder, whose files docs/training.md lists.
 
 Copy with it: models/backbones.py and what it needs.
 """
@@ -51,57 +51,57 @@ STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFA
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of --device: `auto` takes CUDA where there is one."""
+    """The device of --device; `auto`: CUDA where available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise InputError(f"--device {name}: want auto, cpu, cuda or cuda:N")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here; use --device cpu")
+        raise InputError("--device cuda: torch finds no CUDA device; use --device cpu")
     device = torch.device(name)
     if (device.index or 0) >= max(torch.cuda.device_count(), 1):
-        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here, counted from 0")
+        raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
     return device
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that torchrun started for the run; alone it is rank 0 of 1."""
+    """This process among those of torchrun; without torchrun, rank 0 of 1."""
 
     rank: int = 0
     world: int = 1
-    control: object = None  # gloo group, for what the CPUs tell each other while the GPUs work
+    control: object = None  # gloo group for messages between CPUs
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place; what lies in the memory of the CPUs is summed there."""
+        """Sum a tensor over all ranks, in place, on its device."""
         if self.world > 1:
             torch.distributed.all_reduce(tensor, group=self.control if tensor.device.type == "cpu" else None)
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so; every rank has to ask."""
+        """Whether the flag is set on any rank; collective."""
         if self.world == 1:
             return flag
-        told = torch.tensor(int(flag))
-        torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX, group=self.control)
-        return bool(told)
+        any_flag = torch.tensor(int(flag))
+        torch.distributed.all_reduce(any_flag, torch.distributed.ReduceOp.MAX, group=self.control)
+        return bool(any_flag)
 
     def wait(self) -> None:
-        """Go on when every rank is here."""
+        """Barrier."""
         self.any(False)
 
 
-def watch_parent(parent: int, patience: float = 120.0) -> None:
-    """End a rank whose torchrun was killed, which can no longer end it: by SIGTERM, so that a run saves first."""
+def watch_parent(parent: int) -> None:
+    """End a rank whose torchrun was killed, by SIGTERM, so that a run saves first."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(patience)  # in a collective that others have left, nobody would come to handle the signal
+    time.sleep(120)  # within a collective that others have left, the signal is never handled
     os._exit(128 + signal.SIGTERM)
 
 
 def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
-    """The ranks of torchrun's environment, a process group where there are several, and the device of this one."""
+    """Read torchrun's environment, start the process group (several ranks) and choose the device of this rank."""
     world, device = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device_name)
     if world == 1:
         return Ranks(), device
@@ -114,7 +114,7 @@ def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
     threading.Thread(target=watch_parent, args=(os.getppid(),), daemon=True).start()
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = Ranks(torch.distributed.get_rank(), world, torch.distributed.new_group(backend="gloo"))
-    if ranks.rank:  # one voice
+    if ranks.rank:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return ranks, device
 
@@ -123,38 +123,38 @@ def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
 
 
 def digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """SHA-256 of tensors on the CPU, with their names, types and shapes, and of the metadata beside them."""
-    about = {key: [str(value.dtype), list(value.shape)] for key, value in sorted(tensors.items())}
-    whole = hashlib.sha256(json.dumps([about, metadata], sort_keys=True).encode())
-    for key in about:
+    """SHA-256 of tensors on the CPU, their names, dtypes and shapes, and their metadata."""
+    header = {key: [str(value.dtype), list(value.shape)] for key, value in sorted(tensors.items())}
+    whole = hashlib.sha256(json.dumps([header, metadata], sort_keys=True).encode())
+    for key in header:
         whole.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
-    """Write a safetensors file with the digest of its contents in its metadata: `read_tensors` compares it."""
+    """Write a safetensors file with the digest of its contents in its metadata, which `read_tensors` checks."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     metadata = metadata | {"sha256": digest(tensors, metadata)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file of a run; InputError where it is damaged."""
+    """Tensors and metadata of a safetensors file of a run; InputError if it is damaged."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-    except Exception as error:  # safetensors raises a kind of its own
+    except Exception as error:  # safetensors raises its own type
         raise damaged(path, str(error)) from error
     if (expected := metadata.pop("sha256", None)) and digest(tensors, metadata) != expected:
-        raise damaged(path, "its contents are not what was written: their SHA-256 differs")
+        raise damaged(path, "its contents are not what was written: the SHA-256 differs")
     if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
-        raise damaged(path, f"{wrong[0]} holds numbers that are not finite")
+        raise damaged(path, f"{wrong[0]} holds non-finite numbers")
     return tensors, metadata
 
 
 def damaged(path: Path, what: str) -> InputError:
-    """The error about a file of a run that a stage cannot use."""
+    """The error of a damaged file of a run."""
     return InputError(f"{path}: damaged ({what}): restore it, or continue the run with --resume")
 
 
@@ -163,26 +163,26 @@ def damaged(path: Path, what: str) -> InputError:
 
 @dataclass
 class Facts:
-    """What a run derived from its options and its data: beside the options in config.json."""
+    """Facts that a run derives from its options and data, stored beside the options in config.json."""
 
     role: str  # one of RUN_ROLES, for `analyze.py claims`
     steps: int
-    counts: dict[str, int]  # domain -> images that the run draws
-    recipe: dict[str, float]  # options that RECIPES filled
+    counts: dict[str, int]  # domain -> images drawn in the run
+    recipe: dict[str, float]  # options set by RECIPES
     git_commit: str | None
     argv: list[str]
     versions: dict[str, str]
     shards: dict[str, str]  # domain -> plan of its training split
-    sources: dict[str, dict]  # domain -> where its images come from
-    weights_sha256: str | None  # of the file of weights that it started from
+    sources: dict[str, dict]  # domain -> source and form of its images
+    weights_sha256: str | None  # of the file of --weights
 
 
 def gather_facts(splits: list[Split], schedule: str, steps: int, counts: dict[str, int], recipe: dict[str, float],
                  weights: str) -> Facts:
-    """The facts of a run that starts now, with versions and commit of the code, shards, and the hash of the weights."""
-    here = Path(__file__).resolve().parent
+    """The facts of a run that starts now."""
+    code = Path(__file__).resolve().parent
     try:
-        commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(["git", "-C", code, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
@@ -194,18 +194,18 @@ def gather_facts(splits: list[Split], schedule: str, steps: int, counts: dict[st
 
 
 def describe_sources(splits: list[Split]) -> dict[str, dict]:
-    """Where the images of each domain come from and how they became square: the shards may be gone one day."""
+    """Source and form of the images of each domain, kept because shards may be deleted."""
     return {split.domain: {"source": split.index["provenance"]["source"], "images": len(split),
                            "classes": len(split.classes), "size": split.size,
                            **{key: split.index.get(key) for key in ("fit", "quality")}} for split in splits}
 
 
 def write_config(folder: Path, options: dict, facts: Facts) -> None:
-    """Write config.json: the options as on the command line, and what the run derived."""
+    """Write config.json: the options as on the command line, and the facts."""
     write_json(folder / "config.json", {"options": options, "facts": asdict(facts)})
 
 
-# what stages read of a config.json: a type, several of which one has to fit, or a list of such things
+# types of the fields of config.json that later stages read, as `fits` takes them; a tuple: one of several
 CONFIG = {
     "backbone": (str, None), "model": (str, None), "size": str, "weights": str, "image_size": (int, None),
     "embed_dim": int, "seed": int, "domains": [str], "data": str, "schedule": str, "counts": {}, "steps": int,
@@ -214,7 +214,7 @@ CONFIG = {
 
 
 def read_config(folder: Path) -> dict:
-    """`join_config` of a run; InputError where what stages read of it is missing or of another kind."""
+    """`join_config` of a run; InputError where a field that later stages read is missing or of another type."""
     path = folder / "config.json"
     config = join_config(path)
     if missing := CONFIG.keys() - config.keys():
@@ -233,25 +233,28 @@ def read_config(folder: Path) -> dict:
 
 
 def find_run(folder: Path, options: dict, splits: list[Split]) -> str:
-    """What the output folder holds: "nothing", "unfinished" or "complete"; InputError where it may not be continued.
+    """State of the run in the output folder: "nothing", "unfinished" or "complete".
 
     Args:
         options: of this start, as in config.json.
+
+    Raises:
+        InputError: it may not be continued with these options and splits.
     """
     if not (folder / "config.json").exists():
         return "nothing"
     if not options["resume"]:
         raise InputError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
     if "options" not in (config := read_json(folder / "config.json")):
-        raise InputError(f"--resume {folder}: it was trained by a former version (commit {config.get('git_commit')}): "
-                         "continue it there, or start anew in another --out; it can be evaluated as it is")
+        raise InputError(f"--resume {folder}: trained by an earlier version (commit {config.get('git_commit')}): "
+                         "continue it there, or start another --out; it can still be evaluated")
     config = read_config(folder)
     old = read_parts(folder / "config.json")[0]
     for key, value in options.items():
-        moved = key == "weights" and weights_of(config) == weights_of({"weights": value})  # the file may lie elsewhere
+        moved = key == "weights" and weights_of(config) == weights_of({"weights": value})  # the file may have moved
         if key not in FREE_ON_RESUME and old.get(key) != value and not moved:
             raise InputError(f"--resume {folder}: --{key.replace('_', '-')} was {old.get(key)!r} and is now {value!r}; "
-                             "give what the run was started with (see its config.json)")
+                             "give the options of its start (see its config.json)")
     for split in splits:
         if config["shards"].get(split.domain) != split.index["provenance"]["plan"]:
             raise InputError(f"--resume {folder}: {split.folder} is not the split that the run was started with")
@@ -270,7 +273,7 @@ def save_weights(folder: Path, model: Backbone, head: torch.Tensor, classes: dic
 
 @dataclass
 class Run:
-    """A finished run, as later stages read it."""
+    """A run, as later stages read it."""
 
     folder: Path
     config: dict  # options and facts, see `read_config`
@@ -280,7 +283,7 @@ class Run:
 
     @property
     def options(self) -> dict:
-        """The options of the run, as on the command line."""
+        """The options as on the command line."""
         return read_parts(self.folder / "config.json")[0]
 
 
@@ -288,7 +291,7 @@ def load_run(folder: Path, allow_partial: bool = False) -> Run:
     """Read a run folder.
 
     Raises:
-        InputError: no run there, or (unless allow_partial) one that has not finished.
+        InputError: no run, or (unless allow_partial) an unfinished one.
     """
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no run: it has no config.json; train one with `python train.py --out {folder}`")
@@ -306,11 +309,11 @@ def load_run(folder: Path, allow_partial: bool = False) -> Run:
         raise damaged(path, "no class names") from error
     if not isinstance(classes, dict) or list(classes) != config["domains"] or not all(
             fits(names, [str]) for names in classes.values()):
-        raise damaged(path, "its class names are no list for each domain")
+        raise damaged(path, "its class names are not one list per domain")
     ends = np.cumsum([len(names) for names in classes.values()])
     if head is None or not head.is_floating_point() or head.ndim != 2 or len(head) != ends[-1]:
         form = "none" if head is None else f"{head.dtype} {list(head.shape)}"
-        raise damaged(path, f"its class weights are {form}, want float [{ends[-1]}, width], one row a class")
+        raise damaged(path, f"its class weights are {form}, want float [{ends[-1]}, width], one row per class")
     ranges = {d: (int(end) - len(classes[d]), int(end)) for d, end in zip(classes, ends, strict=True)}
     return Run(folder, config, head.float(), classes, ranges)
 
@@ -330,9 +333,9 @@ def load_tuned(run: Run) -> Backbone:
 
 
 def load_foundation(run: Run) -> Backbone:
-    """The untouched backbone that a run started from (without the run's own linear layer), in eval mode."""
-    path, told = Path(str(run.config.get("weights"))), run.config.get("weights_sha256")
-    if told and hash_file(path) not in (None, told):
+    """The untouched backbone of a run, without the linear layer of --embed-dim, in eval mode."""
+    path, expected = Path(str(run.config.get("weights"))), run.config.get("weights_sha256")
+    if expected and hash_file(path) not in (None, expected):
         raise InputError(f"{path}: not the file that {run.folder} started from (its SHA-256 differs): restore that, or "
                          "leave the untouched backbone out with --no-foundation")
     return load_backbone(Network.of(run.config, embed_dim=0)).eval()
@@ -343,9 +346,9 @@ def load_foundation(run: Run) -> Backbone:
 
 def misfit(state: object, steps: int, model: dict[str, torch.Tensor], shapes: list[torch.Size], averaged: bool,
            statistics: torch.Tensor | None) -> str:
-    """What in a state file does not fit the run, "" where all does: an optimiser would read beyond a short moment.
+    """The entry of a state file that does not fit the run, or "": the optimiser would read beyond a short tensor.
 
-    `shapes`: of the trained parameters, the whole class weights last; `averaged`: the run keeps running averages.
+    `shapes`: of the trained parameters, the whole class weights last; `averaged`: whether the run has --ema.
     """
     keys = ("step", "model", "head", "optimizer", "tally", "health", "ema", "norms")
     if not isinstance(state, dict) or (missing := [key for key in keys if key not in state]):
@@ -364,9 +367,9 @@ def misfit(state: object, steps: int, model: dict[str, torch.Tensor], shapes: li
         "model": tensors(state["model"], model),
         "head": tensor(state["head"], shapes[-1]),
         "optimizer": isinstance(moments, dict) and all(
-            i in range(len(shapes)) and isinstance(own, dict) and own.keys() == {"step", "exp_avg", "exp_avg_sq"}
-            and tensor(own["step"], torch.Size()) and tensor(own["exp_avg"], shapes[i])
-            and tensor(own["exp_avg_sq"], shapes[i]) for i, own in moments.items()),
+            i in range(len(shapes)) and isinstance(moment, dict) and moment.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            and tensor(moment["step"], torch.Size()) and tensor(moment["exp_avg"], shapes[i])
+            and tensor(moment["exp_avg_sq"], shapes[i]) for i, moment in moments.items()),
         "tally": isinstance(state["tally"], dict) and state["tally"].keys() >= {"skipped", "bad", "seconds"}
         and all(isinstance(state["tally"][key], int | float) for key in ("skipped", "bad", "seconds")),
         "health": tensor(state["health"], torch.Size([2]), torch.int64),
@@ -378,10 +381,10 @@ def misfit(state: object, steps: int, model: dict[str, torch.Tensor], shapes: li
 
 
 def read_state(path: Path, checksum: bool, mapped: bool, check: Callable[[object], str]) -> dict:
-    """The state of a checkpoint; InputError where it is damaged.
+    """The state of a checkpoint; InputError if it is damaged.
 
-    `checksum`: compare those of the archive, past which PyTorch reads; `mapped`: leave tensors in the file until they
-    are read; `check` says what in it does not fit the run.
+    `checksum`: verify the checksums of the archive, which PyTorch ignores; `mapped`: memory-map the tensors; `check`:
+    see `misfit`.
     """
     try:
         if checksum:
@@ -390,29 +393,27 @@ def read_state(path: Path, checksum: bool, mapped: bool, check: Callable[[object
                     raise ValueError(f"the checksum of {bad} differs")
         state = torch.load(path, "cpu", weights_only=True, mmap=mapped)
         wrong = check(state)
-    except Exception as error:  # a damaged zip, a foreign pickle
+    except Exception as error:  # of zip, pickle or torch
         wrong = str(error).splitlines()[0][:120] if isinstance(error, ValueError) else type(error).__name__
     if wrong:
-        raise InputError(f"{path}: damaged ({wrong}): restore it, or start anew in another --out")
+        raise InputError(f"{path}: damaged ({wrong}): restore it, or start another --out")
     return state
 
 
 def kept_steps(run: Path) -> dict[int, Path]:
-    """The checkpoints that --keep left in a run, by step."""
-    found = ((folder.name.removeprefix("step-"), folder) for folder in (run / "checkpoints").glob("step-*")
+    """Step -> folder of the checkpoints of --keep."""
+    folders = ((folder.name.removeprefix("step-"), folder) for folder in (run / "checkpoints").glob("step-*")
              if folder.is_dir() and not folder.is_symlink())
-    return dict(sorted((int(step), folder) for step, folder in found if step.isdigit()))
+    return dict(sorted((int(step), folder) for step, folder in folders if step.isdigit()))
 
 
 def keep_checkpoint(run: Path, step: int, counts: dict[str, int], keep: int, export: Callable[[Path], None],
                     ranks: Ranks) -> None:
-    """--keep: RUN/checkpoints/step-NNNNNNNN, a run folder of its own. What is too old goes when it is complete.
-
-    The newest ones stay, and the best by the mean AUC of --eval-every, to which the link `best` leads.
+    """Write RUN/checkpoints/step-NNNNNNNN, itself a run folder, then remove old checkpoints (`drop_checkpoints`).
 
     Args:
-        counts: images of each domain that were drawn until then.
-        export: writes the weights into a folder; every rank calls it.
+        counts: images of each domain drawn so far.
+        export: writes the weights into a folder; collective.
     """
     folder = run / "checkpoints" / f"step-{step:08d}"
     scratch = folder.with_suffix(".tmp")
@@ -425,7 +426,7 @@ def keep_checkpoint(run: Path, step: int, counts: dict[str, int], keep: int, exp
             config = read_json(run / "config.json")
             config["facts"] |= {"steps": step, "counts": counts}
             write_json(scratch / "config.json", config)
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed before it could write its state
+            shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed before its state was written
             os.replace(scratch, folder)
             drop_checkpoints(run, keep)
     finally:
@@ -435,7 +436,7 @@ def keep_checkpoint(run: Path, step: int, counts: dict[str, int], keep: int, exp
 
 
 def drop_checkpoints(run: Path, keep: int) -> None:
-    """Leave the newest `keep` checkpoints of a run and the best one, and point `best` at that."""
+    """Remove all but the newest `keep` checkpoints and the best by mean AUC of --eval-every; link `best` to that."""
     steps, link = kept_steps(run), run / "checkpoints" / "best"
     scores = {look["step"]: np.mean([*look["auc"].values()]) for look in read_lines(run / "probe.jsonl") if look["auc"]}
     best = max((step for step in steps if step in scores), key=scores.get, default=None)
@@ -448,28 +449,28 @@ def drop_checkpoints(run: Path, keep: int) -> None:
 
 
 def forget_after(folder: Path, step: int) -> None:
-    """Cut what a run left about steps after `step`, where it goes on: they come again."""
+    """Remove log lines and checkpoints of steps after `step`, from which a run continues."""
     for log in (folder / name for name in LOGS if (folder / name).exists()):
-        kept = []
+        lines = []
         for line in log.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a line that was cut
-                kept += [line] if json.loads(line)["step"] <= step else []
-        write_atomically(log, lambda path, kept=kept: path.write_bytes(b"".join(line + b"\n" for line in kept)))
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a truncated line
+                lines += [line] if json.loads(line)["step"] <= step else []
+        write_atomically(log, lambda path, lines=lines: path.write_bytes(b"".join(line + b"\n" for line in lines)))
     for late in [place for number, place in kept_steps(folder).items() if number > step]:
         shutil.rmtree(late)
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGINT or a file RUN/STOP: the run ends after the current step. A second signal exits at once."""
+    """True after SIGTERM, SIGINT or a file RUN/STOP: the run ends after its step. A second signal exits at once."""
 
     def __init__(self, folder: Path, ranks: Ranks = Ranks()) -> None:
-        self.file, self.reason = folder / "STOP" if ranks.rank == 0 else None, ""  # one looks and tells the others
+        self.file, self.reason = folder / "STOP" if ranks.rank == 0 else None, ""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
     def handle(self, number: int, _frame) -> None:
         if self.reason:
-            for process in multiprocessing.active_children():  # nobody would read what they send
+            for process in multiprocessing.active_children():  # else they block on their queues
                 process.kill()
             os._exit(128 + number)
         self.reason = signal.Signals(number).name

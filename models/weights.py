@@ -1,4 +1,7 @@
+"""Files of weights: reading them without running code in them, and converting their layouts.
 
+Copy with it: data_prep/__init__.py.
+"""
 
 import pickle
 import re
@@ -14,12 +17,10 @@ from data_prep import InputError
 
 
 def read_weights(name: str) -> dict[str, torch.Tensor]:
-    """A state dict from a file: safetensors, PyTorch's that hold tensors and plain values only, or TorchScript.
+    """A state dict from a file of safetensors, PyTorch (tensors and plain values only) or TorchScript; runs no code.
 
     Args:
         name: FILE, or FILE:WRAPPER where it holds several sets of weights, such as `teacher` and `student`.
-
-    Nothing in the file is run.
     """
     file, _, wrapper = (name, "", "") if Path(name).is_file() else name.rpartition(":")
     path = Path(file)
@@ -28,7 +29,7 @@ def read_weights(name: str) -> dict[str, torch.Tensor]:
     try:
         with open(path, "rb") as opened:
             head = opened.read(9)
-        if head[8:] == b"{":  # by content, since files of both kinds go by any name
+        if head[8:] == b"{":  # by content: suffixes are not reliable
             state = load_file(path)
         elif head[:2] == b"PK" and is_torchscript(path):
             state = read_torchscript(path)
@@ -38,7 +39,7 @@ def read_weights(name: str) -> dict[str, torch.Tensor]:
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         kind = f"it holds {unsafe[1]}, which could run code" if unsafe else type(error).__name__
         raise InputError(
-            f"--weights {path}: not a file of plain tensors ({kind}); if you trust it, keep its tensors alone: "
+            f"--weights {path}: not a file of plain tensors ({kind}); if you trust it, extract its tensors: "
             f"python -c \"import torch; s = torch.load('{path.name}', weights_only=False); "
             "torch.save(s['state_dict'], 'plain.pt')\" (the key may be another, such as model)") from error
     state = unwrap(state, wrapper, path)
@@ -46,23 +47,23 @@ def read_weights(name: str) -> dict[str, torch.Tensor]:
 
 
 def unwrap(state: object, wrapper: str, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a loaded file: those under `wrapper`, else of a usual one, else of the only one there."""
+    """The tensors of a loaded file: under `wrapper`, else under a common name, else those of the only dictionary."""
     while isinstance(state, dict):
         inner = {key: value for key, value in state.items() if isinstance(value, dict) and any(
             isinstance(one, torch.Tensor | dict) for one in value.values()) and not re.search("optim|sched", str(key))}
         if wrapper:
             if wrapper not in inner:
-                raise InputError(f"--weights {path}: no weights {wrapper!r} in it; it has {', '.join(inner) or 'none'}")
+                raise InputError(f"--weights {path}: no weights {wrapper!r}; it has {', '.join(inner) or 'none'}")
             state, wrapper = inner[wrapper], ""
             continue
-        usual = [key for key in ("state_dict", "model", "net") if key in inner] or list(inner)
+        candidates = [key for key in ("state_dict", "model", "net") if key in inner] or list(inner)
         tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         if tensors and all(isinstance(key, str) for key in tensors):
             return tensors
-        if len(usual) > 1 and usual[0] not in ("state_dict", "model", "net"):
-            raise InputError(f"--weights {path}: holds several sets of weights: say --weights {path.name}:{usual[0]} "
-                             f"(or {', '.join(usual[1:])})")
-        state = state[usual[0]] if usual else None
+        if len(candidates) > 1 and candidates[0] not in ("state_dict", "model", "net"):
+            raise InputError(f"--weights {path}: holds several sets of weights: give --weights "
+                             f"{path.name}:{candidates[0]} (or {', '.join(candidates[1:])})")
+        state = state[candidates[0]] if candidates else None
     raise InputError(f"--weights {path}: holds no dictionary of tensors")
 
 
@@ -79,9 +80,9 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a TorchScript archive under their names; its code is not even read."""
+    """The tensors of a TorchScript archive by name; its code is not read."""
 
-    class Module:  # stands for every class of the archive: it holds attributes
+    class Module:  # stands for every class of the archive
         pass
 
     class Tensors(pickle.Unpickler):
@@ -116,8 +117,8 @@ def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-# Layouts of the library `transformers`, as (its key, ours): CLIP into OpenAI's, DINOv3 into timm's. Its projections are
-# transposed, and its q, k and v are apart.
+# Keys of the library `transformers` -> keys of OpenAI's CLIP and of timm's DINOv3. In `transformers`, projections are
+# transposed and q, k and v are separate.
 CLIP_KEYS = [
     (r"^vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
     (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
@@ -142,20 +143,21 @@ DINO_KEYS = [
 
 
 def from_transformers(state: dict[str, torch.Tensor], expected: Collection[str]) -> dict[str, torch.Tensor]:
-    """Weights in the layout of `transformers` (CLIP, DINOv3) in that of open_clip or timm; others as they are."""
+    """Convert weights of `transformers` (CLIP, DINOv3) to the layout of open_clip or timm; others are unchanged."""
     clip = "vision_model.embeddings.class_embedding" in state
     if not clip and "embeddings.register_tokens" not in state:
         return state
     state = {key: value for key, value in state.items()
              if not key.endswith((".position_ids", "mask_token")) and "rope" not in key}
     for key in [key for key in state if re.search(r"\.q_proj\.weight$", key)]:
-        at = key.removesuffix("q_proj.weight")
-        state[f"{at}qkv.weight"] = torch.cat([state.pop(f"{at}{part}_proj.weight") for part in "qkv"])
-        biases = {part: state.pop(f"{at}{part}_proj.bias") for part in "qkv" if f"{at}{part}_proj.bias" in state}
+        prefix = key.removesuffix("q_proj.weight")
+        state[f"{prefix}qkv.weight"] = torch.cat([state.pop(f"{prefix}{part}_proj.weight") for part in "qkv"])
+        biases = {part: state.pop(f"{prefix}{part}_proj.bias") for part in "qkv"
+                  if f"{prefix}{part}_proj.bias" in state}
         if clip:
-            state[f"{at}qkv.bias"] = torch.cat([biases[part] for part in "qkv"])
+            state[f"{prefix}qkv.bias"] = torch.cat([biases[part] for part in "qkv"])
         elif any(k.endswith("attn.q_bias") for k in expected) or any(bias.any() for bias in biases.values()):
-            state |= {f"{at}{part}_bias": bias for part, bias in biases.items() if part != "k"}  # else all are 0
+            state |= {f"{prefix}{part}_bias": bias for part, bias in biases.items() if part != "k"}  # else all are 0
     result = {}
     for key, value in state.items():
         if key in ("visual_projection.weight", "text_projection.weight"):
@@ -167,7 +169,7 @@ def from_transformers(state: dict[str, torch.Tensor], expected: Collection[str])
 
 
 def strip_prefixes(state: dict[str, torch.Tensor], expected: Collection[str]) -> dict[str, torch.Tensor]:
-    """The weights without what compilers, trainers and wrapping modules put before their names."""
+    """Remove the prefixes that compilers, trainers and wrapping modules add to names."""
     state = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
     while not any(key in expected for key in state):
         counts = {prefix: sum(key.startswith(prefix) for key in state) for prefix in
@@ -175,17 +177,17 @@ def strip_prefixes(state: dict[str, torch.Tensor], expected: Collection[str]) ->
         prefix = max(counts, key=counts.get)
         if not counts[prefix]:
             break
-        # what lies beside them is of another module: a classifier, a projection head
+        # keys without the prefix belong to other modules, e.g. a projection head
         state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     return state
 
 
 def from_openai(state: dict[str, torch.Tensor], net: nn.Module, path: Path) -> dict[str, torch.Tensor]:
-    """The weights of an archive by OpenAI without the settings that it holds as tensors; others as they are."""
+    """Remove the settings that OpenAI's archives store as tensors; other weights are unchanged."""
     if "input_resolution" not in state:
         return state
     if not any(type(module).__name__ == "QuickGELU" for module in net.modules()):
-        raise InputError(f"--weights {path}: OpenAI's weights, trained with QuickGELU: take --backbone clip, or "
-                         "the --model of that name with -quickgelu at its end")
+        raise InputError(f"--weights {path}: OpenAI's weights were trained with QuickGELU: take --backbone clip, or "
+                         "the --model whose name ends in -quickgelu")
     settings = ("input_resolution", "context_length", "vocab_size", "attn_mask")
     return {key: value for key, value in state.items() if key.rpartition(".")[2] not in settings}

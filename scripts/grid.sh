@@ -1,26 +1,27 @@
 #!/usr/bin/env bash
-# A grid of runs: for every backbone and seed the four schedules, and for every domain two experts: one trained on as many
-# images as a unified run, all of its own domain ("images"), and one trained on as many images of its domain as a unified
-# run ("exposure"). SCHEDULE+NAME is a schedule with the further options of VARIANT_NAME, e.g. sequential+replay. Each cell is trained, evaluated and, if unified, analysed; complete cells are skipped.
+# A grid of runs: for every backbone and seed, the four schedules and two experts per domain, matched to a unified
+# run in images ("images": as many in all, of one domain) or in exposure ("exposure": as many of their domain). Each cell is
+# trained, evaluated and, if unified, analysed; complete cells are skipped. SCHEDULE+NAME is a schedule
+# with the options of VARIANT_NAME, e.g. sequential+replay.
 #   scripts/grid.sh             every cell, one after another, then the summary
 #   scripts/grid.sh list        number and run folder of every cell
 #   scripts/grid.sh summary     the scores of all evaluated cells and the verdicts on the abstract's claims
 # CELL=N (or a SLURM array, see scripts/slurm.sbatch) selects one cell. Exit code 75: stopped with a checkpoint; run the
-# command again. Environment variables set the rest; their defaults are below. A first trial, ten minutes on a CPU:
+# command again. Other environment variables have their defaults below. A first trial, ten minutes on a CPU:
 #   python -m data_prep demo --out demo/data
 #   export DATA=demo/data OUT=demo/grid BACKBONES=clip SIZE=tiny SEEDS=0 IMAGES=12800 ANALYZE="--components 24"
 #   export TRAIN="--weights none --image-size 64 --batch 64 --lr 3e-3 --head-lr 1e-2 --layer-decay 1
 #       --loss cosface:s=24;object=softmax:s=24"
 #   scripts/grid.sh
-set -eufo pipefail  # -f: lists are split at spaces, a * in them is no pattern
+set -eufo pipefail  # -f: no globbing in lists
 cd "$(dirname "$0")/.."
 : "${DATA:=data}" "${OUT:=runs/grid}"
 : "${BACKBONES:=clip eva02 dinov3}" "${SIZE:=large}" "${SEEDS:=0 1 2}"
-: "${MODEL:=}"                    # any timm or open_clip model instead of BACKBONES and SIZE (its weights go into TRAIN)
-: "${DOMAINS:=object face_hq face_lq body}"  # also the order of the sequential run
+: "${MODEL:=}"                    # any timm or open_clip model instead of BACKBONES and SIZE (--weights: in TRAIN)
+: "${DOMAINS:=object face_hq face_lq body}"  # in the order of the sequential run
 : "${SCHEDULES:=A B sequential alternate}" "${MATCH:=images exposure}"
 : "${IMAGES:=2000000}"            # of a unified run, all domains together
-: "${EXPOSURE:=A}"                # whose exposure experts match: A (equal shares; also sequential and alternate), or B
+: "${EXPOSURE:=A}"                # exposure of experts: that of A (equal shares, as in sequential and alternate) or B
 : "${LAUNCH:=python}"             # e.g. "torchrun --standalone --nproc-per-node=8"
 : "${TRAIN:=}" "${EVALUATE:=}" "${ANALYZE:=}"  # more options for train.py, evaluate.py, analyze.py (none: no analysis)
 : "${SEQUENTIAL:=}"               # more options for the sequential cells, e.g. "--eval-every N" for their task matrix
@@ -66,16 +67,16 @@ run_cell() {  # called where `set -e` is off: every step handles its own failure
         rm -f "$run/STOP"
         $LAUNCH train.py "${network[@]}" --seed "$2" --data "$DATA" --out "$run" --resume \
             "${options[@]}" $TRAIN || code=$?
-        # torchrun turns every exit code of its processes into 1: a run that was asked to stop is known by its STOP file
+        # torchrun turns every exit code into 1: the STOP file marks a stopped run
         [ $code = 0 ] || [ ! -e "$run/STOP" ] || code=75
         [ $code = 0 ] || return $code
     fi
     [ "$run/eval/results.json" -nt "$run/done.json" ] || python evaluate.py --run "$run" \
-        --cache "$OUT/embeddings" $EVALUATE || return  # the untouched backbone is embedded once for all cells
+        --cache "$OUT/embeddings" $EVALUATE || return  # all cells share the embeddings of the untouched backbone
     case $3 in
-        *-*) ;;  # an expert has one task: nothing to transfer
-        *) [ "$ANALYZE" = none ] || [ "$run/analysis/analysis.json" -nt "$run/eval/results.json" ] || python analyze.py --run "$run" \
-            --cache "$OUT/embeddings" $ANALYZE ;;
+        *-*) ;;  # an expert has one task
+        *) [ "$ANALYZE" = none ] || [ "$run/analysis/analysis.json" -nt "$run/eval/results.json" ] ||
+            python analyze.py --run "$run" --cache "$OUT/embeddings" $ANALYZE ;;
     esac
 }
 
@@ -99,13 +100,13 @@ for path in sorted(out.glob("*/eval/results.json")):
             cell = name if weights == "tuned" else f"{network}, untouched"
             values[cell][f"{domain}/{split} {row.metric}"].append(100 * row.value)
 if not values:
-    sys.exit(f"error: {out}: no evaluated run in it yet")
-columns = list(dict.fromkeys(column for found in values.values() for column in found))
-lines = ["Percent; over several seeds the mean (least, greatest).", "", f"| | {' | '.join(columns)} |",
+    sys.exit(f"error: {out}: no evaluated run yet")
+columns = list(dict.fromkeys(column for scores in values.values() for column in scores))
+lines = ["Percent; over several seeds: mean (minimum, maximum).", "", f"| | {' | '.join(columns)} |",
          "| --- |" + " --- |" * len(columns)]
-for cell, found in values.items():
+for cell, scores in values.items():
     shown = [f"{sum(v) / len(v):.1f}" + (f" ({min(v):.1f}, {max(v):.1f})" if min(v) < max(v) else "") if v else ""
-             for v in (found[column] for column in columns)]
+             for v in (scores[column] for column in columns)]
     lines.append(f"| {cell} | {' | '.join(shown)} |")
 (out / "summary.md").write_text("\n".join(lines) + "\n")
 print("\n".join(lines))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepare a folder of real sets in the layouts below into one data root:
+# Prepare real data sets, in the layouts below, into one data root:
 #   scripts/prepare_real.sh SOURCE DATA_ROOT [SIZE] [OBJECT_SIZE]
 #   SOURCE/face_hq/{train,test}/<Name>/<Name>_0001.jpg and face_hq/pairs.txt (LFW format); face_lq the same
 #   SOURCE/body/{bounding_box_train,bounding_box_test,query} (Market-1501 names)

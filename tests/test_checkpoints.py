@@ -164,13 +164,13 @@ def test_a_run_is_checked_when_it_is_read(tiny_run, tmp_path):
     nan = weight.clone()
     nan[1, 2] = float("nan")
     short = classes | {"body": classes["body"][1:]}
-    cases = [({"weight": nan}, classes, "weight holds numbers that are not finite"),
+    cases = [({"weight": nan}, classes, "weight holds non-finite numbers"),
              ({"weight": weight.to(torch.int8)}, classes, r"class weights are torch.int8"),
              ({"weight": weight[0]}, classes, r"class weights are torch.float32 \[64\]"),
              ({"weight": weight[:, 1:].contiguous()}, classes, "class weights of width 63, not 64"),
              ({"other": weight}, classes, "class weights are none"), ({"weight": weight}, short, "class weights are"),
-             ({"weight": weight}, [1], "no list for each domain"),
-             ({"weight": weight}, classes | {"body": 3}, "no list for each domain"),
+             ({"weight": weight}, [1], "not one list per domain"),
+             ({"weight": weight}, classes | {"body": 3}, "not one list per domain"),
              ({"weight": weight}, None, "no class names")]
     shutil.copytree(tiny_run, run := tmp_path / "run", ignore=shutil.ignore_patterns("eval", "last", "analysis"))
     for tensors, names, words in cases:

@@ -142,7 +142,7 @@ def test_a_form_that_computes_something_else_is_not_written(tiny_run, tmp_path, 
     monkeypatch.setitem(tools.export.FORMATS, "safetensors", spoiled)
     out = tmp_path / "export" / "model.safetensors"
     assert export("--run", tiny_run, "--to", "safetensors", "--out", out) == 1
-    assert "was not written: max abs difference" in capsys.readouterr().err
+    assert "was not written: largest difference" in capsys.readouterr().err
     assert list(out.parent.iterdir()) == []
 
 
@@ -169,7 +169,7 @@ def test_the_card_says_what_the_model_is_made_of(tiny_run, demo_root, tmp_path):
                 f"{split.size} px, {split.index['fit']} |") in card
     assert "| lr | 0.001 |" in card and "| seed | 0 |" in card and "| schedule | B |" in card
     assert facts["versions"]["torch"] in card and facts["shards"]["body"][:12] in card
-    assert "personal data" in card and "None: the run was exported without an evaluation" in card
+    assert "personal data" in card and "None: the run was not evaluated" in card
     assert str(demo_root) not in card and str(tmp_path) not in card  # a card is published
 
     (run / "eval").mkdir()
@@ -189,7 +189,7 @@ def test_a_card_of_objects_alone_says_nothing_of_people(demo_root, tmp_path):
                     standalone_mode=False)
     export("--run", run, "--to", "safetensors")
     card = (run / "export" / "run.safetensors.md").read_text()
-    assert "biometric" not in card and "every training set bind" in card
+    assert "biometric" not in card and "every training set also apply" in card
 
 
 # ---------------------------------------------------------------- own pictures
@@ -289,7 +289,7 @@ BAD = [
     ("train export --run {tmp}/empty --to onnx", "is no run: it has no config.json"),
     ("train export --run {tmp}/unfinished --to onnx", "--allow-partial"),
     ("train export --run {tmp}/poor --to onnx", "config.json lacks 'counts'"),
-    ("train export --run {tmp}/scored --to onnx", "results.json: damaged"),
+    ("train export --run {tmp}/scored --to onnx", "results.json: cannot be read"),
     ("train export --run {run} --to onnx --out {tmp}/x.pt", "want a file that ends in .onnx"),
     ("train export --run {run} --to onnx --out {tmp}/there.onnx", "exists: remove it, or choose another --out"),
     ("train export --run {run} --to safetensors --out {tmp}/fine.png/x.safetensors", "fine.png'); name a folder"),
@@ -343,7 +343,7 @@ def test_the_option_offers_every_form():
 def test_from_a_shell(tiny_run, tmp_path):
     """Exit codes, and training as the command that needs no name."""
     out = tmp_path / "x.safetensors"
-    assert "max abs difference" in script("train.py", "export", "--run", tiny_run, "--to", "safetensors",
+    assert "largest difference" in script("train.py", "export", "--run", tiny_run, "--to", "safetensors",
                                           "--out", out).stdout
     again = script("train.py", "export", "--run", tiny_run, "--to", "safetensors", "--out", out, check=2)
     assert again.stderr == f"error: {out} exists: remove it, or choose another --out\n"

@@ -177,7 +177,7 @@ def test_wrong_places_on_a_gpu_are_reported_and_read_nothing(place, change, size
     b = [bank.to(device) for bank in banks((2, 8, 8), (2, 8, 8))]
     indices = {"domain": torch.tensor([0, 1, 0], device=device), "row": torch.tensor([1, 1, 0], device=device)}
     indices[place][1] = change
-    flag = gather.FLAGS[b[0].device] = torch.full((1,), gather.NONE, dtype=torch.int32, device=device)
+    flag = gather.FLAGS[b[0].device] = torch.full((1,), gather.NO_ERROR, dtype=torch.int32, device=device)
     call = (size, MEAN, STD, None, None, "bilinear", torch.float32, True, flag)
     out = gather_triton.gather(b, indices["domain"], indices["row"], *call)
     assert out[1].isnan().all() and torch.isfinite(out[[0, 2]]).all()
@@ -193,7 +193,7 @@ def test_wrong_boxes_on_a_gpu_end_as_well():
     device = "cuda" if GPU else "cpu"
     b, zero = [bank.to(device) for bank in banks((2, 8, 8))], torch.zeros(4, dtype=torch.long, device=device)
     boxes = torch.tensor([[0, 0, 8, 8], [4, 4, 4, 8], [0, 0, 1e9, 8], [0, 0, float("nan"), 8]], device=device)
-    flag = torch.full((1,), gather.NONE, dtype=torch.int32, device=device)
+    flag = torch.full((1,), gather.NO_ERROR, dtype=torch.int32, device=device)
     out = gather_triton.gather(b, zero, zero, 4, MEAN, STD, boxes, None, "bicubic", torch.float32, True, flag)
     assert torch.isfinite(out[0]).all() and out[1:].isnan().all() and int(flag) == 1
 

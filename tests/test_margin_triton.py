@@ -405,8 +405,8 @@ def test_the_plan_of_the_sizes_that_are_meant():
     assert not plan(1024, 768, 1000, weight=torch.bfloat16).copy and plan(1024, 700, 1000, weight=torch.bfloat16).copy
     assert plan(256, 768, *[2500] * 4).launch.rows == 64  # a default run
     # disjoint or equal ranges need one pass, others one after the other
-    assert margin_plan.disjoint(((0, 5), (5, 9), (0, 5))) == [[(0, 5), (5, 9)]]
-    assert margin_plan.disjoint(((0, 5), (3, 9), (5, 9), (4, 4))) == [[(0, 5), (5, 9)], [(3, 9)]]
+    assert margin_plan.disjoint_groups(((0, 5), (5, 9), (0, 5))) == [[(0, 5), (5, 9)]]
+    assert margin_plan.disjoint_groups(((0, 5), (3, 9), (5, 9), (4, 4))) == [[(0, 5), (5, 9)], [(3, 9)]]
 
 
 @pytest.mark.gpu

@@ -202,7 +202,7 @@ def test_a_former_run_without_an_order(former_run):
 
 def test_a_run_of_a_former_version_is_not_continued_or_replayed_but_exported(former_run, demo_root, tmp_path):
     before = (former_run / "config.json").read_text()
-    with pytest.raises(InputError, match=r"former: it was trained by a former version \(commit .*another --out"):
+    with pytest.raises(InputError, match=r"former: trained by an earlier version \(commit .*another --out"):
         run_here(*TINY, "--data", demo_root, "--out", former_run, "--resume")
     with pytest.raises(InputError, match=r"take the config.json of a run of this version"):
         run_here("--config", former_run / "config.json", "--out", tmp_path / "run")

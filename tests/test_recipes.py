@@ -554,7 +554,7 @@ BAD = [
     (["--loss", "arcface;cosface"], "every domain has two losses"),
     (["--loss", "body=arcface;"], "no loss ''"),
     (["--loss", "adaface:m=0"], "adaface with m=0 has no margin that could adapt"),
-    (["--lora", "4"], "this network has no attention projections to adapt"),
+    (["--lora", "4"], "this network has no attention projections"),
     (["--crop-scale", "-1"], "'-1': -1; want 0.01 to 1"),
     (["--crop-scale", "object=0.1"], "--crop-scale: no value for face_hq"),
     (["--crop-scale", "object=0.1,object=1"], "names a domain twice"),

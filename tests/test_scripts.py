@@ -107,7 +107,7 @@ def test_exit_codes(tmp_path):
     grid(**cell, CELL=0, LAUNCH=program(tmp_path / "stopped", f"touch {run}/STOP; exit 1"), check=75)
     result = grid(**cell, LAUNCH=program(tmp_path / "failing", 'echo "$9"; exit 2'), check=1)
     assert len(result.stdout.splitlines()) == 3
-    assert "no evaluated run in it yet" in result.stderr
+    assert "no evaluated run yet" in result.stderr
     assert result.stderr.splitlines()[-1].startswith(f"error: not complete: {run} ")
 
 
@@ -148,7 +148,7 @@ def test_a_job_out_of_time_saves_and_is_queued_again(demo_root, tmp_path):
 def test_a_job_needs_a_cell():
     result = subprocess.run(["bash", ROOT / "scripts/slurm.sbatch"], cwd=ROOT, capture_output=True, text=True,
                             env=environment(), timeout=30)
-    assert result.returncode and "submit me with sbatch --array" in result.stderr
+    assert result.returncode and "submit this script with sbatch --array" in result.stderr
 
 
 def test_any_model_and_several_cells_at_once(tmp_path):

@@ -512,7 +512,7 @@ def test_weights_of_another_architecture_name_the_keys(demo_root, tmp_path):
     def load(name: str):
         load_backbone(Network("clip", "tiny", weights=str(tmp_path / name), image_size=32))
 
-    with pytest.raises(InputError, match=r"wants positional_embedding, .* more; the file holds stem.weight$"):
+    with pytest.raises(InputError, match=r"lacks positional_embedding, .* more; the network lacks stem.weight$"):
         load("wrong.safetensors")
     with pytest.raises(InputError, match=r"visual.head.proj.weight is \(3, 3\), not \(64, 64\)"):
         load("shape.safetensors")
@@ -560,8 +560,8 @@ def test_weights_load_however_they_were_saved(tmp_path):
     loads("tensors.pt"), loads("pickle.safetensors")
     torch.save({"teacher": state, "student": state}, tmp_path / "pair")
     torch.save({"state_dict": state, "args": argparse.Namespace(a=1)}, tmp_path / "namespace")
-    for name, words in (("pair", r"several sets of weights: say --weights pair:teacher \(or student\)"),
-                        ("pair:ema", "no weights 'ema' in it; it has teacher, student"),
+    for name, words in (("pair", r"several sets of weights: give --weights pair:teacher \(or student\)"),
+                        ("pair:ema", "no weights 'ema'; it has teacher, student"),
                         ("namespace", r"holds argparse.Namespace, which could run code\); .* weights_only=False")):
         with pytest.raises(InputError, match=words) as error:
             models.weights.read_weights(str(tmp_path / name))

@@ -1,6 +1,6 @@
-"""Where the time of a training step goes, measured on real data: `python train.py bench --help`.
+"""Times of a training step and of its parts, on real data: `python train.py bench --help`.
 
-What is timed are the steps of training themselves, with the options of training: `train` is the script as a module.
+The steps are those of the script, which is passed as the module `train`.
 """
 
 import contextlib
@@ -23,67 +23,66 @@ from reports.training import TrainingLog
 
 
 def bench_steps(train: ModuleType, job, rounds: int, count: int) -> dict[str, list[float]]:
-    """Seconds of a step: with real data, with one batch that lies on the device, and of the bare backbone.
+    """Seconds per step: with real data, with one batch on the device, of the bare backbone; and per line of the log.
 
-    The bare step is forward, the sum of the embeddings, backward and the optimiser on the same images. The three take
-    turns, `rounds` times `count` steps each; a turn's first steps, which live on what the loader has in store, are not
-    counted. On a GPU a turn's steps are timed together, because they overlap there as in training.
+    The bare step is forward, sum of the embeddings, backward and optimiser on the same images. The kinds alternate:
+    `rounds` rounds of `count` steps each. The first steps of a round, whose batches the loader has prefetched, are not
+    counted. On a GPU the steps of a round are timed together, because they overlap as in training.
     """
-    feed = train.make_feed(job)
+    feed, log = train.make_feed(job), TrainingLog(
+        job.folder, {s.domain: len(s) for s in job.splits}, job.plan, job.ranks, job.tally)
+    forward, cuda = train.make_forward(job).train(), job.device.type == "cuda"
     feed.start(0)
-    passes = feed.passes
-    log = TrainingLog(job.folder, {s.domain: len(s) for s in job.splits}, job.plan, job.ranks, job.tally)
-    forward, step, found = train.make_forward(job), itertools.count(), {"real": [], "fixed": [], "bare": [], "log": []}
-    forward.train()
 
-    def batches(now: int) -> Iterator[tuple]:
-        return feed.next_step(functools.partial(job.head.draw_classes, now) if job.head.samples_classes else None)
+    def batches(step: int) -> Iterator[tuple]:
+        return feed.next_step(functools.partial(job.head.draw_classes, step) if job.head.samples_classes else None)
 
     fixed = [tuple(v.clone() for v in batch) for batch in batches(0)]
-    drawn_once = job.head.step_rows
-    late = round(job.options.head_warmup * job.steps) + job.steps // 2  # past the warm-up of the head
+    drawn_rows, totals = job.head.step_rows, []
 
-    def bare() -> None:
-        for number, (images, *_) in enumerate(fixed, 1):  # the ranks add up once a step, as in training
-            with contextlib.nullcontext() if number == passes or job.ranks.world == 1 else forward.no_sync():
+    def real_step(step: int) -> None:
+        totals.append(train.take_step(job, forward, batches(step), step, feed.passes))
+
+    def fixed_step(step: int) -> None:
+        job.head.step_rows = drawn_rows
+        totals.append(train.take_step(job, forward, iter(fixed), step, feed.passes))
+
+    def bare_step(_: int) -> None:
+        for number, (images, *_) in enumerate(fixed, 1):  # one sum over the ranks per step, as in training
+            with contextlib.nullcontext() if number == feed.passes or job.ranks.world == 1 else forward.no_sync():
                 forward(images).float().sum().backward()
         job.optimizer.step()
         job.optimizer.zero_grad(set_to_none=True)
 
-    def real(now: int) -> None:
-        window.append(train.take_step(job, forward, batches(now), now, passes))
+    first_step = round(job.options.head_warmup * job.steps) + job.steps // 2  # after the warm-up of the head
+    numbers = itertools.count()
 
-    def again(now: int) -> None:
-        job.head.step_rows = drawn_once
-        window.append(train.take_step(job, forward, iter(fixed), now, passes))
-
-    def timed(run: Callable, times: int = 1) -> float:
+    def timed(run: Callable[[int], None], steps: int) -> float:
         start = time.perf_counter()
-        for _ in range(times):
-            run()
-        if job.device.type == "cuda":
+        for _ in range(steps):
+            run(min(first_step + next(numbers) % 8, job.steps - 1))
+        if cuda:
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / times
+        return (time.perf_counter() - start) / steps
 
-    def next_step(kind: str) -> None:
-        now = min(late + next(step) % 8, job.steps - 1)
-        {"real": real, "bare": lambda _: bare(), "fixed": again}[kind](now)
+    def log_line(_: int) -> None:
+        log.write(totals, first_step + 1, train.rates_of(job, first_step), job.health, 0)
 
-    store = 4 * max(job.options.workers, 1) // passes + 1
-    window: list[dict] = []
-    for _ in tqdm(range(rounds + 1), desc="rounds (the first warms up)", disable=None):
-        for kind, skip in (("real", store), ("fixed", 1), ("bare", 1)):
-            run = functools.partial(next_step, kind)
-            timed(run, skip)
-            together = count if job.device.type == "cuda" else 1
-            found[kind].append([timed(run, together) for _ in range(count // together)])
-        found["log"].append([timed(lambda: log.write(window, late + 1, train.rates_of(job, late), job.health, 0))])
-        window.clear()
-    return {kind: [seconds for turn in turns[1:] for seconds in turn] for kind, turns in found.items()}
+    prefetched, together = 4 * max(job.options.workers, 1) // feed.passes + 1, count if cuda else 1
+    measured: dict[str, list[float]] = {"real": [], "fixed": [], "bare": [], "log": []}
+    for number in tqdm(range(rounds + 1), desc="rounds (the first warms up)", disable=None):
+        for kind, run, warm_up in (("real", real_step, prefetched), ("fixed", fixed_step, 1), ("bare", bare_step, 1)):
+            timed(run, warm_up)
+            seconds = [timed(run, together) for _ in range(count // together)]
+            measured[kind] += seconds if number else []
+        seconds = timed(log_line, 1)
+        measured["log"] += [seconds] if number else []
+        totals.clear()
+    return measured
 
 
 def bench_run(train: ModuleType, options, rounds: int, count: int, path: Path | None) -> int:
-    """`train.py bench`: print, and write as JSON, where the time of a step goes."""
+    """`train.py bench`: print the result and write it as JSON; returns the exit code."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from kernels.bench import ceilings, peak_memory
@@ -91,26 +90,25 @@ def bench_run(train: ModuleType, options, rounds: int, count: int, path: Path | 
     with tempfile.TemporaryDirectory() as folder:
         store = 4 * max(options.workers, 1) + 2
         options.out, options.images = folder + "/run", options.batch * 4 * (rounds + 1) * (count + store)
-        job, found = train.set_up(options, {}), {}
-        memory = peak_memory(lambda: found.update(bench_steps(train, job, rounds, count)), job.device)
+        job, times = train.set_up(options, {}), {}
+        memory = peak_memory(lambda: times.update(bench_steps(train, job, rounds, count)), job.device)
         size = min(options.micro_batch or options.batch, job.plan[0][0].sum())
         if options.grad_checkpointing:
-            job.model.net.set_grad_checkpointing(False)  # what is computed twice counts once
+            job.model.net.set_grad_checkpointing(False)  # recomputation does not count
         with FlopCounterMode(display=False) as counter:
             job.model(torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)).sum().backward()
         flops = counter.get_total_flops() * options.batch
         rate_of = ceilings(job.device)["ceiling_tflops"] * job.ranks.world
-    middle = {kind: float(np.median(seconds)) for kind, seconds in found.items()}
-    real, fixed, bare, log = (middle[kind] for kind in ("real", "fixed", "bare", "log"))
+    medians = {kind: float(np.median(seconds)) for kind, seconds in times.items()}
+    real, fixed, bare, log = (medians[kind] for kind in ("real", "fixed", "bare", "log"))
     device = torch.cuda.get_device_name() if job.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     result = {
-        "device": device,
-        "torch": torch.__version__, "backbone": Network.of(options).name,
+        "device": device, "torch": torch.__version__, "backbone": Network.of(options).name,
         "schedule": options.schedule, "batch": options.batch, "micro_batch": int(size), "cache": options.cache,
         "image_size": job.model.image_size, "workers": options.workers, "compile": options.compile,
-        "images_per_second": {kind: options.batch / middle[kind] for kind in ("real", "fixed", "bare")},
-        "step_ms": {kind: {"median": 1e3 * middle[kind], "p20": 1e3 * float(np.percentile(found[kind], 20)),
-                           "p80": 1e3 * float(np.percentile(found[kind], 80))} for kind in ("real", "fixed", "bare")},
+        "images_per_second": {kind: options.batch / medians[kind] for kind in ("real", "fixed", "bare")},
+        "step_ms": {kind: {"median": 1e3 * medians[kind], "p20": 1e3 * float(np.percentile(times[kind], 20)),
+                           "p80": 1e3 * float(np.percentile(times[kind], 80))} for kind in ("real", "fixed", "bare")},
         "share_of_time": {"input": max(1 - fixed / real, 0.0), "loss": max(1 - bare / fixed, 0.0),
                           "logging": log / options.log_every / real},
         "real_to_bare": real / bare, "memory_MiB": memory, "gflop_per_image": flops / options.batch / 1e9,

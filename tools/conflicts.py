@@ -1,4 +1,4 @@
-"""How the domains' gradients on the shared backbone conflict, and PCGrad: a hook into the step of train.py.
+"""Conflicts between the domains' gradients of the backbone, and PCGrad: a hook into the step of train.py.
 
 Copy with it: models/head.py, models/runs.py.
 """
@@ -15,24 +15,23 @@ from models.backbones import Backbone
 from models.head import HeadLoss, MarginHead
 
 
-def add_gradients(gradients: list[Tensor], loss: Tensor, model: nn.Module, head: Tensor,
-                  keep: bool) -> None:
-    """Add the gradient of a loss: of the trainable parameters to `gradients` (may be empty), of the head to `.grad`."""
+def add_gradients(gradients: list[Tensor], loss: Tensor, model: nn.Module, head: Tensor, keep: bool) -> None:
+    """Add the gradient of a loss in the trainable parameters to `gradients` (may be empty), in the head to `.grad`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    found = torch.autograd.grad(loss, [*parameters, head], retain_graph=keep, materialize_grads=True, allow_unused=True)
-    head.grad = found[-1] if head.grad is None else head.grad + found[-1]
-    gradients[:] = torch._foreach_add(gradients, found[:-1]) if gradients else found[:-1]
+    added = torch.autograd.grad(loss, [*parameters, head], retain_graph=keep, materialize_grads=True, allow_unused=True)
+    head.grad = added[-1] if head.grad is None else head.grad + added[-1]
+    gradients[:] = torch._foreach_add(gradients, added[:-1]) if gradients else added[:-1]
 
 
 def conflicts(by_domain: list[list[Tensor]], depth: list[int]) -> tuple[Tensor, Tensor]:
-    """How the domains' gradients lie to each other, in the whole backbone and per depth.
+    """Norms and pairwise cosines of the domains' gradients, for the whole backbone and per layer.
 
     Args:
         by_domain: K lists of gradients, one tensor per parameter.
         depth: layer 0..L-1 of each parameter.
 
     Returns:
-        Norms [L + 1, K] and pairwise cosines [L + 1, K, K]; the last row is the whole backbone. Zero gradients: NaN.
+        Norms [L + 1, K] and cosines [L + 1, K, K]; the last row is the whole backbone. Cosines of zero gradients: NaN.
     """
     K, L = len(by_domain), max(depth) + 1
     inner = torch.zeros(L + 1, K, K, dtype=torch.float64, device=by_domain[0][0].device)
@@ -45,10 +44,9 @@ def conflicts(by_domain: list[list[Tensor]], depth: list[int]) -> tuple[Tensor, 
 
 
 def project_conflicts(by_domain: list[list[Tensor]], seed: int, step: int) -> list[Tensor]:
-    """The sum of the domains' gradients, each first freed of what points against another one's (PCGrad).
+    """PCGrad: the sum of the domains' gradients after projecting each off those with which it conflicts.
 
-    Source: Yu et al., Gradient Surgery for Multi-Task Learning, arXiv 2001.06782, algorithm 1; the random order of the
-    other domains is a function of (seed, step).
+    Source: Yu et al., arXiv 2001.06782, algorithm 1. The random order of the domains depends on (seed, step).
     """
     K, rng = len(by_domain), np.random.default_rng((seed, step))
 
@@ -58,21 +56,21 @@ def project_conflicts(by_domain: list[list[Tensor]], seed: int, step: int) -> li
     length = [dot(g, g) for g in by_domain]
     total = [torch.zeros_like(g) for g in by_domain[0]]
     for i in range(K):
-        own = [g.clone() for g in by_domain[i]]
+        projected = [g.clone() for g in by_domain[i]]
         for j in rng.permutation(K):
             if j != i:
-                # no branch on the value: the CPU need not know it
-                share = (dot(own, by_domain[j]).clamp(max=0) / length[j].clamp(min=1e-30)).to(own[0].dtype)
-                torch._foreach_sub_(own, torch._foreach_mul(by_domain[j], share))
-        torch._foreach_add_(total, own)
+                # clamped instead of a branch, which would synchronise
+                share = (dot(projected, by_domain[j]).clamp(max=0) / length[j].clamp(min=1e-30)).to(projected[0].dtype)
+                torch._foreach_sub_(projected, torch._foreach_mul(by_domain[j], share))
+        torch._foreach_add_(total, projected)
     return total
 
 
 class DomainGradients:
-    """Takes the step's backward passes domain by domain, to look at how their gradients conflict or to change them.
+    """Takes the backward passes of a step domain by domain, to log their conflicts or to apply PCGrad.
 
     Args:
-        pcgrad: replace the sum of the gradients by PCGrad's (--coupling pcgrad).
+        pcgrad: apply PCGrad (--coupling pcgrad).
         every: steps between lines of conflict.jsonl (--conflict-every); 0: none.
     """
 
@@ -84,20 +82,20 @@ class DomainGradients:
         self.pcgrad, self.every, self.seed = pcgrad, every, seed
         self.by_domain: list[list[Tensor]] = []
 
-    def looks(self, step: int) -> bool:
-        """Whether the step gets a line in conflict.jsonl."""
+    def logs(self, step: int) -> bool:
+        """Whether the step writes a line of conflict.jsonl."""
         return self.every > 0 and step % self.every == 0
 
     def acts(self, step: int) -> bool:
-        """Whether the step's backward passes are taken apart; if not, the hook is not called."""
-        return self.pcgrad or self.looks(step)
+        """Whether the hook takes the backward passes of the step."""
+        return self.pcgrad or self.logs(step)
 
     def begin(self) -> None:
         """Before the first micro-batch of a step."""
         self.by_domain = [[] for _ in self.domains]
 
     def backward(self, result: HeadLoss, images: Tensor, batch: tuple, present: list[int]) -> None:
-        """In place of `result.loss.backward()`; `batch`: what the head was called with, `present`: domains in it."""
+        """Replaces `result.loss.backward()`; `batch`: arguments of the head, `present`: domains in the batch."""
         x, labels, domains, *more = batch
         for k in present:
             loss = result.loss if len(present) == 1 else \
@@ -105,22 +103,22 @@ class DomainGradients:
             add_gradients(self.by_domain[k], loss, self.model, self.head.weight, keep=k != present[-1])
 
     def finish(self, step: int) -> None:
-        """After the last micro-batch: the backbone's gradient of the step, the same on every rank."""
+        """After the last micro-batch: set the gradient of the backbone, summed over the ranks."""
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         ranks = self.head.ranks
         for k, gradients in enumerate(self.by_domain):
-            if not gradients:  # a domain without an image in this step
+            if not gradients:  # no image in this step
                 self.by_domain[k] = gradients = [torch.zeros_like(p) for _, p in named]
-            if ranks.world > 1:  # all at once: hundreds of small sums would each wait for the network
+            if ranks.world > 1:  # one large sum: each small one would wait for the network
                 whole = ranks.sum(torch.cat([gradient.flatten() for gradient in gradients])) / ranks.world
                 parts = whole.split([gradient.numel() for gradient in gradients])
                 for part, gradient in zip(parts, gradients, strict=True):
-                    gradient.copy_(part.view_as(gradient))  # in its own memory layout, which fused AdamW goes by
+                    gradient.copy_(part.view_as(gradient))  # keeps the memory layout, which fused AdamW needs
         whole = project_conflicts(self.by_domain, self.seed, step) if self.pcgrad else \
             [sum(parts) for parts in zip(*self.by_domain, strict=True)]
         for (_, parameter), gradient in zip(named, whole, strict=True):
             parameter.grad = gradient
-        if self.looks(step) and ranks.rank == 0:
+        if self.logs(step) and ranks.rank == 0:
             self.write(step, [name for name, _ in named])
 
     def figures(self) -> dict[str, float]:
@@ -128,7 +126,7 @@ class DomainGradients:
         return {}
 
     def write(self, step: int, names: list[str]) -> None:
-        """A line of conflict.jsonl: norms and cosines of the domains' gradients."""
+        """Append norms and cosines to conflict.jsonl."""
         layers, domains = self.model.layers(), self.domains
         norms, cosines = (v.cpu() for v in conflicts(self.by_domain, [layers[name] for name in names]))
         pairs = {f"{a}~{b}": (i, j) for (i, a), (j, b) in itertools.combinations(enumerate(domains), 2)}
