@@ -196,7 +196,7 @@ def print_rows(rows: list[Row]) -> None:
             print(f"{'everything':22s} {row.metric:30s} {row.weights} {show_value(row)}")
     for (domain, split), by_weights in human_rows(rows).items():
         for weights, found in by_weights.items():
-            lead = found["model minus human AUC"]
+            lead, = found["lead"]
             name = "everything" if domain == "all" else f"{domain}/{split}"
             print(f"{name:22s} {lead.metric:30s} {weights} {show_value(lead)}: {human_verdict(lead)}")
     if any(mark(row.identities) for row in rows):

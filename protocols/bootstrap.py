@@ -6,7 +6,7 @@ Copy with it: data_prep/__init__.py.
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -42,6 +42,10 @@ class Estimate:
     count: int = 0  # pairs, probes or images
     chance: float = math.nan  # of random embeddings, where retention is to be told
     identities: int = 0  # or classes, that were resampled
+    kind: str = ""  # what else than a figure by the split's protocol: see Row, which takes over these four
+    readout: str = ""
+    measure: str = ""
+    unseen: bool = False
 
     @property
     def low(self) -> float:
@@ -54,8 +58,6 @@ class Estimate:
     def quantile(self, q: float) -> float:
         finite = self.draws[np.isfinite(self.draws)]
         return float(np.quantile(finite, q)) if len(finite) > 1 else self.value
-
-
 
 
 def intervals(statistic: Callable[[np.ndarray | None], dict[str, float]], weights: Iterator[np.ndarray],
@@ -72,14 +74,15 @@ def retention(before: Estimate, after: Estimate, chance: float) -> Estimate | No
     if not before.low > chance:
         return None
     with np.errstate(divide="ignore", invalid="ignore"):
-        return Estimate((after.value - chance) / (before.value - chance),
-                      (after.draws - chance) / (before.draws - chance), after.count, math.nan, after.identities)
+        return replace(after, value=(after.value - chance) / (before.value - chance),
+                       draws=(after.draws - chance) / (before.draws - chance), chance=math.nan, kind="retention")
 
 
 def gap(clean: Estimate, shifted: Estimate, seed: int) -> Estimate:
     """What is lost from clean to shifted images; the two sets are resampled each for itself."""
-    return Estimate(clean.value - shifted.value, clean.draws - np.random.default_rng(seed).permutation(shifted.draws),
-                  shifted.count, math.nan, min(clean.identities, shifted.identities))
+    return replace(shifted, value=clean.value - shifted.value, kind="gap", chance=math.nan,
+                   draws=clean.draws - np.random.default_rng(seed).permutation(shifted.draws),
+                   identities=min(clean.identities, shifted.identities))
 
 
 def weighted_mean(values: np.ndarray, weights: np.ndarray | None) -> float:

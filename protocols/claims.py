@@ -15,6 +15,7 @@ from protocols.results import (
     RUN_ROLES,
     Group,
     Measured,
+    Row,
     above_chance,
     as_many,
     group_runs,
@@ -185,18 +186,18 @@ def claim_humans(imic: list[Group]) -> Claim:
     """The model is above the human raters of the same trials, over all four tasks together."""
     findings, missing = [], []
     for group in imic:
-        rows = group.rows("tuned", lambda row: "minus human" in row.metric or "raters beaten" in row.metric)
-        each = group.rows("tuned", lambda row: row.metric.startswith("AUC of rater "))
-        raters = len({metric for domain, _, metric, _ in each if domain == "all"})
+        trials = group.rows("tuned", lambda row: row.kind == "human trials")
+        rows = {key: figure for key, figure in trials.items() if figure.readout in ("lead", "beaten")}
+        raters = sum(figure.readout == "rater" for (domain, *_), figure in trials.items() if domain == "all")
         tasks = {domain for domain, *_ in rows} - {"all"}
-        worse = {key[0] for key, figure in rows.items() if "minus human" in key[2] and figure.high < 0}
+        worse = {domain for (domain, *_), figure in rows.items() if figure.readout == "lead" and figure.high < 0}
         below = [domain for domain in DOMAINS if domain in worse]
         thin = only(tasks) if rows else []
         if rows and raters < 2:
             thin.append(f"not measured ({raters or 'no'} rater{'s' * (raters != 1)} of all tasks; two are the least)")
         for (domain, split, metric, _), figure in rows.items():
-            overall = domain == "all" and "minus human" in metric
-            finding = judge(f"{group.name} {domain} {metric}", figure, 0, "+.1f" if "minus" in metric else ".1f")
+            overall = domain == "all" and figure.readout == "lead"
+            finding = judge(f"{group.name} {domain} {metric}", figure, 0, "+.1f" if figure.readout == "lead" else ".1f")
             if overall:
                 finding.note = f"{raters} raters" + f", below people on {', '.join(below)}" * bool(below)
                 if finding.verdict == HOLDS and below:
@@ -215,10 +216,12 @@ def claim_humans(imic: list[Group]) -> Claim:
 
 def claim_generalisation(imic: list[Group], least: float) -> Claim:
     """Retention on out-of-distribution splits, where the untouched backbone is above chance."""
-    metric = f"retention of {HEADLINE['classification']}"
+    def is_wanted(row: Row) -> bool:
+        return (row.kind == "retention" and row.ood and not row.unseen
+                and (row.readout, row.measure) == HEADLINE["classification"])
+
     findings = [judge(f"{group.name} {domain}/{split}", figure, least, ".0f") for group in imic
-                for (domain, split, _, _), figure in
-                group.rows("tuned", lambda row: row.out_of_distribution and row.metric == metric).items()]
+                for (domain, split, *_), figure in group.rows("tuned", is_wanted).items()]
     missing = [] if findings else ["not measured (no out-of-distribution split on which the foundation beats chance)"]
     return make_claim("Generalisation outside the training distribution is not substantially harmed",
                       f"retention above {100 * least:g} %", findings, missing)

@@ -6,7 +6,7 @@ Copy with it: protocols/bootstrap.py, protocols/embed.py, protocols/search.py, m
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -313,7 +313,7 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     own = np.append(own, -1)  # of no answer
     answers = {"nearest-mean": own[nearest_mean(x, means, first[truth] if itself else None)],
                "knn": own[nearest_neighbours(x, y, y_labels, len(other.classes), itself, device=device)]}
-    hits = {f"{name} top-1": answer == truth for name, answer in answers.items()}
+    hits = {(name, "top-1"): answer == truth for name, answer in answers.items()}  # by readout and measure
     linear = dict(linear or {})
     if head is not None:
         lies = {name: i for i, name in enumerate(head_classes)}
@@ -331,8 +331,8 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
                 lower = np.arange(len(classes)) < truth[part, None]
                 before[part] = ((scores > right) | ((scores == right) & lower)).sum(1)
                 answers[name][part] = scores.argmax(1)
-            hits |= {f"{name} top-1": before < 1, f"{name} top-5": before < 5}
-    chances = {metric: min((5 if metric.endswith("5") else 1) / len(classes), 1) for metric in hits}
+            hits |= {(name, "top-1"): before < 1, (name, "top-5"): before < 5}
+    chances = {key: min((5 if key[1] == "top-5" else 1) / len(classes), 1) for key in hits}
     everywhere = np.ones(len(x), dtype=bool)
     counted = dict.fromkeys(hits, everywhere)
     if real is not None:
@@ -340,15 +340,15 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
         real = np.stack([real[rows][:, [column[name] for name in group if name in column]].any(1)
                          for group in several], 1)
         for name, answer in answers.items():
-            hits[f"{name} ReaL"] = real[np.arange(len(x)), answer] & (answer >= 0)
-            counted[f"{name} ReaL"] = real.any(1)
-            chances[f"{name} ReaL"] = float(real.sum(1)[real.any(1)].mean() / len(classes))
+            hits[name, "ReaL"] = real[np.arange(len(x)), answer] & (answer >= 0)
+            counted[name, "ReaL"] = real.any(1)
+            chances[name, "ReaL"] = float(real.sum(1)[real.any(1)].mean() / len(classes))
 
-    def statistic(weights: np.ndarray | None) -> dict[str, float]:
-        return {name: weighted_mean(hit[counted[name]].astype(float), None if weights is None else
-                                    weights[counted[name]]) for name, hit in hits.items() if counted[name].any()}
+    def statistic(weights: np.ndarray | None) -> dict[tuple[str, str], float]:
+        return {key: weighted_mean(hit[counted[key]].astype(float), None if weights is None else
+                                   weights[counted[key]]) for key, hit in hits.items() if counted[key].any()}
 
     found = intervals(statistic, bootstrap_counts(truth, draws, seed), identities=truth)
-    for name, figure in found.items():
-        figure.count, figure.chance = int(counted[name].sum()), chances[name]
-    return found
+    return {f"{readout} {measure}": replace(
+        figure, count=int(counted[readout, measure].sum()), chance=chances[readout, measure], readout=readout,
+        measure=measure) for (readout, measure), figure in found.items()}

@@ -245,7 +245,7 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
         far, tar = roc(values[some], same[some], None if weights is None else weights[some])
         return float(np.trapezoid(tar, far))
 
-    def statistic(counts: np.ndarray | None) -> dict[tuple[str, str], float]:
+    def statistic(counts: np.ndarray | None) -> dict[tuple[str, str, str], float]:
         weights = None if counts is None else np.where(same, counts[a], counts[a] * counts[b])
         known, found, pairs = {}, {}, {}  # raters often share their trials: the model is scored on them once
         for (split, rater), some in used.items():
@@ -261,13 +261,14 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
             pairs["everything", rater] = tuple(np.mean(tasks, axis=0))
         for place, who in raters.items():
             both = np.array([pairs[place, rater] for rater in who]).reshape(-1, 2)
-            found |= {(place, f"AUC of rater {rater}"): pair[1] for rater, pair in zip(who, both, strict=True)}
+            found |= {(place, "rater", f"AUC of rater {rater}"): pair[1]
+                      for rater, pair in zip(who, both, strict=True)}
             model, human = both[np.isfinite(both).all(1)].T  # a resampling may leave a rater without one kind
             if len(model):
-                found |= {(place, "AUC on human trials"): model.mean(),
-                          (place, "human AUC (mean of raters)"): human.mean(),
-                          (place, "model minus human AUC"): (model - human).mean(),
-                          (place, "share of raters beaten"): (model > human).mean()}
+                found |= {(place, "model", "AUC on human trials"): model.mean(),
+                          (place, "people", "human AUC (mean of raters)"): human.mean(),
+                          (place, "lead", "model minus human AUC"): (model - human).mean(),
+                          (place, "beaten", "share of raters beaten"): (model > human).mean()}
         return found
 
     whole = statistic(None)
@@ -278,7 +279,8 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
            for name in names if any(split == name for split, _ in used)}
     shown = {name: {pair for (split, _), pairs in seen.items() if split == name for pair in pairs} for name in names}
     figures: dict[str, dict[str, Estimate]] = {}
-    for (place, metric), figure in found.items():
+    for (place, readout, metric), figure in found.items():
+        figure.readout = readout
         these = [place] if place in shown else domains.get(place, shown)
         figure.count = sum(len(shown[name]) for name in these)
         figure.identities = len(np.unique(np.concatenate([who[name] for name in these if name in who])))

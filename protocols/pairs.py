@@ -5,6 +5,7 @@ Copy with it: protocols/bootstrap.py, data_prep/__init__.py, data_prep/format.py
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -172,4 +173,5 @@ def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count:
         for counts in bootstrap_counts(labels, draws, seed):
             yield np.where(same, counts[pairs[:, 0]], counts[pairs[:, 0]] * counts[pairs[:, 1]])
 
-    return intervals(statistic, pair_weights(), len(pairs), labels[pairs])
+    found = intervals(statistic, pair_weights(), len(pairs), labels[pairs])
+    return {metric: replace(figure, kind="yardstick", measure=metric) for metric, figure in found.items()}

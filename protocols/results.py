@@ -24,47 +24,77 @@ from data_prep import (
 )
 from protocols.bootstrap import FEW, Estimate, minus
 
-# the figure that stands for a protocol in summaries; a readout that tuned and untouched backbones both have
-HEADLINE = {"verification": "auc", "templates": "tar@far=0.0001", "reid": "rank-1", "identification": "rank-1",
-            "classification": "nearest-mean top-1"}
+# what stands for a protocol in summaries, by kind: readout (one that untouched backbones have too) and measure
+HEADLINE = {"verification": ("", "auc"), "templates": ("", "tar@far=0.0001"), "reid": ("", "rank-1"),
+            "identification": ("", "rank-1"), "classification": ("nearest-mean", "top-1")}
+D_PRIMES = ("d-prime", "pair d-prime")  # measures that are no fractions
 
 
 @dataclass
 class Row:
-    """One figure. Values are fractions 0..1 but for d-prime; low and high: 95 % bootstrap over identities."""
+    """One figure. Values are fractions 0..1 but for d-prime; low and high: 95 % bootstrap over identities.
+
+    `protocol` tells people how it was computed; programs read the fields that the sentence is written from.
+    """
 
     run: str
     weights: str  # "tuned" or "foundation"
     domain: str
     split: str
-    protocol: str
-    metric: str
-    value: float
-    low: float
-    high: float
-    count: int  # pairs, probes or images
+    protocol: str = ""
+    metric: str = ""  # its name, written from kind, readout and measure
+    value: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    count: int = 0  # pairs, probes or images
     identities: int = 0  # or classes, that the interval resamples; 0: unknown
+    kind: str = ""  # the split's protocol, or yardstick, retention, gap, clean, unified, human trials
+    # of objects: nearest-mean, knn, head, probe, zero-shot N; of human trials: model, people, rater, lead, beaten
+    readout: str = ""
+    measure: str = ""  # top-1, rank-1, auc, ...: of retention and gap what is retained and lost
+    rule: str = ""  # by which the measure is taken, and its draws
+    images: str = ""  # fingerprints of the sets
+    flip: bool = True  # embeddings of the image and its mirror image
+    lacks: str = ""  # images that could not be read, or were left out
+    ood: bool = False  # a split out of distribution
+    unseen: bool = False  # among the classes alone that the run was not trained on
 
     @property
     def headline(self) -> bool:
         """Whether this is the figure that stands for its protocol."""
-        return HEADLINE.get(self.protocol.split(",")[0]) == self.metric
+        return not self.unseen and HEADLINE.get(self.kind) == (self.readout, self.measure)
 
     @property
-    def out_of_distribution(self) -> bool:
-        return self.protocol.endswith(", out of distribution")
+    def unit(self) -> int:
+        """What a shown value is multiplied by: percent, or d-prime as it is."""
+        return 1 if self.measure in D_PRIMES else 100
+
+    @property
+    def key(self) -> tuple[str, str, str, tuple]:
+        """Domain, split, metric and how it was computed: figures with equal keys are comparable."""
+        how = self.kind, self.rule, self.images, self.flip, self.lacks, self.ood
+        return self.domain, self.split, self.metric, how
+
+    def describe(self) -> str:
+        """The sentence of `protocol`, of a figure whose kind is the split's protocol."""
+        parts = [self.kind, self.rule, self.images, "flip" if self.flip else "no flip", self.lacks,
+                 "out of distribution" * self.ood]
+        return ", ".join(filter(None, parts))
 
 
 def read_rows(folder: Path) -> list[Row]:
     """The rows of RUN/eval/results.json; InputError where there are none."""
-    path, kinds = folder / "results.json", {str: str, float: (int, float), int: int}
+    path, kinds = folder / "results.json", {str: str, float: (int, float), int: int, bool: bool}
     try:
         rows = [Row(**row) for row in json.loads(path.read_text())]
         for (number, row), one in product(enumerate(rows), fields(Row)):
             value = getattr(row, one.name)
             finite = not isinstance(value, float) or math.isfinite(value)
-            if not isinstance(value, kinds[one.type]) or isinstance(value, bool) or not finite:
+            if not isinstance(value, kinds[one.type]) or isinstance(value, bool) != (one.type is bool) or not finite:
                 raise ValueError(f"row {number}: {one.name} is {str(value)[:80]!r}")
+        if any(not row.kind for row in rows):
+            raise InputError(f"{path}: rows without `kind`, of an earlier version: evaluate again with "
+                             f"`evaluate.py --run {folder.parent}`")
         return rows
     except FileNotFoundError:
         raise InputError(f"{path}: missing; run `python evaluate.py --run {folder.parent}` first") from None
@@ -87,7 +117,7 @@ class Scored:
     folder: Path
     config: dict
     seed: int  # of the resamplings
-    found: dict[tuple[str, str, str, str], tuple[Row, np.ndarray]]  # by domain, split, metric, protocol
+    found: dict[tuple[str, str, str, tuple], tuple[Row, np.ndarray]]  # by Row.key
 
     @property
     def name(self) -> str:
@@ -125,8 +155,8 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
     if of and (now := hash_file(folder / "model.safetensors")) and of != now:
         raise InputError(f"{folder}/eval is of other weights than model.safetensors: run evaluate.py on {folder} again")
     weights = weights or max((row.weights for row in rows), default="tuned")  # "tuned" comes after "foundation"
-    found = {(row.domain, row.split, row.metric, row.protocol): (row, drawn.astype(float))
-             for row, drawn in zip(rows, draws, strict=True) if row.weights == weights}
+    found = {row.key: (row, drawn.astype(float)) for row, drawn in zip(rows, draws, strict=True)
+             if row.weights == weights}
     if not found:
         raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
                          "--no-foundation")
@@ -143,7 +173,7 @@ def aggregate(group: list[Scored], key: tuple) -> Estimate:
     """The mean of a figure over runs that differ in their seed, and of its resampled values, person by person."""
     rows, draws = zip(*(scored.found[key] for scored in group), strict=True)
     return Estimate(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count,
-                  identities=rows[0].identities)
+                    identities=rows[0].identities, readout=rows[0].readout)
 
 
 def start_of(config: dict) -> tuple:
@@ -411,7 +441,7 @@ class Group:
                 if all(task in run.lost for run in self.runs)}
 
     def rows(self, weights: str, wanted: Callable[[Row], bool]) -> dict[tuple, Estimate]:
-        """Figures that all seeds have, averaged over them, by (domain, split, metric, protocol)."""
+        """Figures that all seeds have, averaged over them, by Row.key."""
         tables = [run.found[weights] for run in self.runs if weights in run.found]
         if len(tables) < len(self.runs) or len({(t.seed, draws_of(t)) for t in tables}) > 1:
             return {}
@@ -420,8 +450,7 @@ class Group:
 
     def headline(self, weights: str) -> dict[tuple, Estimate]:
         """The figure that stands for each trained domain's test split, in distribution."""
-        rows = self.rows(weights, lambda row: row.headline and not row.out_of_distribution
-                         and row.domain in self.config["domains"])
+        rows = self.rows(weights, lambda row: row.headline and not row.ood and row.domain in self.config["domains"])
         first: dict = {}  # the customary rule of a split comes first
         return {key: figure for key, figure in rows.items() if first.setdefault(key[:2], key) == key}
 

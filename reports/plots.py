@@ -76,23 +76,22 @@ def draw_bars(plt, path: Path, rows: list[Row], splits: list[Split],
     """Headlines and whatever else is published, before and after; then the human trials with every rater as a point."""
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
     groups = [(f"{domain}\n{split}\n{next(iter(pair.values())).metric}", pair,
-               chance(by_name[f"{domain}/{split}"], next(iter(pair.values())).metric),
+               chance(by_name[f"{domain}/{split}"]),
                [one for one, name, row in published if row and name == f"{domain}/{split}"
                 and one.metric == next(iter(pair.values())).metric], [])
               for (domain, split), pair in headlines(rows).items()]
     for one, name, row in published:
         title = f"{name.replace('/', chr(10))}\n{one.metric}"
         if row and title not in [group[0] for group in groups]:
-            like = [r for r in rows if (r.domain, r.split, r.metric, r.protocol)
-                    == (row.domain, row.split, row.metric, row.protocol)]
+            like = [r for r in rows if r.key == row.key]
             others = [p for p, where, r in published if r and where == name and p.metric == one.metric]
             groups.append((title, {r.weights: r for r in like}, 0.5 if one.metric == "accuracy" else None, others, []))
     for (domain, split), by_weights in human_rows(rows).items():
         first = next(iter(by_weights.values()))
-        pair = {weights: found["AUC on human trials"] for weights, found in by_weights.items()}
-        raters = [row.value for metric, row in first.items() if metric.startswith("AUC of rater ")]
+        pair = {weights: found["model"][0] for weights, found in by_weights.items()}
+        raters = [row.value for row in first["rater"]]
         groups.append((f"{domain}\n{split if domain != 'all' else ''}\nAUC on\nhuman trials",
-                       pair | {"people": first["human AUC (mean of raters)"]}, 0.5, [], raters))
+                       pair | {"people": first["people"][0]}, 0.5, [], raters))
 
     names = [weights for weights in COLOURS if any(weights in pair for _, pair, *_ in groups)]
     figure, ax = plt.subplots(figsize=(1.8 + 1.3 * len(groups), 4))
@@ -110,7 +109,7 @@ def draw_bars(plt, path: Path, rows: list[Row], splits: list[Split],
         if level is not None:
             ax.plot([i - 0.45, i + 0.45], [100 * level] * 2, "k:", lw=1, label="chance")
         for one in others:
-            same = one.comparable(next(iter(pair.values())).protocol)
+            same = one.comparable(next(iter(pair.values())))
             colour = COLOURS["people"] if one.kind == "human" else "#CC79A7"
             ax.plot(i + 0.43, 100 * one.value, "*" if one.kind == "human" else "D", ms=9 if one.kind == "human" else 5,
                     color=colour, mfc=colour if same else "none", clip_on=False,

@@ -23,12 +23,10 @@ from protocols.templates import score_templates
 # ---------------------------------------------------------------- results
 
 
-def chance(split: Split, metric: str) -> float:
-    """The expected value of a headline metric for random embeddings."""
-    if metric.endswith("auc"):
-        return 0.5
-    if metric.startswith("tar@far="):
-        return float(metric.partition("=")[2])
+def chance(split: Split) -> float:
+    """The expected value of a split's headline for random embeddings."""
+    if known := {"verification": 0.5, "templates": 1e-4}.get(split.protocol["name"]):
+        return known
     if split.protocol["name"] == "classification":
         return 1 / len(split.classes)
     roles = split.optional("role")
@@ -36,13 +34,6 @@ def chance(split: Split, metric: str) -> float:
     mates = gallery_rule(split, gallery, variants_of(split)[0])
     found = [[len(places) for places in mates(probe)] for probe in probes]
     return float(np.mean([right / (len(gallery) - ignored) for right, ignored in found if right]))
-
-
-def describe_protocol(split: Split, rule: str, flip: bool) -> str:
-    """The protocol string of a row: two numbers of a metric are comparable exactly when theirs are equal."""
-    parts = [split.protocol["name"], rule, f"set {fingerprint(split)}", "flip" if flip else "no flip"]
-    parts += describe_losses(split.protocol)
-    return ", ".join(parts + ["out of distribution"] * bool(split.protocol.get("ood")))
 
 
 def describe_losses(protocol: dict) -> list[str]:
@@ -73,19 +64,18 @@ def clean_of(split: Split, splits: list[Split]) -> Split | None:
                       and other.protocol["reference"] == of), None))
 
 
-def scopes_of(split: Split, reference: Split, readouts: Readouts) -> list[tuple[list[str] | None, str, str]]:
+def scopes_of(split: Split, reference: Split, readouts: Readouts) -> list[tuple[list[str] | None, str]]:
     """What of a classification split is scored: all of it; and the classes that a run never saw, among themselves.
 
     Returns:
-        Classes (None: all), a prefix of the metrics and an addition to the rule of each.
+        Classes (None: all) and an addition to the rule of each.
     """
     seen, how = readouts.seen_classes(split, reference) if readouts.trained else ([], "")
     unseen = [name for name in split.classes if name not in seen]
     if not readouts.trained or len(unseen) < 2:
-        return [(None, "", "")]
+        return [(None, "")]
     which = hashlib.sha256(json.dumps(unseen).encode()).hexdigest()[:8]
-    return [(None, "", ""), (unseen, "unseen-class ",
-                             f", open set of {len(unseen)} classes not trained on {how} {which}")]
+    return [(None, ""), (unseen, f", open set of {len(unseen)} classes not trained on {how} {which}")]
 
 
 def unsupported_fars(impostors: int) -> str:
@@ -192,13 +182,15 @@ def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
     by_readout = {"nearest-mean": f"nearest class mean, reference {fingerprint(reference)}",
                   "knn": f"20 neighbours at T 0.07, reference {fingerprint(reference)}",
                   "head": "trained class weights", **{name: rule for name, (_, _, rule) in linear.items()}}
-    for only, prefix, which in scopes_of(split, reference, readouts):
+    for only, which in scopes_of(split, reference, readouts):
         by_metric = score_classification(
             x, split, (y, reference), head, classes, draws, seed, split.protocol.get("groups"),
             {name: (w, b) for name, (w, b, _) in linear.items()}, only, embed.device)
-        rules = {metric: by_readout[metric.rpartition(" ")[0]] for metric in by_metric}
+        rules = {metric: by_readout[figure.readout] for metric, figure in by_metric.items()}
         for metric, figure in by_metric.items():
-            found.setdefault(rules[metric] + which, {})[prefix + metric] = figure
+            unseen = only is not None
+            found.setdefault(rules[metric] + which, {})["unseen-class " * unseen + metric] = replace(
+                figure, unseen=unseen)
         if only is None and (clean := clean_of(split, among)):
             z = embed(clean)
             z[without.get(f"{clean.domain}/{clean.name}", [])] = np.nan
@@ -213,11 +205,12 @@ def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
             for metric in [metric for metric in by_metric if metric in before]:
                 found.setdefault(f"{same}, {rules[metric]}", {}).update({
                     f"gap of {metric}": gap(before[metric], by_metric[metric], seed),
-                    f"clean {metric}": replace(before[metric], chance=math.nan)})  # no retention of it here
+                    f"clean {metric}": replace(before[metric], chance=math.nan, kind="clean")})  # not to be retained
         if only is not None:
             labels = np.where(np.isin(split.labels, [split.classes.index(name) for name in only]), split.labels, -1)
-            pairs = score_pairs(x, labels, draws, seed)
-            found[f"random pairs, seed {seed}{which}"] = {prefix + m: f for m, f in pairs.items()}
+            found[f"random pairs, seed {seed}{which}"] = {
+                f"unseen-class {metric}": replace(figure, unseen=True)
+                for metric, figure in score_pairs(x, labels, draws, seed).items()}
     return found
 
 
@@ -237,7 +230,7 @@ def check_references(splits: list[Split], root: dict[str, dict[str, Split]]) -> 
                              f"{root[split.domain][name].folder}: {what}")
 
 
-Results = list[tuple["Row", np.ndarray]]  # rows with the resampled values behind them
+Results = list[tuple[Row, np.ndarray]]  # rows with the resampled values behind them
 
 
 def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: bool) -> Results:
@@ -255,14 +248,18 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
                         after[f"retention of {metric}"] = kept
         for weights, by_rule in by_weights.items():
             for rule, found in by_rule.items():
-                protocol = describe_protocol(split, rule, flip)
-                rows += rows_of(run, weights, split.domain, split.name, protocol, found)
+                rows += rows_of(found, Row(
+                    run, weights, split.domain, split.name, kind=split.protocol["name"], rule=rule, flip=flip,
+                    images=f"set {fingerprint(split)}", lacks=", ".join(describe_losses(split.protocol)),
+                    ood=bool(split.protocol.get("ood"))))
     return rows
 
 
-def rows_of(run: str, weights: str, domain: str, split: str, protocol: str, found: dict[str, Estimate]) -> Results:
-    """The rows of some figures; one that could not be computed is absent."""
-    return [(Row(run, weights, domain, split, protocol, metric, f.value, f.low, f.high, f.count, f.identities), f.draws)
+def rows_of(found: dict[str, Estimate], about: Row) -> Results:
+    """The rows of some figures by metric, which share what `about` says; one that could not be computed is absent."""
+    return [(replace(about, protocol=about.describe(), metric=metric, value=f.value, low=f.low, high=f.high,
+                     count=f.count, identities=f.identities, kind=f.kind or about.kind, readout=f.readout,
+                     measure=f.measure or metric, unseen=f.unseen), f.draws)
             for metric, f in found.items() if math.isfinite(f.value)]
 
 
@@ -271,10 +268,10 @@ def make_unified_rows(run: str, splits: list[Split], figures: dict[str, dict], f
     """The rows of the unified gallery, split "everything": of each domain, and of "all"."""
     sets = " + ".join(f"{split.domain}/{split.name} {fingerprint(split)}" for split in splits)
     copies = len({origin_of(split)[1] for split in splits}) < len(splits)
-    protocol = f"unified, at most {limit} probes a domain, seed {seed}, sets {sets}, " \
-        + "copies of the probe's picture ignored, " * copies + ("flip" if flip else "no flip")
+    about = {"kind": "unified", "rule": f"at most {limit} probes a domain, seed {seed}", "flip": flip,
+             "images": f"sets {sets}" + ", copies of the probe's picture ignored" * copies}
     return [row for weights, by_domain in figures.items() for domain, found in by_domain.items()
-            for row in rows_of(run, weights, domain, "everything", protocol, found)]
+            for row in rows_of(found, Row(run, weights, domain, "everything", **about))]
 
 
 def make_human_rows(run: str, ratings: list[Rating], splits: dict[str, Split], figures: dict[str, dict],
@@ -287,10 +284,9 @@ def make_human_rows(run: str, ratings: list[Rating], splits: dict[str, Split], f
             told = hashlib.sha256(repr(sorted((r.split, *sorted((r.left, r.right)), r.rater, r.value)
                                               for r in some)).encode()).hexdigest()[:8]
             sets = " + ".join(f"{name} {fingerprint(splits[name])}" for name in sorted({r.split for r in some}))
-            protocol = f"human trials, ratings {told}, sets {sets}, {'flip' if flip else 'no flip'}"
             domain, _, split = ("all/human trials" if place == "everything" else place).partition("/")
-            split = split or "all splits"
-            rows += rows_of(run, weights, domain, split, protocol, by_metric)
+            rows += rows_of(by_metric, Row(run, weights, domain, split or "all splits", kind="human trials",
+                                           rule=f"ratings {told}", images=f"sets {sets}", flip=flip))
     return rows
 
 
@@ -305,8 +301,8 @@ def headlines(rows: list[Row]) -> dict[tuple[str, str], dict[str, Row]]:
 
 def show_value(row: Row) -> str:
     """A figure with its interval: percent, or as it is for d-prime; marked where too few identities are behind it."""
-    factor = 1 if "d-prime" in row.metric else 100
-    return f"{factor * row.value:.1f} [{factor * row.low:.1f}, {factor * row.high:.1f}]" + mark(row.identities)
+    value, low, high = (f"{row.unit * end:.1f}" for end in (row.value, row.low, row.high))
+    return f"{value} [{low}, {high}]" + mark(row.identities)
 
 
 def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[str]) -> list[str]:
@@ -322,21 +318,21 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
         split, row = by_name[key], next(iter(pair.values()))
         both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
         change = f"{100 * (pair['tuned'].value - pair['foundation'].value):+.1f}" if len(pair) == 2 else ""
-        label = literal("/".join(key)) + (" (out of distribution)" if row.out_of_distribution else "")
-        level = f"{100 * chance(split, row.metric):.1f}"
+        label = literal("/".join(key)) + " (out of distribution)" * row.ood
+        level = f"{100 * chance(split):.1f}"
         lines.append(f"| {label} | {row.metric} | {level} | {both[0]} | {both[1]} | {change} |")
     lines += [*middle, "", "## All figures", "",
               "Two figures of a metric are comparable where their protocols are equal.", "",
               "| split | metric | foundation | tuned | count | protocol |", "| --- | --- | --- | --- | --- | --- |"]
     table: dict = {}
     for row in rows:
-        table.setdefault((row.domain, row.split, row.protocol, row.metric), {})[row.weights] = row
-    for (domain, name, protocol, metric), pair in table.items():
+        table.setdefault(row.key, {})[row.weights] = row
+    for pair in table.values():
         both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
-        count = next(iter(pair.values())).count
+        row = next(iter(pair.values()))
         # names of raters, sources and files of prompts may hold what ends a cell, or is markup
-        name, metric, protocol = map(literal, (f"{domain}/{name}", metric, protocol))
-        lines.append(f"| {name} | {metric} | {both[0]} | {both[1]} | {count:,} | {protocol} |")
+        name, metric, protocol = map(literal, (f"{row.domain}/{row.split}", row.metric, row.protocol))
+        lines.append(f"| {name} | {metric} | {both[0]} | {both[1]} | {row.count:,} | {protocol} |")
     return lines
 
 

@@ -34,11 +34,12 @@ class Published:
     who: str
     source: str
     same_protocol: bool
-    requires: tuple[str, ...]  # parts of the protocol string of a run whose figure it may be compared with
+    requires: dict[str, str | bool]  # fields of a row that it may be compared with
 
-    def comparable(self, protocol: str) -> bool:
-        """Whether a figure with this protocol string was made in the same way."""
-        return self.same_protocol and set(self.requires) <= set(protocol.split(", "))
+    def comparable(self, row: Row | None) -> bool:
+        """Whether a figure was made in the same way."""
+        return row is not None and self.same_protocol and all(
+            getattr(row, name) == wanted for name, wanted in self.requires.items())
 
 
 def read_published(folder: Path = PUBLISHED) -> list[Published]:
@@ -49,12 +50,13 @@ def read_published(folder: Path = PUBLISHED) -> list[Published]:
         with open(path, newline="", encoding="utf-8") as file:
             for line, row in enumerate(csv.DictReader(file), 2):
                 try:
-                    value, same = float(row["value"]) / 100, {"yes": True, "no": False}[row["same_protocol"]]
+                    value, said = float(row["value"]) / 100, {"yes": True, "no": False}
+                    requires = [part.split("=") for part in row["requires"].split(" & ") if part]
                     if not 0 <= value <= 1 or row["domain"] not in DOMAINS or not row["source"]:
                         raise ValueError("want percent, a domain and a source")
                     found.append(Published(kind, row["dataset"], row["domain"], row["metric"], row["protocol"], value,
-                                           row["who"], row["source"], same,
-                                           tuple(part for part in row["requires"].split(" & ") if part)))
+                                           row["who"], row["source"], said[row["same_protocol"]],
+                                           {name: said.get(wanted, wanted) for name, wanted in requires}))
                 except (KeyError, TypeError, ValueError) as error:
                     raise InputError(f"{path}, line {line}: not a published figure ({error!r})") from error
     return found
@@ -106,7 +108,7 @@ def beside(rows: list, datasets: dict[str, str], published: list[Published]) -> 
             if (one.domain, plain(one.dataset)) != (name.split("/")[0], dataset):
                 continue
             own = [row for row in rows if f"{row.domain}/{row.split}" == name and row.metric == one.metric]
-            own.sort(key=lambda row: (row.weights != "tuned", not one.comparable(row.protocol)))  # else in their order
+            own.sort(key=lambda row: (row.weights != "tuned", not one.comparable(row)))  # else in their order
             found.append((one, name, own[0] if own else None))
     return found
 
@@ -125,7 +127,7 @@ def show_published(found: list[tuple[Published, str, object]]) -> list[str]:
                       "source |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
         for one, name, row in sorted(chosen, key=lambda one: (one[1], one[0].metric, -one[0].value)):
             own = f"{100 * row.value:.1f} ({row.weights})" if row else "not computed"
-            same = "yes" if row and one.comparable(row.protocol) else "no"
+            same = "yes" if one.comparable(row) else "no"
             lines.append(f"| {literal(name)} | {one.metric} | {own} | {100 * one.value:.2f} | {one.who} | {same} | "
                          f"{one.protocol} | {one.source} |")
     return lines
@@ -134,17 +136,18 @@ def show_published(found: list[tuple[Published, str, object]]) -> list[str]:
 # ---------------------------------------------------------------- people on the same trials
 
 
-def human_rows(rows: list[Row]) -> dict[tuple[str, str], dict[str, dict[str, Row]]]:
-    """{(domain, split): {weights: {metric: row}}} of the human trials."""
+def human_rows(rows: list[Row]) -> dict[tuple[str, str], dict[str, dict[str, list[Row]]]]:
+    """{(domain, split): {weights: {readout: rows}}} of the human trials: a row of each readout, but of "rater"."""
     found: dict = {}
     for row in rows:
-        if row.protocol.startswith("human trials,"):
-            found.setdefault((row.domain, row.split), {}).setdefault(row.weights, {})[row.metric] = row
+        if row.kind == "human trials":
+            by_readout = found.setdefault((row.domain, row.split), {}).setdefault(row.weights, {})
+            by_readout.setdefault(row.readout, []).append(row)
     return found
 
 
 def human_verdict(difference: Row) -> str:
-    """What "model minus human AUC" says."""
+    """What the lead of the model over people says."""
     return "above humans" if difference.low > 0 else "below humans" if difference.high < 0 else "undecided"
 
 
@@ -160,14 +163,14 @@ def show_humans(rows: list[Row]) -> list[str]:
              "| split | pairs | raters | people: mean (range) | weights | model | model minus people | beaten | |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     for (domain, split), by_weights in found.items():
-        for weights, by_metric in by_weights.items():
-            each = [row.value for metric, row in by_metric.items() if metric.startswith("AUC of rater ")]
-            people, lead = by_metric["human AUC (mean of raters)"], by_metric["model minus human AUC"]
+        for weights, by_readout in by_weights.items():
+            (model,), (people,), (lead,), (beaten,) = (by_readout[r] for r in ("model", "people", "lead", "beaten"))
+            each = [row.value for row in by_readout["rater"]]
             name = "everything" if domain == "all" else literal(f"{domain}/{split}")
             reach = f"{100 * min(each):.1f} to {100 * max(each):.1f}"
             lines.append(f"| {name} | {people.count} | {len(each)} | {show_value(people)} ({reach}) | {weights} "
-                         f"| {show_value(by_metric['AUC on human trials'])} | {show_value(lead)} "
-                         f"| {100 * by_metric['share of raters beaten'].value:.0f} % | {human_verdict(lead)} |")
+                         f"| {show_value(model)} | {show_value(lead)} | {100 * beaten.value:.0f} % "
+                         f"| {human_verdict(lead)} |")
     return lines
 
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -142,10 +143,9 @@ def measured(name, role="unified", backbone="clip", values=None, foundation=None
     found = {}
     for weights, table in (("foundation", foundation), ("tuned", values)):
         if table:
-            of = [Row(name, weights, d, "test", "reid, general", "rank-1", v, 0, 1, 100)
+            of = [Row(name, weights, d, "test", "", "rank-1", v, 0, 1, 100, kind="reid", measure="rank-1")
                   for d, v in table.items()] + [row for row in rows if row.weights == weights]
-            found[weights] = Scored(Path(name), config, 0, {
-                (r.domain, r.split, r.metric, r.protocol): (r, r.value + spread * noise) for r in of})
+            found[weights] = Scored(Path(name), config, 0, {r.key: (r, r.value + spread * noise) for r in of})
     return Measured(name, config, found, analysis)
 
 
@@ -231,12 +231,13 @@ def test_seeds_are_averaged_and_other_recipes_are_not():
 
 def humans(lead=0.1, tasks=DOMAINS, raters=2, **leads) -> list[Group]:
     """A run with human trials: model minus humans over all tasks, and on each (those of `leads` differ)."""
-    def row(domain, metric, value):
-        return Row("a", "tuned", domain, "trials", "humans", metric, value, 0, 1, 50)
+    def row(domain, readout, value, metric=None):
+        return Row("a", "tuned", domain, "trials", "", metric or readout, value, 0, 1, 50, kind="human trials",
+                   readout=readout)
 
-    rows = [row(domain, "model minus human AUC", value) for domain, value in
+    rows = [row(domain, "lead", value) for domain, value in
             {"all": lead, **dict.fromkeys(tasks, lead), **leads}.items() if value is not None]
-    rows += [row("all", f"AUC of rater {i}", 0.8) for i in range(raters)] + [row("all", "share of raters beaten", 0.9)]
+    rows += [row("all", "rater", 0.8, f"rater {i}") for i in range(raters)] + [row("all", "beaten", 0.9)]
     return alone(measured("a", values=ALL, rows=rows))
 
 
@@ -246,15 +247,16 @@ def test_claim_humans():
     assert claim_humans(humans(0.001)).verdict.startswith("not measured (intervals")
     none = "not measured (no human trials: evaluate.py --humans)"
     assert claim_humans(alone(measured("a", values=ALL))).verdict == none
-    assert "share of raters beaten 90.0" in claim_humans(humans()).measured
+    assert "a all/trials beaten 90.0" in claim_humans(humans()).measured
 
 
 def test_claim_generalisation_uses_retention_out_of_distribution():
     def run(value, spread=0.01):
-        rows = [Row("a", "tuned", "object", "ood", "classification, x, out of distribution",
-                    "retention of nearest-mean top-1", value, 0, 1, 50),
-                Row("a", "tuned", "object", "val", "classification, x", "retention of nearest-mean top-1", 0.1,
-                    0, 1, 50)]
+        kept = Row("a", "tuned", "object", "ood", "", "m", value, 0, 1, 50, kind="retention", readout="nearest-mean",
+                   measure="top-1", ood=True)
+        others = ({"split": "val", "ood": False}, {"readout": "knn"}, {"measure": "ReaL"}, {"unseen": True},
+                  {"kind": "gap"})
+        rows = [kept, *(replace(kept, metric=f"other {i}", value=0.1, **other) for i, other in enumerate(others))]
         return alone(measured("a", values=ALL, rows=rows, spread=spread))
 
     assert claim_generalisation(run(0.99), 0.95).verdict == "holds"

@@ -159,13 +159,14 @@ def test_gaps_name_their_readout():
 def test_experts_are_held_against_what_is_better_when_higher():
     config = {"domains": ["object"], "counts": {"object": 10}}
     metrics = {"knn top-1": 0.8, "head top-5": 0.9, "tar@far=0.01": 0.5, "mAP": 0.4, "accuracy": 0.9, "pair auc": 0.9,
-               "gap of knn top-1": 0.3, "accuracy sd": 0.1, "eer": 0.2, "d-prime": 2.0, "pair d-prime": 2.0,
-               "retention of knn top-1": 0.9, "unseen-class knn top-1": 0.5, "retention of unseen-class knn top-1": 0.9}
+               "lost": 0.3, "accuracy sd": 0.1, "eer": 0.2, "d-prime": 2.0, "pair d-prime": 2.0,
+               "kept": 0.9, "unseen-class knn top-1": 0.5, "crowd": 0.9, "rated": 0.9, "unshifted": 0.9}
+    kinds = {"lost": "gap", "kept": "retention", "crowd": "unified", "rated": "human trials", "unshifted": "clean"}
 
     def made(name):
-        rows = {("object", "val", m, "p"): (Row(name, "tuned", "object", "val", "p", m, v, v, v, 5),
-                                            np.full(3, v)) for m, v in metrics.items()}
-        return Scored(Path(name), config, 0, rows)
+        rows = [Row(name, "tuned", "object", "val", "", m, v, v, v, 5, kind=kinds.get(m, "classification"), measure=m)
+                for m, v in metrics.items()]
+        return Scored(Path(name), config, 0, {row.key: (row, np.full(3, row.value)) for row in rows})
 
     table = compare_experts([made("run")], [[made("expert")]], set(), 0.01)
     assert [row["metric"] for row in table] == ["knn top-1", "head top-5", "tar@far=0.01", "mAP", "accuracy",

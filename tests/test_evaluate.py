@@ -134,9 +134,9 @@ def test_chance_knows_the_camera_rule():
     # one probe; gallery: itself under its own camera (ignored), itself elsewhere, two others: 1 of 3
     split = FakeSplit([0, 0, 0, 1, 1], {"name": "reid"}, role=np.array([0, 1, 1, 1, 1]),
                       camera=np.array([0, 0, 1, 1, 1]))
-    assert chance(split, "rank-1") == pytest.approx(1 / 3)
+    assert chance(split) == pytest.approx(1 / 3)
     split.protocol = {"name": "identification"}
-    assert chance(split, "rank-1") == pytest.approx(2 / 4)
+    assert chance(split) == pytest.approx(2 / 4)
     assert np.isnan(equal_error_rate(*roc(np.arange(3.0), np.zeros(3, bool))))
 
 

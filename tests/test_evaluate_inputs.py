@@ -216,7 +216,7 @@ def test_compare_takes_what_the_runs_share(tmp_path, capsys):
     for name in "ab":
         runs.append(write_run(tmp_path / name, np.ones(10), np.arange(10), config={"schedule": name}))
         rows = [Row(**row) for row in json.loads((runs[-1] / "eval/results.json").read_text())]
-        rows.append(replace(rows[0], split="other", protocol=f"reid, general, set {name}, flip"))
+        rows.append(replace(rows[0], split="other", protocol=f"reid, general, set {name}, flip", images=name))
         write_rows(runs[-1] / "eval", rows)
         write_draws(runs[-1] / "eval", [(row, np.ones(400)) for row in rows], 0)
     assert run_here("compare", *runs, "--out", tmp_path / "c") == 0
@@ -510,7 +510,7 @@ def test_a_class_is_seen_by_its_wordnet_id_name_or_images(demo_root, tmp_path):
     assert readouts.seen_classes(test, test) == ({"polar bear", "dog", "n03126707"}, "by name and images")
     assert readouts.seen_classes(test, own)[0] == {"polar bear", "dog", "n03126707", "n02012849", "0001"}
     assert Readouts({}, 0, training.classes).seen_classes(test, own) == ({"polar bear", "n03126707"}, "by name")
-    (_, _, rule) = scopes_of(test, test, readouts)[1]
+    (_, rule) = scopes_of(test, test, readouts)[1]
     assert rule.startswith(", open set of 3 classes not trained on by name and images ")
 
 

@@ -420,9 +420,8 @@ def planted(rng, people: int, model: float, human: float):
 def test_the_sign_of_a_planted_difference(model, human, verdict):
     ratings, splits, x = planted(np.random.default_rng(1), 60, model, human)
     found = score_humans(ratings, splits, x, 200, 0)["face_hq/test"]
-    row = Row("r", "tuned", "face_hq", "test", "human trials, x", "model minus human AUC",
-              (lead := found["model minus human AUC"]).value, lead.low, lead.high, lead.count)
-    assert human_verdict(row) == verdict and lead.low < lead.value < lead.high
+    lead = found["model minus human AUC"]
+    assert human_verdict(lead) == verdict and lead.low < lead.value < lead.high and lead.readout == "lead"
     assert found["share of raters beaten"].value == pytest.approx({"above humans": 1, "below humans": 0}.get(
         verdict, found["share of raters beaten"].value))
     # against scikit-learn, rater by rater
@@ -504,7 +503,7 @@ def write_scored(folder: Path, config: dict, values: dict[str, np.ndarray], peop
     for domain, own in values.items():
         found = intervals(lambda w, own=own: {"rank-1": weighted_mean(own, w)},
                           bootstrap_counts(people, 300, 0), len(own))
-        results += rows_of(folder.name, "tuned", domain, "test", "reid, general, set x, flip", found)
+        results += rows_of(found, Row(folder.name, "tuned", domain, "test", kind="reid", rule="general"))
     write_rows(folder / "eval", [row for row, _ in results])
     write_draws(folder / "eval", results, 0)
     options = {"backbone": "clip", "size": "tiny", "model": None, "weights": "none", "image_size": 32, "embed_dim": 0,
@@ -629,23 +628,22 @@ def test_published_figures_stand_beside_the_data_set_that_they_are_of(tmp_path):
         with pytest.raises(InputError, match=said):
             datasets_of(names, (word,), rows)
 
-    def row(domain, split, metric, protocol, weights="tuned"):
-        return Row("r", weights, domain, split, protocol, metric, 0.5, 0.4, 0.6, 9)
+    def row(domain, split, rule, flip, weights="tuned"):
+        return Row("r", weights, domain, split, "", "rank-1", 0.5, 0.4, 0.6, 9, rule=rule, flip=flip)
 
-    mine = [row("body", "market-1501", "rank-1", "reid, general, set x, no flip", "foundation"),
-            row("body", "market-1501", "rank-1", "reid, general, set x, no flip"),
-            row("face_lq", "tinyface", "rank-1", "identification, whole gallery, set x, flip")]
+    mine = [row("body", "market-1501", "general", False, "foundation"), row("body", "market-1501", "general", False),
+            row("face_lq", "tinyface", "whole gallery", True)]
     found = beside(mine, datasets_of(names, (), rows), rows)
-    same = {(one.who, name, one.metric): bool(r and one.comparable(r.protocol)) for one, name, r in found}
+    same = {(one.who, name, one.metric): one.comparable(r) for one, name, r in found}
     assert same["ViT-B baseline", "body/market-1501", "rank-1"] and not same["OSNet x1.0", "body/market-1501", "rank-1"]
     assert same["ViT-B AdaFace WebFace4M", "face_lq/tinyface", "rank-1"]
     assert not any(same[key] for key in same if key[2] == "accuracy")
     text = "\n".join(show_published(found))
     assert "| face_hq/LFW | accuracy | not computed | 97.53 | people, averaged | no |" in text
     assert "| body/market-1501 | rank-1 | 50.0 (tuned) | 94.60 | ViT-B baseline | yes |" in text
-    flipped = [row("body", "market-1501", "rank-1", "reid, general, set x, flip")]
+    flipped = [row("body", "market-1501", "general", True)]
     found = beside(flipped, {"body/market-1501": "market1501"}, rows)
-    assert found and not any(one.comparable(r.protocol) for one, _, r in found if r)
+    assert found and not any(one.comparable(r) for one, _, r in found)
     assert show_published([]) == []
     (tmp_path / "humans.csv").write_text("dataset,domain,metric,protocol,value,who,source,same_protocol,requires\n"
                                          "lfw,face_hq,accuracy,x,97.5,people,,no,\n")

@@ -309,8 +309,7 @@ def cells_of(line):
 def scored(name, value):
     config = {"domains": ["object"], "counts": {"object": 10}, "name": name}
     row = Row(name, "tuned", "object", "val", "classification, <p> & q|r", "knn top-1", value, value, value, 5)
-    key = "object", "val", "knn top-1", row.protocol
-    return Scored(Path(name), config, 0, {key: (row, np.full(3, value))})
+    return Scored(Path(name), config, 0, {row.key: (row, np.full(3, value))})
 
 
 def test_names_of_runs_are_text_in_a_comparison(tmp_path):

@@ -19,6 +19,7 @@ from data_prep.write import write_split
 from protocols.bootstrap import bootstrap_counts, intervals, weighted_mean
 from protocols.classify import nearest_rows
 from protocols.pairs import roc, tar_at_far
+from protocols.results import Row
 from protocols.search import (
     Search,
     draw_galleries,
@@ -517,12 +518,12 @@ def test_people_are_joined_across_domains_by_what_the_source_proves(demo_root):
 # ---------------------------------------------------------------- comparing runs
 
 
-def write_run(folder, values, people, seed=0, protocol="reid, general, set x, flip", config=None, resampling=0):
+def write_run(folder, values, people, seed=0, images="set x", config=None, resampling=0):
     """A run folder with one figure: the mean of a value per sample, resampled by person."""
     (folder / "eval").mkdir(parents=True)
     found = intervals(lambda w: {"rank-1": weighted_mean(values, w)},
                       bootstrap_counts(people, 400, resampling), len(values))
-    results = rows_of(folder.name, "tuned", "body", "test", protocol, found)
+    results = rows_of(found, Row(folder.name, "tuned", "body", "test", kind="reid", rule="general", images=images))
     write_rows(folder / "eval", [row for row, _ in results])
     write_draws(folder / "eval", results, resampling)
     options = {"schedule": "B", **(config or {}), "seed": seed, "out": str(folder)}
@@ -568,7 +569,7 @@ def test_seeds_are_averaged_by_hand(tmp_path):
 
 
 @pytest.mark.parametrize("change, words", [
-    ({"protocol": "reid, general, set x, no flip"}, "body/test rank-1: only"),
+    ({"images": "set y"}, "body/test rank-1: only"),
     ({"resampling": 1}, "resampled differently"), ({"people": np.arange(9)}, "10 samples in"),
     ("draws", "draws.npz: cannot be read"), ("rows", "results.json: missing"), ("twice", "a run is named twice"),
     ("splits", "no figure in common on these --splits"), ("one", "no figures of the foundation weights"),

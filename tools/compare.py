@@ -17,6 +17,7 @@ from data_prep import (
 )
 from protocols.bootstrap import Estimate
 from protocols.results import (
+    D_PRIMES,
     FEW_NOTE,
     Row,
     Scored,
@@ -40,21 +41,17 @@ def unlike_figures(a: Scored, b: Scored) -> dict[tuple[str, str, str], str]:
     if a.seed != b.seed or len(next(iter(a.found.values()))[1]) != len(next(iter(b.found.values()))[1]):
         raise InputError(f"{a.folder} and {b.folder} were resampled differently: run evaluate.py on both with the same "
                          "--seed and --bootstrap")
-    made: list[dict] = [{}, {}]
-    for strings, scored in zip(made, (a, b), strict=True):
-        for domain, split, metric, protocol in scored.found:
-            strings.setdefault((domain, split, metric), set()).add(protocol)
-    found = {}
-    for key in [key for key in made[0] if key in made[1]]:
-        if unlike := sorted(made[0][key] ^ made[1][key]):
-            where = [a.folder if protocol in made[0][key] else b.folder for protocol in unlike]
-            found[key] = (f"only {where[0]} has it by the protocol '{unlike[0]}'"
-                          + (f", only {where[-1]} by '{unlike[-1]}'" if where[-1] != where[0] else "")
-                          + ": score both on the same splits with the same options")
-        for protocol in made[0][key] & made[1][key]:
-            counts = [scored.found[(*key, protocol)][0].count for scored in (a, b)]
-            if counts[0] != counts[1]:
-                found[key] = (f"{counts[0]:,} samples in {a.folder}, {counts[1]:,} in {b.folder} (unreadable images?): "
+    found, both = {}, {key[:3] for key in a.found} & {key[:3] for key in b.found}
+    for one, other in ((a, b), (b, a)):
+        for key in one.found:
+            if key[:3] in both and key not in other.found:
+                found.setdefault(key[:3], {})[one.folder] = one.found[key][0].protocol
+    found = {key: ", ".join(f"only {folder} has it by the protocol '{protocol}'" for folder, protocol in by.items())
+             + ": score both on the same splits with the same options" for key, by in found.items()}
+    for key in [key for key in a.found if key in b.found]:
+        counts = [scored.found[key][0].count for scored in (a, b)]
+        if counts[0] != counts[1]:
+            found[key[:3]] = (f"{counts[0]:,} samples in {a.folder}, {counts[1]:,} in {b.folder} (unreadable images?): "
                               "run evaluate.py on both again")
     return found
 
@@ -83,7 +80,7 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
     cancels out. Seeds are not resampled: their standard deviation stands beside.
     """
     keys = [key for key in shared_figures([scored for group in groups for scored in group], splits)
-            if not key[2].startswith(("AUC of rater ", "human AUC"))]  # people's own, the same beside every run
+            if groups[0][0].found[key][0].readout not in ("rater", "people")]  # the same beside every run
     if not keys:
         raise InputError("the runs have no figure in common" + (" on these --splits" if splits else "")
                          + ": score them on the same splits")
@@ -95,17 +92,19 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
             with np.errstate(invalid="ignore"):  # a resampling without errors has an infinite d', of both
                 lead = Estimate(figure.value - reference.value, figure.draws - reference.draws)
             spread = float(np.std(values, ddof=1)) if len(group) > 1 else None
-            row = dict(zip(("domain", "split", "metric", "protocol"), key, strict=True))
-            row |= {"runs": " ".join(scored.name for scored in group),
-                    "weights": group[0].found[key][0].weights, "seeds": len(group), "value": figure.value,
-                    "low": figure.low, "high": figure.high, "seed_sd": spread, "count": figure.count,
-                    "headline": group[0].found[key][0].headline, "identities": group[0].found[key][0].identities}
-            if group is not groups[0]:
-                row |= {"difference": lead.value, "difference_low": lead.low, "difference_high": lead.high}
-            table.append({"difference": None, "difference_low": None, "difference_high": None} | row)
-    order = ("domain", "split", "metric", "protocol", "runs", "weights", "seeds", "value", "low", "high", "seed_sd",
-             "difference", "difference_low", "difference_high", "headline", "count", "identities")
-    return [{name: row[name] for name in order} for row in table]
+            row, ends = group[0].found[key][0], (lead.value, lead.low, lead.high)
+            table.append({
+                **identify(row), "runs": " ".join(scored.name for scored in group), "weights": row.weights,
+                "seeds": len(group), "value": figure.value, "low": figure.low, "high": figure.high, "seed_sd": spread,
+                **dict(zip(("difference", "difference_low", "difference_high"),
+                           (None,) * 3 if group is groups[0] else ends, strict=True)),
+                "headline": row.headline, "count": figure.count, "identities": row.identities})
+    return table
+
+
+def identify(row: Row) -> dict:
+    """What a compared figure is of; "unit": what its values are multiplied by to be shown."""
+    return {name: getattr(row, name) for name in ("domain", "split", "metric", "protocol", "unit")}
 
 
 def refuse_unshared(names: set[str], groups: list[list[Scored]], experts: bool) -> None:
@@ -141,7 +140,10 @@ def find_expertise(run: Scored, expert: Scored) -> str:
     return domain
 
 
-OTHER_METRICS = ("d-prime", "eer", "retention", "gap of ", "clean ", " sd")  # no shares, or told elsewhere
+def is_share(row: Row) -> bool:
+    """Whether a figure is a share that is better when higher, and told nowhere else."""
+    return (row.kind not in ("retention", "gap", "clean", "unified", "human trials")
+            and row.measure not in (*D_PRIMES, "eer", "accuracy sd"))
 
 
 def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[str], delta: float) -> list[dict]:
@@ -156,8 +158,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
     for group in groups:
         domain, kept = find_expertise(runs[0], group[0]), []
         for one in [*runs, *group]:
-            found = {key: pair for key, pair in one.found.items() if key[0] == domain and key[1] != "everything"
-                     and not key[3].startswith("human trials") and not any(word in key[2] for word in OTHER_METRICS)}
+            found = {key: pair for key, pair in one.found.items() if key[0] == domain and is_share(pair[0])}
             kept.append(replace(one, found=found))
         if any(not one.found for one in kept):
             raise InputError(f"{group[0].folder} and {runs[0].folder}: no figures of {domain}: run evaluate.py on both")
@@ -169,7 +170,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
             verdict = ("non-inferior" if lead.low > -allowed or lead.low >= 0 else
                        "inferior" if lead.high < -allowed else "undecided")
             named = [" ".join(one.name for one in some) for some in (ours, theirs)]
-            table.append(dict(zip(("domain", "split", "metric", "protocol"), key, strict=True)) | {
+            table.append(identify(row) | {
                 "run": named[0], "expert": named[1], "value": run.value, "expert_value": expert.value,
                 "difference": lead.value, "low": lead.low, "high": lead.high, "delta": allowed, "verdict": verdict,
                 "headline": row.headline, "count": run.count, "identities": row.identities})
@@ -235,7 +236,7 @@ def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None
     for row in table:
         if row["headline"] or not any(row["headline"] for row in table):
             known = panels.setdefault((row["domain"], row["split"]), [])
-            if not known or (known[0]["metric"], known[0]["protocol"]) == (row["metric"], row["protocol"]):
+            if (row["runs"], row["weights"]) not in [(one["runs"], one["weights"]) for one in known]:
                 known.append(row)  # the customary rule is first
     before = {(row.domain, row.split, row.metric): row.value for row in untouched}
     names = [row["runs"].split() for row in next(iter(panels.values()))]
@@ -247,7 +248,7 @@ def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None
     figure, axes = plt.subplots(high, wide, figsize=(2 + 2.6 * wide, high * (0.9 + 0.24 * len(labels))), squeeze=False,
                                 sharey=True, layout="constrained")
     for ax, ((domain, split), rows) in zip(axes.flat, panels.items(), strict=False):
-        scale = 1 if "d-prime" in rows[0]["metric"] else 100
+        scale = rows[0]["unit"]
         for i, row in enumerate(rows):
             error = np.maximum([[row["value"] - row["low"]], [row["high"] - row["value"]]], 0)
             ax.errorbar(scale * row["value"], i, xerr=scale * error, fmt="o", ms=4, capsize=2,
@@ -270,7 +271,7 @@ def show_comparison(table: list[dict]) -> str:
     """The rows of `compare_groups` as Markdown."""
 
     def show(row: dict, *names: str, sign: str = "") -> list[str]:
-        return [f"{row[name] * (1 if 'd-prime' in row['metric'] else 100):{sign}.1f}" for name in names]
+        return [f"{row[name] * row['unit']:{sign}.1f}" for name in names]
 
     lines = ["Percent (d-prime: as it is) with 95 % intervals. Differences to the first run or group of seeds, paired "
              "by person; in bold where the interval leaves out 0. Seed SD: between runs that differ in the seed alone."

@@ -70,9 +70,10 @@ def score_without(embed: Embedder, splits: list[Split], root: dict, run: Run, dr
         for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, flip):
             name = f"{row.domain}/{row.split}"
             own = count(by_name[name], left_out)
-            others = count(clean[name], left_out) if row.metric.startswith(("gap of ", "clean ")) else 0
+            others = count(clean[name], left_out) if row.kind in ("gap", "clean") else 0
             if own or others:
-                row.protocol += f", without {own} leaked" + f" and {others} of the clean" * (others > 0) + f" {how}"
+                leaked = f"without {own} leaked" + f" and {others} of the clean" * (others > 0) + f" {how}"
+                row.protocol, row.lacks = f"{row.protocol}, {leaked}", ", ".join(filter(None, [row.lacks, leaked]))
             if own or others or table is tables[0]:  # what lacks nothing is told once
                 table.append(row)
     return tables
