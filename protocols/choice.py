@@ -4,7 +4,7 @@ Copy with it: protocols/bootstrap.py, protocols/classify.py, protocols/embed.py,
 protocols/pairs.py, protocols/search.py, models/, kernels/, data_prep/.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -112,40 +112,48 @@ def score_decisions(of: Decisions, draws: int, seed: int) -> dict[str, Estimate]
     right, seen, apart = chosen == of.truth, chosen != UNSEEN, ~np.eye(len(of.people), dtype=bool)
     conflict = (of.texture >= 0) & (of.texture != of.truth)
 
-    def told(values: np.ndarray, metric: str, of_model: str) -> dict[str, float]:
-        """A figure of every decider, and the mean over observers."""
-        found = {f"{name} {of_model}": values[i] for i, name in enumerate(of.models)}
-        found |= {f"{metric} of observer {name}": values[m + i] for i, name in enumerate(of.people)}
-        return found | ({f"human {metric} (mean of observers)": mean_of(values[m:])} if of.people else {})
+    def told(values: np.ndarray, measure: str, of_model: str) -> dict[tuple[str, str, str], float]:
+        """A figure of every decider, and the mean over observers, by readout, measure and metric."""
+        found = {(name, of_model, f"{name} {of_model}"): values[i] for i, name in enumerate(of.models)}
+        found |= {("observer", measure, f"{measure} of observer {name}"): values[m + i]
+                  for i, name in enumerate(of.people)}
+        mean = {("people", measure, f"human {measure} (mean of observers)"): mean_of(values[m:])}
+        return found | (mean if of.people else {})
 
-    def statistic(counts: np.ndarray | None) -> dict[str, float]:
+    def statistic(counts: np.ndarray | None) -> dict[tuple[str, str, str], float]:
         weights = np.ones(len(of.truth)) if counts is None else counts
         accuracy, observed, kappa = agreement(right, seen, weights)
+        consistencies = {"observed consistency": observed, "error consistency": kappa}
         found = told(accuracy.diagonal(), "accuracy", "top-1")
         if conflict.any():
             shape, texture = (right & conflict) @ weights, ((chosen == of.texture) & conflict) @ weights
             with np.errstate(invalid="ignore"):
                 found |= told(shape / (shape + texture), "shape share", "shape share")
         if len(of.people) > 1:
-            found |= {"observed consistency among people": mean_of(observed[m:, m:][apart]),
-                      "error consistency among people": mean_of(kappa[m:, m:][apart])}
+            found |= {("people", measure, f"{measure} among people"): mean_of(values[m:, m:][apart])
+                      for measure, values in consistencies.items()}
         for i, name in enumerate(of.models if of.people else ()):
             lead = accuracy[i, m:] - accuracy[m:, i]
-            found |= {f"{name} minus human accuracy": mean_of(lead),
-                      f"{name} share of observers beaten": float((lead > 0).mean()),
-                      f"{name} observed consistency with people": mean_of(observed[i, m:]),
-                      f"{name} error consistency with people": mean_of(kappa[i, m:])}
+            found |= {(name, "accuracy", f"{name} accuracy on human trials"): mean_of(accuracy[i, m:]),
+                      (name, "lead", f"{name} minus human accuracy"): mean_of(lead),
+                      (name, "beaten", f"{name} share of observers beaten"): float((lead > 0).mean())}
+            found |= {(name, measure, f"{name} {measure} with people"): mean_of(values[i, m:])
+                      for measure, values in consistencies.items()}
         return found
 
-    stimuli = np.arange(len(of.truth))
-    return intervals(statistic, bootstrap_counts(stimuli, draws, seed), len(stimuli), stimuli)
+    stimuli, own = np.arange(len(of.truth)), ("top-1", "shape share")
+    found = intervals(statistic, bootstrap_counts(stimuli, draws, seed), len(stimuli), stimuli)
+    return {metric: replace(figure, readout=readout, measure=measure,
+                            kind="" if readout in of.models and measure in own else "human choices")
+            for (readout, measure, metric), figure in found.items()}
 
 
 def score_choice(models: dict[str, np.ndarray], among: np.ndarray, split: Split, readable: np.ndarray,
                  trials: Trials | None, draws: int, seed: int) -> tuple[dict[str, dict[str, Estimate]], Decisions]:
     """Figures of a split by scope, "11 of 16 categories[, condition c30]"; and the decisions behind the first of them.
 
-    The first scope is the stimuli of the model's categories; people, who choose among all, are also told on all.
+    The first scope is the stimuli of the model's categories; people, who choose among all, are also told on all. The
+    conditions are those of the people's trials.
 
     Args:
         models, among: as `choose` gives them.
@@ -171,8 +179,12 @@ def score_choice(models: dict[str, np.ndarray], among: np.ndarray, split: Split,
                                   {name: chosen for name, chosen in people.items() if (chosen != UNSEEN).any()},
                                   truth[rows], np.where(np.isin(texture, known), texture, -1)[rows])
             first = first or decisions
-            if part not in figures:  # else the model has every category
-                figures[part] = score_decisions(decisions, draws, seed)
-            for name in by_readout:
-                figures[part][f"{name} top-1"].chance = 1 / len(known)
+            if part in figures:  # the model has every category
+                continue
+            figures[part] = score_decisions(decisions, draws, seed)
+            for metric, figure in list(figures[part].items()):
+                if part != scope and not figure.kind:
+                    del figures[part][metric]  # a model's own figures do not depend on whom it is compared with
+                elif figure.measure in ("top-1", "accuracy"):
+                    figure.chance = 1 / len(known if figure.readout in models else choices)
     return figures, first

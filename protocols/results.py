@@ -26,7 +26,8 @@ from protocols.bootstrap import FEW, Estimate, minus
 
 # what stands for a protocol in summaries, by kind: readout (one that untouched backbones have too) and measure
 HEADLINE = {"verification": ("", "auc"), "templates": ("", "tar@far=0.0001"), "reid": ("", "rank-1"),
-            "identification": ("", "rank-1"), "classification": ("nearest-mean", "top-1")}
+            "identification": ("", "rank-1"), "classification": ("nearest-mean", "top-1"),
+            "choice": ("nearest-mean", "top-1")}
 D_PRIMES = ("d-prime", "pair d-prime")  # measures that are no fractions
 
 
@@ -48,7 +49,8 @@ class Row:
     high: float = math.nan
     count: int = 0  # pairs, probes or images
     identities: int = 0  # or classes, that the interval resamples; 0: unknown
-    kind: str = ""  # the split's protocol, or yardstick, retention, gap, clean, unified, human trials
+    chance: float = 0  # of random embeddings; 0: not told
+    kind: str = ""  # the split's protocol, or yardstick, retention, gap, clean, unified, human trials, human choices
     # of objects: nearest-mean, knn, head, probe, zero-shot N; of human trials: model, people, rater, lead, beaten
     readout: str = ""
     measure: str = ""  # top-1, rank-1, auc, ...: of retention and gap what is retained and lost
