@@ -175,7 +175,7 @@ def aggregate(group: list[Scored], key: tuple) -> Estimate:
     """The mean of a figure over runs that differ in their seed, and of its resampled values, person by person."""
     rows, draws = zip(*(scored.found[key] for scored in group), strict=True)
     return Estimate(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count,
-                    identities=rows[0].identities, readout=rows[0].readout)
+                    identities=rows[0].identities, readout=rows[0].readout, measure=rows[0].measure)
 
 
 def start_of(config: dict) -> tuple:
