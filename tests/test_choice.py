@@ -1,18 +1,22 @@
 """Forced choice: stimuli and trials in the format of the model-vs-human toolbox, and what is computed of them."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import cohen_kappa_score
 
+import evaluate
 from data_prep import InputError
 from data_prep.format import Split
 from data_prep.sources.stimuli import CATEGORIES, stimulus_of
 from protocols.bootstrap import Unscorable
 from protocols.choice import Decisions, agreement, choose, score_choice, score_decisions
 from protocols.humans import NO_ANSWER, UNSEEN, read_humans, read_trials
+from protocols.results import Row, read_rows
 from tests.test_body_sources import prepared, write_files
 
 HEADER = "subj,session,trial,rt,object_response,category,condition,imagename"
@@ -267,3 +271,54 @@ def test_conditions_are_told_apart(edges, tmp_path):
              if scope.startswith("2 of")}
     assert value == pytest.approx({"2 of 16 categories": (4 - 5) / 6, "2 of 16 categories, condition c100": -2 / 3,
                                    "2 of 16 categories, condition c50": 1 / 3})
+
+
+# ---------------------------------------------------------------- evaluate.py
+
+
+@pytest.fixture(scope="module")
+def evaluated(root, tmp_path_factory) -> tuple[Path, list[Row]]:
+    """A folder of results of an untouched tiny CLIP beside two observers, and its rows."""
+    out = tmp_path_factory.mktemp("evaluated")
+    people = write_trials(out / "edge.csv", {"anna": ["cat"] * 6 + ["oven"] * 3,
+                                             "b|n": ["cat"] * 3 + ["dog", "na", "na"]})
+    arguments = ["--backbone", "clip", "--size", "tiny", "--weights", "none", "--image-size", "32", "--probe", "0",
+                 "--data", root / "data", "--out", out / "run", "--humans", people, "--bootstrap", "20",
+                 "--workers", "0", "--prompts", "1", "--device", "cpu"]
+    assert evaluate.main.main([str(a) for a in arguments], standalone_mode=False) == 0
+    return out / "run/eval", read_rows(out / "run/eval")
+
+
+def test_evaluation_writes_people_and_model(evaluated):
+    _, rows = evaluated
+    value = {(row.readout, row.measure, row.rule.split(",")[0]): row.value for row in rows if row.readout != "observer"}
+    assert value["people", "accuracy", "2 of 16 categories"] == pytest.approx((3 / 6 + 4 / 6) / 2)
+    assert value["people", "accuracy", "16 of 16 categories"] == pytest.approx((6 / 9 + 4 / 6) / 2)
+    # both right on the cats, anna wrong on all dogs, b|n on two: observed 5/6; expected 1/2 x 2/3 + 1/2 x 1/3 = 1/2
+    assert value["people", "error consistency", "2 of 16 categories"] == pytest.approx((5 / 6 - 1 / 2) / (1 - 1 / 2))
+    readouts = {row.readout for row in rows if row.measure == "lead"}
+    assert readouts == {"nearest-mean", "knn", "zero-shot 1"}  # untouched: no trained class weights
+    for name in readouts:
+        assert value[name, "lead", "2 of 16 categories"] == pytest.approx(
+            value[name, "top-1", "2 of 16 categories"] - value["people", "accuracy", "2 of 16 categories"])
+    chance = {(row.kind, row.readout): row.chance for row in rows if row.measure in ("top-1", "accuracy")}
+    assert chance["choice", "nearest-mean"] == 1 / 2 and chance["human choices", "people"] == 1 / 16
+    assert [row.metric for row in rows if row.headline] == ["nearest-mean top-1"]
+
+
+def test_the_report_shows_people_and_model(evaluated):
+    folder, _ = evaluated
+    report = (folder / "report.md").read_text()
+    assert "## Forced choice beside people" in report and "](choices.png)" in report
+    assert "object/edges (out of distribution) | nearest-mean top-1 | 50.0 |" in report
+    assert "| 6 | 2 | 58.3 [" in report and "50.0 to 66.7 | 6.2 |" in report  # stimuli, observers, mean, range, chance
+    with Image.open(folder / "choices.png") as image:
+        assert min(image.size) > 400
+
+
+def test_a_reference_without_the_categories_is_refused_before_anything_is_embedded(root, tmp_path):
+    prepared("stimuli", root / "edges", tmp_path / "data/object/edges")  # without --classes
+    shutil.copytree(root / "data/object/train", tmp_path / "data/object/train")
+    with pytest.raises(InputError, match="has none of the categories: prepare it again with --classes FILE"):
+        evaluate.main.main(["--backbone", "clip", "--size", "tiny", "--weights", "none",
+                            "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")], standalone_mode=False)
