@@ -24,6 +24,10 @@ domains: multi-tasking), where they rated several:
     model minus human AUC         paired; its low above 0: above humans, its high below 0: below them, else undecided
     share of raters beaten        of the raters, those whose AUC is below the model's on their own trials
 Their intervals resample the people and things on the pictures, not the raters.
+
+Where people named the categories of a split of `data_prep stimuli`, --humans adds rows of the kind "human choices":
+accuracy of each observer and mean, each readout minus it, observed and error consistency of people among each other and
+with the model. Their intervals resample the stimuli.
 """
 
 import os
@@ -41,9 +45,10 @@ from models.backbones import BACKBONES, SIZES, Backbone, Network, load_backbone,
 from models.runs import Ranks, Run, join_ranks, load_foundation, load_run, load_tuned
 from protocols.classify import Readouts, read_prompts
 from protocols.embed import Embedder, make_embedder
-from protocols.humans import Rating, read_ratings, score_humans
+from protocols.humans import Rating, Trials, read_humans, score_humans
 from protocols.results import FEW_NOTE, HEADLINE, Row, mark, read_stages
 from protocols.unified import choose_crowd, make_members, score_unified
+from reports.choice import choice_rows, draw_choices, show_choices
 from reports.plots import draw_figures, draw_split
 from reports.rows import (
     check_references,
@@ -148,7 +153,7 @@ class Findings:
 
 
 def score_models(embedders: dict[str, Embedder], splits: list[Split], root: dict, run: Run | None, readouts: Readouts,
-                 ratings: list[Rating], options: dict) -> Findings:
+                 ratings: list[Rating], trials: dict[str, Trials], options: dict) -> Findings:
     """Score every set of weights on every split by its protocol, on all domains at once, and beside people."""
     draws, seed = options["bootstrap"], options["seed"]
     found = Findings(choose_crowd(splits) if options["crowd"] else [])
@@ -157,7 +162,7 @@ def score_models(embedders: dict[str, Embedder], splits: list[Split], root: dict
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
     for weights, embed in embedders.items():
         found.figures[weights], found.curves[weights] = score(
-            embed, splits, root, run if weights == "tuned" else None, draws, seed, readouts)
+            embed, splits, root, run if weights == "tuned" else None, draws, seed, readouts, trials=trials)
         if found.crowd:
             members = make_members(found.crowd, [embed(split) for split in found.crowd], options["crowd"], seed)
             found.crowd = [member.split for member in members]
@@ -174,9 +179,9 @@ def write_pages(out: Path, rows: list[Row], splits: list[Split], curves: dict[st
     """report.md, report.html and their figures; `others`: published figures, as `beside` finds them."""
     for path in [*(out / f"{name}.png" for name in ("roc", "cmc", "scores", "stages")), *out.glob("sheet-*.png")]:
         path.unlink(missing_ok=True)  # of an evaluation of other splits; a sheet shows people
-    middle = [line for title, file in draw_figures(out, rows, curves, splits, others)
-              for line in ("", f"![{title}]({file})")]
-    middle += show_humans(rows) + show_published(others)
+    drawn = draw_figures(out, rows, curves, splits, others) + draw_choices(out, rows, curves)
+    middle = [line for title, file in drawn for line in ("", f"![{title}]({file})")]
+    middle += show_humans(rows) + show_choices(rows) + show_published(others)
     if run and run.config["schedule"] == "sequential":
         stages = read_stages(run.folder, run.config)
         middle += show_stages(stages, run.config)
@@ -199,6 +204,10 @@ def print_rows(rows: list[Row]) -> None:
             lead, = found["lead"]
             name = "everything" if domain == "all" else f"{domain}/{split}"
             print(f"{name:22s} {lead.metric:30s} {weights} {show_value(lead)}: {human_verdict(lead)}")
+    for (name, _), by_weights in choice_rows(rows).items():
+        for weights, figures in by_weights.items():
+            for lead in figures.get((HEADLINE["choice"][0], "lead"), []):
+                print(f"{name:22s} {lead.metric:30s} {weights} {show_value(lead)}: {human_verdict(lead)}")
     if any(mark(row.identities) for row in rows):
         print(FEW_NOTE)
 
@@ -247,9 +256,11 @@ def model_options(command):
                    "hardest pairs: sheet-DOMAIN-SPLIT.png.")
 @click.option("--crowd", type=click.IntRange(0), default=5000,
               help="Probes of a domain that are searched among all domains at once (0: none).")
-@click.option("--humans", type=click.Path(path_type=Path), multiple=True, metavar="FILE.csv",
-              help="Ratings of people (split,left_key,right_key,rater,rating), e.g. from the page of `data_prep "
-                   "trials`; may be given again.")
+@click.option("--humans", multiple=True, metavar="[SPLIT=]FILE.csv",
+              help="What people answered, a file or a folder of files: ratings of pairs (split,left_key,right_key,"
+                   "rater,rating), e.g. from the page of `data_prep trials`, or trials of a forced choice (subj,"
+                   "object_response,category,condition,imagename) on a split of `data_prep stimuli`; may be given "
+                   "again.")
 @click.option("--published", multiple=True, metavar="SPLIT=DATASET",
               help="Data set of a split whose name is not the set's, e.g. object/val=imagenet: its published figures "
                    "stand beside the run's (SPLIT= for none); may be given again.")
@@ -267,7 +278,7 @@ def main(context: click.Context, **options) -> int | None:
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
     published = read_published()
     datasets = datasets_of(list(by_name), options["published"], published)
-    ratings = read_ratings(list(options["humans"]), by_name) if options["humans"] else []
+    ratings, trials = read_humans(options["humans"], by_name)
     ranks, device = join_ranks(options["device"])
     out, options["device"] = folder / "eval", str(device)
     if ranks.rank == 0:
@@ -280,7 +291,7 @@ def main(context: click.Context, **options) -> int | None:
         embed.ranks = Ranks()
     if ranks.rank:
         leave(ranks)
-    found = score_models(embedders, splits, root, run, readouts, ratings, options)
+    found = score_models(embedders, splits, root, run, readouts, ratings, trials, options)
     results = make_rows(name, splits, found.figures, options["flip"])
     results += make_unified_rows(name, found.crowd, found.unified, options["flip"], options["crowd"], options["seed"])
     results += make_human_rows(name, ratings, by_name, found.people, options["flip"])

@@ -12,6 +12,7 @@ import textwrap
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import click
@@ -28,6 +29,7 @@ from data_prep.records import Records, group_classes, select
 from data_prep.sources import bodies, faces, folders, insightface
 from data_prep.sources import imagenet as imagenet_sets
 from data_prep.sources import parquet as parquet_files
+from data_prep.sources import stimuli as stimuli_sets
 from data_prep.sources import webdataset as webdataset_tars
 from data_prep.stats import draw_stats, split_stats
 from data_prep.verify import verify_split
@@ -179,7 +181,7 @@ def report(folder: Path, index: dict, found: int) -> None:
         if reference not in others:
             print(f"  WARNING: --reference {reference}: there is no {split.domain}/{reference} yet, whose images are "
                   "to classify this split: prepare it before evaluating, or prepare this one again with another")
-        elif not set(split.classes) & set(others[reference].classes):
+        elif not {*split.classes, *chain(*split.protocol.get("groups", {}).values())} & {*others[reference].classes}:
             print(f"  WARNING: --reference {reference}: {split.domain}/{reference} has none of the classes, such as "
                   f"{split.classes[0]}")
     for other in siblings(folder):
@@ -448,6 +450,13 @@ def imagenet_sketch(**options) -> None:
 @reference_option
 def objectnet(**options) -> None:
     prepare(imagenet_sets.objectnet, **options)
+
+
+@cli.command(help=stimuli_sets.stimuli.__doc__)
+@source_options
+@reference_option
+def stimuli(classes: Path | None, **options) -> None:
+    prepare(stimuli_sets.stimuli, gathered=classes, **options)  # of the model's classes: the stimuli keep their own
 
 
 def label_options(command):

@@ -186,7 +186,8 @@ def fits_protocol(protocol: object) -> bool:
     """Whether a protocol has a name, and the fields that an evaluation by it reads are of their kinds."""
     if not fits(protocol, {"name": str}):
         return False
-    needed = {"verification": {"folds": int}, "classification": {"reference": str}}.get(protocol["name"], {})
+    needed = {"verification": {"folds": int}, "classification": {"reference": str},
+              "choice": {"reference": str, "choices": [str]}}.get(protocol["name"], {})
     optional = {"ood": bool, "groups": {}, "variants": [str], "draws": int, "misses": int, "unreadable": int,
                 "pairs_lost": int, "open_set": float}
     kinds = needed | {key: kind for key, kind in optional.items() if key in protocol}

@@ -182,17 +182,33 @@ def claim_experts(imic: list[Group], experts: list[Group], delta: float) -> Clai
                       "on every task, paired", findings, missing)
 
 
+def people_on(rated: set[str], chosen: set[str]) -> list[str]:
+    """A verdict that says which tasks have people, unless all four were rated by them."""
+    if lacking := [domain for domain in DOMAINS if domain not in rated | chosen]:
+        there = [domain for domain in DOMAINS if domain not in lacking]
+        return [f"not measured (people on {', '.join(there)}; none on {', '.join(lacking)})"]
+    return [f"not measured ({', '.join(sorted(chosen - rated))} by forced choice alone, which is no part of the mean "
+            "over tasks)"] if chosen - rated else []
+
+
 def claim_humans(imic: list[Group]) -> Claim:
-    """The model is above the human raters of the same trials, over all four tasks together."""
+    """The model is above the human raters of the same trials, over all four tasks together.
+
+    Forced choices of objects are told beside; they alone never decide, since they are no mean over tasks.
+    """
     findings, missing = [], []
     for group in imic:
         trials = group.rows("tuned", lambda row: row.kind == "human trials")
         rows = {key: figure for key, figure in trials.items() if figure.readout in ("lead", "beaten")}
         raters = sum(figure.readout == "rater" for (domain, *_), figure in trials.items() if domain == "all")
-        tasks = {domain for domain, *_ in rows} - {"all"}
+        scopes = group.rows("tuned", lambda row: (row.kind, row.readout, row.measure)
+                            == ("human choices", HEADLINE["choice"][0], "lead"))
+        choices = {key[:3]: figure for key, figure in reversed(scopes.items())}  # a split's first: all its conditions
+        rated, chosen = {domain for domain, *_ in rows} - {"all"}, {domain for domain, *_ in choices}
         worse = {domain for (domain, *_), figure in rows.items() if figure.readout == "lead" and figure.high < 0}
+        worse |= {domain for (domain, *_), figure in choices.items() if figure.high < 0}
         below = [domain for domain in DOMAINS if domain in worse]
-        thin = only(tasks) if rows else []
+        thin = people_on(rated, chosen) if rows or choices else []
         if rows and raters < 2:
             thin.append(f"not measured ({raters or 'no'} rater{'s' * (raters != 1)} of all tasks; two are the least)")
         for (domain, split, metric, _), figure in rows.items():
@@ -207,6 +223,8 @@ def claim_humans(imic: list[Group]) -> Claim:
             if not overall:
                 finding.what = f"{group.name} {domain}/{split} {metric}"
             findings.append(finding)
+        findings += for_information([judge(f"{group.name} {'/'.join(key)}", figure, 0)
+                                     for key, figure in choices.items()])
         missing += thin
     if not missing and not any(f.verdict for f in findings):
         missing = ["not measured (no human trials: evaluate.py --humans)"]

@@ -230,6 +230,18 @@ class Readouts:
         kept = keep(embed.folder / f"{embed.name}-probe-{told.hexdigest()[:16]}.npy", (classes, y.shape[1] + 2), make)
         return kept[:, :-2], kept[:, -2].copy(), float(kept[0, -1])
 
+    def texts(self, embed: Embedder, names: list[str]) -> dict[str, np.ndarray]:
+        """Unit text embeddings [C, D] of names by set of prompts; {} of a backbone without CLIP's text tower."""
+        if embed.model.library != "open_clip" or embed.model.project is not None:
+            return {}
+        found = {}
+        for prompts, templates in self.prompts.items():
+            key = hashlib.sha256(json.dumps([embed.weights, templates, names]).encode()).hexdigest()[:16]
+            found[prompts] = keep(embed.folder / f"{embed.name}-text-{key}.npy", (len(names), embed.model.dim),
+                                  lambda templates=templates: text_weights(
+                                      embed.model, names, embed.device, templates).cpu().numpy())
+        return found
+
     def fit(self, embed: Embedder, y: np.ndarray, reference: Split, seed: int) -> dict[str, tuple]:
         """(Weights [C, D], bias [C], rule) by name for the classes of a reference with unit embeddings y."""
         found, good = {}, np.flatnonzero(np.isfinite(y[:, 0]) & (reference.labels >= 0))
@@ -241,13 +253,8 @@ class Readouts:
                   f"{strength:g}")
             some = f"{self.probe} drawn images, seed {seed}" if len(good) > self.probe else "all images"
             found["probe"] = w, b, f"L-BFGS probe, l2 chosen on a fifth, of {some}, reference {fingerprint(reference)}"
-        if embed.model.library == "open_clip" and embed.model.project is None:
-            for name, templates in self.prompts.items():
-                key = hashlib.sha256(json.dumps([embed.weights, templates, reference.names]).encode()).hexdigest()[:16]
-                w = keep(embed.folder / f"{embed.name}-text-{key}.npy", (len(reference.names), y.shape[1]),
-                         lambda templates=templates: text_weights(
-                             embed.model, reference.names, embed.device, templates).cpu().numpy())
-                found[f"zero-shot {name.split()[0]}"] = w, np.zeros(len(w)), f"zero-shot by prompts {name}"
+        for name, w in self.texts(embed, reference.names).items():
+            found[f"zero-shot {name.split()[0]}"] = w, np.zeros(len(w)), f"zero-shot by prompts {name}"
         return found
 
 

@@ -1,7 +1,6 @@
 """People and models on the same trials.
 
-Copy with it: protocols/bootstrap.py, protocols/pairs.py, protocols/search.py, data_prep/__init__.py,
-data_prep/format.py.
+Copy with it: protocols/bootstrap.py, protocols/pairs.py, protocols/search.py, data_prep/.
 """
 
 import csv
@@ -9,6 +8,7 @@ import io
 import math
 import unicodedata
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +16,15 @@ import numpy as np
 
 from data_prep import InputError
 from data_prep.format import Split
+from data_prep.sources.stimuli import stimulus_of
 from protocols.bootstrap import Estimate, bootstrap_counts, intervals
 from protocols.pairs import roc
 from protocols.search import name_identities
 
 RATING_COLUMNS = ("split", "left_key", "right_key", "rater", "rating")
+TRIAL_COLUMNS = ("subj", "object_response", "category", "imagename")
+NO_ANSWER, UNSEEN = -1, -2  # instead of a category: no answer in time, which is an error; no trial
+MISSING = {"", "na", "n/a", "nan", "none"}
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,48 @@ class Rating:
     value: float  # -3 (different) to +3 (same)
 
 
+@dataclass(frozen=True, eq=False)
+class Trials:
+    """What O observers chose on the M images of a split."""
+
+    observers: list[str]
+    answers: np.ndarray  # int64 [O, M]: place among the protocol's choices, NO_ANSWER or UNSEEN
+    conditions: np.ndarray  # str [M]; "" of what nobody saw
+
+
 def find_row(split: Split, key: str) -> int | None:
     """The row of a sample's key: keys ascend in a test split, which is written in source order."""
     row = bisect_left(range(len(split)), key, key=lambda row: split.jpeg(row)[0])
     return row if row < len(split) and split.jpeg(row)[0] == key else None
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The lines of a CSV, each with where it stands; names of columns in lower case, values without outer spaces.
+
+    Raises:
+        InputError: with the file and the number of the line, which a text editor shows too.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
+        reader.fieldnames = [str(name).strip().casefold() for name in reader.fieldnames or []]
+        if missing := [name for name in columns if name not in reader.fieldnames]:
+            raise InputError(f"--humans {path}: line 1 lacks the column {missing[0]!r}: want {','.join(columns)}")
+        for record in reader:
+            where = f"--humans {path}, line {reader.line_num}"
+            if None in record or None in record.values():
+                raise InputError(f"{where}: not as many fields as the first line has columns")
+            yield where, {name: value.strip() for name, value in record.items()}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--humans {path}: cannot be read ({error})") from error
+
+
+def check_name(name: str, where: str, what: str) -> None:
+    """InputError unless a rater or an observer has a name that fits in a table."""
+    if not name:
+        raise InputError(f"{where}: no {what}: every line needs a name or a code")
+    if any(unicodedata.category(sign) in ("Cc", "Zl", "Zp") for sign in name):
+        raise InputError(f"{where}: {what} {name[:80]!r}: want a name without line breaks and control characters")
 
 
 def read_ratings(paths: list[Path], splits: dict[str, Split]) -> list[Rating]:
@@ -49,56 +91,106 @@ def read_ratings(paths: list[Path], splits: dict[str, Split]) -> list[Rating]:
         splits: by "domain/split".
 
     Raises:
-        InputError: with the file and the number of the line, which a text editor shows too.
+        InputError: with the file and the number of the line.
     """
     found, seen, rows = [], {}, {}
-    for path in paths:
+    for where, record in (line for path in paths for line in read_table(path, RATING_COLUMNS)):
+        name, left, right, rater, value = (record[column] for column in RATING_COLUMNS)
+        if name not in splits:
+            raise InputError(f"{where}: {name!r} is no split that is scored here; those are {', '.join(splits)}")
+        check_name(rater, where, "rater")
         try:
-            text = path.read_text(encoding="utf-8-sig")
-            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-            if missing := [name for name in RATING_COLUMNS if name not in (reader.fieldnames or [])]:
-                raise InputError(f"--humans {path}: line 1 lacks the column {missing[0]!r}: want "
-                                 + ",".join(RATING_COLUMNS))
-            for record in reader:
-                where = f"--humans {path}, line {reader.line_num}"
-                name, left, right, rater, value = (record[column] for column in RATING_COLUMNS)
-                if None in record or None in (name, left, right, rater, value):
-                    raise InputError(f"{where}: not as many fields as the first line has columns")
-                if name not in splits:
-                    raise InputError(f"{where}: {name!r} is no split that is scored here; those are "
-                                     f"{', '.join(splits)}")
-                if not rater.strip():
-                    raise InputError(f"{where}: no rater: every line needs a name or a code")
-                if any(unicodedata.category(sign) in ("Cc", "Zl", "Zp") for sign in rater.strip()):
-                    raise InputError(f"{where}: rater {rater[:80]!r}: want a name without line breaks and control "
-                                     "characters")
-                try:
-                    rating = float(value)
-                except ValueError:
-                    rating = math.nan
-                if not -3 <= rating <= 3:
-                    raise InputError(f"{where}: rating {value!r}: want a number from -3 (different) to 3 (same)")
-                for key in (left, right):
-                    if (name, key) not in rows:
-                        rows[name, key] = find_row(splits[name], key)
-                    if rows[name, key] is None:
-                        raise InputError(f"{where}: {name} has no image {key!r}: were the trials drawn from another "
-                                         "preparation of it?")
-                if left == right:
-                    raise InputError(f"{where}: an image against itself")
-                trial = (name, *sorted((left, right)), rater.strip())
-                if trial in seen:
-                    raise InputError(f"{where}: {rater.strip()} has rated this pair before, {seen[trial]}")
-                seen[trial] = where.removeprefix("--humans ")
-                a, b = (int(splits[name].labels[rows[name, key]]) for key in (left, right))
-                if min(a, b) < 0:
-                    raise InputError(f"{where}: nobody knows who is on an image without a label")
-                found.append(Rating(name, rows[name, left], rows[name, right], a == b, rater.strip(), rating))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise InputError(f"--humans {path}: cannot be read ({error})") from error
+            rating = float(value)
+        except ValueError:
+            rating = math.nan
+        if not -3 <= rating <= 3:
+            raise InputError(f"{where}: rating {value!r}: want a number from -3 (different) to 3 (same)")
+        for key in (left, right):
+            if (name, key) not in rows:
+                rows[name, key] = find_row(splits[name], key)
+            if rows[name, key] is None:
+                raise InputError(f"{where}: {name} has no image {key!r}: were the trials drawn from another "
+                                 "preparation of it?")
+        if left == right:
+            raise InputError(f"{where}: an image against itself")
+        trial = (name, *sorted((left, right)), rater)
+        if trial in seen:
+            raise InputError(f"{where}: {rater} has rated this pair before, {seen[trial]}")
+        seen[trial] = where.removeprefix("--humans ")
+        a, b = (int(splits[name].labels[rows[name, key]]) for key in (left, right))
+        if min(a, b) < 0:
+            raise InputError(f"{where}: nobody knows who is on an image without a label")
+        found.append(Rating(name, rows[name, left], rows[name, right], a == b, rater, rating))
     if not found:
         raise InputError(f"--humans {paths[0]}: holds no ratings")
     return found
+
+
+def read_trials(paths: list[Path], split: Split) -> Trials:
+    """Trials of a forced choice, as the model-vs-human toolbox keeps them, of several files.
+
+    A stimulus is found by `stimulus_of` its image's name; trials of stimuli that the split lacks are left out.
+
+    Args:
+        paths: CSV files with the columns TRIAL_COLUMNS and, where there are several, `condition`.
+        split: with the protocol `choice`.
+    """
+    name, choices, lost = f"{split.domain}/{split.name}", {c: i for i, c in enumerate(split.protocol["choices"])}, 0
+    rows = {split.fields(row).get("stimulus"): row for row in range(len(split))}
+    answers: dict[str, np.ndarray] = {}
+    conditions = np.full(len(split), "", dtype=object)
+    for where, record in (line for path in paths for line in read_table(path, TRIAL_COLUMNS)):
+        observer, answer, category, image = (record[column] for column in TRIAL_COLUMNS)
+        answer, condition, row = answer.casefold(), record.get("condition", ""), rows.get(stimulus_of(image))
+        if row is None:
+            lost += 1
+            continue
+        check_name(observer, where, "observer")
+        if category.casefold() != (truth := split.classes[split.labels[row]]):
+            raise InputError(f"{where}: {image[:80]!r} shows {category[:40]!r}, in {name} {truth!r}: do trials and "
+                             "stimuli belong together?")
+        if answer not in choices.keys() | MISSING:
+            raise InputError(f"{where}: the answer {answer[:40]!r} is none of {', '.join(choices)} and na")
+        if conditions[row] not in ("", condition):
+            raise InputError(f"{where}: {image[:80]!r} in condition {condition!r}, further up in {conditions[row]!r}: "
+                             "prepare each condition as a split of its own")
+        own = answers.setdefault(observer, np.full(len(split), UNSEEN))
+        if own[row] != UNSEEN:
+            raise InputError(f"{where}: {observer} has answered to {image[:80]!r} before")
+        own[row], conditions[row] = choices.get(answer, NO_ANSWER), condition
+    if not answers:
+        raise InputError(f"--humans {paths[0]}: no trial of a stimulus of {name}")
+    observers = sorted(answers)
+    found = Trials(observers, np.array([answers[observer] for observer in observers]), conditions)
+    print(f"  {name}: {(found.answers != UNSEEN).sum():,} trials of {len(observers)} observers"
+          + f"; {lost:,} of stimuli that it lacks are left out" * bool(lost))
+    return found
+
+
+def read_humans(given: tuple[str, ...], splits: dict[str, Split]) -> tuple[list[Rating], dict[str, Trials]]:
+    """The files of --humans, of either format: ratings of pairs, and trials of forced choice by "domain/split".
+
+    Args:
+        given: FILE.csv, a folder of such files or, where several splits have the stimuli, SPLIT=FILE.csv.
+        splits: those that are scored.
+    """
+    ratings: list[Path] = []
+    trials: dict[str, list[Path]] = {}
+    fitting = [name for name, split in splits.items() if split.protocol["name"] == "choice"]
+    for word in given:
+        name, sign, path = word.partition("=")
+        name, path = (name, Path(path)) if sign and name in splits else ("", Path(word))
+        for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+            if not any({*TRIAL_COLUMNS[:2]} & {*record} for _, record in read_table(file, ())):
+                ratings.append(file)
+            elif name in fitting or len(fitting) == 1:
+                trials.setdefault(name or fitting[0], []).append(file)
+            else:
+                raise InputError(f"--humans {word}: on which stimuli? "
+                                 + (f"name the split: --humans {fitting[0]}={path}, or {', '.join(fitting[1:])}"
+                                    if fitting else "no split of `data_prep stimuli` is scored here"))
+    return (read_ratings(ratings, splits) if ratings else [],
+            {name: read_trials(files, splits[name]) for name, files in trials.items()})
 
 
 def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: dict[str, np.ndarray], draws: int,

@@ -26,7 +26,8 @@ from protocols.bootstrap import FEW, Estimate, minus
 
 # what stands for a protocol in summaries, by kind: readout (one that untouched backbones have too) and measure
 HEADLINE = {"verification": ("", "auc"), "templates": ("", "tar@far=0.0001"), "reid": ("", "rank-1"),
-            "identification": ("", "rank-1"), "classification": ("nearest-mean", "top-1")}
+            "identification": ("", "rank-1"), "classification": ("nearest-mean", "top-1"),
+            "choice": ("nearest-mean", "top-1")}
 D_PRIMES = ("d-prime", "pair d-prime")  # measures that are no fractions
 
 
@@ -48,7 +49,8 @@ class Row:
     high: float = math.nan
     count: int = 0  # pairs, probes or images
     identities: int = 0  # or classes, that the interval resamples; 0: unknown
-    kind: str = ""  # the split's protocol, or yardstick, retention, gap, clean, unified, human trials
+    chance: float = 0  # of random embeddings; 0: not told
+    kind: str = ""  # the split's protocol, or yardstick, retention, gap, clean, unified, human trials, human choices
     # of objects: nearest-mean, knn, head, probe, zero-shot N; of human trials: model, people, rater, lead, beaten
     readout: str = ""
     measure: str = ""  # top-1, rank-1, auc, ...: of retention and gap what is retained and lost
@@ -173,7 +175,7 @@ def aggregate(group: list[Scored], key: tuple) -> Estimate:
     """The mean of a figure over runs that differ in their seed, and of its resampled values, person by person."""
     rows, draws = zip(*(scored.found[key] for scored in group), strict=True)
     return Estimate(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count,
-                    identities=rows[0].identities, readout=rows[0].readout)
+                    identities=rows[0].identities, readout=rows[0].readout, measure=rows[0].measure)
 
 
 def start_of(config: dict) -> tuple:

@@ -76,7 +76,7 @@ def draw_bars(plt, path: Path, rows: list[Row], splits: list[Split],
     """Headlines and whatever else is published, before and after; then the human trials with every rater as a point."""
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
     groups = [(f"{domain}\n{split}\n{next(iter(pair.values())).metric}", pair,
-               chance(by_name[f"{domain}/{split}"]),
+               chance(by_name[f"{domain}/{split}"], next(iter(pair.values()))),
                [one for one, name, row in published if row and name == f"{domain}/{split}"
                 and one.metric == next(iter(pair.values())).metric], [])
               for (domain, split), pair in headlines(rows).items()]
@@ -183,7 +183,7 @@ def draw_split(folder: Path, split: Split, embed: Embedder, root: dict, seed: in
     if protocol == "verification":
         draw_pairs(path, split, x, name)
         return
-    if protocol == "classification":
+    if protocol in ("classification", "choice"):
         other = root[split.domain][split.protocol["reference"]]
         y, groups = embed(other), split.protocol.get("groups") or {}
         group_of = {member: label for label, one in enumerate(split.classes) for member in groups.get(one, [one])}

@@ -11,10 +11,11 @@ import numpy as np
 from data_prep import InputError, literal, write_atomically, write_csv
 from data_prep.format import ROLES, Split, fingerprint
 from models.runs import Run
-from protocols.bootstrap import Estimate, Unscorable, gap, normalise, retention, say_once
+from protocols.bootstrap import Estimate, Unscorable, finite, gap, normalise, retention, say_once
+from protocols.choice import Decisions, categories_of, choose, score_choice
 from protocols.classify import Readouts, score_classification
 from protocols.embed import Embedder
-from protocols.humans import Rating
+from protocols.humans import Rating, Trials
 from protocols.pairs import FARS, score_pairs, score_verification
 from protocols.results import FEW_NOTE, Row, mark
 from protocols.search import describe_variant, gallery_rule, origin_of, score_gallery, variants_of
@@ -23,12 +24,12 @@ from protocols.templates import score_templates
 # ---------------------------------------------------------------- results
 
 
-def chance(split: Split) -> float:
+def chance(split: Split, row: Row) -> float:
     """The expected value of a split's headline for random embeddings."""
     if known := {"verification": 0.5, "templates": 1e-4}.get(split.protocol["name"]):
         return known
-    if split.protocol["name"] == "classification":
-        return 1 / len(split.classes)
+    if row.chance:
+        return row.chance
     roles = split.optional("role")
     probes, gallery = np.flatnonzero(roles == ROLES.index("probe")), np.flatnonzero(roles > 0)
     mates = gallery_rule(split, gallery, variants_of(split)[0])
@@ -87,14 +88,15 @@ def unsupported_fars(impostors: int) -> str:
 
 
 def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int, seed: int,
-          readouts: Readouts, without: dict[str, np.ndarray] | None = None, among: list[Split] | None = None
-          ) -> tuple[dict[str, dict[str, dict[str, Estimate]]], dict]:
+          readouts: Readouts, without: dict[str, np.ndarray] | None = None, among: list[Split] | None = None,
+          trials: dict[str, Trials] | None = None) -> tuple[dict[str, dict[str, dict[str, Estimate]]], dict]:
     """Score one backbone on test splits.
 
     Args:
         readouts: of classification.
         without: rows to leave out, by "domain/split"; also of the clean images that a shifted split is held against.
         among: test splits that those clean images may be of (default: those that are scored).
+        trials: what people chose, by "domain/split".
 
     Returns:
         By "domain/split": figures {rule: {metric: Estimate}}, the customary rule first, and curves to draw.
@@ -110,6 +112,10 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             if split.protocol["name"] == "classification":
                 found, curve = score_objects(embed, normalise(x), split, root, run, draws, seed, readouts, fitted,
                                              without or {}, among or splits), {}
+            elif split.protocol["name"] == "choice":
+                found, decisions = score_choices(embed, normalise(x), split, root, run, draws, seed, readouts,
+                                                 (trials or {}).get(key))
+                curve = {"decisions": decisions} if decisions.people else {}
             else:
                 found, curve = score_people(embed, x, split, draws, seed)
         except Unscorable as error:
@@ -160,6 +166,38 @@ def score_people(embed: Embedder, x: np.ndarray, split: Split, draws: int, seed:
     return found, curve
 
 
+def head_of(run: Run | None, domain: str) -> tuple[np.ndarray | None, list[str]]:
+    """Trained class weights [C, D] of a domain and their names; None and [] where there are none."""
+    if run is None or domain not in run.classes:
+        return None, []
+    start, end = run.class_ranges[domain]
+    return run.head[start:end].numpy(), run.classes[domain]
+
+
+def score_choices(embed: Embedder, x: np.ndarray, split: Split, root: dict, run: Run | None, draws: int, seed: int,
+                  readouts: Readouts, trials: Trials | None) -> tuple[dict[str, dict[str, Estimate]], Decisions]:
+    """Figures by rule of a forced choice with unit embeddings x, and what was decided; arguments as of `score`."""
+    reference = root[split.domain][split.protocol["reference"]]
+    texts = {name: (f"zero-shot {name.split()[0]}", w)
+             for name, w in readouts.texts(embed, split.protocol["choices"]).items()}
+    models, among = choose(x, split, (embed(reference), reference), *head_of(run, split.domain), dict(texts.values()),
+                           embed.device)
+    by_readout = {"nearest-mean": f"nearest mean of a category, reference {fingerprint(reference)}",
+                  "knn": f"20 neighbours at T 0.07, reference {fingerprint(reference)}",
+                  "head": "mean of a category's trained class weights",
+                  **{readout: f"zero-shot by prompts {name}" for name, (readout, _) in texts.items()}}
+    figures, decisions = score_choice(models, among, split, np.isfinite(x[:, 0]), trials, draws, seed)
+    found: dict[str, dict[str, Estimate]] = {}
+    if trials:
+        told = hashlib.sha256(repr((trials.observers, trials.answers.tolist())).encode()).hexdigest()[:8]
+        beside = f"{len(trials.observers)} observers {told}, reference {fingerprint(reference)}"
+    for scope, by_metric in figures.items():
+        for metric, figure in by_metric.items():
+            rule = f"{scope}, {beside if figure.kind else by_readout[figure.readout]}"
+            found.setdefault(rule, {})[metric] = figure
+    return found, decisions
+
+
 def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run: Run | None, draws: int, seed: int,
                   readouts: Readouts, fitted: dict, without: dict, among: list[Split]
                   ) -> dict[str, dict[str, Estimate]]:
@@ -168,10 +206,7 @@ def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
     `fitted`: the readouts of each reference so far.
     """
     key, found = f"{split.domain}/{split.name}", {}
-    reference, head, classes = root[split.domain][split.protocol["reference"]], None, []
-    if run is not None and split.domain in run.classes:
-        start, end = run.class_ranges[split.domain]
-        head, classes = run.head[start:end].numpy(), run.classes[split.domain]
+    reference, (head, classes) = root[split.domain][split.protocol["reference"]], head_of(run, split.domain)
     y = embed(reference)
     if reference.name not in fitted:
         fitted[reference.name] = readouts.fit(embed, y, reference, seed)
@@ -217,7 +252,7 @@ def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
 def check_references(splits: list[Split], root: dict[str, dict[str, Split]]) -> None:
     """InputError where a classification split cannot be read out by its reference: before anything is embedded."""
     for split in splits:
-        if split.protocol["name"] != "classification":
+        if split.protocol["name"] not in ("classification", "choice"):
             continue
         name, groups = split.protocol["reference"], split.protocol.get("groups") or {}
         what = f"prepare {split.domain}/{split.name} again with --reference SPLIT, a split of the same classes, or " \
@@ -225,7 +260,11 @@ def check_references(splits: list[Split], root: dict[str, dict[str, Split]]) -> 
         if name not in root[split.domain]:
             raise InputError(f"{split.folder}: its reference split {str(name)!r} is not there: prepare that, or {what}")
         known = set(root[split.domain][name].classes)
-        if unknown := [one for group in split.classes for one in groups.get(group, [group]) if one not in known]:
+        if split.protocol["name"] == "choice":
+            if not (categories_of([*known], split) >= 0).any():
+                raise InputError(f"{split.folder}: its reference {root[split.domain][name].folder} has none of the "
+                                 "categories: prepare it again with --classes FILE, the classes of each category")
+        elif unknown := [one for group in split.classes for one in groups.get(group, [group]) if one not in known]:
             raise InputError(f"{split.folder}: class {unknown[0]!r}, {len(unknown):,} in all, is not in its reference "
                              f"{root[split.domain][name].folder}: {what}")
 
@@ -240,10 +279,11 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
         key = f"{split.domain}/{split.name}"
         by_weights = {weights: {rule: dict(by_metric) for rule, by_metric in found[key].items()}
                       for weights, found in figures.items() if key in found}
-        if split.protocol["name"] == "classification" and len(by_weights) == 2:
+        if len(by_weights) == 2:
             for rule, before in by_weights["foundation"].items():  # what both have: never the trained class weights
                 after = by_weights["tuned"].get(rule, {})
-                for metric in [m for m in before if m in after and math.isfinite(before[m].chance)]:
+                for metric in [m for m in before if m in after and math.isfinite(before[m].chance)
+                               and not before[m].kind]:
                     if kept := retention(before[metric], after[metric], before[metric].chance):
                         after[f"retention of {metric}"] = kept
         for weights, by_rule in by_weights.items():
@@ -259,7 +299,7 @@ def rows_of(found: dict[str, Estimate], about: Row) -> Results:
     """The rows of some figures by metric, which share what `about` says; one that could not be computed is absent."""
     return [(replace(about, protocol=about.describe(), metric=metric, value=f.value, low=f.low, high=f.high,
                      count=f.count, identities=f.identities, kind=f.kind or about.kind, readout=f.readout,
-                     measure=f.measure or metric, unseen=f.unseen), f.draws)
+                     measure=f.measure or metric, unseen=f.unseen, chance=finite(f.chance) or 0), f.draws)
             for metric, f in found.items() if math.isfinite(f.value)]
 
 
@@ -319,7 +359,7 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
         both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
         change = f"{100 * (pair['tuned'].value - pair['foundation'].value):+.1f}" if len(pair) == 2 else ""
         label = literal("/".join(key)) + " (out of distribution)" * row.ood
-        level = f"{100 * chance(split):.1f}"
+        level = f"{100 * chance(split, row):.1f}"
         lines.append(f"| {label} | {row.metric} | {level} | {both[0]} | {both[1]} | {change} |")
     lines += [*middle, "", "## All figures", "",
               "Two figures of a metric are comparable where their protocols are equal.", "",

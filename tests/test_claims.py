@@ -26,7 +26,7 @@ from protocols.claims import (
     claim_separable,
     make_table,
 )
-from protocols.results import Group, Measured, above_chance, read_lost
+from protocols.results import Group, Measured, Row, above_chance, read_lost
 from protocols.subspaces import transfer, unit
 from protocols.tasks import Task
 from reports.analysis import write_table
@@ -215,11 +215,32 @@ def test_seeds_analysed_at_different_k_are_not_averaged():
 def test_humans_need_four_tasks_and_two_raters():
     for lead in (0.1, -0.1):
         assert claim_humans(humans(lead, tasks=DOMAINS[1:])).verdict == \
-            "not measured (only tasks face_hq, face_lq, body)"
+            "not measured (people on face_hq, face_lq, body; none on object)"
         assert claim_humans(humans(lead, raters=1)).verdict == \
             "not measured (1 rater of all tasks; two are the least)"
     claim = claim_humans(humans(raters=3, body=-0.2))
     assert claim.verdict == "holds, but below people on body" and "3 raters, below people on body" in claim.measured
+
+
+def test_forced_choices_of_objects_are_told_and_decide_nothing_alone():
+    def claim(lead, group=None):
+        """Of a run with forced choices, and the human trials of `group`."""
+        choice = Row("a", "tuned", "object", "edges", "", "nearest-mean minus human accuracy", lead, 0, 1, 110,
+                     kind="human choices", readout="nearest-mean", measure="lead", rule="11 of 16 categories")
+        others = [replace(choice, rule="11 of 16 categories, condition c05", value=lead - 0.5),
+                  replace(choice, metric="knn minus human accuracy", readout="knn", value=lead - 0.5)]
+        rows = [row for row, _ in group[0].runs[0].found["tuned"].found.values()] if group else []
+        return claim_humans(alone(measured("a", values=ALL, rows=[*rows, choice, *others])))
+
+    for lead in (0.2, -0.2):
+        alone_ = claim(lead)
+        assert alone_.verdict == "not measured (people on object; none on face_hq, face_lq, body)"
+        assert alone_.value is None and "knn" not in alone_.measured  # of the conditions together, by the headline
+        assert f"a object/edges/nearest-mean minus human accuracy {100 * lead:+.1f}" in alone_.measured
+    assert claim(0.2, humans()).verdict == "holds"
+    assert claim(-0.2, humans()).verdict == "holds, but below people on object"
+    three = claim(0.2, humans(tasks=DOMAINS[1:]))
+    assert three.verdict == "not measured (object by forced choice alone, which is no part of the mean over tasks)"
 
 
 def test_beyond_format_needs_one_format_and_unseen_sources():

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import click
@@ -21,7 +22,7 @@ from protocols.bootstrap import Estimate, bootstrap_counts, intervals, retention
 from protocols.classify import class_means, nearest_mean, nearest_neighbours, score_classification
 from protocols.embed import hash_weights
 from protocols.pairs import d_prime, equal_error_rate, fold_accuracy, roc, tar_at_far
-from protocols.results import read_rows
+from protocols.results import Row, read_rows
 from protocols.search import average_precision, score_gallery, trapezoid_precision
 from reports.rows import chance
 from tests.conftest import script
@@ -134,9 +135,11 @@ def test_chance_knows_the_camera_rule():
     # one probe; gallery: itself under its own camera (ignored), itself elsewhere, two others: 1 of 3
     split = FakeSplit([0, 0, 0, 1, 1], {"name": "reid"}, role=np.array([0, 1, 1, 1, 1]),
                       camera=np.array([0, 0, 1, 1, 1]))
-    assert chance(split) == pytest.approx(1 / 3)
+    row = Row("", "tuned", "face_hq", "test")
+    assert chance(split, row) == pytest.approx(1 / 3)
     split.protocol = {"name": "identification"}
-    assert chance(split) == pytest.approx(2 / 4)
+    assert chance(split, row) == pytest.approx(2 / 4)
+    assert chance(split, replace(row, chance=1 / 11)) == 1 / 11  # where it depends on the reference, the row tells it
     assert np.isnan(equal_error_rate(*roc(np.arange(3.0), np.zeros(3, bool))))
 
 

@@ -142,7 +142,7 @@ def find_expertise(run: Scored, expert: Scored) -> str:
 
 def is_share(row: Row) -> bool:
     """Whether a figure is a share that is better when higher, and told nowhere else."""
-    return (row.kind not in ("retention", "gap", "clean", "unified", "human trials")
+    return (row.kind not in ("retention", "gap", "clean", "unified", "human trials", "human choices")
             and row.measure not in (*D_PRIMES, "eer", "accuracy sd"))
 
 
