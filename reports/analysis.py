@@ -1,6 +1,5 @@
 """The pages and tables of an analysis."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import literal, write_atomically, write_json
+from data_prep import literal, write_csv, write_json
 from protocols.bootstrap import FEW, interval, needed, number
 from protocols.claims import Claim
 from protocols.explore import FURTHER_RANDOM, Explored
@@ -24,7 +23,7 @@ from reports.analysis_plots import (
     draw_spectrum,
     draw_transfer,
 )
-from reports.rows import write_csv
+from reports.tables import write_text
 
 
 def mistrust(identities: int) -> str:
@@ -260,7 +259,7 @@ def write_analysis(folder: Path, analysis: Analysis, curves: dict[str, list[Curv
         draw_separability(folder / "separability", analysis.separability, domains)
     lines += report_sharing(analysis.sharing, analysis.cka)
     report = "\n".join(lines)
-    write_atomically(folder / "report.md", lambda path: path.write_text(report))
+    write_text(folder / "report.md", report)
     draw_transfer(folder / "transfer", curves["tuned"], domains, pairs)
     draw_deletion(folder / "deletion", curves["tuned"], domains, pairs)
     if explored[0].importance:
@@ -282,6 +281,6 @@ def write_table(folder: Path, table: list[Claim]) -> None:
         lines += ["", f"## {literal(claim.claim)}: {literal(claim.backbones)}", ""]
         lines += [f"- {literal(str(finding))}" + f": {literal(finding.verdict)}" * bool(finding.verdict)
                   for finding in claim.findings]
-    write_atomically(folder / "claims.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
-    write_atomically(folder / "claims.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+    write_json(folder / "claims.json", rows)
+    write_text(folder / "claims.md", "\n".join(lines) + "\n")
     write_csv(folder / "claims.csv", [{k: v for k, v in row.items() if k != "findings"} for row in rows])

@@ -11,6 +11,7 @@ from protocols.explore import Explored
 from protocols.results import Pair
 from protocols.separability import CLASSIFIERS
 from protocols.subspaces import RANDOM_SEEDS, Curve
+from reports import tables
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (  # Okabe-Ito
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -22,14 +23,11 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
     """A figure and its axes [rows, columns]; size in inches, as printed."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     # fonttype 42: text stays text in a PDF
     matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8,
                                 "xtick.labelsize": 7, "ytick.labelsize": 7, "pdf.fonttype": 42,
                                 "axes.spines.top": False, "axes.spines.right": False})
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    return tables.new_figure(rows, columns, size, layout="constrained", **options)
 
 
 def save_figure(figure, path: Path, handles: list | None = None, columns: int = 4) -> None:
