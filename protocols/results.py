@@ -103,7 +103,7 @@ def check_types(made: object, where: str = "") -> None:
     number = int | float | None
     for one in fields(made):
         value = getattr(made, one.name)
-        wanted = {float: int | float, float | None: number}.get(one.type, one.type)
+        wanted = {float: int | float, float | None: number}.get(one.type, getattr(one.type, "__origin__", one.type))
         finite = not isinstance(value, float) or math.isfinite(value)
         if not isinstance(value, wanted) or isinstance(value, bool) != (one.type is bool) or not finite:
             raise ValueError(f"{where}{one.name} is {str(value)[:80]!r}")
@@ -244,10 +244,7 @@ def as_many(seen: int, wanted: int) -> bool:
 
 
 def margin(expert: float, delta: float) -> float:
-    """How much worse still counts as no worse: delta; where the expert is above 0.9, at most a tenth of its error.
-
-    Such metrics are saturated: a point of 99.8 % would be five times what the expert gets wrong.
-    """
+    """How much worse is no worse: delta, but of an expert above 0.9 (saturated) at most a tenth of its error."""
     return delta if expert <= 0.9 else min(delta, 0.1 * (1 - expert))
 
 

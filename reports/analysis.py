@@ -218,12 +218,7 @@ def write_analysis(folder: Path, analysis: Analysis, curves: dict[str, list[Curv
                    points: list[dict]) -> str:
     """analysis.json, the tables, report.md and the figures; returns the report.
 
-    Args:
-        folder: RUN/analysis.
-        analysis: the summary, all of analysis.json.
-        curves: by weights.
-        components: what `measure_components` found, with the weights.
-        points: of the map.
+    `curves`: by weights; `components`: what `measure_components` found, with the weights; `points`: of the map.
     """
     domains, pairs, explored = analysis.domains, analysis.transfer["tuned"].pairs, analysis.explored
     folder.mkdir(parents=True, exist_ok=True)

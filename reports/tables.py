@@ -68,15 +68,9 @@ def plain(name: str) -> str:
 
 
 def datasets_of(names: list[str], given: tuple[str, ...], published: list[Published]) -> dict[str, str]:
-    """The data set of each split, by its name or as --published says, e.g. object/val=imagenet.
+    """{"domain/split": data set} of splits, by their name or as --published says: NAME=DATASET; NAME= for none.
 
-    Args:
-        names: splits that are scored, "domain/split".
-        given: NAME=DATASET; NAME= for none.
-        published: what is known.
-
-    Returns:
-        {"domain/split": data set}, plain names; splits whose name is no data set with published figures are absent.
+    Names of data sets are plain; splits whose name is no data set with published figures are absent.
     """
     known = {(row.domain, plain(row.dataset)) for row in published}
     found = {name: plain(name.split("/")[1]) for name in names

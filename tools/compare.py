@@ -285,13 +285,9 @@ def show_comparison(table: list[dict]) -> str:
 
 def write_comparison(runs: tuple[Path, ...], weights: str | None, splits: set[str], delta: float | None, out: Path
                      ) -> None:
-    """`evaluate.py compare`: comparison.md, .csv, .json and .png.
+    """`evaluate.py compare`: comparison.md, .csv, .json and .png; arguments as of the command.
 
-    Args:
-        runs: folders; the first, with its seeds, is what the others are compared with.
-        weights: whose figures (None: tuned where a run has them).
-        splits: "domain/split" (none: all that the runs share).
-        delta: of non-inferiority; the runs after the first are then its experts.
+    `delta`: of non-inferiority to the runs after the first, which are then its experts.
     """
     experts = delta is not None
     if experts:

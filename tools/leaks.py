@@ -82,10 +82,7 @@ def write_leaks(run: Run, splits: list[Split], root: dict, data: str, options: S
                 threshold: float, by: str) -> None:
     """`evaluate.py leaks`: RUN/eval/leaks.csv, leaks.json and, by --sheet, leaks-sheet.png.
 
-    Args:
-        splits: test splits.
-        root, data: of the splits, and its folder.
-        options, threshold, by: of the command.
+    `splits`: test splits of the data root `root`, whose folder is `data`.
     """
     out = run.folder / "eval"
     training = [root[domain]["train"] for domain in run.config["domains"] if "train" in root.get(domain, {})]
