@@ -15,9 +15,9 @@
 The protocol in a split's index.json decides the metrics. RUN/eval/ then holds results.json and results.csv (one row a
 figure), report.md and report.html (the same, in one file), figures, and the embeddings, which are computed once.
 
---humans adds, for each set of weights, rows with a protocol that begins with "human trials": of each split that people
-rated; of a domain of which they rated several (its "all splits": their mean); and of domain "all" (the mean over the
-domains: multi-tasking), where they rated several:
+--humans adds, for each set of weights, rows of the kind "human trials": of each split that people rated; of a domain of
+which they rated several (its "all splits": their mean); and of domain "all" (the mean over the domains: multi-tasking),
+where they rated several:
     AUC on human trials           the model's, on the trials of each rater, mean over raters
     human AUC (mean of raters)
     AUC of rater NAME

@@ -103,10 +103,9 @@ class Embedder:
     torchrun share the parts out. Batches do not depend on who computes them, so that the result is the same to the bit.
 
     Args:
-        model: the backbone, in eval mode.
+        model: in eval mode.
         name: "tuned" or "foundation", for file names and rows.
         folder: where the .npy files go.
-        device, batch, workers: of the computation.
         flip: add the embedding of the mirrored image (before normalisation, as the face protocols do).
         shared: other runs use the folder too: files are named by their fingerprint.
         ranks: this process among those that embed.

@@ -104,21 +104,10 @@ def explore_transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: 
 
 def hits_without_each(probe: Vectors, gallery: Vectors, task: Task, count: int,
                       device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
-    """Whether each probe's nearest gallery vector is a mate when one of the first `count` coordinates is left out.
+    """Whether each probe's nearest vector is a mate without one of the first `count` coordinates, bool [count, n].
 
-    One product of all coordinates, and per coordinate S - q_i g_iᵀ and |g|² - g_i²: `hits_one_by_one` of what is left
-    gives the same.
-
-    Args:
-        probe: [n, D] coordinates.
-        gallery: [m, D] likewise.
-        task: its mates and ignored vectors.
-        count: coordinates that are left out, each alone.
-        device: of the computation.
-        size: see `sweep`.
-
-    Returns:
-        bool [count, n].
+    One product of all coordinates, and per coordinate S - q_i g_iᵀ and |g|² - g_i²; `hits_one_by_one` of the rest gives
+    the same. Arguments as of `hits_by_k`.
     """
     def sums(products: torch.Tensor) -> torch.Tensor:
         return products.sum(1, keepdim=True, dtype=torch.float64) - products[:, :count]
@@ -133,14 +122,9 @@ def hits_without_each(probe: Vectors, gallery: Vectors, task: Task, count: int,
 
 def measure_importance(trial: Trial, mean: np.ndarray, basis: np.ndarray, full: Estimate, count: int
                        ) -> dict[str, list[float]]:
-    """What each of the first `count` components is worth: score without it alone - score of all of them.
+    """What each of the first `count` components is worth: score without it alone - `full`, that of all of them.
 
-    Args:
-        mean, basis: see `Trial`.
-        full: the score of all components, with the same mean.
-
-    Returns:
-        "change" by component, with "low" and "high", paired by resampling.
+    "change" by component, with "low" and "high", paired by resampling.
     """
     score, drawn = trial.resample(hits_without_each(*trial.turned(mean, basis), trial.task, count, trial.device))
     low, high = np.quantile(drawn - full.draws[:, None], [0.025, 0.975], axis=0)
@@ -153,12 +137,7 @@ def measure_further(trial: Trial, mean: np.ndarray, basis: np.ndarray, ks: list[
     """A task's other metrics with the first k coordinates, as evaluate.py computes them, by (k, metric).
 
     Of people rank-5, mAP and mINP; of objects the top 5 class means; of both AUC and TAR at 1 % FAR of equally many
-    random pairs of test images of one identity and of two.
-
-    Args:
-        mean, basis: see `Trial`.
-        ks: numbers of coordinates.
-        draws, seed: of the bootstrap over identities.
+    random pairs of test images of one identity and of two. Intervals by `draws` resamplings of identities.
     """
     task, found, every = trial.task, {}, np.arange(len(trial.vectors[1]))
     target = task.target[:FURTHER_PROBES]
@@ -230,15 +209,9 @@ def measure_components(embedded: dict, tasks: list[Task], bases: dict, limit: in
 def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most: int = 500) -> list[dict]:
     """Two coordinates for test images of every task: rows x, y, task, identity (a number, -1: not among the shown).
 
-    Up to half of a task's points are kept for its eight identities with the most images: else none could be seen.
-
-    Args:
-        embedded: domain -> unit embeddings of its training and of its test split.
-        tasks: the tasks.
-        method: "pca" (of the points themselves) or "tsne" (of their first 50 components; distances between clusters
-            mean nothing there).
-        seed: of the choice and of t-SNE.
-        most: points a task.
+    Up to half of a task's `most` points are kept for its eight identities with the most images: else none could be
+    seen. `method`: "pca" of the points, or "tsne" of their first 50 components, where distances between clusters mean
+    nothing.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -265,14 +238,9 @@ def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most:
 
 def gather_sources(task: Task, fits: np.ndarray, others: list[tuple[Split, np.ndarray]], n: int,
                    rng: np.random.Generator) -> dict[str, list[tuple[Split, np.ndarray, np.ndarray]]]:
-    """Images of each source of a domain: splits, rows, and who is on them.
+    """Images of each source of a task's domain, at most n of a split: splits, rows, and who is on them.
 
-    Args:
-        task: of the domain.
-        fits: rows of its training split.
-        others: its test splits and the rows of them that may be used.
-        n: at most so many images of a source and split.
-        rng: of their choice.
+    `fits`: rows of its training split; `others`: its test splits and the rows of them that may be used.
     """
     found: dict[str, list[tuple[Split, np.ndarray, np.ndarray]]] = {}
     for split, rows in [(task.train, fits), *others]:
@@ -298,10 +266,8 @@ def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np
     """`separability` of the sources WITHIN each domain: what a space knows of how the images were made.
 
     A linear classifier that tells sources of one domain as well as it tells domains may have told the domains by their
-    sources. Classifiers are fitted on half of the identities, and tested on the others.
-
-    Args:
-        features, tasks, fits, others, n, draws, seed: see `unseen_sources`.
+    sources (arguments: see `unseen_sources`). Classifiers are fitted on half of the identities and
+    tested on the others.
 
     Returns:
         By domain: "images" and "identities" by source, "chance", and "spaces" with a figure for each of CLASSIFIERS; or

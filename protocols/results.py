@@ -105,7 +105,7 @@ def check_types(made: object, where: str = "") -> None:
     number = int | float | None
     for one in fields(made):
         value = getattr(made, one.name)
-        wanted = {float: int | float, float | None: number}.get(one.type, one.type)
+        wanted = {float: int | float, float | None: number}.get(one.type, getattr(one.type, "__origin__", one.type))
         finite = not isinstance(value, float) or math.isfinite(value)
         if not isinstance(value, wanted) or isinstance(value, bool) != (one.type is bool) or not finite:
             raise ValueError(f"{where}{one.name} is {str(value)[:80]!r}")
@@ -197,11 +197,9 @@ class Scored:
 
 
 def read_scored(folder: Path, weights: str | None) -> Scored:
-    """The rows of a run and their resampled values; InputError where there are none.
+    """The rows of a run's "tuned" or "foundation" weights and their resampled values; InputError without any.
 
-    Args:
-        folder: of the run.
-        weights: "tuned" or "foundation"; None: tuned where there are such rows.
+    `weights`: None: tuned where there are such rows.
     """
     rows, path = read_rows(folder / "eval"), folder / "eval" / "draws.npz"
     try:
@@ -248,10 +246,7 @@ def as_many(seen: int, wanted: int) -> bool:
 
 
 def margin(expert: float, delta: float) -> float:
-    """How much worse still counts as no worse: delta; where the expert is above 0.9, at most a tenth of its error.
-
-    Such metrics are saturated: a point of 99.8 % would be five times what the expert gets wrong.
-    """
+    """How much worse is no worse: delta, but of an expert above 0.9 (saturated) at most a tenth of its error."""
     return delta if expert <= 0.9 else min(delta, 0.1 * (1 - expert))
 
 
@@ -264,6 +259,12 @@ class Stages:
     ends: list[int]  # where the stage ended
     tasks: list[str]  # splits that were looked at
     scores: list[list[float]]  # [stages, tasks]; NaN where a look lacks the task
+
+    @property
+    def lost(self) -> list[float]:
+        """From the best stage of each task to the last; NaN where the last look lacks it."""
+        return [max((row[i] for row in self.scores if not math.isnan(row[i])), default=math.nan) - last
+                for i, last in enumerate(self.scores[-1])]
 
 
 def read_stages(folder: Path, config: dict) -> Stages | None:
@@ -307,10 +308,6 @@ class Measured:
         """The backbone; one that began from random weights is nobody's foundation model."""
         name = self.config["backbone"] or self.config["model"]
         return name if self.config["weights"] != "none" else f"{name} from a random start"
-
-    @property
-    def start(self) -> tuple:
-        return start_of(self.config)
 
 
 def draws_of(scored: Scored) -> int:
@@ -359,9 +356,7 @@ def read_lost(home: Path, config: dict) -> dict[str, float]:
         stages = read_stages(home, config)
         if stages is None or stages.steps[-1] != config["steps"]:
             return {}
-        scores = np.array(stages.scores, dtype=float)
-        return {task: float(np.nanmax(column) - column[-1])
-                for task, column in zip(stages.tasks, scores.T, strict=True) if math.isfinite(column[-1])}
+        return {task: lost for task, lost in zip(stages.tasks, stages.lost, strict=True) if math.isfinite(lost)}
     except (InputError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         print(f"left out: {home / 'probe.jsonl'} (damaged: {error})")
         return {}
@@ -390,14 +385,7 @@ def read_run(home: Path) -> Measured:
     rows = read_rows(results.parent)
     if not rows:
         raise InputError(f"{results} is empty; run evaluate.py again")
-    try:
-        found = {name: read_scored(home, name) for name in sorted({row.weights for row in rows})}
-        if any(drawn.ndim != 1 or len(drawn) < 2 for scored in found.values() for _, drawn in scored.found.values()):
-            raise ValueError("not one list of resamplings a row")
-    except InputError:
-        raise
-    except Exception as error:  # a damaged archive raises many kinds
-        raise InputError(f"{home}/eval/draws.npz is damaged ({error}); run evaluate.py again") from None
+    found = {name: read_scored(home, name) for name in sorted({row.weights for row in rows})}
     known, path = None, home / "analysis" / "analysis.json"
     if path.exists():
         try:
@@ -447,7 +435,7 @@ class Group:
 
     @property
     def start(self) -> tuple:
-        return self.runs[0].start
+        return start_of(self.config)
 
     @property
     def seeds(self) -> int:

@@ -76,9 +76,7 @@ def hits_one_by_one(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list
     vector by more than a TIE: with one coordinate every cosine is 1 or -1, and rounding must not choose among them.
 
     Args:
-        probe: [n, D] coordinates, largest component first.
-        gallery: [m, D] likewise.
-        task: its mates and ignored vectors.
+        probe, gallery: coordinates [n, D] and [m, D], largest component first.
         ks: numbers of coordinates, rising.
 
     Returns:
@@ -97,11 +95,7 @@ def hits_by_k(probe: Vectors, gallery: Vectors, task: Task, ks: list[int],
               device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
     """`hits_one_by_one` at the cost of one evaluation of scores and, per k, three passes over a block in the cache.
 
-    With one coordinate more, S += q_k g_kᵀ and |g|² += g_k².
-
-    Args:
-        device: of the computation.
-        size: see `sweep`.
+    With one coordinate more, S += q_k g_kᵀ and |g|² += g_k². `size`: see `sweep`.
     """
     columns, edges = torch.tensor(ks, device=device) - 1, [0, *ks]
 
@@ -126,12 +120,10 @@ def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callab
 
     Args:
         probe, gallery: coordinates, [n, D] and [m, D].
-        task: its mates and ignored vectors.
         steps: number of subspaces.
         sums: products of coordinates [b, D] -> what they sum to in each subspace, float64 [b, steps].
         advance: number of the step, scores [b, m] (0 before the first step, which it may change: -inf stays so),
             coordinates [D, b] and [D, m], a spare block -> the scores of that step.
-        device: of the computation.
         size: scores held at once (default: what fits the cache of a core; on a GPU 2**26).
 
     Returns:

@@ -1,6 +1,5 @@
 """The pages and tables of an analysis."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -8,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import literal, write_atomically, write_json
+from data_prep import literal, write_csv, write_json
 from protocols.bootstrap import FEW, interval, needed, number
 from protocols.claims import Claim
 from protocols.explore import FURTHER_RANDOM, Explored
 from protocols.results import FEW_NOTE, Transfer
 from protocols.separability import CLASSIFIERS
+from protocols.sharing import Sharing
 from protocols.subspaces import Curve
 from reports.analysis_plots import (
     draw_deletion,
@@ -24,7 +24,7 @@ from reports.analysis_plots import (
     draw_spectrum,
     draw_transfer,
 )
-from reports.rows import write_csv
+from reports.tables import write_text
 
 
 def mistrust(identities: int) -> str:
@@ -46,7 +46,7 @@ class Analysis:
     transfer: dict[str, Transfer] = field(default_factory=dict)  # by weights
     explored: list[Explored] = field(default_factory=list)  # of the tuned weights
     separability: dict | None = None
-    sharing: dict[str, dict] = field(default_factory=dict)  # by weights
+    sharing: dict[str, Sharing] = field(default_factory=dict)  # by weights
     cka: dict[str, float | None] = field(default_factory=dict)  # by domain
 
 
@@ -189,7 +189,7 @@ def report_sources(result: dict[str, dict], spaces: Iterable[str]) -> list[str]:
     return lines
 
 
-def report_sharing(result: dict[str, dict], cka: dict[str, float | None]) -> list[str]:
+def report_sharing(result: dict[str, Sharing], cka: dict[str, float | None]) -> list[str]:
     """Lines about what the tasks share, before and after."""
     lines = ["## What the tasks share", "",
              "Participation ratio: how many dimensions carry the variance. Scatter: of class means about the mean, "
@@ -198,20 +198,20 @@ def report_sharing(result: dict[str, dict], cka: dict[str, float | None]) -> lis
              "", "| space | task | participation ratio | PCs for 50 / 90 / 95 % | scatter | CKA with the untouched |",
              "| --- | --- | --- | --- | --- | --- |"]
     for weights, found in result.items():
-        for name, t in found["tasks"].items():
-            counts = " / ".join(str(t[f"components_for_{share}"]) for share in (50, 90, 95))
+        for name, t in found.tasks.items():
+            counts = f"{t.components_for_50} / {t.components_for_90} / {t.components_for_95}"
             alike = f"{cka[name]:.2f}" if weights == "tuned" and cka.get(name) is not None else ""
-            lines.append(f"| {weights} | {name} | {t['participation_ratio']:.1f} | {counts} | "
-                         f"{t['scatter_ratio'] or math.nan:.2f} | {alike} |")
+            lines.append(f"| {weights} | {name} | {t.participation_ratio:.1f} | {counts} | "
+                         f"{t.scatter_ratio or math.nan:.2f} | {alike} |")
     found = result["tuned"]
-    if len(found["tasks"]) > 1:
-        lines += ["", f"The first {found['k']} components of two tasks, tuned; by chance their overlap is "
-                  f"{found['chance']:.2f}:", "",
+    if len(found.tasks) > 1:
+        lines += ["", f"The first {found.k} components of two tasks, tuned; by chance their overlap is "
+                  f"{found.chance:.2f}:", "",
                   "| a | b | overlap | angles: smallest, median, largest | variance of b in a | cosine of means |",
                   "| --- | --- | --- | --- | --- | --- |"]
-        lines += [f"| {p['a']} | {p['b']} | {p['overlap']:.2f} | {p['smallest_angle']:.0f}°, {p['median_angle']:.0f}°, "
-                  f"{p['largest_angle']:.0f}° | {p['explained']:.2f} | {p['mean_cosine']:.2f} |"
-                  for p in found["pairs"] if p["a"] != p["b"]]
+        lines += [f"| {p.a} | {p.b} | {p.overlap:.2f} | {p.smallest_angle:.0f}°, {p.median_angle:.0f}°, "
+                  f"{p.largest_angle:.0f}° | {p.explained:.2f} | {p.mean_cosine:.2f} |"
+                  for p in found.pairs if p.a != p.b]
     return [*lines, ""]
 
 
@@ -219,12 +219,7 @@ def write_analysis(folder: Path, analysis: Analysis, curves: dict[str, list[Curv
                    points: list[dict]) -> str:
     """analysis.json, the tables, report.md and the figures; returns the report.
 
-    Args:
-        folder: RUN/analysis.
-        analysis: the summary, all of analysis.json.
-        curves: by weights.
-        components: what `measure_components` found, with the weights.
-        points: of the map.
+    `curves`: by weights; `components`: what `measure_components` found, with the weights; `points`: of the map.
     """
     domains, pairs, explored = analysis.domains, analysis.transfer["tuned"].pairs, analysis.explored
     folder.mkdir(parents=True, exist_ok=True)
@@ -260,7 +255,7 @@ def write_analysis(folder: Path, analysis: Analysis, curves: dict[str, list[Curv
         draw_separability(folder / "separability", analysis.separability, domains)
     lines += report_sharing(analysis.sharing, analysis.cka)
     report = "\n".join(lines)
-    write_atomically(folder / "report.md", lambda path: path.write_text(report))
+    write_text(folder / "report.md", report)
     draw_transfer(folder / "transfer", curves["tuned"], domains, pairs)
     draw_deletion(folder / "deletion", curves["tuned"], domains, pairs)
     if explored[0].importance:
@@ -282,6 +277,6 @@ def write_table(folder: Path, table: list[Claim]) -> None:
         lines += ["", f"## {literal(claim.claim)}: {literal(claim.backbones)}", ""]
         lines += [f"- {literal(str(finding))}" + f": {literal(finding.verdict)}" * bool(finding.verdict)
                   for finding in claim.findings]
-    write_atomically(folder / "claims.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
-    write_atomically(folder / "claims.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+    write_json(folder / "claims.json", rows)
+    write_text(folder / "claims.md", "\n".join(lines) + "\n")
     write_csv(folder / "claims.csv", [{k: v for k, v in row.items() if k != "findings"} for row in rows])

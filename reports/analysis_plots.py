@@ -10,7 +10,9 @@ from data_prep import DOMAIN_COLOURS, write_atomically
 from protocols.explore import Explored
 from protocols.results import Pair
 from protocols.separability import CLASSIFIERS
+from protocols.sharing import Sharing
 from protocols.subspaces import RANDOM_SEEDS, Curve
+from reports import tables
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (  # Okabe-Ito
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -22,14 +24,11 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
     """A figure and its axes [rows, columns]; size in inches, as printed."""
     import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     # fonttype 42: text stays text in a PDF
     matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8,
                                 "xtick.labelsize": 7, "ytick.labelsize": 7, "pdf.fonttype": 42,
                                 "axes.spines.top": False, "axes.spines.right": False})
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    return tables.new_figure(rows, columns, size, layout="constrained", **options)
 
 
 def save_figure(figure, path: Path, handles: list | None = None, columns: int = 4) -> None:
@@ -193,13 +192,13 @@ def draw_separability(path: Path, result: dict, names: list[str]) -> None:
                                for hatch, label in zip(hatches, CLASSIFIERS.values(), strict=True)])
 
 
-def draw_sharing(path: Path, result: dict, names: list[str]) -> None:
+def draw_sharing(path: Path, result: Sharing, names: list[str]) -> None:
     """Overlap of the tasks' subspaces, the variance that they explain of each other, the cosines of their means."""
     figure, axes = new_figure(1, 3, (7, 2.7))
-    panels = {"overlap": f"overlap, k = {result['k']} (chance {result['chance']:.2f})",
+    panels = {"overlap": f"overlap, k = {result.k} (chance {result.chance:.2f})",
               "explained": "variance of column\nexplained by row", "mean_cosine": "cosine of the task means"}
     for ax, (key, title) in zip(axes[0], panels.items(), strict=True):
-        values = np.array([p[key] for p in result["pairs"]]).reshape(len(names), len(names))
+        values = np.array([getattr(p, key) for p in result.pairs]).reshape(len(names), len(names))
         heat_map(ax, values, names, title, (-1 if key == "mean_cosine" else 0, 1), ".2f")
     save_figure(figure, path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from data_prep import InputError, literal, option, write_atomically, write_csv
+from data_prep import InputError, literal, option, write_atomically, write_csv, write_json
 from data_prep.format import ROLES, Split, fingerprint
 from models.runs import Run
 from protocols.bootstrap import Estimate, Unscorable, finite, gap, normalise, retention, say_once
@@ -390,8 +390,7 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
 def write_rows(folder: Path, rows: list[Row]) -> None:
     """results.json and results.csv: the same rows."""
     table = [asdict(row) for row in rows]
-    write_atomically(folder / "results.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
-
+    write_json(folder / "results.json", table)
     write_csv(folder / "results.csv", table)
 
 

@@ -1,12 +1,11 @@
 """Test images that training images nearly repeat, and the figures without them."""
 
-import json
 from dataclasses import asdict
 from itertools import chain
 
 import numpy as np
 
-from data_prep import InputError, write_atomically, write_csv
+from data_prep import InputError, write_csv, write_json
 from data_prep.format import Split
 from models.runs import Run, load_foundation, load_tuned
 from protocols.classify import Readouts, nearest_rows
@@ -83,10 +82,7 @@ def write_leaks(run: Run, splits: list[Split], root: dict, data: str, options: S
                 threshold: float, by: str) -> None:
     """`evaluate.py leaks`: RUN/eval/leaks.csv, leaks.json and, by --sheet, leaks-sheet.png.
 
-    Args:
-        splits: test splits.
-        root, data: of the splits, and its folder.
-        options, threshold, by: of the command.
+    `splits`: test splits of the data root `root`, whose folder is `data`.
     """
     out = run.folder / "eval"
     training = [root[domain]["train"] for domain in run.config["domains"] if "train" in root.get(domain, {})]
@@ -114,8 +110,7 @@ def write_leaks(run: Run, splits: list[Split], root: dict, data: str, options: S
                     "the training image that it repeats"])
     tables = score_without(embedder("tuned"), splits, root, run, options.bootstrap, options.seed,
                            options.flip, without, f"at {threshold:g} by {by}")
-    write_atomically(out / "leaks.json", lambda path: path.write_text(
-        json.dumps([asdict(row) for row in chain(*tables)], indent=1) + "\n"))
+    write_json(out / "leaks.json", [asdict(row) for row in chain(*tables)])
     heads = [headlines(table) for table in tables]
     for name, rows in without.items():
         key = tuple(name.split("/"))
