@@ -10,45 +10,81 @@ Principal components are fitted on training images whose identities are not amon
 """
 
 import os
-import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
 
-from data_prep import InputError, Number, hash_file, lock_folder, refuse_options, run_command
+from data_prep import (
+    GroupedHelp,
+    InputError,
+    Number,
+    Parsed,
+    add_options,
+    hash_file,
+    lock_folder,
+    option,
+    refuse_options,
+    run_command,
+)
 from data_prep.format import Split, open_root
 from models.runs import Run, load_foundation, load_run, load_tuned, pick_device
 from protocols.bootstrap import finite
-from protocols.embed import embed_options, make_embedder
-from protocols.explore import draw_up_map, measure_components, tell_sources
+from protocols.embed import DEBUG, Embedder, EmbedOptions, make_embedder
+from protocols.explore import draw_up_map, explore_transfer, measure_components, tell_sources
 from protocols.separability import Canon, Features, draw_rows, measure_separability, pixel_statistics
 from protocols.sharing import debiased_cka, measure_sharing
-from protocols.subspaces import (
-    FITTED,
-    Curve,
-    transfer,
-)
+from protocols.subspaces import FITTED, transfer
 from protocols.tasks import ROWS, Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
-from reports.analysis import write_analysis
+from reports.analysis import Analysis, write_analysis
+
+# ---------------------------------------------------------------- options
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """The a and b of "a:b", components from a (counted from 0) to before b."""
+    a, _, b = text.partition(":")
+    if not (a.isdecimal() and b.isdecimal() and int(a) <= int(b)):
+        raise ValueError("want A:B, components from A (counted from 0) to before B, such as 0:10")
+    return int(a), int(b)
+
+
+@dataclass
+class Options(EmbedOptions):
+    """Everything that can be said of an analysis."""
+
+    splits: str | None = option(
+        "analysis", None, str, "Comma-separated domain/split to test on, one a domain (default: the first in "
+        "distribution, those of reference `train` before others).", metavar="NAMES")
+    components: int = option("analysis", 99, click.IntRange(1), "The k of the claim: fewer than 100.")
+    limit: int = option("analysis", 2000, click.IntRange(10), "At most so many probes per task.")
+    bootstrap: int = option("analysis", 500, click.IntRange(2), "Resamplings for the intervals.")
+    delete: tuple[int, int] = option("analysis", "0:10", Parsed("A:B", parse_range), "Also score without the "
+                                     "components A (from 0) to before B; 0:0: do not.", metavar="A:B")
+    importance: int = option("analysis", 100, click.IntRange(0), "Also score without each of so many first components, "
+                             "one at a time; 0: do not.")
+    canon: int = option("analysis", 32, click.IntRange(0, 128), "Pixels of detail of the matched-format control of "
+                        "separability; 0: leave it out.")
+    map: str = option("analysis", "tsne", click.Choice(["tsne", "pca"]), "How the map is drawn up.")
+
+    def check_range(self, dim: int) -> None:
+        """Refuse --delete of components that a space of `dim` does not have, and of them all."""
+        a, b = self.delete
+        if b > dim:
+            raise InputError(f"--delete {a}:{b}: the space has {dim} dimensions, so that the last is {dim - 1}")
+        if b - a == dim:
+            raise InputError(f"--delete {a}:{b}: these are all {dim} dimensions: nothing would be left")
+
 
 # ---------------------------------------------------------------- the job
 
-
-def to_row(curve: Curve) -> dict:
-    """A curve for JSON, with 95 % intervals."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a column of NaN has no quantile
-        low, high = np.nanquantile(curve.draws, [0.025, 0.975], axis=0)
-    row = {"kind": curve.kind, "fit": curve.fit, "number": curve.number, "test": curve.test, "ks": curve.ks}
-    named = {"score": curve.score, "kept": curve.kept, "low": low, "high": high}
-    return row | {name: [None if v is None else round(v, 6) for v in map(finite, values)]
-                  for name, values in named.items()}
+Spaces = dict[str, dict[str, tuple]]  # embeddings by weights and domain: of the training and of the test split
 
 
-def choose_splits(run: Run, options: dict, root: dict, data: str) -> tuple[dict, dict[str, str], dict[str, float]]:
+def choose_splits(run: Run, options: Options, root: dict, data: str) -> tuple[dict, dict[str, str], dict[str, float]]:
     """Training and test split by domain; why domains are left out; and by domain the severity of degraded images."""
-    splits, left_out = choose_pairs(root, run.config["domains"], options["splits"], data)
+    splits, left_out = choose_pairs(root, run.config["domains"], options.splits, data)
     if not splits:
         raise InputError(f"{data}: none of {', '.join(run.config['domains'])} has both a training and a test split: "
                          "nothing to analyse")
@@ -56,11 +92,11 @@ def choose_splits(run: Run, options: dict, root: dict, data: str) -> tuple[dict,
     if run.config.get("degrade") and "face_lq" in splits:  # the network never saw these images as they are stored
         degraded["face_lq"] = float(str(run.config["degrade"]).partition("@")[0])
         base, test = splits["face_lq"]
-        splits["face_lq"] = (Degraded(base.folder, degraded["face_lq"], options["seed"]), test)
+        splits["face_lq"] = (Degraded(base.folder, degraded["face_lq"], options.seed), test)
     return splits, left_out, degraded
 
 
-def make_tasks(embedded: dict, splits: dict, left_out: dict[str, str], limit: int, dim: int, seed: int) -> list[Task]:
+def make_tasks(embedded: Spaces, splits: dict, left_out: dict[str, str], limit: int, dim: int, seed: int) -> list[Task]:
     """The tasks that can be analysed; of each other domain, `left_out` is told why."""
     tasks = []
     for domain, (base, test) in splits.items():
@@ -80,63 +116,61 @@ def make_tasks(embedded: dict, splits: dict, left_out: dict[str, str], limit: in
     return [task for task in tasks if task.domain not in left_out]
 
 
-def tell_apart(tasks: list[Task], embedders: dict, embedded: dict, splits: dict, root: dict, options: dict) -> dict:
+def tell_apart(tasks: list[Task], embedders: dict[str, Embedder], embedded: Spaces, splits: dict, root: dict,
+               options: Options) -> dict:
     """The linear separability of the tasks, in every space."""
-    features, others = make_features(embedders, embedded, splits, options["canon"]), {}
+    features, others = make_features(embedders, embedded, splits, options.canon), {}
     for task in tasks:
         tests = [s for s in root[task.domain].values() if s.protocol and s.name != task.split.name]
         others[task.domain] = [(task.split, task.probe)] + [
             (s, np.flatnonzero(find_readable([read_embeddings(embed, s) for embed in embedders.values()])
                                & (s.labels >= 0))) for s in tests]
-    draws, seed = options["bootstrap"], options["seed"]
-    n, fits, _ = draw_rows(tasks, options["limit"], seed)
+    n, fits, _ = draw_rows(tasks, options.limit, options.seed)
     plain = {name: of for name, of in features.items() if not name.endswith("canon")}
-    return measure_separability(features, tasks, others, draws, seed, options["limit"]) | {
-        "sources": tell_sources(plain, tasks, fits, others, n, draws, seed)}
+    return measure_separability(features, tasks, others, options.bootstrap, options.seed, options.limit) | {
+        "sources": tell_sources(plain, tasks, fits, others, n, options.bootstrap, options.seed)}
 
 
-def analyse(options: dict) -> int:
+def analyse(options: Options) -> int:
     """Analyse one run and write RUN/analysis."""
-    run = load_run(Path(options["run"]), options["allow_partial"])
+    run = load_run(Path(options.run), options.allow_partial)
     folder = run.folder / "analysis"
     click.get_current_context().with_resource(lock_folder(folder, "--run"))  # also: can it be written to?
-    data, seed, draws = options["data"] or run.config["data"], options["seed"], options["bootstrap"]
-    root, device = open_root(Path(data)), pick_device(options["device"])
+    data, seed, draws = options.data or run.config["data"], options.seed, options.bootstrap
+    root, device = open_root(Path(data)), pick_device(options.device)
     splits, left_out, degraded = choose_splits(run, options, root, data)
-    delete = parse_range(options["delete"])
     embedders = {weights: make_embedder(lambda load=load: load(run), weights, run.folder / "eval", options)
                  for weights, load in (("foundation", load_foundation), ("tuned", load_tuned))}
     dims = [embedder.model.dim for embedder in embedders.values()]
-    check_range(delete, min(dims))
+    options.check_range(min(dims))
     embedded = {weights: {domain: tuple(read_embeddings(embedder, split) for split in pair)
                           for domain, pair in splits.items()}
                 for weights, embedder in embedders.items()}
-    tasks = make_tasks(embedded, splits, left_out, options["limit"], max(dims), seed)
+    tasks = make_tasks(embedded, splits, left_out, options.limit, max(dims), seed)
     if not tasks:
         raise InputError(f"{data}: no domain has enough identities to fit on some and test others: nothing to analyse")
-    result: dict = {"run": run.folder.name, "weights_sha256": hash_file(run.folder / "model.safetensors"),
-                    "domains": [task.domain for task in tasks],
-                    "splits": {task.domain: [task.train.name, task.split.name] for task in tasks},
-                    "left_out": left_out, "degraded": degraded, "transfer": {},
-                    "separability": None, "sharing": {}, "cka": {}, "map": options["map"]}
+    result = Analysis(run.folder.name, hash_file(run.folder / "model.safetensors"), [task.domain for task in tasks],
+                      {task.domain: [task.train.name, task.split.name] for task in tasks}, left_out, degraded,
+                      options.map)
     curves, components = {}, []
     for weights, spaces in embedded.items():
-        tuned = weights == "tuned"
-        found = transfer(spaces, tasks, options["components"], draws, seed,
-                         foundation=embedded["foundation"] if tuned else None, delete=delete,
-                         importance=options["importance"] if tuned else 0, controls=tuned, device=device)
-        bases, headline = found.pop("bases"), found["pairs"][0]["k"]
-        curves[weights] = [to_row(curve) for curve in found.pop("curves")]
-        result["transfer"][weights] = found
-        result["sharing"][weights] = measure_sharing(spaces, tasks, bases, headline)
+        found, curves[weights], bases = transfer(
+            spaces, tasks, options.components, draws, seed,
+            embedded["foundation"] if weights == "tuned" else None, device)
+        result.transfer[weights] = found
+        result.sharing[weights] = measure_sharing(spaces, tasks, bases, found.pairs[0].k)
         components += [{"weights": weights, **row} for row in
-                       measure_components(spaces, tasks, bases, found["limit"], seed)]
+                       measure_components(spaces, tasks, bases, found.limit, seed)]
+    # of the tuned weights, the last of the two
+    result.explored, more = explore_transfer(spaces, tasks, found, curves["tuned"], bases, draws, seed, options.delete,
+                                             options.importance, device)
+    curves["tuned"] += more
     for task in tasks:
         before, after = (embedded[weights][task.domain][1][task.probe[:4000]] for weights in ("foundation", "tuned"))
-        result["cka"][task.domain] = finite(debiased_cka(before, after)) if len(before) > 3 else None
+        result.cka[task.domain] = finite(debiased_cka(before, after)) if len(before) > 3 else None
     if len(tasks) > 1:
-        result["separability"] = tell_apart(tasks, embedders, embedded, splits, root, options)
-    points = draw_up_map(embedded["tuned"], tasks, options["map"], seed)
+        result.separability = tell_apart(tasks, embedders, embedded, splits, root, options)
+    points = draw_up_map(embedded["tuned"], tasks, options.map, seed)
     print(write_analysis(folder, result, curves, components, points))
     print(f"written: {folder}/report.md, analysis.json, tables and figures; "
           f"next: python analyze.py claims {run.folder.parent}")
@@ -149,7 +183,7 @@ def find_readable(spaces: list[np.ndarray]) -> np.ndarray:
                                                   for i in range(0, max(len(x), 1), ROWS)]) for x in spaces])
 
 
-def make_features(embedders: dict, embedded: dict, splits: dict, side: int) -> dict[str, Features]:
+def make_features(embedders: dict[str, Embedder], embedded: Spaces, splits: dict, side: int) -> dict[str, Features]:
     """The spaces in which tasks are told apart: both backbones and pixel statistics, as they are and in one format."""
 
     def embeddings(weights: str) -> Features:
@@ -172,52 +206,23 @@ def make_features(embedders: dict, embedded: dict, splits: dict, side: int) -> d
     return spaces
 
 
-def parse_range(text: str) -> tuple[int, int]:
-    """The a and b of "a:b", components from a (counted from 0) to before b."""
-    try:
-        a, b = map(int, text.split(":"))
-    except ValueError:
-        a, b = -1, -1
-    if not 0 <= a <= b:
-        raise InputError(f"--delete {text}: want A:B, components from A (counted from 0) to before B, such as 0:10")
-    return a, b
+# ---------------------------------------------------------------- command line
 
 
-def check_range(delete: tuple[int, int], dim: int) -> None:
-    """Refuse components that a space of `dim` does not have, and to delete them all."""
-    a, b = delete
-    if b > dim:
-        raise InputError(f"--delete {a}:{b}: the space has {dim} dimensions, so that the last is {dim - 1}")
-    if b - a == dim:
-        raise InputError(f"--delete {a}:{b}: these are all {dim} dimensions: nothing would be left")
-
-
-@click.group(invoke_without_command=True, context_settings={"show_default": True, "max_content_width": 120},
-             help=__doc__.split("\n\n")[0])
-@embed_options
-@click.option("--splits", metavar="NAMES",
-              help="Comma-separated domain/split to test on, one a domain (default: the first in distribution, "
-              "those of reference `train` before others).")
-@click.option("--components", type=click.IntRange(1), default=99, help="The k of the claim: fewer than 100.")
-@click.option("--limit", type=click.IntRange(10), default=2000, help="At most so many probes per task.")
-@click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
-@click.option("--delete", default="0:10", metavar="A:B",
-              help="Also score without the components A (from 0) to before B; 0:0: do not.")
-@click.option("--importance", type=click.IntRange(0), default=100,
-              help="Also score without each of so many first components, one at a time; 0: do not.")
-@click.option("--canon", type=click.IntRange(0, 128), default=32,
-              help="Pixels of detail of the matched-format control of separability; 0: leave it out.")
-@click.option("--map", type=click.Choice(["tsne", "pca"]), default="tsne", help="How the map is drawn up.")
+@click.group(cls=GroupedHelp, invoke_without_command=True, help=__doc__.split("\n\n")[0],
+             context_settings={"show_default": True, "max_content_width": 120})
+@add_options(Options)
+@DEBUG
 @click.pass_context
-def main(context: click.Context, **options) -> int | None:
+def main(context: click.Context, **values) -> int | None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("analyze.py runs as one process, not under torchrun (evaluate.py can embed on many devices)")
     if context.invoked_subcommand:
         refuse_options(context)
         return None
-    if not options["run"]:
+    if not values["run"]:
         raise InputError("what is to be analysed? give --run RUN, or `claims RUNS_FOLDER`")
-    return analyse(options)
+    return analyse(Options(**values))
 
 
 @main.command(help="Turn the runs of a folder into one verdict per claim of the paper's abstract.")
@@ -227,7 +232,7 @@ def main(context: click.Context, **options) -> int | None:
 @click.option("--retention", type=Number(0), default=0.95, help="Least retention out of distribution.")
 @click.option("--separable", type=Number(0, 1), default=0.95, help="Least balanced accuracy.")
 @click.option("--keep", type=Number(0, 1), default=0.95, help="Least share that the components keep.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
+@DEBUG
 def claims(folder: Path, delta: float, retention: float, separable: float, keep: float) -> int:
     from protocols.claims import make_table
     from protocols.results import read_runs

@@ -15,9 +15,9 @@
 The protocol in a split's index.json decides the metrics. RUN/eval/ then holds results.json and results.csv (one row a
 figure), report.md and report.html (the same, in one file), figures, and the embeddings, which are computed once.
 
---humans adds, for each set of weights, rows with a protocol that begins with "human trials": of each split that people
-rated; of a domain of which they rated several (its "all splits": their mean); and of domain "all" (the mean over the
-domains: multi-tasking), where they rated several:
+--humans adds, for each set of weights, rows of the kind "human trials": of each split that people rated; of a domain of
+which they rated several (its "all splits": their mean); and of domain "all" (the mean over the domains: multi-tasking),
+where they rated several:
     AUC on human trials           the model's, on the trials of each rater, mean over raters
     human AUC (mean of raters)
     AUC of rater NAME
@@ -38,19 +38,30 @@ from pathlib import Path
 
 import click
 
-from data_prep import DOMAINS, InputError, Number, hash_file, lock_folder, refuse_options, run_command
+from data_prep import (
+    DOMAINS,
+    GroupedHelp,
+    InputError,
+    Number,
+    add_options,
+    hash_file,
+    lock_folder,
+    option,
+    refuse_options,
+    run_command,
+)
 from data_prep.format import Split, named_splits, open_root
-from data_prep.stream import LOADERS
 from models.backbones import BACKBONES, SIZES, Backbone, Network, load_backbone, resolve_backbone
 from models.runs import Ranks, Run, join_ranks, load_foundation, load_run, load_tuned
 from protocols.classify import Readouts, read_prompts
-from protocols.embed import Embedder, make_embedder
+from protocols.embed import DEBUG, Embedder, EmbedOptions, make_embedder
 from protocols.humans import Rating, Trials, read_humans, score_humans
 from protocols.results import FEW_NOTE, HEADLINE, Row, mark, read_stages
 from protocols.unified import choose_crowd, make_members, score_unified
 from reports.choice import choice_rows, draw_choices, show_choices
 from reports.plots import draw_figures, draw_split
 from reports.rows import (
+    ScoreOptions,
     check_references,
     headlines,
     make_human_rows,
@@ -75,6 +86,42 @@ from reports.tables import (
     show_stages,
     write_report,
 )
+
+# ---------------------------------------------------------------- options
+
+
+@dataclass
+class Options(ScoreOptions):
+    """Everything that can be said of an evaluation."""
+
+    foundation: bool = option("scores", True, bool, "Score the untouched backbone too.")
+    prompts: str = option("scores", "1,7,80", str, "Zero-shot classification by CLIP: shipped sets of prompts, by "
+                          "number, or files with a template a line, {} for the class name; '' for none.",
+                          metavar="SETS")
+    probe: int = option("scores", 50_000, click.IntRange(0), "Fit the linear probe to at most N images of a reference "
+                        "split (0: no probe).", metavar="N")
+    crowd: int = option("scores", 5000, click.IntRange(0), "Probes of a domain that are searched among all domains at "
+                        "once (0: none).")
+    humans: tuple[str, ...] = option(
+        "scores", (), str, "What people answered, a file or a folder of files: ratings of pairs (split,left_key,"
+        "right_key,rater,rating), e.g. from the page of `data_prep trials`, or trials of a forced choice (subj,"
+        "object_response,category,condition,imagename) on a split of `data_prep stimuli`; may be given again.",
+        multiple=True, metavar="[SPLIT=]FILE.csv")
+    published: tuple[str, ...] = option(
+        "scores", (), str, "Data set of a split whose name is not the set's, e.g. object/val=imagenet: its published "
+        "figures stand beside the run's (SPLIT= for none); may be given again.", multiple=True, metavar="SPLIT=DATASET")
+
+    backbone: str | None = option("without --run", None, click.Choice(list(BACKBONES)), "An untouched backbone.")
+    size: str = option("without --run", "large", click.Choice(SIZES), "Its size.")
+    model: str | None = option("without --run", None, str, "Any timm or open_clip model instead of --backbone.",
+                               metavar="NAME")
+    weights: str = option("without --run", "pretrained", str, "'pretrained', 'none' or a FILE.", metavar="WHICH")
+    image_size: int | None = option("without --run", None, click.IntRange(16), "Input side in pixels.")
+    out: str | None = option("without --run", None, str, "Folder for the results (default: runs/NAME-foundation).",
+                             metavar="DIR")
+
+
+# ---------------------------------------------------------------- what is scored
 
 
 def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: str) -> list[Split]:
@@ -111,34 +158,30 @@ def leave(ranks: Ranks) -> None:
         os._exit(0)
 
 
-def open_models(options: dict, given: set[str]
+def open_models(options: Options, given: set[str]
                 ) -> tuple[str, Path, Run | None, dict[str, Callable[[], Backbone]], str]:
     """Name, output folder, run (if any), loaders of the foundation and the tuned backbone, data root.
 
-    Args:
-        options: all of them.
-        given: names of those on the command line.
+    `given`: names of the options on the command line.
     """
-    if options["run"]:
+    if options.run:
         for key in ("backbone", "size", "model", "weights", "image_size", "out"):
             if key in given:
                 raise InputError(f"--{key.replace('_', '-')} describes an untouched backbone: leave it out with --run")
-        run = load_run(Path(options["run"]), options["allow_partial"])
-        models = {"foundation": lambda: load_foundation(run), "tuned": lambda: load_tuned(run)}
-        if not options["foundation"]:
-            del models["foundation"]
-        return run.folder.name, run.folder, run, models, options["data"] or run.config["data"]
-    if not options["model"] and not options["backbone"]:
+        run = load_run(Path(options.run), options.allow_partial)
+        models = {"foundation": lambda: load_foundation(run)} if options.foundation else {}
+        models["tuned"] = lambda: load_tuned(run)
+        return run.folder.name, run.folder, run, models, options.data or run.config["data"]
+    if not options.model and not options.backbone:
         raise InputError("what is to be scored? give --run RUN, or --model NAME for an untouched backbone")
-    for name, used in (("--no-foundation", not options["foundation"]), ("--allow-partial", options["allow_partial"])):
+    for name, used in (("--no-foundation", not options.foundation), ("--allow-partial", options.allow_partial)):
         if used:
             raise InputError(f"{name} describes how a run is scored: give --run RUN, or leave it out")
-    network = Network.of(options | {"embed_dim": 0})
+    network = Network.of(vars(options) | {"embed_dim": 0})
     resolve_backbone(network)  # refuses an unknown name before anything is read
     name = f"{network.name}-foundation"
-    folder = Path(options["out"] or f"runs/{name}")
     models = {"foundation": lambda: load_backbone(network).eval()}
-    return name, folder, None, models, options["data"] or "data"
+    return name, Path(options.out or f"runs/{name}"), None, models, options.data or "data"
 
 
 @dataclass
@@ -153,10 +196,10 @@ class Findings:
 
 
 def score_models(embedders: dict[str, Embedder], splits: list[Split], root: dict, run: Run | None, readouts: Readouts,
-                 ratings: list[Rating], trials: dict[str, Trials], options: dict) -> Findings:
+                 ratings: list[Rating], trials: dict[str, Trials], options: Options) -> Findings:
     """Score every set of weights on every split by its protocol, on all domains at once, and beside people."""
-    draws, seed = options["bootstrap"], options["seed"]
-    found = Findings(choose_crowd(splits) if options["crowd"] else [])
+    draws, seed = options.bootstrap, options.seed
+    found = Findings(choose_crowd(splits) if options.crowd else [])
     if found.crowd:
         print(f"  everything: {', '.join(f'{split.domain}/{split.name}' for split in found.crowd)} (--splits chooses)")
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
@@ -164,7 +207,7 @@ def score_models(embedders: dict[str, Embedder], splits: list[Split], root: dict
         found.figures[weights], found.curves[weights] = score(
             embed, splits, root, run if weights == "tuned" else None, draws, seed, readouts, trials=trials)
         if found.crowd:
-            members = make_members(found.crowd, [embed(split) for split in found.crowd], options["crowd"], seed)
+            members = make_members(found.crowd, [embed(split) for split in found.crowd], options.crowd, seed)
             found.crowd = [member.split for member in members]
         if found.crowd:
             found.unified[weights] = score_unified(members, draws, seed, embed.device)
@@ -212,75 +255,31 @@ def print_rows(rows: list[Row]) -> None:
         print(FEW_NOTE)
 
 
-def model_options(command):
-    """The options that evaluate.py and analyze.py share."""
-    for option in reversed([
-        click.option("--run", metavar="RUN", help="Folder of a finished run."),
-        click.option("--data", metavar="DIR", help="Data root (default: the run's own)."),
-        click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished."),
-        click.option("--flip/--no-flip", default=True, help="Add the embedding of the mirrored image."),
-        click.option("--batch", type=click.IntRange(1), default=64, help="Images per forward pass."),
-        click.option("--workers", type=click.IntRange(0), default=LOADERS, help="Loader processes."),
-        click.option("--cache", metavar="DIR",
-                     help="Keep the embeddings of untouched backbones here, for all runs that share one (default: "
-                          ".foundation beside the run)."),
-        click.option("--device", default="auto",
-                     help="auto, cpu or cuda; evaluate.py under torchrun: each process takes its own."),
-        click.option("--seed", type=click.IntRange(0), default=0, help="Of every random draw."),
-        click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error."),
-    ]):
-        command = option(command)
-    return command
+# ---------------------------------------------------------------- command line
 
 
-@click.group(invoke_without_command=True, context_settings={"show_default": True, "max_content_width": 120},
-             help=__doc__.split("\n\n")[0])
-@model_options
-@click.option("--splits", metavar="NAMES",
-              help="Comma-separated domain/split: the results then hold these alone (default: all).")
-@click.option("--foundation/--no-foundation", default=True, help="Score the untouched backbone too.")
-@click.option("--backbone", type=click.Choice(list(BACKBONES)), help="Without --run: an untouched backbone.")
-@click.option("--size", type=click.Choice(SIZES), default="large", help="Its size.")
-@click.option("--model", metavar="NAME", help="Any timm or open_clip model instead of --backbone.")
-@click.option("--weights", default="pretrained", metavar="WHICH", help="'pretrained', 'none' or a FILE.")
-@click.option("--image-size", type=click.IntRange(16), help="Input side in pixels.")
-@click.option("--out", metavar="DIR", help="Without --run: folder for the results (default: runs/NAME-foundation).")
-@click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
-@click.option("--prompts", default="1,7,80", metavar="SETS",
-              help="Zero-shot classification by CLIP: shipped sets of prompts, by number, or files with a template a "
-                   "line, {} for the class name; '' for none.")
-@click.option("--probe", type=click.IntRange(0), default=50_000, metavar="N",
-              help="Fit the linear probe to at most N images of a reference split (0: no probe).")
-@click.option("--sheet", is_flag=True,
-              help="Draw what is scored: probes of each split with the ten images nearest to them, of verification the "
-                   "hardest pairs: sheet-DOMAIN-SPLIT.png.")
-@click.option("--crowd", type=click.IntRange(0), default=5000,
-              help="Probes of a domain that are searched among all domains at once (0: none).")
-@click.option("--humans", multiple=True, metavar="[SPLIT=]FILE.csv",
-              help="What people answered, a file or a folder of files: ratings of pairs (split,left_key,right_key,"
-                   "rater,rating), e.g. from the page of `data_prep trials`, or trials of a forced choice (subj,"
-                   "object_response,category,condition,imagename) on a split of `data_prep stimuli`; may be given "
-                   "again.")
-@click.option("--published", multiple=True, metavar="SPLIT=DATASET",
-              help="Data set of a split whose name is not the set's, e.g. object/val=imagenet: its published figures "
-                   "stand beside the run's (SPLIT= for none); may be given again.")
+@click.group(cls=GroupedHelp, invoke_without_command=True, help=__doc__.split("\n\n")[0],
+             context_settings={"show_default": True, "max_content_width": 120})
+@add_options(Options)
+@DEBUG
 @click.pass_context
-def main(context: click.Context, **options) -> int | None:
+def main(context: click.Context, **values) -> int | None:
     if context.invoked_subcommand:
         refuse_options(context)
         return None
-    given = {key for key in options if context.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE}
+    options = Options(**values)
+    given = {key for key in values if context.get_parameter_source(key) == click.core.ParameterSource.COMMANDLINE}
     name, folder, run, models, data = open_models(options, given)
     trained = run.classes.get("object", []) if run else []
     root = open_root(Path(data))
-    readouts = Readouts(read_prompts(options["prompts"]), options["probe"], trained, training_split(run, root))
-    splits = choose_splits(root, options["splits"], data)
+    readouts = Readouts(read_prompts(options.prompts), options.probe, trained, training_split(run, root))
+    splits = choose_splits(root, options.splits, data)
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
     published = read_published()
-    datasets = datasets_of(list(by_name), options["published"], published)
-    ratings, trials = read_humans(options["humans"], by_name)
-    ranks, device = join_ranks(options["device"])
-    out, options["device"] = folder / "eval", str(device)
+    datasets = datasets_of(list(by_name), options.published, published)
+    ratings, trials = read_humans(options.humans, by_name)
+    ranks, device = join_ranks(options.device)
+    out, options.device = folder / "eval", str(device)
     if ranks.rank == 0:
         context.with_resource(lock_folder(out, "--run" if run else "--out"))
     of = hash_file(folder / "model.safetensors")  # before it is read: a run that trains on writes another
@@ -292,16 +291,16 @@ def main(context: click.Context, **options) -> int | None:
     if ranks.rank:
         leave(ranks)
     found = score_models(embedders, splits, root, run, readouts, ratings, trials, options)
-    results = make_rows(name, splits, found.figures, options["flip"])
-    results += make_unified_rows(name, found.crowd, found.unified, options["flip"], options["crowd"], options["seed"])
-    results += make_human_rows(name, ratings, by_name, found.people, options["flip"])
+    results = make_rows(name, splits, found.figures, options.flip)
+    results += make_unified_rows(name, found.crowd, found.unified, options.flip, options.crowd, options.seed)
+    results += make_human_rows(name, ratings, by_name, found.people, options.flip)
     rows = [row for row, _ in results]
     write_rows(out, rows)
-    write_draws(out, results, options["seed"], of)
-    write_pages(out, rows, splits, found.curves, beside(rows, datasets, published), options["flip"], run)
-    for split in splits if options["sheet"] else []:
+    write_draws(out, results, options.seed, of)
+    write_pages(out, rows, splits, found.curves, beside(rows, datasets, published), options.flip, run)
+    for split in splits if options.sheet else []:
         if f"{split.domain}/{split.name}" in found.curves[embed.name]:
-            draw_split(out, split, embed, root, options["seed"])
+            draw_split(out, split, embed, root, options.seed)
     print_rows(rows)
     print(f"written: {out}/report.html, report.md, results.json, results.csv and figures"
           + (f"; next: python analyze.py --run {folder}" if run else ""))
@@ -326,7 +325,7 @@ def main(context: click.Context, **options) -> int | None:
                    "error.")
 @click.option("--out", type=click.Path(path_type=Path), default="comparison", metavar="DIR",
               help="Folder for comparison.md, .csv, .json and .png.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
+@DEBUG
 @click.pass_context
 def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None, splits: str | None, experts: bool,
             delta: float, out: Path) -> int:
@@ -344,25 +343,24 @@ def compare(context: click.Context, runs: tuple[Path, ...], weights: str | None,
 
 @main.command(help="Test images that training images nearly repeat, and the figures without them: RUN/eval/leaks.csv "
                    "and leaks.json.")
-@model_options
-@click.option("--splits", metavar="NAMES", help="Comma-separated domain/split (default: all test splits).")
+@add_options(ScoreOptions)
 @click.option("--threshold", type=Number(-1, 1), default=0.95,
               help="Cosine to the nearest training image from which on a test image counts as leaked.")
 @click.option("--by", type=click.Choice(["foundation", "tuned"]), default="foundation",
               help="Whose embeddings find the leaks: fine-tuning draws together what is merely alike.")
-@click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
-@click.option("--sheet", is_flag=True, help="Draw the nearest pairs, test image and training image: leaks-sheet.png.")
-def leaks(**options) -> int:
-    if not options["run"]:
+@DEBUG
+def leaks(threshold: float, by: str, **values) -> int:
+    options = ScoreOptions(**values)
+    if not options.run:
         raise InputError("whose training images? give --run RUN")
-    run = load_run(Path(options["run"]), options["allow_partial"])
-    data = options["data"] or run.config["data"]
+    run = load_run(Path(options.run), options.allow_partial)
+    data = options.data or run.config["data"]
     root = open_root(Path(data))
-    splits = choose_splits(root, options["splits"], data)
+    splits = choose_splits(root, options.splits, data)
     click.get_current_context().with_resource(lock_folder(run.folder / "eval", "--run"))
     from tools.leaks import write_leaks
 
-    write_leaks(run, splits, root, data, options)
+    write_leaks(run, splits, root, data, options, threshold, by)
     return 0
 
 
@@ -372,7 +370,7 @@ def leaks(**options) -> int:
 @click.option("--scale", type=Number(0.001, 1), default=1.0, help="Of all sizes.")
 @click.option("--rounds", type=click.IntRange(1), default=3, help="Turns that the ways of a case take; of the median.")
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Write the result there, too.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
+@DEBUG
 def bench(cases: str, scale: float, rounds: int, path: Path | None) -> int:
     from tools.bench_evaluate import CASES, bench
 
@@ -384,19 +382,16 @@ def bench(cases: str, scale: float, rounds: int, path: Path | None) -> int:
 
 @main.command(help="Write unit embeddings of your own pictures, prepared and embedded as evaluation does it.")
 @click.argument("pictures", nargs=-1, required=True, metavar="IMAGE...|FOLDER", type=click.Path(path_type=Path))
-@click.option("--run", metavar="RUN", required=True, help="Folder of a finished run.")
 @click.option("--domain", type=click.Choice(DOMAINS),
               help="Fit pictures as this domain's training images were (default: the run's first).")
 @click.option("--out", type=click.Path(path_type=Path), default="embeddings.npz", metavar="FILE",
               help="A .npz (arrays files and embeddings) or .csv to write.")
-@click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished.")
-@click.option("--flip/--no-flip", default=True, help="Add the embedding of the mirrored image.")
-@click.option("--batch", type=click.IntRange(1), default=64, help="Images per forward pass.")
-@click.option("--workers", type=click.IntRange(0), default=LOADERS, help="Loader processes.")
-@click.option("--device", default="auto", help="auto, cpu or cuda.")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
-def embed(pictures: tuple[Path, ...], run: str, domain: str | None, out: Path, allow_partial: bool, flip: bool,
-          batch: int, workers: int, device: str) -> int:
+@add_options(EmbedOptions, leave_out=("data", "cache", "seed"))
+@DEBUG
+def embed(pictures: tuple[Path, ...], domain: str | None, out: Path, **values) -> int:
+    options = EmbedOptions(**values)
+    if not options.run:
+        raise InputError("whose embeddings? give --run RUN")
     if out.suffix not in (".npz", ".csv"):
         raise InputError(f"--out {out}: want a file that ends in .npz or .csv")
     if out.exists():
@@ -405,7 +400,7 @@ def embed(pictures: tuple[Path, ...], run: str, domain: str | None, out: Path, a
         raise InputError(f"--out {out}: {out.parent}: no such folder; make it, or choose another --out")
     from tools.own_pictures import embed_pictures
 
-    embed_pictures(pictures, load_run(Path(run), allow_partial), domain, out, flip, batch, workers, device)
+    embed_pictures(pictures, load_run(Path(options.run), options.allow_partial), domain, out, options)
     return 0
 
 

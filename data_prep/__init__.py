@@ -273,7 +273,8 @@ def add_options(options: type, leave_out: tuple[str, ...] = ()) -> Callable:
         for field in reversed(dataclasses.fields(options)):
             if field.name in leave_out:
                 continue
-            about, name = field.metadata, f"--{field.name.replace('_', '-')}"
+            about, word = field.metadata, field.name.replace("_", "-")
+            name = f"--{word}/--no-{word}" if about["default"] is True else f"--{word}"
             flag = {"is_flag": True} if about["kind"] is bool else {"type": about["kind"]}
             settings = flag | about["settings"]
             command = click.option(name, cls=Option, group=about["group"], default=about["default"], help=about["help"],

@@ -104,10 +104,48 @@ def finite(value: float) -> float | None:
 
 
 def show(figure: Estimate) -> dict[str, float | None]:
-    """A figure for JSON."""
+    """A figure for JSON; what is not known is null."""
     return {"value": finite(figure.value), "low": finite(figure.low), "high": finite(figure.high)}
 
 
 def minus(a: Estimate, b: Estimate) -> Estimate:
     """The difference of two figures with paired resamplings."""
     return Estimate(a.value - b.value, a.draws - b.draws, a.count, identities=a.identities)
+
+
+def check_figure(figure: dict, where: str) -> None:
+    """ValueError unless value and ends of a figure are numbers, or not known."""
+    for end in ("value", "low", "high"):
+        if not all(isinstance(part, int | float | None) for part in (figure[end], figure.get("above"))):
+            raise ValueError(f"{where}: {end!r} is no number")
+
+
+def number(value: float | None) -> str:
+    """A fraction in percent; "-" where it is not known."""
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def interval(found: dict | None, form: str = ".1f") -> str:
+    """A figure with its interval, in percent; "-" where there is none."""
+    if not found or found["value"] is None:
+        return "-"
+    ends = [format(100 * found[end], form) if found[end] is not None else "-" for end in ("value", "low", "high")]
+    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
+
+
+def average(figures: list[dict | None]) -> dict | None:
+    """The mean of a figure {"value", "low", "high"} over seeds; None where one lacks it."""
+    if any(figure is None or None in figure.values() for figure in figures):
+        return None
+    return {end: float(np.mean([figure[end] for figure in figures])) for end in ("value", "low", "high")}
+
+
+def needed(figures: list[dict]) -> str:
+    """A k* with its interval, averaged over seeds; "> K" where the K components that images determine are too few."""
+    if any(None in found.values() and not found.get("above") for found in figures):
+        return "-"
+    ends = []
+    for end in ("value", "low", "high"):
+        known = [found[end] if found[end] is not None else found["above"] for found in figures]
+        ends.append("> " * any(found[end] is None for found in figures) + f"{np.mean(known):,.0f}")
+    return f"{ends[0]} [{ends[1]}, {ends[2]}]"

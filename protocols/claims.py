@@ -4,25 +4,22 @@ Copy with it: data_prep/__init__.py, protocols/bootstrap.py, protocols/results.p
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
 from data_prep import DOMAINS
-from protocols.bootstrap import Estimate, show
+from protocols.bootstrap import Estimate, average, interval, needed, show
 from protocols.results import (
     HEADLINE,
     RUN_ROLES,
     Group,
     Measured,
     Row,
-    above_chance,
     as_many,
     group_runs,
-    interval,
     margin,
     mark,
-    needed,
 )
 
 HOLDS, FAILS, WIDE = "holds", "fails", "not measured (intervals too wide to decide)"
@@ -384,12 +381,12 @@ def claim_components(imic: list[Group], least: float) -> Claim:
     findings, further = [], []
     for group in imic:
         found = [run.analysis["transfer"]["tuned"] for run in group.runs if run.analysis]
-        across = [(p["fit"], p["test"]) for p in found[0]["pairs"] if p["fit"] != p["test"]] if found else []
+        across = [(p.fit, p.test) for p in found[0].pairs if p.fit != p.test] if found else []
         if not across or len(found) < len(group.runs):
             further.append(group.not_analysed())
             continue
-        ks, dim, images = {p["k"] for t in found for p in t["pairs"]}, found[0]["dim"], min(
-            t["images_per_task"] for t in found)
+        ks, dim = {p.k for t in found for p in t.pairs}, found[0].dim
+        images = min(t.images_per_task for t in found)
         if len(ks) > 1:
             further.append(f"not measured (seeds of {group.name} analysed at k = {' and '.join(map(str, sorted(ks)))}; "
                            "call analyze.py on each with the same --components)")
@@ -397,27 +394,19 @@ def claim_components(imic: list[Group], least: float) -> Claim:
         k, verdicts, unbeaten, shown = ks.pop(), [], {}, []
         for fit, test in across:
 
-            def of(name: str | None, fit=fit, test=test) -> Callable[[dict], dict | None]:
-                def get(analysis: dict) -> dict | None:
-                    pair = next((p for p in analysis["transfer"]["tuned"]["pairs"]
-                                 if (p["fit"], p["test"]) == (fit, test)), None)
-                    if pair is None or not above_chance(pair):
-                        return None
-                    return pair.get(name) if name else {"value": pair["kept"], "low": pair["low"], "high": pair["high"]}
-                return get
-
-            value = group.analysed(of(None))
-            if value is None:
+            each = [next((p for p in t.pairs if (p.fit, p.test) == (fit, test)), None) for t in found]
+            if any(pair is None or not pair.above_chance for pair in each):
                 verdicts.append(f"not measured (the full space is not above chance: {fit} for {test})")
                 continue
+
+            value = average([pair.share for pair in each])
             verdicts.append(decide(value["low"], value["high"], least))
-            counts = [f"{name} {needed([of(name)(run.analysis) for run in group.runs])}" for name in ("k95", "k99")]
+            counts = [f"{name} {needed([getattr(pair, name) for pair in each])}" for name in ("k95", "k99")]
             shown.append(Finding(f"{group.name}: {fit} for {test}, k = {k} of {dim}", *value.values(), "", ".1f",
                                  ", ".join(counts) + f"; few images for {dim} dimensions" * (images < 5 * dim),
-                                 identities=min(p["identities"] for t in found for p in t["pairs"]
-                                                if (p["fit"], p["test"]) == (fit, test))))
+                                 identities=min(pair.identities for pair in each)))
             for key, name in (("over_random", "random"), ("over_foundation", "foundation")):
-                lead = group.analysed(of(key))
+                lead = average([getattr(pair, key) for pair in each])
                 if lead is None:
                     unbeaten.setdefault("unknown" if key == "over_foundation" else name, None)
                 elif not lead["low"] > 0:

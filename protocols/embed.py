@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data_prep import InputError, make_folder, progress, write_atomically, write_json
+from data_prep import InputError, make_folder, option, progress, write_atomically, write_json
 from data_prep.format import Split
 from data_prep.stream import LOADERS
 from models.backbones import Backbone, embed_rows
@@ -102,10 +103,9 @@ class Embedder:
     torchrun share the parts out. Batches do not depend on who computes them, so that the result is the same to the bit.
 
     Args:
-        model: the backbone, in eval mode.
+        model: in eval mode.
         name: "tuned" or "foundation", for file names and rows.
         folder: where the .npy files go.
-        device, batch, workers: of the computation.
         flip: add the embedding of the mirrored image (before normalisation, as the face protocols do).
         shared: other runs use the folder too: files are named by their fingerprint.
         ranks: this process among those that embed.
@@ -225,21 +225,38 @@ class Embedder:
         x.flush()
 
 
-# ---------------------------------------------------------------- results
+# ---------------------------------------------------------------- options
 
 
-# ---------------------------------------------------------------- the job
+@dataclass
+class EmbedOptions:
+    """Whose images are embedded, and how: what every command on a run has."""
+
+    run: str | None = option("run", None, str, "Folder of a finished run.", metavar="RUN")
+    data: str | None = option("run", None, str, "Data root (default: the run's own).", metavar="DIR")
+    allow_partial: bool = option("run", False, bool, "Accept a run that has not finished.")
+    flip: bool = option("embeddings", True, bool, "Add the embedding of the mirrored image.")
+    batch: int = option("embeddings", 64, click.IntRange(1), "Images per forward pass.")
+    workers: int = option("embeddings", LOADERS, click.IntRange(0), "Loader processes.")
+    cache: str | None = option("embeddings", None, str, "Keep the embeddings of untouched backbones here, for all runs "
+                               "that share one (default: .foundation beside the run).", metavar="DIR")
+    device: str = option("embeddings", "auto", str, "auto, cpu or cuda; evaluate.py under torchrun: each process takes "
+                         "its own.")
+    seed: int = option("embeddings", 0, click.IntRange(0), "Of every random draw.")
 
 
-def make_embedder(load: Callable[[], Backbone], weights: str, folder: Path, options: dict,
+DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
+
+
+def make_embedder(load: Callable[[], Backbone], weights: str, folder: Path, options: EmbedOptions,
                   ranks: Ranks = Ranks()) -> Embedder:
-    """An embedder by the options that evaluate.py and analyze.py share; `folder`: of the run's results.
+    """An embedder of a run's weights; `folder`: of its results.
 
     Those of the untouched backbone go to --cache or, where it can be written to, to a folder beside the runs.
     """
-    cache = shared_folder(folder, options["cache"]) if weights == "foundation" else None
-    return Embedder(load(), weights, cache or folder / "embeddings", pick_device(options["device"]), options["batch"],
-                    options["workers"], options["flip"], cache is not None, ranks)
+    cache = shared_folder(folder, options.cache) if weights == "foundation" else None
+    return Embedder(load(), weights, cache or folder / "embeddings", pick_device(options.device), options.batch,
+                    options.workers, options.flip, cache is not None, ranks)
 
 
 def shared_folder(folder: Path, cache: str | None) -> Path | None:
@@ -257,24 +274,3 @@ def shared_folder(folder: Path, cache: str | None) -> Path | None:
         if os.access(runs / ".foundation", os.W_OK):
             return runs / ".foundation"
     return None
-
-
-def embed_options(command: Callable) -> Callable:
-    """Decorator: the options that evaluate.py and analyze.py share."""
-    for option in reversed([
-        click.option("--run", metavar="RUN", help="Folder of a finished run."),
-        click.option("--data", metavar="DIR", help="Data root (default: the run's own)."),
-        click.option("--allow-partial", is_flag=True, help="Accept a run that has not finished."),
-        click.option("--flip/--no-flip", default=True, help="Add the embedding of the mirrored image."),
-        click.option("--batch", type=click.IntRange(1), default=64, help="Images per forward pass."),
-        click.option("--workers", type=click.IntRange(0), default=LOADERS, help="Loader processes."),
-        click.option("--cache", metavar="DIR",
-                     help="Keep the embeddings of untouched backbones here, for all runs that share one (default: "
-                          ".foundation beside the run)."),
-        click.option("--device", default="auto",
-                     help="auto, cpu or cuda; evaluate.py under torchrun: each process takes its own."),
-        click.option("--seed", type=click.IntRange(0), default=0, help="Of every random draw."),
-        click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error."),
-    ]):
-        command = option(command)
-    return command

@@ -1,16 +1,177 @@
-"""What no claim rests on: d' along single components, how well the sources within a task are told apart, a map.
+"""What no claim rests on: further controls and metrics of the transfer, d' by component, sources within a task, a map.
 
 Copy with it: data_prep/, kernels/gather.py, kernels/gather_triton.py, models/, protocols/.
 """
 
+from dataclasses import dataclass, replace
+
 import numpy as np
+import torch
 
 from data_prep import progress
 from data_prep.format import Split, matched_pairs
-from protocols.bootstrap import finite, show
-from protocols.search import name_identities
+from protocols.bootstrap import Estimate, bootstrap_counts, finite, intervals, show, weighted_mean
+from protocols.pairs import roc, tar_at_far
+from protocols.results import Transfer
+from protocols.search import average_precision, inverse_negative_penalty, name_identities, search_gallery
 from protocols.separability import CLASSIFIERS, Features, balanced_accuracy, predict, sources_of
-from protocols.tasks import Task
+from protocols.subspaces import (
+    Basis,
+    Curve,
+    Trial,
+    Vectors,
+    control_grid,
+    draw_fits,
+    principal_components,
+    random_basis,
+    sweep,
+    unit,
+)
+from protocols.tasks import ROWS, Task
+
+FURTHER, FURTHER_PROBES, FURTHER_RANDOM = (10, 30), 2000, 3  # other metrics: ks beside the claim's and D; probes; bases
+
+
+# ---------------------------------------------------------------- further controls and metrics of the transfer
+
+
+@dataclass
+class Explored:
+    """What else a pair of tasks is measured by; a dictionary is a figure {"value", "low", "high"}."""
+
+    fit: str  # the task whose components these are
+    test: str
+    further: list[dict]  # "metric", "k", a figure, and "random": the mean of a few random subspaces
+    pooled: dict  # what components of all tasks pooled keep
+    bottom: dict  # the last k
+    own_mean: dict  # centred by the mean of the task that is scored
+    deleted: dict | None = None  # what is left without the components "from" (counted from 0) to before "to"
+    importance: dict | None = None  # see `measure_importance`
+
+
+def explore_transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Task], found: Transfer,
+                     curves: list[Curve], bases: dict[str, Basis], draws: int, seed: int,
+                     delete: tuple[int, int] = (0, 0), importance: int = 0, device: torch.device | str = "cpu"
+                     ) -> tuple[list[Explored], list[Curve]]:
+    """Further controls, curves and metrics of a transfer.
+
+    Args:
+        embedded, tasks, draws, seed, device: as `transfer` had them.
+        found, curves, bases: as it returned them.
+        delete: components a <= i < b that are left out, for one more figure (counted from 0; a = b: none).
+        importance: so many of the first components are left out, each alone; 0: none.
+    """
+    D, limit, headline, table, more = found.dim, found.limit, found.pairs[0].k, [], []
+    chosen, share = draw_fits(tasks, D, seed), -(-found.images_per_task // len(tasks))
+    pooled = principal_components(np.concatenate([embedded[domain][0][rows[:share]]
+                                                  for domain, rows in chosen.items()]), device)
+    full = {(c.fit, c.test): c.full for c in curves if c.kind == "components"}
+    grid, few = control_grid(headline, limit), sorted({k for k in FURTHER if k < limit} | {headline, D})
+    turns = [random_basis(D, seed, i) for i in range(FURTHER_RANDOM)]
+    bar = progress(total=len(tasks) ** 2, desc="further controls", unit="pair")
+    for task in tasks:
+        trial = Trial.of(task, embedded[task.domain], draws, seed, device)
+        more.append(trial.curve("pooled", "all", *pooled[:2], grid))
+        pool = more[-1].at(headline)
+        for fit, (mean, basis, _) in bases.items():
+            # all of D random coordinates are the whole space: the same as all components
+            by_chance = [measure_further(trial, mean, turn, [k for k in few if k < D], 0, seed) for turn in turns]
+            further = [{"metric": metric, "k": k, **show(figure), "random": finite(
+                np.mean([one[k, metric].value for one in by_chance])) if k < D else None}
+                for (k, metric), figure in measure_further(trial, mean, basis, few, draws, seed).items()]
+            last_first = np.concatenate([basis[:, :limit][:, ::-1], basis[:, limit:]], axis=1)
+            bottom = trial.curve("bottom", fit, mean, last_first, grid)
+            # without the first k are the last D - k: what is left does not depend on the basis of the rest
+            gone = [k for k in grid if k < limit]  # without all that are determined rounding would be scored
+            less = trial.curve("deleted", fit, mean, basis[:, ::-1], [D - k for k in reversed(gone)])
+            less = replace(less, ks=gone, score=less.score[::-1], kept=less.kept[::-1], draws=less.draws[:, ::-1])
+            own = trial.curve("own mean", fit, bases[task.domain][0], basis, grid)
+            more += bottom, less, own
+            table.append(Explored(fit, task.domain, further, show(pool), show(bottom.at(headline)),
+                                  show(own.at(headline))))
+            a, b = delete[0], min(delete[1], limit)
+            if a < b < a + limit:
+                rest = np.concatenate([basis[:, :a], basis[:, b:], basis[:, a:b]], axis=1)
+                less = trial.curve("", "", mean, rest, [D - (b - a), D])
+                table[-1].deleted = {"from": a, "to": b} | show(less.at(D - (b - a)))
+            if importance and D > 1:
+                table[-1].importance = measure_importance(trial, mean, basis, full[fit, task.domain],
+                                                          min(importance, limit))
+            bar.update()
+    bar.close()
+    return table, more
+
+
+def hits_without_each(probe: Vectors, gallery: Vectors, task: Task, count: int,
+                      device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
+    """Whether each probe's nearest vector is a mate without one of the first `count` coordinates, bool [count, n].
+
+    One product of all coordinates, and per coordinate S - q_i g_iᵀ and |g|² - g_i²; `hits_one_by_one` of the rest gives
+    the same. Arguments as of `hits_by_k`.
+    """
+    def sums(products: torch.Tensor) -> torch.Tensor:
+        return products.sum(1, keepdim=True, dtype=torch.float64) - products[:, :count]
+
+    def advance(i: int, scores: torch.Tensor, x: torch.Tensor, g: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+        if i == 0:
+            scores.addmm_(x.T, g)
+        return torch.addr(scores, x[i], g[i], alpha=-1, out=spare)
+
+    return sweep(probe, gallery, task, count, sums, advance, device, size)
+
+
+def measure_importance(trial: Trial, mean: np.ndarray, basis: np.ndarray, full: Estimate, count: int
+                       ) -> dict[str, list[float]]:
+    """What each of the first `count` components is worth: score without it alone - `full`, that of all of them.
+
+    "change" by component, with "low" and "high", paired by resampling.
+    """
+    score, drawn = trial.resample(hits_without_each(*trial.turned(mean, basis), trial.task, count, trial.device))
+    low, high = np.quantile(drawn - full.draws[:, None], [0.025, 0.975], axis=0)
+    named = {"change": score - full.value, "low": low, "high": high}
+    return {name: np.round(values, 6).tolist() for name, values in named.items()}
+
+
+def measure_further(trial: Trial, mean: np.ndarray, basis: np.ndarray, ks: list[int], draws: int, seed: int
+                    ) -> dict[tuple[int, str], Estimate]:
+    """A task's other metrics with the first k coordinates, as evaluate.py computes them, by (k, metric).
+
+    Of people rank-5, mAP and mINP; of objects the top 5 class means; of both AUC and TAR at 1 % FAR of equally many
+    random pairs of test images of one identity and of two. Intervals by `draws` resamplings of identities.
+    """
+    task, found, every = trial.task, {}, np.arange(len(trial.vectors[1]))
+    target = task.target[:FURTHER_PROBES]
+    pairs = matched_pairs(target, 5000, seed)
+    for k in ks:
+        probe, gallery = trial.turned(mean, basis[:, :k])
+        q, g = unit(probe[:FURTHER_PROBES].cpu().numpy()), np.empty((len(gallery), k), dtype=np.float32)
+        for start in range(0, len(g), ROWS):
+            part = slice(start, start + ROWS)
+            g[part] = unit(gallery[part].cpu().numpy())
+        search = search_gallery(q, np.arange(len(q)), every, lambda i: (task.mates[i], task.ignored[i]),
+                                other=g, device=trial.device)
+        values = {"nearest-mean top-5": search.first <= 5} if task.domain == "object" else {
+            "rank-5": search.first <= 5, "mAP": average_precision(search.ranks),
+            "mINP": inverse_negative_penalty(search.ranks)}
+        figures = intervals(
+            lambda w, values=values: {name: weighted_mean(of, w) for name, of in values.items()},
+            bootstrap_counts(target, draws, seed))
+        if len(pairs):
+            scores, same = (q[pairs[:, 0]] * q[pairs[:, 1]]).sum(1), np.arange(len(pairs)) < len(pairs) // 2
+            order = np.argsort(-scores)  # once here: each resampling sorts them anew, and what is sorted goes faster
+            scores, same, (left, right) = scores[order], same[order], pairs[order].T
+
+            def accept(weights: np.ndarray | None, scores=scores, same=same) -> dict[str, float]:
+                far, tar = roc(scores, same, weights)
+                return {"pair auc": float(np.trapezoid(tar, far)), "tar@far=0.01": tar_at_far(far, tar, 0.01)}
+
+            figures |= intervals(accept, (np.where(same, w[left], w[left] * w[right]) for w in
+                                          bootstrap_counts(target, draws, seed)))
+        found |= {(k, name): figure for name, figure in figures.items()}
+    return found
+
+
+# ---------------------------------------------------------------- components, map, sources
 
 
 def d_primes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -48,15 +209,9 @@ def measure_components(embedded: dict, tasks: list[Task], bases: dict, limit: in
 def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most: int = 500) -> list[dict]:
     """Two coordinates for test images of every task: rows x, y, task, identity (a number, -1: not among the shown).
 
-    Up to half of a task's points are kept for its eight identities with the most images: else none could be seen.
-
-    Args:
-        embedded: domain -> unit embeddings of its training and of its test split.
-        tasks: the tasks.
-        method: "pca" (of the points themselves) or "tsne" (of their first 50 components; distances between clusters
-            mean nothing there).
-        seed: of the choice and of t-SNE.
-        most: points a task.
+    Up to half of a task's `most` points are kept for its eight identities with the most images: else none could be
+    seen. `method`: "pca" of the points, or "tsne" of their first 50 components, where distances between clusters mean
+    nothing.
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -83,14 +238,9 @@ def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most:
 
 def gather_sources(task: Task, fits: np.ndarray, others: list[tuple[Split, np.ndarray]], n: int,
                    rng: np.random.Generator) -> dict[str, list[tuple[Split, np.ndarray, np.ndarray]]]:
-    """Images of each source of a domain: splits, rows, and who is on them.
+    """Images of each source of a task's domain, at most n of a split: splits, rows, and who is on them.
 
-    Args:
-        task: of the domain.
-        fits: rows of its training split.
-        others: its test splits and the rows of them that may be used.
-        n: at most so many images of a source and split.
-        rng: of their choice.
+    `fits`: rows of its training split; `others`: its test splits and the rows of them that may be used.
     """
     found: dict[str, list[tuple[Split, np.ndarray, np.ndarray]]] = {}
     for split, rows in [(task.train, fits), *others]:
@@ -116,10 +266,8 @@ def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np
     """`separability` of the sources WITHIN each domain: what a space knows of how the images were made.
 
     A linear classifier that tells sources of one domain as well as it tells domains may have told the domains by their
-    sources. Classifiers are fitted on half of the identities, and tested on the others.
-
-    Args:
-        features, tasks, fits, others, n, draws, seed: see `unseen_sources`.
+    sources (arguments: see `unseen_sources`). Classifiers are fitted on half of the identities and
+    tested on the others.
 
     Returns:
         By domain: "images" and "identities" by source, "chance", and "spaces" with a figure for each of CLASSIFIERS; or

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +21,11 @@ from data_prep import (
     read_lines,
     weights_of,
 )
-from protocols.bootstrap import FEW, Estimate, minus
+from protocols.bootstrap import FEW, Estimate, average, check_figure, minus
 
 # what stands for a protocol in summaries, by kind: readout (one that untouched backbones have too) and measure
 HEADLINE = {"verification": ("", "auc"), "templates": ("", "tar@far=0.0001"), "reid": ("", "rank-1"),
-            "identification": ("", "rank-1"), "classification": ("nearest-mean", "top-1"),
-            "choice": ("nearest-mean", "top-1")}
+            "identification": ("", "rank-1"), **dict.fromkeys(("classification", "choice"), ("nearest-mean", "top-1"))}
 D_PRIMES = ("d-prime", "pair d-prime")  # measures that are no fractions
 
 
@@ -51,7 +49,7 @@ class Row:
     identities: int = 0  # or classes, that the interval resamples; 0: unknown
     chance: float = 0  # of random embeddings; 0: not told
     kind: str = ""  # the split's protocol, or yardstick, retention, gap, clean, unified, human trials, human choices
-    # of objects: nearest-mean, knn, head, probe, zero-shot N; of human trials: model, people, rater, lead, beaten
+    # of objects: nearest-mean, knn, head, probe, zero-shot N; of people: observer, people, model, rater, lead, beaten
     readout: str = ""
     measure: str = ""  # top-1, rank-1, auc, ...: of retention and gap what is retained and lost
     rule: str = ""  # by which the measure is taken, and its draws
@@ -79,21 +77,17 @@ class Row:
 
     def describe(self) -> str:
         """The sentence of `protocol`, of a figure whose kind is the split's protocol."""
-        parts = [self.kind, self.rule, self.images, "flip" if self.flip else "no flip", self.lacks,
-                 "out of distribution" * self.ood]
-        return ", ".join(filter(None, parts))
+        parts = self.kind, self.rule, self.images, "flip" if self.flip else "no flip", self.lacks
+        return ", ".join(filter(None, (*parts, "out of distribution" * self.ood)))
 
 
 def read_rows(folder: Path) -> list[Row]:
     """The rows of RUN/eval/results.json; InputError where there are none."""
-    path, kinds = folder / "results.json", {str: str, float: (int, float), int: int, bool: bool}
+    path = folder / "results.json"
     try:
         rows = [Row(**row) for row in json.loads(path.read_text())]
-        for (number, row), one in product(enumerate(rows), fields(Row)):
-            value = getattr(row, one.name)
-            finite = not isinstance(value, float) or math.isfinite(value)
-            if not isinstance(value, kinds[one.type]) or isinstance(value, bool) != (one.type is bool) or not finite:
-                raise ValueError(f"row {number}: {one.name} is {str(value)[:80]!r}")
+        for number, row in enumerate(rows):
+            check_types(row, f"row {number}: ")
         if any(not row.kind for row in rows):
             raise InputError(f"{path}: rows without `kind`, of an earlier version: evaluate again with "
                              f"`evaluate.py --run {folder.parent}`")
@@ -102,6 +96,69 @@ def read_rows(folder: Path) -> list[Row]:
         raise InputError(f"{path}: missing; run `python evaluate.py --run {folder.parent}` first") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); run evaluate.py again") from error
+
+
+def check_types(made: object, where: str = "") -> None:
+    """ValueError unless each field of a dataclass that was read from JSON is of its type, and finite."""
+    number = int | float | None
+    for one in fields(made):
+        value = getattr(made, one.name)
+        wanted = {float: int | float, float | None: number}.get(one.type, getattr(one.type, "__origin__", one.type))
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not isinstance(value, wanted) or isinstance(value, bool) != (one.type is bool) or not finite:
+            raise ValueError(f"{where}{one.name} is {str(value)[:80]!r}")
+        if isinstance(value, dict):
+            check_figure(value, where + one.name)
+
+
+@dataclass
+class Pair:
+    """What components of one task keep of another's score; a dictionary is a figure {"value", "low", "high"}."""
+
+    fit: str  # the task whose components these are
+    test: str  # the task that uses them
+    identities: int  # that are tested
+    chance: float
+    raw: float  # the score without centring
+    full: float  # of all components
+    full_low: float
+    full_high: float
+    k: int  # components of the claim; what they keep of (score - chance), with its interval:
+    kept: float | None
+    low: float | None
+    high: float | None
+    random: dict  # what random subspaces keep
+    over_random: dict  # the lead over them, paired
+    k99: dict  # the number of components from which on 99 % are kept, with "above" where it is beyond the limit
+    k95: dict
+    k99_grid: float | None  # the same at the k of the controls
+    k95_grid: float | None
+    k99_random: float | None  # of random subspaces
+    k95_random: float | None
+    foundation: dict | None = None  # what components of the untouched backbone keep
+    over_foundation: dict | None = None
+
+    @property
+    def above_chance(self) -> bool:
+        """Whether the full space is surely above chance, so that a share of what it is above means something."""
+        return None not in (self.kept, self.low, self.high) and self.full_low > self.chance
+
+    @property
+    def share(self) -> dict[str, float | None]:
+        """What is kept at k."""
+        return {"value": self.kept, "low": self.low, "high": self.high}
+
+
+@dataclass
+class Transfer:
+    """How components of each task serve every task."""
+
+    pairs: list[Pair]
+    all_tasks: list[dict]  # "fit", and "k99", "k95": from how many of its components on every task keeps so much
+    images_per_task: int  # that components are fitted on
+    rank_limited: bool  # fewer than 5 a dimension
+    dim: int
+    limit: int  # components that these images determine, where every curve stops
 
 
 def mark(identities: int) -> str:
@@ -138,11 +195,9 @@ class Scored:
 
 
 def read_scored(folder: Path, weights: str | None) -> Scored:
-    """The rows of a run and their resampled values; InputError where there are none.
+    """The rows of a run's "tuned" or "foundation" weights and their resampled values; InputError without any.
 
-    Args:
-        folder: of the run.
-        weights: "tuned" or "foundation"; None: tuned where there are such rows.
+    `weights`: None: tuned where there are such rows.
     """
     rows, path = read_rows(folder / "eval"), folder / "eval" / "draws.npz"
     try:
@@ -189,10 +244,7 @@ def as_many(seen: int, wanted: int) -> bool:
 
 
 def margin(expert: float, delta: float) -> float:
-    """How much worse still counts as no worse: delta; where the expert is above 0.9, at most a tenth of its error.
-
-    Such metrics are saturated: a point of 99.8 % would be five times what the expert gets wrong.
-    """
+    """How much worse is no worse: delta, but of an expert above 0.9 (saturated) at most a tenth of its error."""
     return delta if expert <= 0.9 else min(delta, 0.1 * (1 - expert))
 
 
@@ -205,6 +257,12 @@ class Stages:
     ends: list[int]  # where the stage ended
     tasks: list[str]  # splits that were looked at
     scores: list[list[float]]  # [stages, tasks]; NaN where a look lacks the task
+
+    @property
+    def lost(self) -> list[float]:
+        """From the best stage of each task to the last; NaN where the last look lacks it."""
+        return [max((row[i] for row in self.scores if not math.isnan(row[i])), default=math.nan) - last
+                for i, last in enumerate(self.scores[-1])]
 
 
 def read_stages(folder: Path, config: dict) -> Stages | None:
@@ -233,35 +291,6 @@ def read_stages(folder: Path, config: dict) -> Stages | None:
 RUN_ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py claims`
 
 
-def above_chance(pair: dict) -> bool:
-    """Whether the full space is surely above chance, so that a share of what it is above means something."""
-    return None not in (pair["kept"], pair["low"], pair["high"]) and pair["full_low"] > pair["chance"]
-
-
-def number(value: float | None) -> str:
-    """A fraction in percent; "-" where it is not known."""
-    return "-" if value is None else f"{100 * value:.1f}"
-
-
-def interval(found: dict | None, form: str = ".1f", factor: float = 100) -> str:
-    """A figure with its interval, in percent; "-" where there is none."""
-    if not found or found["value"] is None:
-        return "-"
-    ends = [format(factor * found[end], form) if found[end] is not None else "-" for end in ("value", "low", "high")]
-    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
-
-
-def needed(figures: list[dict]) -> str:
-    """A k* with its interval, averaged over seeds; "> K" where the K components that images determine are too few."""
-    if any(None in found.values() and not found.get("above") for found in figures):
-        return "-"
-    ends = []
-    for end in ("value", "low", "high"):
-        known = [found[end] if found[end] is not None else found["above"] for found in figures]
-        ends.append("> " * any(found[end] is None for found in figures) + f"{np.mean(known):,.0f}")
-    return f"{ends[0]} [{ends[1]}, {ends[2]}]"
-
-
 @dataclass
 class Measured:
     """A run with what evaluate.py and analyze.py found."""
@@ -288,41 +317,33 @@ def draws_of(scored: Scored) -> int:
     return len(next(iter(scored.found.values()))[1])
 
 
-def check_numbers(found: dict, *names: str, kind: type = int | float | None) -> None:
-    """TypeError or KeyError unless each is of that kind."""
-    for name in names:
-        if isinstance(found[name], bool) or not isinstance(found[name], kind):
-            raise TypeError(f"{name!r} is no number")
-
-
 def read_analysis(path: Path) -> dict:
     """RUN/analysis/analysis.json; InputError where it lacks what the claims rest on."""
-    known, ends, weights = read_json(path), ("value", "low", "high"), path.parent.parent / "model.safetensors"
+    known, weights = read_json(path), path.parent.parent / "model.safetensors"
     if (of := known.get("weights_sha256")) and (now := hash_file(weights)) and of != now:
         raise InputError(f"of other weights than {weights.name}: run analyze.py on {path.parent.parent} again")
     try:
-        transferred, separated = known["transfer"]["tuned"], known["separability"]
-        check_numbers(transferred, "dim", "images_per_task", "limit", kind=int)
-        for pair in transferred["pairs"]:
-            check_numbers(pair, "k", "identities", kind=int)
-            check_numbers(pair, "kept", *ends[1:])
-            check_numbers(pair, "chance", "full_low", kind=int | float)
-            for figure in (pair["k95"], pair["k99"], pair["over_random"], pair.get("over_foundation")):
-                check_numbers({"above": None} | (figure or dict.fromkeys(ends)), *ends, "above")
-            if not {pair["fit"], pair["test"]} <= {*DOMAINS}:
-                raise TypeError("a task is unknown")
+        transfer, separated = Transfer(**known["transfer"]["tuned"]), known["separability"]
+        transfer.pairs = [Pair(**pair) for pair in transfer.pairs]
+        for part in (transfer, *transfer.pairs):
+            check_types(part)
+        if not {task for pair in transfer.pairs for task in (pair.fit, pair.test)} <= {*DOMAINS}:
+            raise TypeError("a task is unknown")
+        known["transfer"] = {"tuned": transfer}
         if separated is not None:
             tables = [space["logistic"] for space in separated["spaces"].values()]
             if not all(isinstance(space["converged"]["logistic"], bool) for space in separated["spaces"].values()):
                 raise TypeError("'converged' is neither true nor false")
             tables += [space["lead_of_tuned"] for space in separated["spaces"].values() if "lead_of_tuned" in space]
-            check_numbers(separated["identities"], *known["domains"], kind=int)
+            counts = [separated["identities"][domain] for domain in known["domains"]]
+            counts += [row["identities"] for row in separated["unseen_sources"]]
+            if not all(isinstance(count, int) for count in counts):
+                raise TypeError("a number of identities is none")
             for row in separated["unseen_sources"]:
-                check_numbers(row, "identities", kind=int)
                 tables.append(row["spaces"]["tuned"])
                 "/".join((row["domain"], row["source"]))  # TypeError unless both are text
             for figure in tables:
-                check_numbers(figure, *ends)
+                check_figure(figure, "separability")
             if not {*known["domains"]} <= {*DOMAINS} or "tuned" not in separated["spaces"]:
                 raise TypeError("a task is unknown, or the tuned space missing")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -337,9 +358,7 @@ def read_lost(home: Path, config: dict) -> dict[str, float]:
         stages = read_stages(home, config)
         if stages is None or stages.steps[-1] != config["steps"]:
             return {}
-        scores = np.array(stages.scores, dtype=float)
-        return {task: float(np.nanmax(column) - column[-1])
-                for task, column in zip(stages.tasks, scores.T, strict=True) if math.isfinite(column[-1])}
+        return {task: lost for task, lost in zip(stages.tasks, stages.lost, strict=True) if math.isfinite(lost)}
     except (InputError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
         print(f"left out: {home / 'probe.jsonl'} (damaged: {error})")
         return {}
@@ -368,14 +387,7 @@ def read_run(home: Path) -> Measured:
     rows = read_rows(results.parent)
     if not rows:
         raise InputError(f"{results} is empty; run evaluate.py again")
-    try:
-        found = {name: read_scored(home, name) for name in sorted({row.weights for row in rows})}
-        if any(drawn.ndim != 1 or len(drawn) < 2 for scored in found.values() for _, drawn in scored.found.values()):
-            raise ValueError("not one list of resamplings a row")
-    except InputError:
-        raise
-    except Exception as error:  # a damaged archive raises many kinds
-        raise InputError(f"{home}/eval/draws.npz is damaged ({error}); run evaluate.py again") from None
+    found = {name: read_scored(home, name) for name in sorted({row.weights for row in rows})}
     known, path = None, home / "analysis" / "analysis.json"
     if path.exists():
         try:
@@ -466,10 +478,7 @@ class Group:
 
     def analysed(self, of: Callable[[dict], dict | None]) -> dict | None:
         """A figure {"value", "low", "high"} of the analyses, averaged over the seeds; None where one lacks it."""
-        found = [of(run.analysis) if run.analysis else None for run in self.runs]
-        if any(f is None or None in f.values() for f in found):
-            return None
-        return {end: float(np.mean([f[end] for f in found])) for end in ("value", "low", "high")}
+        return average([of(run.analysis) if run.analysis else None for run in self.runs])
 
     def unfinished(self, space: str) -> str:
         """A remark where the logistic regression that tells the tasks apart in a space did not converge."""

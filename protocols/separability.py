@@ -37,12 +37,10 @@ def pixel_statistics(split: Split, rows: np.ndarray) -> np.ndarray:
 
 
 def crop_padding(image: torch.Tensor, tolerance: float = 8, least: float = 0.5) -> torch.Tensor:
-    """An image [3, H, W] without plain lines at its borders, such as padding; at least half of each side stays.
+    """An image [3, H, W] of 0..255 without plain lines at its borders, such as padding.
 
-    Args:
-        image: values 0..255.
-        tolerance: standard deviation up to which a line of pixels is plain: padding is no longer exact after JPEG.
-        least: share of either side that stays.
+    At least the share `least` of each side stays. `tolerance`: standard deviation up to which a line of pixels is
+    plain, since padding is no longer exact after JPEG.
     """
     ends = []
     for axis in (1, 2):
@@ -140,16 +138,9 @@ def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int
 
 def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.ndarray], draws: int,
                  seed: int, unfinished: Counter | None = None) -> dict[str, Estimate]:
-    """Balanced accuracy of telling the tasks apart, on unseen identities.
+    """Balanced accuracy of telling the tasks apart, fitted on `fit` and on unseen identities; see `predict`.
 
-    Args:
-        fit: per task [n_d, D].
-        test: per task [m_d, D], of other identities.
-        ids: per task [m_d], identities for the bootstrap (see `balanced_accuracy`).
-        unfinished: see `predict`; of all tasks together.
-
-    Returns:
-        "logistic", "lda", "svm", and "a/b" for every pair of tasks by number (logistic).
+    "logistic", "lda", "svm", and "a/b" for every pair of tasks by number (logistic). `ids`: see `balanced_accuracy`.
     """
     result = {}
     for name in CLASSIFIERS:
@@ -184,13 +175,10 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
 
     Args:
         features: by space.
-        fitted: by space, per task: features of the rows `fits`.
-        tested, ids: likewise of the test rows, and who is on them.
-        tasks: the tasks.
-        fits: per task, rows of the training split.
+        fitted, tested: by space, per task: features of the rows `fits` of the training split, and of the test rows.
+        ids: per task, who is on the test rows.
         others: domain -> its test splits and the rows of them that may be used.
         n: at most so many images a source.
-        draws, seed: of the bootstrap.
 
     Returns:
         Rows domain, source, images, identities, and per space the balanced accuracy over all tasks (value, low, high)
@@ -237,14 +225,9 @@ def draw_rows(tasks: list[Task], limit: int, seed: int) -> tuple[int, list[np.nd
 
 def measure_separability(features: dict[str, Features], tasks: list[Task], others: dict, draws: int, seed: int,
                          limit: int) -> dict:
-    """`separability` in every space; chance is 1 / tasks.
+    """`separability` in every space, of at most `limit` images a task; chance is 1 / tasks.
 
-    Args:
-        features: by space: tuned, foundation, pixels, and the same with " canon".
-        tasks: the tasks.
-        others: see `unseen_sources`.
-        draws, seed: of the bootstrap.
-        limit: images a task at most.
+    `features`: by space: tuned, foundation, pixels, and the same with " canon"; `others`: see `unseen_sources`.
     """
     n, fits, probes = draw_rows(tasks, limit, seed)
     ids = [name_identities(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]

@@ -4,27 +4,25 @@ Copy with it: data_prep/, kernels/gather.py, kernels/gather_triton.py, models/, 
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
 from data_prep import progress
-from data_prep.format import matched_pairs
-from protocols.bootstrap import Estimate, bootstrap_counts, finite, intervals, minus, show, weighted_mean
-from protocols.pairs import roc, tar_at_far
-from protocols.search import average_precision, inverse_negative_penalty, search_gallery
-from protocols.tasks import ROWS, Task, vectors_of
+from protocols.bootstrap import Estimate, bootstrap_counts, finite, minus, show
+from protocols.results import Pair, Transfer
+from protocols.tasks import Task, vectors_of
 
 # numbers of components at which controls are measured; the claim itself is measured at every one
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 99, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 LEVELS = (0.99, 0.95)  # k* is the number of components that keeps so much of what is above chance
 RANDOM_SEEDS = 10
 TIE = 1e-6  # cosines that differ by less are equal: far above rounding in float32, far below what a score can show
-FURTHER, FURTHER_PROBES, FURTHER_RANDOM = (10, 30), 2000, 3  # other metrics: ks beside the claim's and D; probes; bases
 FITTED = 20  # at most so many images per dimension are fitted on: more do not change a covariance, only take time
 
 
@@ -78,9 +76,7 @@ def hits_one_by_one(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list
     vector by more than a TIE: with one coordinate every cosine is 1 or -1, and rounding must not choose among them.
 
     Args:
-        probe: [n, D] coordinates, largest component first.
-        gallery: [m, D] likewise.
-        task: its mates and ignored vectors.
+        probe, gallery: coordinates [n, D] and [m, D], largest component first.
         ks: numbers of coordinates, rising.
 
     Returns:
@@ -99,11 +95,7 @@ def hits_by_k(probe: Vectors, gallery: Vectors, task: Task, ks: list[int],
               device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
     """`hits_one_by_one` at the cost of one evaluation of scores and, per k, three passes over a block in the cache.
 
-    With one coordinate more, S += q_k g_kᵀ and |g|² += g_k².
-
-    Args:
-        device: of the computation.
-        size: see `sweep`.
+    With one coordinate more, S += q_k g_kᵀ and |g|² += g_k². `size`: see `sweep`.
     """
     columns, edges = torch.tensor(ks, device=device) - 1, [0, *ks]
 
@@ -117,35 +109,6 @@ def hits_by_k(probe: Vectors, gallery: Vectors, task: Task, ks: list[int],
     return sweep(probe, gallery, task, len(ks), sums, advance, device, size)
 
 
-def hits_without_each(probe: Vectors, gallery: Vectors, task: Task, count: int,
-                      device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
-    """Whether each probe's nearest gallery vector is a mate when one of the first `count` coordinates is left out.
-
-    One product of all coordinates, and per coordinate S - q_i g_iᵀ and |g|² - g_i²: `hits_one_by_one` of what is left
-    gives the same.
-
-    Args:
-        probe: [n, D] coordinates.
-        gallery: [m, D] likewise.
-        task: its mates and ignored vectors.
-        count: coordinates that are left out, each alone.
-        device: of the computation.
-        size: see `sweep`.
-
-    Returns:
-        bool [count, n].
-    """
-    def sums(products: torch.Tensor) -> torch.Tensor:
-        return products.sum(1, keepdim=True, dtype=torch.float64) - products[:, :count]
-
-    def advance(i: int, scores: torch.Tensor, x: torch.Tensor, g: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
-        if i == 0:
-            scores.addmm_(x.T, g)
-        return torch.addr(scores, x[i], g[i], alpha=-1, out=spare)
-
-    return sweep(probe, gallery, task, count, sums, advance, device, size)
-
-
 def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callable[[torch.Tensor], torch.Tensor],
           advance: Callable[..., torch.Tensor], device: torch.device | str, size: int | None) -> np.ndarray:
     """Score every probe in one subspace after another, by blocks of scores that stay in the cache.
@@ -157,12 +120,10 @@ def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callab
 
     Args:
         probe, gallery: coordinates, [n, D] and [m, D].
-        task: its mates and ignored vectors.
         steps: number of subspaces.
         sums: products of coordinates [b, D] -> what they sum to in each subspace, float64 [b, steps].
         advance: number of the step, scores [b, m] (0 before the first step, which it may change: -inf stays so),
             coordinates [D, b] and [D, m], a spare block -> the scores of that step.
-        device: of the computation.
         size: scores held at once (default: what fits the cache of a core; on a GPU 2**26).
 
     Returns:
@@ -275,95 +236,53 @@ class Curve:
         i = self.ks.index(k)
         return Estimate(float(self.kept[i]), self.draws[:, i])
 
+    def interval(self) -> np.ndarray:
+        """95 % of what is kept, [2, len(ks)]; NaN where it is not known."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a column of NaN has no quantile
+            return np.nanquantile(self.draws, [0.025, 0.975], axis=0)
 
-def measure_curve(kind: str, fit: str, task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray,
-                  basis: np.ndarray, ks: list[int], counts: np.ndarray | torch.Tensor, device: torch.device | str
-                  ) -> Curve:
-    """Centre, rotate, and score the first k coordinates for every k of ks, and all D for reference.
+
+class Trial:
+    """A task's vectors and resamplings on a device, to be scored in one subspace after another.
 
     Args:
-        vectors: probe and gallery vectors; tensors on the device are not copied.
-        mean: [D], subtracted from both.
-        basis: [D, D], orthonormal columns.
+        task: the task.
+        vectors: its probe and gallery vectors, [n, D] and [m, D].
         counts: [resamplings, n], how often each probe is drawn.
+        device: of the sweeps.
     """
-    turned = (Turned(x, mean, basis, device) for x in vectors)
-    D, many = len(mean), len(ks)
-    score, drawn = resample(hits_by_k(*turned, task, [*ks, *([D] if ks[-1:] != [D] else [])], device), counts, device)
-    chance = task.chance()
-    return Curve(kind, fit, task.domain, ks, score[:many], kept(score, score[-1], chance)[:many],
-                 kept(drawn, drawn[:, -1:], chance)[:, :many], Estimate(float(score[-1]), drawn[:, -1]))
 
+    def __init__(self, task: Task, vectors: tuple[np.ndarray, np.ndarray], counts: np.ndarray,
+                 device: torch.device | str = "cpu") -> None:
+        self.task, self.device, self.counts = task, device, to_device(counts, device)
+        self.vectors = tuple(to_device(x, device) for x in vectors)
 
-def resample(hits: np.ndarray, counts: np.ndarray | torch.Tensor, device: torch.device | str
-             ) -> tuple[np.ndarray, np.ndarray]:
-    """Share of hits [steps, n], and the same for each resampling: float64 [steps] and [resamplings, steps]."""
-    hits, counts = to_device(hits, device), to_device(counts, device)
-    drawn = counts @ hits.T / counts.sum(1, keepdim=True)  # exact sums: whole numbers below 2**24
-    return hits.mean(1, dtype=torch.float64).cpu().numpy(), drawn.cpu().numpy()
+    @classmethod
+    def of(cls, task: Task, embedded: tuple[np.ndarray, np.ndarray], draws: int, seed: int,
+           device: torch.device | str) -> "Trial":
+        """From the unit embeddings of the task's two splits, resampled by identity."""
+        counts = np.array(list(bootstrap_counts(task.target, draws, seed)), dtype=np.float32)
+        return cls(task, vectors_of(task, embedded), counts.reshape(draws, len(task.probe)), device)
 
+    def turned(self, mean: np.ndarray, basis: np.ndarray) -> list[Turned]:
+        """The vectors, centred by a mean [D], as coordinates in orthonormal columns [D, k]."""
+        return [Turned(x, mean, basis, self.device) for x in self.vectors]
 
-def measure_importance(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray, basis: np.ndarray,
-                       full: Estimate, count: int, counts: np.ndarray | torch.Tensor, device: torch.device | str
-                       ) -> dict[str, list[float]]:
-    """What each of the first `count` components is worth: score without it alone - score of all of them.
+    def curve(self, kind: str, fit: str, mean: np.ndarray, basis: np.ndarray, ks: list[int]) -> Curve:
+        """The score with the first k coordinates of a basis [D, D] for every k of ks, and with all D for reference."""
+        D, many = len(mean), len(ks)
+        hits = hits_by_k(*self.turned(mean, basis), self.task, ks if ks[-1:] == [D] else [*ks, D], self.device)
+        score, drawn = self.resample(hits)
+        chance = self.task.chance()
+        return Curve(kind, fit, self.task.domain, ks, score[:many], kept(score, score[-1], chance)[:many],
+                     kept(drawn, drawn[:, -1:], chance)[:, :many], Estimate(float(score[-1]), drawn[:, -1]))
 
-    Args:
-        vectors, mean, basis, counts: see `measure_curve`.
-        full: the score of all components, with the same mean.
-
-    Returns:
-        "change" by component, with "low" and "high", paired by resampling.
-    """
-    turned = (Turned(x, mean, basis, device) for x in vectors)
-    score, drawn = resample(hits_without_each(*turned, task, count, device), counts, device)
-    low, high = np.quantile(drawn - full.draws[:, None], [0.025, 0.975], axis=0)
-    named = {"change": score - full.value, "low": low, "high": high}
-    return {name: np.round(values, 6).tolist() for name, values in named.items()}
-
-
-def measure_further(task: Task, vectors: tuple[np.ndarray | torch.Tensor, ...], mean: np.ndarray, basis: np.ndarray,
-                    ks: list[int], draws: int, seed: int, device: torch.device | str
-                    ) -> dict[tuple[int, str], Estimate]:
-    """A task's other metrics with the first k coordinates, as evaluate.py computes them, by (k, metric).
-
-    Of people rank-5, mAP and mINP; of objects the top 5 class means; of both AUC and TAR at 1 % FAR of equally many
-    random pairs of test images of one identity and of two.
-
-    Args:
-        vectors, mean, basis: see `measure_curve`.
-        ks: numbers of coordinates.
-        draws, seed: of the bootstrap over identities.
-    """
-    target, every, found = task.target[:FURTHER_PROBES], np.arange(len(vectors[1])), {}
-    pairs = matched_pairs(target, 5000, seed)
-    for k in ks:
-        probe, gallery = (Turned(x, mean, basis[:, :k], device) for x in vectors)
-        q, g = unit(probe[:FURTHER_PROBES].cpu().numpy()), np.empty((len(gallery), k), dtype=np.float32)
-        for start in range(0, len(g), ROWS):
-            part = slice(start, start + ROWS)
-            g[part] = unit(gallery[part].cpu().numpy())
-        search = search_gallery(q, np.arange(len(q)), every, lambda i: (task.mates[i], task.ignored[i]),
-                                other=g, device=device)
-        values = {"nearest-mean top-5": search.first <= 5} if task.domain == "object" else {
-            "rank-5": search.first <= 5, "mAP": average_precision(search.ranks),
-            "mINP": inverse_negative_penalty(search.ranks)}
-        figures = intervals(
-            lambda w, values=values: {name: weighted_mean(of, w) for name, of in values.items()},
-            bootstrap_counts(target, draws, seed))
-        if len(pairs):
-            scores, same = (q[pairs[:, 0]] * q[pairs[:, 1]]).sum(1), np.arange(len(pairs)) < len(pairs) // 2
-            order = np.argsort(-scores)  # once here: each resampling sorts them anew, and what is sorted goes faster
-            scores, same, (left, right) = scores[order], same[order], pairs[order].T
-
-            def accept(weights: np.ndarray | None, scores=scores, same=same) -> dict[str, float]:
-                far, tar = roc(scores, same, weights)
-                return {"pair auc": float(np.trapezoid(tar, far)), "tar@far=0.01": tar_at_far(far, tar, 0.01)}
-
-            figures |= intervals(accept, (np.where(same, w[left], w[left] * w[right]) for w in
-                                          bootstrap_counts(target, draws, seed)))
-        found |= {(k, name): figure for name, figure in figures.items()}
-    return found
+    def resample(self, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Share of hits [steps, n], and of each resampling: float64 [steps] and [resamplings, steps]."""
+        hits = to_device(hits, self.device)
+        drawn = self.counts @ hits.T / self.counts.sum(1, keepdim=True)  # exact sums: whole numbers below 2**24
+        return hits.mean(1, dtype=torch.float64).cpu().numpy(), drawn.cpu().numpy()
 
 
 def to_device(x: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -371,11 +290,19 @@ def to_device(x: np.ndarray | torch.Tensor, device: torch.device | str) -> torch
     return torch.as_tensor(x, dtype=torch.float32, device=device)
 
 
+Basis = tuple[np.ndarray, np.ndarray, np.ndarray]  # mean [D], components as columns [D, D], variances [D]
+
+
+def draw_fits(tasks: list[Task], dim: int, seed: int) -> dict[str, np.ndarray]:
+    """By domain, equally many rows of every task's training split, to fit components on."""
+    rng, n = np.random.default_rng(seed), min(FITTED * dim, *(len(task.fit) for task in tasks))
+    return {task.domain: rng.permutation(task.fit)[:n] for task in tasks}
+
+
 def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Task], headline: int, draws: int,
-             seed: int, *, foundation: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
-             delete: tuple[int, int] = (0, 0), importance: int = 0, controls: bool = True,
-             device: torch.device | str = "cpu") -> dict:
-    """Components of every task, used by every task, beside the controls.
+             seed: int, foundation: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
+             device: torch.device | str = "cpu") -> tuple[Transfer, list[Curve], dict[str, Basis]]:
+    """Components of every task, used by every task, beside random subspaces and the untouched backbone's components.
 
     Args:
         embedded: domain -> unit embeddings of its training and of its test split.
@@ -384,115 +311,68 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
         draws: bootstrap resamplings, by identity.
         seed: of the sub-sampling and the random subspaces.
         foundation: embeddings of the untouched backbone, whose components are then used on `embedded`, too.
-        delete: components a <= i < b that are left out, for one more figure (counted from 0; a = b: none).
-        importance: so many of the first components are left out, each alone; 0: none.
-        controls: measure all of them; else random subspaces alone.
         device: of the sweeps.
 
     Returns:
-        "curves": dictionaries of `Curve`; "pairs": one per (fit, test): kept at the headline k with its interval, k*
-        for each level with its interval (see `show_needed`; and on the k of the controls, beside that of random
-        subspaces), the raw score (not centred) and that of all components, identities that are tested, and the
-        controls; "all_tasks": for each fit the k* from which on EVERY task keeps that much; "images_per_task",
-        "rank_limited", "dim"; "limit": the number of components that the images determine, where every curve stops;
-        "bases": (mean, components, variances) by domain.
+        What is kept by each pair of tasks; the curves; and the components by domain.
     """
-    rng, D = np.random.default_rng(seed), next(iter(embedded.values()))[0].shape[1]
-    n = min(FITTED * D, *(len(task.fit) for task in tasks))
-    chosen = {task.domain: rng.permutation(task.fit)[:n] for task in tasks}
+    D = next(iter(embedded.values()))[0].shape[1]
+    chosen = draw_fits(tasks, D, seed)
+    n = len(next(iter(chosen.values())))
     fits = {domain: principal_components(embedded[domain][0][rows], device) for domain, rows in chosen.items()}
-    pooled = principal_components(np.concatenate([embedded[domain][0][rows[: -(-n // len(tasks))]]
-                                                  for domain, rows in chosen.items()]), device)
-    turns = [np.linalg.qr(np.random.default_rng((seed, i)).standard_normal((D, D)))[0] for i in range(RANDOM_SEEDS)]
     untouched = {}
     if foundation and next(iter(foundation.values()))[0].shape[1] == D:
         untouched = {domain: principal_components(foundation[domain][0][rows], device)
                      for domain, rows in chosen.items()}
-    limit = min(determined(variances, n) for *_, variances in [*fits.values(), pooled, *untouched.values()])
-    headline = min(headline, limit)
-    every, grid = list(range(1, limit + 1)), sorted({k for k in GRID if k < limit} | {headline, limit})
-    curves, pairs, every_k = [], [], {}
-    per_task = len(tasks) * (1 + 3 * controls + bool(untouched) + RANDOM_SEEDS) + controls
-    bar = progress(total=len(tasks) * per_task, desc="transfer", unit="sweep")
+    limit = min(determined(variances, n) for *_, variances in [*fits.values(), *untouched.values()])
+    headline, every = min(headline, limit), list(range(1, limit + 1))
+    grid, turns = control_grid(headline, limit), [random_basis(D, seed, i) for i in range(RANDOM_SEEDS)]
+    curves, pairs, stars = [], [], {}
+    bar = progress(total=len(tasks) ** 2 * (1 + bool(untouched) + RANDOM_SEEDS), desc="transfer", unit="sweep")
     for task in tasks:
-        vectors = tuple(to_device(x, device) for x in vectors_of(task, embedded[task.domain]))
-        counts = np.array(list(bootstrap_counts(task.target, draws, seed)), dtype=np.float32)
-        counts = to_device(counts.reshape(draws, len(task.probe)), device)
-        identity, chance = np.eye(D), task.chance()
+        trial = Trial.of(task, embedded[task.domain], draws, seed, device)
 
-        def measure(kind: str, fit: str, mean: np.ndarray, basis: np.ndarray, ks: list[int], task=task,
-                    vectors=vectors, counts=counts) -> Curve:
+        def measure(kind: str, fit: str, basis: np.ndarray, ks: list[int], trial=trial) -> Curve:
             bar.update()
-            return measure_curve(kind, fit, task, vectors, mean, basis, ks, counts, device)
+            # the controls have the mean of the components: else they would differ in their centring, too
+            curves.append(trial.curve(kind, fit, fits[fit][0], basis, ks))
+            return curves[-1]
 
-        raw = measure_curve("raw", "", task, vectors, np.zeros(D), identity, [D], counts, device).full.value
-        own = fits[task.domain][0]
-        if controls:
-            curves.append(measure("pooled", "all", pooled[0], pooled[1], grid))
-            pool = curves[-1].at(headline)
-        for other in tasks:
-            mean, basis, _ = fits[other.domain]
-            curve = measure("components", other.domain, mean, basis, every)
-            curves.append(curve)
-            found = curve.at(headline)
-            # with the same mean as the components: else the control would differ in its centring, too
-            random = [measure("random", other.domain, mean, turn, grid) for turn in turns]
+        raw = trial.curve("raw", "", np.zeros(D), np.eye(D), [D]).full.value
+        for fit, (_, basis, _) in fits.items():
+            curve = measure("components", fit, basis, every)
+            random = [measure("random", fit, turn, grid) for turn in turns]
             for number, one in enumerate(random):
                 one.number = number
-            curves += random
-            chance_level = Estimate(float(np.mean([c.at(headline).value for c in random])),
-                                  np.mean([c.at(headline).draws for c in random], axis=0))
-            mean_random, coarse = np.mean([c.kept for c in random], axis=0), curve.kept[np.array(grid) - 1]
-            pair = {"fit": other.domain, "test": task.domain, "identities": len(np.unique(task.target)),
-                    "chance": chance, "raw": raw, "full": curve.full.value, "k": headline,
-                    "full_low": curve.full.low, "full_high": curve.full.high,
-                    "kept": finite(found.value), "low": finite(found.low), "high": finite(found.high),
-                    "random": show(chance_level), "over_random": show(minus(found, chance_level))}
-            for level in LEVELS:
-                needed = Estimate(float(components_needed(curve.kept, every, level)),
-                                components_needed(curve.draws, every, level))
-                pair[f"k{100 * level:g}"] = show_needed(needed, limit)
-                every_k.setdefault(other.domain, {}).setdefault(f"k{100 * level:g}", []).append(needed)
-                pair[f"k{100 * level:g}_grid"] = finite(components_needed(coarse, grid, level))
-                pair[f"k{100 * level:g}_random"] = finite(components_needed(mean_random, grid, level))
+            found, by_chance = curve.at(headline), Estimate(
+                float(np.mean([c.at(headline).value for c in random])),
+                np.mean([c.at(headline).draws for c in random], axis=0))
+            k99, k95 = (Estimate(float(components_needed(curve.kept, every, level)),
+                                 components_needed(curve.draws, every, level)) for level in LEVELS)
+            stars.setdefault(fit, []).append((k99, k95))
+            coarse = [finite(components_needed(of, grid, level)) for of in (
+                curve.kept[np.array(grid) - 1], np.mean([c.kept for c in random], axis=0)) for level in LEVELS]
+            pairs.append(Pair(
+                fit, task.domain, len(np.unique(task.target)), task.chance(), raw, curve.full.value, curve.full.low,
+                curve.full.high, headline, *show(found).values(), show(by_chance), show(minus(found, by_chance)),
+                show_needed(k99, limit), show_needed(k95, limit), *coarse))
             if untouched:
-                curves.append(measure("foundation", other.domain, mean, untouched[other.domain][1], grid))
-                theirs = curves[-1].at(headline)
-                pair |= {"foundation": show(theirs), "over_foundation": show(minus(found, theirs))}
-            if controls:
-                few = sorted({k for k in FURTHER if k < limit} | {headline, D})
-                further = measure_further(task, vectors, mean, basis, few, draws, seed, device)
-                # all of D random coordinates are the whole space: the same as all components
-                by_chance = [measure_further(task, vectors, mean, turn, [k for k in few if k < D], 0, seed, device)
-                             for turn in turns[:FURTHER_RANDOM]]
-                pair["further"] = [{"metric": metric, "k": k, **show(figure), "random": finite(
-                    np.mean([one[k, metric].value for one in by_chance])) if k < D else None}
-                    for (k, metric), figure in further.items()]
-                pair["pooled"] = show(pool)
-                last_first = np.concatenate([basis[:, :limit][:, ::-1], basis[:, limit:]], axis=1)
-                curves.append(measure("bottom", other.domain, mean, last_first, grid))
-                pair["bottom"] = show(curves[-1].at(headline))
-                # without the first k are the last D - k: what is left does not depend on the basis of the rest
-                gone = [k for k in grid if k < limit]  # without all that are determined rounding would be scored
-                less = measure("deleted", other.domain, mean, basis[:, ::-1], [D - k for k in reversed(gone)])
-                curves.append(replace(less, ks=gone, score=less.score[::-1], kept=less.kept[::-1],
-                                      draws=less.draws[:, ::-1]))
-                curves.append(measure("own mean", other.domain, own, basis, grid))
-                pair["own_mean"] = show(curves[-1].at(headline))
-            a, b = delete[0], min(delete[1], limit)
-            if a < b < a + limit:
-                rest = np.concatenate([basis[:, :a], basis[:, b:], basis[:, a:b]], axis=1)
-                less = measure_curve("", "", task, vectors, mean, rest, [D - (b - a), D], counts, device)
-                pair["deleted"] = {"from": a, "to": b} | show(less.at(D - (b - a)))
-            if importance and D > 1:
-                pair["importance"] = measure_importance(task, vectors, mean, basis, curve.full,
-                                                        min(importance, limit), counts, device)
-            pairs.append(pair)
+                theirs = measure("foundation", fit, untouched[fit][1], grid).at(headline)
+                pairs[-1].foundation, pairs[-1].over_foundation = show(theirs), show(minus(found, theirs))
     bar.close()
-    return {"curves": curves, "pairs": pairs, "all_tasks": [
-        {"fit": fit} | {name: show_needed(largest(found), limit) for name, found in of.items()}
-        for fit, of in every_k.items()],
-            "images_per_task": n, "rank_limited": n < 5 * D, "dim": D, "limit": limit, "bases": fits}
+    all_tasks = [{"fit": fit} | {name: show_needed(largest(figures), limit) for name, figures in
+                                 zip(("k99", "k95"), zip(*of, strict=True), strict=True)} for fit, of in stars.items()]
+    return Transfer(pairs, all_tasks, n, n < 5 * D, D, limit), curves, fits
+
+
+def control_grid(headline: int, limit: int) -> list[int]:
+    """Numbers of components at which controls are measured: some up to the limit, and that of the claim."""
+    return sorted({k for k in GRID if k < limit} | {headline, limit})
+
+
+def random_basis(dim: int, seed: int, number: int) -> np.ndarray:
+    """One of the random bases, orthonormal columns [D, D]."""
+    return np.linalg.qr(np.random.default_rng((seed, number)).standard_normal((dim, dim)))[0]
 
 
 def largest(figures: list[Estimate]) -> Estimate:

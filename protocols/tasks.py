@@ -53,12 +53,9 @@ class Task:
 
 def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: str | None, where: str
                  ) -> tuple[dict[str, tuple[Split, Split]], dict[str, str]]:
-    """Training and test split of each domain; and of the domains that are left out, why.
+    """Training and test split of each domain of a run; and of the domains that are left out, why.
 
-    Args:
-        root, where: the data root and its name.
-        domains: of the run.
-        names: of --splits; a domain that it does not name is tested on the first of `ordered_tests`.
+    A domain that --splits (`names`) does not name is tested on the first of `ordered_tests`.
     """
     chosen: dict[str, Split] = {}
     for split in named_splits(root, names, where) if names else []:
@@ -104,11 +101,9 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
     Identities that other tasks test are still among its rows to fit on: see `drop_tested`.
 
     Args:
-        base: the training split.
-        test: the test split.
-        readable: bool, rows of either split that may be used.
-        limit: at most so many probes.
-        seed: of their choice.
+        base, test: training and test split.
+        readable: bool, rows of either that may be used.
+        limit: at most so many probes, drawn.
 
     Raises:
         InputError: one identity alone is tested.
@@ -170,10 +165,7 @@ def refuse_one(test: Split, target: np.ndarray) -> None:
 def drop_tested(tasks: list[Task], most: int, seed: int) -> None:
     """Take from the rows that each task is fitted on every identity that ANY task tests: people may be in several.
 
-    Args:
-        tasks: changed in place.
-        most: rows a task at most, drawn at random: more would not be used, and each costs a read.
-        seed: of the draw.
+    At most `most` rows of a task, drawn, are looked at: more would not be used, and each costs a read.
     """
     tested = set()
     for task in tasks:

@@ -1,19 +1,19 @@
 """The pages and tables of an analysis."""
 
-import json
 import math
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import literal, write_atomically, write_json
-from protocols.bootstrap import FEW
+from data_prep import literal, write_csv, write_json
+from protocols.bootstrap import FEW, interval, needed, number
 from protocols.claims import Claim
-from protocols.results import FEW_NOTE, interval, needed, number
+from protocols.explore import FURTHER_RANDOM, Explored
+from protocols.results import FEW_NOTE, Transfer
 from protocols.separability import CLASSIFIERS
-from protocols.subspaces import FURTHER_RANDOM, LEVELS
+from protocols.subspaces import Curve
 from reports.analysis_plots import (
     draw_deletion,
     draw_importance,
@@ -23,7 +23,7 @@ from reports.analysis_plots import (
     draw_spectrum,
     draw_transfer,
 )
-from reports.rows import write_csv
+from reports.tables import write_text
 
 
 def mistrust(identities: int) -> str:
@@ -31,89 +31,106 @@ def mistrust(identities: int) -> str:
     return f"{identities} identities: interval not to be trusted" if identities < FEW else ""
 
 
-def report_tasks(analysis: dict) -> list[str]:
+@dataclass
+class Analysis:
+    """What analyze.py found of a run: analysis.json."""
+
+    run: str
+    weights_sha256: str | None
+    domains: list[str]
+    splits: dict[str, list[str]]  # by domain: that it was fitted on, and that it was tested on
+    left_out: dict[str, str]  # domain -> why
+    degraded: dict[str, float]  # domain -> severity of its training images
+    map: str  # how it was drawn up
+    transfer: dict[str, Transfer] = field(default_factory=dict)  # by weights
+    explored: list[Explored] = field(default_factory=list)  # of the tuned weights
+    separability: dict | None = None
+    sharing: dict[str, dict] = field(default_factory=dict)  # by weights
+    cka: dict[str, float | None] = field(default_factory=dict)  # by domain
+
+
+def report_tasks(analysis: Analysis) -> list[str]:
     """Lines about what was fitted on and tested, and what was not."""
     lines = ["| task | fitted on | tested on | remarks |", "| --- | --- | --- | --- |"]
-    few = {pair["test"]: mistrust(pair["identities"]) for pair in analysis["transfer"]["tuned"]["pairs"]}
-    for domain, (base, test) in analysis["splits"].items():
-        severity = analysis["degraded"].get(domain)
+    few = {pair.test: mistrust(pair.identities) for pair in analysis.transfer["tuned"].pairs}
+    for domain, (base, test) in analysis.splits.items():
+        severity = analysis.degraded.get(domain)
         remarks = [few[domain], f"fitted on images degraded as in training (severity up to {severity:g})"
                    if severity is not None else ""]
         lines.append(f"| {domain} | {literal(base)} | {literal(test)} | {'; '.join(filter(None, remarks))} |")
-    lines += [f"| {domain} | - | - | left out: {literal(why)} |" for domain, why in analysis["left_out"].items()]
+    lines += [f"| {domain} | - | - | left out: {literal(why)} |" for domain, why in analysis.left_out.items()]
     return [*lines, ""]
 
 
-def report_transfer(result: dict, weights: str) -> list[str]:
+def report_transfer(found: Transfer, weights: str, explored: list[Explored]) -> list[str]:
     """Lines about the transfer of one set of weights."""
-    headline, dim, limit = result["pairs"][0]["k"], result["dim"], result["limit"]
-    note = f" **Rank-limited**: fewer than 5 x {dim} images." if result["rank_limited"] else ""
+    headline, dim, limit = found.pairs[0].k, found.dim, found.limit
+    note = f" **Rank-limited**: fewer than 5 x {dim} images." if found.rank_limited else ""
     if limit < dim:
         note += (f" They determine {limit:,} components, and everything stops there: of the other dimensions every "
                  f"basis is as right (> {limit:,}: not even with all that are determined).")
+    columns = {"pooled": "pooled", "bottom": "last k", "own_mean": "own mean"} if explored else {}
+    if explored and explored[0].deleted:
+        columns["deleted"] = "range deleted"
+    more, untouched = {(e.fit, e.test): e for e in explored}, found.pairs[0].foundation is not None
+    head = ["PCs of", "used by", "raw", "all", "kept at k", "k99", "k95", "k99 / random's", "random",
+            *["untouched PCs"] * untouched, *columns.values(), "lead over random",
+            *["lead over untouched PCs"] * untouched]
     lines = [f"### {weights}", "",
-             f"{result['images_per_task']:,} images a task, {dim:,} dimensions, k = {headline}.{note}", ""]
-    columns = {"random": "random", "foundation": "untouched PCs", "pooled": "pooled", "bottom": "last k",
-               "own_mean": "own mean", "deleted": "range deleted"}
-    there = {key: name for key, name in columns.items() if key in result["pairs"][0]}
-    head = ["PCs of", "used by", "raw", "all", "kept at k", "k99", "k95", "k99 / random's", *there.values(),
-            "lead over random", *(["lead over untouched PCs"] if "foundation" in there else [])]
-    lines += [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-    for p in result["pairs"]:
-        beyond = "-" if p["kept"] is None else f"> {limit:,}"
-        coarse = [f"{p[key]:,.0f}" if p[key] else beyond for key in ("k99_grid", "k99_random")]
-        cells = [p["fit"], p["test"], f"{100 * p['raw']:.1f}", f"{100 * p['full']:.1f}",
-                 interval({"value": p["kept"], "low": p["low"], "high": p["high"]}),
-                 needed([p["k99"]]), needed([p["k95"]]), " / ".join(coarse),
-                 *(number(p[key]["value"]) for key in there), interval(p["over_random"], "+.1f"),
-                 *([interval(p["over_foundation"], "+.1f")] if "foundation" in there else [])]
+             f"{found.images_per_task:,} images a task, {dim:,} dimensions, k = {headline}.{note}", "",
+             f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for p in found.pairs:
+        beyond = "-" if p.kept is None else f"> {limit:,}"
+        coarse = [f"{k:,.0f}" if k else beyond for k in (p.k99_grid, p.k99_random)]
+        controls = [p.random, *[p.foundation] * untouched, *(getattr(more[p.fit, p.test], key) for key in columns)]
+        cells = [p.fit, p.test, f"{100 * p.raw:.1f}", f"{100 * p.full:.1f}", interval(p.share), needed([p.k99]),
+                 needed([p.k95]), " / ".join(coarse), *(number(control["value"]) for control in controls),
+                 interval(p.over_random, "+.1f"), *[interval(p.over_foundation, "+.1f")] * untouched]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Components from which on every task keeps so much (-: a task is not above chance): "
-              + "; ".join(f"of {row['fit']} " + ", ".join(f"{needed([row[f'k{100 * level:g}']])} for {100 * level:g} %"
-                                                          for level in LEVELS)
-                          for row in result["all_tasks"]) + f"; of {dim:,}."]
-    few = {p["test"]: note for p in result["pairs"] if (note := mistrust(p["identities"]))}
+              + "; ".join(f"of {row['fit']} {needed([row['k99']])} for 99 %, {needed([row['k95']])} for 95 %"
+                          for row in found.all_tasks) + f"; of {dim:,}."]
+    few = {p.test: note for p in found.pairs if (note := mistrust(p.identities))}
     lines += ["", *(f"- used by {test}: {note}" for test, note in few.items())] if few else []
-    if "further" in result["pairs"][0]:
-        lines += ["", *report_further(result["pairs"], dim)]
-    if "importance" in result["pairs"][0]:
-        lines += ["", *report_importance(result["pairs"])]
-    if "deleted" in there:
-        cut = result["pairs"][0]["deleted"]
-        lines += ["", f"Range deleted: without components {cut['from'] + 1} to {cut['to']} of the fitted task."]
+    if explored:
+        lines += ["", *report_further(explored, dim)]
+        if explored[0].importance:
+            lines += ["", *report_importance(explored)]
+        if cut := explored[0].deleted:
+            lines += ["", f"Range deleted: without components {cut['from'] + 1} to {cut['to']} of the fitted task."]
     return [*lines, ""]
 
 
-def report_further(pairs: list[dict], dim: int) -> list[str]:
+def report_further(explored: list[Explored], dim: int) -> list[str]:
     """Lines about the tasks' other metrics in a few subspaces."""
-    ks = sorted({row["k"] for row in pairs[0]["further"]})
+    ks = sorted({row["k"] for row in explored[0].further})
     lines = ["Other metrics with k components, in percent (in brackets: k random dimensions, the mean of "
              f"{FURTHER_RANDOM}; intervals: further.csv). On an AUC a random subspace keeps nearly everything, so that "
              "it tells little here; no verdict rests on this table.", "",
              f"| PCs of | used by | metric | {' | '.join(f'k = {k}' if k < dim else 'all' for k in ks)} |",
              "| --- " * (len(ks) + 3) + "|"]
-    for p in pairs:
-        rows = {(row["metric"], row["k"]): row for row in p["further"]}
+    for pair in explored:
+        rows = {(row["metric"], row["k"]): row for row in pair.further}
         for metric in dict.fromkeys(metric for metric, _ in rows):
             cells = [number(row["value"]) + f" ({number(row['random'])})" * (row["k"] < dim)
                      for row in (rows[metric, k] for k in ks)]
-            lines.append(f"| {p['fit']} | {p['test']} | {metric} | {' | '.join(cells)} |")
+            lines.append(f"| {pair.fit} | {pair.test} | {metric} | {' | '.join(cells)} |")
     return lines
 
 
-def report_importance(pairs: list[dict]) -> list[str]:
+def report_importance(explored: list[Explored]) -> list[str]:
     """Lines about the components that a score rests on most, and those that it would be better without."""
-    count = len(pairs[0]["importance"]["change"])
+    count = len(explored[0].importance["change"])
     lines = [f"One component left out at a time, of the first {count}: the three of the largest loss and of the "
              "largest gain, change of the score in points (intervals of all: importance.csv; the largest of many are "
              "large by chance, too).", "", "| PCs of | used by | losses: component (change) | gains |",
              "| --- | --- | --- | --- |"]
-    for p in pairs:
-        change = 100 * np.array(p["importance"]["change"])
+    for pair in explored:
+        change = 100 * np.array(pair.importance["change"])
         order = np.argsort(change, kind="stable")
         ends = [", ".join(f"{i + 1} ({change[i]:+.1f})" for i in part if change[i] * sign > 0) or "-"
                 for part, sign in ((order[:3], -1), (order[::-1][:3], 1))]
-        lines.append(f"| {p['fit']} | {p['test']} | {ends[0]} | {ends[1]} |")
+        lines.append(f"| {pair.fit} | {pair.test} | {ends[0]} | {ends[1]} |")
     return lines
 
 
@@ -197,59 +214,54 @@ def report_sharing(result: dict[str, dict], cka: dict[str, float | None]) -> lis
     return [*lines, ""]
 
 
-def write_analysis(folder: Path, analysis: dict, curves: dict[str, list[dict]], components: list[dict],
+def write_analysis(folder: Path, analysis: Analysis, curves: dict[str, list[Curve]], components: list[dict],
                    points: list[dict]) -> str:
     """analysis.json, the tables, report.md and the figures; returns the report.
 
-    Args:
-        folder: RUN/analysis.
-        analysis: the summary, all of analysis.json.
-        curves: by weights, what `to_row` made.
-        components: what `measure_components` found, with the weights.
-        points: of the map.
+    `curves`: by weights; `components`: what `measure_components` found, with the weights; `points`: of the map.
     """
-    domains, pairs = analysis["domains"], analysis["transfer"]["tuned"]["pairs"]
-    headline = pairs[0]["k"]
+    domains, pairs, explored = analysis.domains, analysis.transfer["tuned"].pairs, analysis.explored
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "analysis.json", analysis)
+    write_json(folder / "analysis.json", asdict(analysis))
     write_csv(folder / "transfer.csv", [
-        {"weights": weights, "kind": c["kind"], "fit": c["fit"], "number": c["number"], "test": c["test"], "k": k,
-         "score": score, "kept": v, "low": low, "high": high} for weights, rows in curves.items() for c in rows
-        for k, score, v, low, high in zip(*(c[key] for key in ("ks", "score", "kept", "low", "high")), strict=True)])
-    write_csv(folder / "further.csv", [{"fit": p["fit"], "test": p["test"]} | row for p in pairs
-                                       for row in p["further"]])
+        {"weights": weights, "kind": c.kind, "fit": c.fit, "number": c.number, "test": c.test, "k": k}
+        | {name: None if math.isnan(value) else round(float(value), 6)
+           for name, value in zip(("score", "kept", "low", "high"), values, strict=True)}
+        for weights, rows in curves.items() for c in rows
+        for k, *values in zip(c.ks, c.score, c.kept, *c.interval(), strict=True)])
+    write_csv(folder / "further.csv", [{"fit": e.fit, "test": e.test} | row for e in explored for row in e.further])
     write_csv(folder / "importance.csv", [
-        {"fit": p["fit"], "test": p["test"], "component": i, "change": change, "low": low, "high": high}
-        for p in pairs if "importance" in p
-        for i, (change, low, high) in enumerate(zip(*p["importance"].values(), strict=True), 1)],
+        {"fit": e.fit, "test": e.test, "component": i, "change": change, "low": low, "high": high}
+        for e in explored if e.importance
+        for i, (change, low, high) in enumerate(zip(*e.importance.values(), strict=True), 1)],
         ("fit", "test", "component", "change", "low", "high"))
     write_csv(folder / "dprime.csv", components)
     write_csv(folder / "map.csv", points)
-    lines = [f"# {literal(analysis['run'])}", "", *report_tasks(analysis), "## Transfer of principal components", "",
-             f"Share of (score - chance) that the first {headline} components of one task keep for another, in percent "
-             "with 95 % intervals, resampled by identity; the score is rank-1 for people and the nearest class mean "
-             "for objects, on identities that the components were not fitted on (-: even all components are not above "
-             "chance). Vectors are centred by the mean of the task that was fitted on. All: every component; raw: "
-             "without centring. k99 and k95: from so many components on 99 % and 95 % are kept; k99 / random's: "
+    lines = [f"# {literal(analysis.run)}", "", *report_tasks(analysis), "## Transfer of principal components", "",
+             f"Share of (score - chance) that the first {pairs[0].k} components of one task keep for another, in "
+             "percent with 95 % intervals, resampled by identity; the score is rank-1 for people and the nearest class "
+             "mean for objects, on identities that the components were not fitted on (-: even all components are not "
+             "above chance). Vectors are centred by the mean of the task that was fitted on. All: every component; "
+             "raw: without centring. k99 and k95: from so many components on 99 % and 95 % are kept; k99 / random's: "
              "the components' and that of random subspaces, both at the few k of the controls. Controls at k: random "
              "subspaces (centred as the components are), components of the untouched backbone, of all tasks pooled, "
              "the last k; own mean: centred by the mean of the task that is scored. A claim about components means "
              "something where they lead.", ""]
-    for weights, result in analysis["transfer"].items():
-        lines += report_transfer(result, weights)
-    if analysis["separability"]:
-        lines += report_separability(analysis["separability"])
-        draw_separability(folder / "separability", analysis["separability"], domains)
-    lines += report_sharing(analysis["sharing"], analysis["cka"])
+    for weights, found in analysis.transfer.items():
+        lines += report_transfer(found, weights, explored if weights == "tuned" else [])
+    if analysis.separability:
+        lines += report_separability(analysis.separability)
+        draw_separability(folder / "separability", analysis.separability, domains)
+    lines += report_sharing(analysis.sharing, analysis.cka)
     report = "\n".join(lines)
-    write_atomically(folder / "report.md", lambda path: path.write_text(report))
+    write_text(folder / "report.md", report)
     draw_transfer(folder / "transfer", curves["tuned"], domains, pairs)
     draw_deletion(folder / "deletion", curves["tuned"], domains, pairs)
-    if "importance" in pairs[0]:
-        draw_importance(folder / "importance", pairs, domains)
-    draw_sharing(folder / "sharing", analysis["sharing"]["tuned"], domains)
+    if explored[0].importance:
+        draw_importance(folder / "importance", explored, domains)
+    draw_sharing(folder / "sharing", analysis.sharing["tuned"], domains)
     draw_spectrum(folder / "spectrum", components, domains)
-    draw_map(folder / "map", points, domains, analysis["map"])
+    draw_map(folder / "map", points, domains, analysis.map)
     return report
 
 
@@ -264,6 +276,6 @@ def write_table(folder: Path, table: list[Claim]) -> None:
         lines += ["", f"## {literal(claim.claim)}: {literal(claim.backbones)}", ""]
         lines += [f"- {literal(str(finding))}" + f": {literal(finding.verdict)}" * bool(finding.verdict)
                   for finding in claim.findings]
-    write_atomically(folder / "claims.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
-    write_atomically(folder / "claims.md", lambda path: path.write_text("\n".join(lines) + "\n"))
+    write_json(folder / "claims.json", rows)
+    write_text(folder / "claims.md", "\n".join(lines) + "\n")
     write_csv(folder / "claims.csv", [{k: v for k, v in row.items() if k != "findings"} for row in rows])

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import DOMAIN_COLOURS, write_atomically
-from protocols.results import above_chance
+from protocols.explore import Explored
+from protocols.results import Pair
 from protocols.separability import CLASSIFIERS
-from protocols.subspaces import RANDOM_SEEDS
+from protocols.subspaces import RANDOM_SEEDS, Curve
+from reports import tables
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (  # Okabe-Ito
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
@@ -17,29 +19,15 @@ GREY = "#999999"
 SPACE_COLOURS = {"tuned": BLUE, "foundation": GREY, "pixels": GREEN}
 
 
-# ---------------------------------------------------------------- a map
-
-
-# ---------------------------------------------------------------- figures
-
-
-def percent(value: float | None) -> float:
-    """100 times a fraction; NaN where it is not known."""
-    return math.nan if value is None else 100 * value
-
-
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
     """A figure and its axes [rows, columns]; size in inches, as printed."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
     # fonttype 42: text stays text in a PDF
     matplotlib.rcParams.update({"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 8,
                                 "xtick.labelsize": 7, "ytick.labelsize": 7, "pdf.fonttype": 42,
                                 "axes.spines.top": False, "axes.spines.right": False})
-    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
+    return tables.new_figure(rows, columns, size, layout="constrained", **options)
 
 
 def save_figure(figure, path: Path, handles: list | None = None, columns: int = 4) -> None:
@@ -68,9 +56,9 @@ def heat_map(ax, values: np.ndarray, names: list[str], title: str, limits: tuple
     ax.spines[:].set_visible(False)
 
 
-def find_measured(pairs: list[dict]) -> set[tuple[str, str]]:
+def find_measured(pairs: list[Pair]) -> set[tuple[str, str]]:
     """The pairs of tasks (fit, test) whose full space is above chance: shares of the others are noise."""
-    return {(pair["fit"], pair["test"]) for pair in pairs if above_chance(pair)}
+    return {(pair.fit, pair.test) for pair in pairs if pair.above_chance}
 
 
 def leave_empty(ax) -> None:
@@ -79,7 +67,7 @@ def leave_empty(ax) -> None:
             color="#666666")
 
 
-def draw_transfer(path: Path, curves: list[dict], names: list[str], pairs: list[dict]) -> None:
+def draw_transfer(path: Path, curves: list[Curve], names: list[str], pairs: list[Pair]) -> None:
     """The grid of transfer curves: rows are the task whose components are used, columns the task that uses them."""
     from matplotlib.lines import Line2D
 
@@ -90,9 +78,9 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str], pairs: list[
              "pooled": (GREEN, "-.", "of all tasks pooled"),
              "random": (RED, "--", f"random ({RANDOM_SEEDS}, range)"),
              "bottom": (PURPLE, (0, (3, 1, 1, 1)), "last k of the row's task")}
-    K, measured = len(names), find_measured(pairs)
+    K, measured, limit = len(names), find_measured(pairs), curves[0].ks[-1]
     # in a space without its first components a task may score more than in all of it
-    most = max((percent(v) for c in curves if (c["fit"], c["test"]) in measured for v in c["kept"]), default=100)
+    most = 100 * max((c.kept.max() for c in curves if (c.fit, c.test) in measured), default=1)
     figure, axes = new_figure(K, K, (max(1.75 * K, 5), 1.6 * K + 1), sharex=True, sharey=True)
     for i, fit in enumerate(names):
         for j, test in enumerate(names):
@@ -102,41 +90,39 @@ def draw_transfer(path: Path, curves: list[dict], names: list[str], pairs: list[
             for kind, (colour, style, _) in kinds.items() if (fit, test) in measured else ():
                 of = {"own": ("components", test), "pooled": ("pooled", None)}
                 name, origin = of.get(kind, (kind, fit))
-                found = [c for c in curves if (c["kind"], c["test"]) == (name, test) and origin in (None, c["fit"])]
+                found = [c for c in curves if (c.kind, c.test) == (name, test) and origin in (None, c.fit)]
                 if not found or (kind in ("own", "own mean") and fit == test):  # the same curve once more
                     continue
-                many = np.array([[percent(v) for v in c["kept"]] for c in found])
-                ax.plot(found[0]["ks"], many.mean(0), color=colour, ls=style, lw=1.4 if kind == "components" else 1)
+                many = 100 * np.array([c.kept for c in found])
+                ax.plot(found[0].ks, many.mean(0), color=colour, ls=style, lw=1.4 if kind == "components" else 1)
                 if kind == "random":
-                    ax.fill_between(found[0]["ks"], many.min(0), many.max(0), color=colour, alpha=0.25, lw=0)
+                    ax.fill_between(found[0].ks, many.min(0), many.max(0), color=colour, alpha=0.25, lw=0)
                 if kind == "components":
-                    band = [[percent(v) for v in found[0][end]] for end in ("low", "high")]
-                    ax.fill_between(found[0]["ks"], *band, color=colour, alpha=0.2, lw=0)
+                    ax.fill_between(found[0].ks, *100 * found[0].interval(), color=colour, alpha=0.2, lw=0)
             if (fit, test) in measured:
                 ax.axhline(99, color="k", lw=0.6, ls=(0, (1, 2)))
                 ax.axvline(100, color="k", lw=0.6, ls=(0, (1, 2)))
-            ax.set(xscale="log", ylim=(-10, 5 + min(max(most, 107), 150)), xlim=(1, curves[0]["ks"][-1]))
+            ax.set(xscale="log", ylim=(-10, 5 + min(max(most, 107), 150)), xlim=(1, limit))
             if i == 0:
                 ax.set_title(f"used by {test}")
             if j == 0:
                 ax.set_ylabel(f"components of\n{fit}")
-    limit = curves[0]["ks"][-1]
     figure.supxlabel(f"number of components k{' (dotted: 100)' * (limit > 100)}, up to the {limit:,} that the fitted "
                      "images determine", fontsize=8)
     figure.supylabel("kept of (score − chance), % (dotted: 99)", fontsize=8)
     save_figure(figure, path, [Line2D([], [], color=c, ls=s, label=label) for c, s, label in kinds.values()], 3)
 
 
-def draw_deletion(path: Path, curves: list[dict], names: list[str], pairs: list[dict]) -> None:
+def draw_deletion(path: Path, curves: list[Curve], names: list[str], pairs: list[Pair]) -> None:
     """What is left of each task without the first k components of each task."""
     from matplotlib.lines import Line2D
 
     measured = find_measured(pairs)
     figure, axes = new_figure(1, len(names), (max(1.75 * len(names), 4.5), 2.3), sharex=True, sharey=True)
     for ax, test in zip(axes[0], names, strict=True):
-        found = [c for c in curves if (c["kind"], c["test"]) == ("deleted", test) and (c["fit"], test) in measured]
+        found = [c for c in curves if (c.kind, c.test) == ("deleted", test) and (c.fit, test) in measured]
         for c in found:
-            ax.plot(c["ks"], [percent(v) for v in c["kept"]], color=DOMAIN_COLOURS[c["fit"]], lw=1.2)
+            ax.plot(c.ks, 100 * c.kept, color=DOMAIN_COLOURS[c.fit], lw=1.2)
         if found:
             ax.axhline(100, color="k", lw=0.6, ls=(0, (1, 2)))
         else:
@@ -146,11 +132,11 @@ def draw_deletion(path: Path, curves: list[dict], names: list[str], pairs: list[
     save_figure(figure, path, [Line2D([], [], color=DOMAIN_COLOURS[n], label=f"components of {n}") for n in names])
 
 
-def draw_importance(path: Path, pairs: list[dict], names: list[str]) -> None:
+def draw_importance(path: Path, explored: list[Explored], names: list[str]) -> None:
     """What each task's score changes by without one component of each task: rows fitted, columns scored."""
     from matplotlib.patches import Patch
 
-    K, found, sure = len(names), {(p["fit"], p["test"]): p["importance"] for p in pairs}, ("#BBBBBB", BLUE)
+    K, found, sure = len(names), {(e.fit, e.test): e.importance for e in explored}, ("#BBBBBB", BLUE)
     figure, axes = new_figure(K, K, (max(1.75 * K, 4.5), 1.1 * K + 1), sharex=True, sharey=True)
     for i, fit in enumerate(names):
         for j, test in enumerate(names):

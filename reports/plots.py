@@ -11,7 +11,7 @@ from protocols.pairs import SCORE_BINS
 from protocols.results import Row
 from protocols.search import gallery_rule, mates_in, take_rows, variants_of
 from reports.rows import chance, headlines
-from reports.tables import Published, human_rows, save_figure
+from reports.tables import Published, human_rows, new_figure, save_figure
 
 HIT, MISS = "#009E73", "#D55E00"  # frames of what is right and wrong
 COLOURS = {"foundation": "#999999", "tuned": "#0072B2", "people": "#E69F00"}  # Okabe-Ito
@@ -20,18 +20,13 @@ COLOURS = {"foundation": "#999999", "tuned": "#0072B2", "people": "#E69F00"}  # 
 def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits: list[Split],
                  published: list[tuple[Published, str, Row | None]]) -> list[tuple[str, str]]:
     """bars.png, roc.png (log FAR), cmc.png and scores.png, where there is something to draw: title and name of each."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     drawn = [("Figures before and after, beside people and published experts", "bars.png")]
-    draw_bars(plt, folder / "bars.png", rows, splits, published)
+    draw_bars(folder / "bars.png", rows, splits, published)
     for kind, name, x_label, y_label in (("far", "roc", "FAR", "TAR"), ("cmc", "cmc", "rank", "identification rate")):
         panels = [key for key, curve in next(iter(curves.values())).items() if kind in curve]
         if not panels:
             continue
-        figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False)
+        figure, axes = new_figure(1, len(panels), (4.2 * len(panels), 3.6))
         for ax, key in zip(axes[0], panels, strict=True):
             for weights, by_split in curves.items():
                 curve = by_split[key]
@@ -54,8 +49,7 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
 
     panels = [key for key, curve in next(iter(curves.values())).items() if "same" in curve]
     if panels:
-        figure, axes = plt.subplots(len(curves), len(panels), figsize=(4.2 * len(panels), 2.6 * len(curves)),
-                                    squeeze=False, sharex=True)
+        figure, axes = new_figure(len(curves), len(panels), (4.2 * len(panels), 2.6 * len(curves)), sharex=True)
         for line, (weights, by_split) in zip(axes, curves.items(), strict=True):
             for ax, key in zip(line, panels, strict=True):
                 for kind, colour in (("different", "#D55E00"), ("same", "#009E73")):
@@ -71,7 +65,7 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
     return drawn
 
 
-def draw_bars(plt, path: Path, rows: list[Row], splits: list[Split],
+def draw_bars(path: Path, rows: list[Row], splits: list[Split],
               published: list[tuple[Published, str, Row | None]]) -> None:
     """Headlines and whatever else is published, before and after; then the human trials with every rater as a point."""
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
@@ -94,7 +88,7 @@ def draw_bars(plt, path: Path, rows: list[Row], splits: list[Split],
                        pair | {"people": first["people"][0]}, 0.5, [], raters))
 
     names = [weights for weights in COLOURS if any(weights in pair for _, pair, *_ in groups)]
-    figure, ax = plt.subplots(figsize=(1.8 + 1.3 * len(groups), 4))
+    figure, [[ax]] = new_figure(1, 1, (1.8 + 1.3 * len(groups), 4))
     for i, (_, pair, level, others, raters) in enumerate(groups):
         here = [weights for weights in names if weights in pair]
         width = 0.76 / max(len(here), 2)

@@ -3,25 +3,36 @@
 import hashlib
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import click
 import numpy as np
 
-from data_prep import InputError, literal, write_atomically, write_csv
+from data_prep import InputError, literal, option, write_atomically, write_csv, write_json
 from data_prep.format import ROLES, Split, fingerprint
 from models.runs import Run
 from protocols.bootstrap import Estimate, Unscorable, finite, gap, normalise, retention, say_once
 from protocols.choice import Decisions, categories_of, choose, score_choice
 from protocols.classify import Readouts, score_classification
-from protocols.embed import Embedder
+from protocols.embed import Embedder, EmbedOptions
 from protocols.humans import Rating, Trials
 from protocols.pairs import FARS, score_pairs, score_verification
 from protocols.results import FEW_NOTE, Row, mark
 from protocols.search import describe_variant, gallery_rule, origin_of, score_gallery, variants_of
 from protocols.templates import score_templates
 
-# ---------------------------------------------------------------- results
+
+@dataclass
+class ScoreOptions(EmbedOptions):
+    """What evaluation has in common with `leaks`."""
+
+    splits: str | None = option("scores", None, str, "Comma-separated domain/split: the results then hold these alone "
+                                "(default: all test splits).", metavar="NAMES")
+    bootstrap: int = option("scores", 500, click.IntRange(2), "Resamplings for the intervals.")
+    sheet: bool = option("scores", False, bool, "Draw what is scored, sheet-DOMAIN-SPLIT.png: probes of each split "
+                         "with the ten images nearest to them, of verification the hardest pairs; of `leaks` the "
+                         "nearest pairs, leaks-sheet.png.")
 
 
 def chance(split: Split, row: Row) -> float:
@@ -379,8 +390,7 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
 def write_rows(folder: Path, rows: list[Row]) -> None:
     """results.json and results.csv: the same rows."""
     table = [asdict(row) for row in rows]
-    write_atomically(folder / "results.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
-
+    write_json(folder / "results.json", table)
     write_csv(folder / "results.csv", table)
 
 

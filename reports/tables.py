@@ -68,15 +68,9 @@ def plain(name: str) -> str:
 
 
 def datasets_of(names: list[str], given: tuple[str, ...], published: list[Published]) -> dict[str, str]:
-    """The data set of each split, by its name or as --published says, e.g. object/val=imagenet.
+    """{"domain/split": data set} of splits, by their name or as --published says: NAME=DATASET; NAME= for none.
 
-    Args:
-        names: splits that are scored, "domain/split".
-        given: NAME=DATASET; NAME= for none.
-        published: what is known.
-
-    Returns:
-        {"domain/split": data set}, plain names; splits whose name is no data set with published figures are absent.
+    Names of data sets are plain; splits whose name is no data set with published figures are absent.
     """
     known = {(row.domain, plain(row.dataset)) for row in published}
     found = {name: plain(name.split("/")[1]) for name in names
@@ -191,12 +185,20 @@ def show_stages(stages: Stages | None, config: dict) -> list[str]:
         seen = f"{step:,}" if step == end else f"{step:,} of {end:,}"
         cells = " | ".join("" if math.isnan(score) else f"{100 * score:.1f}" for score in scores)
         lines.append(f"| {literal(name)} | {seen} | {cells} |")
-    lost = [max((row[i] for row in stages.scores if not math.isnan(row[i])), default=math.nan) - stages.scores[-1][i]
-            for i in range(len(stages.tasks))]
-    lines.append("| lost | | " + " | ".join("" if math.isnan(x) else f"{100 * x:.1f}" for x in lost) + " |")
+    lines.append("| lost | | " + " | ".join("" if math.isnan(x) else f"{100 * x:.1f}" for x in stages.lost) + " |")
     if len(stages.names) <= count:
         lines += ["", f"Not every stage was looked at: take an --eval-every that divides {config['steps'] // count}."]
     return lines
+
+
+def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
+    """A figure without a display and its axes [rows, columns]; size in inches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
 
 
 def save_figure(path: Path, figure) -> None:
@@ -209,12 +211,7 @@ def save_figure(path: Path, figure) -> None:
 
 def draw_stages(path: Path, stages: Stages) -> None:
     """The matrix as a picture: a row a stage, a column a task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(2 + 1.1 * len(stages.tasks), 1.2 + 0.5 * len(stages.names)))
+    figure, [[ax]] = new_figure(1, 1, (2 + 1.1 * len(stages.tasks), 1.2 + 0.5 * len(stages.names)))
     image = ax.imshow(stages.scores, vmin=0.5, vmax=1, cmap="viridis", aspect="auto")
     for i, row in enumerate(stages.scores):
         for j, score in enumerate(row):

@@ -15,23 +15,31 @@ import reports.analysis_plots
 from data_prep import InputError
 from protocols.bootstrap import Estimate, bootstrap_counts, normalise
 from protocols.embed import save_array
-from protocols.explore import draw_up_map, hold_out, measure_components, tell_sources
+from protocols.explore import (
+    draw_up_map,
+    explore_transfer,
+    hits_without_each,
+    hold_out,
+    measure_components,
+    measure_further,
+    tell_sources,
+)
 from protocols.pairs import score_pairs
+from protocols.results import Pair
 from protocols.sharing import measure_sharing
 from protocols.subspaces import (
+    Curve,
+    Trial,
     Turned,
     hits_by_k,
     hits_one_by_one,
-    hits_without_each,
     largest,
-    measure_further,
-    transfer,
     unit,
 )
 from protocols.tasks import Embeddings, Task, vectors_of
-from reports.analysis import report_sources, write_analysis
+from reports.analysis import Analysis, report_sources, write_analysis
 from reports.analysis_plots import draw_deletion, find_measured
-from tests.test_subspaces import SHARED, D, orthogonal, pairs_of, planted, sweep_case, task_of
+from tests.test_subspaces import SHARED, D, orthogonal, pairs_of, planted, sweep_case, task_of, transfer
 
 # ---------------------------------------------------------------- components that are left out, each alone
 
@@ -58,13 +66,13 @@ def test_a_component_of_nuisance_hurts_and_those_of_identity_are_needed():
             x = x + nuisance * rng.normal(size=(len(ids), 1)) * directions[4] + 0.06 * rng.normal(size=(len(ids), D))
             parts.append(unit(x).astype(np.float32))
         embedded[name], tasks = tuple(parts), [*tasks, task_of(name, ids)]
-    pairs = pairs_of(transfer(embedded, tasks, 5, 50, 0, importance=10, controls=False))
+    pairs = pairs_of(transfer(embedded, tasks, 5, 50, 0, importance=10))
     own, other = (pairs["face_hq", name]["importance"] for name in ("face_hq", "body"))
     assert own["low"][0] > 0.05 and abs(other["change"][0]) < 0.02  # the nuisance is the first task's alone
     for found in (own, other):
         assert max(found["high"][1:5]) < 0 and np.abs(found["change"][5:]).max() < 0.03
         assert all(len(found[key]) == 10 for key in ("change", "low", "high"))
-    assert "importance" not in pairs_of(transfer(embedded, tasks, 5, 2, 0, controls=False))["body", "body"]
+    assert pairs_of(transfer(embedded, tasks, 5, 2, 0))["body", "body"]["importance"] is None
 
 
 def test_importance_by_hand():
@@ -83,7 +91,7 @@ def test_other_metrics_equal_a_slow_computation(objects):
     probe, gallery, task = sweep_case(np.float64, objects)
     task.domain, mean, k = "object" if objects else "face_hq", np.full(40, 0.01), 6
     (basis,) = orthogonal(40, 40)
-    found = measure_further(task, (probe, gallery), mean, basis, [k, 40], 20, 0, "cpu")
+    found = measure_further(Trial(task, (probe, gallery), np.ones((1, len(probe)))), mean, basis, [k, 40], 20, 0)
     q, g = (unit((x - mean) @ basis[:, :k]) for x in (probe, gallery))
     values = {"rank-5": [], "mAP": [], "mINP": []}
     for i, (right, out) in enumerate(zip(task.mates, task.ignored, strict=True)):
@@ -248,24 +256,23 @@ def written(tmp_path_factory):
     noise = tuple(unit(rng.normal(size=(240, D))).astype(np.float32) for _ in range(2))
     tasks = [task_of(name, np.repeat(np.arange(40), 6)) for name in names]
     embedded = dict(zip(names, [*embedded.values(), noise], strict=True))
-    found = transfer(embedded, tasks, 20, 20, 0, foundation=embedded, importance=10)
-    bases, curves = found.pop("bases"), [analyze.to_row(curve) for curve in found.pop("curves")]
+    found, curves, bases = protocols.subspaces.transfer(embedded, tasks, 20, 20, 0, embedded)
+    explored, more = explore_transfer(embedded, tasks, found, curves, bases, 20, 0, importance=10)
     sharing = measure_sharing(embedded, tasks, bases, 20)
     components = [{"weights": weights, **row} for weights in ("tuned", "foundation")
                   for row in measure_components(embedded, tasks, bases, D, 0)]
-    analysis = {"run": "planted <img onerror=x>", "domains": names,
-                "splits": {name: ["train", "a|b <i>"] for name in names},
-                "left_out": {}, "degraded": {}, "transfer": {"tuned": found}, "separability": None,
-                "sharing": {"tuned": sharing, "foundation": sharing}, "cka": dict.fromkeys(names, 1.0), "map": "pca"}
+    analysis = Analysis("planted <img onerror=x>", None, names, {name: ["train", "a|b <i>"] for name in names}, {}, {},
+                        "pca", {"tuned": found}, explored, None, {"tuned": sharing, "foundation": sharing},
+                        dict.fromkeys(names, 1.0))
     folder = tmp_path_factory.mktemp("written") / "analysis"
-    text = write_analysis(folder, analysis, {"tuned": curves}, components,
+    text = write_analysis(folder, analysis, {"tuned": curves + more}, components,
                           draw_up_map(embedded, tasks, "pca", 0))
     return folder, json.loads((folder / "analysis.json").read_text()), text
 
 
 def test_tables_hold_the_other_metrics_and_every_component_left_out(written):
     folder, analysis, report = written
-    pairs = {(p["fit"], p["test"]): p for p in analysis["transfer"]["tuned"]["pairs"]}
+    pairs = {(p["fit"], p["test"]): p for p in analysis["explored"]}
     with open(folder / "further.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 9 * 5 * 4  # pairs of tasks, metrics, ks
@@ -299,13 +306,13 @@ def test_names_are_no_markup_and_figures_are_atomic(written, tmp_path, monkeypat
 
 def test_what_is_not_above_chance_is_not_drawn(written, monkeypatch):
     folder, analysis, _ = written
-    pairs, names = analysis["transfer"]["tuned"]["pairs"], analysis["domains"]
+    pairs, names = [Pair(**pair) for pair in analysis["transfer"]["tuned"]["pairs"]], analysis["domains"]
     assert find_measured(pairs) == {(a, b) for a in names for b in names if b != "body"}
     assert (folder / "importance.png").stat().st_size > 20_000
     drawn = []
     monkeypatch.setattr(reports.analysis_plots, "save_figure", lambda figure, *_: drawn.append(figure))
-    draw_deletion(folder / "x", [{"kind": "deleted", "fit": "body", "test": name, "ks": [1, 2],
-                                          "kept": [0.9, 0.8]} for name in names], names, pairs)
+    draw_deletion(folder / "x", [Curve("deleted", "body", name, [1, 2], None, np.array([0.9, 0.8]), None, None)
+                                 for name in names], names, pairs)
     panels = drawn[0].axes
     assert [len(ax.texts) for ax in panels] == [0, 0, 1] and "not above chance" in panels[2].texts[0].get_text()
     assert [len(ax.lines) for ax in panels] == [2, 2, 0]
@@ -325,12 +332,11 @@ def test_an_analysis_of_a_run_holds_all_of_it(analysed, tiny_run):
             assert all(0 <= space[model]["value"] <= 1 for space in found["spaces"].values()
                        for model in ("logistic", "lda", "svm"))
     assert {"why" in found for found in sources.values()} == {True, False}
-    pairs = result["transfer"]["tuned"]["pairs"]
-    for pair in pairs:
+    for pair, explored in zip(result["transfer"]["tuned"]["pairs"], result["explored"], strict=True):
         rank_5 = "nearest-mean top-5" if pair["test"] == "object" else "rank-5"
-        of = {(row["metric"], row["k"]): row["value"] for row in pair["further"]}
+        of = {(row["metric"], row["k"]): row["value"] for row in explored["further"]}
         assert {k for _, k in of} == {10, 16, 30, 64} and of[rank_5, 64] >= pair["full"] - 1e-6
-        assert len(pair["importance"]["change"]) == 63
-    assert not any("importance" in pair for pair in result["transfer"]["foundation"]["pairs"])
+        assert len(explored["importance"]["change"]) == 63
+        assert (pair["fit"], pair["test"]) == (explored["fit"], explored["test"])
     for name in ("importance.png", "importance.pdf", "importance.csv", "further.csv"):
         assert (out / name).stat().st_size > 1000

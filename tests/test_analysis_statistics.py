@@ -15,11 +15,11 @@ from data_prep.format import open_root, open_split
 from protocols.bootstrap import bootstrap_counts
 from protocols.search import name_identities
 from protocols.separability import balanced_accuracy, unseen_sources
-from protocols.subspaces import GRID, hits_by_k, hits_one_by_one, measure_curve, principal_components, transfer, unit
+from protocols.subspaces import GRID, hits_by_k, hits_one_by_one, principal_components, unit
 from protocols.tasks import Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
 from reports.analysis import mistrust
 from tests.test_analyze import run_here
-from tests.test_subspaces import SHARED, D, orthogonal, pairs_of, planted, task_of
+from tests.test_subspaces import SHARED, D, measure_curve, orthogonal, pairs_of, planted, task_of, transfer
 
 # ---------------------------------------------------------------- transfer
 
@@ -67,7 +67,7 @@ def test_the_fast_sweep_equals_the_slow_one_at_768_dimensions():
     np.testing.assert_array_equal(hits_by_k(z, z, task, every), slow)
     np.testing.assert_array_equal(hits_by_k(z, z, task, every, size=3 * len(ids)), slow)
     counts = np.array(list(bootstrap_counts(ids, 20, 0)), dtype=np.float32)
-    curve = measure_curve("", "", task, (x, x), mean, basis, every, counts, "cpu")
+    curve = measure_curve(task, (x, x), mean, basis, every, counts)
     np.testing.assert_allclose(curve.score, slow.mean(1), atol=1e-6)
     by_hand = (slow.astype(float) @ counts.T.astype(float) / counts.sum(1)).T
     chance = task.chance()
@@ -219,7 +219,7 @@ def test_what_is_left_out_is_told_and_the_test_split_can_be_chosen(degraded_run)
     assert "no test split in distribution" in result["left_out"]["body"] and "| body | - | - | left out: " in report
     assert "| object | train | collage | " in report and "identities: interval not to be trusted" in report
     # the last LayerNorm of a random start, without a bias, leaves 63 of 64 dimensions to vary
-    assert result["transfer"]["tuned"]["limit"] == result["transfer"]["tuned"]["pairs"][0]["deleted"]["to"] == 63
+    assert result["transfer"]["tuned"]["limit"] == result["explored"][0]["deleted"]["to"] == 63
 
 
 def test_a_domain_left_out_is_printed(demo_root, tmp_path, capsys):

@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import click
@@ -23,7 +23,7 @@ from protocols.claims import (
     claim_separable,
     make_table,
 )
-from protocols.results import Group, Measured, Row, Scored, group_runs
+from protocols.results import Group, Measured, Pair, Row, Scored, Transfer, group_runs
 from protocols.separability import pixel_statistics
 from protocols.tasks import choose_pairs, make_task
 from tests.conftest import script
@@ -49,8 +49,9 @@ def test_analysis_writes_what_the_design_lists(analysed, tiny_run):
         assert all(p["k"] == 16 for p in pairs)
         assert {(p["a"], p["b"]) for p in result["sharing"][weights]["pairs"]} == {(a, b) for a in DOMAINS
                                                                                    for b in DOMAINS}
-    controls = {"random", "over_random", "foundation", "over_foundation", "pooled", "bottom", "own_mean", "deleted"}
-    assert controls <= set(result["transfer"]["tuned"]["pairs"][0])
+    for table, controls in ((result["transfer"]["tuned"]["pairs"], ("random", "foundation")),
+                            (result["explored"], ("pooled", "bottom", "own_mean", "deleted"))):
+        assert all(set(pair[name]) >= {"value", "low", "high"} for pair in table for name in controls)
     assert list(result["separability"]["spaces"]) == ["tuned", "foundation", "pixels", "tuned canon",
                                                       "foundation canon", "pixels canon"]
     assert all(set(s["pairwise"]) == {f"{a}/{b}" for i, a in enumerate(DOMAINS) for b in DOMAINS[i + 1 :]}
@@ -322,7 +323,7 @@ def test_claims_without_an_analysis():
     """The run that lacks it is named: another one stands below with a verdict of its own."""
     whole = components(0.99) | {"separability": separable(0.99, **ABOVE)["separability"]}
     for analysis, words in ((None, "a: not analysed; call analyze.py --run RUN on it"),
-                            ({"separability": None, "transfer": {"tuned": {"pairs": []}}},
+                            ({"separability": None, "transfer": {"tuned": Transfer([], [], 0, True, 0, 0)}},
                              "a: analysed on one task alone")):
         groups = alone(measured("a", values=ALL, analysis=analysis), measured("b", values=ALL, analysis=whole))
         for claim in (claim_separable(groups, 0.95), claim_components(groups, 0.95)):
@@ -333,13 +334,14 @@ def components(kept, random=0.2, foundation=0.2, dim=768, k=99, images=None, tas
     def figure(value):
         return {"value": value, "low": value - 0.02, "high": value + 0.02}
 
-    own = {"k": k, "identities": 100, "kept": 0.0, "low": 0, "high": 1, "chance": 0.1, "full_low": 0.7,
-           "over_random": figure(-1), "k95": figure(0), "k99": figure(0)}  # not the claim
+    own = dict.fromkeys(one.name for one in fields(Pair)) | {
+        "k": k, "identities": 100, "kept": 0.0, "low": 0, "high": 1, "chance": 0.1, "full_low": 0.7,
+        "over_random": figure(-1), "k95": figure(0), "k99": figure(0)}  # not the claim
     across = own | {"kept": kept, "low": kept - 0.02, "high": kept + 0.02, "k95": figure(40.0), "k99": figure(70.0),
                     "over_random": figure(random), "over_foundation": figure(foundation)} | more
-    pairs = [{"fit": a, "test": b} | (own if a == b else across) for a in tasks for b in tasks]
-    return {"domains": list(tasks), "separability": None, "sharing": {}, "transfer": {"tuned": {
-        "pairs": pairs, "dim": dim, "images_per_task": images or 5 * dim, "rank_limited": True}}}
+    pairs = [Pair(**(own if a == b else across) | {"fit": a, "test": b}) for a in tasks for b in tasks]
+    return {"domains": list(tasks), "separability": None, "transfer": {
+        "tuned": Transfer(pairs, [], images or 5 * dim, True, dim, dim)}}
 
 
 @pytest.mark.parametrize("analysis, verdict", [
@@ -357,7 +359,7 @@ def test_claim_components(analysis, verdict):
     claim = claim_components(alone(run), 0.95)
     assert claim.verdict == verdict
     assert "object for body" in claim.measured and "few images" not in claim.measured
-    analysis["transfer"]["tuned"]["pairs"][1]["kept"] = None
+    analysis["transfer"]["tuned"].pairs[1].kept = None
     if "100" not in verdict:
         claim = claim_components(alone(run), 0.95)
         assert claim.verdict.startswith("not measured (the full space is not above chance: object for face_hq")

@@ -4,14 +4,15 @@ import csv
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import analyze
-from data_prep import hash_file, join_config
+from data_prep import InputError, hash_file, join_config
+from data_prep.format import open_root
 from models.backbones import BACKBONES
 from protocols.claims import (
     FAILS,
@@ -26,11 +27,15 @@ from protocols.claims import (
     claim_separable,
     make_table,
 )
-from protocols.results import Group, Measured, Row, above_chance, read_lost
+from protocols.results import Group, Measured, Row, read_lost, read_rows, read_runs, read_scored
 from protocols.subspaces import transfer, unit
 from protocols.tasks import Task
 from reports.analysis import write_table
+from reports.plots import draw_figures
+from reports.rows import make_report
+from reports.tables import show_humans
 from tests.test_analyze import ABOVE, ALL, DOMAINS, GOOD, TWO, alone, components, humans, measured, separable
+from tools.compare import compare_experts, compare_groups
 
 UNTOUCHED = GOOD["foundation"]
 
@@ -60,7 +65,7 @@ def test_components_need_all_twelve_pairs(kept, verdict):
     assert two.verdict == "not measured (only tasks object, body)"
     assert (two.value, two.threshold) == (None, None) and "object for body" in two.measured
     eleven = components(kept)
-    eleven["transfer"]["tuned"]["pairs"].pop(1)
+    eleven["transfer"]["tuned"].pairs.pop(1)
     assert components_of(eleven).verdict == "not measured (only 11 of 12 pairs of tasks)"
 
 
@@ -173,10 +178,9 @@ def test_noise_never_fails():
             embedded[name] = tuple(unit(rng.standard_normal((m, D))).astype(np.float32) for m in (300, n))
             tasks.append(Task(name, None, None, np.arange(300), each, each, each, each // 2, mates,
                               list(each[:, None])))
-        shares += transfer(embedded, tasks, 16, 100, seed, controls=False)["pairs"]
-    counted = [p for p in shares if above_chance(p)]
-    assert len(shares) == 16 and not counted
-    assert any(p["kept"] is not None and p["high"] < 0.95 for p in shares)  # what would have been a failure
+        shares += transfer(embedded, tasks, 16, 100, seed)[0].pairs
+    assert len(shares) == 16 and not any(pair.above_chance for pair in shares)
+    assert any(p.kept is not None and p.high < 0.95 for p in shares)  # what would have been a failure
 
 
 def test_the_interval_of_the_full_score_decides_where_there_is_one():
@@ -345,6 +349,41 @@ def change_analysis(change):
         change(analysis)
         write_json(path, analysis)
     return of
+
+
+def test_no_sentence_is_read_back(analysed, tiny_run, demo_root, tmp_path):
+    """With nonsense for every protocol, and one nonsense for all: the same verdicts, numbers and figures."""
+    splits = [split for by_name in open_root(demo_root).values() for split in by_name.values() if split.protocol]
+    told = []
+    for place in ("said", "nonsense"):
+        for name in ("a", "b"):
+            home = tmp_path / place / name
+            shutil.copytree(tiny_run, home, ignore=shutil.ignore_patterns("embeddings", "last", "model*", "*.p*"))
+            rows = json.loads((home / "eval/results.json").read_text())
+            with np.load(home / "eval/draws.npz") as file:
+                draws = file["draws"]
+            rows += [asdict(Row(name, "tuned", domain, "trials", f"human trials, {readout}", readout, 0.6, 0.5, 0.7, 50,
+                                kind="human trials", readout=readout, measure="auc"))
+                     for domain in ("all", *DOMAINS) for readout in ("model", "people", "lead", "beaten", "rater")]
+            draws = np.concatenate([draws, 0.6 + 0.01 * np.random.default_rng(0).normal(size=(25, draws.shape[1]))])
+            rows = [row | {"protocol": "x"} for row in rows] if place == "nonsense" else rows
+            (home / "eval/results.json").write_text(json.dumps(rows))
+            np.savez(home / "eval/draws.npz", draws=draws, seed=0)
+        table = [asdict(claim) for claim in make_table(read_runs(tmp_path / place), 0.01, 0.95, 0.95, 0.95)]
+        a, b = (read_scored(tmp_path / place / name, "tuned") for name in ("a", "b"))
+        expert = replace(b, config=b.config | {"domains": ["body"]})
+        compared = [*compare_groups([[a], [b]], set()), *compare_experts([a], [[expert]], set(), 0.01)]
+        rows = read_rows(tmp_path / place / "a/eval")
+        page = [re.sub(r"[^|]* [|]$", "", line) for line in make_report(rows, splits, True, show_humans(rows))]
+        drawn = draw_figures(tmp_path, rows, {"tuned": {}}, splits, [])
+        told.append((table, [row | {"protocol": ""} for row in compared], page, (tmp_path / drawn[0][1]).read_bytes()))
+    assert told[0] == told[1] and len(told[0][1]) > 40 and any(row["value"] for row in told[0][0])
+    assert any("a all/trials beaten" in claim["measured"] for claim in told[0][0])
+    rows = json.loads((tmp_path / "said/a/eval/results.json").read_text())
+    del rows[3]["kind"]
+    (tmp_path / "said/a/eval/results.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=r"rows without `kind`.*evaluate again with `evaluate.py --run .*/said/a`"):
+        read_rows(tmp_path / "said/a/eval")
 
 
 @pytest.mark.parametrize("damage, words", [

@@ -1,6 +1,7 @@
 """The measures of analyze.py on embeddings with planted structure, where the right answer is known, or by hand."""
 
 from collections import Counter
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +11,9 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 
 import protocols.separability
-from protocols.bootstrap import Estimate, bootstrap_counts
-from protocols.explore import d_primes, draw_up_map, measure_components
-from protocols.results import needed
+import protocols.subspaces
+from protocols.bootstrap import Estimate, bootstrap_counts, needed
+from protocols.explore import d_primes, draw_up_map, explore_transfer, measure_components
 from protocols.separability import (
     Canon,
     balanced_accuracy,
@@ -32,15 +33,14 @@ from protocols.sharing import (
 )
 from protocols.subspaces import (
     RANDOM_SEEDS,
+    Trial,
     components_needed,
     determined,
     hits_by_k,
     hits_one_by_one,
     kept,
-    measure_curve,
     principal_components,
     show_needed,
-    transfer,
 )
 from protocols.tasks import Task, vectors_of
 from reports.analysis import report_separability
@@ -83,6 +83,22 @@ def orthogonal(D: int, *sizes: int, seed: int = 0) -> list[np.ndarray]:
 
 def pairs_of(result: dict) -> dict:
     return {(p["fit"].strip("*"), p["test"].strip("*")): p for p in result["pairs"]}
+
+
+def transfer(embedded, tasks, headline, draws, seed, foundation=None, controls=True, delete=(0, 0), importance=0,
+             device="cpu") -> dict:
+    """A transfer and, by `controls`, what is explored beside it, as one dictionary."""
+    found, curves, bases = protocols.subspaces.transfer(embedded, tasks, headline, draws, seed, foundation, device)
+    pairs = [asdict(pair) for pair in found.pairs]
+    if controls:
+        explored, more = explore_transfer(embedded, tasks, found, curves, bases, draws, seed, delete, importance,
+                                          device)
+        pairs, curves = [p | asdict(e) for p, e in zip(pairs, explored, strict=True)], curves + more
+    return asdict(found) | {"pairs": pairs, "curves": curves, "bases": bases}
+
+
+def measure_curve(task, vectors, mean, basis, ks, counts):
+    return Trial(task, vectors, counts).curve("", "", mean, basis, ks)
 
 
 # ---------------------------------------------------------------- the sweep
@@ -311,7 +327,7 @@ def test_intervals_resample_identities():
     x[np.arange(200), 0] = 1
     x[:, 1] = np.where(ids < 10, ids + 1.0, 0)  # ten people differ, ten are all alike
     counts = np.array(list(bootstrap_counts(ids, 400, 0)), dtype=np.float32)
-    curve = measure_curve("", "", task, (x, x), np.zeros(4), np.eye(4), [1, 4], counts, "cpu")
+    curve = measure_curve(task, (x, x), np.zeros(4), np.eye(4), [1, 4], counts)
     assert curve.score.tolist() == [0, 0.5] and curve.kept[1] == 1
     low, high = np.quantile(curve.draws[:, 0], [0.025, 0.975])
     assert (curve.draws[:, 1] == 1).all() and low < curve.kept[0] < high < 0  # chance is 9 / 199

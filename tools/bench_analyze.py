@@ -8,13 +8,12 @@ import torch
 
 from data_prep import DOMAINS, InputError
 from models.runs import pick_device
+from protocols.explore import FURTHER, explore_transfer, hits_without_each, measure_further
 from protocols.subspaces import (
-    FURTHER,
     GRID,
+    Trial,
     hits_by_k,
     hits_one_by_one,
-    hits_without_each,
-    measure_further,
     transfer,
     unit,
 )
@@ -55,11 +54,13 @@ def time_transfer(probes: int, dim: int, shots: int, bootstrap: int, grid: bool,
     mean, basis, few = np.zeros(dim), np.eye(dim), sorted({k for k in (*FURTHER, 99) if k < dim})
     clock(f"{min(100, dim)} components left out, each alone",
           lambda: hits_without_each(vectors, vectors, task, min(100, dim), where))
+    trial = Trial.of(task, embedded[task.domain], bootstrap, seed, where)
     clock("other metrics of a pair of tasks", lambda: measure_further(
-        task, (vectors, vectors), mean, basis, [*few, dim], bootstrap, seed, where))
-    clock("the same of a random subspace", lambda: measure_further(
-        task, (vectors, vectors), mean, basis, few, 0, seed, where))
+        trial, mean, basis, [*few, dim], bootstrap, seed))
+    clock("the same of a random subspace", lambda: measure_further(trial, mean, basis, few, 0, seed))
     if grid:
-        clock("4 x 4 tasks with every control", lambda: transfer(
-            embedded, tasks, min(99, dim), bootstrap, seed, foundation=embedded, delete=(0, 1), importance=100,
-            device=where))
+        found: list = []
+        clock("4 x 4 tasks, random and untouched subspaces", lambda: found.extend(transfer(
+            embedded, tasks, min(99, dim), bootstrap, seed, embedded, where)))
+        clock("further controls and metrics", lambda: explore_transfer(
+            embedded, tasks, *found, bootstrap, seed, (0, 1), 100, where))

@@ -4,7 +4,6 @@ Every measurement has a process of its own, so that its peak of memory is its ow
 that a busy machine slows them alike. What the ways find has to agree, or the command ends with an error.
 """
 
-import json
 import multiprocessing
 import os
 import platform
@@ -21,7 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 from sklearn.metrics import auc, roc_curve
 
-from data_prep import InputError, write_atomically
+from data_prep import InputError, write_json
 from protocols.bootstrap import normalise
 from protocols.pairs import FARS, roc, tar_at_far
 from protocols.search import score_gallery, search_gallery
@@ -251,5 +250,5 @@ def bench(names: list[str], scale: float, rounds: int, path: Path | None) -> int
             print(f"{case['case']:36s} {way:13s} {' '.join(times)} {found['peak_MiB']:8,.0f} MiB "
                   f"{found['above_inputs_MiB']:8,.0f} MiB")
     if path:
-        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1) + "\n"))
+        write_json(path, result)
     return 0

@@ -1,6 +1,5 @@
 """Runs beside each other and against experts: paired intervals, seeds, non-inferiority."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from data_prep import (
     InputError,
     literal,
     make_folder,
-    write_atomically,
     write_csv,
+    write_json,
 )
 from protocols.bootstrap import Estimate
 from protocols.results import (
@@ -30,7 +29,7 @@ from protocols.results import (
     start_of,
 )
 from reports.plots import COLOURS
-from reports.tables import save_figure, write_text
+from reports.tables import new_figure, save_figure, write_text
 
 
 def unlike_figures(a: Scored, b: Scored) -> dict[tuple[str, str, str], str]:
@@ -204,14 +203,9 @@ def show_experts(table: list[dict], domains: list[str]) -> str:
 
 def draw_experts(path: Path, table: list[dict]) -> None:
     """Each headline's difference run - expert with its interval, beside the margin that it must stay above."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     rows = [row for row in table if row["headline"]] or table
     colours = {"non-inferior": "#009E73", "undecided": "#999999", "inferior": "#D55E00"}
-    figure, ax = plt.subplots(figsize=(7, 1.4 + 0.5 * len(rows)))
+    figure, [[ax]] = new_figure(1, 1, (7, 1.4 + 0.5 * len(rows)))
     for i, row in enumerate(rows):
         error = np.maximum([[row["difference"] - row["low"]], [row["high"] - row["difference"]]], 0)
         ax.errorbar(100 * row["difference"], i, xerr=100 * error, fmt="o", capsize=4, color=colours[row["verdict"]])
@@ -227,11 +221,6 @@ def draw_experts(path: Path, table: list[dict]) -> None:
 
 def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None:
     """A panel for each headline: every run, or mean over seeds, with its interval; grey: the untouched backbone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels: dict[tuple[str, str], list[dict]] = {}
     for row in table:
         if row["headline"] or not any(row["headline"] for row in table):
@@ -245,8 +234,8 @@ def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None
               for group, row in zip(names, next(iter(panels.values())), strict=True)]
     wide = min(len(panels), 4)
     high = -(-len(panels) // wide)
-    figure, axes = plt.subplots(high, wide, figsize=(2 + 2.6 * wide, high * (0.9 + 0.24 * len(labels))), squeeze=False,
-                                sharey=True, layout="constrained")
+    figure, axes = new_figure(high, wide, (2 + 2.6 * wide, high * (0.9 + 0.24 * len(labels))), sharey=True,
+                              layout="constrained")
     for ax, ((domain, split), rows) in zip(axes.flat, panels.items(), strict=False):
         scale = rows[0]["unit"]
         for i, row in enumerate(rows):
@@ -296,13 +285,9 @@ def show_comparison(table: list[dict]) -> str:
 
 def write_comparison(runs: tuple[Path, ...], weights: str | None, splits: set[str], delta: float | None, out: Path
                      ) -> None:
-    """`evaluate.py compare`: comparison.md, .csv, .json and .png.
+    """`evaluate.py compare`: comparison.md, .csv, .json and .png; arguments as of the command.
 
-    Args:
-        runs: folders; the first, with its seeds, is what the others are compared with.
-        weights: whose figures (None: tuned where a run has them).
-        splits: "domain/split" (none: all that the runs share).
-        delta: of non-inferiority; the runs after the first are then its experts.
+    `delta`: of non-inferiority to the runs after the first, which are then its experts.
     """
     experts = delta is not None
     if experts:
@@ -329,7 +314,7 @@ def write_comparison(runs: tuple[Path, ...], weights: str | None, splits: set[st
         shown = [row.weights for row, _ in first[0].found.values()]
         untouched = [row for row in read_rows(first[0].folder / "eval") if row.weights == "foundation"]
         draw_comparison(out / "comparison.png", table, untouched if "foundation" not in shown else [])
-    write_atomically(out / "comparison.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
+    write_json(out / "comparison.json", table)
     write_csv(out / "comparison.csv", table)
     write_text(out / "comparison.md", text)
     if not experts:  # every figure is in the files; a terminal gets those that stand for their protocols

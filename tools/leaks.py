@@ -1,19 +1,18 @@
 """Test images that training images nearly repeat, and the figures without them."""
 
-import json
 from dataclasses import asdict
 from itertools import chain
 
 import numpy as np
 
-from data_prep import InputError, write_atomically, write_csv
+from data_prep import InputError, write_csv, write_json
 from data_prep.format import Split
 from models.runs import Run, load_foundation, load_tuned
 from protocols.classify import Readouts, nearest_rows
 from protocols.embed import Embedder, make_embedder
 from protocols.results import Row
 from reports.plots import MISS, Tile, draw_sheet
-from reports.rows import clean_of, headlines, make_rows, score, show_value
+from reports.rows import ScoreOptions, clean_of, headlines, make_rows, score, show_value
 
 LEAK = ("split", "row", "key", "identity", "cosine", "train_split", "train_key", "train_identity")  # leaks.csv
 
@@ -79,13 +78,11 @@ def score_without(embed: Embedder, splits: list[Split], root: dict, run: Run, dr
     return tables
 
 
-def write_leaks(run: Run, splits: list[Split], root: dict, data: str, options: dict) -> None:
+def write_leaks(run: Run, splits: list[Split], root: dict, data: str, options: ScoreOptions,
+                threshold: float, by: str) -> None:
     """`evaluate.py leaks`: RUN/eval/leaks.csv, leaks.json and, by --sheet, leaks-sheet.png.
 
-    Args:
-        splits: test splits.
-        root, data: of the splits, and its folder.
-        options: of the command.
+    `splits`: test splits of the data root `root`, whose folder is `data`.
     """
     out = run.folder / "eval"
     training = [root[domain]["train"] for domain in run.config["domains"] if "train" in root.get(domain, {})]
@@ -96,25 +93,24 @@ def write_leaks(run: Run, splits: list[Split], root: dict, data: str, options: d
         load = load_foundation if weights == "foundation" else load_tuned
         return make_embedder(lambda: load(run), weights, out, options)
 
-    found, images = find_leaks(embedder(options["by"]), splits, training, options["threshold"])
+    found, images = find_leaks(embedder(by), splits, training, threshold)
     for name in ("leaks.json", "leaks-sheet.png"):  # of other leaks than leaks.csv will list
         (out / name).unlink(missing_ok=True)
     write_csv(out / "leaks.csv", found, LEAK)
     if not found:
-        print(f"no test image has a training image at a cosine of {options['threshold']:g} or more")
+        print(f"no test image has a training image at a cosine of {threshold:g} or more")
         return
     without: dict[str, list[int]] = {}
     for leak in found:
         without.setdefault(leak["split"], []).append(leak["row"])
-    if options["sheet"]:  # the nearest 96, four pairs a line
+    if options.sheet:  # the nearest 96, four pairs a line
         draw_sheet(out / "leaks-sheet.png", [[tile for pair in images[i : i + 4] for tile in (*pair, None)]
                                              for i in range(0, min(len(images), 96), 4)],
-                   [f"The nearest pairs, by the {options['by']} backbone: red: test image, with its cosine; black: "
+                   [f"The nearest pairs, by the {by} backbone: red: test image, with its cosine; black: "
                     "the training image that it repeats"])
-    tables = score_without(embedder("tuned"), splits, root, run, options["bootstrap"], options["seed"],
-                           options["flip"], without, f"at {options['threshold']:g} by {options['by']}")
-    write_atomically(out / "leaks.json", lambda path: path.write_text(
-        json.dumps([asdict(row) for row in chain(*tables)], indent=1) + "\n"))
+    tables = score_without(embedder("tuned"), splits, root, run, options.bootstrap, options.seed,
+                           options.flip, without, f"at {threshold:g} by {by}")
+    write_json(out / "leaks.json", [asdict(row) for row in chain(*tables)])
     heads = [headlines(table) for table in tables]
     for name, rows in without.items():
         key = tuple(name.split("/"))

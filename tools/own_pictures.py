@@ -14,6 +14,7 @@ from data_prep.sources.folders import image_suffixes
 from data_prep.write import fit_image
 from models.backbones import embed_rows
 from models.runs import Run, describe_sources, load_tuned, pick_device
+from protocols.embed import EmbedOptions
 
 
 @dataclass
@@ -80,15 +81,15 @@ def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
     write_atomically(path, write)
 
 
-def embed_pictures(places: tuple[Path, ...], run: Run, domain: str | None, out: Path, flip: bool, batch: int,
-                   workers: int, device: str) -> None:
+def embed_pictures(places: tuple[Path, ...], run: Run, domain: str | None, out: Path, options: EmbedOptions) -> None:
     """`evaluate.py embed`: write the embeddings of the pictures named, and those in the folders named, to `out`."""
-    paths, where = find_pictures(places), pick_device(device)
+    paths, where = find_pictures(places), pick_device(options.device)
     files = Pictures(paths, **find_fitting(run, domain))
     model = load_tuned(run).to(where)
     rows, parts = [], []
     with progress(total=len(paths), desc="embed", unit="img") as bar:
-        for good, x in embed_rows(model, files, np.arange(len(paths)), where, batch, workers, flip):
+        for good, x in embed_rows(model, files, np.arange(len(paths)), where, options.batch, options.workers,
+                                  options.flip):
             rows += good.tolist()
             parts.append(torch.nn.functional.normalize(x, dim=1).cpu().numpy())
             bar.update(len(good))
