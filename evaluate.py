@@ -6,6 +6,7 @@
     python evaluate.py --model tf_efficientnet_lite0 --weights FILE           # an untouched backbone, without a run
     torchrun --nproc-per-node 8 -- evaluate.py --run runs/NAME                # eight GPUs embed, the first scores
     python evaluate.py --run runs/NAME --humans anna.csv --humans ben.csv     # beside people, on the same trials
+    python evaluate.py --run runs/NAME --humans object/edges=edge.csv         # people on the stimuli of a forced choice
     python evaluate.py compare runs/A-s0 runs/A-s1 runs/B-s0                 # paired differences; seeds are averaged
     python evaluate.py compare runs/B --experts runs/face runs/body          # non-inferiority to your own experts
     python evaluate.py leaks --run runs/NAME --threshold 0.95                # test images that training nearly repeats
@@ -247,8 +248,8 @@ def print_rows(rows: list[Row]) -> None:
             lead, = found["lead"]
             name = "everything" if domain == "all" else f"{domain}/{split}"
             print(f"{name:22s} {lead.metric:30s} {weights} {show_value(lead)}: {human_verdict(lead)}")
-    for (name, _), by_weights in choice_rows(rows).items():
-        for weights, figures in by_weights.items():
+    for name, by_rule in choice_rows(rows).items():
+        for weights, figures in next(iter(by_rule.values())).items():
             for lead in figures.get((HEADLINE["choice"][0], "lead"), []):
                 print(f"{name:22s} {lead.metric:30s} {weights} {show_value(lead)}: {human_verdict(lead)}")
     if any(mark(row.identities) for row in rows):

@@ -25,8 +25,7 @@ from protocols.bootstrap import FEW, Estimate, average, check_figure, minus
 
 # what stands for a protocol in summaries, by kind: readout (one that untouched backbones have too) and measure
 HEADLINE = {"verification": ("", "auc"), "templates": ("", "tar@far=0.0001"), "reid": ("", "rank-1"),
-            "identification": ("", "rank-1"), "classification": ("nearest-mean", "top-1"),
-            "choice": ("nearest-mean", "top-1")}
+            "identification": ("", "rank-1"), **dict.fromkeys(("classification", "choice"), ("nearest-mean", "top-1"))}
 D_PRIMES = ("d-prime", "pair d-prime")  # measures that are no fractions
 
 
@@ -50,7 +49,7 @@ class Row:
     identities: int = 0  # or classes, that the interval resamples; 0: unknown
     chance: float = 0  # of random embeddings; 0: not told
     kind: str = ""  # the split's protocol, or yardstick, retention, gap, clean, unified, human trials, human choices
-    # of objects: nearest-mean, knn, head, probe, zero-shot N; of human trials: model, people, rater, lead, beaten
+    # of objects: nearest-mean, knn, head, probe, zero-shot N; of people: observer, people, model, rater, lead, beaten
     readout: str = ""
     measure: str = ""  # top-1, rank-1, auc, ...: of retention and gap what is retained and lost
     rule: str = ""  # by which the measure is taken, and its draws
@@ -78,9 +77,8 @@ class Row:
 
     def describe(self) -> str:
         """The sentence of `protocol`, of a figure whose kind is the split's protocol."""
-        parts = [self.kind, self.rule, self.images, "flip" if self.flip else "no flip", self.lacks,
-                 "out of distribution" * self.ood]
-        return ", ".join(filter(None, parts))
+        parts = self.kind, self.rule, self.images, "flip" if self.flip else "no flip", self.lacks
+        return ", ".join(filter(None, (*parts, "out of distribution" * self.ood)))
 
 
 def read_rows(folder: Path) -> list[Row]:

@@ -15,12 +15,16 @@ from reports.tables import human_verdict, save_figure
 Figures = dict[tuple[str, str], list[Row]]  # by readout and measure; of observers one row each
 
 
-def choice_rows(rows: list[Row]) -> dict[tuple[str, str], dict[str, Figures]]:
-    """{("domain/split", rule): {weights: figures}} of what people chose and how models compare."""
+def choice_rows(rows: list[Row]) -> dict[str, dict[str, dict[str, Figures]]]:
+    """{"domain/split": {rule: {weights: figures}}} of what people chose and how models compare.
+
+    The first rule of a split is for the stimuli of the model's categories, all conditions together.
+    """
     found: dict = {}
     for row in rows:
         if row.kind == "human choices":
-            figures = found.setdefault((f"{row.domain}/{row.split}", row.rule), {}).setdefault(row.weights, {})
+            by_rule = found.setdefault(f"{row.domain}/{row.split}", {})
+            figures = by_rule.setdefault(row.rule, {}).setdefault(row.weights, {})
             figures.setdefault((row.readout, row.measure), []).append(row)
     return found
 
@@ -32,7 +36,7 @@ def show_choices(rows: list[Row]) -> list[str]:
         return []
     shape = {(f"{row.domain}/{row.split}", row.weights, row.readout): show_value(row)
              for row in rows if row.kind == "choice" and row.measure == "shape share"}
-    for (name, rule), by_weights in found.items():
+    for name, rule, by_weights in ((name, *one) for name, by_rule in found.items() for one in by_rule.items()):
         stimuli = f"{literal(name)}: {literal(rule)}"
         for weights, figures in by_weights.items():
             def value(readout: str, measure: str, figures: Figures = figures) -> str:
@@ -52,8 +56,9 @@ def show_choices(rows: list[Row]) -> list[str]:
     return ["", "## Forced choice beside people", "", "People and model name the category of identical stimuli, those "
             "of the categories that the model has; the chance of either stands beside it, since people choose among "
             "all. Error consistency is kappa x 100: 0 where two err independently of each other, 100 where they err on "
-            "the same stimuli. Shape share: where the cues conflict, the share of shape among the choices of shape or "
-            "texture. Intervals resample the stimuli; the observers are these, not a sample of mankind.", "",
+            "the same stimuli; over several conditions it also tells that these differ in difficulty. Shape share: "
+            "where the cues conflict, the share of shape among the choices of shape or texture. Intervals resample the "
+            "stimuli; the observers are these, not a sample of mankind.", "",
             "| stimuli | count | observers | accuracy: mean | range | chance | observed consistency among people "
             "| error consistency among people | shape share |", "| --- " * 9 + "|", *people, "",
             "| stimuli | readout | weights | accuracy | chance | minus people | beaten | observed consistency with "
@@ -73,7 +78,7 @@ def draw_choices(folder: Path, rows: list[Row], curves: dict[str, dict]) -> list
         return []
     figure, axes = plt.subplots(len(panels), 2, figsize=(12.5, 5.2 * len(panels)), squeeze=False, layout="constrained")
     for (left, right), key in zip(axes, panels, strict=True):
-        draw_accuracy(left, key, next(found for (name, _), found in choice_rows(rows).items() if name == key))
+        draw_accuracy(left, key, next(iter(choice_rows(rows)[key].values())))
         draw_consistency(right, {weights: by_split[key]["decisions"] for weights, by_split in curves.items()})
     save_figure(folder / "choices.png", figure)
     return [("Forced choice: accuracy of people and model, and error consistency of each two", "choices.png")]
@@ -111,7 +116,8 @@ def draw_consistency(ax, by_weights: dict[str, Decisions]) -> None:
     np.fill_diagonal(kappa, np.nan)
     image = ax.imshow(kappa, cmap="RdBu_r", vmin=-1, vmax=1)
     for i, j in np.argwhere(np.isfinite(kappa)) if len(names) <= 24 else ():
-        ax.text(j, i, f"{kappa[i, j]:.2f}".replace("0.", "."), ha="center", va="center", fontsize=5)
+        ax.text(j, i, f"{kappa[i, j]:.2f}".replace("0.", "."), ha="center", va="center", fontsize=5,
+                color="white" if abs(kappa[i, j]) > 0.7 else "black")
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=6, parse_math=False)
     ax.set_yticks(range(len(names)), names, fontsize=6, parse_math=False)
     ax.axhline(len(one.people) - 0.5, color="black", lw=0.8)

@@ -17,6 +17,7 @@ from protocols.bootstrap import Unscorable
 from protocols.choice import Decisions, agreement, choose, score_choice, score_decisions
 from protocols.humans import NO_ANSWER, UNSEEN, read_humans, read_trials
 from protocols.results import Row, read_rows
+from tests.conftest import mutated
 from tests.test_body_sources import prepared, write_files
 
 HEADER = "subj,session,trial,rt,object_response,category,condition,imagename"
@@ -155,6 +156,19 @@ def test_bad_trials(old, new, words, edges, tmp_path):
         read_humans((str(path),), {"object/edges": edges})
 
 
+def test_damaged_trials_are_refused_in_one_line(edges, tmp_path):
+    whole = write_trials(tmp_path / "a.csv", {"s1": ["cat", "dog", "na", "dog"], "s2": ["cat"]}).read_bytes()
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(300):
+        (tmp_path / "a.csv").write_bytes(mutated(whole, rng))
+        try:
+            read_humans((str(tmp_path / "a.csv"),), {"object/edges": edges})
+        except InputError as error:
+            assert 0 < len(error.message) < 700 and "\n" not in error.message, error.message
+            refused += 1
+    assert refused > 100
+
+
 def test_two_splits_with_the_same_stimuli_have_to_be_told_apart(edges, tmp_path):
     """The toolbox's edges and silhouettes have the same names: a guess would score one by the answers to the other."""
     path, splits = write_trials(tmp_path / "edge.csv", {"s1": ["cat"]}), {"object/edges": edges, "object/lines": edges}
@@ -284,7 +298,7 @@ def evaluated(root, tmp_path_factory) -> tuple[Path, list[Row]]:
                                              "b|n": ["cat"] * 3 + ["dog", "na", "na"]})
     arguments = ["--backbone", "clip", "--size", "tiny", "--weights", "none", "--image-size", "32", "--probe", "0",
                  "--data", root / "data", "--out", out / "run", "--humans", people, "--bootstrap", "20",
-                 "--workers", "0", "--prompts", "1", "--device", "cpu"]
+                 "--workers", "0", "--prompts", "1", "--device", "cpu", "--sheet"]
     assert evaluate.main.main([str(a) for a in arguments], standalone_mode=False) == 0
     return out / "run/eval", read_rows(out / "run/eval")
 
@@ -312,8 +326,9 @@ def test_the_report_shows_people_and_model(evaluated):
     assert "## Forced choice beside people" in report and "](choices.png)" in report
     assert "object/edges (out of distribution) | nearest-mean top-1 | 50.0 |" in report
     assert "| 6 | 2 | 58.3 [" in report and "50.0 to 66.7 | 6.2 |" in report  # stimuli, observers, mean, range, chance
-    with Image.open(folder / "choices.png") as image:
-        assert min(image.size) > 400
+    for name in ("choices", "sheet-object-edges"):
+        with Image.open(folder / f"{name}.png") as image:
+            assert min(image.size) > 300
 
 
 def test_a_reference_without_the_categories_is_refused_before_anything_is_embedded(root, tmp_path):

@@ -224,7 +224,7 @@ class Known:
 def objects(labels, name, **more):
     split = classified(labels, ["a", "b"], name, **more)
     split.index = {"provenance": {"source": name, "plan": "0123456789"}}
-    split.missing = np.zeros(len(labels), dtype=bool)
+    split.missing, split.names = np.zeros(len(labels), dtype=bool), split.classes
     return split
 
 
