@@ -128,7 +128,7 @@ class Options:
     log_every: int = option("logging", 10, click.IntRange(1), "Steps between lines of log.jsonl.")
     eval_every: int = option("logging", 0, click.IntRange(0), "Steps between quick evaluations: same/different AUC of "
                              "2,000 fixed images per domain; 0: never.")
-    splits: str | None = option("logging", None, str, "domain/split,... for --eval-every (default: one a domain).")
+    splits: str | None = option("logging", None, str, "domain/split,... for --eval-every (default: one per domain).")
     save_every: int = option("logging", 500, click.IntRange(1), "Steps between checkpoints.")
     keep: int = option("logging", 0, click.IntRange(0), "Newest checkpoints to keep in RUN/checkpoints, one per "
                        "--eval-every (else --save-every); the best by --eval-every stays, too.")

@@ -94,7 +94,6 @@ def ceilings(device: torch.device) -> dict:
 
 
 def print_row(row: dict) -> dict:
-    """Print a row and return it."""
     shape = " ".join(f"{key}={row[key]}" for key in ("N", "C", "D", "B", "S", "layout", "form") if key in row)
     line = f"{row['impl']:28} {shape:42} "
     if "median_ms" in row:
