@@ -73,7 +73,7 @@ class Options:
     size: str = option("model", "large", click.Choice(SIZES), "Size within the family.")
     model: str | None = option("model", None, str, "Any timm or open_clip NAME (or NAME/TAG) instead of --backbone.")
     weights: str = option("model", "pretrained", str, "'pretrained' (downloads), 'none' (random), FILE or FILE:NAME.")
-    image_size: int | None = option("model", None, click.IntRange(16, 4096), "Input side in pixels (default: its own).")
+    image_size: int | None = option("model", None, click.IntRange(16, 4096), "Pixels per side (default: the model's).")
     embed_dim: int = option("model", 0, click.IntRange(0, 65536), "Width of an added linear layer; 0: none.")
     lora: int = option("model", 0, click.IntRange(0, 4096), "LoRA: rank of the updates of the attention projections, "
                        "which are trained instead of the network; 0: off.")

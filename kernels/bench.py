@@ -270,7 +270,7 @@ def planned(N: int, C: int, D: int, name: str) -> float:
     return 1.1 * plan.workspace(C) / 2**20 + 4 * N * D * 4 / 2**20 + 2  # four tensors of the size of dx
 
 
-def verdicts(device: torch.device, seconds: float) -> tuple[list[dict], list[tuple[str, str, bool]]]:
+def measure_goals(device: torch.device, seconds: float) -> tuple[list[dict], list[tuple[str, str, bool]]]:
     """Rows of the benchmark and (goal, measured value, met) for the sizes of the goals."""
     ceiling, rows, goals, table = ceilings(device), [], [], implementations(device, True)
     for N, C, D, name in ((1024, 100_000, 768, "one"), (1024, 100_000, 768, "four"), (1024, 100_000, 768, "shares"),
@@ -385,7 +385,7 @@ def compile_(path, archs) -> None:
 @SECONDS
 def check(path, seconds) -> None:
     device, source = begin("cuda")
-    rows, goals = verdicts(device, seconds)
+    rows, goals = measure_goals(device, seconds)
     write_csv(path, [source | row for row in rows])
     print("\n| goal | measured | |\n|---|---|---|")
     for goal, measured, met in goals:
