@@ -315,7 +315,7 @@ def cli() -> None:
 
 
 PATH = click.option("--csv", "path", type=click.Path(path_type=Path), help="CSV file to write.")
-SECONDS = click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.5, help="Seconds per measurement.")
+SECONDS = click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.5, help="Of each measurement.")
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Device.")
 
 
@@ -338,7 +338,7 @@ def begin(device: str) -> tuple[torch.device, dict]:
 @SECONDS
 @click.option("--compile/--no-compile", "with_compile", help="Also compare with torch.compile.")
 @click.option("--samples", multiple=True, type=int, help="Samples N (default: 256 1024 4096; on a CPU 256).")
-@click.option("--classes", multiple=True, type=int, help="Classes C (default: 1k 10k 100k 600k 2.2M; on a CPU 1k 10k 100k).")
+@click.option("--classes", multiple=True, type=int, help="Classes C (default: 1k 10k 100k 600k 2.2M; on a CPU to 100k).")
 @click.option("--width", "widths", multiple=True, type=int, help="Width D (default: 384 768 1024; on a CPU 384).")
 @click.option("--layout", "layouts", multiple=True, type=click.Choice(LAYOUTS), default=LAYOUTS,
               help="One domain, four equal ones, or four of realistic shares.")
@@ -358,7 +358,7 @@ def margin(path, device, seconds, with_compile, samples, classes, widths, layout
 @DEVICE
 @SECONDS
 @click.option("--batch", "batches", multiple=True, type=int, help="Images B (default: 64 256 1024; on a CPU 64).")
-@click.option("--size", "sizes", multiple=True, type=int, help="Side S in pixels (default: 112 224 448; on a CPU 112 224).")
+@click.option("--size", "sizes", multiple=True, type=int, help="Pixels S (default: 112 224 448; on a CPU 112 224).")
 def gather(path, device, seconds, batches, sizes) -> None:
     device, source = begin(device)
     gpu, ceiling = device.type == "cuda", ceilings(device)
