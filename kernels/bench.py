@@ -338,7 +338,7 @@ def begin(device: str) -> tuple[torch.device, dict]:
 @SECONDS
 @click.option("--compile/--no-compile", "with_compile", help="Also compare with torch.compile.")
 @click.option("--samples", multiple=True, type=int, help="Samples N (default: 256 1024 4096; on a CPU 256).")
-@click.option("--classes", multiple=True, type=int, help="Classes C (default: 1k 10k 100k 600k 2.2M; on a CPU to 100k).")
+@click.option("--classes", multiple=True, type=int, help="Classes C (default: 1k 10k 100k 600k 2.2M; CPU: to 100k).")
 @click.option("--width", "widths", multiple=True, type=int, help="Width D (default: 384 768 1024; on a CPU 384).")
 @click.option("--layout", "layouts", multiple=True, type=click.Choice(LAYOUTS), default=LAYOUTS,
               help="One domain, four equal ones, or four of realistic shares.")
