@@ -77,7 +77,7 @@ class Options:
     size: str = option("model", "large", click.Choice(SIZES), "Size within the family.")
     model: str | None = option("model", None, str, "Any timm or open_clip NAME (or NAME/TAG) instead of --backbone.")
     weights: str = option("model", "pretrained", str, "'pretrained' (downloads), 'none' (random), FILE or FILE:NAME.")
-    image_size: int | None = option("model", None, click.IntRange(16, 4096), "Input side in pixels (default: its own).")
+    image_size: int | None = option("model", None, click.IntRange(16, 4096), "Pixels per side (default: the model's).")
     embed_dim: int = option("model", 0, click.IntRange(0, 65536), "Width of an added linear layer; 0: none.")
     lora: int = option("model", 0, click.IntRange(0, 4096), "LoRA: rank of the updates of the attention projections, "
                        "which are trained instead of the network; 0: off.")
@@ -137,7 +137,7 @@ class Options:
     log_every: int = option("logging", 10, click.IntRange(1), "Steps between lines of log.jsonl.")
     eval_every: int = option("logging", 0, click.IntRange(0), "Steps between quick evaluations: same/different AUC of "
                              "2,000 fixed images per domain; 0: never.")
-    splits: str | None = option("logging", None, str, "domain/split,... for --eval-every (default: one a domain).")
+    splits: str | None = option("logging", None, str, "domain/split,... for --eval-every (default: one per domain).")
     save_every: int = option("logging", 500, click.IntRange(1), "Steps between checkpoints.")
     keep: int = option("logging", 0, click.IntRange(0), "Newest checkpoints to keep in RUN/checkpoints, one per "
                        "--eval-every (else --save-every); the best by --eval-every stays, too.")

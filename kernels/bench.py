@@ -94,7 +94,6 @@ def ceilings(device: torch.device) -> dict:
 
 
 def print_row(row: dict) -> dict:
-    """Print a row and return it."""
     shape = " ".join(f"{key}={row[key]}" for key in ("N", "C", "D", "B", "S", "layout", "form") if key in row)
     line = f"{row['impl']:28} {shape:42} "
     if "median_ms" in row:
@@ -271,7 +270,7 @@ def planned(N: int, C: int, D: int, name: str) -> float:
     return 1.1 * plan.workspace(C) / 2**20 + 4 * N * D * 4 / 2**20 + 2  # four tensors of the size of dx
 
 
-def verdicts(device: torch.device, seconds: float) -> tuple[list[dict], list[tuple[str, str, bool]]]:
+def measure_goals(device: torch.device, seconds: float) -> tuple[list[dict], list[tuple[str, str, bool]]]:
     """Rows of the benchmark and (goal, measured value, met) for the sizes of the goals."""
     ceiling, rows, goals, table = ceilings(device), [], [], implementations(device, True)
     for N, C, D, name in ((1024, 100_000, 768, "one"), (1024, 100_000, 768, "four"), (1024, 100_000, 768, "shares"),
@@ -316,7 +315,7 @@ def cli() -> None:
 
 
 PATH = click.option("--csv", "path", type=click.Path(path_type=Path), help="CSV file to write.")
-SECONDS = click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.5, help="Time per measurement.")
+SECONDS = click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.5, help="Of each measurement.")
 DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Device.")
 
 
@@ -338,9 +337,9 @@ def begin(device: str) -> tuple[torch.device, dict]:
 @DEVICE
 @SECONDS
 @click.option("--compile/--no-compile", "with_compile", help="Also compare with torch.compile.")
-@click.option("--samples", multiple=True, type=int, help="N (default: 256 1024 4096; on a CPU 256).")
-@click.option("--classes", multiple=True, type=int, help="C (default: 1k 10k 100k 600k 2.2M; on a CPU 1k 10k 100k).")
-@click.option("--width", "widths", multiple=True, type=int, help="D (default: 384 768 1024; on a CPU 384).")
+@click.option("--samples", multiple=True, type=int, help="Samples N (default: 256 1024 4096; on a CPU 256).")
+@click.option("--classes", multiple=True, type=int, help="Classes C (default: 1k 10k 100k 600k 2.2M; CPU: to 100k).")
+@click.option("--width", "widths", multiple=True, type=int, help="Width D (default: 384 768 1024; on a CPU 384).")
 @click.option("--layout", "layouts", multiple=True, type=click.Choice(LAYOUTS), default=LAYOUTS,
               help="One domain, four equal ones, or four of realistic shares.")
 def margin(path, device, seconds, with_compile, samples, classes, widths, layouts) -> None:
@@ -358,8 +357,8 @@ def margin(path, device, seconds, with_compile, samples, classes, widths, layout
 @PATH
 @DEVICE
 @SECONDS
-@click.option("--batch", "batches", multiple=True, type=int, help="B (default: 64 256 1024; on a CPU 64).")
-@click.option("--size", "sizes", multiple=True, type=int, help="S, pixels (default: 112 224 448; on a CPU 112 224).")
+@click.option("--batch", "batches", multiple=True, type=int, help="Images B (default: 64 256 1024; on a CPU 64).")
+@click.option("--size", "sizes", multiple=True, type=int, help="Pixels S (default: 112 224 448; on a CPU 112 224).")
 def gather(path, device, seconds, batches, sizes) -> None:
     device, source = begin(device)
     gpu, ceiling = device.type == "cuda", ceilings(device)
@@ -386,7 +385,7 @@ def compile_(path, archs) -> None:
 @SECONDS
 def check(path, seconds) -> None:
     device, source = begin("cuda")
-    rows, goals = verdicts(device, seconds)
+    rows, goals = measure_goals(device, seconds)
     write_csv(path, [source | row for row in rows])
     print("\n| goal | measured | |\n|---|---|---|")
     for goal, measured, met in goals:

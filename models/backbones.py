@@ -105,7 +105,6 @@ class Network:
 
     @property
     def name(self) -> str:
-        """Name in folders and tables."""
         return (self.model or f"{self.backbone}-{self.size}").replace("/", "_")
 
 

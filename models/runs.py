@@ -154,7 +154,6 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def damaged(path: Path, what: str) -> InputError:
-    """The error of a damaged file of a run."""
     return InputError(f"{path}: damaged ({what}): restore it, or continue the run with --resume")
 
 
@@ -179,7 +178,6 @@ class Facts:
 
 def gather_facts(splits: list[Split], schedule: str, steps: int, counts: dict[str, int], recipe: dict[str, float],
                  weights: str) -> Facts:
-    """The facts of a run that starts now."""
     code = Path(__file__).resolve().parent
     try:
         commit = subprocess.run(["git", "-C", code, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -283,7 +281,6 @@ class Run:
 
     @property
     def options(self) -> dict:
-        """The options as on the command line."""
         return read_parts(self.folder / "config.json")[0]
 
 

@@ -91,7 +91,6 @@ class DomainGradients:
         return self.pcgrad or self.logs(step)
 
     def begin(self) -> None:
-        """Before the first micro-batch of a step."""
         self.by_domain = [[] for _ in self.domains]
 
     def backward(self, result: HeadLoss, images: Tensor, batch: tuple, present: list[int]) -> None:
@@ -126,7 +125,6 @@ class DomainGradients:
         return {}
 
     def write(self, step: int, names: list[str]) -> None:
-        """Append norms and cosines to conflict.jsonl."""
         layers, domains = self.model.layers(), self.domains
         norms, cosines = (v.cpu() for v in conflicts(self.by_domain, [layers[name] for name in names]))
         pairs = {f"{a}~{b}": (i, j) for (i, a), (j, b) in itertools.combinations(enumerate(domains), 2)}

@@ -3,7 +3,6 @@
 The exported model is compared with the run's; if they differ, nothing is written.
 """
 
-import hashlib
 import importlib.util
 import json
 import logging
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data_prep import FREE_ON_RESUME, InputError, write_atomically
+from data_prep import FREE_ON_RESUME, InputError, hash_file, write_atomically
 from models.backbones import TINY_CLIP, Backbone
 from models.runs import Run, load_foundation, load_tuned
 from protocols.results import Row, read_rows
@@ -199,9 +198,7 @@ def write_card(run: Run, model: Backbone, files: list[Path], code: str, check: s
     if alpha < 1:
         lines += [f"WiSE-FT: {alpha:g} x fine-tuned + {1 - alpha:g} x untouched weights. The scores below are of the "
                   "fine-tuned weights; the interpolated ones were not evaluated.", ""]
-    for path in files:
-        with open(path, "rb") as file:
-            lines.append(f"- `{path.name}`: sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    lines += [f"- `{path.name}`: sha256 {hash_file(path)}" for path in files]
     lines += ["", "## Data", "", "| domain | source | images | classes | drawn in training | passes | format |",
               "| --- | --- | --- | --- | --- | --- | --- |"]
     for domain, classes in run.classes.items():

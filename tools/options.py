@@ -15,7 +15,6 @@ PAGE = Path(__file__).resolve().parent.parent / "docs/options.md"
 
 
 def load_command(program: str) -> click.Group:
-    """The click command of a program."""
     module, _, name = PROGRAMS[program].partition(":")
     return getattr(importlib.import_module(module), name)
 
