@@ -36,12 +36,13 @@ from data_prep import (
     read_json,
     read_lines,
     read_parts,
+    unit_number,
     weights_of,
     write_atomically,
     write_json,
 )
-from data_prep.format import Split, fits
-from models.backbones import Backbone, Network, fill_weights, library_state, load_backbone
+from data_prep.format import MAX_SIZE, Split, fits
+from models.backbones import BACKBONES, Backbone, Network, fill_weights, library_state, load_backbone
 
 LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # of a run, one record a line, each with its step
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
@@ -211,24 +212,35 @@ CONFIG = {
     "embed_dim": int, "seed": int, "domains": [str], "data": str, "schedule": str, "counts": {}, "steps": int,
     "shards": {}, "versions": {}, "git_commit": (str, None),
 }
+LATER = {"sources": {}, "degrade": None}  # what former versions did not write, and what it was then
+SOURCE = {"source": str, "images": int, "size": int}  # of "sources", see `describe_sources`
 
 
 def read_config(folder: Path) -> dict:
     """`join_config` of a run; InputError where what stages read of it is missing or of another kind."""
     path = folder / "config.json"
-    config = join_config(path)
+    config = LATER | join_config(path)
     if missing := CONFIG.keys() - config.keys():
         raise InputError(f"{path} lacks {min(missing)!r}: restore it, or train the run again")
-    for key, kinds in CONFIG.items():
-        value = config[key]
-        if not any(value is None if kind is None else fits(value, kind)
-                   for kind in (kinds if isinstance(kinds, tuple) else (kinds,))):
-            raise InputError(f"{path}: {key} is {str(value)[:60]!r}: restore it, or train the run again")
-    if sorted(set(config["order"])) != sorted(config["order"]) or not set(config["order"]) <= set(DOMAINS):
-        raise InputError(f"{path}: domains is {str(config['order'])[:60]}: restore it, or train the run again")
-    if not all(fits(config["counts"].get(name), int) and isinstance(config["shards"].get(name), str)
-               for name in config["domains"]):
-        raise InputError(f"{path}: counts and shards do not name every domain: restore it, or train the run again")
+    wrong = [key for key, kinds in CONFIG.items()
+             if not any(config[key] is None if kind is None else fits(config[key], kind)
+                        for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))]
+    if not wrong:
+        order, domains, sources = config["order"], config["domains"], config["sources"]
+        sound = {
+            "domains": sorted(set(order)) == sorted(order) and set(order) <= set(DOMAINS),
+            "counts": all(fits(config["counts"].get(name), int) for name in domains),
+            "shards": all(fits(config["shards"].get(name), str) for name in domains),
+            "image_size": 16 <= (config["image_size"] or 16) <= MAX_SIZE,  # as the options, and allocated at once
+            "embed_dim": config["embed_dim"] <= 1 << 16,
+            "backbone": config["model"] or config["size"] in BACKBONES.get(config["backbone"], {}),
+            "sources": fits(sources, {}) and all(fits(source, SOURCE) for source in sources.values()),
+            "degrade": config["degrade"] is None or (
+                fits(config["degrade"], str) and unit_number(config["degrade"].partition("@")[0]) is not None),
+        }
+        wrong = [key for key, good in sound.items() if not good]
+    if wrong:
+        raise InputError(f"{path}: {wrong[0]} is {str(config[wrong[0]])[:60]!r}: restore it, or train the run again")
     return config
 
 

@@ -179,7 +179,9 @@ def test_a_run_is_checked_when_it_is_read(tiny_run, tmp_path):
             load_tuned(load_run(run))
     shutil.copy(tiny_run / "head.safetensors", run)
     for changes in ({"embed_dim": "x"}, {"domains": "cars"}, {"domains": "body,body"}, {"steps": -1},
-                    {"shards": {}}, {"counts": 3}, {"image_size": [32]}, {"seed": None}):
+                    {"shards": {}}, {"counts": 3}, {"image_size": [32]}, {"seed": None}, {"backbone": "x"},
+                    {"backbone": None}, {"size": "x"}, {"sources": []}, {"sources": {"body": {"images": "x"}}},
+                    {"degrade": "x"}, {"degrade": [1]}, {"image_size": 10**9}, {"embed_dim": 10**9}):
         changed = {part: values | {k: v for k, v in changes.items() if k in values} for part, values in config.items()}
         (run / "config.json").write_text(json.dumps(changed))
         with pytest.raises(InputError, match=r"config\.json.*: restore it, or train the run again"):
