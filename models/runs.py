@@ -4,7 +4,6 @@ Copy with it: models/backbones.py and what it needs.
 """
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -12,6 +11,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,8 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from data_prep import (
     DOMAINS,
@@ -43,6 +41,7 @@ from data_prep import (
 )
 from data_prep.format import MAX_SIZE, Split, fits
 from models.backbones import BACKBONES, Backbone, Network, fill_weights, library_state, load_backbone
+from models.weights import damaged, read_tensors, write_tensors
 
 LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # of a run, one record a line, each with its step
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
@@ -101,6 +100,17 @@ def watch_parent(parent: int, patience: float = 120.0) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
+def end_rank(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """The last words of a rank: one line where a peer was lost. It ends at once: gloo's threads may hang an exit."""
+    if kind is RuntimeError and "peer" in str(error) and "--debug" not in sys.argv:
+        print("error: another process of this job has ended, and says why if it could; what was saved is intact: run "
+              "the command again (train.py: with --resume)", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
     """The ranks of torchrun's environment, a process group where there are several, and the device of this one."""
     world, device = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device_name)
@@ -113,50 +123,18 @@ def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     threading.Thread(target=watch_parent, args=(os.getppid(),), daemon=True).start()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:  # torchrun listens there, unless it was killed before `watch_parent` saw it
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 30).close()
+        except OSError as error:
+            raise InputError(f"torchrun, which started this process, has ended ({error.strerror or error}): start it "
+                             "again") from error
+    sys.excepthook = end_rank
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = Ranks(torch.distributed.get_rank(), world, torch.distributed.new_group(backend="gloo"))
     if ranks.rank:  # one voice
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return ranks, device
-
-
-# ---------------------------------------------------------------- files
-
-
-def digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """SHA-256 of tensors on the CPU, with their names, types and shapes, and of the metadata beside them."""
-    about = {key: [str(value.dtype), list(value.shape)] for key, value in sorted(tensors.items())}
-    whole = hashlib.sha256(json.dumps([about, metadata], sort_keys=True).encode())
-    for key in about:
-        whole.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
-    """Write a safetensors file with the digest of its contents in its metadata: `read_tensors` compares it."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    metadata = metadata | {"sha256": digest(tensors, metadata)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file of a run; InputError where it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except Exception as error:  # safetensors raises a kind of its own
-        raise damaged(path, str(error)) from error
-    if (expected := metadata.pop("sha256", None)) and digest(tensors, metadata) != expected:
-        raise damaged(path, "its contents are not what was written: their SHA-256 differs")
-    if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
-        raise damaged(path, f"{wrong[0]} holds numbers that are not finite")
-    return tensors, metadata
-
-
-def damaged(path: Path, what: str) -> InputError:
-    """The error about a file of a run that a stage cannot use."""
-    return InputError(f"{path}: damaged ({what}): restore it, or continue the run with --resume")
 
 
 # ---------------------------------------------------------------- config.json

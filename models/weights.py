@@ -1,5 +1,7 @@
+"""Files of weights: those of others, in whatever form they were saved, and those of a run, which are checked."""
 
-
+import hashlib
+import json
 import pickle
 import re
 import zipfile
@@ -7,10 +9,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data_prep import InputError
+from data_prep import InputError, write_atomically
 
 
 def read_weights(name: str) -> dict[str, torch.Tensor]:
@@ -189,3 +192,42 @@ def from_openai(state: dict[str, torch.Tensor], net: nn.Module, path: Path) -> d
                          "the --model of that name with -quickgelu at its end")
     settings = ("input_resolution", "context_length", "vocab_size", "attn_mask")
     return {key: value for key, value in state.items() if key.rpartition(".")[2] not in settings}
+
+
+# ---------------------------------------------------------------- files of a run
+
+
+def digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of tensors on the CPU, with their names, types and shapes, and of the metadata beside them."""
+    about = {key: [str(value.dtype), list(value.shape)] for key, value in sorted(tensors.items())}
+    whole = hashlib.sha256(json.dumps([about, metadata], sort_keys=True).encode())
+    for key in about:
+        whole.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    """Write a safetensors file with the digest of its contents in its metadata: `read_tensors` compares it."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    metadata = metadata | {"sha256": digest(tensors, metadata)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file of a run; InputError where it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except Exception as error:  # safetensors raises a kind of its own
+        raise damaged(path, str(error)) from error
+    if (expected := metadata.pop("sha256", None)) and digest(tensors, metadata) != expected:
+        raise damaged(path, "its contents are not what was written: their SHA-256 differs")
+    if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise damaged(path, f"{wrong[0]} holds numbers that are not finite")
+    return tensors, metadata
+
+
+def damaged(path: Path, what: str) -> InputError:
+    """The error about a file of a run that a stage cannot use."""
+    return InputError(f"{path}: damaged ({what}): restore it, or continue the run with --resume")

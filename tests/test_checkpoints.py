@@ -370,9 +370,9 @@ def test_too_few_files_may_be_open(demo_root, tmp_path):
 
 # argv: which write of which file ends the process by kill -9, when half of it is written or after it
 KILLED_WHILE_WRITING = """
-import models.runs, os, signal, sys, train
+import models.weights, os, signal, sys, train
 name, number, half = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1) == "half"
-write, seen = models.runs.write_atomically, 0
+write, seen = train.write_atomically, 0
 
 def fatal(path, fill):
     global seen
@@ -386,7 +386,7 @@ def fatal(path, fill):
     write(path, part if half else fill)
     os.kill(os.getpid(), signal.SIGKILL)
 
-models.runs.write_atomically = train.write_atomically = fatal
+models.weights.write_atomically = train.write_atomically = fatal
 train.run_command(train.main)
 """
 
