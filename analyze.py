@@ -89,8 +89,8 @@ def choose_splits(run: Run, options: Options, root: dict, data: str) -> tuple[di
         raise InputError(f"{data}: none of {', '.join(run.config['domains'])} has both a training and a test split: "
                          "nothing to analyse")
     degraded = {}
-    if run.config.get("degrade") and "face_lq" in splits:  # the network never saw these images as they are stored
-        degraded["face_lq"] = float(str(run.config["degrade"]).partition("@")[0])
+    if run.config["degrade"] and "face_lq" in splits:  # the network never saw these images as they are stored
+        degraded["face_lq"] = float(run.config["degrade"].partition("@")[0])
         base, test = splits["face_lq"]
         splits["face_lq"] = (Degraded(base.folder, degraded["face_lq"], options.seed), test)
     return splits, left_out, degraded

@@ -4,7 +4,6 @@ Copy with it: models/backbones.py and what it needs.
 """
 
 import contextlib
-import hashlib
 import json
 import multiprocessing
 import os
@@ -12,6 +11,7 @@ import platform
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,8 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from data_prep import (
     DOMAINS,
@@ -36,12 +34,14 @@ from data_prep import (
     read_json,
     read_lines,
     read_parts,
+    unit_number,
     weights_of,
     write_atomically,
     write_json,
 )
-from data_prep.format import Split, fits
-from models.backbones import Backbone, Network, fill_weights, library_state, load_backbone
+from data_prep.format import MAX_SIZE, Split, fits
+from models.backbones import BACKBONES, Backbone, Network, fill_weights, library_state, load_backbone
+from models.weights import damaged, read_tensors, write_tensors
 
 LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # of a run, one record a line, each with its step
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
@@ -100,6 +100,17 @@ def watch_parent(parent: int) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
+def end_rank(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """The last words of a rank: one line where a peer was lost. It ends at once: gloo's threads may hang an exit."""
+    if kind is RuntimeError and "peer" in str(error) and "--debug" not in sys.argv:
+        print("error: another process of this job has ended, and says why if it could; what was saved is intact: run "
+              "the command again (train.py: with --resume)", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()
+    os._exit(1)
+
+
 def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
     """Read torchrun's environment, start the process group (several ranks) and choose the device of this rank."""
     world, device = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device_name)
@@ -112,49 +123,18 @@ def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
     threading.Thread(target=watch_parent, args=(os.getppid(),), daemon=True).start()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        try:  # torchrun listens there, unless it was killed before `watch_parent` saw it
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 30).close()
+        except OSError as error:
+            raise InputError(f"torchrun, which started this process, has ended ({error.strerror or error}): start it "
+                             "again") from error
+    sys.excepthook = end_rank
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = Ranks(torch.distributed.get_rank(), world, torch.distributed.new_group(backend="gloo"))
     if ranks.rank:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return ranks, device
-
-
-# ---------------------------------------------------------------- files
-
-
-def digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    """SHA-256 of tensors on the CPU, their names, dtypes and shapes, and their metadata."""
-    header = {key: [str(value.dtype), list(value.shape)] for key, value in sorted(tensors.items())}
-    whole = hashlib.sha256(json.dumps([header, metadata], sort_keys=True).encode())
-    for key in header:
-        whole.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
-    """Write a safetensors file with the digest of its contents in its metadata, which `read_tensors` checks."""
-    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    metadata = metadata | {"sha256": digest(tensors, metadata)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-
-
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file of a run; InputError if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except Exception as error:  # safetensors raises its own type
-        raise damaged(path, str(error)) from error
-    if (expected := metadata.pop("sha256", None)) and digest(tensors, metadata) != expected:
-        raise damaged(path, "its contents are not what was written: the SHA-256 differs")
-    if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
-        raise damaged(path, f"{wrong[0]} holds non-finite numbers")
-    return tensors, metadata
-
-
-def damaged(path: Path, what: str) -> InputError:
-    return InputError(f"{path}: damaged ({what}): restore it, or continue the run with --resume")
 
 
 # ---------------------------------------------------------------- config.json
@@ -209,24 +189,35 @@ CONFIG = {
     "embed_dim": int, "seed": int, "domains": [str], "data": str, "schedule": str, "counts": {}, "steps": int,
     "shards": {}, "versions": {}, "git_commit": (str, None),
 }
+LATER = {"sources": {}, "degrade": None}  # what former versions did not write, and what it was then
+SOURCE = {"source": str, "images": int, "size": int}  # of "sources", see `describe_sources`
 
 
 def read_config(folder: Path) -> dict:
     """`join_config` of a run; InputError where a field that later stages read is missing or of another type."""
     path = folder / "config.json"
-    config = join_config(path)
+    config = LATER | join_config(path)
     if missing := CONFIG.keys() - config.keys():
         raise InputError(f"{path} lacks {min(missing)!r}: restore it, or train the run again")
-    for key, kinds in CONFIG.items():
-        value = config[key]
-        if not any(value is None if kind is None else fits(value, kind)
-                   for kind in (kinds if isinstance(kinds, tuple) else (kinds,))):
-            raise InputError(f"{path}: {key} is {str(value)[:60]!r}: restore it, or train the run again")
-    if sorted(set(config["order"])) != sorted(config["order"]) or not set(config["order"]) <= set(DOMAINS):
-        raise InputError(f"{path}: domains is {str(config['order'])[:60]}: restore it, or train the run again")
-    if not all(fits(config["counts"].get(name), int) and isinstance(config["shards"].get(name), str)
-               for name in config["domains"]):
-        raise InputError(f"{path}: counts and shards do not name every domain: restore it, or train the run again")
+    wrong = [key for key, kinds in CONFIG.items()
+             if not any(config[key] is None if kind is None else fits(config[key], kind)
+                        for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))]
+    if not wrong:
+        order, domains, sources = config["order"], config["domains"], config["sources"]
+        sound = {
+            "domains": sorted(set(order)) == sorted(order) and set(order) <= set(DOMAINS),
+            "counts": all(fits(config["counts"].get(name), int) for name in domains),
+            "shards": all(fits(config["shards"].get(name), str) for name in domains),
+            "image_size": 16 <= (config["image_size"] or 16) <= MAX_SIZE,  # as the options, and allocated at once
+            "embed_dim": config["embed_dim"] <= 1 << 16,
+            "backbone": config["model"] or config["size"] in BACKBONES.get(config["backbone"], {}),
+            "sources": fits(sources, {}) and all(fits(source, SOURCE) for source in sources.values()),
+            "degrade": config["degrade"] is None or (
+                fits(config["degrade"], str) and unit_number(config["degrade"].partition("@")[0]) is not None),
+        }
+        wrong = [key for key, good in sound.items() if not good]
+    if wrong:
+        raise InputError(f"{path}: {wrong[0]} is {str(config[wrong[0]])[:60]!r}: restore it, or train the run again")
     return config
 
 

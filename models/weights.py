@@ -1,8 +1,10 @@
-"""Files of weights: reading them without running code in them, and converting their layouts.
+"""Files of weights: foreign ones, read without running code in them and converted; those of a run, with a checksum.
 
 Copy with it: data_prep/__init__.py.
 """
 
+import hashlib
+import json
 import pickle
 import re
 import zipfile
@@ -10,10 +12,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data_prep import InputError
+from data_prep import InputError, write_atomically
 
 
 def read_weights(name: str) -> dict[str, torch.Tensor]:
@@ -191,3 +194,41 @@ def from_openai(state: dict[str, torch.Tensor], net: nn.Module, path: Path) -> d
                          "the --model whose name ends in -quickgelu")
     settings = ("input_resolution", "context_length", "vocab_size", "attn_mask")
     return {key: value for key, value in state.items() if key.rpartition(".")[2] not in settings}
+
+
+# ---------------------------------------------------------------- files of a run
+
+
+def digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """SHA-256 of tensors on the CPU, their names, dtypes and shapes, and their metadata."""
+    about = {key: [str(value.dtype), list(value.shape)] for key, value in sorted(tensors.items())}
+    whole = hashlib.sha256(json.dumps([about, metadata], sort_keys=True).encode())
+    for key in about:
+        whole.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
+    """Write a safetensors file with the digest of its contents in its metadata, which `read_tensors` checks."""
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    metadata = metadata | {"sha256": digest(tensors, metadata)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file of a run; InputError if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except Exception as error:  # safetensors raises its own type
+        raise damaged(path, str(error)) from error
+    if (expected := metadata.pop("sha256", None)) and digest(tensors, metadata) != expected:
+        raise damaged(path, "its contents are not what was written: the SHA-256 differs")
+    if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise damaged(path, f"{wrong[0]} holds non-finite numbers")
+    return tensors, metadata
+
+
+def damaged(path: Path, what: str) -> InputError:
+    return InputError(f"{path}: damaged ({what}): restore it, or continue the run with --resume")

@@ -179,7 +179,9 @@ def test_a_run_is_checked_when_it_is_read(tiny_run, tmp_path):
             load_tuned(load_run(run))
     shutil.copy(tiny_run / "head.safetensors", run)
     for changes in ({"embed_dim": "x"}, {"domains": "cars"}, {"domains": "body,body"}, {"steps": -1},
-                    {"shards": {}}, {"counts": 3}, {"image_size": [32]}, {"seed": None}):
+                    {"shards": {}}, {"counts": 3}, {"image_size": [32]}, {"seed": None}, {"backbone": "x"},
+                    {"backbone": None}, {"size": "x"}, {"sources": []}, {"sources": {"body": {"images": "x"}}},
+                    {"degrade": "x"}, {"degrade": [1]}, {"image_size": 10**9}, {"embed_dim": 10**9}):
         changed = {part: values | {k: v for k, v in changes.items() if k in values} for part, values in config.items()}
         (run / "config.json").write_text(json.dumps(changed))
         with pytest.raises(InputError, match=r"config\.json.*: restore it, or train the run again"):
@@ -368,9 +370,9 @@ def test_too_few_files_may_be_open(demo_root, tmp_path):
 
 # argv: which write of which file ends the process by kill -9, when half of it is written or after it
 KILLED_WHILE_WRITING = """
-import models.runs, os, signal, sys, train
+import models.weights, os, signal, sys, train
 name, number, half = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1) == "half"
-write, seen = models.runs.write_atomically, 0
+write, seen = train.write_atomically, 0
 
 def fatal(path, fill):
     global seen
@@ -384,7 +386,7 @@ def fatal(path, fill):
     write(path, part if half else fill)
     os.kill(os.getpid(), signal.SIGKILL)
 
-models.runs.write_atomically = train.write_atomically = fatal
+models.weights.write_atomically = train.write_atomically = fatal
 train.run_command(train.main)
 """
 

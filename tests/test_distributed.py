@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_prep import InputError
 from data_prep.stream import interleave
 from models.head import HeadSettings
-from models.runs import Ranks
+from models.runs import Ranks, end_rank, join_ranks
 from tests.conftest import ROOT, TINY, assert_gone, script
 from tests.test_schedule import LOSSES, Net, make_head, step_gradients
 
@@ -213,6 +216,29 @@ def test_ranks_do_not_outlive_a_killed_torchrun(demo_root, tmp_path):
     assert len(pids) == 2
     assert_gone(pids)
     assert torch.load(run / "last/state.pt", weights_only=True)["step"] < 50_000 and not (run / ".lock").exists()
+
+
+def test_a_rank_whose_torchrun_was_killed_before_it_joined_ends(monkeypatch):
+    """Else it would ask for half an hour whether torchrun listens again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "LOCAL_RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                        "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(InputError, match=r"torchrun, which started this process, has ended \(Connection refused\)"):
+        join_ranks("cpu")
+
+
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3260"),
+     r"^error: another process of this job has ended.* with --resume\)$"),
+    (RuntimeError("a defect"), "^RuntimeError: a defect$"), (KeyError("peer"), "^KeyError: 'peer'$"),
+])
+def test_the_last_words_of_a_rank(error, words, monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    end_rank(type(error), error, None)
+    assert ended == [1] and re.search(words, capsys.readouterr().err.strip())
 
 
 def test_a_batch_too_small_for_the_processes_is_one_line(demo_root, tmp_path):

@@ -24,7 +24,6 @@ import data_prep.__main__
 import data_prep.stream
 import models.backbones
 import models.head
-import models.runs
 import models.weights
 import reports.training
 import train
@@ -306,7 +305,7 @@ def test_killed_between_the_last_checkpoint_and_done(tiny_run, demo_root, tmp_pa
 def test_weights_are_never_older_than_the_state(tmp_path, monkeypatch):
     """Killed while a checkpoint is written: what resume continues from must not be ahead of the weights."""
     order = []
-    for module in (models.runs, train):
+    for module in (models.weights, train):
         monkeypatch.setattr(module, "write_atomically", lambda path, write: order.append(path.name))
     model = SimpleNamespace(state_dict=dict, net=SimpleNamespace(state_dict=dict), project=None)
     optimizer = SimpleNamespace(state_dict=lambda: {"state": {}})

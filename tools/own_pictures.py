@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data_prep import InputError, progress, write_atomically, write_csv
-from data_prep.format import BadImage, open_training
+from data_prep.format import FITS, MAX_SIZE, BadImage, fits, open_training
 from data_prep.sources.archives import members
 from data_prep.sources.folders import image_suffixes
 from data_prep.write import fit_image
@@ -60,7 +60,9 @@ def find_fitting(run: Run, domain: str | None) -> dict:
     known = run.config.get("sources") or describe_sources(open_training(run.config["data"], run.config["domains"]))
     try:
         found = {key: known[domain][key] for key in ("size", "fit", "quality")}
-    except (KeyError, TypeError, IndexError) as error:
+        if not (found["size"] <= MAX_SIZE and found["fit"] in FITS and fits(found["quality"], int)):
+            raise TypeError(found)
+    except (KeyError, TypeError) as error:
         raise InputError(f"{run.folder}/config.json: its sources do not say how {domain} was fitted ({error!r}): "
                          "restore it") from None
     print(f"fitted as {domain}: {found['size']} px, {found['fit']}")
