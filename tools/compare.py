@@ -5,15 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import (
-    DOMAIN_COLOURS,
-    DOMAINS,
-    InputError,
-    literal,
-    make_folder,
-    write_csv,
-    write_json,
-)
+from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, literal, make_folder, write_csv, write_json
 from protocols.bootstrap import Estimate
 from protocols.results import (
     D_PRIMES,
