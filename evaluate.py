@@ -13,8 +13,8 @@
     python evaluate.py embed photos/ --run runs/NAME --domain face_hq         # embeddings of your own pictures
 
 The protocol in a split's index.json decides the metrics. RUN/eval/ then holds results.json and results.csv (one row a
-figure), report.md and report.html (the same, in one file), figures, and the embeddings, which are computed once. Human trials, experts and
-published figures: docs/humans.md.
+figure), report.md and report.html (the same, in one file), figures, and the embeddings, which are computed once.
+Human trials, experts and published figures: docs/humans.md.
 """
 
 import os
