@@ -307,10 +307,6 @@ class Measured:
         name = self.config["backbone"] or self.config["model"]
         return name if self.config["weights"] != "none" else f"{name} from a random start"
 
-    @property
-    def start(self) -> tuple:
-        return start_of(self.config)
-
 
 def draws_of(scored: Scored) -> int:
     """Number of resamplings."""
@@ -437,7 +433,7 @@ class Group:
 
     @property
     def start(self) -> tuple:
-        return self.runs[0].start
+        return start_of(self.config)
 
     @property
     def seeds(self) -> int:

@@ -4,6 +4,7 @@ Copy with it: data_prep/, kernels/gather.py, kernels/gather_triton.py, models/, 
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -55,26 +56,58 @@ def scatter_ratio(x: np.ndarray, labels: np.ndarray) -> float:
     return float(between / np.square(x - means[labels]).sum())
 
 
-def measure_sharing(embedded: dict, tasks: list[Task], bases: dict, headline: int) -> dict:
-    """Overlap, angles, explained variance and mean cosines of every pair of tasks; spectrum and scatter of each."""
+@dataclass
+class Shape:
+    """The spectrum and the scatter of a task's embeddings."""
+
+    participation_ratio: float
+    components_for_50: int  # of the variance, in percent
+    components_for_90: int
+    components_for_95: int
+    scatter_ratio: float | None
+
+
+@dataclass
+class Overlap:
+    """What the first k components of two tasks have in common; angles in degrees."""
+
+    a: str
+    b: str
+    overlap: float
+    smallest_angle: float
+    median_angle: float
+    largest_angle: float
+    explained: float  # share of b's variance in the components of a
+    mean_cosine: float  # of the tasks' means
+
+
+@dataclass
+class Sharing:
+    """What tasks share."""
+
+    k: int
+    chance: float  # overlap of random subspaces
+    pairs: list[Overlap]
+    tasks: dict[str, Shape]  # by domain
+
+
+def measure_sharing(embedded: dict, tasks: list[Task], bases: dict, headline: int) -> Sharing:
+    """Overlap of the first `headline` components of every pair of tasks; spectrum and scatter of each."""
     table, by_task, means = [], {}, {}
     for task in tasks:
         _, _, variances = bases[task.domain]
         x = embedded[task.domain][1][task.probe]
         total = np.cumsum(variances) / variances.sum()
         means[task.domain] = x.mean(0, dtype=np.float64)
-        by_task[task.domain] = {
-            "participation_ratio": participation_ratio(variances),
-            **{f"components_for_{share}": int(np.searchsorted(total, share / 100) + 1) for share in (50, 90, 95)},
-            "scatter_ratio": finite(scatter_ratio(x, task.target))}
+        by_task[task.domain] = Shape(
+            participation_ratio(variances), *(int(np.searchsorted(total, share) + 1) for share in (0.5, 0.9, 0.95)),
+            finite(scatter_ratio(x, task.target)))
     for a, (_, first, _) in bases.items():
         for b, (_, second, variances) in bases.items():
             u, v = first[:, :headline], second[:, :headline]
             angles = principal_angles(u, v)
             covered = (variances * np.square(u.T @ second).sum(0)).sum() / variances.sum()
             cosine = means[a] @ means[b] / np.linalg.norm(means[a]) / np.linalg.norm(means[b])
-            table.append({"a": a, "b": b, "overlap": subspace_overlap(u, v), "smallest_angle": float(angles[0]),
-                          "median_angle": float(np.median(angles)), "largest_angle": float(angles[-1]),
-                          "explained": float(covered), "mean_cosine": float(cosine)})
-    D = len(next(iter(bases.values()))[0])
-    return {"k": headline, "chance": headline / D, "pairs": table, "tasks": by_task}
+            table.append(Overlap(a, b, subspace_overlap(u, v), *map(float, (
+                angles[0], np.median(angles), angles[-1], covered, cosine))))
+    return Sharing(headline, headline / len(next(iter(bases.values()))[0]), table, by_task)

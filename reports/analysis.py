@@ -13,6 +13,7 @@ from protocols.claims import Claim
 from protocols.explore import FURTHER_RANDOM, Explored
 from protocols.results import FEW_NOTE, Transfer
 from protocols.separability import CLASSIFIERS
+from protocols.sharing import Sharing
 from protocols.subspaces import Curve
 from reports.analysis_plots import (
     draw_deletion,
@@ -45,7 +46,7 @@ class Analysis:
     transfer: dict[str, Transfer] = field(default_factory=dict)  # by weights
     explored: list[Explored] = field(default_factory=list)  # of the tuned weights
     separability: dict | None = None
-    sharing: dict[str, dict] = field(default_factory=dict)  # by weights
+    sharing: dict[str, Sharing] = field(default_factory=dict)  # by weights
     cka: dict[str, float | None] = field(default_factory=dict)  # by domain
 
 
@@ -188,7 +189,7 @@ def report_sources(result: dict[str, dict], spaces: Iterable[str]) -> list[str]:
     return lines
 
 
-def report_sharing(result: dict[str, dict], cka: dict[str, float | None]) -> list[str]:
+def report_sharing(result: dict[str, Sharing], cka: dict[str, float | None]) -> list[str]:
     """Lines about what the tasks share, before and after."""
     lines = ["## What the tasks share", "",
              "Participation ratio: how many dimensions carry the variance. Scatter: of class means about the mean, "
@@ -197,20 +198,20 @@ def report_sharing(result: dict[str, dict], cka: dict[str, float | None]) -> lis
              "", "| space | task | participation ratio | PCs for 50 / 90 / 95 % | scatter | CKA with the untouched |",
              "| --- | --- | --- | --- | --- | --- |"]
     for weights, found in result.items():
-        for name, t in found["tasks"].items():
-            counts = " / ".join(str(t[f"components_for_{share}"]) for share in (50, 90, 95))
+        for name, t in found.tasks.items():
+            counts = f"{t.components_for_50} / {t.components_for_90} / {t.components_for_95}"
             alike = f"{cka[name]:.2f}" if weights == "tuned" and cka.get(name) is not None else ""
-            lines.append(f"| {weights} | {name} | {t['participation_ratio']:.1f} | {counts} | "
-                         f"{t['scatter_ratio'] or math.nan:.2f} | {alike} |")
+            lines.append(f"| {weights} | {name} | {t.participation_ratio:.1f} | {counts} | "
+                         f"{t.scatter_ratio or math.nan:.2f} | {alike} |")
     found = result["tuned"]
-    if len(found["tasks"]) > 1:
-        lines += ["", f"The first {found['k']} components of two tasks, tuned; by chance their overlap is "
-                  f"{found['chance']:.2f}:", "",
+    if len(found.tasks) > 1:
+        lines += ["", f"The first {found.k} components of two tasks, tuned; by chance their overlap is "
+                  f"{found.chance:.2f}:", "",
                   "| a | b | overlap | angles: smallest, median, largest | variance of b in a | cosine of means |",
                   "| --- | --- | --- | --- | --- | --- |"]
-        lines += [f"| {p['a']} | {p['b']} | {p['overlap']:.2f} | {p['smallest_angle']:.0f}°, {p['median_angle']:.0f}°, "
-                  f"{p['largest_angle']:.0f}° | {p['explained']:.2f} | {p['mean_cosine']:.2f} |"
-                  for p in found["pairs"] if p["a"] != p["b"]]
+        lines += [f"| {p.a} | {p.b} | {p.overlap:.2f} | {p.smallest_angle:.0f}°, {p.median_angle:.0f}°, "
+                  f"{p.largest_angle:.0f}° | {p.explained:.2f} | {p.mean_cosine:.2f} |"
+                  for p in found.pairs if p.a != p.b]
     return [*lines, ""]
 
 

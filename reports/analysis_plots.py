@@ -10,6 +10,7 @@ from data_prep import DOMAIN_COLOURS, write_atomically
 from protocols.explore import Explored
 from protocols.results import Pair
 from protocols.separability import CLASSIFIERS
+from protocols.sharing import Sharing
 from protocols.subspaces import RANDOM_SEEDS, Curve
 from reports import tables
 
@@ -191,13 +192,13 @@ def draw_separability(path: Path, result: dict, names: list[str]) -> None:
                                for hatch, label in zip(hatches, CLASSIFIERS.values(), strict=True)])
 
 
-def draw_sharing(path: Path, result: dict, names: list[str]) -> None:
+def draw_sharing(path: Path, result: Sharing, names: list[str]) -> None:
     """Overlap of the tasks' subspaces, the variance that they explain of each other, the cosines of their means."""
     figure, axes = new_figure(1, 3, (7, 2.7))
-    panels = {"overlap": f"overlap, k = {result['k']} (chance {result['chance']:.2f})",
+    panels = {"overlap": f"overlap, k = {result.k} (chance {result.chance:.2f})",
               "explained": "variance of column\nexplained by row", "mean_cosine": "cosine of the task means"}
     for ax, (key, title) in zip(axes[0], panels.items(), strict=True):
-        values = np.array([p[key] for p in result["pairs"]]).reshape(len(names), len(names))
+        values = np.array([getattr(p, key) for p in result.pairs]).reshape(len(names), len(names))
         heat_map(ax, values, names, title, (-1 if key == "mean_cosine" else 0, 1), ".2f")
     save_figure(figure, path)
 

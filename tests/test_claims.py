@@ -378,7 +378,7 @@ def test_no_sentence_is_read_back(analysed, tiny_run, demo_root, tmp_path):
         drawn = draw_figures(tmp_path, rows, {"tuned": {}}, splits, [])
         told.append((table, [row | {"protocol": ""} for row in compared], page, (tmp_path / drawn[0][1]).read_bytes()))
     assert told[0] == told[1] and len(told[0][1]) > 40 and any(row["value"] for row in told[0][0])
-    assert any("a all/trials beaten" in claim["measured"] for claim in told[0][0])
+    assert any("all/trials beaten 60.0" in claim["measured"] for claim in told[0][0])
     rows = json.loads((tmp_path / "said/a/eval/results.json").read_text())
     del rows[3]["kind"]
     (tmp_path / "said/a/eval/results.json").write_text(json.dumps(rows))

@@ -410,7 +410,7 @@ def test_single_components_tell_tasks_and_identities_apart(shared):
 
 def test_sharing_finds_the_planted_subspaces(shared):
     result, embedded, tasks = shared
-    found = measure_sharing(embedded, tasks, result["bases"], SHARED)
+    found = asdict(measure_sharing(embedded, tasks, result["bases"], SHARED))
     assert found["chance"] == SHARED / D
     for pair in found["pairs"]:
         assert pair["overlap"] > 0.8 and pair["explained"] > 0.6
@@ -421,8 +421,8 @@ def test_sharing_finds_the_planted_subspaces(shared):
     a, b = orthogonal(D, SHARED, SHARED)
     embedded, tasks = planted([a, b])
     bases = {t.domain: principal_components(embedded[t.domain][0]) for t in tasks}
-    apart = [p for p in measure_sharing(embedded, tasks, bases, SHARED)["pairs"] if p["a"] != p["b"]]
-    assert all(p["overlap"] < 0.02 and p["explained"] < 0.05 for p in apart)
+    apart = [p for p in measure_sharing(embedded, tasks, bases, SHARED).pairs if p.a != p.b]
+    assert all(p.overlap < 0.02 and p.explained < 0.05 for p in apart)
 
 
 # ---------------------------------------------------------------- separability
