@@ -15,20 +15,7 @@
 
 The protocol in a split's index.json decides the metrics. RUN/eval/ then holds results.json and results.csv (one row a
 figure), report.md and report.html (the same, in one file), figures, and the embeddings, which are computed once.
-
---humans adds, for each set of weights, rows of the kind "human trials": of each split that people rated; of a domain of
-which they rated several (its "all splits": their mean); and of domain "all" (the mean over the domains: multi-tasking),
-where they rated several:
-    AUC on human trials           the model's, on the trials of each rater, mean over raters
-    human AUC (mean of raters)
-    AUC of rater NAME
-    model minus human AUC         paired; its low above 0: above humans, its high below 0: below them, else undecided
-    share of raters beaten        of the raters, those whose AUC is below the model's on their own trials
-Their intervals resample the people and things on the pictures, not the raters.
-
-Where people named the categories of a split of `data_prep stimuli`, --humans adds rows of the kind "human choices":
-accuracy of each observer and mean, each readout minus it, observed and error consistency of people among each other and
-with the model. Their intervals resample the stimuli.
+Human trials, experts and published figures: docs/humans.md.
 """
 
 import os

@@ -10,17 +10,7 @@ from functools import partial
 
 from data_prep import DOMAINS
 from protocols.bootstrap import Estimate, average, interval, needed, show
-from protocols.results import (
-    HEADLINE,
-    RUN_ROLES,
-    Group,
-    Measured,
-    Row,
-    as_many,
-    group_runs,
-    margin,
-    mark,
-)
+from protocols.results import HEADLINE, RUN_ROLES, Group, Measured, Row, as_many, group_runs, margin, mark
 
 HOLDS, FAILS, WIDE = "holds", "fails", "not measured (intervals too wide to decide)"
 ORDER = ("fails", "not measured", "holds, but", "holds")  # of verdicts, the weakest first

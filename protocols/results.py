@@ -11,16 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import (
-    DOMAINS,
-    FREE_ON_RESUME,
-    InputError,
-    hash_file,
-    join_config,
-    read_json,
-    read_lines,
-    weights_of,
-)
+from data_prep import DOMAINS, FREE_ON_RESUME, InputError, hash_file, join_config, read_json, read_lines, weights_of
 from protocols.bootstrap import FEW, Estimate, average, check_figure, minus
 
 # what stands for a protocol in summaries, by kind: readout (one that untouched backbones have too) and measure

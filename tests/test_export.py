@@ -296,7 +296,7 @@ BAD = [
     ("train --lr 1 export --run {run} --to onnx", "--lr before export: give options after the command's name"),
     ("train exprot --run {run}", "No such command 'exprot'"),
     ("evaluate embed --run {run}", "Missing argument 'IMAGE...|FOLDER'"),
-    ("evaluate embed {tmp}/fine.png", "Missing option '--run'"),
+    ("evaluate embed {tmp}/fine.png", "whose embeddings? give --run RUN"),
     ("evaluate embed {tmp}/none.png --run {run}", "none.png: no such file or folder"),
     ("evaluate embed {tmp}/empty --run {run}", "empty: holds no images"),
     ("evaluate embed {tmp}/text.jpg --run {run} --out {tmp}/x.npz", "none of the 1 files can be read"),

@@ -9,14 +9,7 @@ import torch
 from data_prep import DOMAINS, InputError
 from models.runs import pick_device
 from protocols.explore import FURTHER, explore_transfer, hits_without_each, measure_further
-from protocols.subspaces import (
-    GRID,
-    Trial,
-    hits_by_k,
-    hits_one_by_one,
-    transfer,
-    unit,
-)
+from protocols.subspaces import GRID, Trial, hits_by_k, hits_one_by_one, transfer, unit
 from protocols.tasks import Task
 
 

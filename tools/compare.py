@@ -5,16 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import (
-    DOMAIN_COLOURS,
-    DOMAINS,
-    InputError,
-    literal,
-    make_folder,
-    write_csv,
-    write_json,
-)
-from protocols.bootstrap import Estimate
+from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, literal, make_folder, write_csv, write_json
+from protocols.bootstrap import minus
 from protocols.results import (
     D_PRIMES,
     FEW_NOTE,
@@ -89,7 +81,7 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
         for group in groups:
             figure, values = aggregate(group, key), [scored.found[key][0].value for scored in group]
             with np.errstate(invalid="ignore"):  # a resampling without errors has an infinite d', of both
-                lead = Estimate(figure.value - reference.value, figure.draws - reference.draws)
+                lead = minus(figure, reference)
             spread = float(np.std(values, ddof=1)) if len(group) > 1 else None
             row, ends = group[0].found[key][0], (lead.value, lead.low, lead.high)
             table.append({
@@ -165,7 +157,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
         for key in shared_figures(kept, splits):
             row = ours[0].found[key][0]
             run, expert = aggregate(ours, key), aggregate(theirs, key)
-            lead, allowed = Estimate(run.value - expert.value, run.draws - expert.draws), margin(expert.value, delta)
+            lead, allowed = minus(run, expert), margin(expert.value, delta)
             verdict = ("non-inferior" if lead.low > -allowed or lead.low >= 0 else
                        "inferior" if lead.high < -allowed else "undecided")
             named = [" ".join(one.name for one in some) for some in (ours, theirs)]
