@@ -179,16 +179,18 @@ def read_humans(given: tuple[str, ...], splits: dict[str, Split]) -> tuple[list[
     fitting = [name for name, split in splits.items() if split.protocol["name"] == "choice"]
     for word in given:
         name, sign, path = word.partition("=")
-        name, path = (name, Path(path)) if sign and name in splits else ("", Path(word))
-        for file in sorted(path.glob("*.csv")) if path.is_dir() else [path]:
+        if not sign or Path(word).exists():
+            name, path = fitting[0] if len(fitting) == 1 else "", word
+        path = Path(path)
+        for file in sorted(path.glob("*.csv")) or [path]:
             if not any({*TRIAL_COLUMNS[:2]} & {*record} for _, record in read_table(file, ())):
                 ratings.append(file)
-            elif name in fitting or len(fitting) == 1:
-                trials.setdefault(name or fitting[0], []).append(file)
+            elif name in fitting:
+                trials.setdefault(name, []).append(file)
             else:
-                raise InputError(f"--humans {word}: on which stimuli? "
-                                 + (f"name the split: --humans {fitting[0]}={path}, or {', '.join(fitting[1:])}"
-                                    if fitting else "no split of `data_prep stimuli` is scored here"))
+                raise InputError(f"--humans {word}: on which stimuli? " + (
+                    f"want SPLIT={path} with one of {', '.join(fitting)}" if fitting else
+                    "no split of `data_prep stimuli` is scored here"))
     return (read_ratings(ratings, splits) if ratings else [],
             {name: read_trials(files, splits[name]) for name, files in trials.items()})
 

@@ -172,10 +172,17 @@ def test_damaged_trials_are_refused_in_one_line(edges, tmp_path):
 def test_two_splits_with_the_same_stimuli_have_to_be_told_apart(edges, tmp_path):
     """The toolbox's edges and silhouettes have the same names: a guess would score one by the answers to the other."""
     path, splits = write_trials(tmp_path / "edge.csv", {"s1": ["cat"]}), {"object/edges": edges, "object/lines": edges}
-    with pytest.raises(InputError, match=r"name the split: --humans object/edges=.*edge.csv, or object/lines"):
-        read_humans((str(path),), splits)
+    for word, among in ((path, splits), (f"object/line={path}", splits),
+                        (f"object/val={path}", {"object/edges": edges})):
+        with pytest.raises(InputError, match=r"want SPLIT=.*/edge.csv with one of object/edges"):
+            read_humans((str(word),), among)
+    with pytest.raises(InputError, match="no split of `data_prep stimuli` is scored here"):
+        read_humans((str(path),), {})
     assert list(read_humans((f"object/lines={path}",), splits)[1]) == ["object/lines"]
     assert list(read_humans((str(tmp_path),), {"object/edges": edges})[1]) == ["object/edges"]  # a folder of files
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="cannot be read"):
+        read_humans((str(tmp_path / "empty"),), splits)
 
 
 # ---------------------------------------------------------------- what is computed

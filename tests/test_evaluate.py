@@ -350,7 +350,7 @@ def test_evaluation_writes_what_the_design_lists(evaluated, tiny_run, demo_root)
     with open(out / "results.csv") as file:
         table = list(csv.DictReader(file))
     fields = ["run", "weights", "domain", "split", "protocol", "metric", "value", "low", "high", "count", "identities",
-              "kind", "readout", "measure", "rule", "images", "flip", "lacks", "ood", "unseen"]
+              "chance", "kind", "readout", "measure", "rule", "images", "flip", "lacks", "ood", "unseen"]
     assert list(rows[0]) == list(table[0]) == fields and len(rows) == len(table)
     assert {(r["domain"], r["split"]) for r in rows if r["split"] != "everything"} == {
         ("object", "val"), ("object", "collage"), ("face_hq", "test"), ("face_lq", "test"), ("body", "test")}
@@ -358,6 +358,8 @@ def test_evaluation_writes_what_the_design_lists(evaluated, tiny_run, demo_root)
     strings = {(r["domain"], r["split"], r["protocol"], r["metric"], r["weights"]) for r in rows}
     assert len(strings) == len(rows) and all(", flip" in r["protocol"] for r in rows)  # a string and metric: one number
     assert len({(row.weights, row.key) for row in read_rows(out)}) == len(rows)  # and so without the string
+    assert {r["chance"] for r in rows if r["readout"] == "knn" and r["kind"] == "classification" and not r["unseen"]
+            } == {1 / len(Split(demo_root / f"object/{name}").classes) for name in ("val", "collage")}
     assert {r["weights"] for r in rows} == {"foundation", "tuned"}
     assert all(r["low"] <= r["value"] <= r["high"] for r in rows if r["metric"] == "rank-1")
     for name in ("bars.png", "roc.png", "cmc.png"):
