@@ -122,7 +122,7 @@ def test_onnx_computes_the_same_for_any_batch(run_of_each, tmp_path, monkeypatch
 
     out = tmp_path / "model.onnx"
     assert export("--run", run_of_each, "--to", "onnx", "--out", out) == 0
-    printed = float(re.search(r"own: (\S+) \(tolerance 0.0001\)", capsys.readouterr().out)[1])
+    printed = float(re.search(r"run's: (\S+) \(tolerance 0.0001\)", capsys.readouterr().out)[1])
     assert 0 < printed < 1e-5
     for batch in (1, 5):
         pixels = pixels_of(run_of_each, batch)
