@@ -356,7 +356,7 @@ def test_wise_ft_is_the_line_between_the_foundation_and_the_run(alpha, from_file
         if before[key].is_floating_point():
             torch.testing.assert_close(mixed[key], (1 - alpha) * before[key] + alpha * after[key])
     assert any(not torch.equal(before[key], after[key]) for key in before)
-    assert ("mixture was not scored" in (tmp_path / "model.safetensors.md").read_text()) == (alpha < 1)
+    assert ("interpolated ones were not evaluated" in (tmp_path / "model.safetensors.md").read_text()) == (alpha < 1)
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +375,7 @@ def from_file(weights_file, demo_root, tmp_path_factory):
 
 
 def test_there_is_nothing_to_mix_a_random_start_with(tiny_run, tmp_path):
-    with pytest.raises(InputError, match="started from random weights, there is no foundation to mix with"):
+    with pytest.raises(InputError, match="started from random weights: leave --wise-ft out"):
         run_here("export", "--run", tiny_run, "--to", "safetensors", "--wise-ft", 0.5, "--out",
                  tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()

@@ -345,7 +345,7 @@ def test_no_data_and_no_network_is_one_line(tmp_path):
 
 BAD = [
     (["--backbone", "resnet"], "'resnet' is not one of 'clip', 'eva02', 'dinov3'"),
-    (["--model", "vit_smal_patch16_224"], "near it: vit_small_patch"),
+    (["--model", "vit_smal_patch16_224"], "similar names: vit_small_patch"),
     ([], "which backbone"),
     (["--backbone", "clip", "--schedule", "C"], "'C' is not one of 'A', 'B'"),
     (["--backbone", "clip", "--domains", "object,cars"], "no domain 'cars'"),
