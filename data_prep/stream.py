@@ -316,7 +316,9 @@ def start_loader(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody reads the pipe that it may be writing to
-    if not multiprocessing.parent_process().is_alive():
+    parent = multiprocessing.parent_process()
+    served = multiprocessing.get_start_method() == "forkserver"  # else later loaders hold the pipe that `is_alive` asks
+    if not parent.is_alive() or (os.getppid() != parent.pid and not served):
         os._exit(1)
     # what cannot be sent would be dropped, and the parent would wait for it for ever
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(

@@ -1,6 +1,7 @@
 """What a run keeps: --keep, and that nothing which ends a run early costs more than the steps since its checkpoint."""
 
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -19,6 +20,7 @@ import models.runs
 import reports.training
 import train
 from data_prep import InputError, lock_folder
+from data_prep.stream import start_loader
 from models.adapt import RunningAverage
 from models.head import HeadSettings, Loss, MarginHead
 from models.runs import load_run, load_tuned, save_weights
@@ -327,6 +329,18 @@ def test_a_killed_loader_ends_the_run_in_one_line(workers, demo_root, tmp_path):
     assert process.returncode == 2 and "Traceback" not in err, err
     assert len(lines) == 1 and "a loader process died" in lines[0] and "lower --workers or --batch" in lines[0], err
     assert_gone(pids)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_loader_that_starts_after_its_run_was_killed_ends(killed, monkeypatch):
+    """Another loader, forked later, may hold the pipe that would tell it."""
+    parent = 1 if killed else os.getpid()
+    monkeypatch.setattr(os, "getppid", lambda: parent)
+    loader = multiprocessing.get_context("fork").Process(target=start_loader, args=(0,))
+    loader.start()
+    loader.join(60)
+    assert loader.exitcode == int(killed)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
