@@ -333,12 +333,9 @@ def lock_folder(folder: Path, option: str) -> Iterator[None]:
     """
     made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     path = folder / ".lock"
-    try:
+    with writing(folder, ANOTHER, option):
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise InputError(f"{option} {folder}: cannot be written ({error.strerror}): choose another, or move away what "
-                         "is in its way") from error
     try:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -366,25 +363,55 @@ def lock_folder(folder: Path, option: str) -> Iterator[None]:
 # ---------------------------------------------------------------- files
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name, sync it, rename it: the old one stays whole until the new one is."""
-    temporary = path.with_name(path.name + ".tmp")
+ANOTHER = "choose another, or move away what is in its way"
+
+
+def cannot_write(path: Path, error: Exception, then: str, option: str = "") -> InputError:
+    """What to say of a place that cannot be written to; `then`: what to do; `option`: that named it."""
+    place = next((folder for folder in (path, path.parent) if os.path.isdir(folder)), None)
+    free = f"; {shutil.disk_usage(place).free >> 20:,} MiB free there" if place else ""
+    return InputError(f"{option} {path}: cannot be written ({getattr(error, 'strerror', None) or error}{free}): {then}"
+                      .strip())
+
+
+@contextmanager
+def writing(path: Path, then: str = "the last checkpoint is intact: make room, then continue with --resume",
+            option: str = "") -> Iterator[None]:
+    """Inside, what the disk does not take is bad input; see `cannot_write`."""
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # safetensors would keep its files from everybody else
+        yield
+    except OSError as error:
+        raise cannot_write(path, error, then, option) from error
+
+
+@contextmanager
+def replacing(path: Path, writer: str = "") -> Iterator[Path]:
+    """Inside, a file is written under the temporary name given, which is then synced and renamed, or removed.
+
+    The old one stays whole until the new one is; `writer` tells the names of several apart.
+    """
+    temporary = path.with_name(f"{path.name}{writer}.tmp")
+    try:
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except InputError:  # not of this file: a loader process died meanwhile
+    finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file by `replacing`; InputError where that fails."""
+    try:
+        with replacing(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            write(temporary)
+            temporary.chmod(mode)  # safetensors would keep its files from everybody else
+    except InputError:  # not of this file: a loader process died meanwhile
         raise
     except Exception as error:  # torch and safetensors report a full disk in ways of their own, or not at all
-        free = shutil.disk_usage(path.parent).free >> 20 if path.parent.is_dir() else 0
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}; {free:,} MiB free there); what was saved before is "
-                         "intact") from error
+        raise cannot_write(path, error, "what was saved before is intact") from error
 
 
 def make_folder(path: Path, option: str) -> None:
@@ -392,13 +419,12 @@ def make_folder(path: Path, option: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{option}: {path} cannot be made a folder ({error.strerror}): choose another, or move "
-                         "away what is there") from error
+        raise InputError(f"{option}: {path} cannot be made a folder ({error.strerror}): {ANOTHER}") from error
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict, indent: int = 2) -> None:
     """Write JSON for people: indented, atomic."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=indent) + "\n"))
 
 
 def read_json(path: Path) -> dict:
@@ -432,16 +458,6 @@ def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> N
             writer.writerows({key: plain(value) for key, value in row.items()} for row in table)
 
     write_atomically(path, write)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Inside, what cannot be written to the disk is bad input that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); the last checkpoint is intact: make "
-                         "room, then continue with --resume") from error
 
 
 def append(path: Path, record: dict) -> None:

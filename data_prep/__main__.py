@@ -24,7 +24,7 @@ from data_prep.degrade import degraded_split, draw_ladder
 from data_prep.demo import SIZE, demo_splits, draw_face
 from data_prep.format import FITS, MAX_SIZE, ROLES, BadImage, Split, as_text
 from data_prep.merge import merge_splits
-from data_prep.records import Records, group_classes, select
+from data_prep.records import Records, group_classes, report_unknown, select
 from data_prep.sources import bodies, faces, folders, insightface
 from data_prep.sources import imagenet as imagenet_sets
 from data_prep.sources import parquet as parquet_files
@@ -126,8 +126,9 @@ def describe_missing(split: Split) -> list[str]:
         lines.append(f"{named} names {len(rows):,} files that could not be used, first {rows[0][0]}: {rows[0][1]}")
     if misses := int(split.missing.sum()):
         lines.append(f"{misses:,} listed images could not be read; each counts as a miss")
-    if split.protocol is not None and len(empty := np.flatnonzero(split.counts == 0)):
-        lines.append(f"{len(empty):,} classes have no readable image: {split.classes[empty[0]]}")
+    if empty := split.index.get("unreadable_classes"):
+        lines.append(f"{len(empty):,} classes have no readable image and are left out: {', '.join(empty[:10])}"
+                     + ", ..." * (len(empty) > 10))
     return lines
 
 
@@ -224,11 +225,11 @@ def data_set_name(src: Path | str) -> str:
     return "unnamed"
 
 
-SELECTION = ("listed", "holdout", "min_images", "max_classes", "max_images")  # the arguments of `select`
+SELECTION = ("listed", "holdout", "min_images", "max_classes")  # the arguments of `select`
 
 
 def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None, fit: str | None,
-            drop_duplicates: bool, data_set: str | None = None, **options) -> None:
+            drop_duplicates: bool, max_images: int | None, data_set: str | None = None, **options) -> None:
     """Run one source function, choose from its images and write its split."""
     out = split_folder(out)
     domain, train = out.parts[-2], (part or ("train" if out.name == "train" else "test")) == "train"
@@ -246,9 +247,8 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
     shots = options.pop("single_gallery_shot", False)
     source = read(src, domain, train, **options)
     source = replace(bodies.add_single_gallery_shot(source) if shots else source, records=Records(source.records, out))
-    if options.get("names") and (unknown := sorted(set(source.names) - set(source.records.identities))):
-        print(f"  --names {options['names']}: {len(unknown):,} of its folders are not in the source: "
-              + ", ".join(unknown[:10]) + ", ..." * (len(unknown) > 10))
+    if options.get("names"):
+        report_unknown("--names", options["names"], set(source.names) - set(source.records.identities))
     if source.records:
         source = group_classes(source, classes) if classes else source
         source = select(source, train, settings["seed"], **selection)
@@ -259,12 +259,13 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
     name = read.__name__.replace("_", "-")  # as on the command line
     options.pop("seed", None)
     found = len(source.records) + sum(source.skipped.values())
-    chosen = options | selection | {"classes": classes}
+    chosen = options | selection | {"max_images": max_images, "classes": classes}
     chosen |= {name: True for name, given in (("drop_duplicates", drop_duplicates), ("single_gallery_shot", shots))
                if given}
     index = write_split(out, source, source_name=name, size=size, fit=fit or FIT[domain], train=train,
                         options={key: str(value) for key, value in chosen.items() if value is not None},
-                        drop_duplicates=drop_duplicates, data_set=[data_set or data_set_name(src)], **settings)
+                        drop_duplicates=drop_duplicates, max_images=max_images,
+                        data_set=[data_set or data_set_name(src)], **settings)
     report(out, index, found)
 
 

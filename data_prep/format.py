@@ -151,6 +151,7 @@ def read_index(folder: Path) -> dict:
         raise InputError(f"{path}: lacks {sorted(missing)[0]!r}; prepare the split again")
     wrong = [key for key, kind in INDEX.items() if not fits(index[key], kind)]
     wrong += ["merged"] * (not fits(index.get("merged", []), [{"split": str}]))
+    wrong += ["unreadable_classes"] * (not fits(index.get("unreadable_classes", []), [str]))
     wrong += ["protocol"] * (not (index["protocol"] is None or fits_protocol(index["protocol"])))
     wrong += ["provenance"] * ("provenance" not in wrong and not fits(index["provenance"].get("data_set", []), [str]))
     if not wrong:

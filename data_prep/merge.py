@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import InputError, lock_folder, progress
+from data_prep import InputError, lock_folder, progress, write_json
 from data_prep.format import FORMAT, VERSION, Split
-from data_prep.write import write_bytes
 
 NUMBERED = ("camera", "clothes", "template", "media")  # columns whose numbers mean something in their own split alone
 
@@ -160,7 +159,7 @@ def merge_splits(folder: Path, parts: list[Path], same_names: bool) -> list[Spli
         (folder / "index").mkdir(parents=True)
         for name, values in columns.items():
             np.save(folder / "index" / f"{name}.npy", values)
-        write_bytes(folder / "index.json", (json.dumps(index, indent=1) + "\n").encode())
+        write_json(folder / "index.json", index, 1)
     return splits
 
 

@@ -23,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data_prep.write
 import tools.bench_data
 from data_prep import InputError
 from data_prep.__main__ import cli, data_set_name
@@ -118,9 +119,6 @@ def test_roles_are_dealt_among_the_images_that_can_be_read(source, options, tmp_
     for p in range(3):
         cut(bad / f"p{p}/0.jpg")
         (good / f"p{p}/0.jpg").unlink()
-    if "--max-images" in options:  # takes so many files, whether they can be read or not
-        for p in range(3):
-            (good / f"p{p}/4.jpg").unlink()
     splits = []
     for src in (bad, good):
         given = tar_of(src, tmp_path / f"{src.name}.tar") if source == "webdataset" else src
@@ -387,6 +385,56 @@ def test_the_first_images_of_each_role_are_kept(tmp_path):
                      "--max-images", 1)
     # by default the first image is the gallery, the others are probes, a lone one is a distractor
     assert split.labels.tolist() == [0, 0, 1, 1, 2] and split.column("role").tolist() == [1, 0, 1, 0, 2]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_so_many_readable_images_are_taken(workers, tmp_path, monkeypatch):
+    """Of five images of a, three are cut off: two readable ones are there. It is decided once, before a kill."""
+    src, out = people(tmp_path / "src", {"a": 5, "b": 3}), tmp_path / "d/face_hq/train"
+    for name in ("a/0.jpg", "a/2.jpg", "a/4.jpg", "b/2.jpg"):
+        cut(src / name)
+    options = ("--max-images", 2, "--shard-size", 2, "--workers", workers)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("data_prep.write.write_columns", lambda *_: 1 / 0)
+        prepared(src, out, *options)
+    cut(src / "a/1.jpg")  # its shard is written
+    split = prepared(src, out, *options)
+    assert counts(split) == {"a": 2, "b": 2}
+    # b's third image is neither needed nor looked at; a's fifth comes after its second readable one
+    assert split.index["skipped"] == {"unreadable image": 2, "image beyond --max-images": 2}
+    files = {row[0] for row in csv.reader((out / "skipped.csv").open())}
+    assert files == {"file", "a/0.jpg", "a/2.jpg"}
+    listed = listed_people(tmp_path)
+    cut(listed / "g/b.jpg")  # a listed miss stays, and the other mate of bob is taken
+    test = prepared(listed, tmp_path / "d/body/mine", "--max-images", 1, source="persons")
+    assert test.missing.tolist() == [False] * 4 + [True, False, False]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_class_without_a_readable_image_is_none(train, tmp_path, capsys, monkeypatch):
+    """Everything is as in the set without that folder, however often the preparation is killed."""
+    split = "train" if train else "val"
+    bad, good = (people(tmp_path / name, {"a": 3, "b": 2, "c": 3, "d": 2}) for name in ("bad", "good"))
+    for name in ("b/0.jpg", "b/1.jpg", "c/1.jpg"):
+        cut(bad / name)
+        (good / name).unlink()
+    out, options = tmp_path / f"bad_/object/{split}", ("--shard-size", 3, "--workers", 1)
+    for stop in (1, 2):  # after the first and after the second time that all shards were written
+        calls = iter(range(stop - 1))
+        with monkeypatch.context() as patch, pytest.raises(StopIteration):
+            patch.setattr("data_prep.write.write_columns", lambda *args, f=data_prep.write.write_columns, c=calls:
+                          f(*args) if next(c) is not None else None)
+            prepared(bad, out, *options)
+    found, wanted = prepared(bad, out, *options), prepared(good, tmp_path / f"good_/object/{split}", *options)
+    assert "1 classes have no readable image and are left out: b" in capsys.readouterr().out
+    assert found.classes == wanted.classes == ["a", "c", "d"] and counts(found) == counts(wanted)
+    assert verify_split(out) == [] and len(list(out.glob("*.tar"))) == len(found.index["shards"]) == 3
+    assert found.index["unreadable_classes"] == ["b"] and "unreadable_classes" not in wanted.index
+    assert found.index["skipped"] == {"unreadable image": 3}
+    assert len((out / "skipped.csv").read_text().splitlines()) == 4
+    if not train:
+        assert [found.jpeg(row)[1] for row in range(7)] == [wanted.jpeg(row)[1] for row in range(7)]
+        assert found.protocol == wanted.protocol | {"unreadable": 3}
 
 
 def test_holdout_keeps_people_apart_whatever_the_other_options(tmp_path):
