@@ -114,7 +114,7 @@ def draw(seed: int, identity: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{identity}".encode(errors="surrogateescape")).digest()[:8]) / 2**64
 
 
-def read_lines(path: Path, option: str) -> list[tuple[int, str]]:
+def listed_lines(path: Path, option: str) -> list[tuple[int, str]]:
     """The lines of a list that an option names, UTF-8 with or without a byte order mark, which are not blank: (number,
     line).
     """
@@ -137,7 +137,7 @@ def split_lines(lines: list[tuple[int, str]], where: str, mark: str | None) -> l
 
 def in_list(records: Records, path: Path) -> np.ndarray:
     """Which records a list names, by their own name or their identity, bool [N]."""
-    listed = {as_text(line.strip()): number for number, line in read_lines(path, "--list")}
+    listed = {as_text(line.strip()): number for number, line in listed_lines(path, "--list")}
     if not listed:
         raise InputError(f"--list {path}: no names in it; want one identity or image name a line")
     by_identity = np.array([*(name in listed for name in records.identities), False])
@@ -164,7 +164,7 @@ def report_unknown(option: str, path: Path, unknown: set[str]) -> None:
 
 def group_classes(source: Source, path: Path) -> Source:
     """The source by the coarser classes of --classes, `folder,class` lines; other folders are left out."""
-    lines = read_lines(path, "--classes")
+    lines = listed_lines(path, "--classes")
     rows = split_lines(lines, f"--classes {path}", "\t" if lines and "\t" in lines[0][1] else ",")
     classes: dict[str, str] = {}
     for number, row in rows:

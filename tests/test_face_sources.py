@@ -150,13 +150,13 @@ BAD_ARCHIVES = {
     "hard.tar": (lambda p: tar_of(p, kind=tarfile.LNKTYPE, link="/etc/passwd"), "is a link"),
     "device.tar": (lambda p: tar_of(p, kind=tarfile.CHRTYPE), "is a device"),
     "fifo.tar": (lambda p: tar_of(p, kind=tarfile.FIFOTYPE), "is a device"),
-    "beyond.tar": (lambda p: tar_of(p, size=1 << 40), "nor a readable zip or tar"),
-    "circle.tar": (circular_tar, "nor a readable zip or tar"),
+    "beyond.tar": (lambda p: tar_of(p, size=1 << 40), "nor a plain tar that can be read"),
+    "circle.tar": (circular_tar, "nor a plain tar that can be read"),
     "header.tar": (lambda p: cut(p, 0), "damaged header at byte 1536"),
-    "half.tar": (lambda p: cut(p, 2100), "nor a readable zip or tar"),
+    "half.tar": (lambda p: cut(p, 2100), "nor a plain tar that can be read"),
     "endless.tar": (lambda p: cut(p, 3072), "cut off"),
-    "text.tar": (lambda p: p.write_text("no archive"), "neither a folder nor a readable zip or tar"),
-    "empty.tar": (lambda p: p.write_bytes(b""), "neither a folder nor a readable zip or tar"),
+    "text.tar": (lambda p: p.write_text("no archive"), "neither a zip nor a plain tar"),
+    "empty.tar": (lambda p: p.write_bytes(b""), "neither a zip nor a plain tar"),
     "packed.tar.gz": (lambda p: pack(p.parent, p), "compressed with gzip"),
 }
 
