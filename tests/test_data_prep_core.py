@@ -289,6 +289,33 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, capsys):
     assert "d/object/train: one class, 'a', has nothing to be told from" in message and len(message.splitlines()) == 1
 
 
+@pytest.mark.parametrize("sets, classes, archive", [(2, 2, False), (3, 4, False), (3, 2, True), (12, 13, False)])
+def test_data_sets_side_by_side_are_no_classes(sets, classes, archive, tmp_path):
+    src = tmp_path / "src"
+    for k in range(sets):
+        people(src / f"set{k:02d}", {f"c{c}": 1 for c in range(classes)})
+    given = Path(shutil.make_archive(str(tmp_path / "all"), "zip", src)) if archive else src
+    with pytest.raises(InputError, match=f"{sets} folders, set00, set01.* hold {sets * classes} folders of images, as "
+                                         f"data sets side by side do: give one of them, --src {given}/set00"):
+        prepared(given, tmp_path / "d/object/train")
+    assert len(prepared(given / "set00", tmp_path / "d/object/train")) == classes
+    (tmp_path / "list").write_text("\n".join(f"set{k:02d}" for k in range(sets)))
+    assert counts(prepared(given, tmp_path / "d/face_hq/train", "--list", tmp_path / "list")) == {
+        f"set{k:02d}": classes for k in range(sets)}
+
+
+def test_people_may_have_a_folder_a_video(tmp_path, capsys):
+    for k in range(12):
+        people(tmp_path / f"src/p{k:02d}", {"0": 2, "1": 1})
+    assert len(prepared(tmp_path / "src", tmp_path / "d/face_hq/train").classes) == 12
+    assert "hold 24 folders of images: they are taken for 12 classes" in capsys.readouterr().out
+    (tmp_path / "few/a").mkdir(parents=True)
+    for k in range(2):
+        people(tmp_path / f"few/p{k}", {"0": 2, "1": 1})
+        shutil.copy(tmp_path / "src/p00/0/0.jpg", tmp_path / f"few/p{k}/x.jpg")  # images in the class folder itself
+    assert len(prepared(tmp_path / "few", tmp_path / "d/face_hq/few").classes) == 2
+
+
 def test_a_domain_may_be_a_link_to_another_disk(tmp_path):
     (tmp_path / "disk/faces").mkdir(parents=True)
     (tmp_path / "d").mkdir()

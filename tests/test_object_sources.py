@@ -419,6 +419,25 @@ def test_webdataset_reads_our_own_shards_and_what_the_library_writes(tmp_path):
     assert identities(split) == ["0000000", "0000001", "0000002"]
 
 
+def test_webdataset_skips_and_counts_what_machines_leave(tmp_path):
+    tar_of(tmp_path / "src/a.tar", {"./._0.jpg": b"x", "./0.jpg": None, "0.cls": "1", "__MACOSX/._0.jpg": None,
+                                    "__MACOSX/0.cls": "5", ".DS_Store": "x", "d/.DS_Store": "x", "1.jpg": None,
+                                    "1.cls": "2"})
+    (tmp_path / "src/._a.tar").write_bytes(b"no tar")
+    split = prepared("webdataset", tmp_path / "src", tmp_path / "d/object/val")
+    assert identities(split) == ["0000001", "0000002"]
+    assert split.index["skipped"] == {"hidden, or left by the system": 6}
+
+
+def test_two_tars_in_one_file_are_refused(tmp_path):
+    """Readers end at the first end mark: what was appended with `cat` would be lost without a word."""
+    one = tar_of(tmp_path / "a.tar", samples(0, 1)).read_bytes()
+    (tmp_path / "a.tar").write_bytes(one + one)
+    for source, src in (("webdataset", tmp_path / "a.tar"), ("folder", tmp_path / "a.tar")):
+        with pytest.raises(InputError, match="or a second tar behind it"):
+            run_here(source, "--src", src, "--out", tmp_path / "d/object/val")
+
+
 def test_webdataset_samples_without_image_or_label_are_counted(tmp_path):
     tar_of(tmp_path / "a.tar", {
         "1.jpg": None, "1.cls": "5", "2.cls": "1", "3.jpg": None, "4.jpg": None, "4.json": "{", "5.jpg": None,
