@@ -22,13 +22,13 @@ from PIL import Image, ImageDraw
 from data_prep import DOMAINS, InputError, Number, lock_folder, run_command
 from data_prep.degrade import degraded_split, draw_ladder
 from data_prep.demo import SIZE, demo_splits, draw_face
-from data_prep.format import FITS, MAX_SIZE, ROLES, BadImage, Split, as_text
+from data_prep.format import FITS, MAX_SIZE, ROLES, BadImage, Split, as_text, siblings
 from data_prep.merge import merge_splits
 from data_prep.records import Records, group_classes, report_unknown, select
 from data_prep.sources import bodies, faces, folders, imagenet, insightface, parquet, webdataset
 from data_prep.stats import draw_stats, split_stats
 from data_prep.verify import verify_split
-from data_prep.write import open_image, read_image, siblings, write_split
+from data_prep.write import open_image, read_image, write_split
 
 FOLDER = click.Path(path_type=Path)
 SMALL = 64  # pixels: up to this side compression shows in embeddings, and files are small in any case
@@ -129,13 +129,11 @@ def describe_mates(split: Split) -> list[str]:
     enrolled = np.isin(labels[probes], labels[gallery])
     lines = [] if enrolled.any() else ["WARNING: no probe has a mate in the gallery: there is nothing to score"]
     if split.protocol["name"] == "reid":
-        camera = split.optional("camera")
-        seen = np.unique(np.stack([labels[gallery], camera[gallery]], 1), axis=0)
-        cameras = dict(zip(*np.unique(seen[:, 0], return_counts=True), strict=True))  # of each identity in the gallery
-        pairs = set(map(tuple, seen.tolist()))
-        own = sum(cameras[label] == 1 and (label, place) in pairs
-                  for label, place in zip(labels[probes[enrolled]].tolist(), camera[probes[enrolled]].tolist(),
-                                          strict=True))
+        camera = split.optional("camera") + 1
+        width = int(camera.max(initial=0)) + 1
+        seen = np.unique(labels[gallery] * width + camera[gallery])  # the cameras of each identity in the gallery
+        cameras = np.bincount(seen // width, minlength=len(split.classes))
+        own = ((cameras[labels[probes]] == 1) & np.isin(labels[probes] * width + camera[probes], seen)).sum()
         if own:
             lines.append(f"WARNING: every mate of {own:,} of {len(probes):,} probes is of the probe's own camera, "
                          "which re-identification does not count: these probes are not scored"
@@ -156,31 +154,32 @@ def report(folder: Path, index: dict, found: int) -> None:
               "that holds the class folders")
     for line in describe_missing(split) + describe_mates(split):
         print(f"  {line}")
-    hashes, first = np.unique(split.column("hash"), return_inverse=True)
-    if copies := len(split) - len(hashes):
-        label = np.full(len(hashes), -1)
-        label[first] = split.labels
-        several = len(np.unique(first[label[first] != split.labels]))
-        print(f"  {copies:,} images are copies of others in the split (--drop-duplicates)"
+    if split.copies:
+        read = split.column("hash") != 0
+        label, labels = np.full(read.sum(), -1), split.labels[read]  # one of each image, and all
+        image = np.unique(split.column("hash")[read], return_inverse=True)[1]
+        label[image] = labels
+        several = len(np.unique(image[label[image] != labels]))
+        print(f"  {split.copies:,} images are copies of others in the split (--drop-duplicates)"
               + f"; {several:,} of the copied images have several labels" * (several > 0))
-    others = {other.name: other for other in [split, *siblings(folder)]}
+    others = {other.name: other for other in siblings(folder)}
     if reference := (split.protocol or {}).get("reference"):
-        if reference not in others:
+        if reference not in {**others, split.name: split}:
             print(f"  WARNING: --reference {reference}: there is no {split.domain}/{reference} yet, whose images are "
                   "to classify this split: prepare it before evaluating, or prepare this one again with another")
-        elif not set(split.classes) & set(others[reference].classes):
+        elif not set(split.classes) & set(others.get(reference, split).classes):
             print(f"  WARNING: --reference {reference}: {split.domain}/{reference} has none of the classes, such as "
                   f"{split.classes[0]}")
-    for other in siblings(folder):
+    hashes = np.setdiff1d(split.column("hash"), 0)
+    for other in others.values():
         if (other.protocol is None) == (split.protocol is None):
             continue
         # object classes are meant to be the same, and equal names of two sources prove nothing
         data_sets = [one.index["provenance"]["data_set"] for one in (split, other)]
-        if split.domain != "object" and set(data_sets[0]) & set(data_sets[1]):
-            shared = set(split.classes) & set(other.classes)
-            if shared:
-                print(f"  WARNING: train and test overlap, {len(shared):,} identities are in {other.name} too: "
-                      f"{min(shared)}")
+        shared = set(split.classes) & set(other.classes)
+        if shared and split.domain != "object" and set(data_sets[0]) & set(data_sets[1]):
+            print(f"  WARNING: train and test overlap, {len(shared):,} identities are in {other.name} too: "
+                  f"{min(shared)}")
         if other.hashed and (images := len(np.intersect1d(hashes, other.column("hash")))):
             train, test = (split.name, other.name) if split.protocol is None else (other.name, split.name)
             print(f"  WARNING: train and test overlap, {images:,} images are in {other.name} too: prepare {train} "
@@ -382,8 +381,8 @@ def merge(splits: tuple[Path, ...], out: Path, same_names: bool) -> None:
     if apart := {name for name, n in seen.items() if n > 1} - set(split.classes):
         print(f"  {len(apart):,} names are in several of them and stay apart, as <split>/<name>"
               + " (--same-names joins them)" * (split.domain == "object"))
-    if split.hashed and (copies := len(split) - len(np.unique(split.column("hash")))):
-        print(f"  {copies:,} images are copies of others")
+    if split.copies:
+        print(f"  {split.copies:,} images are copies of others")
 
 
 @cli.command(name="degrade", help="Write degraded copies of a split's images as a split of their own, identities and "

@@ -280,6 +280,12 @@ class Split:
         return "hash" in self.index["columns"]
 
     @cached_property
+    def copies(self) -> int:
+        """How many images come before in the split; those that could not be read (hash 0) are none."""
+        hashes = self.column("hash") if self.hashed else np.empty(0)
+        return int((hashes != 0).sum()) - len(np.setdiff1d(hashes, 0))
+
+    @cached_property
     def missing(self) -> np.ndarray:
         """Listed images that could not be read when the split was prepared, bool [M]: they count as misses."""
         return self.column("hash") == 0 if (self.protocol or {}).get("misses") else np.zeros(len(self), dtype=bool)
@@ -356,6 +362,11 @@ def decoder() -> Callable:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     return lambda data: decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
+
+
+def siblings(folder: Path) -> list[Split]:
+    """The other finished splits of the domain."""
+    return [Split(path.parent) for path in sorted(folder.parent.glob("*/index.json")) if path.parent != folder]
 
 
 def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> dict[str, dict[str, Split]]:

@@ -109,6 +109,17 @@ def restrict(source: Source, keep: np.ndarray, reason: str | None, named: bool =
     return replace(source, records=source.records.take(keep), pairs=pairs, blocks=blocks[blocks < keep.sum()].tolist())
 
 
+def random_order(n: int, blocks: list[int], seed: int) -> np.ndarray:
+    """The places 0..n-1 in a seeded random order; blocks, where there are any, stay whole and move as such.
+
+    The reader shuffles within a window of several shards, so the order inside a block does not matter.
+    """
+    if not blocks:
+        return np.random.default_rng(seed).permutation(n)
+    runs = np.split(np.arange(n), blocks[1:])
+    return np.concatenate([runs[i] for i in np.random.default_rng(seed).permutation(len(runs))])
+
+
 def draw(seed: int, identity: str) -> float:
     """A number 0..1 that belongs to an identity, whatever else its set holds and however it was filtered."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{identity}".encode(errors="surrogateescape")).digest()[:8]) / 2**64

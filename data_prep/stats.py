@@ -82,7 +82,7 @@ def split_stats(split: Split, sample: int, seed: int) -> tuple[dict, dict[str, n
         "skipped": split.index.get("skipped", {}),
     }
     if split.hashed:
-        stats["copies"] = len(split) - len(np.unique(split.column("hash")))
+        stats["copies"] = split.copies
     for name in ("camera", "clothes", "template"):
         if name in split.index["columns"]:
             column = split.column(name)

@@ -1,4 +1,4 @@
-
+"""Writing a split: images become JPEGs of one size in shards, in parallel, and a kill at any moment loses little."""
 
 import hashlib
 import io
@@ -34,12 +34,12 @@ from data_prep.format import (
     Record,
     Skipped,
     Source,
-    Split,
     column_type,
     jpeg_sides,
     read_index,
+    siblings,
 )
-from data_prep.records import GO_ON, Records, first_copies, rank_in_group, restrict
+from data_prep.records import GO_ON, Records, first_copies, random_order, rank_in_group, restrict
 
 # fork where it is safe and quick; named, because the default differs between systems and Python versions
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -130,15 +130,12 @@ def placeholder(size: int) -> bytes:
 
 
 def write_shard(part: Path, first: int, records: list[Record], labels: list[int], settings: dict) -> int:
-    """Write a shard, atomically, then its part of the index; returns how many records it took.
+    """Write a shard, atomically, then its part of the index, .parts/<records of the split>/shard-000000.tar.json.
 
-    Args:
-        part: SPLIT/.parts/<records of the split>/shard-000000.tar.json.
-        first: place of the first record in the written order.
+    `first`: place of the first record in the written order. Returns how many records it took.
     """
     name, rows, skipped = part.stem, [], []
-    path = part.parents[2] / name
-    with replacing(path, f".{os.getpid()}") as temporary:
+    with replacing(part.parents[2] / name, f".{os.getpid()}") as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
 
             def add(member: str, data: bytes) -> int:
@@ -187,17 +184,6 @@ def start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def random_order(n: int, blocks: list[int], seed: int) -> np.ndarray:
-    """The places 0..n-1 in a seeded random order; blocks, where there are any, stay whole and move as such.
-
-    The reader shuffles within a window of several shards, so the order inside a block does not matter.
-    """
-    if not blocks:
-        return np.random.default_rng(seed).permutation(n)
-    runs = np.split(np.arange(n), blocks[1:])
-    return np.concatenate([runs[i] for i in np.random.default_rng(seed).permutation(len(runs))])
-
-
 def write_split(folder: Path, source: Source, *, source_name: str, size: int, fit: str, quality: int, train: bool,
                 seed: int = 0, shard_size: int = 2048, workers: int = 1, options: dict | None = None,
                 drop_duplicates: bool = False, max_images: int | None = None, data_set: list[str] | None = None
@@ -209,10 +195,9 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
     Args:
         folder: DATA/<domain>/<split>.
         source: records, protocol and pairs.
-        source_name: of the source, as on the command line.
+        source_name: as on the command line.
         size, fit, quality: see `fit_image`.
-        train: write in a seeded random order (else in source order).
-        seed: of that order.
+        train: write in a random order by `seed` (else in source order).
         shard_size: records a shard.
         workers: processes.
         options: recorded as provenance.
@@ -298,10 +283,8 @@ def write_images(folder: Path, source: Source, settings: dict, seed: int | None,
     """Write shards and columns; what is finished stays as it is.
 
     A sample's label is in its JSON, too. So where no image of some class can be read, which only the writing tells, the
-    split is written a second time without that class; the parts of the first time stay until all is done.
-
-    Args:
-        seed: of the order; None: source order.
+    split is written a second time without that class; the parts of the first time stay until all is done. `seed`: of
+    the order; None: source order.
 
     Returns:
         Fields of the index; name and reason of what could not be read; classes of which nothing could.
@@ -412,12 +395,9 @@ def write_columns(folder: Path, parts: list[Path], listed: bool) -> tuple[list[d
 
 
 def write_skipped(folder: Path, before: Skipped, bad: list[tuple[str, str]], listed: bool) -> dict[str, int]:
-    """Name every file that was left out, and why, in skipped.csv; returns the counts by reason.
+    """Name every file that was left out before or could not be read, and why, in skipped.csv; returns counts by reason.
 
-    Args:
-        before: what the source left out; what a caller chose to leave out (--list, --max-images, ...) has no names.
-        bad: name and reason of what could not be read.
-        listed: that stays in the protocol, as misses.
+    What was chosen to be left out (--list, --max-images, ...) has no names. `listed`: the others stay, as misses.
     """
     after = Skipped(before)
     for name, reason in bad:
@@ -490,11 +470,6 @@ def first_readable(source: Source, most: int, workers: int) -> np.ndarray:
             return keep
         good[places] = look_at(records, places, True, workers) > 0
         known[places] = True
-
-
-def siblings(folder: Path) -> list["Split"]:
-    """The other finished splits of the domain."""
-    return [Split(path.parent) for path in sorted(folder.parent.glob("*/index.json")) if path.parent != folder]
 
 
 def in_parallel(function: Callable, tasks: Iterable[tuple], workers: int, in_order: bool = False) -> Iterator:

@@ -164,18 +164,13 @@ def cfp_pairs(src: Path, files: dict[str, Member], kind: str) -> list[Pair]:
 
 def join(count: int, links: Iterable[tuple[int, int]]) -> list[int]:
     """For each of `count` items the first item that it is linked with, directly or through others."""
-    parent = list(range(count))
+    from scipy.sparse import coo_array  # here, because it takes a second
+    from scipy.sparse.csgraph import connected_components
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for a, b in links:
-        a, b = sorted((root(a), root(b)))
-        parent[b] = a
-    return [root(i) for i in range(count)]
+    a, b = np.array(list(links), dtype=np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(count, count))
+    group = connected_components(graph, directed=False)[1]
+    return np.unique(group, return_index=True)[1][group].tolist()
 
 
 def name_people(names: list[str], pairs: list[tuple[int, int, int, int]]) -> list[str]:
