@@ -73,13 +73,13 @@ def members(src: Path, skipped: Skipped | None = None) -> Iterator[Member]:
         if not is_leftover(name, skipped):
             place[name] = len(numbers)  # an archive that was appended to holds older versions first
             numbers.extend(where)
-    inner = src.relative_to(archive).as_posix()
-    if inner == ".":
-        tops = {name.partition("/")[0] for name in place}
-        inner = tops.pop() if len(tops) == 1 and any(name.count("/") > 1 for name in place) else ""
-    elif not any(name.startswith(f"{inner}/") for name in place):
+    inner, tops = src.relative_to(archive).as_posix(), {name.partition("/")[0] for name in place}
+    prefix = f"{tops.pop()}/" if len(tops) == 1 and any(name.count("/") > 1 for name in place) else ""
+    if inner != ".":
+        prefix = next((start for start in (f"{inner}/", f"{prefix}{inner}/")
+                       if any(name.startswith(start) for name in place)), None)
+    if prefix is None:
         raise InputError(f"--src {src}: {archive} has no folder {inner!r} inside")
-    prefix = f"{inner}/" if inner else ""
     return (Member(name[len(prefix):], partial(read, str(archive), *numbers[place[name] : place[name] + width]))
             for name in sorted(place) if name.startswith(prefix))
 

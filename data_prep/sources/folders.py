@@ -1,5 +1,6 @@
 """Sources of class folders: one folder a class or person, images anywhere below it (ImageFolder layout)."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -48,13 +49,14 @@ def unwrap(src: Path) -> Path:
         if not any(path.is_dir() and not is_leftover(path.name, None) for path in folders[0].iterdir()):
             break
         src = folders[0]
-        print(f"  class folders are those of {src}")
     return src
 
 
 def scan(src: Path, skipped: Skipped) -> Iterator[tuple[str, Member]]:
     """All images below src as (class folder, file), sorted; files left out go to `skipped`."""
-    images, start = (member for member in members(unwrap(src), skipped) if is_image(member, skipped)), 0
+    if (inner := unwrap(src)) != src:
+        print(f"  class folders are those of {inner}")
+    images, start = (member for member in members(inner, skipped) if is_image(member, skipped)), 0
     if not src.is_dir():  # an archive may wrap more than `members` unwraps
         images = list(images)
         while len({member.name[start:].partition("/")[0] for member in images}) == 1 and any(
@@ -77,14 +79,15 @@ def check_classes(records: Records, src: Path) -> None:
     The latter by a sample of the images: all lie in folders below their class's, of which every class has several, and
     the classes are few, or fewer than such folders of a class (people may have a folder a video).
     """
-    names = records.identities
+    names, first = records.identities, records[0]
+    where = f"{unwrap(src)}{f'/{first.name}'.partition(f'/{first.identity}/')[0]}"
     parts = sorted(name for name in names if name.lower() in SPLIT_NAMES)
     if len(parts) > 1 or len(parts) == len(names) == 1:  # one among others may be a railway's
         raise InputError(f"--src {src}: its classes would be {', '.join(parts)}, which are the parts of a data set: "
-                         f"give one of them, --src {src}/{parts[0]}, and each its own --out")
-    sample = [records[i] for i in np.unique(np.linspace(0, len(records) - 1, min(len(records), 4096), dtype=int))]
-    inner = {name: set() for name in sorted({record.identity for record in sample})}
-    for record in sample:
+                         f"give one of them, --src {where}/{parts[0]}, and each its own --out")
+    inner = defaultdict(set)
+    for i in np.unique(np.linspace(0, len(records) - 1, min(len(records), 4096), dtype=int)):
+        record = records[i]
         inner[record.identity].add(f"/{record.name}".partition(f"/{record.identity}/")[2].rpartition("/")[0])
     count = sum(map(len, inner.values()))
     if len(inner) < 2 or any("" in folders or len(folders) < 2 for folders in inner.values()):
@@ -94,7 +97,7 @@ def check_classes(records: Records, src: Path) -> None:
         print(f"  note: {told} of images: they are taken for {len(inner):,} classes")
         return
     raise InputError(f"--src {src}: {told} of images, as data sets side by side do: give one of them, --src "
-                     f"{src}/{next(iter(inner))}, and each its own --out (`merge` joins them); if these {len(inner):,} "
+                     f"{where}/{first.identity}, and each its own --out (`merge` joins them); if these {len(inner):,} "
                      "are the classes, name them in --list FILE")
 
 
