@@ -4,6 +4,7 @@ Of finished splits: `verify`, `show`, `stats`, `merge`, `degrade`, `trials`. Bes
 """
 
 import csv
+import inspect
 import io
 import json
 import os
@@ -225,15 +226,17 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
     if selection["holdout"] and domain == "object":
         raise InputError("--holdout keeps people of training and test splits apart; a test split of objects has the "
                          "classes of its training split: leave it out")
-    seed = {"seed": settings["seed"]} if "open_set" in options else {}
-    source = read(src, domain, train, **options, **seed)
+    takes = inspect.signature(read).parameters
+    shared = {"seed": settings["seed"], "classes": classes}
+    source = read(src, domain, train, **options, **{key: value for key, value in shared.items() if key in takes})
     source = replace(source, records=Records(source.records, out))
     if options.get("names"):
         report_unknown("--names", options["names"], set(source.names) - set(source.records.identities))
     if source.records:
         if read is folders.folder and not (classes or selection["listed"]):
             folders.check_classes(source.records, src)
-        source = group_classes(source, classes) if classes else source
+        if classes and "classes" not in takes:
+            source = group_classes(source, classes)
         source = select(source, train, settings["seed"], **selection)
     if size is None:
         size = own_size(source.records) if domain.startswith("face") and source.records else 256
@@ -254,7 +257,7 @@ def add_source(read, src: click.ParamType | type = FOLDER):
     """Make a source function a command: of its name, with its docstring as help and its own click options.
 
     Args:
-        read: (src, domain, train, **own options) -> Source.
+        read: (src, domain, train, **own options) -> Source; it may take `seed` and `classes` of the shared options.
         src: the type of --src.
     """
     where = click.option("--src", type=src, required=True,

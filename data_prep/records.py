@@ -173,8 +173,8 @@ def report_unknown(option: str, path: Path, unknown: set[str]) -> None:
               + ", ".join(sorted(unknown)[:10]) + ", ..." * (len(unknown) > 10))
 
 
-def group_classes(source: Source, path: Path) -> Source:
-    """The source by the coarser classes of --classes, `folder,class` lines; other folders are left out."""
+def read_classes(path: Path) -> dict[str, str]:
+    """`folder,class` lines, as CSV or with tabs: the class of each folder."""
     lines = listed_lines(path, "--classes")
     rows = split_lines(lines, f"--classes {path}", "\t" if lines and "\t" in lines[0][1] else ",")
     classes: dict[str, str] = {}
@@ -183,6 +183,12 @@ def group_classes(source: Source, path: Path) -> Source:
             raise InputError(f"--classes {path}, line {number}: want folder,class, found {','.join(row)[:60]!r}")
         if classes.setdefault(row[0], row[1]) != row[1]:
             raise InputError(f"--classes {path}, line {number}: {row[0][:60]!r} is {classes[row[0]][:60]!r} further up")
+    return classes
+
+
+def group_classes(source: Source, path: Path) -> Source:
+    """The source by the coarser classes of --classes; folders that the file does not name are left out."""
+    classes = read_classes(path)
     known = set(source.records.identities)
     if (first := next(iter(classes), "")) not in known and list(classes.values()).count(classes.get(first)) == 1:
         classes.pop(first, None)  # a header
