@@ -318,11 +318,7 @@ class Split:
         return block[:100].split(b".")[0].decode("ascii", "replace"), block[tarfile.BLOCKSIZE :]
 
     def fields(self, row: int) -> dict:
-        """The JSON of a sample, which lies behind its JPEG.
-
-        Raises:
-            InputError: there is none.
-        """
+        """The JSON of a sample, which lies behind its JPEG; InputError where there is none."""
         file, end = self.open_shard(int(self.shard[row])), int(self.offset[row] + self.length[row])
         head = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         block = os.pread(file, 16 * tarfile.BLOCKSIZE, head)  # more than any of ours takes
@@ -372,13 +368,8 @@ def siblings(folder: Path) -> list[Split]:
 def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> dict[str, dict[str, Split]]:
     """The splits of a data root, by domain (in the house order) and name.
 
-    Args:
-        root: the data root.
-        domains: those wanted.
-        name: the split wanted, or * for all; what is not wanted is not opened.
-
-    Raises:
-        InputError: there are none, or one is damaged or lies in another's place.
+    `name`: of the split wanted, or * for all; what is not wanted is not opened. InputError where there are none, or one
+    is damaged or lies in another's place.
     """
     paths = {domain: sorted(root.glob(f"{domain}/{name}/index.json")) for domain in domains}
     found = {domain: {path.parent.name: Split(path.parent) for path in paths[domain]} for domain in domains}
@@ -396,11 +387,8 @@ def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> 
 def ordered_tests(splits: Iterable[Split], ood: bool = False) -> list[Split]:
     """The test splits of a domain in the order in which one of them stands for all; a training split is none of them.
 
-    First those whose classes are the training split's own (reference `train`, or none), then by name.
-
-    Args:
-        splits: of one domain.
-        ood: those out of distribution instead of those in distribution.
+    First those whose classes are the training split's own (reference `train`, or none), then by name. `ood`: those out
+    of distribution instead of those in distribution.
     """
     tests = [split for split in splits if split.protocol and bool(split.protocol.get("ood")) == ood]
     return sorted(tests, key=lambda split: (split.protocol.get("reference", "train") != "train", split.name))
@@ -449,11 +437,7 @@ def matched_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def open_training(data: str, domains: list[str]) -> list[Split]:
-    """The training split of each domain of a data root.
-
-    Raises:
-        InputError: there is none, or it has images without labels.
-    """
+    """The training split of each domain of a data root; InputError where it is missing or lacks labels."""
     root, splits = open_root(Path(data), domains, "train"), []
     for domain in domains:
         if "train" not in root.get(domain, {}):

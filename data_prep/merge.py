@@ -138,15 +138,10 @@ def merged(folder: Path, splits: list[Split], same_names: bool) -> tuple[dict, d
 
 
 def merge_splits(folder: Path, parts: list[Path], same_names: bool) -> list[Split]:
-    """Write a merged split; returns its parts.
+    """Write a merged split of the split folders beside it; returns these.
 
-    Args:
-        folder: DATA/<domain>/<split>; a merged split that is there already is written anew.
-        parts: split folders beside it.
-        same_names: objects: classes of equal names are one class.
-
-    Raises:
-        InputError: they cannot be merged, or the folder holds images of its own.
+    A merged split that is there already is written anew. `same_names`: objects: classes of equal names are one class.
+    InputError where they cannot be merged, or the folder holds images of its own.
     """
     folder = Path(os.path.abspath(folder))  # as it was typed: the domain may be a link to another disk
     splits = check_parts(folder, parts, same_names)

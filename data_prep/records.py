@@ -214,22 +214,17 @@ def rank_in_group(group: np.ndarray, counted: np.ndarray | None = None) -> np.nd
 
 def select(source: Source, train: bool, seed: int, *, listed: Path | None = None, holdout: float | None = None,
            min_images: int | None = None, max_classes: int | None = None) -> Source:
-    """The part of a source that the sharing options ask for; they act in the order of the arguments.
+    """The part of a source, of a `Records`, that the options ask for; they act in the order of the arguments.
 
-    Records without an identity (distractors) pass all of them but the list.
+    Records without an identity (distractors) pass all of them but the list. InputError where nothing is left.
 
     Args:
-        source: its records are a `Records`.
-        train: which side of `holdout` is wanted.
-        seed: of `holdout` and `max_classes`.
+        train, seed: the side of `holdout` that is wanted, and the seed of `holdout` and `max_classes`.
         listed: file of identities or image names, one a line.
         holdout: share 0..1 of the identities that belong to the test split. Each identity's side is a function of its
             name and the seed alone, so that two commands never share one, whatever their other filters.
         min_images: identities with fewer are left out.
         max_classes: so many identities are kept; of a larger number these are among the kept ones.
-
-    Raises:
-        InputError: nothing is left, or the list names what is not there.
     """
     def keep(chosen: np.ndarray, reason: str, option: str) -> None:
         nonlocal source
@@ -260,11 +255,9 @@ def select(source: Source, train: bool, seed: int, *, listed: Path | None = None
 
 
 def first_copies(hashes: np.ndarray, elsewhere: np.ndarray | None = None) -> np.ndarray:
-    """Which images come first with their content and are not among those elsewhere; hash 0 (unread) always stays.
+    """Which images come first with their content and are not among those elsewhere, bool [N]; hash 0 always stays.
 
-    Args:
-        hashes: of the images in source order, uint64 [N].
-        elsewhere: of images that must not appear here, uint64 [M].
+    `hashes`: of the images in source order, uint64 [N]; `elsewhere`: of images that must not appear here, uint64 [M].
     """
     first = np.zeros(len(hashes), dtype=bool)
     first[np.unique(hashes, return_index=True)[1]] = True

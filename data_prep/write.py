@@ -78,17 +78,16 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
-    """An encoded image as a JPEG of size x size pixels; a baseline JPEG that already fits is returned as it is.
+    """An image in one of the formats READABLE as a JPEG; a baseline JPEG that already fits is returned as it is.
 
     Args:
-        data: an image in one of the formats READABLE.
         size: side in pixels.
         fit: "crop" (short side to `size`, centre crop), "squash" (ignore the aspect ratio) or "pad" (keep it, fill
             with the mean colour).
         quality: of the JPEG, 1..100, where it has to be written anew; 100 keeps the chroma of every pixel, too.
 
     Raises:
-        BadImage: not an image, or a damaged one.
+        BadImage: no image, or a damaged one.
     """
     image, turned = open_image(data)
     plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not image.info.get("progressive") and not turned

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data_prep import InputError, progress, write_atomically, write_csv
-from data_prep.format import BadImage, Skipped, open_training
+from data_prep.format import BadImage, Skipped, decoder, open_training
 from data_prep.sources.archives import members
 from data_prep.sources.folders import is_image
 from data_prep.write import fit_image
@@ -27,11 +27,9 @@ class Pictures:
 
     def image(self, row: int) -> torch.Tensor:
         """uint8 [3, size, size], RGB; BadImage where the file is none or is damaged."""
-        from torchvision.io import ImageReadMode, decode_jpeg
-
         try:
             data = fit_image(self.paths[row].read_bytes(), self.size, self.fit, self.quality)
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+            return decoder()(bytearray(data))
         except (OSError, RuntimeError) as error:
             raise BadImage(f"{self.paths[row]}: unreadable") from error
 

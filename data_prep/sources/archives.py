@@ -50,16 +50,13 @@ LEFTOVERS = {"__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN"}
 def members(src: Path, skipped: Skipped | None = None) -> Iterator[Member]:
     """Every file below src, sorted by name; not what machines leave beside images (hidden ones, LEFTOVERS).
 
-    Of a folder only the names of one folder after the other are in memory, of an archive all names and offsets, so
-    that sources which yield their records can be of any length.
+    Of a folder only the names of one folder after the other are in memory, of an archive all names and offsets.
+    InputError where there is no such source, or an archive that must not or cannot be read.
 
     Args:
         src: a folder, a zip or a plain tar; SET.zip/inner/folder is a folder inside. Where an archive wraps everything
             in one folder of folders, as most are packed, names count from below that folder.
         skipped: where leftovers, dead links and links in a circle are to be named.
-
-    Raises:
-        InputError: no such source, or an archive that must not or cannot be read.
     """
     if src.is_dir():
         return walk(str(src), skipped=skipped)
@@ -253,12 +250,8 @@ def list_tar(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
 def walk_tar(file: BinaryIO, where: str) -> Iterator[tuple[str, tuple[int, int]]]:
     """The files of a plain tar, from front to back: name, and offset and size.
 
-    Args:
-        file: seekable; whoever takes the names may read from it in between.
-        where: it lies, for messages.
-
-    Raises:
-        InputError: no plain tar, a damaged one, or one with a member that must not be read.
+    InputError where it is none, a damaged one, or one with a member that must not be read. `file`: seekable; whoever
+    takes the names may read from it in between; `where` it lies, for messages.
     """
     try:
         total, before = file.seek(0, os.SEEK_END), -1

@@ -109,13 +109,8 @@ def strangers(names: list[str], share: float, seed: int) -> np.ndarray:
 def deal_roles(labels: np.ndarray, names: list[str], open_set: float = 0.0, seed: int = 0) -> np.ndarray:
     """Roles of a search: an identity's first image is the gallery, later ones probes, a lone one a distractor.
 
-    All images of the strangers are probes.
-
-    Args:
-        labels: of the images that could be read, in source order, int64 [M].
-        names: of the identities.
-        open_set: share of strangers among them.
-        seed: of their choice.
+    All images of the strangers (`open_set`: their share among the names, chosen by `seed`) are probes. `labels`: of the
+    images that could be read, in source order, int64 [M].
     """
     several = np.bincount(labels, minlength=len(names)) > 1
     roles = np.where(rank_in_group(labels) > 0, 0, np.where(several[labels], 1, 2))

@@ -21,10 +21,8 @@ def place_of(src: Path, layout: str, *landmarks: str) -> tuple[str, str]:
     """Where a data set begins below src: what comes before its names, and the landmark that tells.
 
     Data sets are unpacked with and without the folders they were packed in, so a landmark (a file or a folder) may lie
-    at any depth; the first landmark that there is counts, at its highest place.
-
-    Raises:
-        InputError: there is none below src; `layout` says what should be.
+    at any depth; the first landmark that there is counts, at its highest place. InputError where there is none;
+    `layout` says what should be.
     """
     tops = {landmark: set() for landmark in landmarks}
     for file in members(src):
