@@ -435,6 +435,9 @@ def test_so_many_readable_images_are_taken(workers, tmp_path, monkeypatch):
     assert split.index["skipped"] == {"unreadable image": 2, "image beyond --max-images": 2}
     files = {row[0] for row in csv.reader((out / "skipped.csv").open())}
     assert files == {"file", "a/0.jpg", "a/2.jpg"}
+    (src / "b/1.jpg").write_bytes((src / "b/0.jpg").read_bytes())
+    unlike = prepared(src, tmp_path / "e/face_hq/train", "--max-images", 2, "--drop-duplicates")
+    assert counts(unlike) == {"a": 1, "b": 1}  # of different images
     listed = listed_people(tmp_path)
     cut(listed / "g/b.jpg")  # a listed miss stays, and the other mate of bob is taken
     test = prepared(listed, tmp_path / "d/body/mine", "--max-images", 1, source="persons")

@@ -295,6 +295,9 @@ def test_every_record_of_an_index_is_an_image(keys, note, tmp_path, capsys):
     offsets = [line.split("\t")[1] for line in (src / "train.idx").read_text().splitlines()]
     lines = [f"{key}\t{offset}\n" for key, offset in zip(keys, offsets, strict=False)]
     (src / "train.idx").write_text("".join(lines + lines))
+    (src / "train.rec").rename(src / "faces.rec")
+    (src / "train.idx").rename(src / "faces.idx")
+    (src / "._faces.rec").write_bytes(b"left by macOS")
     run_here("recordio", "--src", src, "--out", tmp_path / "d/face_hq/train")
     assert contents(Split(tmp_path / "d/face_hq/train")) == sorted(
         (f"{person:07d}", image) for person, image in zip(PEOPLE, images, strict=True))

@@ -248,9 +248,11 @@ def test_parquet(tmp_path):
     parquet_file(src / "data/train-00001-of-00002.parquet", [1, 1, -1], 10, names)
     parquet_file(src / "data/validation-00000-of-00001.parquet", [0, 3, 1], 20, names)
     parquet_file(src / "data/test-00000-of-00001.parquet", [-1, -1], 30, names)
+    (src / "data/._train-00000-of-00002.parquet").write_bytes(b"left by macOS")
     train = prepared("parquet", src, tmp_path / "d/object/train", "--seed", 1)
     assert train.classes == ["0000000", "0000001", "0000002", "0000003"] and train.names == names
-    assert train.counts.tolist() == [2, 3, 1, 1] and train.index["skipped"] == {"no label": 1}
+    assert train.counts.tolist() == [2, 3, 1, 1] and train.index["skipped"] == {
+        "no label": 1, "hidden, or left by the system": 1}
     val = prepared("parquet", src, tmp_path / "d/object/val")
     assert identities(val) == ["0000000", "0000003", "0000001"] and val.protocol["ood"] is False
     for row, seed in enumerate((20, 21, 22)):  # the right picture in every row

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_prep import InputError
 from data_prep.format import BadImage, Record, Skipped, Source
-from data_prep.sources.archives import check_size, read_file
+from data_prep.sources.archives import check_size, is_leftover, read_file
 from data_prep.sources.faces import ten_folds
 from data_prep.sources.folders import labelled
 
@@ -135,7 +135,7 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
     WebFace42M 42,474,557 of 2,059,906.
     Source: insightface, `arcface_torch/dataset.py`, `rec2shufrec.py`, `rec_builder.py`.
     """
-    found = sorted(src.glob("*.rec")) if src.is_dir() else [src]
+    found = [path for path in src.glob("*.rec") if not is_leftover(path.name, None)] if src.is_dir() else [src]
     rec = next((path for path in found if path.name == "train.rec"), found[0] if len(found) == 1 else None)
     if rec is None or not rec.is_file():
         raise InputError(f"--src {src}: want a folder with train.rec (and train.idx, property), or one .rec file")

@@ -83,14 +83,14 @@ def parquet(src: Path, domain: str, train: bool, files: str | None, image_column
     `datasets` library puts them. Row groups are read one at a time, and a training split is shuffled by runs of 128
     rows. imagenet-1k: 1,281,167 and 50,000 images (--wnids).
     """
+    names, skipped, blocks = {}, Skipped(), []
     if src.is_file() and src.suffix == ".parquet":
         src, chosen = src.parent, {src.name: str(src)}
     elif src.is_dir():
-        chosen = choose_files(src, [files] if files else ["*train*"] if train else ["*val*", "*test*"])
+        chosen = choose_files(src, [files] if files else ["*train*"] if train else ["*val*", "*test*"], skipped)
     else:
         raise InputError(f"--src {src}: want a .parquet file or the folder that holds them (they are not read in "
                          "archives)")
-    names, skipped, blocks = {}, Skipped(), []
 
     def records() -> Iterator[Record]:
         count = 0
@@ -112,9 +112,9 @@ def parquet(src: Path, domain: str, train: bool, files: str | None, image_column
     return replace(source, blocks=blocks)
 
 
-def choose_files(src: Path, patterns: list[str]) -> dict[str, str]:
+def choose_files(src: Path, patterns: list[str], skipped: Skipped) -> dict[str, str]:
     """The parquet files below src whose names fit the first pattern that any fits: name -> path."""
-    listed = {file.name: file.path for file in members(src) if file.name.endswith(".parquet")}
+    listed = {file.name: file.path for file in members(src, skipped) if file.name.endswith(".parquet")}
     for pattern in patterns:
         if chosen := {name: path for name, path in listed.items() if fnmatch(PurePosixPath(name).name, pattern)}:
             return chosen
