@@ -293,7 +293,8 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, capsys):
 def test_data_sets_side_by_side_are_no_classes(sets, classes, archive, tmp_path):
     src = tmp_path / "src"
     for k in range(sets):
-        people(src / f"set{k:02d}", {f"c{c}": 1 for c in range(classes)})
+        people(src / f"set{k:02d}", {f"c{c}": 2 for c in range(classes)})
+    (src / "readme.txt").write_text("x")
     given = src
     if archive:  # in two folders around all, as people pack
         shutil.copytree(src, tmp_path / "pack/all/data")
@@ -302,10 +303,14 @@ def test_data_sets_side_by_side_are_no_classes(sets, classes, archive, tmp_path)
                                          "data sets side by side do: give one of them, --src") as error:
         prepared(given, tmp_path / "d/object/train")
     one = error.value.message.partition("--src ")[2].partition(" --src ")[2].partition(", and")[0]
-    assert one.endswith("/set00") and len(prepared(Path(one), tmp_path / "d/object/train")) == classes
+    assert one.endswith("/set00") and len(prepared(Path(one), tmp_path / "d/object/train")) == 2 * classes
     (tmp_path / "list").write_text("\n".join(f"set{k:02d}" for k in range(sets)))
     assert counts(prepared(given, tmp_path / "d/face_hq/train", "--list", tmp_path / "list")) == {
-        f"set{k:02d}": classes for k in range(sets)}
+        f"set{k:02d}": 2 * classes for k in range(sets)}
+    if sets * classes > 4:
+        shutil.copy(src / "set00/c0/0.jpg", src / "set00/preview.jpg")
+        with pytest.raises(InputError, match="as data sets side by side do"):
+            prepared(src, tmp_path / "d/object/other")
 
 
 def test_people_may_have_a_folder_a_video(tmp_path, capsys):

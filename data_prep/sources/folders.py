@@ -1,6 +1,6 @@
 """Sources of class folders: one folder a class or person, images anywhere below it (ImageFolder layout)."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
@@ -76,8 +76,8 @@ SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testi
 def check_classes(records: Records, src: Path) -> None:
     """InputError where what would be classes are the parts of a data set, or data sets side by side.
 
-    The latter by a sample of the images: all lie in folders below their class's, of which every class has several, and
-    the classes are few, or fewer than such folders of a class (people may have a folder a video).
+    The latter by a sample of the images: nearly all lie in folders below their class's, of which every class has
+    several, and the classes are few, or fewer than such folders of a class (people may have a folder a video).
     """
     names, first = records.identities, records[0]
     where = f"{unwrap(src)}{f'/{first.name}'.partition(f'/{first.identity}/')[0]}"
@@ -85,12 +85,13 @@ def check_classes(records: Records, src: Path) -> None:
     if len(parts) > 1 or len(parts) == len(names) == 1:  # one among others may be a railway's
         raise InputError(f"--src {src}: its classes would be {', '.join(parts)}, which are the parts of a data set: "
                          f"give one of them, --src {where}/{parts[0]}, and each its own --out")
-    inner = defaultdict(set)
+    inner = defaultdict(Counter)  # class -> folder below it -> images
     for i in np.unique(np.linspace(0, len(records) - 1, min(len(records), 4096), dtype=int)):
         record = records[i]
-        inner[record.identity].add(f"/{record.name}".partition(f"/{record.identity}/")[2].rpartition("/")[0])
+        inner[record.identity][f"/{record.name}".partition(f"/{record.identity}/")[2].rpartition("/")[0]] += 1
+    several = all(5 * images.pop("", 0) <= images.total() and len(images) > 1 for images in inner.values())
     count = sum(map(len, inner.values()))
-    if len(inner) < 2 or any("" in folders or len(folders) < 2 for folders in inner.values()):
+    if len(inner) < 2 or not several:
         return
     told = f"{len(inner):,} folders, {', '.join(list(inner)[:3])}{', ...' * (len(inner) > 3)}, hold {count:,} folders"
     if len(inner) > 10 and count < len(inner) ** 2:
