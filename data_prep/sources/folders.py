@@ -93,11 +93,11 @@ def check_classes(records: Records, src: Path) -> None:
     count = sum(map(len, inner.values()))
     if len(inner) < 2 or not several:
         return
-    told = f"{len(inner):,} folders, {', '.join(list(inner)[:3])}{', ...' * (len(inner) > 3)}, hold {count:,} folders"
+    text = f"{len(inner):,} folders, {', '.join(list(inner)[:3])}{', ...' * (len(inner) > 3)}, hold {count:,} folders"
     if len(inner) > 10 and count < len(inner) ** 2:
-        print(f"  note: {told} of images: they are taken for {len(inner):,} classes")
+        print(f"  note: {text} of images: they are taken for {len(inner):,} classes")
         return
-    raise InputError(f"--src {src}: {told} of images, as data sets side by side do: give one of them, --src "
+    raise InputError(f"--src {src}: {text} of images, as data sets side by side do: give one of them, --src "
                      f"{where}/{first.identity}, and each its own --out (`merge` joins them); if these {len(inner):,} "
                      "are the classes, name them in --list FILE")
 
