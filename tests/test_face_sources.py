@@ -150,6 +150,7 @@ BAD_ARCHIVES = {
     "hard.tar": (lambda p: tar_of(p, kind=tarfile.LNKTYPE, link="/etc/passwd"), "is a link"),
     "device.tar": (lambda p: tar_of(p, kind=tarfile.CHRTYPE), "is a device"),
     "fifo.tar": (lambda p: tar_of(p, kind=tarfile.FIFOTYPE), "is a device"),
+    "name.tar": (lambda p: tar_of(p, kind=tarfile.GNUTYPE_LONGNAME, size=1 << 30), "a header of 1,073,741,824 bytes"),
     "beyond.tar": (lambda p: tar_of(p, size=1 << 40), "nor a plain tar that can be read"),
     "circle.tar": (circular_tar, "nor a plain tar that can be read"),
     "header.tar": (lambda p: cut(p, 0), "damaged header at byte 1536"),

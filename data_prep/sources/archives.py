@@ -247,6 +247,18 @@ def list_tar(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
         yield from walk_tar(file, f"--src {path}")
 
 
+class Headers:
+    """What tarfile reads of a tar that is only listed: its headers, which must not be larger than memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= 1 << 24:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self.file.read(size)
+
+
 def walk_tar(file: BinaryIO, where: str) -> Iterator[tuple[str, tuple[int, int]]]:
     """The files of a plain tar, from front to back: name, and offset and size.
 
@@ -256,7 +268,7 @@ def walk_tar(file: BinaryIO, where: str) -> Iterator[tuple[str, tuple[int, int]]
     try:
         total, before = file.seek(0, os.SEEK_END), -1
         file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tarfile.open(fileobj=Headers(file), mode="r:") as archive:
             while (info := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep them all, a kilobyte each
                 if info.offset <= before:
