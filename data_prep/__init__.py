@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -104,26 +105,24 @@ def run_command(command: click.Command) -> None:
     try:
         code = command.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
-    except click.ClickException as error:
-        if "--debug" in sys.argv:
-            raise
-        print("error: " + " ".join(error.format_message().split()), file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # of `| head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:  # a disk that is full, read-only or gone
-        if "--debug" in sys.argv:
-            raise
-        print(f"error: {error.filename or 'input or output'}: {error.strerror or error} (--debug shows where)",
-              file=sys.stderr)
-        sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (click.ClickException, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        if isinstance(error, OSError):  # a disk that is full, read-only or gone
+            text = f"{error.filename or 'input or output'}: {error.strerror or error} (--debug shows where)"
+        else:
+            text = " ".join(error.format_message().split())
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
 
 
-# ---------------------------------------------------------------- options: notations
+# ---------------------------------------------------------------- options: notations, dataclasses of options
 
 
 class Parsed(click.ParamType):
@@ -164,13 +163,12 @@ def per_domain(low: float, high: float) -> Parsed:
     """One number for every domain, or NAME=NUMBER,... for some: {domain: number}, each number in low..high."""
 
     def parse(text: str) -> dict[str, float]:
+        pairs = [part.partition("=") for part in text.split(",")] if "=" in text else [(d, "", text) for d in DOMAINS]
+        names = parse_domains(",".join(name for name, *_ in pairs))
         try:
-            pairs = [part.split("=") for part in text.split(",")] if "=" in text else [(d, text) for d in DOMAINS]
-            values = {check_domain(name.strip()): float(number) for name, number in pairs}
+            values = dict(zip(names, (float(number) for *_, number in pairs), strict=True))
         except ValueError as error:
-            raise ValueError(str(error) if "no domain" in str(error) else "want a number or NAME=NUMBER,...") from error
-        if len(values) < len(pairs):
-            raise ValueError("names a domain twice")
+            raise ValueError("want a number or NAME=NUMBER,...") from error
         for name, value in values.items():
             if not low <= value <= high:
                 raise ValueError(f"{name + ' is ' if '=' in text else ''}{value:g}; want {low:g} to {high:g}")
@@ -189,11 +187,10 @@ def unit_number(text: str) -> float | None:
 
 def parse_ramp(text: str) -> tuple[float, float]:
     """`SEVERITY[@FRACTION]`: the largest severity, and the fraction of training over which it grows from 0."""
-    first, at, second = text.partition("@")
-    severity, fraction = numbers = [unit_number(first), unit_number(second) if at else 0.3]
-    if None in numbers:
+    numbers = [unit_number(part) for part in (text if "@" in text else f"{text}@0.3").split("@")]
+    if None in numbers or len(numbers) != 2:
         raise ValueError("want SEVERITY[@FRACTION], both in 0..1")
-    return severity, fraction
+    return tuple(numbers)
 
 
 class MixRamp(NamedTuple):
@@ -226,9 +223,6 @@ SEVERITY = Parsed("severity", parse_ramp, lambda value: f"{value[0]!r}@{value[1]
 MIX_RAMP = Parsed("ramp", parse_mix_ramp, lambda ramp: f"{ramp[0]}:{ramp[1]!r}->{ramp[2]!r}@{ramp[3]!r}")
 
 
-# ---------------------------------------------------------------- from dataclasses to commands
-
-
 class Option(click.Option):
     """An option that knows the group of its help."""
 
@@ -252,18 +246,19 @@ class GroupedHelp(click.Group):
 
 
 def option(group: str, default: Any, kind: click.ParamType | type, text: str, **settings) -> Any:
-    """A field of a dataclass of options.
+    """A field of a dataclass of options; its default is the parsed one.
 
     Args:
-        group: heading of the help under which it stands.
-        default: as on the command line; the field's default is its parsed value.
+        group: heading in the help.
+        default: as on the command line.
         kind: click type; bool: a flag.
         text: help, with the unit.
         settings: further ones of click.Option.
     """
     parsed = kind.convert(default, None, None) if isinstance(kind, Parsed) and default is not None else default
-    metadata = {"group": group, "default": default, "kind": kind, "help": text, "settings": settings}
-    return dataclasses.field(default_factory=lambda: parsed, metadata=metadata)
+    settings = {"is_flag": True} | settings if kind is bool else {"type": kind} | settings
+    return dataclasses.field(default_factory=lambda: parsed, metadata={
+        "cls": Option, "group": group, "default": default, "help": text, **settings})
 
 
 def add_options(options: type, leave_out: tuple[str, ...] = ()) -> Callable:
@@ -271,14 +266,10 @@ def add_options(options: type, leave_out: tuple[str, ...] = ()) -> Callable:
 
     def decorate(command: Callable) -> Callable:
         for field in reversed(dataclasses.fields(options)):
-            if field.name in leave_out:
-                continue
-            about, word = field.metadata, field.name.replace("_", "-")
-            name = f"--{word}/--no-{word}" if about["default"] is True else f"--{word}"
-            flag = {"is_flag": True} if about["kind"] is bool else {"type": about["kind"]}
-            settings = flag | about["settings"]
-            command = click.option(name, cls=Option, group=about["group"], default=about["default"], help=about["help"],
-                                   **settings)(command)
+            if field.name not in leave_out:
+                word = field.name.replace("_", "-")
+                name = f"--{word}/--no-{word}" if field.metadata["default"] is True else f"--{word}"
+                command = click.option(name, **field.metadata)(command)
         return command
 
     return decorate
@@ -286,9 +277,11 @@ def add_options(options: type, leave_out: tuple[str, ...] = ()) -> Callable:
 
 def as_texts(options: Any) -> dict[str, Any]:
     """The values of a dataclass of options as JSON: what has a notation of its own as on the command line."""
-    return {field.name: field.metadata["kind"].show(value) if isinstance(field.metadata["kind"], Parsed) and
-            value is not None else value
-            for field in dataclasses.fields(options) for value in [getattr(options, field.name)]}
+    values = {}
+    for field in dataclasses.fields(options):
+        value, kind = getattr(options, field.name), field.metadata.get("type")
+        values[field.name] = kind.show(value) if isinstance(kind, Parsed) and value is not None else value
+    return values
 
 
 def refuse_options(context: click.Context) -> None:
@@ -321,25 +314,15 @@ def replay_config(context: click.Context, _parameter, path: str | None) -> None:
 def lock_folder(folder: Path, option: str) -> Iterator[None]:
     """Hold a folder that one process writes at a time; it is made where it is not there, and removed if it stays empty.
 
-    The lock is POSIX's (`lockf`, not `flock`): it ends with this very process, however that ends, while children that
-    were forked from it do not hold it; network file systems carry it to other nodes. Where a file system has no locks,
-    there is none. A process can hold a folder once.
-
-    Args:
-        folder: to be held, in its file `.lock`, which is removed again.
-        option: that named it, for messages.
-
-    Raises:
-        InputError: another process holds it, or it cannot be written to.
+    InputError, which names the option, where another process holds it. The lock is POSIX's (`lockf`, not `flock`), on
+    the file `.lock`: it ends with this very process, however that ends, while forked children do not hold it; network
+    file systems carry it to other nodes. Where a file system has no locks, there is none.
     """
     made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
     path = folder / ".lock"
-    try:
+    with writing(folder, ANOTHER, option):
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise InputError(f"{option} {folder}: cannot be written ({error.strerror}): choose another, or move away what "
-                         "is in its way") from error
     try:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -367,25 +350,48 @@ def lock_folder(folder: Path, option: str) -> Iterator[None]:
 # ---------------------------------------------------------------- files
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name, sync it, rename it: the old one stays whole until the new one is."""
-    temporary = path.with_name(path.name + ".tmp")
+ANOTHER = "choose another, or move away what is in its way"
+
+
+@contextmanager
+def writing(path: Path, then: str = "the last checkpoint is intact: make room, then continue with --resume",
+            option: str = "", errors: type[Exception] = OSError) -> Iterator[None]:
+    """Inside, what the disk does not take is bad input; `then`: what to do; `option`: that named the path."""
     try:
+        yield
+    except InputError:  # not of this file: a loader process died meanwhile
+        raise
+    except errors as error:
+        place = next((folder for folder in (path, path.parent) if os.path.isdir(folder)), None)
+        free = f"; {shutil.disk_usage(place).free >> 20:,} MiB free there" if place else ""
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{option} {path}: cannot be written ({reason}{free}): {then}".strip()) from error
+
+
+@contextmanager
+def replacing(path: Path, writer: str = "") -> Iterator[Path]:
+    """Inside, a file is written under the temporary name given, which is then synced and renamed, or removed.
+
+    The old one stays whole until the new one is; `writer` tells the names of several apart.
+    """
+    temporary = path.with_name(f"{path.name}{writer}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file by `replacing`; InputError where that fails."""
+    # torch and safetensors report a full disk in ways of their own, or not at all
+    with writing(path, "what was saved before is intact", errors=Exception), replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(mode)  # safetensors would keep its files from everybody else
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except InputError:  # not of this file: a loader process died meanwhile
-        temporary.unlink(missing_ok=True)
-        raise
-    except Exception as error:  # torch and safetensors report a full disk in ways of their own, or not at all
-        free = shutil.disk_usage(path.parent).free >> 20 if path.parent.is_dir() else 0
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}; {free:,} MiB free there); what was saved before is "
-                         "intact") from error
 
 
 def make_folder(path: Path, option: str) -> None:
@@ -393,24 +399,23 @@ def make_folder(path: Path, option: str) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{option}: {path} cannot be made a folder ({error.strerror}): choose another, or move "
-                         "away what is there") from error
+        raise InputError(f"{option}: {path} cannot be made a folder ({error.strerror}): {ANOTHER}") from error
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: dict, indent: int = 2) -> None:
     """Write JSON for people: indented, atomic."""
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n"))
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=indent) + "\n"))
 
 
 def read_json(path: Path) -> dict:
     """An object that write_json wrote; InputError where the file is damaged."""
     try:
         value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+        return value
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error}): restore it, or run the stage that wrote it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: damaged (no JSON object): restore it, or run the stage that wrote it again")
-    return value
 
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a formula in a spreadsheet
@@ -426,37 +431,19 @@ def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> N
         formula = isinstance(value, str) and value[:1] in FORMULA
         return f"'{value}" if formula and not re.fullmatch(r"[-+][\d.]+(e[-+]?\d+)?", value) else value
 
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.DictWriter(file, columns or list(table[0]))
-            writer.writeheader()
-            writer.writerows({key: plain(value) for key, value in row.items()} for row in table)
-
-    write_atomically(path, write)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Inside, what cannot be written to the disk is bad input that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); the last checkpoint is intact: make "
-                         "room, then continue with --resume") from error
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, columns or list(table[0]))
+    writer.writeheader()
+    writer.writerows({key: plain(value) for key, value in row.items()} for row in table)
+    data = out.getvalue().encode(errors="backslashreplace")
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def append(path: Path, record: dict) -> None:
     """Add a line to a .jsonl file of the run; NaN has no place in JSON and becomes null."""
-
-    def plain(value):
-        if isinstance(value, dict):
-            return {key: plain(v) for key, v in value.items()}
-        if isinstance(value, list):
-            return [plain(v) for v in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+    record = json.loads(json.dumps(record), parse_constant=lambda _: None)
     with writing(path), open(path, "a") as file:
-        file.write(json.dumps(plain(record)) + "\n")
+        file.write(json.dumps(record) + "\n")
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -4,6 +4,7 @@ Of finished splits: `verify`, `show`, `stats`, `merge`, `degrade`, `trials`. Bes
 """
 
 import csv
+import inspect
 import io
 import json
 import os
@@ -23,19 +24,14 @@ from PIL import Image, ImageDraw
 from data_prep import DOMAINS, InputError, Number, lock_folder, run_command
 from data_prep.degrade import degraded_split, draw_ladder
 from data_prep.demo import SIZE, demo_splits, draw_face
-from data_prep.format import FITS, MAX_SIZE, ROLES, BadImage, Split, as_text
+from data_prep.format import FITS, MAX_SIZE, ROLES, BadImage, Split, as_text, siblings
 from data_prep.merge import merge_splits
-from data_prep.records import Records, group_classes, select
-from data_prep.sources import bodies, faces, folders, insightface
-from data_prep.sources import imagenet as imagenet_sets
-from data_prep.sources import parquet as parquet_files
-from data_prep.sources import stimuli as stimuli_sets
-from data_prep.sources import webdataset as webdataset_tars
+from data_prep.records import Records, group_classes, report_unknown, select
+from data_prep.sources import bodies, faces, folders, imagenet, insightface, parquet, stimuli, webdataset
 from data_prep.stats import draw_stats, split_stats
 from data_prep.verify import verify_split
-from data_prep.write import open_image, read_image, siblings, write_split
+from data_prep.write import open_image, read_image, write_split
 
-CPUS = os.cpu_count() or 1
 FOLDER = click.Path(path_type=Path)
 SMALL = 64  # pixels: up to this side compression shows in embeddings, and files are small in any case
 FIT = {"object": "crop", "face_hq": "squash", "face_lq": "squash", "body": "pad"}
@@ -46,18 +42,51 @@ def cli() -> None:
     pass
 
 
-def debug_option(command):
-    """--debug, which `run_command` reads."""
-    option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
-    return option(command)
+def apply_options(options: list, command):
+    """The command with these options, in this order, before those that it has."""
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
-def quality_option(command):
-    """--quality of sources and of degraded copies; see `choose_quality`."""
-    option = click.option("--quality", type=click.IntRange(1, 100),
-                          help=f"Of JPEGs that are written anew (default: 95; up to {SMALL} pixels 100, without chroma "
-                               "subsampling).")
-    return option(command)
+DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
+WORKERS = click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, help="Processes.")
+WRITING = [
+    click.option("--quality", type=click.IntRange(1, 100),
+                 help=f"Of JPEGs that are written anew (default: 95; up to {SMALL} pixels 100, without chroma "
+                      "subsampling)."),
+    click.option("--seed", type=click.IntRange(0), default=0,
+                 help="Of the order of a training split, and of every draw (--holdout, --max-classes, degradations)."),
+    click.option("--shard-size", type=click.IntRange(1), default=2048, help="Images a shard."), WORKERS, DEBUG,
+]
+SHARED = [  # by every source
+    click.option("--out", type=FOLDER, required=True,
+                 help="Split folder to write, DATA/<domain>/<split>; the domain is taken from it."),
+    click.option("--source-name", "data_set", metavar="NAME",
+                 help="Of the data set, for results that tell data sets apart (default: --src's folder)."),
+    click.option("--part", type=click.Choice(["train", "test"]),
+                 help="Training or test images (default: train where <split> is 'train')."),
+    click.option("--size", type=click.IntRange(8, MAX_SIZE),
+                 help="Side of the images in pixels (default: 256; faces keep theirs, else 112)."),
+    click.option("--fit", type=click.Choice(FITS),
+                 help="How images become square (default: objects crop, faces squash, bodies pad)."),
+    click.option("--list", "listed", type=FOLDER, metavar="FILE",
+                 help="Take only these identities or image names, one a line."),
+    click.option("--classes", type=FOLDER, metavar="FILE",
+                 help="Objects: folder,class lines (CSV or tabs) that gather class folders in coarser classes; other "
+                      "folders are left out."),
+    click.option("--holdout", type=Number(0, 1, min_open=True, max_open=True), metavar="SHARE",
+                 help="People: share of the identities that training splits leave to test splits. A function of "
+                      "--seed and the identity: the same two options give splits that share none."),
+    click.option("--min-images", type=click.IntRange(2), metavar="N", help="Leave out identities with fewer."),
+    click.option("--max-classes", type=click.IntRange(1), metavar="N", help="Take so many identities, by --seed."),
+    click.option("--max-images", type=click.IntRange(1), metavar="N",
+                 help="Take so many readable images of an identity, the first (test: of its probes, its gallery)."),
+    click.option("--drop-duplicates", is_flag=True,
+                 help="Leave out copies of an image and, in a training split, images of the domain's test splits "
+                      "(prepare those first). Reads every image twice."),
+    *WRITING,
+]
 
 
 def choose_quality(quality: int | None, size: int) -> int:
@@ -65,47 +94,6 @@ def choose_quality(quality: int | None, size: int) -> int:
     if quality is None and size <= SMALL:
         print(f"  {size} pixels: what is written anew becomes JPEG of quality 100, not 95 (--quality chooses)")
     return quality or (100 if size <= SMALL else 95)
-
-
-def source_options(command, src: click.ParamType | type = FOLDER):
-    """The options that every source shares; `src`: the type of --src."""
-    for option in reversed([
-        click.option("--src", type=src, required=True,
-                     help="Folder, zip or plain tar of the data set (SET.zip/inner: a folder inside)."),
-        click.option("--out", type=click.Path(path_type=Path), required=True,
-                     help="Split folder to write, DATA/<domain>/<split>; the domain is taken from it."),
-        click.option("--source-name", "data_set", metavar="NAME",
-                     help="Of the data set, for results that tell data sets apart (default: --src's folder)."),
-        click.option("--part", type=click.Choice(["train", "test"]),
-                     help="Training or test images (default: train where <split> is 'train')."),
-        click.option("--size", type=click.IntRange(8, MAX_SIZE),
-                     help="Side of the images in pixels (default: 256; faces keep theirs, else 112)."),
-        click.option("--fit", type=click.Choice(FITS),
-                     help="How images become square (default: objects crop, faces squash, bodies pad)."),
-        quality_option,
-        click.option("--list", "listed", type=FOLDER, metavar="FILE",
-                     help="Take only these identities or image names, one a line."),
-        click.option("--classes", type=FOLDER, metavar="FILE",
-                     help="Objects: folder,class lines (CSV or tabs) that gather class folders in coarser classes; "
-                          "other folders are left out."),
-        click.option("--holdout", type=Number(0, 1, min_open=True, max_open=True), metavar="SHARE",
-                     help="People: share of the identities that training splits leave to test splits. A function of "
-                          "--seed and the identity: the same two options give splits that share none."),
-        click.option("--min-images", type=click.IntRange(2), metavar="N", help="Leave out identities with fewer."),
-        click.option("--max-classes", type=click.IntRange(1), metavar="N", help="Take so many identities, by --seed."),
-        click.option("--max-images", type=click.IntRange(1), metavar="N",
-                     help="Take so many images of an identity, the first ones (test: of its probes, its gallery)."),
-        click.option("--drop-duplicates", is_flag=True,
-                     help="Leave out copies of an image and, in a training split, images of the domain's test splits "
-                          "(prepare those first). Reads every image twice."),
-        click.option("--seed", type=click.IntRange(0), default=0,
-                     help="Of the order of a training split, of --holdout and --max-classes."),
-        click.option("--shard-size", type=click.IntRange(1), default=2048, help="Images a shard."),
-        click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes."),
-        debug_option,
-    ]):
-        command = option(command)
-    return command
 
 
 def own_size(records: Records) -> int:
@@ -128,8 +116,9 @@ def describe_missing(split: Split) -> list[str]:
         lines.append(f"{named} names {len(rows):,} files that could not be used, first {rows[0][0]}: {rows[0][1]}")
     if misses := int(split.missing.sum()):
         lines.append(f"{misses:,} listed images could not be read; each counts as a miss")
-    if split.protocol is not None and len(empty := np.flatnonzero(split.counts == 0)):
-        lines.append(f"{len(empty):,} classes have no readable image: {split.classes[empty[0]]}")
+    if empty := split.index.get("unreadable_classes"):
+        lines.append(f"{len(empty):,} classes have no readable image and are left out: {', '.join(empty[:10])}"
+                     + ", ..." * (len(empty) > 10))
     return lines
 
 
@@ -142,13 +131,11 @@ def describe_mates(split: Split) -> list[str]:
     enrolled = np.isin(labels[probes], labels[gallery])
     lines = [] if enrolled.any() else ["WARNING: no probe has a mate in the gallery: there is nothing to score"]
     if split.protocol["name"] == "reid":
-        camera = split.optional("camera")
-        seen = np.unique(np.stack([labels[gallery], camera[gallery]], 1), axis=0)
-        cameras = dict(zip(*np.unique(seen[:, 0], return_counts=True), strict=True))  # of each identity in the gallery
-        pairs = set(map(tuple, seen.tolist()))
-        own = sum(cameras[label] == 1 and (label, place) in pairs
-                  for label, place in zip(labels[probes[enrolled]].tolist(), camera[probes[enrolled]].tolist(),
-                                          strict=True))
+        camera = split.optional("camera") + 1
+        width = int(camera.max(initial=0)) + 1
+        seen = np.unique(labels[gallery] * width + camera[gallery])  # the cameras of each identity in the gallery
+        cameras = np.bincount(seen // width, minlength=len(split.classes))
+        own = ((cameras[labels[probes]] == 1) & np.isin(labels[probes] * width + camera[probes], seen)).sum()
         if own:
             lines.append(f"WARNING: every mate of {own:,} of {len(probes):,} probes is of the probe's own camera, "
                          "which re-identification does not count: these probes are not scored"
@@ -169,31 +156,33 @@ def report(folder: Path, index: dict, found: int) -> None:
               "that holds the class folders")
     for line in describe_missing(split) + describe_mates(split):
         print(f"  {line}")
-    hashes, first = np.unique(split.column("hash"), return_inverse=True)
-    if copies := len(split) - len(hashes):
-        label = np.full(len(hashes), -1)
-        label[first] = split.labels
-        several = len(np.unique(first[label[first] != split.labels]))
-        print(f"  {copies:,} images are copies of others in the split (--drop-duplicates)"
+    if split.copies:
+        read = split.column("hash") != 0
+        label, labels = np.full(read.sum(), -1), split.labels[read]  # one of each image, and all
+        image = np.unique(split.column("hash")[read], return_inverse=True)[1]
+        label[image] = labels
+        several = len(np.unique(image[label[image] != labels]))
+        print(f"  {split.copies:,} images are copies of others in the split (--drop-duplicates)"
               + f"; {several:,} of the copied images have several labels" * (several > 0))
-    others = {other.name: other for other in [split, *siblings(folder)]}
+    others = {other.name: other for other in siblings(folder)}
     if reference := (split.protocol or {}).get("reference"):
-        if reference not in others:
+        if reference not in {**others, split.name: split}:
             print(f"  WARNING: --reference {reference}: there is no {split.domain}/{reference} yet, whose images are "
                   "to classify this split: prepare it before evaluating, or prepare this one again with another")
-        elif not {*split.classes, *chain(*split.protocol.get("groups", {}).values())} & {*others[reference].classes}:
+        elif not ({*split.classes, *chain(*split.protocol.get("groups", {}).values())}
+                  & set(others.get(reference, split).classes)):
             print(f"  WARNING: --reference {reference}: {split.domain}/{reference} has none of the classes, such as "
                   f"{split.classes[0]}")
-    for other in siblings(folder):
+    hashes = np.setdiff1d(split.column("hash"), 0)
+    for other in others.values():
         if (other.protocol is None) == (split.protocol is None):
             continue
         # object classes are meant to be the same, and equal names of two sources prove nothing
         data_sets = [one.index["provenance"]["data_set"] for one in (split, other)]
-        if split.domain != "object" and set(data_sets[0]) & set(data_sets[1]):
-            shared = set(split.classes) & set(other.classes)
-            if shared:
-                print(f"  WARNING: train and test overlap, {len(shared):,} identities are in {other.name} too: "
-                      f"{min(shared)}")
+        shared = set(split.classes) & set(other.classes)
+        if shared and split.domain != "object" and set(data_sets[0]) & set(data_sets[1]):
+            print(f"  WARNING: train and test overlap, {len(shared):,} identities are in {other.name} too: "
+                  f"{min(shared)}")
         if other.hashed and (images := len(np.intersect1d(hashes, other.column("hash")))):
             train, test = (split.name, other.name) if split.protocol is None else (other.name, split.name)
             print(f"  WARNING: train and test overlap, {images:,} images are in {other.name} too: prepare {train} "
@@ -226,267 +215,70 @@ def data_set_name(src: Path | str) -> str:
     return "unnamed"
 
 
-SELECTION = ("listed", "holdout", "min_images", "max_classes", "max_images")  # the arguments of `select`
-
-
 def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None, fit: str | None,
-            drop_duplicates: bool, data_set: str | None = None, **options) -> None:
+            drop_duplicates: bool, max_images: int | None, data_set: str | None, **options) -> None:
     """Run one source function, choose from its images and write its split."""
     out = split_folder(out)
     domain, train = out.parts[-2], (part or ("train" if out.name == "train" else "test")) == "train"
     settings = {key: options.pop(key) for key in ("quality", "seed", "shard_size", "workers")}
-    classes = options.pop("classes", None)
-    if "open_set" in options:
-        options["seed"] = settings["seed"]
+    classes, selection = options.pop("classes"), {key: options.pop(key) for key in SELECTION}
     if classes and (domain != "object" or options.get("real")):
         raise InputError("--classes gathers classes of objects: leave it out for people" if domain != "object" else
                          "--real labels are ImageNet's own classes: leave out --classes")
-    selection = {key: value for key in SELECTION if (value := options.pop(key)) is not None}
-    if "holdout" in selection and domain == "object":
+    if selection["holdout"] and domain == "object":
         raise InputError("--holdout keeps people of training and test splits apart; a test split of objects has the "
                          "classes of its training split: leave it out")
-    shots = options.pop("single_gallery_shot", False)
-    source = read(src, domain, train, **options)
-    source = replace(bodies.add_single_gallery_shot(source) if shots else source, records=Records(source.records, out))
-    if options.get("names") and (unknown := sorted(set(source.names) - set(source.records.identities))):
-        print(f"  --names {options['names']}: {len(unknown):,} of its folders are not in the source: "
-              + ", ".join(unknown[:10]) + ", ..." * (len(unknown) > 10))
+    takes = inspect.signature(read).parameters
+    shared = {"seed": settings["seed"], "classes": classes}
+    source = read(src, domain, train, **options, **{key: value for key, value in shared.items() if key in takes})
+    source = replace(source, records=Records(source.records, out))
+    if options.get("names"):
+        report_unknown("--names", options["names"], set(source.names) - set(source.records.identities))
     if source.records:
-        source = group_classes(source, classes) if classes else source
+        if read is folders.folder and not (classes or selection["listed"]):
+            folders.check_classes(source.records, src)
+        if classes and "classes" not in takes:
+            source = group_classes(source, classes)
         source = select(source, train, settings["seed"], **selection)
-    check_classes(source.records.identities, src)
     if size is None:
         size = own_size(source.records) if domain.startswith("face") and source.records else 256
     settings["quality"] = choose_quality(settings["quality"], size)
-    name = read.__name__.replace("_", "-")  # as on the command line
-    options.pop("seed", None)
-    found = len(source.records) + sum(source.skipped.values())
-    chosen = options | selection | {"classes": classes}
-    chosen |= {name: True for name, given in (("drop_duplicates", drop_duplicates), ("single_gallery_shot", shots))
-               if given}
-    index = write_split(out, source, source_name=name, size=size, fit=fit or FIT[domain], train=train,
-                        options={key: str(value) for key, value in chosen.items() if value is not None},
-                        drop_duplicates=drop_duplicates, data_set=[data_set or data_set_name(src)], **settings)
-    report(out, index, found)
+    images = len(source.records) + sum(source.skipped.values())
+    chosen = options | selection | {"max_images": max_images, "classes": classes,
+                                    "drop_duplicates": drop_duplicates or None}
+    index = write_split(out, source, source_name=read.__name__.replace("_", "-"), size=size, fit=fit or FIT[domain],
+                        train=train, options={key: str(value) for key, value in chosen.items() if value is not None},
+                        drop_duplicates=drop_duplicates, max_images=max_images,
+                        data_set=[data_set or data_set_name(src)], **settings)
+    report(out, index, images)
 
 
-SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+SELECTION = ("listed", "holdout", "min_images", "max_classes")  # the arguments of `select`
+
+def add_source(read, src: click.ParamType | type = FOLDER):
+    """Make a source function a command: of its name, with its docstring as help and its own click options.
+
+    Args:
+        read: (src, domain, train, **own options) -> Source; it may take `seed` and `classes` of the shared options.
+        src: the type of --src.
+    """
+    where = click.option("--src", type=src, required=True,
+                         help="Folder, zip or plain tar of the data set (SET.zip/inner: a folder inside).")
+
+    def command(**options) -> None:
+        prepare(read, **options)
+
+    command.__click_params__ = list(getattr(read, "__click_params__", ()))
+    cli.command(read.__name__.replace("_", "-"), help=read.__doc__)(apply_options([where, *SHARED], command))
+    return read
 
 
-def check_classes(names: list[str], src: Path | str) -> None:
-    """InputError where what should be classes are the parts of a data set."""
-    parts = sorted(name for name in names if name.lower() in SPLIT_NAMES)
-    if len(parts) > 1 or len(parts) == len(names) == 1:  # one among others may be a railway's
-        raise InputError(f"--src {src}: its classes would be {', '.join(parts)}, which are the parts of a data set: "
-                         f"give one of them, --src {src}/{parts[0]}, and each its own --out")
-
-
-def open_set_option(command):
-    """--open-set of the sources that take any set of people."""
-    option = click.option("--open-set", type=Number(0, 1, min_open=True, max_open=True), metavar="SHARE",
-                          help="People: leave this share of a test split's identities out of the gallery; their images "
-                               "are probes without a mate, which TPIR@FPIR needs. By --seed and name.")
-    return option(command)
-
-
-@cli.command(help="Class folders: src/<class or person>/**/image. " + folders.folder.__doc__.split("\n\n")[1])
-@source_options
-@click.option("--names", type=click.Path(path_type=Path), help="File of folder<TAB>name lines: names for prompts.")
-@click.option("--reference", metavar="SPLIT",
-              help="Objects: split whose images classify this one, by class means and neighbours (default: train).")
-@click.option("--ood", is_flag=True, help="Objects: mark a test split as out of distribution, for its retention.")
-@open_set_option
-def folder(**options) -> None:
-    prepare(folders.folder, **options)
-
-
-@cli.command(help=faces.lfw.__doc__)
-@source_options
-@click.option("--pairs", type=click.Path(path_type=Path), help="pairs.txt in the format of LFW.")
-def lfw(**options) -> None:
-    prepare(faces.lfw, **options)
-
-
-@cli.command(help=faces.pairs.__doc__)
-@source_options
-@click.option("--pairs", type=click.Path(path_type=Path), required=True, metavar="FILE|FP|FF", help="List of pairs.")
-def pairs(**options) -> None:
-    prepare(faces.pairs, **options)
-
-
-@cli.command(help=faces.ijb.__doc__)
-@source_options
-def ijb(**options) -> None:
-    prepare(faces.ijb, **options)
-
-
-@cli.command(help=faces.tinyface.__doc__)
-@source_options
-def tinyface(**options) -> None:
-    prepare(faces.tinyface, **options)
-
-
-@cli.command(help=insightface.recordio.__doc__)
-@source_options
-def recordio(**options) -> None:
-    prepare(insightface.recordio, **options)
-
-
-@cli.command("bin", help=insightface.bin.__doc__)
-@source_options
-def bin_(**options) -> None:
-    prepare(insightface.bin, **options)
-
-
-def shots_option(command):
-    """--single-gallery-shot of the sets for re-identification."""
-    option = click.option("--single-gallery-shot", is_flag=True,
-                          help="Score a test split by CUHK03's rule too: one drawn gallery image of each person, drawn "
-                               "anew for every probe, ten times.")
-    return option(command)
-
-
-@cli.command(help=bodies.market.__doc__)
-@source_options
-@shots_option
-def market(**options) -> None:
-    prepare(bodies.market, **options)
-
-
-@cli.command(help=bodies.msmt17.__doc__)
-@source_options
-@shots_option
-@click.option("--with-val", is_flag=True, help="Add list_val.txt to the training images.")
-def msmt17(**options) -> None:
-    prepare(bodies.msmt17, **options)
-
-
-def val_option(command):
-    """--val of the sets that have validation images beside those of the test."""
-    option = click.option("--val", is_flag=True, help="Make the test split of the validation images instead.")
-    return option(command)
-
-
-@cli.command(help=bodies.prcc.__doc__)
-@source_options
-@shots_option
-@val_option
-@click.option("--variant", type=click.Choice(["cross-clothes", "same-clothes"]), default="cross-clothes",
-              help="Probes of a test split: camera C or camera B.")
-def prcc(**options) -> None:
-    prepare(bodies.prcc, **options)
-
-
-@cli.command(help=bodies.ltcc.__doc__)
-@source_options
-@shots_option
-def ltcc(**options) -> None:
-    prepare(bodies.ltcc, **options)
-
-
-@cli.command(help=bodies.deepchange.__doc__)
-@source_options
-@shots_option
-@val_option
-def deepchange(**options) -> None:
-    prepare(bodies.deepchange, **options)
-
-
-@cli.command(help=bodies.persons.__doc__)
-@source_options
-@shots_option
-@click.option("--table", metavar="NAME", default="persons.csv", help="Of the CSV, inside the source.")
-@open_set_option
-def persons(**options) -> None:
-    prepare(bodies.persons, **options)
-
-
-def reference_option(command):
-    """--reference of the test sets of objects."""
-    option = click.option("--reference", metavar="SPLIT",
-                          help="Split whose images classify a test split, by class means and neighbours "
-                               "(default: train).")
-    return option(command)
-
-
-@cli.command(help=imagenet_sets.imagenet.__doc__)
-@source_options
-@reference_option
-@click.option("--real", type=FOLDER, metavar="FILE", help="A validation split: real.json with the labels of ReaL.")
-def imagenet(**options) -> None:
-    prepare(imagenet_sets.imagenet, **options)
-
-
-@cli.command(help=imagenet_sets.imagenet_v2.__doc__)
-@source_options
-@reference_option
-def imagenet_v2(**options) -> None:
-    prepare(imagenet_sets.imagenet_v2, **options)
-
-
-@cli.command(help=imagenet_sets.imagenet_a.__doc__)
-@source_options
-@reference_option
-def imagenet_a(**options) -> None:
-    prepare(imagenet_sets.imagenet_a, **options)
-
-
-@cli.command(help=imagenet_sets.imagenet_r.__doc__)
-@source_options
-@reference_option
-def imagenet_r(**options) -> None:
-    prepare(imagenet_sets.imagenet_r, **options)
-
-
-@cli.command(help=imagenet_sets.imagenet_sketch.__doc__)
-@source_options
-@reference_option
-def imagenet_sketch(**options) -> None:
-    prepare(imagenet_sets.imagenet_sketch, **options)
-
-
-@cli.command(help=imagenet_sets.objectnet.__doc__)
-@source_options
-@reference_option
-def objectnet(**options) -> None:
-    prepare(imagenet_sets.objectnet, **options)
-
-
-@cli.command(help=stimuli_sets.stimuli.__doc__)
-@source_options
-@reference_option
-def stimuli(classes: Path | None, **options) -> None:
-    prepare(stimuli_sets.stimuli, gathered=classes, **options)  # of the model's classes: the stimuli keep their own
-
-
-def label_options(command):
-    """The options of sources whose labels are fields."""
-    for option in reversed([
-        click.option("--wnids", is_flag=True, help="Labels are the numbers 0..999 of ImageNet's classes: write wnids."),
-        click.option("--ood", is_flag=True, help="Objects: mark a test split as out of distribution."),
-        reference_option,
-    ]):
-        command = option(command)
-    return command
-
-
-@cli.command(help=parquet_files.parquet.__doc__)
-@source_options
-@click.option("--files", metavar="PATTERN", help="Of the files' names (default: *train*; for a test split *val*, else "
-                                                 "*test*).")
-@click.option("--image-column", metavar="NAME", default="image", help="Column of the images.")
-@click.option("--label-column", metavar="NAME", default="label", help="Column of the labels.")
-@label_options
-def parquet(**options) -> None:
-    prepare(parquet_files.parquet, **options)
-
-
-@cli.command(help=webdataset_tars.webdataset.__doc__)
-@partial(source_options, src=str)
-@click.option("--label-key", metavar="NAME", default="label", help="Of the label in .json, where there is no .cls.")
-@label_options
-def webdataset(**options) -> None:
-    prepare(webdataset_tars.webdataset, **options)
+for source in (folders.folder, faces.lfw, faces.pairs, faces.ijb, faces.tinyface, insightface.recordio, insightface.bin,
+               bodies.market, bodies.msmt17, bodies.prcc, bodies.ltcc, bodies.deepchange, bodies.persons,
+               imagenet.imagenet, imagenet.imagenet_v2, imagenet.imagenet_a, imagenet.imagenet_r,
+               imagenet.imagenet_sketch, imagenet.objectnet, parquet.parquet, stimuli.stimuli):
+    add_source(source)
+add_source(webdataset.webdataset, src=str)
 
 
 @cli.command(help="Draw the demo corpus: faces, degraded faces, bodies and objects, all of our own making.")
@@ -494,8 +286,8 @@ def webdataset(**options) -> None:
 @click.option("--scale", type=Number(0, min_open=True), default=1.0,
               help="Factor on the number of people and classes.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of every picture.")
-@click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes.")
-@debug_option
+@WORKERS
+@DEBUG
 def demo(out: Path, scale: float, seed: int, workers: int) -> None:
     for name, (source, train) in demo_splits(seed, scale).items():
         path = split_folder(out / name)
@@ -506,8 +298,8 @@ def demo(out: Path, scale: float, seed: int, workers: int) -> None:
 
 @cli.command(help="Re-read everything of a split: hashes, members, JPEGs, labels, protocol; exit code 2 on a problem.")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes.")
-@debug_option
+@WORKERS
+@DEBUG
 def verify(directory: Path, workers: int) -> None:
     problems = verify_split(directory, workers)
     for problem in problems[:20]:
@@ -526,7 +318,7 @@ def verify(directory: Path, workers: int) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="PNG to write (default: DIRECTORY/contact-sheet.png).")
 @click.option("--rows", type=click.IntRange(1), default=8, help="Classes, spread evenly over all.")
 @click.option("--columns", type=click.IntRange(1), default=8, help="Images of each.")
-@debug_option
+@DEBUG
 def show(directory: Path, out: Path | None, rows: int, columns: int) -> None:
     split = Split(directory)
     if not len(split.classes):
@@ -558,7 +350,7 @@ def show(directory: Path, out: Path | None, rows: int, columns: int) -> None:
 @click.option("--out", type=FOLDER, help="Folder to write to (default: DIRECTORY).")
 @click.option("--sample", type=click.IntRange(1), default=2000, help="Images to decode for quality and sharpness.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of that sample.")
-@debug_option
+@DEBUG
 def stats(directory: Path, out: Path | None, sample: int, seed: int) -> None:
     split, out = Split(directory), out or directory
     found, values = split_stats(split, sample, seed)
@@ -582,7 +374,7 @@ def stats(directory: Path, out: Path | None, sample: int, seed: int) -> None:
 @click.argument("splits", type=FOLDER, nargs=-1, required=True)
 @click.option("--out", type=FOLDER, required=True, help="Split folder to write, beside its parts.")
 @click.option("--same-names", is_flag=True, help="Objects: classes of equal names (such as wnids) are one class.")
-@debug_option
+@DEBUG
 def merge(splits: tuple[Path, ...], out: Path, same_names: bool) -> None:
     parts = merge_splits(out, list(splits), same_names)
     split = Split(out)
@@ -594,8 +386,8 @@ def merge(splits: tuple[Path, ...], out: Path, same_names: bool) -> None:
     if apart := {name for name, n in seen.items() if n > 1} - set(split.classes):
         print(f"  {len(apart):,} names are in several of them and stay apart, as <split>/<name>"
               + " (--same-names joins them)" * (split.domain == "object"))
-    if split.hashed and (copies := len(split) - len(np.unique(split.column("hash")))):
-        print(f"  {copies:,} images are copies of others")
+    if split.copies:
+        print(f"  {split.copies:,} images are copies of others")
 
 
 @cli.command(name="degrade", help="Write degraded copies of a split's images as a split of their own, identities and "
@@ -607,11 +399,7 @@ def merge(splits: tuple[Path, ...], out: Path, same_names: bool) -> None:
               help="Least severity; each image's is drawn evenly between the two.")
 @click.option("--ladder", type=FOLDER, metavar="FILE.png",
               help="Draw severities 0 to 1 side by side, for images of --src, or, without it, for faces of the demo.")
-@quality_option
-@click.option("--seed", type=click.IntRange(0), default=0, help="Of every draw, and of the order of a training split.")
-@click.option("--shard-size", type=click.IntRange(1), default=2048, help="Images a shard.")
-@click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes.")
-@debug_option
+@partial(apply_options, WRITING)
 def degrade_command(src: Path | None, out: Path | None, severity: float, min_severity: float, ladder: Path | None,
                     quality: int | None, seed: int, shard_size: int, workers: int) -> None:
     if (out is None and ladder is None) or (out is not None and src is None):
@@ -652,7 +440,7 @@ def degrade_command(src: Path | None, out: Path | None, severity: float, min_sev
 @click.option("--out", type=FOLDER, default="trials", help="Folder to write.")
 @click.option("--pairs", type=click.IntRange(2), default=48, help="Pairs a split, half of them of one identity.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Of the draw and of the order in trials.csv.")
-@debug_option
+@DEBUG
 def trials(src: tuple[Path, ...], out: Path, pairs: int, seed: int) -> None:
     from tools.trials import find_test_splits, write_trials
 
@@ -674,10 +462,10 @@ def trials(src: tuple[Path, ...], out: Path, pairs: int, seed: int) -> None:
 @click.option("--prepared", type=click.IntRange(1), default=4096, help="Images to prepare, of 1.5 times the size.")
 @click.option("--rounds", type=click.IntRange(1), default=5, help="Of writers' turns; four times for readers.")
 @click.option("--seconds", type=Number(0, min_open=True), default=0.5, help="Of a reader's turn.")
-@click.option("--workers", type=click.IntRange(1), default=CPUS, help="Processes.")
+@WORKERS
 @click.option("--scratch", type=FOLDER, help="Folder for the shards, on the disk that matters (default: the system's).")
 @click.option("--json", "file", type=FOLDER, metavar="FILE", help="Write every measurement.")
-@debug_option
+@DEBUG
 def bench(file: Path | None, scratch: Path | None, **options) -> None:
     from tools.bench_data import run_bench  # here, because it imports the reader, which no other command needs
 
@@ -691,18 +479,17 @@ def bench(file: Path | None, scratch: Path | None, **options) -> None:
 
 
 @cli.command(help="List every source: the layout that it expects and the counts that it should find.")
-@debug_option
+@DEBUG
 def sources() -> None:
+    shared = {option.name for option in click.command()(apply_options(SHARED, lambda: None)).params} | {"src"}
     for name, command in sorted(cli.commands.items()):
-        if any(option.name == "part" for option in command.params):  # what `source_options` gives to sources alone
-            own = [option for option in command.params if option.name not in SHARED]
+        if any(option.name == "part" for option in command.params):  # which sources alone have
             print(name)
             for line in textwrap.wrap(" ".join(command.help.split()), 114):
                 print(f"    {line}")
-            if own:
-                print("    options: " + ", ".join(option.opts[0] for option in own))
+            if own := [option.opts[0] for option in command.params if option.name not in shared]:
+                print("    options: " + ", ".join(own))
 
 
-SHARED = {option.name for option in click.command()(source_options(lambda: None)).params}
 if __name__ == "__main__":
     run_command(cli)

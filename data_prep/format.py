@@ -151,6 +151,7 @@ def read_index(folder: Path) -> dict:
         raise InputError(f"{path}: lacks {sorted(missing)[0]!r}; prepare the split again")
     wrong = [key for key, kind in INDEX.items() if not fits(index[key], kind)]
     wrong += ["merged"] * (not fits(index.get("merged", []), [{"split": str}]))
+    wrong += ["unreadable_classes"] * (not fits(index.get("unreadable_classes", []), [str]))
     wrong += ["protocol"] * (not (index["protocol"] is None or fits_protocol(index["protocol"])))
     wrong += ["provenance"] * ("provenance" not in wrong and not fits(index["provenance"].get("data_set", []), [str]))
     if not wrong:
@@ -280,6 +281,12 @@ class Split:
         return "hash" in self.index["columns"]
 
     @cached_property
+    def copies(self) -> int:
+        """How many images come before in the split; those that could not be read (hash 0) are none."""
+        hashes = self.column("hash") if self.hashed else np.empty(0)
+        return int((hashes != 0).sum()) - len(np.setdiff1d(hashes, 0))
+
+    @cached_property
     def missing(self) -> np.ndarray:
         """Listed images that could not be read when the split was prepared, bool [M]: they count as misses."""
         return self.column("hash") == 0 if (self.protocol or {}).get("misses") else np.zeros(len(self), dtype=bool)
@@ -312,11 +319,7 @@ class Split:
         return block[:100].split(b".")[0].decode("ascii", "replace"), block[tarfile.BLOCKSIZE :]
 
     def fields(self, row: int) -> dict:
-        """The JSON of a sample, which lies behind its JPEG.
-
-        Raises:
-            InputError: there is none.
-        """
+        """The JSON of a sample, which lies behind its JPEG; InputError where there is none."""
         file, end = self.open_shard(int(self.shard[row])), int(self.offset[row] + self.length[row])
         head = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         block = os.pread(file, 16 * tarfile.BLOCKSIZE, head)  # more than any of ours takes
@@ -358,16 +361,16 @@ def decoder() -> Callable:
     return lambda data: decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
 
 
+def siblings(folder: Path) -> list[Split]:
+    """The other finished splits of the domain."""
+    return [Split(path.parent) for path in sorted(folder.parent.glob("*/index.json")) if path.parent != folder]
+
+
 def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> dict[str, dict[str, Split]]:
     """The splits of a data root, by domain (in the house order) and name.
 
-    Args:
-        root: the data root.
-        domains: those wanted.
-        name: the split wanted, or * for all; what is not wanted is not opened.
-
-    Raises:
-        InputError: there are none, or one is damaged or lies in another's place.
+    `name`: of the split wanted, or * for all; what is not wanted is not opened. InputError where there are none, or one
+    is damaged or lies in another's place.
     """
     paths = {domain: sorted(root.glob(f"{domain}/{name}/index.json")) for domain in domains}
     found = {domain: {path.parent.name: Split(path.parent) for path in paths[domain]} for domain in domains}
@@ -385,11 +388,8 @@ def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> 
 def ordered_tests(splits: Iterable[Split], ood: bool = False) -> list[Split]:
     """The test splits of a domain in the order in which one of them stands for all; a training split is none of them.
 
-    First those whose classes are the training split's own (reference `train`, or none), then by name.
-
-    Args:
-        splits: of one domain.
-        ood: those out of distribution instead of those in distribution.
+    First those whose classes are the training split's own (reference `train`, or none), then by name. `ood`: those out
+    of distribution instead of those in distribution.
     """
     tests = [split for split in splits if split.protocol and bool(split.protocol.get("ood")) == ood]
     return sorted(tests, key=lambda split: (split.protocol.get("reference", "train") != "train", split.name))
@@ -438,11 +438,7 @@ def matched_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def open_training(data: str, domains: list[str]) -> list[Split]:
-    """The training split of each domain of a data root.
-
-    Raises:
-        InputError: there is none, or it has images without labels.
-    """
+    """The training split of each domain of a data root; InputError where it is missing or lacks labels."""
     root, splits = open_root(Path(data), domains, "train"), []
     for domain in domains:
         if "train" not in root.get(domain, {}):

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import InputError, lock_folder, progress
+from data_prep import InputError, lock_folder, progress, write_json
 from data_prep.format import FORMAT, VERSION, Split
-from data_prep.write import write_bytes
 
 NUMBERED = ("camera", "clothes", "template", "media")  # columns whose numbers mean something in their own split alone
 
@@ -139,15 +138,10 @@ def merged(folder: Path, splits: list[Split], same_names: bool) -> tuple[dict, d
 
 
 def merge_splits(folder: Path, parts: list[Path], same_names: bool) -> list[Split]:
-    """Write a merged split; returns its parts.
+    """Write a merged split of the split folders beside it; returns these.
 
-    Args:
-        folder: DATA/<domain>/<split>; a merged split that is there already is written anew.
-        parts: split folders beside it.
-        same_names: objects: classes of equal names are one class.
-
-    Raises:
-        InputError: they cannot be merged, or the folder holds images of its own.
+    A merged split that is there already is written anew. `same_names`: objects: classes of equal names are one class.
+    InputError where they cannot be merged, or the folder holds images of its own.
     """
     folder = Path(os.path.abspath(folder))  # as it was typed: the domain may be a link to another disk
     splits = check_parts(folder, parts, same_names)
@@ -160,7 +154,7 @@ def merge_splits(folder: Path, parts: list[Path], same_names: bool) -> list[Spli
         (folder / "index").mkdir(parents=True)
         for name, values in columns.items():
             np.save(folder / "index" / f"{name}.npy", values)
-        write_bytes(folder / "index.json", (json.dumps(index, indent=1) + "\n").encode())
+        write_json(folder / "index.json", index, 1)
     return splits
 
 

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import os
 import pickle
-import shutil
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,15 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import InputError, progress
+from data_prep import InputError, progress, writing
 from data_prep.format import Record, Source, as_text
 
-
-def disk_error(folder: Path, error: OSError) -> InputError:
-    """What to say where the disk does not take what is written to a split folder."""
-    free = f"{shutil.disk_usage(folder).free >> 20:,} MiB free there; " if folder.is_dir() else ""
-    return InputError(f"--out {folder}: cannot be written ({error.strerror or error}; {free}what is done stays done, "
-                      "and the same command goes on from there)")
+GO_ON = "what is done stays done, and the same command goes on from there"
 
 
 class Records(Sequence):
@@ -36,23 +30,20 @@ class Records(Sequence):
 
     def __init__(self, records: Iterable[Record], folder: Path) -> None:
         """Take the records, in source order; the file lies on the disk of `folder`, or of its nearest parent."""
-        there = next((place for place in (folder, *folder.parents) if place.is_dir()), None)
-        # no name: nothing is left behind, however the process ends; it lives as long as this object
-        self.file = tempfile.TemporaryFile(dir=there)  # noqa: SIM115
+        place = next((place for place in (folder, *folder.parents) if place.is_dir()), None)
         start, identity, role, numbers = array("q", [0]), array("i"), array("b"), {None: -1}
+        with writing(folder, GO_ON, "--out"):
+            # no name: nothing is left behind, however the process ends; it lives as long as this object
+            self.file = tempfile.TemporaryFile(dir=place)  # noqa: SIM115
         for record in progress(records, desc="list the source", unit="img"):
             if record.identity is not None and (name := as_text(record.identity)) != record.identity:
                 record = replace(record, identity=name)
-            try:
+            with writing(folder, GO_ON, "--out"):
                 start.append(start[-1] + self.file.write(pickle.dumps(record, pickle.HIGHEST_PROTOCOL)))
-            except OSError as error:
-                raise disk_error(folder, error) from error
             identity.append(numbers.setdefault(record.identity, len(numbers) - 1))
             role.append(-1 if record.role is None else record.role)
-        try:
+        with writing(folder, GO_ON, "--out"):
             self.file.flush()
-        except OSError as error:
-            raise disk_error(folder, error) from error
         ends = np.frombuffer(start, dtype=np.int64)
         self.start, self.length = ends[:-1], np.diff(ends).astype(np.int32)
         self.identity, self.role = np.frombuffer(identity, dtype=np.int32), np.frombuffer(role, dtype=np.int8)
@@ -95,8 +86,8 @@ class Records(Sequence):
         return classes, label[self.identity]
 
 
-def restrict(source: "Source", keep: np.ndarray, reason: str, named: bool = False) -> "Source":
-    """The source without the records where `keep` is false, which count as skipped for this reason, or are `named`.
+def restrict(source: Source, keep: np.ndarray, reason: str | None, named: bool = False) -> Source:
+    """The source without the records where `keep` is false, which are counted (or `named`) as skipped for this reason.
 
     Pairs keep their order: an end that is gone becomes -1, and the writer leaves such pairs out and counts them.
     """
@@ -113,9 +104,20 @@ def restrict(source: "Source", keep: np.ndarray, reason: str, named: bool = Fals
     if named:
         for place in np.flatnonzero(~keep):
             source.skipped.add(source.records[place].name, reason)
-    else:
+    elif reason:
         source.skipped[reason] += int((~keep).sum())
     return replace(source, records=source.records.take(keep), pairs=pairs, blocks=blocks[blocks < keep.sum()].tolist())
+
+
+def random_order(n: int, blocks: list[int], seed: int) -> np.ndarray:
+    """The places 0..n-1 in a seeded random order; blocks, where there are any, stay whole and move as such.
+
+    The reader shuffles within a window of several shards, so the order inside a block does not matter.
+    """
+    if not blocks:
+        return np.random.default_rng(seed).permutation(n)
+    runs = np.split(np.arange(n), blocks[1:])
+    return np.concatenate([runs[i] for i in np.random.default_rng(seed).permutation(len(runs))])
 
 
 def draw(seed: int, identity: str) -> float:
@@ -123,31 +125,40 @@ def draw(seed: int, identity: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{identity}".encode(errors="surrogateescape")).digest()[:8]) / 2**64
 
 
-def read_list(path: Path) -> dict[str, int]:
-    """The lines of a list that are not blank, each with its number."""
+def listed_lines(path: Path, option: str) -> list[tuple[int, str]]:
+    """The lines of a list that an option names, UTF-8 with or without a byte order mark, which are not blank: (number,
+    line).
+    """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--list {path}: cannot be read as text ({error})") from error
-    listed = {as_text(line.strip()): number for number, line in enumerate(lines, 1) if line.strip()}
-    if not listed:
-        raise InputError(f"--list {path}: no names in it; want one identity or image name a line")
-    return listed
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{option} {path}: cannot be read as text ({error})") from error
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def split_lines(lines: list[tuple[int, str]], where: str, mark: str | None) -> list[tuple[int, list[str]]]:
+    """The fields of every line, stripped: between commas as in CSV, or between tabs, or, for None, between blanks."""
+    try:
+        rows = [(number, next(csv.reader([line], strict=True)) if mark == "," else line.split(mark))
+                for number, line in lines]
+    except csv.Error as error:
+        raise InputError(f"{where}: cannot be read as CSV ({error})") from error
+    return [(number, [field.strip() for field in row]) for number, row in rows]
 
 
 def in_list(records: Records, path: Path) -> np.ndarray:
     """Which records a list names, by their own name or their identity, bool [N]."""
-    listed = read_list(path)
-    by_identity = np.array([name in listed for name in records.identities] + [False])
+    listed = {as_text(line.strip()): number for number, line in listed_lines(path, "--list")}
+    if not listed:
+        raise InputError(f"--list {path}: no names in it; want one identity or image name a line")
+    by_identity = np.array([*(name in listed for name in records.identities), False])
     by_name = np.zeros(len(records), dtype=bool)
     unknown = listed.keys() - set(records.identities)
     if unknown:
-        found = set()
         for place, record in enumerate(records):
             if record.name in listed:
                 by_name[place] = True
-                found.add(record.name)
-        unknown -= found
+                unknown.discard(record.name)
     if unknown:
         name = min(unknown, key=listed.__getitem__)
         raise InputError(f"--list {path}, line {listed[name]}: {name[:80]!r} is neither an identity nor an image of "
@@ -155,15 +166,17 @@ def in_list(records: Records, path: Path) -> np.ndarray:
     return by_identity[records.identity] | by_name
 
 
+def report_unknown(option: str, path: Path, unknown: set[str]) -> None:
+    """Say which folders an option's list names in vain."""
+    if unknown:
+        print(f"  {option} {path}: {len(unknown):,} of its folders are not in the source: "
+              + ", ".join(sorted(unknown)[:10]) + ", ..." * (len(unknown) > 10))
+
+
 def read_classes(path: Path) -> dict[str, str]:
     """`folder,class` lines, as CSV or with tabs: the class of each folder."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        mark = "\t" if lines and "\t" in lines[0] else ","
-        rows = [(number, [field.strip() for field in row])
-                for number, row in enumerate(csv.reader(lines, delimiter=mark, strict=True), 1) if any(row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--classes {path}: cannot be read ({error})") from error
+    lines = listed_lines(path, "--classes")
+    rows = split_lines(lines, f"--classes {path}", "\t" if lines and "\t" in lines[0][1] else ",")
     classes: dict[str, str] = {}
     for number, row in rows:
         if len(row) != 2 or not all(row):
@@ -173,51 +186,45 @@ def read_classes(path: Path) -> dict[str, str]:
     return classes
 
 
-def group_classes(source: "Source", path: Path) -> "Source":
+def group_classes(source: Source, path: Path) -> Source:
     """The source by the coarser classes of --classes; folders that the file does not name are left out."""
-    classes, found = read_classes(path), set(source.records.identities)
-    if (first := next(iter(classes), "")) not in found and list(classes.values()).count(classes.get(first)) == 1:
+    classes = read_classes(path)
+    known = set(source.records.identities)
+    if (first := next(iter(classes), "")) not in known and list(classes.values()).count(classes.get(first)) == 1:
         classes.pop(first, None)  # a header
-    if not found & set(classes):
-        raise InputError(f"--classes {path}: names none of the {len(found):,} class folders of the source, such as "
-                         f"{min(found, default='')[:60]!r}")
-    if unknown := sorted(set(classes) - found):
-        print(f"  --classes {path}: {len(unknown):,} of its folders are not in the source: {', '.join(unknown[:10])}"
-              + ", ..." * (len(unknown) > 10))
+    if not known & set(classes):
+        raise InputError(f"--classes {path}: names none of the {len(known):,} class folders of the source, such as "
+                         f"{min(known, default='')[:60]!r}")
+    report_unknown("--classes", path, set(classes) - known)
     keep = np.array([*(name in classes for name in source.records.identities), False])[source.records.identity]
     source = restrict(source, keep, "folder not in --classes")
     protocol = source.protocol and {key: value for key, value in source.protocol.items() if key != "groups"}
     return replace(source, records=source.records.rename(classes), names={}, protocol=protocol)
 
 
-def rank_in_group(group: np.ndarray) -> np.ndarray:
-    """For every record, how many of the same group come before it, int64 [N]."""
+def rank_in_group(group: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
+    """For every record, how many of the same group (those `counted`; default: all) come before it, int64 [N]."""
     order = np.argsort(group, kind="stable")
     ordered = group[order]
+    number = np.arange(len(group)) if counted is None else np.cumsum(counted[order]) - counted[order]
     rank = np.empty(len(group), dtype=np.int64)
-    rank[order] = np.arange(len(group)) - np.searchsorted(ordered, ordered)
+    rank[order] = number - number[np.searchsorted(ordered, ordered)]
     return rank
 
 
-def select(source: "Source", train: bool, seed: int, *, listed: Path | None = None, holdout: float | None = None,
-           min_images: int | None = None, max_classes: int | None = None, max_images: int | None = None) -> "Source":
-    """The part of a source that the sharing options ask for; they act in the order of the arguments.
+def select(source: Source, train: bool, seed: int, *, listed: Path | None = None, holdout: float | None = None,
+           min_images: int | None = None, max_classes: int | None = None) -> Source:
+    """The part of a source, of a `Records`, that the options ask for; they act in the order of the arguments.
 
-    Records without an identity (distractors) pass all of them but the list.
+    Records without an identity (distractors) pass all of them but the list. InputError where nothing is left.
 
     Args:
-        source: its records are a `Records`.
-        train: which side of `holdout` is wanted.
-        seed: of `holdout` and `max_classes`.
+        train, seed: the side of `holdout` that is wanted, and the seed of `holdout` and `max_classes`.
         listed: file of identities or image names, one a line.
         holdout: share 0..1 of the identities that belong to the test split. Each identity's side is a function of its
             name and the seed alone, so that two commands never share one, whatever their other filters.
         min_images: identities with fewer are left out.
         max_classes: so many identities are kept; of a larger number these are among the kept ones.
-        max_images: of an identity (in a test split: in each of its roles), the first ones in source order.
-
-    Raises:
-        InputError: nothing is left, or the list names what is not there.
     """
     def keep(chosen: np.ndarray, reason: str, option: str) -> None:
         nonlocal source
@@ -241,26 +248,16 @@ def select(source: "Source", train: bool, seed: int, *, listed: Path | None = No
         keep(of_identity(counts >= min_images), f"identity with fewer than {min_images} images",
              f"--min-images {min_images}")
     if max_classes is not None:
-        records = source.records
-        there = [records.identities[i] for i in np.unique(records.identity[records.identity >= 0])]
-        kept = set(sorted(there, key=lambda name: (draw(seed, name), name))[:max_classes])
-        keep(of_identity(name in kept for name in records.identities), "identity beyond --max-classes",
+        kept = set(sorted(source.records.labels()[0], key=lambda name: (draw(seed, name), name))[:max_classes])
+        keep(of_identity(name in kept for name in source.records.identities), "identity beyond --max-classes",
              f"--max-classes {max_classes}")
-    if max_images is not None:
-        records = source.records
-        rank = rank_in_group(records.identity.astype(np.int64) * 8 + records.role)
-        first = 0 if source.deal is None or len(source.pairs) else 1  # the gallery, a role of its own
-        keep((rank < max_images + first) | (records.identity < 0), "image beyond --max-images",
-             f"--max-images {max_images}")
     return source
 
 
 def first_copies(hashes: np.ndarray, elsewhere: np.ndarray | None = None) -> np.ndarray:
-    """Which images come first with their content and are not among those elsewhere; hash 0 (unread) always stays.
+    """Which images come first with their content and are not among those elsewhere, bool [N]; hash 0 always stays.
 
-    Args:
-        hashes: of the images in source order, uint64 [N].
-        elsewhere: of images that must not appear here, uint64 [M].
+    `hashes`: of the images in source order, uint64 [N]; `elsewhere`: of images that must not appear here, uint64 [M].
     """
     first = np.zeros(len(hashes), dtype=bool)
     first[np.unique(hashes, return_index=True)[1]] = True

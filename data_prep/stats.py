@@ -1,6 +1,7 @@
 """What a split looks like in numbers: images per class, file sizes, JPEG quality, sharpness; JSON and a figure."""
 
 import io
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,15 @@ from PIL import Image
 from data_prep import InputError
 from data_prep.format import ROLES, BadImage, Split
 
-# the luminance table of quality 50 (JPEG, annex K); its sum tells a quality, whatever order a decoder lists it in
-LUMINANCE = np.array([
-    16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55, 14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51,
-    87, 80, 62, 18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92, 49, 64, 78, 87, 103, 121, 120, 101,
-    72, 92, 95, 98, 112, 100, 103, 99])  # fmt: skip
 
-
+@cache
 def table_sums() -> np.ndarray:
-    """Sum of the luminance table of each quality 1..100, as libjpeg scales it."""
-    q = np.arange(1, 101)
-    scale = np.where(q < 50, 5000 // q, 200 - 2 * q)
-    return ((LUMINANCE * scale[:, None] + 50) // 100).clip(1, 255).sum(1)
+    """Sum of the luminance table of each quality 1..100, as the encoder writes it; in any order it tells a quality."""
+    sums = []
+    for quality in range(1, 101):
+        Image.new("L", (8, 8)).save(out := io.BytesIO(), "JPEG", quality=quality)
+        sums.append(sum(Image.open(out).quantization[0]))
+    return np.array(sums)
 
 
 def jpeg_quality(data: bytes) -> int | None:
@@ -82,7 +80,7 @@ def split_stats(split: Split, sample: int, seed: int) -> tuple[dict, dict[str, n
         "skipped": split.index.get("skipped", {}),
     }
     if split.hashed:
-        stats["copies"] = len(split) - len(np.unique(split.column("hash")))
+        stats["copies"] = split.copies
     for name in ("camera", "clothes", "template"):
         if name in split.index["columns"]:
             column = split.column(name)

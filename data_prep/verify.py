@@ -1,4 +1,4 @@
-
+"""Checking a split: everything is read again and compared with what its index says."""
 
 import hashlib
 import os

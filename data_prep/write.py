@@ -1,4 +1,4 @@
-
+"""Writing a split: images become JPEGs of one size in shards, in parallel, and a kill at any moment loses little."""
 
 import hashlib
 import io
@@ -12,20 +12,19 @@ import tarfile
 import threading
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache, wraps
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_prep import InputError, progress
+from data_prep import InputError, hash_file, progress, read_json, replacing, write_json, writing
 from data_prep.format import (
     FORMAT,
     OPTIONAL,
@@ -35,12 +34,12 @@ from data_prep.format import (
     Record,
     Skipped,
     Source,
-    Split,
     column_type,
     jpeg_sides,
     read_index,
+    siblings,
 )
-from data_prep.records import Records, disk_error, first_copies, restrict
+from data_prep.records import GO_ON, Records, first_copies, random_order, rank_in_group, restrict
 
 # fork where it is safe and quick; named, because the default differs between systems and Python versions
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -79,17 +78,16 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
-    """An encoded image as a JPEG of size x size pixels; a baseline JPEG that already fits is returned as it is.
+    """An image in one of the formats READABLE as a JPEG; a baseline JPEG that already fits is returned as it is.
 
     Args:
-        data: an image in one of the formats READABLE.
         size: side in pixels.
         fit: "crop" (short side to `size`, centre crop), "squash" (ignore the aspect ratio) or "pad" (keep it, fill
             with the mean colour).
         quality: of the JPEG, 1..100, where it has to be written anew; 100 keeps the chroma of every pixel, too.
 
     Raises:
-        BadImage: not an image, or a damaged one.
+        BadImage: no image, or a damaged one.
     """
     image, turned = open_image(data)
     plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not image.info.get("progressive") and not turned
@@ -106,16 +104,6 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
     out = io.BytesIO()
     image.save(out, "JPEG", quality=quality, subsampling=0 if quality == 100 else -1)  # -1: the encoder's own, 4:2:0
     return out.getvalue()
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, sync it, rename it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def content_hash(data: bytes) -> int:
@@ -140,44 +128,43 @@ def placeholder(size: int) -> bytes:
     return out.getvalue()
 
 
-def write_shard(folder: Path, number: int, first: int, records: list[Record], labels: list[int],
-                settings: dict) -> int:
-    """Write shard `number`, atomically, then its part of the index under .parts/; returns how many records it took."""
-    name, rows, skipped = f"shard-{number:06d}.tar", [], []
-    temporary = folder / f"{name}.{os.getpid()}.tmp"
-    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+def write_shard(part: Path, first: int, records: list[Record], labels: list[int], settings: dict) -> int:
+    """Write a shard, atomically, then its part of the index, .parts/<records of the split>/shard-000000.tar.json.
 
-        def add(member: str, data: bytes) -> int:
-            info = tarfile.TarInfo(member)  # owner, time and mode keep their constant defaults: same input, same bytes
-            info.size = len(data)
-            offset = tar.offset + tarfile.BLOCKSIZE
-            tar.addfile(info, io.BytesIO(data))
-            return offset
+    `first`: place of the first record in the written order. Returns how many records it took.
+    """
+    name, rows, skipped = part.stem, [], []
+    with replacing(part.parents[2] / name, f".{os.getpid()}") as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
 
-        for place, (record, label) in enumerate(zip(records, labels, strict=True), first):
-            try:
-                original, fields = read_image(record)
-                data = fit_image(original, settings["size"], settings["fit"], settings["quality"])
-            except BadImage as error:
-                skipped.append((record.name, str(error)))
-                if not settings["listed"]:
-                    continue
-                original, data, fields = None, placeholder(settings["size"]), {"unreadable": str(error)}
-            key = f"{place:09d}"  # the place in the source's order: a skipped image leaves a gap
-            meta = {"key": key, "domain": settings["domain"], "label": label, "identity": record.identity,
-                    "source": settings["source"]}
-            optional = {c: getattr(record, c) for c in ("person", *OPTIONAL) if getattr(record, c) is not None}
-            offset = add(f"{key}.jpg", data)
-            add(f"{key}.json", json.dumps(meta | optional | fields).encode())
-            rows.append([place, offset, len(data), label, *(optional.get(c, -1) for c in OPTIONAL),
-                         content_hash(original) if original is not None else 0])
-    with open(temporary, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    size = temporary.stat().st_size
-    os.replace(temporary, folder / name)
-    part = {"file": name, "samples": len(rows), "bytes": size, "sha256": digest, "rows": rows, "skipped": skipped}
-    write_bytes(folder / ".parts" / f"{name}.json", json.dumps(part).encode())
+            def add(member: str, data: bytes) -> int:
+                info = tarfile.TarInfo(member)  # owner, time and mode keep their defaults: same input, same bytes
+                info.size = len(data)
+                offset = tar.offset + tarfile.BLOCKSIZE
+                tar.addfile(info, io.BytesIO(data))
+                return offset
+
+            for place, (record, label) in enumerate(zip(records, labels, strict=True), first):
+                try:
+                    original, fields = read_image(record)
+                    data = fit_image(original, settings["size"], settings["fit"], settings["quality"])
+                except BadImage as error:
+                    skipped.append((place, record.name, str(error)))
+                    if not settings["listed"]:
+                        continue
+                    original, data, fields = None, placeholder(settings["size"]), {"unreadable": str(error)}
+                key = f"{place:09d}"  # the place in the source's order: a skipped image leaves a gap
+                meta = {"key": key, "domain": settings["domain"], "label": label, "identity": record.identity,
+                        "source": settings["source"]}
+                optional = {c: getattr(record, c) for c in ("person", *OPTIONAL) if getattr(record, c) is not None}
+                offset = add(f"{key}.jpg", data)
+                add(f"{key}.json", json.dumps(meta | optional | fields).encode())
+                rows.append([place, offset, len(data), label, *(optional.get(c, -1) for c in OPTIONAL),
+                             content_hash(original) if original is not None else 0])
+        digest, size = hash_file(temporary), temporary.stat().st_size
+    table = {"file": name, "samples": len(rows), "bytes": size, "sha256": digest}
+    with replacing(part) as temporary:
+        temporary.write_text(json.dumps({"table": table, "rows": rows, "skipped": skipped}))
     return len(records)
 
 
@@ -196,47 +183,26 @@ def start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def random_order(n: int, blocks: list[int], seed: int) -> np.ndarray:
-    """The places 0..n-1 in a seeded random order; blocks, where there are any, stay whole and move as such.
-
-    The reader shuffles within a window of several shards, so the order inside a block does not matter.
-    """
-    if not blocks:
-        return np.random.default_rng(seed).permutation(n)
-    runs = np.split(np.arange(n), blocks[1:])
-    return np.concatenate([runs[i] for i in np.random.default_rng(seed).permutation(len(runs))])
-
-
-def told_of_disk(function: Callable) -> Callable:
-    """The function, whose first argument is the folder that it writes; InputError where the disk does not take it."""
-    @wraps(function)
-    def call(folder: Path, *arguments, **options):
-        try:
-            return function(folder, *arguments, **options)
-        except OSError as error:
-            raise disk_error(folder, error) from error
-
-    return call
-
-
-@told_of_disk
 def write_split(folder: Path, source: Source, *, source_name: str, size: int, fit: str, quality: int, train: bool,
                 seed: int = 0, shard_size: int = 2048, workers: int = 1, options: dict | None = None,
-                drop_duplicates: bool = False, data_set: list[str] | None = None) -> dict:
+                drop_duplicates: bool = False, max_images: int | None = None, data_set: list[str] | None = None
+                ) -> dict:
     """Write a split folder; continues an unfinished one and leaves a complete one with the same plan as it is.
+
+    Classes are numbered among those with an image that can be read (or that a list names).
 
     Args:
         folder: DATA/<domain>/<split>.
         source: records, protocol and pairs.
-        source_name: of the source, as on the command line.
+        source_name: as on the command line.
         size, fit, quality: see `fit_image`.
-        train: write in a seeded random order (else in source order).
-        seed: of that order.
+        train: write in a random order by `seed` (else in source order).
         shard_size: records a shard.
         workers: processes.
         options: recorded as provenance.
         drop_duplicates: read every image first, and leave out those whose content came before in the source or, of a
             training split, is in a finished test split of the domain.
+        max_images: see `first_readable`.
         data_set: names of the data sets that the images come from (default: `source_name`); of several, each image's
             own stands in its JSON.
 
@@ -244,138 +210,159 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
         The index.
 
     Raises:
-        InputError: nothing to write, or a folder that holds something else.
+        InputError: nothing to write, a folder that holds something else, or a disk that takes no more.
     """
-    domain, split = folder.parts[-2:]
     if not isinstance(source.records, Records):
         source = replace(source, records=Records(source.records, folder))
     if not source.records:
         raise InputError(f"{folder}: the source holds no images"
                          + "".join(f"; {n} left out: {reason}" for reason, n in source.skipped.items()))
     data_set = data_set or [source_name]
-    settings = {"domain": domain, "source": data_set[0], "size": size, "fit": fit, "quality": quality,
+    settings = {"domain": folder.parent.name, "source": data_set[0], "size": size, "fit": fit, "quality": quality,
                 "listed": source.listed and source.protocol is not None}
-    choices = [train, seed, shard_size, source.deal is not None, *(["drop duplicates"] if drop_duplicates else [])]
-    plan = hashlib.sha256(json.dumps([FORMAT, VERSION, source_name, settings, *choices, source.protocol, source.pairs,
-                                      sorted(source.names.items())]).encode())
+    choices = [train, seed, shard_size, source.deal is not None, *(["drop duplicates"] if drop_duplicates else []),
+               *([f"max images {max_images}"] if max_images else [])]
+    plan = plan_of(source, [FORMAT, VERSION, source_name, settings, *choices])
+    with writing(folder, GO_ON, "--out"):
+        if (index := begin(folder, plan)) is not None:
+            print(f"{folder}: complete")
+            return index
+        if drop_duplicates:
+            keep = remember(folder / ".parts/unique.npy", unique_images, folder, source.records, train, workers)
+            source = restrict(source, keep, "copy of another image", named=True)
+        if max_images:
+            keep = remember(folder / ".parts/first.npy", first_readable, source, max_images, workers)
+            source = restrict(source, keep, "image beyond --max-images")
+        fields, bad, lost = write_images(folder, source, settings, seed if train else None, shard_size, workers)
+        index = {
+            "format": FORMAT, "domain": settings["domain"], "split": folder.name, "size": size, "fit": fit,
+            "quality": quality, **fields, "skipped": write_skipped(folder, source.skipped, bad, settings["listed"]),
+            "provenance": {"source": source_name, "data_set": data_set, "options": options or {}, "version": VERSION,
+                           "seed": seed, "order": "random" if train else "source", "plan": plan},
+            **({"unreadable_classes": lost} if lost else {}),
+        }
+        write_json(folder / "index.json", index, 1)
+        shutil.rmtree(folder / ".parts")
+    return index
+
+
+def plan_of(source: Source, choices: list) -> str:
+    """SHA-256 of all that decides what a split will hold: the choices, and what the source says of its images."""
+    plan = hashlib.sha256(json.dumps([*choices, source.protocol, source.pairs, sorted(source.names.items())]).encode())
     for record in source.records:
         optional = (getattr(record, name) for name in OPTIONAL)
         plan.update(repr((record.name, record.identity, record.person, *optional)).encode())
     for name, rows in source.tables.items():
         plan.update(name.encode() + rows.tobytes())
-    plan = plan.hexdigest()
+    return plan.hexdigest()
+
+
+def begin(folder: Path, plan: str) -> dict | None:
+    """The index of a split that is finished by this plan; else None, and `.parts` is ready to be gone on with."""
+    parts = folder / ".parts"
     if (folder / "index.json").exists():
         index = read_index(folder)
-        if index["provenance"].get("plan") == plan:
-            for leftover in (folder / ".parts", *folder.glob("*.tmp")):  # of a kill after the last step
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-            print(f"{folder}: complete")
-            return index
-        raise InputError(f"{folder} already holds another split: remove it or choose another --out")
-    parts = folder / ".parts"
-    if (parts / "plan").exists() and (parts / "plan").read_text() != plan:
+        if index["provenance"]["plan"] != plan:
+            raise InputError(f"{folder} already holds another split: remove it or choose another --out")
+        shutil.rmtree(parts, ignore_errors=True)  # of a kill after the last step
+    elif (parts / "plan").exists() and (parts / "plan").read_text() != plan:
         raise InputError(f"{folder} holds an unfinished preparation with other options: finish that one or remove it")
-    parts.mkdir(parents=True, exist_ok=True)
-    write_bytes(parts / "plan", plan.encode())
+    else:
+        index = None
+        parts.mkdir(parents=True, exist_ok=True)
+        with replacing(parts / "plan") as temporary:
+            temporary.write_text(plan)
     for leftover in folder.glob("*.tmp"):
         leftover.unlink()
+    return index
 
-    if drop_duplicates:
-        keep = unique_images(folder, source.records, train, workers)
-        source = restrict(source, keep, "copy of another image", named=True)
-    records = source.records
-    classes, labels = records.labels()
-    order = random_order(len(records), source.blocks, seed) if train else np.arange(len(records))
 
-    def tasks() -> Iterator[tuple]:
-        for number, first in enumerate(range(0, len(records), shard_size)):
-            places = order[first : first + shard_size]
-            if not part_path(folder, number).exists():
-                yield folder, number, first, [records[i] for i in places], labels[places].tolist(), settings
+def write_images(folder: Path, source: Source, settings: dict, seed: int | None, shard_size: int, workers: int
+                 ) -> tuple[dict, list[tuple[str, str]], list[str]]:
+    """Write shards and columns; what is finished stays as it is.
 
-    shards = -(-len(records) // shard_size)
-    finished = sum(part_path(folder, number).exists() for number in range(shards))
-    with progress(total=len(records), initial=min(finished * shard_size, len(records)), desc=f"{domain}/{split}",
-                  unit="img") as bar:
-        for done in in_parallel(write_shard, tasks(), min(workers, shards)):
-            bar.update(done)
+    A sample's label is in its JSON, too. So where no image of some class can be read, which only the writing tells, the
+    split is written a second time without that class; the parts of the first time stay until all is done. `seed`: of
+    the order; None: source order.
 
-    table, place = write_columns(folder, shards, settings["listed"])
+    Returns:
+        Fields of the index; name and reason of what could not be read; classes of which nothing could.
+    """
+    dropped, lost = [], []
+    while True:
+        records = source.records
+        classes, labels = records.labels()
+        order = np.arange(len(records)) if seed is None else random_order(len(records), source.blocks, seed)
+        table, place, bad = write_shards(folder, records, labels, order, settings, shard_size, workers)
+        label = np.load(folder / "index/label.npy")
+        if not len(empty := np.setdiff1d(np.arange(len(classes)), label)):
+            break
+        gone = np.isin(labels, empty)
+        dropped += [(name, reason) for at, name, reason in bad if gone[order[at]]]
+        lost += [classes[i] for i in empty]
+        source = restrict(source, ~gone, None)
+
+    for path in set(folder.glob("shard-*.tar")) - {folder / shard["file"] for shard in table}:  # of the first time
+        path.unlink()
     for name, rows in source.tables.items():
-        np.save(folder / "index" / f"{name}.npy", rows)
-    protocol, misses = source.protocol, int((np.load(folder / "index" / "hash.npy", mmap_mode="r") == 0).sum())
-    bad = [(name, reason) for part in table for name, reason in part.pop("skipped")]
+        np.save(folder / f"index/{name}.npy", rows)
+    protocol, misses = source.protocol, int((np.load(folder / "index/hash.npy", mmap_mode="r") == 0).sum())
     if protocol:
-        counts = {"misses": misses, "unreadable": protocol.get("unreadable", 0) + len(bad) - misses}
-        protocol = protocol | {key: n for key, n in counts.items() if n}
-    if source.deal and protocol and not len(source.pairs):
-        np.save(folder / "index" / "role.npy", source.deal(np.load(folder / "index" / "label.npy"), classes))
+        unreadable = protocol.get("unreadable", 0) + len(dropped) + len(bad) - misses
+        protocol = protocol | {key: n for key, n in (("misses", misses), ("unreadable", unreadable)) if n}
     if len(source.pairs):
         row_of = np.full(len(records) + 1, -1)  # the last entry serves ends that are gone already
         row_of[order[place]] = np.arange(len(place))
         pairs = np.array(source.pairs)
         pairs[:, :2] = row_of[pairs[:, :2]]
-        lost = (pairs[:, :2] < 0).any(1)
-        pairs = pairs[~lost]
+        lost_pairs = (pairs[:, :2] < 0).any(1)
+        pairs = pairs[~lost_pairs]
         if source.deal:
             pairs[:, 3] = source.deal(pairs[:, 2])
             protocol = protocol | {"folds": len(np.unique(pairs[:, 3]))}
-        np.save(folder / "index" / "pairs.npy", pairs)
-        protocol = protocol | {"pairs": len(pairs), "pairs_lost": int(lost.sum())}
-    left_out = write_skipped(folder, source.skipped, bad, settings["listed"])
-    index = {
-        "format": FORMAT, "domain": domain, "split": split, "size": size, "fit": fit, "quality": quality,
-        "samples": len(place), "classes": classes, "names": [source.names.get(name, name) for name in classes],
-        "shards": table, "columns": sorted(path.stem for path in (folder / "index").glob("*.npy")),
-        "protocol": protocol, "skipped": left_out,
-        "provenance": {"source": source_name, "data_set": data_set, "options": options or {}, "version": VERSION,
-                       "seed": seed, "order": "random" if train else "source", "plan": plan},
-    }
-    write_bytes(folder / "index.json", (json.dumps(index, indent=1) + "\n").encode())
-    shutil.rmtree(parts)
-    return index
+        np.save(folder / "index/pairs.npy", pairs)
+        protocol = protocol | {"pairs": len(pairs), "pairs_lost": int(lost_pairs.sum())}
+    elif source.deal and protocol:
+        np.save(folder / "index/role.npy", source.deal(label, classes))
+    fields = {"samples": len(place), "classes": classes, "names": [source.names.get(name, name) for name in classes],
+              "shards": table, "columns": sorted(path.stem for path in (folder / "index").glob("*.npy")),
+              "protocol": protocol}
+    return fields, dropped + [(name, reason) for _, name, reason in bad], lost
 
 
-def write_skipped(folder: Path, before: Counter, bad: list[tuple[str, str]], listed: bool) -> dict[str, int]:
-    """Name every file that was left out, and why, in skipped.csv; returns the counts by reason.
+def write_shards(folder: Path, records: Records, labels: np.ndarray, order: np.ndarray, settings: dict, shard_size: int,
+                 workers: int) -> tuple[list[dict], np.ndarray, list[tuple]]:
+    """Write the shards that are not there, and the columns of all; see `write_columns`."""
+    starts = range(0, len(records), shard_size)
+    parts = [folder / f".parts/{len(records)}/shard-{number:06d}.tar.json" for number in range(len(starts))]
+    parts[0].parent.mkdir(exist_ok=True)
+    missing = [(part, start) for part, start in zip(parts, starts, strict=True) if not part.exists()]
 
-    Args:
-        before: what the source left out; what a caller chose to leave out (--list, --max-images, ...) has no names.
-        bad: name and reason of what could not be read.
-        listed: that stays in the protocol, as misses.
-    """
-    after = Skipped(before)
-    for name, reason in bad:
-        after.add(name, reason + ": kept as a miss, as a list names it" * listed)
-    if files := [file for skipped in (before, after) if (file := getattr(skipped, "file", None))]:
-        temporary = folder / f"skipped.csv.{os.getpid()}.tmp"
-        with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as out:
-            out.write("file,reason\n")
-            for file in files:
-                file.seek(0)
-                shutil.copyfileobj(file, out)
-        os.replace(temporary, folder / "skipped.csv")
-    return dict(+after)
+    def tasks() -> Iterator[tuple]:
+        for part, start in missing:
+            places = order[start : start + shard_size]
+            yield part, start, [records[i] for i in places], labels[places].tolist(), settings
+
+    finished = min((len(parts) - len(missing)) * shard_size, len(records))
+    with progress(total=len(records), initial=finished, desc=f"{settings['domain']}/{folder.name}", unit="img") as bar:
+        for done in in_parallel(write_shard, tasks(), min(workers, len(parts))):
+            bar.update(done)
+    return write_columns(folder, parts, settings["listed"])
 
 
-def part_path(folder: Path, number: int) -> Path:
-    """Where the index of a finished shard waits for the others."""
-    return folder / ".parts" / f"shard-{number:06d}.tar.json"
-
-
-def write_columns(folder: Path, shards: int, listed: bool) -> tuple[list[dict], np.ndarray]:
+def write_columns(folder: Path, parts: list[Path], listed: bool) -> tuple[list[dict], np.ndarray, list[tuple]]:
     """Join the parts of all shards, one at a time, into index/*.npy.
 
     Returns:
-        The shard table, with what each shard skipped, and the place in the written order of every row, int64 [M].
+        The shard table; the place in the written order of every row, int64 [M]; place, name and reason of what could
+        not be read.
     """
-    table = []
-    for number in range(shards):
-        part = json.loads(part_path(folder, number).read_text())
-        del part["rows"]
-        table.append(part)
-    total, unread = sum(part["samples"] for part in table), sum(len(part["skipped"]) for part in table)
-    if not total or (listed and total == unread):
+    table, bad = [], []
+    for part in map(read_json, parts):
+        table.append(part["table"])
+        bad += part["skipped"]
+    total = sum(shard["samples"] for shard in table)
+    if not total or (listed and total == len(bad)):
         raise InputError(f"{folder}: none of the images can be read")
     shutil.rmtree(folder / "index", ignore_errors=True)  # of a run that was interrupted here
     (folder / "index").mkdir()
@@ -387,8 +374,8 @@ def write_columns(folder: Path, shards: int, listed: bool) -> tuple[list[dict], 
             files[name] = stack.enter_context(open(folder / "index" / f"{name}.npy", "wb"))
             header = {"descr": column_type(name).str, "fortran_order": False, "shape": (total,)}
             np.lib.format.write_array_header_1_0(files[name], header)
-        for number in range(shards):  # appended, not mapped: a full disk is an error here and would be a crash there
-            rows = json.loads(part_path(folder, number).read_text())["rows"]
+        for number, part in enumerate(parts):  # appended, not mapped: a full disk is an error here, there a crash
+            rows = read_json(part)["rows"]
             columns = dict(zip(("place", *list(files)[1:]), zip(*rows, strict=True), strict=False))
             columns["shard"] = [number] * len(rows)
             place[first : first + len(rows)] = columns.pop("place", [])
@@ -403,47 +390,85 @@ def write_columns(folder: Path, shards: int, listed: bool) -> tuple[list[dict], 
             os.fsync(file.fileno())
     for name in set(OPTIONAL) - present:
         (folder / "index" / f"{name}.npy").unlink()
-    return table, place
+    return table, place, bad
 
 
-def hash_images(records: list[Record]) -> list[int]:
-    """The content hash of each image; 0 where it cannot be read."""
+def write_skipped(folder: Path, before: Skipped, bad: list[tuple[str, str]], listed: bool) -> dict[str, int]:
+    """Name every file that was left out before or could not be read, and why, in skipped.csv; returns counts by reason.
+
+    What was chosen to be left out (--list, --max-images, ...) has no names. `listed`: the others stay, as misses.
+    """
+    after = Skipped(before)
+    for name, reason in bad:
+        after.add(name, reason + ": kept as a miss, as a list names it" * listed)
+    if files := [file for skipped in (before, after) if (file := getattr(skipped, "file", None))]:
+        with replacing(folder / "skipped.csv") as temporary, open(temporary, "wb") as out:
+            out.write(b"file,reason\n")
+            for file in files:
+                file.seek(0)
+                shutil.copyfileobj(file.buffer, out)
+    return dict(+after)
+
+
+# ---------------------------------------------------------------- images that are looked at before they are written
+
+
+def remember(path: Path, compute: Callable[..., np.ndarray], *arguments) -> np.ndarray:
+    """The array that a function computes, kept in a file for a preparation that is continued.
+
+    So a test split that came after it began, or an image that was damaged meanwhile, changes no decision.
+    """
+    if not path.exists():
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, compute(*arguments))
+    return np.load(path)
+
+
+def hash_images(records: list[Record], decode: bool) -> list[int]:
+    """The content hash of each image; 0 where it cannot be read (or, if asked to, not be decoded)."""
     hashes = []
     for record in records:
         try:
-            hashes.append(content_hash(read_image(record)[0]))
+            data, _ = read_image(record)
+            hashes.append(content_hash(data) if not decode or open_image(data) else 0)
         except BadImage:
             hashes.append(0)
     return hashes
 
 
+def look_at(records: Records, places: np.ndarray, decode: bool, workers: int) -> np.ndarray:
+    """`hash_images` of the records at these places, uint64."""
+    hashes, starts = np.zeros(len(places), dtype=np.uint64), range(0, len(places), 256)
+    tasks = (([records[i] for i in places[start : start + 256]], decode) for start in starts)
+    with progress(total=len(places), desc="look at images", unit="img") as bar:
+        for start, found in zip(starts, in_parallel(hash_images, tasks, workers, in_order=True), strict=True):
+            hashes[start : start + 256] = found
+            bar.update(len(found))
+    return hashes
+
+
 def unique_images(folder: Path, records: Records, train: bool, workers: int) -> np.ndarray:
-    """Which records `drop_duplicates` keeps, bool [N].
-
-    The answer is kept with the unfinished split: a preparation that is continued must not see test splits that came
-    after it began.
-    """
-    path = folder / ".parts" / "unique.npy"
-    if path.exists():
-        return np.load(path)
-    blocks = [range(first, min(first + 1024, len(records))) for first in range(0, len(records), 1024)]
-    hashes = np.zeros(len(records), dtype=np.uint64)
-    tasks = (([records[i] for i in block],) for block in blocks)
-    with progress(total=len(records), desc="look for copies", unit="img") as bar:
-        for block, found in zip(blocks, in_parallel(hash_images, tasks, workers, in_order=True), strict=True):
-            hashes[block.start : block.stop] = found
-            bar.update(len(block))
+    """Which records `drop_duplicates` keeps, bool [N]."""
+    hashes = look_at(records, np.arange(len(records)), False, workers)
     tests = [split.column("hash") for split in siblings(folder) if train and split.protocol and split.hashed]
-    keep = first_copies(hashes, np.concatenate(tests) if tests else None)
-    out = io.BytesIO()
-    np.save(out, keep)
-    write_bytes(path, out.getvalue())
-    return keep
+    return first_copies(hashes, np.concatenate(tests) if tests else None)
 
 
-def siblings(folder: Path) -> list["Split"]:
-    """The other finished splits of the domain."""
-    return [Split(path.parent) for path in sorted(folder.parent.glob("*/index.json")) if path.parent != folder]
+def first_readable(source: Source, most: int, workers: int) -> np.ndarray:
+    """Which records --max-images keeps, bool [N]: of an identity the first so many that can be read.
+
+    In a test split they are counted in each role, and where roles are dealt the gallery's image comes on top. Those
+    before the last of them that cannot be read stay too: whoever writes them will name them.
+    """
+    records, most = source.records, most + (source.deal is not None and not len(source.pairs))
+    group, people = records.identity.astype(np.int64) * 8 + records.role, records.identity >= 0
+    good, known = np.ones(len(records), dtype=bool), ~people
+    while True:
+        keep = (rank_in_group(group, good) < most) | ~people
+        if not len(places := np.flatnonzero(keep & ~known)):
+            return keep
+        good[places] = look_at(records, places, True, workers) > 0
+        known[places] = True
 
 
 def in_parallel(function: Callable, tasks: Iterable[tuple], workers: int, in_order: bool = False) -> Iterator:

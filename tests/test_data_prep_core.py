@@ -23,6 +23,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data_prep.write
 import tools.bench_data
 from data_prep import InputError
 from data_prep.__main__ import cli, data_set_name
@@ -118,9 +119,6 @@ def test_roles_are_dealt_among_the_images_that_can_be_read(source, options, tmp_
     for p in range(3):
         cut(bad / f"p{p}/0.jpg")
         (good / f"p{p}/0.jpg").unlink()
-    if "--max-images" in options:  # takes so many files, whether they can be read or not
-        for p in range(3):
-            (good / f"p{p}/4.jpg").unlink()
     splits = []
     for src in (bad, good):
         given = tar_of(src, tmp_path / f"{src.name}.tar") if source == "webdataset" else src
@@ -291,6 +289,42 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, capsys):
     assert "d/object/train: one class, 'a', has nothing to be told from" in message and len(message.splitlines()) == 1
 
 
+@pytest.mark.parametrize("sets, classes, archive", [(2, 2, False), (3, 4, False), (3, 2, True), (12, 13, False)])
+def test_data_sets_side_by_side_are_no_classes(sets, classes, archive, tmp_path):
+    src = tmp_path / "src"
+    for k in range(sets):
+        people(src / f"set{k:02d}", {f"c{c}": 2 for c in range(classes)})
+    (src / "readme.txt").write_text("x")
+    given = src
+    if archive:  # in two folders around all, as people pack
+        shutil.copytree(src, tmp_path / "pack/all/data")
+        given = Path(shutil.make_archive(str(tmp_path / "all"), "zip", tmp_path / "pack"))
+    with pytest.raises(InputError, match=f"{sets} folders, set00, set01.* hold {sets * classes} folders of images, as "
+                                         "data sets side by side do: give one of them, --src") as error:
+        prepared(given, tmp_path / "d/object/train")
+    one = error.value.message.partition("--src ")[2].partition(" --src ")[2].partition(", and")[0]
+    assert one.endswith("/set00") and len(prepared(Path(one), tmp_path / "d/object/train")) == 2 * classes
+    (tmp_path / "list").write_text("\n".join(f"set{k:02d}" for k in range(sets)))
+    assert counts(prepared(given, tmp_path / "d/face_hq/train", "--list", tmp_path / "list")) == {
+        f"set{k:02d}": 2 * classes for k in range(sets)}
+    if classes > 2:
+        shutil.copy(src / "set00/c0/0.jpg", src / "set00/preview.jpg")
+        with pytest.raises(InputError, match="as data sets side by side do"):
+            prepared(src, tmp_path / "d/object/other")
+
+
+def test_people_may_have_a_folder_a_video(tmp_path, capsys):
+    for k in range(12):
+        people(tmp_path / f"src/p{k:02d}", {"0": 2, "1": 1})
+    assert len(prepared(tmp_path / "src", tmp_path / "d/face_hq/train").classes) == 12
+    assert "hold 24 folders of images: they are taken for 12 classes" in capsys.readouterr().out
+    (tmp_path / "few/a").mkdir(parents=True)
+    for k in range(2):
+        people(tmp_path / f"few/p{k}", {"0": 2, "1": 1})
+        shutil.copy(tmp_path / "src/p00/0/0.jpg", tmp_path / f"few/p{k}/x.jpg")  # images in the class folder itself
+    assert len(prepared(tmp_path / "few", tmp_path / "d/face_hq/few").classes) == 2
+
+
 def test_a_domain_may_be_a_link_to_another_disk(tmp_path):
     (tmp_path / "disk/faces").mkdir(parents=True)
     (tmp_path / "d").mkdir()
@@ -387,6 +421,59 @@ def test_the_first_images_of_each_role_are_kept(tmp_path):
                      "--max-images", 1)
     # by default the first image is the gallery, the others are probes, a lone one is a distractor
     assert split.labels.tolist() == [0, 0, 1, 1, 2] and split.column("role").tolist() == [1, 0, 1, 0, 2]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_so_many_readable_images_are_taken(workers, tmp_path, monkeypatch):
+    """Of five images of a, three are cut off: two readable ones are there. It is decided once, before a kill."""
+    src, out = people(tmp_path / "src", {"a": 5, "b": 3}), tmp_path / "d/face_hq/train"
+    for name in ("a/0.jpg", "a/2.jpg", "a/4.jpg", "b/2.jpg"):
+        cut(src / name)
+    options = ("--max-images", 2, "--shard-size", 2, "--workers", workers)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("data_prep.write.write_columns", lambda *_: 1 / 0)
+        prepared(src, out, *options)
+    cut(src / "a/1.jpg")  # its shard is written
+    split = prepared(src, out, *options)
+    assert counts(split) == {"a": 2, "b": 2}
+    # b's third image is neither needed nor looked at; a's fifth comes after its second readable one
+    assert split.index["skipped"] == {"unreadable image": 2, "image beyond --max-images": 2}
+    files = {row[0] for row in csv.reader((out / "skipped.csv").open())}
+    assert files == {"file", "a/0.jpg", "a/2.jpg"}
+    (src / "b/1.jpg").write_bytes((src / "b/0.jpg").read_bytes())
+    unlike = prepared(src, tmp_path / "e/face_hq/train", "--max-images", 2, "--drop-duplicates")
+    assert counts(unlike) == {"a": 1, "b": 1}  # of different images
+    listed = listed_people(tmp_path)
+    cut(listed / "g/b.jpg")  # a listed miss stays, and the other mate of bob is taken
+    test = prepared(listed, tmp_path / "d/body/mine", "--max-images", 1, source="persons")
+    assert test.missing.tolist() == [False] * 4 + [True, False, False]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_class_without_a_readable_image_is_none(train, tmp_path, capsys, monkeypatch):
+    """Everything is as in the set without that folder, however often the preparation is killed."""
+    split = "train" if train else "val"
+    bad, good = (people(tmp_path / name, {"a": 3, "b": 2, "c": 3, "d": 2}) for name in ("bad", "good"))
+    for name in ("b/0.jpg", "b/1.jpg", "c/1.jpg"):
+        cut(bad / name)
+        (good / name).unlink()
+    out, options = tmp_path / f"bad_/object/{split}", ("--shard-size", 3, "--workers", 1)
+    for stop in (1, 2):  # after the first and after the second time that all shards were written
+        calls = iter(range(stop - 1))
+        with monkeypatch.context() as patch, pytest.raises(StopIteration):
+            patch.setattr("data_prep.write.write_columns", lambda *args, f=data_prep.write.write_columns, c=calls:
+                          f(*args) if next(c) is not None else None)
+            prepared(bad, out, *options)
+    found, wanted = prepared(bad, out, *options), prepared(good, tmp_path / f"good_/object/{split}", *options)
+    assert "1 classes have no readable image and are left out: b" in capsys.readouterr().out
+    assert found.classes == wanted.classes == ["a", "c", "d"] and counts(found) == counts(wanted)
+    assert verify_split(out) == [] and len(list(out.glob("*.tar"))) == len(found.index["shards"]) == 3
+    assert found.index["unreadable_classes"] == ["b"] and "unreadable_classes" not in wanted.index
+    assert found.index["skipped"] == {"unreadable image": 3}
+    assert len((out / "skipped.csv").read_text().splitlines()) == 4
+    if not train:
+        assert [found.jpeg(row)[1] for row in range(7)] == [wanted.jpeg(row)[1] for row in range(7)]
+        assert found.protocol == wanted.protocol | {"unreadable": 3}
 
 
 def test_holdout_keeps_people_apart_whatever_the_other_options(tmp_path):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 
 import click
@@ -24,6 +25,7 @@ from data_prep.format import Split
 from models.runs import load_run, load_tuned
 from protocols.embed import Embedder
 from tests.conftest import TINY, script
+from tools.own_pictures import find_pictures
 
 
 def export(*arguments) -> int:
@@ -228,6 +230,18 @@ def test_embeddings_equal_those_of_evaluation(tiny_run, demo_root, tmp_path, cap
     assert [Path(name).name for name in files] == ["50.png", "90.jpg", "200.webp", f"{fitting.size}.jpg"]
     assert len(split) == 4 and np.abs(x - expected).max() < 1e-6
     assert np.allclose(np.linalg.norm(x, axis=1), 1, atol=1e-6)
+
+
+def test_pictures_are_found_under_any_spelling_and_what_is_left_out_is_counted(tmp_path, capsys):
+    name = unicodedata.normalize("NFD", "Zoë.png")  # as macOS stores it
+    for other in (name, "._1.png", "notes.txt", "__MACOSX/2.png"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / other, "PNG")
+    (tmp_path / "gone.png").symlink_to("/nowhere/gone.png")
+    assert find_pictures((tmp_path, tmp_path / name)) == [tmp_path / name]
+    told = capsys.readouterr().out
+    assert "2 files left out: hidden, or left by the system" in told and "1 files left out: dead link" in told
+    assert "1 files left out: not an image by its name" in told
 
 
 def test_embeddings_equal_the_cache_of_a_scored_split(tiny_run, demo_root, tmp_path):

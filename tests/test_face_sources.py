@@ -150,13 +150,14 @@ BAD_ARCHIVES = {
     "hard.tar": (lambda p: tar_of(p, kind=tarfile.LNKTYPE, link="/etc/passwd"), "is a link"),
     "device.tar": (lambda p: tar_of(p, kind=tarfile.CHRTYPE), "is a device"),
     "fifo.tar": (lambda p: tar_of(p, kind=tarfile.FIFOTYPE), "is a device"),
-    "beyond.tar": (lambda p: tar_of(p, size=1 << 40), "nor a readable zip or tar"),
-    "circle.tar": (circular_tar, "nor a readable zip or tar"),
+    "name.tar": (lambda p: tar_of(p, kind=tarfile.GNUTYPE_LONGNAME, size=1 << 30), "a header of 1,073,741,824 bytes"),
+    "beyond.tar": (lambda p: tar_of(p, size=1 << 40), "nor a plain tar that can be read"),
+    "circle.tar": (circular_tar, "nor a plain tar that can be read"),
     "header.tar": (lambda p: cut(p, 0), "damaged header at byte 1536"),
-    "half.tar": (lambda p: cut(p, 2100), "nor a readable zip or tar"),
+    "half.tar": (lambda p: cut(p, 2100), "nor a plain tar that can be read"),
     "endless.tar": (lambda p: cut(p, 3072), "cut off"),
-    "text.tar": (lambda p: p.write_text("no archive"), "neither a folder nor a readable zip or tar"),
-    "empty.tar": (lambda p: p.write_bytes(b""), "neither a folder nor a readable zip or tar"),
+    "text.tar": (lambda p: p.write_text("no archive"), "neither a zip nor a plain tar"),
+    "empty.tar": (lambda p: p.write_bytes(b""), "neither a zip nor a plain tar"),
     "packed.tar.gz": (lambda p: pack(p.parent, p), "compressed with gzip"),
 }
 
@@ -295,6 +296,9 @@ def test_every_record_of_an_index_is_an_image(keys, note, tmp_path, capsys):
     offsets = [line.split("\t")[1] for line in (src / "train.idx").read_text().splitlines()]
     lines = [f"{key}\t{offset}\n" for key, offset in zip(keys, offsets, strict=False)]
     (src / "train.idx").write_text("".join(lines + lines))
+    (src / "train.rec").rename(src / "faces.rec")
+    (src / "train.idx").rename(src / "faces.idx")
+    (src / "._faces.rec").write_bytes(b"left by macOS")
     run_here("recordio", "--src", src, "--out", tmp_path / "d/face_hq/train")
     assert contents(Split(tmp_path / "d/face_hq/train")) == sorted(
         (f"{person:07d}", image) for person, image in zip(PEOPLE, images, strict=True))

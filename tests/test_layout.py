@@ -18,8 +18,8 @@ TOP = {*SCRIPTS, "kernels", "data_prep", "models", "protocols", "reports", "tool
        "constraints.txt"}
 CLOSURES = {"protocols/pairs.py": 4, "protocols/claims.py": 4, "kernels/margin_loss.py": 3, "train.py": 16}
 LENGTHS = {"train.py": 900, "evaluate.py": 450, "analyze.py": 400,
-           # longer than the 500 of the others: an idea is still missing in each
-           "data_prep/__main__.py": 710, "data_prep/__init__.py": 515, "data_prep/stream.py": 525}
+           # longer than the 500 of the others: an idea is still missing in it
+           "data_prep/stream.py": 525}
 
 
 @cache

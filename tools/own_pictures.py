@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from data_prep import InputError, progress, write_atomically, write_csv
-from data_prep.format import FITS, MAX_SIZE, BadImage, fits, open_training
+from data_prep.format import FITS, MAX_SIZE, BadImage, Skipped, decoder, fits, open_training
 from data_prep.sources.archives import members
-from data_prep.sources.folders import image_suffixes
+from data_prep.sources.folders import is_image
 from data_prep.write import fit_image
 from models.backbones import embed_rows
 from models.runs import Run, describe_sources, load_tuned, pick_device
@@ -28,27 +28,28 @@ class Pictures:
 
     def image(self, row: int) -> torch.Tensor:
         """uint8 [3, size, size], RGB; BadImage where the file is none or is damaged."""
-        from torchvision.io import ImageReadMode, decode_jpeg
-
         try:
             data = fit_image(self.paths[row].read_bytes(), self.size, self.fit, self.quality)
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+            return decoder()(bytearray(data))
         except (OSError, RuntimeError) as error:
             raise BadImage(f"{self.paths[row]}: unreadable") from error
 
 
 def find_pictures(places: tuple[Path, ...]) -> list[Path]:
     """The files named, and every image (by its name) below the folders named; each once."""
-    found, endings = [], image_suffixes()
+    pictures, skipped = [], Skipped()
     for place in places:
         if not place.exists():
             raise InputError(f"{place}: no such file or folder; name pictures, or a folder that holds some")
-        inside = [place / file.name for file in members(place)] if place.is_dir() else []  # linked folders, too
-        inside = [path for path in inside if path.suffix.lower() in endings]
-        if place.is_dir() and not inside:
+        inside = [place]
+        if place.is_dir():  # the path, not the name, which may be spelled otherwise
+            inside = [Path(file.path) for file in members(place, skipped) if is_image(file, skipped)]
+        if not inside:
             raise InputError(f"{place}: holds no images (looked for names that end in .jpg, .png and the like)")
-        found += inside if place.is_dir() else [place]
-    return list(dict.fromkeys(found))
+        pictures += inside
+    for reason, count in skipped.items():
+        print(f"  {count:,} files left out: {reason}")
+    return list(dict.fromkeys(pictures))
 
 
 def find_fitting(run: Run, domain: str | None) -> dict:

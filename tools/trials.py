@@ -5,18 +5,15 @@ other software that shows the pairs of trials.csv.
 """
 
 import base64
-import csv
 import hashlib
-import io
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import InputError
+from data_prep import InputError, make_folder, write_atomically, write_csv
 from data_prep.format import BadImage, Split, open_root, ordered_tests
-from data_prep.write import write_bytes
 from protocols.humans import RATING_COLUMNS
 
 QUESTION = {"object": "The same kind of thing?", "face_hq": "The same person?", "face_lq": "The same person?",
@@ -152,15 +149,11 @@ def write_trials(splits: list[Split], out: Path, count: int, seed: int) -> dict[
                            "question": QUESTION[split.domain]})
     # half of a list is of one identity: in the order in which it was drawn it would be its own answer
     trials = [trials[i] for i in np.random.default_rng(seed).permutation(len(trials))]
-    listed = [[trial[column] for column in RATING_COLUMNS[:3]] for trial in trials]
-    data = {"id": hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:12], "trials": trials, "images": images}
+    listed = [{column: trial[column] for column in RATING_COLUMNS[:3]} for trial in trials]
+    name = hashlib.sha256(json.dumps([list(row.values()) for row in listed]).encode()).hexdigest()[:12]
+    data = {"id": name, "trials": trials, "images": images}
     page = PAGE.read_text().replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c"))
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([RATING_COLUMNS[:3], *listed])
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_bytes(out / "trials.csv", table.getvalue().encode())
-        write_bytes(out / "index.html", page.encode())
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
+    make_folder(out, "--out")
+    write_csv(out / "trials.csv", listed)
+    write_atomically(out / "index.html", lambda temporary: temporary.write_text(page))
     return counts

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from data_prep import InputError
 from data_prep.format import BadImage, Skipped, as_text
@@ -49,16 +50,13 @@ LEFTOVERS = {"__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN"}
 def members(src: Path, skipped: Skipped | None = None) -> Iterator[Member]:
     """Every file below src, sorted by name; not what machines leave beside images (hidden ones, LEFTOVERS).
 
-    Of a folder only the names of one folder after the other are in memory, of an archive all names and offsets, so
-    that sources which yield their records can be of any length.
+    Of a folder only the names of one folder after the other are in memory, of an archive all names and offsets.
+    InputError where there is no such source, or an archive that must not or cannot be read.
 
     Args:
         src: a folder, a zip or a plain tar; SET.zip/inner/folder is a folder inside. Where an archive wraps everything
             in one folder of folders, as most are packed, names count from below that folder.
         skipped: where leftovers, dead links and links in a circle are to be named.
-
-    Raises:
-        InputError: no such source, or an archive that must not or cannot be read.
     """
     if src.is_dir():
         return walk(str(src), skipped=skipped)
@@ -67,18 +65,18 @@ def members(src: Path, skipped: Skipped | None = None) -> Iterator[Member]:
         raise InputError(f"--src {src}: no such folder or archive")
     read, listed = list_archive(archive)
     place, numbers, width = {}, array("q"), 0
-    for raw, where in listed:
-        name, width = safe_name(archive, raw), len(where)
+    for name, where in listed:
+        width = len(where)
         if not is_leftover(name, skipped):
             place[name] = len(numbers)  # an archive that was appended to holds older versions first
             numbers.extend(where)
-    inner = src.relative_to(archive).as_posix()
-    if inner == ".":
-        tops = {name.partition("/")[0] for name in place}
-        inner = tops.pop() if len(tops) == 1 and any(name.count("/") > 1 for name in place) else ""
-    elif not any(name.startswith(f"{inner}/") for name in place):
+    inner, tops = src.relative_to(archive).as_posix(), {name.partition("/")[0] for name in place}
+    prefix = f"{tops.pop()}/" if len(tops) == 1 and any(name.count("/") > 1 for name in place) else ""
+    if inner != ".":
+        prefix = next((start for start in (f"{inner}/", f"{prefix}{inner}/")
+                       if any(name.startswith(start) for name in place)), None)
+    if prefix is None:
         raise InputError(f"--src {src}: {archive} has no folder {inner!r} inside")
-    prefix = f"{inner}/" if inner else ""
     return (Member(name[len(prefix):], partial(read, str(archive), *numbers[place[name] : place[name] + width]))
             for name in sorted(place) if name.startswith(prefix))
 
@@ -115,40 +113,53 @@ def walk(folder: str, prefix: str = "", skipped: Skipped | None = None, above: f
         elif is_leftover(prefix + name, skipped):
             continue
         elif os.path.isfile(path):
-            yield Member(as_text(prefix + name), partial(read_range, path))
+            yield Member(as_text(prefix + name), partial(read_file, path))
         elif skipped is not None:
             skipped.add(prefix + name, "dead link" if os.path.islink(path) else "not a regular file")
 
 
-def read_text(member: Member) -> str:
-    """The text of a list file of a source."""
-    try:
-        return member.read().decode("utf-8-sig")
-    except (BadImage, OSError, ValueError) as error:
-        raise InputError(f"{member.name}: not a readable text file ({error})") from error
-
-
-def safe_name(archive: Path, raw: str) -> str:
+def safe_name(where: str, raw: str) -> str:
     """A member's name with / between its parts; InputError where it points out of the archive or at nothing."""
     name = raw.replace("\\", "/")  # some Windows tools pack it so
     parts = name.split("/")
     if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in parts or not name.strip("./"):
-        raise InputError(f"--src {archive}: member {raw!r} points out of the archive: refused; get a clean copy")
+        raise InputError(f"{where}: member {raw[:200]!r} points out of the archive: refused; get a clean copy")
     return as_text("/".join(part for part in parts if part not in ("", ".")))
+
+
+def one_line(error: Exception) -> str:
+    """What a library says is wrong, short enough for a message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # ---------------------------------------------------------------- reading, in worker processes
 
 
-def read_range(path: Path | str, offset: int = 0, length: int | None = None) -> bytes:
-    """`length` bytes of a file from `offset` on (None: to its end); closed again, so that workers hold none."""
+def read_file(path: str | Path) -> bytes:
+    """A whole file; closed again, so that workers hold none."""
     with open(path, "rb") as file:
-        length = os.fstat(file.fileno()).st_size - offset if length is None else length
-        check_size(length)
-        file.seek(offset)
-        data = file.read(length)
-    if len(data) != length:
-        raise BadImage("cut off")
+        check_size(os.fstat(file.fileno()).st_size)
+        return file.read()
+
+
+def read_part(url: str, offset: int, size: int) -> bytes:
+    """A piece of a tar, on disk or behind a URL."""
+    check_size(size)
+    try:
+        if "://" in url:
+            import fsspec
+
+            system, path = fsspec.core.url_to_fs(url)
+            data = system.cat_file(path, start=offset, end=offset + size)
+        else:
+            with open(url, "rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        if len(data) != size:
+            raise OSError(f"{len(data)} of {size} bytes")
+    except Exception as error:  # every file system behind fsspec raises its own
+        # not a damaged image that may be left out: the network or the disk is gone
+        raise InputError(f"{url}: cannot be read ({one_line(error)}); the same command goes on later") from error
     return data
 
 
@@ -196,7 +207,7 @@ def list_archive(path: Path) -> tuple[Callable[..., bytes], Iterator[tuple[str, 
         if head.startswith(magic):
             raise InputError(f"--src {path}: compressed with {kind}, in which single images cannot be reached without "
                              "decompressing all before them: decompress it to a plain .tar first")
-    return (inflate, list_zip(path)) if head[:4] in (b"PK\3\4", b"PK\5\6") else (read_range, list_tar(path))
+    return (inflate, list_zip(path)) if head[:4] in (b"PK\3\4", b"PK\5\6") else (read_part, list_tar(path))
 
 
 def list_zip(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -226,33 +237,61 @@ def list_zip(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
             raise InputError(f"--src {path}: member {info.filename!r} {why}: refused")
         end = info.header_offset + 30 + len(info.orig_filename) + info.compress_size  # at least: names are encoded
         if not info.filename.endswith("/"):
-            yield info.filename, (info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type)
+            numbers = info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type
+            yield safe_name(f"--src {path}", info.filename), numbers
 
 
-def list_tar(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The files of a plain tar, by offset and size."""
-    total, before = path.stat().st_size, -1
+def list_tar(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The files of a plain tar on disk."""
+    with open(path, "rb") as file:
+        yield from walk_tar(file, f"--src {path}")
+
+
+class Headers:
+    """What tarfile reads of a tar that is only listed: its headers, which must not be larger than memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= 1 << 24:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self.file.read(size)
+
+
+def walk_tar(file: BinaryIO, where: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The files of a plain tar, from front to back: name, and offset and size.
+
+    InputError where it is none, a damaged one, or one with a member that must not be read. `file`: seekable; whoever
+    takes the names may read from it in between; `where` it lies, for messages.
+    """
     try:
-        with tarfile.open(path, "r:") as archive:
+        total, before = file.seek(0, os.SEEK_END), -1
+        file.seek(0)
+        with tarfile.open(fileobj=Headers(file), mode="r:") as archive:
             while (info := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep them all, a kilobyte each
                 if info.offset <= before:
                     raise tarfile.ReadError("its members run in a circle")
                 before = info.offset
                 if not 0 <= info.size <= total - info.offset_data:
-                    raise tarfile.ReadError(f"{info.name!r} reaches beyond the end")
+                    raise tarfile.ReadError(f"{info.name[:200]!r} is cut off")
                 if why := refusal(info):
-                    raise InputError(f"--src {path}: member {info.name!r} {why}: refused")
+                    raise InputError(f"{where}: member {info.name[:200]!r} {why}: refused")
                 if info.isreg():
-                    yield info.name, (info.offset_data, info.size)
-            # tarfile takes a damaged header for the end; the true one is a block of zeros
-            if read_range(path, archive.offset, tarfile.BLOCKSIZE).strip(b"\0"):
-                raise tarfile.ReadError(f"damaged header at byte {archive.offset}")
+                    yield safe_name(where, info.name), (info.offset_data, info.size)
+            # tarfile takes a damaged header for the end, and what was appended with `cat` does not exist for it
+            file.seek(archive.offset)
+            rest = file.read(1 << 16)
+            if len(rest) < tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("it is cut off")
+            if rest.strip(b"\0"):
+                raise tarfile.ReadError(f"damaged header at byte {archive.offset}, or a second tar behind it")
     except InputError:
         raise
     except Exception as error:  # tarfile raises TarError, ValueError, IndexError, RecursionError, ... by damage
-        raise InputError(f"--src {path}: neither a folder nor a readable zip or tar ({error}); "
-                         "is the download complete?") from error
+        raise InputError(f"{where}: neither a zip nor a plain tar that can be read ({one_line(error)}): is the "
+                         "download complete?") from error
 
 
 def refusal(info: tarfile.TarInfo) -> str | None:

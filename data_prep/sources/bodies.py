@@ -14,17 +14,41 @@ the probe's person and camera are ignored. Where a set has more published ways o
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from functools import wraps
+from pathlib import Path
+
+import click
 
 from data_prep import InputError
 from data_prep.format import ROLES, Record, Skipped, Source
-from data_prep.sources.archives import members
-from data_prep.sources.folders import image_suffixes, strangers
-from data_prep.sources.lists import below, check_found, find, images_of, read_lines, read_table
+from data_prep.sources.folders import OPEN_SET, strangers
+from data_prep.sources.lists import Files, below, check_found, find, images_of, read_lines, read_table
 
-MARKET_NAME = re.compile(r"(-1|\d+)_c(\d{1,9})")
+VAL = click.option("--val", is_flag=True, help="Make the test split of the validation images instead.")
+MARKET_NAME = re.compile(r"[^/]+/(-1|\d+)_c(\d{1,9})[^/]*")
 
 
+def searched(read: Callable[..., Source]) -> Callable[..., Source]:
+    """A source of persons with the option --single-gallery-shot: its gallery is scored by CUHK03's first rule, too."""
+
+    @click.option("--single-gallery-shot", is_flag=True, default=None,
+                  help="Score a test split by CUHK03's rule too: one drawn gallery image of each person, drawn anew "
+                       "for every probe, ten times.")
+    @wraps(read)
+    def read_all(*arguments, single_gallery_shot: bool | None = None, **options) -> Source:
+        source = read(*arguments, **options)
+        if not single_gallery_shot:
+            return source
+        if source.protocol is None:
+            raise InputError("--single-gallery-shot is a way to score a test split: add --part test or leave it out")
+        variants = source.protocol.get("variants", ["general"])
+        return replace(source, protocol={"draws": 10} | source.protocol
+                       | {"variants": [*variants, f"{variants[0]} single-gallery-shot"]})
+
+    return read_all
+
+
+@searched
 def market(src: Path, domain: str, train: bool) -> Source:
     """Market-1501: `bounding_box_train`, or `query` and `bounding_box_test`; files `0002_c1s1_000451_03.jpg`.
 
@@ -33,29 +57,21 @@ def market(src: Path, domain: str, train: bool) -> Source:
     which its authors have withdrawn, has the same layout: 16,522, 2,228 and 17,661, no junk.
     Source: the torchreid and fast-reid readers of the two.
     """
-    skipped, records, endings = Skipped(), [], image_suffixes()
-    files = list(members(src, skipped))
-    for name, role in (("bounding_box_train", None),) if train else (("query", 0), ("bounding_box_test", 1)):
-        inside = [m for m in files if m.name.startswith(f"{name}/") and m.name.count("/") == 1]
-        if not inside:
-            raise InputError(f"--src {src}: no folder {name}; Market-1501 has bounding_box_train, bounding_box_test "
+    files, records = Files(src), []
+    for folder, role in (("bounding_box_train", None),) if train else (("query", 0), ("bounding_box_test", 1)):
+        if not any(name.startswith(f"{folder}/") for name in files):
+            raise InputError(f"--src {src}: no folder {folder}; Market-1501 has bounding_box_train, bounding_box_test "
                              "and query")
-        for member in inside:
-            file = PurePosixPath(member.name)
-            match = MARKET_NAME.match(file.name)
-            if file.suffix.lower() not in endings:
-                skipped.add(member.name, "not an image by its name")
-            elif not match:
-                skipped.add(member.name, "name is not Market-1501's")
-            elif match[1] == "-1":
-                skipped.add(member.name, "junk (person -1)")
-            elif int(match[1]) == 0 and role != 1:
-                skipped.add(member.name, "distractor (person 0) outside the gallery")
+        for match, member in images_of(files, MARKET_NAME, "Market-1501", (f"{folder}/",))[0]:
+            distractor = match[1].strip("0") == ""
+            if match[1] == "-1":
+                files.skipped.add(member.name, "junk (person -1)")
+            elif distractor and role != 1:
+                files.skipped.add(member.name, "distractor (person 0) outside the gallery")
             else:
-                distractor = int(match[1]) == 0
                 records.append(Record(member.read, member.name, None if distractor else match[1],
                                       camera=int(match[2]) - 1, role=2 if distractor else role))
-    return Source(records, None if train else {"name": "reid"}, skipped=skipped)
+    return Source(records, None if train else {"name": "reid"}, skipped=files.skipped)
 
 
 def reid(src: Path, records: list[Record], train: bool, skipped: Skipped | None = None, **protocol) -> Source:
@@ -71,15 +87,6 @@ def reid(src: Path, records: list[Record], train: bool, skipped: Skipped | None 
                   skipped=Skipped() if skipped is None else skipped, listed=skipped is None)
 
 
-def add_single_gallery_shot(source: Source) -> Source:
-    """The source, its gallery scored by single-gallery-shot too (CUHK03's first protocol), in ten draws."""
-    if source.protocol is None:
-        raise InputError("--single-gallery-shot is a way to score a test split: add --part test or leave it out")
-    variants = source.protocol.get("variants", ["general"])
-    return replace(source, protocol={"draws": 10} | source.protocol
-                   | {"variants": [*variants, f"{variants[0]} single-gallery-shot"]})
-
-
 def number(values: Iterable) -> Callable[[object], int]:
     """Numbers for cameras or clothes that have names: their rank among the sorted values."""
     return {value: i for i, value in enumerate(sorted(set(values)))}.__getitem__
@@ -88,6 +95,8 @@ def number(values: Iterable) -> Callable[[object], int]:
 MSMT17_NAME = re.compile(r"(?:.*/)?\d+_\d+_(\d{1,4})_[^/]*")
 
 
+@searched
+@click.option("--with-val", is_flag=True, help="Add list_val.txt to the training images.")
 def msmt17(src: Path, domain: str, train: bool, with_val: bool = False) -> Source:
     """MSMT17: `train`, `test` (V2: `mask_train_v2`, `mask_test_v2`) and `list_{train,val,query,gallery}.txt`.
 
@@ -123,13 +132,17 @@ def need_test(train: bool, val: bool) -> None:
 
 
 PRCC_NAMES = {
-    "train": re.compile(r"train/(?P<person>\d+)/(?P<camera>[ABC])_[^/]*"),
-    "val": re.compile(r"val/(?P<person>\d+)/(?P<camera>[ABC])_[^/]*"),
-    "test": re.compile(r"test/(?P<camera>[ABC])/(?P<person>\d+)/[^/]*"),
+    "train": re.compile(r"rgb/train/(?P<person>\d+)/(?P<camera>[ABC])_[^/]*"),
+    "val": re.compile(r"rgb/val/(?P<person>\d+)/(?P<camera>[ABC])_[^/]*"),
+    "test": re.compile(r"rgb/test/(?P<camera>[ABC])/(?P<person>\d+)/[^/]*"),
 }
 
 
-def prcc(src: Path, domain: str, train: bool, variant: str = "cross-clothes", val: bool = False) -> Source:
+@searched
+@VAL
+@click.option("--variant", type=click.Choice(["cross-clothes", "same-clothes"]), default="cross-clothes",
+              help="Probes of a test split: camera C or camera B.")
+def prcc(src: Path, domain: str, train: bool, variant: str, val: bool) -> Source:
     """PRCC: `rgb/{train,val}/<person>/{A,B,C}_*.jpg` and `rgb/test/{A,B,C}/<person>/*.jpg`; A, B, C are the cameras.
 
     A is the gallery; probes are C (cross-clothes) or B (same-clothes: A and B show one outfit), each a split of
@@ -141,8 +154,7 @@ def prcc(src: Path, domain: str, train: bool, variant: str = "cross-clothes", va
     need_test(train, val)
     part = "train" if train else "val" if val else "test"
     files = below(src, "PRCC has rgb/{train,val}/<person>/A_*.jpg and rgb/test/{A,B,C}/<person>/*.jpg", f"rgb/{part}")
-    files = {name.removeprefix("rgb/"): member for name, member in files.items()}
-    found, skipped = images_of(files, PRCC_NAMES[part], "PRCC", (f"{part}/",))
+    found, skipped = images_of(files, PRCC_NAMES[part], "PRCC", (f"rgb/{part}/",))
     clothes = number((m["person"], m["camera"] == "C") for m, _ in found)
     probe = {"cross-clothes": "C", "same-clothes": "B"}[variant]
     records = [Record(member.read, member.name, m["person"], camera="ABC".index(m["camera"]),
@@ -155,6 +167,7 @@ def prcc(src: Path, domain: str, train: bool, variant: str = "cross-clothes", va
 LTCC_NAME = re.compile(r"(?P<part>train|query|test)/(?P<person>\d+)_(?P<outfit>\d+)_c(?P<camera>\d{1,4})[^/]*")
 
 
+@searched
 def ltcc(src: Path, domain: str, train: bool) -> Source:
     """LTCC: `train`, `query`, `test` with `<person>_<outfit>_c<camera>_*.png`.
 
@@ -175,6 +188,8 @@ DEEPCHANGE_LINE = re.compile(r"(?P<name>P(?P<person>\d{1,9})_C\d+_(?P<outfit>[^_
                              r"(?P<tracklet>\d{1,9})(,.*)?")
 
 
+@searched
+@VAL
 def deepchange(src: Path, domain: str, train: bool, val: bool = False) -> Source:
     """DeepChange: `train-set`, `{test,val}-set-{query,gallery}`, each with its list `<folder>-bbox.txt`.
 
@@ -204,7 +219,10 @@ def deepchange(src: Path, domain: str, train: bool, val: bool = False) -> Source
     return reid(src, records, train)
 
 
-def persons(src: Path, domain: str, train: bool, table: str = "persons.csv", open_set: float | None = None,
+@searched
+@click.option("--table", metavar="NAME", default="persons.csv", help="Of the CSV, inside the source.")
+@OPEN_SET
+def persons(src: Path, domain: str, train: bool, table: str, open_set: float | None = None,
             seed: int = 0) -> Source:
     """Any set of persons: a CSV `path,person,camera[,clothes][,role]` in the source, and the images that it names.
 

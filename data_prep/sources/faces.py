@@ -1,6 +1,5 @@
 """Sources of faces: test sets of pairs (LFW and its relatives), of templates (IJB-B, IJB-C) and TinyFace."""
 
-import csv
 import io
 import math
 import posixpath
@@ -9,14 +8,16 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+import click
 import numpy as np
 from PIL import Image
 
 from data_prep import InputError
 from data_prep.format import BadImage, Record, Skipped, Source, as_text
-from data_prep.sources.archives import Member, absent, members, read_text
-from data_prep.sources.folders import image_suffixes, scan
-from data_prep.sources.lists import check_found, find
+from data_prep.records import listed_lines, split_lines
+from data_prep.sources.archives import Member, absent
+from data_prep.sources.folders import scan
+from data_prep.sources.lists import Files, check_found, find, images_of, read_lines
 from data_prep.write import as_rgb, open_image
 
 
@@ -26,15 +27,13 @@ def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, 
     Line 1 is `folds<TAB>n` (or `n`: one fold); then every fold has n lines `name i j` (same person) and n lines
     `name1 i name2 j` (different people). Or the same as CSV under a line of column names, as Kaggle has it.
     """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--pairs {path}: cannot be read ({error})") from error
-    head, comma = lines[0].split() if lines else [], "," in "".join(lines[:1])
+    lines = listed_lines(path, "--pairs")
+    first = lines[0][1] if lines else ""
+    head, comma = first.split(), "," in first
     if not comma and (len(head) not in (1, 2) or not all(re.fullmatch(r"[1-9]\d{0,8}", word) for word in head)):
-        raise InputError(f"--pairs {path}, line 1: want `folds<TAB>pairs per half`, found {''.join(lines[:1])[:60]!r}")
+        raise InputError(f"--pairs {path}, line 1: want `folds<TAB>pairs per half`, found {first[:60]!r}")
     pairs, fold = [], 0
-    for number, line in enumerate(lines[1:], 2):
+    for number, line in lines[1:]:
         words = re.split(",|\t", line.rstrip(", \t")) if comma or "\t" in line.strip() else line.split()
         if not line.strip(", \t"):
             continue
@@ -65,6 +64,7 @@ def deal_folds(same: np.ndarray) -> np.ndarray:
     return folds if len(set(zip(folds.tolist(), same.tolist(), strict=True))) == 20 else np.arange(len(same)) % 10
 
 
+@click.option("--pairs", type=click.Path(path_type=Path), help="pairs.txt in the format of LFW.")
 def lfw(src: Path, domain: str, train: bool, pairs: Path | None = None) -> Source:
     """Labeled Faces in the Wild: person folders `<Name>/<Name>_0001.jpg` and, for a test split, its `pairs.txt`.
 
@@ -117,14 +117,9 @@ def list_pairs(path: Path) -> list[Pair]:
     `left,right,same[,fold]`, with a header or not; `same left right` (the `*_ann.txt` of AgeDB-30, CALFW, CPLFW);
     `name same`, two lines a pair (CALFW's and CPLFW's own lists). Fields are separated by commas, tabs or blanks.
     """
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-        mark = "," if lines and "," in lines[0] else "\t" if lines and "\t" in lines[0] else None
-        rows = [(number, next(csv.reader([line])) if mark == "," else line.split(mark))
-                for number, line in enumerate(lines, 1) if line.strip()]
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"--pairs {path}: cannot be read ({error})") from error
-    rows, flags = [(number, [field.strip() for field in row]) for number, row in rows], FLAGS
+    lines, flags = listed_lines(path, "--pairs"), FLAGS
+    mark = next((mark for mark in (",", "\t") if lines and mark in lines[0][1]), None)
+    rows = split_lines(lines, f"--pairs {path}", mark)
     if rows and len(rows[0][1]) > 2 and not {rows[0][1][0].lower(), rows[0][1][2].lower()} & set(flags):
         del rows[0]  # the header
     first = rows[0][1] if rows else []
@@ -146,7 +141,7 @@ def list_pairs(path: Path) -> list[Pair]:
     return pairs
 
 
-def cfp_pairs(files: dict[str, Member], kind: str) -> list[Pair]:
+def cfp_pairs(src: Path, files: dict[str, Member], kind: str) -> list[Pair]:
     """The pairs of Celebrities in Frontal-Profile: `Protocol/Split/FP/01/same.txt` has lines `i,j`.
 
     They count from 1 in `Protocol/Pair_list_F.txt` and, for FP on the right, `Pair_list_P.txt`: `1 ../Data/...`.
@@ -154,35 +149,28 @@ def cfp_pairs(files: dict[str, Member], kind: str) -> list[Pair]:
     names = {}
     for side in "FP":
         list_file = f"Protocol/Pair_list_{side}.txt"
-        rows = [line.split() for line in read_text(files[list_file]).splitlines()] if list_file in files else []
+        rows = [line.split() for _, line in read_lines(src, files, list_file)] if list_file in files else []
         names[side] = {row[0]: posixpath.normpath(f"Protocol/{row[1]}") for row in rows if len(row) == 2}
     pairs = []
     for name in sorted(name for name in files if re.fullmatch(rf"Protocol/Split/{kind}/\d+/(same|diff)\.txt", name)):
-        for number, line in enumerate(read_text(files[name]).splitlines(), 1):
+        for where, line in read_lines(src, files, name):
             i, _, j = (word.strip() for word in line.partition(","))
-            if line.strip():
-                where = f"{name}, line {number}"
-                if i not in names["F"] or j not in names[kind[1]]:
-                    raise InputError(f"{where}: want `i,j` of the lists Protocol/Pair_list_*.txt, found {line[:60]!r}")
-                same = int(name.endswith("same.txt"))
-                pairs.append((names["F"][i], names[kind[1]][j], same, int(name.split("/")[3]), where))
+            if i not in names["F"] or j not in names[kind[1]]:
+                raise InputError(f"{where}: want `i,j` of the lists Protocol/Pair_list_*.txt, found {line[:60]!r}")
+            same = int(name.endswith("same.txt"))
+            pairs.append((names["F"][i], names[kind[1]][j], same, int(name.split("/")[3]), where))
     return pairs
 
 
 def join(count: int, links: Iterable[tuple[int, int]]) -> list[int]:
     """For each of `count` items the first item that it is linked with, directly or through others."""
-    parent = list(range(count))
+    from scipy.sparse import coo_array  # here, because it takes a second
+    from scipy.sparse.csgraph import connected_components
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for a, b in links:
-        a, b = sorted((root(a), root(b)))
-        parent[b] = a
-    return [root(i) for i in range(count)]
+    a, b = np.array(list(links), dtype=np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(a), dtype=bool), (a, b)), shape=(count, count))
+    group = connected_components(graph, directed=False)[1]
+    return np.unique(group, return_index=True)[1][group].tolist()
 
 
 def name_people(names: list[str], pairs: list[tuple[int, int, int, int]]) -> list[str]:
@@ -205,6 +193,7 @@ def name_people(names: list[str], pairs: list[tuple[int, int, int, int]]) -> lis
     return [names[i] for i in linked]
 
 
+@click.option("--pairs", type=click.Path(path_type=Path), required=True, metavar="FILE|FP|FF", help="List of pairs.")
 def pairs(src: Path, domain: str, train: bool, pairs: Path) -> Source:
     """Images with a list of pairs: AgeDB-30, CALFW, CPLFW, CFP-FP, CFP-FF, or your own `left,right,same[,fold]`.
 
@@ -216,9 +205,9 @@ def pairs(src: Path, domain: str, train: bool, pairs: Path) -> Source:
     """
     if train:
         raise InputError("pairs: a list of pairs makes a test split: add --part test")
-    files = {member.name: member for member in members(src)}
+    files = Files(src)
     if str(pairs) in ("FF", "FP") and any(name.startswith(f"Protocol/Split/{pairs}/") for name in files):
-        listed = cfp_pairs(files, str(pairs))
+        listed = cfp_pairs(src, files, str(pairs))
     else:
         listed = list_pairs(pairs)
     if not listed:
@@ -250,22 +239,13 @@ def tinyface(src: Path, domain: str, train: bool) -> Source:
     2,570 people; 3,728 probes, 4,443 matches, 153,428 distractors.
     Source: Cheng et al. 2018; AdaFace, `validation_lq/tinyface_helper.py`.
     """
-    records, skipped, endings = [], Skipped(), image_suffixes()
-    roles = {"Probe": 0, "Gallery_Match": 1, "Gallery_Distractor": 2}
-    for member in members(src, skipped):
-        part, kind, name = (*member.name.split("/", 2), "", "")[:3]
-        if part != ("Training_Set" if train else "Testing_Set") or not (name and (train or kind in roles)):
-            continue
-        number = re.match(r"(\d+)_", name)
-        if PurePosixPath(name).suffix.lower() not in endings:
-            skipped.add(member.name, "not an image by its name")
-        elif train:
-            records.append(Record(member.read, member.name, kind))
-        elif kind != "Gallery_Distractor" and not number:
-            skipped.add(member.name, "name is not TinyFace's")
-        else:
-            person = None if kind == "Gallery_Distractor" else number[1]
-            records.append(Record(member.read, member.name, person, role=roles[kind]))
+    kinds = "Probe", "Gallery_Match", "Gallery_Distractor"
+    pattern = (r"Training_Set/(?P<person>[^/]+)/.+" if train else
+               r"Testing_Set/(?P<kind>Gallery_Distractor/.+|(Probe|Gallery_Match)/(?P<person>\d+)_.*)")
+    folders = ("Training_Set/",) if train else tuple(f"Testing_Set/{kind}/" for kind in kinds)
+    found, skipped = images_of(Files(src), re.compile(pattern), "TinyFace", folders)
+    records = [Record(member.read, member.name, m["person"],
+                      role=None if train else kinds.index(m["kind"].partition("/")[0])) for m, member in found]
     if not records or (not train and {record.role for record in records} < {0, 1}):
         raise InputError(f"--src {src}: no images of TinyFace; want Training_Set/<id>/ and Testing_Set/ with Probe, "
                          "Gallery_Match and Gallery_Distractor")
@@ -318,18 +298,17 @@ def number(text: str) -> float:
     return value
 
 
-def read_table(member: Member, kinds: tuple[Callable, ...], mark: str | None = None, skip: int = 0) -> list[tuple]:
-    """The first fields of every line of a list, each of its kind."""
-    rows = []
-    for place, line in enumerate(read_text(member).splitlines(), 1):
-        if place > skip and line.strip():
+def read_numbers(src: Path, files: dict[str, Member], name: str, kinds: tuple[Callable, ...], mark: str | None = None
+                 ) -> Iterator[tuple]:
+    """The first fields of every line of a list, each of its kind; between marks other than blanks under a header."""
+    for place, (where, line) in enumerate(read_lines(src, files, name)):
+        if place or not mark:
             fields = line.split(mark)[: len(kinds)]
             try:
-                rows.append(tuple(kind(field) for kind, field in zip(kinds, fields, strict=True)))
+                yield tuple(kind(field) for kind, field in zip(kinds, fields, strict=True))
             except ValueError as error:
                 wanted = " ".join(kind.__name__ for kind in kinds)
-                raise InputError(f"{member.name}, line {place}: want {wanted}, found {line[:60]!r}") from error
-    return rows
+                raise InputError(f"{where}: want {wanted}, found {line[:60]!r}") from error
 
 
 def read_template_pairs(member: Member) -> np.ndarray:
@@ -367,19 +346,20 @@ def ijb(src: Path, domain: str, train: bool) -> Source:
     """
     if train:
         raise InputError("ijb: a set of templates is a test split: add --part test")
-    files = {member.name: member for member in members(src)}
+    files = Files(src)
     found = [re.fullmatch(r"(meta/\w+_)face_tid_mid\.txt", name) for name in files]
     stem = next((match[1] for match in found if match), None)
     if stem is None or f"{stem}template_pair_label.txt" not in files:
         raise InputError(f"--src {src}: no meta/ijbc_face_tid_mid.txt and meta/ijbc_template_pair_label.txt (or ijbb): "
                          "IJB-B and IJB-C are two sources, each a folder of its own")
-    images = read_table(files[f"{stem}face_tid_mid.txt"], (str, whole, whole))
-    landmarks = files.get(f"{stem}name_5pts_score.txt")
-    faces = {name: rest for name, *rest in read_table(landmarks, (str, *[number] * 11))} if landmarks else {}
+    images = list(read_numbers(src, files, f"{stem}face_tid_mid.txt", (str, whole, whole)))
+    landmarks = f"{stem}name_5pts_score.txt"
+    faces = {name: rest for name, *rest in read_numbers(src, files, landmarks, (str, *[number] * 11))
+             } if landmarks in files else {}
     tops = {name.partition("/")[0] for name in files}
     crops = next((top for top in sorted(tops) if top.startswith("aligned")), "loose_crop")
     pairs = read_template_pairs(files[f"{stem}template_pair_label.txt"])
-    lists = {kind: [dict(read_table(files[name], (whole, whole), ",", skip=1)) for name in sorted(files)
+    lists = {kind: [dict(read_numbers(src, files, name, (whole, whole), ",")) for name in sorted(files)
                     if re.fullmatch(rf"{stem}1N_{kind}\.csv", name)] for kind in (r"gallery_[GS]\d", "probe_mixed")}
     galleries, probes = lists.values()
     subjects = {template: subject for found in galleries + probes for template, subject in found.items()}

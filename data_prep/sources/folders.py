@@ -1,21 +1,42 @@
 """Sources of class folders: one folder a class or person, images anywhere below it (ImageFolder layout)."""
 
-from collections.abc import Iterator
-from functools import partial
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 
+import click
 import numpy as np
 from PIL import Image
 
-from data_prep import InputError
+from data_prep import InputError, Number
 from data_prep.format import READABLE, Record, Skipped, Source, as_text
-from data_prep.records import draw, rank_in_group
+from data_prep.records import Records, draw, listed_lines, rank_in_group
 from data_prep.sources.archives import Member, is_leftover, members
 
+REFERENCE = click.option("--reference", metavar="SPLIT",
+                         help="Objects: split whose images classify a test split, by class means and neighbours "
+                              "(default: train).")
+OOD = click.option("--ood", is_flag=True,
+                   help="Objects: mark a test split as out of distribution, for its retention.")
+OPEN_SET = click.option("--open-set", type=Number(0, 1, min_open=True, max_open=True), metavar="SHARE",
+                        help="People: leave this share of a test split's identities out of the gallery; their images "
+                             "are probes without a mate, which TPIR@FPIR needs. By --seed and name.")
 
+
+@cache
 def image_suffixes() -> frozenset[str]:
     """Lower-case file endings of the formats that are read, with their dot."""
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in READABLE)
+
+
+def is_image(member: Member, skipped: Skipped) -> bool:
+    """Whether a file is an image by its name; if not, it goes to `skipped`."""
+    image = PurePosixPath(member.name).suffix.lower() in image_suffixes()
+    if not image:
+        skipped.add(member.name, "not an image by its name")
+    return image
 
 
 def unwrap(src: Path) -> Path:
@@ -28,27 +49,57 @@ def unwrap(src: Path) -> Path:
         if not any(path.is_dir() and not is_leftover(path.name, None) for path in folders[0].iterdir()):
             break
         src = folders[0]
-        print(f"  class folders are those of {src}")
     return src
 
 
 def scan(src: Path, skipped: Skipped) -> Iterator[tuple[str, Member]]:
     """All images below src as (class folder, file), sorted; files left out go to `skipped`."""
-    endings, files, start = image_suffixes(), members(unwrap(src), skipped), 0
+    if (inner := unwrap(src)) != src:
+        print(f"  class folders are those of {inner}")
+    images, start = (member for member in members(inner, skipped) if is_image(member, skipped)), 0
     if not src.is_dir():  # an archive may wrap more than `members` unwraps
-        files = list(files)
-        names = [member.name for member in files if PurePosixPath(member.name).suffix.lower() in endings]
-        while len({name[start:].partition("/")[0] for name in names}) == 1 and any(
-                name.count("/", start) > 1 for name in names):
-            start = names[0].index("/", start) + 1
-    for member in files:
+        images = list(images)
+        while len({member.name[start:].partition("/")[0] for member in images}) == 1 and any(
+                member.name.count("/", start) > 1 for member in images):
+            start = images[0].name.index("/", start) + 1
+    for member in images:
         top, slash, _ = member.name[start:].partition("/")
-        if PurePosixPath(member.name).suffix.lower() not in endings:
-            skipped.add(member.name, "not an image by its name")
-        elif not slash:
-            skipped.add(member.name, "not in a class folder")
-        else:
+        if slash:
             yield top, member
+        else:
+            skipped.add(member.name, "not in a class folder")
+
+
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+def check_classes(records: Records, src: Path) -> None:
+    """InputError where what would be classes are the parts of a data set, or data sets side by side.
+
+    The latter by a sample of the images: nearly all lie in folders below their class's, of which every class has
+    several, and the classes are few, or fewer than such folders of a class (people may have a folder a video).
+    """
+    names, first = records.identities, records[0]
+    where = f"{unwrap(src)}{f'/{first.name}'.partition(f'/{first.identity}/')[0]}"
+    parts = sorted(name for name in names if name.lower() in SPLIT_NAMES)
+    if len(parts) > 1 or len(parts) == len(names) == 1:  # one among others may be a railway's
+        raise InputError(f"--src {src}: its classes would be {', '.join(parts)}, which are the parts of a data set: "
+                         f"give one of them, --src {where}/{parts[0]}, and each its own --out")
+    inner = defaultdict(Counter)  # class -> folder below it -> images
+    for i in np.unique(np.linspace(0, len(records) - 1, min(len(records), 4096), dtype=int)):
+        record = records[i]
+        inner[record.identity][f"/{record.name}".partition(f"/{record.identity}/")[2].rpartition("/")[0]] += 1
+    several = all(5 * images.pop("", 0) <= images.total() and len(images) > 1 for images in inner.values())
+    count = sum(map(len, inner.values()))
+    if len(inner) < 2 or not several:
+        return
+    text = f"{len(inner):,} folders, {', '.join(list(inner)[:3])}{', ...' * (len(inner) > 3)}, hold {count:,} folders"
+    if len(inner) > 10 and count < len(inner) ** 2:
+        print(f"  note: {text} of images: they are taken for {len(inner):,} classes")
+        return
+    raise InputError(f"--src {src}: {text} of images, as data sets side by side do: give one of them, --src "
+                     f"{where}/{first.identity}, and each its own --out (`merge` joins them); if these {len(inner):,} "
+                     "are the classes, name them in --list FILE")
 
 
 def strangers(names: list[str], share: float, seed: int) -> np.ndarray:
@@ -59,55 +110,60 @@ def strangers(names: list[str], share: float, seed: int) -> np.ndarray:
 def deal_roles(labels: np.ndarray, names: list[str], open_set: float = 0.0, seed: int = 0) -> np.ndarray:
     """Roles of a search: an identity's first image is the gallery, later ones probes, a lone one a distractor.
 
-    All images of the strangers are probes.
-
-    Args:
-        labels: of the images that could be read, in source order, int64 [M].
-        names: of the identities.
-        open_set: share of strangers among them.
-        seed: of their choice.
+    All images of the strangers (`open_set`: their share among the names, chosen by `seed`) are probes. `labels`: of the
+    images that could be read, in source order, int64 [M].
     """
     several = np.bincount(labels, minlength=len(names)) > 1
     roles = np.where(rank_in_group(labels) > 0, 0, np.where(several[labels], 1, 2))
     return np.where(strangers(names, open_set, seed)[labels], 0, roles)
 
 
+def labelled(records: Iterable[Record], domain: str, train: bool, skipped: Skipped, names: dict[str, str],
+             reference: str | None = None, ood: bool = False, **protocol) -> Source:
+    """Labelled images as a split: for training, or scored as classification (objects) or identification (people).
+
+    `records` may be an iterator that fills `skipped` and `names` as it goes.
+    """
+    if (ood or reference) and (train or domain != "object"):
+        raise InputError("--reference and --ood say how a test split of objects is scored: leave them out here")
+    if train:
+        return Source(records, skipped=skipped, names=names)
+    if domain == "object":
+        classification = {"name": "classification", "reference": reference or "train", "ood": ood, **protocol}
+        return Source(records, classification, skipped=skipped, names=names)
+    return Source(records, {"name": "identification"}, skipped=skipped, names=names, deal=deal_roles)
+
+
 def read_names(path: Path | None) -> dict[str, str]:
     """`folder<TAB>name` lines: the names that people and prompts use for class folders."""
-    if path is None:
-        return {}
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"--names {path}: cannot be read ({error})") from error
     names = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in listed_lines(path, "--names") if path else ():
         folder, tab, name = line.partition("\t")
-        if line.strip() and not tab:
+        if not tab:
             raise InputError(f"--names {path}, line {number}: want folder<TAB>name, found {line[:60]!r}")
-        if tab:
-            names[as_text(folder.strip())] = name.strip()
+        names[as_text(folder.strip())] = name.strip()
     return names
 
 
+@click.option("--names", type=click.Path(path_type=Path), help="File of folder<TAB>name lines: names for prompts.")
+@REFERENCE
+@OOD
+@OPEN_SET
 def folder(src: Path, domain: str, train: bool, names: Path | None = None, reference: str | None = None,
            ood: bool = False, open_set: float | None = None, seed: int = 0) -> Source:
-    """Class folders of any image set.
+    """Class folders: `<class or person>/**/image`.
 
     A test split is scored as classification (objects; class means and neighbours come from the split `reference` of
     the same domain; `ood` marks a split as out of distribution) or as identification (faces and bodies: of the images
     that can be read, a person's first is the gallery, the others are probes; people with a single one are distractors;
     with `open_set`, that share of the people has no image in the gallery, and all of theirs are probes).
     """
-    if (ood or reference) and (train or domain != "object"):
-        raise InputError("--reference and --ood say how a test split of objects is scored: leave them out here")
     if open_set and (train or domain == "object"):
         raise InputError("--open-set says which people of a test split are not enrolled: leave it out here")
     skipped = Skipped()
     records = (Record(member.read, member.name, name) for name, member in scan(src, skipped))
-    if train or domain == "object":
-        protocol = None if train else {"name": "classification", "reference": reference or "train", "ood": ood}
-        return Source(records, protocol, skipped=skipped, names=read_names(names))
-    protocol = {"name": "identification"} | ({"open_set": open_set, "seed": seed} if open_set else {})
-    return Source(records, protocol, skipped=skipped, names=read_names(names),
-                  deal=partial(deal_roles, open_set=open_set or 0.0, seed=seed))
+    source = labelled(records, domain, train, skipped, read_names(names), reference, ood)
+    if open_set:
+        source = replace(source, protocol=source.protocol | {"open_set": open_set, "seed": seed},
+                         deal=partial(deal_roles, open_set=open_set, seed=seed))
+    return source

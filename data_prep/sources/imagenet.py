@@ -1,4 +1,4 @@
-"""Sources of objects: ImageNet, the test sets that share its classes, Hugging Face parquet, WebDataset tars.
+"""Sources of objects: ImageNet and the test sets that share its classes.
 
 An ImageNet class is its wnid, whatever a set calls it, so a test set of some of the classes is scored among those. Its
 number, where a set uses numbers, is the rank of the wnid among the sorted thousand.
@@ -9,16 +9,17 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
-from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+import click
 
 from data_prep import InputError
 from data_prep.format import BadImage, Record, Skipped, Source
 from data_prep.sources.archives import members
-from data_prep.sources.folders import deal_roles
-from data_prep.sources.lists import below, images_of, match_images, place_of, read_json, read_lines, read_table
+from data_prep.sources.folders import REFERENCE, labelled
+from data_prep.sources.lists import Files, below, images_of, match_images, place_of, read_json, read_lines, read_table
 from data_prep.write import as_rgb, open_image
 
 LARGEST_LABELS = 2**24  # bytes of a list of labels; ReaL's has 630,000
@@ -37,22 +38,6 @@ def imagenet_classes() -> dict[str, str]:
 def imagenet_wnids() -> list[str]:
     """The wnids of the classes 0..999."""
     return list(imagenet_classes())
-
-
-def split_of(records: Iterable[Record], domain: str, train: bool, skipped: Skipped, names: dict[str, str],
-             reference: str | None = None, ood: bool = False, **protocol) -> Source:
-    """Labelled images as a split: for training, or scored as classification (objects) or identification (people).
-
-    `records` may be an iterator that fills `skipped` and `names` as it goes.
-    """
-    if (ood or reference) and (train or domain != "object"):
-        raise InputError("--reference and --ood say how a test split of objects is scored: leave them out here")
-    if train:
-        return Source(records, None, skipped=skipped, names=names)
-    if domain == "object":
-        classification = {"name": "classification", "reference": reference or "train", "ood": ood, **protocol}
-        return Source(records, classification, skipped=skipped, names=names)
-    return Source(records, {"name": "identification"}, skipped=skipped, names=names, deal=deal_roles)
 
 
 # ---------------------------------------------------------------- ImageNet and its test sets
@@ -94,6 +79,9 @@ def with_real(read: Callable[[], bytes], wnids: list[str]) -> tuple[bytes, dict]
     return read(), {"real": wnids}
 
 
+@REFERENCE
+@click.option("--real", type=click.Path(path_type=Path), metavar="FILE",
+              help="A validation split: real.json with the labels of ReaL.")
 def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, real: Path | None = None) -> Source:
     """ImageNet-1k: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`, or Kaggle's `ILSVRC/Data/CLS-LOC/{train,val}`.
 
@@ -139,27 +127,22 @@ def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, 
                 read = partial(with_real, read, labels[int(number[1]) - 1])
             yield Record(read, member.name, wnid)
 
-    return split_of(records(), domain, train, skipped, names | imagenet_classes(), reference, **extra)
-
-
-def known(wnid: str, src: Path) -> str:
-    """The wnid, if it is one of the thousand."""
-    if wnid not in imagenet_classes():
-        raise InputError(f"--src {src}: {wnid} is not one of the 1,000 classes of ImageNet-1k")
-    return wnid
+    return labelled(records(), domain, train, skipped, names | imagenet_classes(), reference, **extra)
 
 
 def wnid_folders(src: Path, domain: str, train: bool, reference: str | None, kind: str, classes: int) -> Source:
     """A test set in wnid folders, `<wnid>/<image>`, of at most so many classes."""
     need_objects(domain, train)
-    files = {file.name: file for file in members(src)}
-    found, skipped = images_of(files, re.compile(r"(?:.*/)?(n\d{8})/[^/]+"), kind)
-    records = [Record(member.read, member.name, known(m[1], src)) for m, member in found]
+    found, skipped = images_of(Files(src), re.compile(r"(?:.*/)?(n\d{8})/[^/]+"), kind)
+    records = [Record(member.read, member.name, m[1]) for m, member in found]
+    if unknown := sorted({record.identity for record in records} - set(imagenet_wnids())):
+        raise InputError(f"--src {src}: {unknown[0]} is not one of the 1,000 classes of ImageNet-1k")
     if (n := len({record.identity for record in records})) > classes:
         raise InputError(f"--src {src}: {n:,} classes, but {kind} has {classes:,}")
-    return split_of(records, domain, train, skipped, imagenet_classes(), reference, ood=True)
+    return labelled(records, domain, train, skipped, imagenet_classes(), reference, ood=True)
 
 
+@REFERENCE
 def imagenet_a(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
     """ImageNet-A (natural adversarial examples): `imagenet-a/<wnid>/*.jpg`.
 
@@ -168,6 +151,7 @@ def imagenet_a(src: Path, domain: str, train: bool, reference: str | None = None
     return wnid_folders(src, domain, train, reference, "ImageNet-A", 200)
 
 
+@REFERENCE
 def imagenet_r(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
     """ImageNet-R (renditions): `imagenet-r/<wnid>/*`.
 
@@ -176,6 +160,7 @@ def imagenet_r(src: Path, domain: str, train: bool, reference: str | None = None
     return wnid_folders(src, domain, train, reference, "ImageNet-R", 200)
 
 
+@REFERENCE
 def imagenet_sketch(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
     """ImageNet-Sketch: `sketch/<wnid>/*`.
 
@@ -184,6 +169,7 @@ def imagenet_sketch(src: Path, domain: str, train: bool, reference: str | None =
     return wnid_folders(src, domain, train, reference, "ImageNet-Sketch", 1000)
 
 
+@REFERENCE
 def imagenet_v2(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
     """ImageNet-V2: `imagenetv2-matched-frequency-format-val/<0..999>/*.jpeg`, or another of its variants.
 
@@ -192,14 +178,14 @@ def imagenet_v2(src: Path, domain: str, train: bool, reference: str | None = Non
     10 of its repository.
     """
     need_objects(domain, train)
-    files, wnids = {file.name: file for file in members(src)}, imagenet_wnids()
-    found, skipped = images_of(files, re.compile(r"(?:.*/)?(\d{1,3})/[^/]+"), "ImageNet-V2")
+    wnids = imagenet_wnids()
+    found, skipped = images_of(Files(src), re.compile(r"(?:.*/)?(\d{1,3})/[^/]+"), "ImageNet-V2")
     records = [Record(member.read, member.name, wnids[int(m[1])]) for m, member in found]
     for wnid, n in Counter(record.identity for record in records).items():
         if n != 10:
             raise InputError(f"--src {src}: {n} images in folder {wnids.index(wnid)}, ImageNet-V2 has 10 in each: give "
                              "the folder of one variant, whole")
-    return split_of(records, domain, train, skipped, imagenet_classes(), reference, ood=True)
+    return labelled(records, domain, train, skipped, imagenet_classes(), reference, ood=True)
 
 
 def inside_border(read: Callable[[], bytes], border: int) -> bytes:
@@ -213,6 +199,7 @@ def inside_border(read: Callable[[], bytes], border: int) -> bytes:
     return out.getvalue()
 
 
+@REFERENCE
 def objectnet(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
     """ObjectNet: `images/<folder>/*.png` and, in `mappings`, the four files that lead from its folders to ImageNet.
 
@@ -243,42 +230,4 @@ def objectnet(src: Path, domain: str, train: bool, reference: str | None = None)
                for m, member in found if m[1] in groups]
     names = {group[0]: folder_label[folder] for folder, group in groups.items()}
     several = {group[0]: group for group in groups.values() if len(group) > 1}
-    return split_of(records, domain, train, skipped, names, reference, ood=True, groups=several)
-
-
-# ---------------------------------------------------------------- Hugging Face parquet
-
-
-# ---------------------------------------------------------------- WebDataset tars
-
-
-def tar_samples(files: Iterable[tuple[str, int, int]], endings: frozenset[str], skipped: Skipped
-                ) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Key and fields (ending -> offset, size) of every sample: neighbours in the tar whose names agree to a dot.
-
-    By the format that is the first dot of the name, so that `7.seg.png` is a field of `7.jpg`. But names with dots of
-    their own, such as `img.v1.7.jpg` and `img.v1.7.cls`, are samples, too, and where a field comes again the next
-    sample of the same key begins.
-    """
-    def visible() -> Iterator[tuple[PurePosixPath, tuple[int, int]]]:
-        for name, *place in files:
-            if (path := PurePosixPath(name)).name.startswith("."):  # such as the ._7.jpg that macOS puts beside 7.jpg
-                skipped.add(name, "hidden file")
-            else:
-                yield path, tuple(place)
-
-    def has_image(again: list[dict]) -> bool:
-        return any(f".{ending}" in endings for fields in again for ending in fields)
-
-    for (folder, _), parts in groupby(visible(), lambda part: (part[0].parent, part[0].name.partition(".")[0])):
-        samples: dict[str, list[dict]] = {}  # by the name to its last dot
-        for path, place in parts:
-            again, ending = samples.setdefault(path.stem, [{}]), path.suffix[1:].lower()
-            if ending in again[-1]:
-                again.append({})
-            again[-1][ending] = place
-        for stem, again in samples.items():
-            part_of = any(has_image(samples.get(stem[:n], [])) for n, sign in enumerate(stem) if sign == ".")
-            for fields in again:
-                if not part_of or (has_image([fields]) and {"cls", "json"} & fields.keys()):
-                    yield str(folder / stem), fields
+    return labelled(records, domain, train, skipped, names, reference, ood=True, groups=several)

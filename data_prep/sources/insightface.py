@@ -14,9 +14,9 @@ import numpy as np
 
 from data_prep import InputError
 from data_prep.format import BadImage, Record, Skipped, Source
-from data_prep.sources.archives import check_size, read_range
+from data_prep.sources.archives import check_size, is_leftover, read_file
 from data_prep.sources.faces import ten_folds
-from data_prep.sources.folders import deal_roles
+from data_prep.sources.folders import labelled
 
 # ---------------------------------------------------------------- RecordIO
 
@@ -135,7 +135,7 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
     WebFace42M 42,474,557 of 2,059,906.
     Source: insightface, `arcface_torch/dataset.py`, `rec2shufrec.py`, `rec_builder.py`.
     """
-    found = sorted(src.glob("*.rec")) if src.is_dir() else [src]
+    found = [path for path in src.glob("*.rec") if not is_leftover(path.name, None)] if src.is_dir() else [src]
     rec = next((path for path in found if path.name == "train.rec"), found[0] if len(found) == 1 else None)
     if rec is None or not rec.is_file():
         raise InputError(f"--src {src}: want a folder with train.rec (and train.idx, property), or one .rec file")
@@ -168,8 +168,7 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
         print(f"  note: {note} says {int(classes[1]):,} people, the records name {len(set(people)):,}")
     records = (Record(partial(read_record, rec, offset), f"{rec.name}:{key}", f"{person:07d}")
                for key, offset, person in zip(keys, offsets, people, strict=True))
-    return Source(records, None if train else {"name": "identification"}, skipped=skipped,
-                  deal=None if train else deal_roles)
+    return labelled(records, domain, train, skipped, {})
 
 
 # ---------------------------------------------------------------- verification sets
@@ -247,7 +246,7 @@ class Unpickler(pickle._Unpickler):
 def unpickle(path: Path):
     """The content of a verification set; InputError for anything that such a file has no need of."""
     try:
-        return Unpickler(read_range(path)).load()
+        return Unpickler(read_file(path)).load()
     except Exception as error:  # damage ends in UnpicklingError, EOFError, ValueError, TypeError, IndexError, ...
         raise InputError(f"--src {path}: not a verification set of images and booleans ({str(error)[:80]}): not read "
                          "any further, nothing in it was run") from error

@@ -9,60 +9,62 @@ import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from data_prep import InputError
-from data_prep.format import Record, Skipped, as_text
+from data_prep.format import BadImage, Record, Skipped, as_text
 from data_prep.sources.archives import Member, absent, members
-from data_prep.sources.folders import image_suffixes
+from data_prep.sources.folders import is_image
 
 
 def place_of(src: Path, layout: str, *landmarks: str) -> tuple[str, str]:
     """Where a data set begins below src: what comes before its names, and the landmark that tells.
 
     Data sets are unpacked with and without the folders they were packed in, so a landmark (a file or a folder) may lie
-    at any depth; the first landmark that there is counts, at its highest place.
-
-    Raises:
-        InputError: there is none below src; `layout` says what should be.
+    at any depth; the first landmark that there is counts, at its highest place. InputError where there is none;
+    `layout` says what should be.
     """
     tops = {landmark: set() for landmark in landmarks}
     for file in members(src):
-        for landmark, found in tops.items():
+        for landmark, places in tops.items():
             if (start := f"/{file.name}/".find(f"/{landmark}/")) >= 0:
-                found.add(file.name[:start])
-    for landmark, found in tops.items():
-        if found:
-            return min(found, key=lambda name: (name.count("/"), name)), landmark
+                places.add(file.name[:start])
+    for landmark, places in tops.items():
+        if places:
+            return min(places, key=lambda name: (name.count("/"), name)), landmark
     raise InputError(f"--src {src}: no {landmarks[0]} in it; {layout}")
 
 
-def below(src: Path, layout: str, *landmarks: str) -> dict[str, Member]:
-    """The members of the data set that a landmark tells, by their names in it; see `place_of`."""
-    top, _ = place_of(src, layout, *landmarks)
-    return {file.name[len(top):]: file for file in members(src) if file.name.startswith(top)}
+class Files(dict[str, Member]):
+    """The members of a source, by their names in the data set, which begins below `top`; `skipped`: see `members`."""
+
+    def __init__(self, src: Path, top: str = "") -> None:
+        self.skipped = Skipped()
+        files = members(src, self.skipped)
+        super().__init__((file.name[len(top):], file) for file in files if file.name.startswith(top))
+
+
+def below(src: Path, layout: str, *landmarks: str) -> Files:
+    """The files of the data set that a landmark tells; see `place_of`."""
+    return Files(src, place_of(src, layout, *landmarks)[0])
 
 
 def match_images(files: Iterable[tuple[str, Member]], pattern: re.Pattern, kind: str, skipped: Skipped,
                  folders: tuple[str, ...] = ("",)) -> Iterator[tuple[re.Match, Member]]:
     """The images in these folders whose whole name fits the pattern; others go to `skipped`."""
-    endings = image_suffixes()
     for name, member in files:
-        if not name.startswith(folders):
+        if not name.startswith(folders) or not is_image(member, skipped):
             continue
-        if PurePosixPath(name).suffix.lower() not in endings:
-            skipped.add(member.name, "not an image by its name")
-        elif match := pattern.fullmatch(name):
+        if match := pattern.fullmatch(name):
             yield match, member
         else:
             skipped.add(member.name, f"name is not {kind}'s")
 
 
-def images_of(files: dict[str, Member], pattern: re.Pattern, kind: str, folders: tuple[str, ...] = ("",)
+def images_of(files: Files, pattern: re.Pattern, kind: str, folders: tuple[str, ...] = ("",)
               ) -> tuple[list[tuple[re.Match, Member]], Skipped]:
     """As `match_images`, all at once, and what was left out."""
-    skipped = Skipped()
-    return list(match_images(files.items(), pattern, kind, skipped, folders)), skipped
+    return list(match_images(files.items(), pattern, kind, files.skipped, folders)), files.skipped
 
 
 def read_text(src: Path, files: dict[str, Member], name: str) -> str:
@@ -71,19 +73,19 @@ def read_text(src: Path, files: dict[str, Member], name: str) -> str:
         raise InputError(f"--src {src}: no {name} in it")
     try:
         return files[name].read().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (BadImage, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{src}/{name}: cannot be read as text ({error})") from error
 
 
 def read_json(src: Path, files: dict[str, Member], name: str) -> dict[str, object]:
     """A JSON file that holds an object."""
     try:
-        found = json.loads(read_text(src, files, name))
+        value = json.loads(read_text(src, files, name))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{src}/{name}: not JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{src}/{name}: want a JSON object, found {type(found).__name__}")
-    return found
+    if not isinstance(value, dict):
+        raise InputError(f"{src}/{name}: want a JSON object, found {type(value).__name__}")
+    return value
 
 
 def read_lines(src: Path, files: dict[str, Member], name: str) -> Iterator[tuple[str, str]]:

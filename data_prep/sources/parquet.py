@@ -1,4 +1,4 @@
-
+"""Source of Hugging Face parquet: images and labels as columns."""
 
 import json
 import os
@@ -8,11 +8,17 @@ from fnmatch import fnmatch
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 
+import click
+
 from data_prep import InputError
 from data_prep.format import BadImage, Record, Skipped, Source, as_text
-from data_prep.sources.archives import members
-from data_prep.sources.archives import read_range as read_file
-from data_prep.sources.imagenet import imagenet_classes, imagenet_wnids, split_of
+from data_prep.sources.archives import members, one_line, read_file
+from data_prep.sources.folders import OOD, REFERENCE, labelled
+from data_prep.sources.imagenet import imagenet_classes, imagenet_wnids
+
+WNIDS = click.option("--wnids", is_flag=True,
+                     help="Labels are the numbers 0..999 of ImageNet's classes: write wnids.")
+RUN = 128  # rows that stay together in a training split: read singly, each would cost the reading of its row group
 
 
 def class_of(label: object, wnids: bool, where: str) -> str | None:
@@ -28,14 +34,6 @@ def class_of(label: object, wnids: bool, where: str) -> str | None:
     if label >= len(imagenet_wnids()):
         raise InputError(f"{where}: label {label}, but --wnids wants 0..999, the numbers of ImageNet's classes")
     return imagenet_wnids()[label]
-
-
-RUN = 128  # rows that stay together in a training split: read singly, each would cost the reading of its row group
-
-
-def one_line(error: Exception) -> str:
-    """What a library says is wrong, short enough for a message."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @lru_cache(maxsize=1)
@@ -69,9 +67,15 @@ def parquet_image(path: str, column: str, group: int, row: int, src: str) -> byt
     return read_file(there)
 
 
-def parquet(src: Path, domain: str, train: bool, files: str | None = None, image_column: str = "image",
-            label_column: str = "label", wnids: bool = False, reference: str | None = None,
-            ood: bool = False) -> Source:
+@click.option("--files", metavar="PATTERN",
+              help="Of the files' names (default: *train*; for a test split *val*, else *test*).")
+@click.option("--image-column", metavar="NAME", default="image", help="Column of the images.")
+@click.option("--label-column", metavar="NAME", default="label", help="Column of the labels.")
+@WNIDS
+@OOD
+@REFERENCE
+def parquet(src: Path, domain: str, train: bool, files: str | None, image_column: str, label_column: str, wnids: bool,
+            reference: str | None, ood: bool) -> Source:
     """Hugging Face parquet: files like `data/train-00000-of-00294.parquet` with images and labels as columns.
 
     --src is their folder, or one file. An image is a struct with `bytes` or `path`, or one of the two; a label is a
@@ -79,14 +83,14 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
     `datasets` library puts them. Row groups are read one at a time, and a training split is shuffled by runs of 128
     rows. imagenet-1k: 1,281,167 and 50,000 images (--wnids).
     """
+    names, skipped, blocks = {}, Skipped(), []
     if src.is_file() and src.suffix == ".parquet":
         src, chosen = src.parent, {src.name: str(src)}
     elif src.is_dir():
-        chosen = choose_files(src, [files] if files else ["*train*"] if train else ["*val*", "*test*"])
+        chosen = choose_files(src, [files] if files else ["*train*"] if train else ["*val*", "*test*"], skipped)
     else:
         raise InputError(f"--src {src}: want a .parquet file or the folder that holds them (they are not read in "
                          "archives)")
-    names, skipped, blocks = {}, Skipped(), []
 
     def records() -> Iterator[Record]:
         count = 0
@@ -104,13 +108,13 @@ def parquet(src: Path, domain: str, train: bool, files: str | None = None, image
                         count += 1
                 blocks.extend(range(first, count, RUN))
 
-    source = split_of(records(), domain, train, skipped, imagenet_classes() if wnids else names, reference, ood)
+    source = labelled(records(), domain, train, skipped, imagenet_classes() if wnids else names, reference, ood)
     return replace(source, blocks=blocks)
 
 
-def choose_files(src: Path, patterns: list[str]) -> dict[str, str]:
+def choose_files(src: Path, patterns: list[str], skipped: Skipped) -> dict[str, str]:
     """The parquet files below src whose names fit the first pattern that any fits: name -> path."""
-    listed = {file.name: file.path for file in members(src) if file.name.endswith(".parquet")}
+    listed = {file.name: file.path for file in members(src, skipped) if file.name.endswith(".parquet")}
     for pattern in patterns:
         if chosen := {name: path for name, path in listed.items() if fnmatch(PurePosixPath(name).name, pattern)}:
             return chosen

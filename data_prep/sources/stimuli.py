@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from data_prep import InputError
 from data_prep.format import Record, Skipped, Source
 from data_prep.records import read_classes
-from data_prep.sources.folders import image_suffixes, scan
+from data_prep.sources.folders import REFERENCE, image_suffixes, scan
 from data_prep.sources.imagenet import need_objects
 
 CATEGORIES = ("airplane", "bear", "bicycle", "bird", "boat", "bottle", "car", "cat", "chair", "clock", "dog",
@@ -49,7 +49,8 @@ def gather(path: Path | None, categories: list[str]) -> dict[str, list[str]]:
             for category in dict.fromkeys(of_class.values())}
 
 
-def stimuli(src: Path, domain: str, train: bool, reference: str | None = None, gathered: Path | None = None) -> Source:
+@REFERENCE
+def stimuli(src: Path, domain: str, train: bool, reference: str | None = None, classes: Path | None = None) -> Source:
     """Stimuli of an experiment in which people chose a category: `<category>/<stimulus>.png`, one set or condition.
 
     Also the toolbox's folders of sessions, `session-1/0001_cop_dnn_c05_dog_10_n02085620_7.png`. Of cue conflicts such
@@ -76,5 +77,5 @@ def stimuli(src: Path, domain: str, train: bool, reference: str | None = None, g
             fields["texture"] = cues[2]
         records.append(Record(partial(with_fields, member.read, fields), member.name, category))
     protocol = {"name": "choice", "reference": reference or "train", "ood": True, "choices": categories,
-                "groups": gather(gathered, categories)}
+                "groups": gather(classes, categories)}
     return Source(records, protocol, skipped=skipped)

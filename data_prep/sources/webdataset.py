@@ -1,24 +1,25 @@
-
+"""Source of WebDataset tars: neighbours in a tar whose names agree are one sample."""
 
 import glob
-import io
 import json
 import re
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
+from itertools import groupby
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
+
+import click
 
 from data_prep import InputError
 from data_prep.format import Record, Skipped, Source
-from data_prep.sources.archives import members
-from data_prep.sources.folders import image_suffixes
-from data_prep.sources.imagenet import imagenet_classes, split_of, tar_samples
-from data_prep.sources.parquet import class_of, one_line
+from data_prep.sources.archives import is_leftover, members, one_line, read_part, walk_tar
+from data_prep.sources.folders import OOD, REFERENCE, image_suffixes, labelled
+from data_prep.sources.imagenet import imagenet_classes
+from data_prep.sources.parquet import WNIDS, class_of
 
 MOST_TARS = 100_000
-LARGEST_IMAGE, LARGEST_FIELD = 2**28, 2**20  # bytes
+LARGEST_FIELD = 2**20  # bytes
 
 
 def expand(pattern: str) -> list[str]:
@@ -63,12 +64,12 @@ def read_at(file: BinaryIO, where: str, offset: int, size: int) -> bytes:
         raise InputError(f"{where}: cannot be read ({one_line(error)})") from error
 
 
-def list_tars(src: str) -> list[str]:
+def list_tars(src: str, skipped: Skipped) -> list[str]:
     """The tars that --src means: those of a folder, or of a path or URL with braces, * and ?."""
     if "://" in src:
         found = expand(src)
     elif Path(src).is_dir():
-        found = [file.path for file in members(Path(src)) if file.name.endswith(".tar")]
+        found = [file.path for file in members(Path(src), skipped) if file.name.endswith(".tar")]
     else:  # what is there under its very name is no pattern, whatever signs it holds
         top = next(path for path in (Path(src), *Path(src).parents) if path.exists())
         found = [str(top / name) for pattern in expand(str(Path(src).relative_to(top)))
@@ -79,79 +80,25 @@ def list_tars(src: str) -> list[str]:
     return found
 
 
-def tar_files(file: BinaryIO, where: str) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of every file of a plain tar, from front to back.
-
-    Headers are walked here, because tarfile ends quietly at a damaged one and follows whatever sizes it is told.
-
-    Raises:
-        InputError: no plain tar, damaged, or a member that is a link or a device, or whose name leaves the archive.
-    """
-    offset, end, long_name = 0, file.seek(0, io.SEEK_END), None
-    while offset < end:
-        block = read_at(file, where, offset, tarfile.BLOCKSIZE)
-        if not block.strip(b"\0"):
-            return  # the end mark
-        try:
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
-        except tarfile.TruncatedHeaderError as error:
-            raise InputError(f"{where}: is cut off at byte {end}: download the tar again") from error
-        except (tarfile.HeaderError, ValueError) as error:
-            raise InputError(f"{where}: not a plain tar, or damaged, at byte {offset} (unpack compressed ones "
-                             "first)") from error
-        start, name = offset + tarfile.BLOCKSIZE, long_name or info.name
-        offset = start + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        if info.size < 0 or start + info.size > end:
-            raise InputError(f"{where}: {name[:80]!r} is cut off: download the tar again")
-        if info.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME) and info.size <= LARGEST_FIELD:
-            data = read_at(file, where, start, info.size)
-            path = re.search(rb"(?:^|\n)\d+ path=([^\n]*)\n", data) if info.type == tarfile.XHDTYPE else None
-            text = path[1] if path else data.rstrip(b"\0") if info.type == tarfile.GNUTYPE_LONGNAME else b""
-            long_name = text.decode("utf-8", "replace") or long_name
-            continue
-        long_name = None if info.type != tarfile.XGLTYPE else long_name
-        if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            if name.startswith("/") or ".." in name.split("/"):
-                raise InputError(f"{where}: member {name[:80]!r} leaves the archive: refused")
-            yield name.removeprefix("./"), start, info.size
-        elif info.type not in (tarfile.DIRTYPE, tarfile.XGLTYPE):
-            raise InputError(f"{where}: member {name[:80]!r} is a link, a device or of another kind that no data set "
-                             "needs: refused")
-
-
-def read_range(url: str, offset: int, size: int) -> bytes:
-    """A piece of a file on disk or behind a URL."""
-    import fsspec
-
-    try:
-        if "://" in url:
-            system, path = fsspec.core.url_to_fs(url)
-            data = system.cat_file(path, start=offset, end=offset + size)
-        else:
-            with open(url, "rb") as file:
-                data = read_at(file, url, offset, size)
-        if len(data) != size:
-            raise OSError(f"{len(data)} of {size} bytes")
-    except Exception as error:  # as in open_tar
-        # not a damaged image that may be left out: the network or the disk is gone
-        raise InputError(f"{url}: cannot be read ({one_line(error)}); the same command goes on later") from error
-    return data
-
-
-def webdataset(src: str, domain: str, train: bool, label_key: str = "label", wnids: bool = False,
-               reference: str | None = None, ood: bool = False) -> Source:
+@click.option("--label-key", metavar="NAME", default="label", help="Of the label in .json, where there is no .cls.")
+@WNIDS
+@OOD
+@REFERENCE
+def webdataset(src: str, domain: str, train: bool, label_key: str, wnids: bool, reference: str | None,
+               ood: bool) -> Source:
     """WebDataset tars: `<key>.jpg` (or .png, .webp, ...) with `<key>.cls`, or with `<key>.json` that holds the label.
 
     --src is a folder of tars, one tar, a pattern like `train-{000..146}.tar` or `train-*.tar`, or a URL that fsspec
     opens (read twice: once for the labels, then image by image). A label is a number (below 0: none) or a word. Source:
     the format of the webdataset library.
     """
-    urls, skipped, endings = list_tars(src), Skipped(), image_suffixes()
+    skipped, endings = Skipped(), image_suffixes()
+    urls = list_tars(src, skipped)
 
     def records() -> Iterator[Record]:
         for url in urls:
             with open_tar(url) as file:
-                for key, fields in tar_samples(tar_files(file, url), endings, skipped):
+                for key, fields in tar_samples(walk_tar(file, url), endings, skipped):
                     image = next((field for field in fields if f".{field}" in endings), None)
                     if image is None:
                         skipped.add(f"{url}: {key}", "sample without an image")
@@ -159,13 +106,11 @@ def webdataset(src: str, domain: str, train: bool, label_key: str = "label", wni
                     label = field_label(file, url, fields, label_key)
                     if (identity := class_of(label, wnids, f"{url}: {key}")) is None:
                         skipped.add(f"{url}: {key}", "no label")
-                    elif fields[image][1] > LARGEST_IMAGE:
-                        skipped.add(f"{url}: {key}", f"larger than {LARGEST_IMAGE >> 20} MiB")
                     else:
-                        yield Record(partial(read_range, url, *fields[image]), f"{url}: {key}", identity)
+                        yield Record(partial(read_part, url, *fields[image]), f"{url}: {key}", identity)
 
     names = imagenet_classes() if wnids else {}
-    return split_of(records(), domain, train, skipped, names, reference, ood)
+    return labelled(records(), domain, train, skipped, names, reference, ood)
 
 
 def field_label(file: BinaryIO, where: str, fields: dict[str, tuple[int, int]], key: str) -> object:
@@ -182,3 +127,30 @@ def field_label(file: BinaryIO, where: str, fields: dict[str, tuple[int, int]], 
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
     return None
+
+
+def tar_samples(files: Iterable[tuple[str, tuple[int, int]]], endings: frozenset[str], skipped: Skipped
+                ) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """Key and fields (ending -> offset, size) of every sample: neighbours in the tar whose names agree to a dot.
+
+    By the format that is the first dot of the name, so that `7.seg.png` is a field of `7.jpg`. But names with dots of
+    their own, such as `img.v1.7.jpg` and `img.v1.7.cls`, are samples, too, and where a field comes again the next
+    sample of the same key begins.
+    """
+    parts = ((PurePosixPath(name), place) for name, place in files if not is_leftover(name, skipped))
+
+    def has_image(again: list[dict]) -> bool:
+        return any(f".{ending}" in endings for fields in again for ending in fields)
+
+    for (folder, _), group in groupby(parts, lambda part: (part[0].parent, part[0].name.partition(".")[0])):
+        samples: dict[str, list[dict]] = {}  # by the name to its last dot
+        for path, place in group:
+            again, ending = samples.setdefault(path.stem, [{}]), path.suffix[1:].lower()
+            if ending in again[-1]:
+                again.append({})
+            again[-1][ending] = place
+        for stem, again in samples.items():
+            part_of = any(has_image(samples.get(stem[:n], [])) for n, sign in enumerate(stem) if sign == ".")
+            for fields in again:
+                if not part_of or (has_image([fields]) and {"cls", "json"} & fields.keys()):
+                    yield str(folder / stem), fields
