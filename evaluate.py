@@ -36,7 +36,7 @@ import click
 
 from data_prep import DOMAINS, InputError, Number, hash_file, lock_folder, refuse_options, run_command
 from data_prep.format import Split, named_splits, open_root
-from data_prep.stream import LOADERS
+from data_prep.loaders import LOADERS
 from models.backbones import BACKBONES, SIZES, Backbone, Network, load_backbone, resolve_backbone
 from models.runs import Ranks, Run, join_ranks, load_foundation, load_run, load_tuned
 from protocols.classify import Readouts, read_prompts

@@ -37,9 +37,10 @@ from data_prep import (
     run_command, write_atomically, write_json, writing,
 )
 from data_prep.format import Split, matched_pairs, named_splits, open_root, open_training, ordered_tests
-from data_prep.stream import LOADERS, Feed, Stream, batch_too_large, decode_split, too_large
+from data_prep.loaders import LOADERS, batch_too_large, enough_loaders, too_large
+from data_prep.stream import Feed, Stream, decode_split
 from models import runs
-from models.adapt import AutocastModel, RunningAverage, add_drop_path, add_low_rank
+from models.adapt import AutocastModel, LayerwiseAdamW, RunningAverage, add_drop_path, add_low_rank
 from models.backbones import BACKBONES, RECIPES, SIZES, Backbone, Network, embed_rows, load_backbone, resolve_backbone
 from models.head import LOSS_TYPE, MANY_CLASSES, HeadSettings, Loss, MarginHead, show_loss, starting_weights
 from models.runs import Ranks, join_ranks, pick_device
@@ -321,7 +322,7 @@ def rate(step: int, steps: int, warmup: float) -> float:
 # ---------------------------------------------------------------- model and optimiser
 
 
-def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> torch.optim.AdamW:
+def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> LayerwiseAdamW:
     """AdamW with layer-wise learning rates lr * decay^(distance from the top) and no weight decay on vectors.
 
     Every group's `scale` times the rate of the step is its learning rate; the class weights come last.
@@ -337,8 +338,7 @@ def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> torch
     parameters = [{"params": p, "weight_decay": decay, "scale": scale} for (scale, decay), p in groups.items()]
     # cosines do not see the length of a class weight: decaying it would only raise its effective learning rate
     parameters.append({"params": [head.weight], "weight_decay": 0.0, "scale": options.head_lr})
-    # fused: one launch, and a step that is not finite is left out on the device (`found_inf`), without asking the CPU
-    return torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.999), fused=True)
+    return LayerwiseAdamW(parameters, lr=options.lr, betas=(0.9, 0.999), fused=True)
 
 
 def build_model(options: Options, device: torch.device) -> Backbone:
@@ -382,7 +382,7 @@ class Job:
     counts: Tensor  # int64 [steps, K] on the device: the same of whole steps
     model: Backbone
     head: MarginHead
-    optimizer: torch.optim.AdamW
+    optimizer: LayerwiseAdamW
     health: Tensor  # int64 [2] on the device: steps that were not finite, of these the last ones in a row
     tally: Tally = field(default_factory=Tally)
     average: RunningAverage | None = None  # --ema, of `parameters`
@@ -503,7 +503,6 @@ def run_steps(job: Job) -> int:
     if job.fixed and not job.first:
         look_at_fixed_images(job, board, 0)
     stop, window, ending = runs.StopRequest(job.folder, ranks), [], False
-    draw = job.head.draw_classes if job.head.samples_classes else None
 
     forward = make_forward(job).train()
     feed.start(job.first)
@@ -511,8 +510,7 @@ def run_steps(job: Job) -> int:
     bar = progress(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train",
                    disable=ranks.rank > 0)
     for step in bar:
-        batches = feed.next_step(draw and functools.partial(draw, step))
-        window.append(take_step(job, forward, batches, step, feed.passes))
+        window.append(take_step(job, forward, feed.next_step(), step, feed.passes))
         tally.seconds, done = time.monotonic() - job.begun, step + 1
         ending = ranks.any(bool(stop)) and done < steps
         saving = ending or done % options.save_every == 0 or done == steps
@@ -591,7 +589,7 @@ def make_feed(job: Job) -> Feed:
                     micro_batch=options.micro_batch, crop=options.per_domain("crop_scale"), readable=readable,
                     erase=options.per_domain("erase"), rank=job.ranks.rank, world=job.ranks.world)
     return Feed(stream, job.plan.shape[1], job.model.look, job.device, bf16=job.bf16, workers=options.workers,
-                cache=cache)
+                cache=cache, draw=job.head.draw_classes if job.head.samples_classes else None)
 
 
 # ---------------------------------------------------------------- quick evaluation
@@ -787,10 +785,12 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
 
 
 def check_memory(options: Options, splits: list[Split], image_size: int, device: torch.device, ranks: Ranks) -> None:
-    """Refuse a batch or a --cache that the memory does not hold."""
+    """Refuse a batch, a --cache or loader processes that the memory does not hold; fewer of these may be started."""
     images = min(options.micro_batch or options.batch, -(-options.batch // ranks.world))
     if why := batch_too_large(splits, images, image_size):
         raise InputError(f"--batch {options.batch}: {why}: lower --micro-batch or --batch")
+    pixels = max(split.size for split in splits) ** 2 if device.type == "cuda" else 4 * image_size**2
+    options.workers = enough_loaders(options.workers, images * 3 * pixels)
     if options.cache != "none":
         why = too_large(splits, device if options.cache == "gpu" else torch.device("cpu"))
         if ranks.any(bool(why)):  # nobody begins before all have looked

@@ -71,6 +71,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     control: object = None  # gloo group, for what the CPUs tell each other while the GPUs work
+    draws: object = None  # another, for the thread that draws classes a step ahead
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, in place; what lies in the memory of the CPUs is summed there."""
@@ -113,7 +114,7 @@ def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
         torch.cuda.set_device(device)
     threading.Thread(target=watch_parent, args=(os.getppid(),), daemon=True).start()
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    ranks = Ranks(torch.distributed.get_rank(), world, torch.distributed.new_group(backend="gloo"))
+    ranks = Ranks(torch.distributed.get_rank(), world, *(torch.distributed.new_group(backend="gloo") for _ in range(2)))
     if ranks.rank:  # one voice
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return ranks, device

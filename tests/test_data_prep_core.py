@@ -659,7 +659,7 @@ def test_a_model_is_trained_on_a_merged_split(tmp_path):
     assert json.loads((run / "done.json").read_text())
     split = Split(root / "train")
     order = Order([shard["samples"] for shard in split.index["shards"]], 0, 3, 8)
-    assert sorted(order(n)[1] for n in range(32)) == list(range(32)) and len(split.classes) == 9
+    assert sorted(order(np.arange(32))[1].tolist()) == list(range(32)) and len(split.classes) == 9
 
 
 @pytest.mark.parametrize("arguments, words", [

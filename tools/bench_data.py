@@ -51,7 +51,7 @@ def draw_pictures(size: int) -> list[bytes]:
 def shuffled(split: Split, part: int, parts: int) -> np.ndarray:
     """A process's share of the rows, in the order of training."""
     order = Order([shard["samples"] for shard in split.index["shards"]], 0, 0, 8)
-    return np.array([order(n)[1] for n in range(part, len(split), parts)])
+    return order(np.arange(part, len(split), parts))[1]
 
 
 def decode_only(folder: Path, part: int, parts: int) -> Iterator[int]:

@@ -9,7 +9,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -36,10 +36,7 @@ def bench_steps(train: ModuleType, job, rounds: int, count: int) -> dict[str, li
     forward, step, found = train.make_forward(job), itertools.count(), {"real": [], "fixed": [], "bare": [], "log": []}
     forward.train()
 
-    def batches(now: int) -> Iterator[tuple]:
-        return feed.next_step(functools.partial(job.head.draw_classes, now) if job.head.samples_classes else None)
-
-    fixed = [tuple(v.clone() for v in batch) for batch in batches(0)]
+    fixed = [tuple(v.clone() for v in batch) for batch in feed.next_step()]
     drawn_once = job.head.step_rows
     late = round(job.options.head_warmup * job.steps) + job.steps // 2  # past the warm-up of the head
 
@@ -51,7 +48,7 @@ def bench_steps(train: ModuleType, job, rounds: int, count: int) -> dict[str, li
         job.optimizer.zero_grad(set_to_none=True)
 
     def real(now: int) -> None:
-        window.append(train.take_step(job, forward, batches(now), now, passes))
+        window.append(train.take_step(job, forward, feed.next_step(), now, passes))
 
     def again(now: int) -> None:
         job.head.step_rows = drawn_once
