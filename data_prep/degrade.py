@@ -1,9 +1,9 @@
-"""Degradations that turn a sharp face crop into a low-quality one, with one severity from 0 to 1.
+"""Degradations that turn a sharp face crop into a low-quality one, with one severity from 0 to 1; shifts of objects.
 
 The ranges at severity 1 are those of surveillance-like sets at 112 pixels (faces of 12 to 56 pixels, blur, motion,
 turbulence, sensor noise, strong JPEG); lengths scale with the image. Orders and ranges follow the published augmenters
 of AdaFace, GFPGAN and Real-ESRGAN in a shortened form. Used online by `train.py --degrade`, and offline by
-`python -m data_prep degrade`, which writes degraded copies of a split.
+`python -m data_prep degrade`, which writes degraded copies of a split, or ladders of shifts of one kind each.
 """
 
 import io
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from data_prep import DOMAINS
+from data_prep import DOMAINS, InputError
 from data_prep.format import OPTIONAL, TABLES, BadImage, Record, Source, Split, open_split
 
 
@@ -156,10 +156,69 @@ def degrade(image: Tensor, severity: float, rng: np.random.Generator) -> tuple[T
     return F.interpolate(small[None], size=(H, W), mode=draws["up"])[0], draws
 
 
+# ---------------------------------------------------------------- shifts of one kind
+
+# Names and five severities as in ImageNet-C (arXiv 1903.12261), whose parameters are others: figures do not compare.
+SHIFTS = {
+    "gaussian_noise": (0.04, 0.08, 0.13, 0.2, 0.3),  # standard deviation, of images scaled to 0..1
+    "gaussian_blur": (0.5, 1.0, 1.6, 2.4, 3.4),  # sigma in pixels of an image of 112
+    "contrast": (0.7, 0.5, 0.35, 0.22, 0.12),  # factor on the distance from the mean of each channel
+    "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),  # added to images scaled to 0..1
+    "pixelate": (0.6, 0.45, 0.33, 0.25, 0.18),  # pixels along a side that are left
+    "jpeg_compression": (30, 20, 14, 9, 5),  # quality
+}
+
+
+def shift(kind: str, severity: int, image: Tensor, rng: np.random.Generator) -> tuple[Tensor, dict]:
+    """An image uint8 [3, H, W] (RGB, on the CPU) under a shift of SHIFTS, and what was done."""
+    from torchvision.io import decode_jpeg, encode_jpeg
+
+    strength, x, side = SHIFTS[kind][severity - 1], image.float().contiguous(), image.shape[1:]
+    if kind == "gaussian_noise":
+        x += 255 * strength * torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
+    elif kind == "gaussian_blur":
+        x = blur(x, (strength * min(side) / 112,) * 2)
+    elif kind == "contrast":
+        x = torch.lerp(x.mean((1, 2), keepdim=True), x, strength)
+    elif kind == "brightness":
+        x += 255 * strength
+    elif kind == "pixelate":
+        small = F.interpolate(x[None], size=[max(round(strength * one), 1) for one in side], mode="area")
+        x = F.interpolate(small, size=side, mode="nearest-exact")[0]
+    else:
+        x = decode_jpeg(encode_jpeg(image.contiguous(), quality=strength)).float()
+    return to_bytes(x), {"kind": kind, "severity": severity}
+
+
+def degrade_between(low: float, high: float, image: Tensor, rng: np.random.Generator) -> tuple[Tensor, dict]:
+    """`degrade` at a severity that is drawn evenly between two."""
+    return degrade(image, low + (high - low) * rng.random(), rng)
+
+
+def choose_changes(shifts: str | None, low: float, high: float) -> dict[str, tuple[partial, dict[str, str]]]:
+    """What `data_prep degrade` writes: the ending of a split's name -> what is done to it, and its provenance.
+
+    Args:
+        shifts: `KIND[-SEVERITY],...` or `all`, a kind without a severity meaning all five; None: faces.
+        low, high: severities of faces.
+    """
+    if shifts is None:
+        return {"": (partial(degrade_between, low, high), {"severity": str(high), "min_severity": str(low)})}
+    found = {}
+    for part in (",".join(SHIFTS) if shifts == "all" else shifts).split(","):
+        kind, _, severity = part.strip().partition("-")
+        if kind not in SHIFTS or severity not in ("", *"12345"):
+            raise InputError(f"--shift {part.strip()!r}: want all, or KIND[-SEVERITY],... with a severity 1 to 5 and a "
+                             f"kind of {', '.join(SHIFTS)}")
+        for one in severity or "12345":
+            found[f"-{kind}-{one}"] = partial(shift, kind, int(one)), {"kind": kind, "severity": one}
+    return found
+
+
 # ---------------------------------------------------------------- offline
 
 
-def degraded_sample(folder: Path, row: int, severity: tuple[float, float], seed: int) -> tuple[bytes, dict]:
+def degraded_sample(folder: Path, row: int, change: partial, seed: int) -> tuple[bytes, dict]:
     """A sample of a split, degraded, and the fields that say how.
 
     The draws belong to the seed and the sample, so that the number of workers does not matter.
@@ -170,8 +229,7 @@ def degraded_sample(folder: Path, row: int, severity: tuple[float, float], seed:
     except BadImage as error:
         raise BadImage("unreadable image") from error
     rng = np.random.default_rng((seed, DOMAINS.index("face_lq"), row))
-    low, high = severity
-    image, draws = degrade(image, low + (high - low) * rng.random(), rng)
+    image, draws = change(image, rng)
     out = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "BMP")
     shard = Path(split.index["shards"][int(split.shard[row])]["file"])  # of a merged split it is a neighbour's
@@ -179,22 +237,23 @@ def degraded_sample(folder: Path, row: int, severity: tuple[float, float], seed:
     return out.getvalue(), {"degradation": draws | {"from": name}, "source": split.fields(row).get("source")}
 
 
-def degraded_split(split: Split, severity: tuple[float, float], seed: int) -> Source:
+def degraded_split(split: Split, change: partial, seed: int) -> Source:
     """A source of degraded copies of a split: same identities, columns, protocol and lists that the protocol names.
 
     Args:
         split: of sharp images.
-        severity: least and largest; each sample's is drawn evenly between them.
+        change: of `choose_changes`: (image uint8 [3, H, W], generator) -> (the same degraded, fields that say how).
         seed: of every draw.
     """
     columns = {name: split.column(name) for name in OPTIONAL if name in split.index["columns"]}
+    done = " ".join(map(str, (change.func.__name__, *change.args)))  # in the names, so another change is another plan
 
     def records() -> Iterator[Record]:
         for row in range(len(split)):
             label, fields = int(split.labels[row]), split.fields(row)
             optional = {name: column[row].item() for name, column in columns.items() if column[row] >= 0}
-            yield Record(partial(degraded_sample, split.folder, row, severity, seed),
-                         f"{split.domain}/{split.name}/{fields.get('key')}",
+            yield Record(partial(degraded_sample, split.folder, row, change, seed),
+                         f"{split.domain}/{split.name}/{fields.get('key')}, {done}",
                          split.classes[label] if label >= 0 else None, person=fields.get("person"), **optional)
 
     listed = set(TABLES) & set(split.index["columns"])
@@ -203,6 +262,8 @@ def degraded_split(split: Split, severity: tuple[float, float], seed: int) -> So
     protocol = split.protocol and {key: value for key, value in split.protocol.items() if key not in drop}
     pairs = split.column("pairs").tolist() if "pairs" in listed else []
     tables = {name: np.array(split.column(name)) for name in sorted(listed - {"pairs"})}
+    if change.func is shift:
+        protocol["ood"] = True
     names = dict(zip(split.classes, split.names, strict=True))
     return Source(records(), protocol, pairs, names=names, tables=tables, listed=bool((protocol or {}).get("misses")))
 

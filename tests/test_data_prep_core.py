@@ -26,9 +26,9 @@ from PIL import Image
 import tools.bench_data
 from data_prep import InputError
 from data_prep.__main__ import cli, data_set_name
-from data_prep.degrade import blur, degrade, warp
+from data_prep.degrade import SHIFTS, blur, degrade, shift, warp
 from data_prep.demo import draw_face
-from data_prep.format import BadImage, Record, Source, Split
+from data_prep.format import BadImage, Record, Source, Split, fingerprint, open_root
 from data_prep.records import Records, draw, first_copies, restrict
 from data_prep.sources.archives import members
 from data_prep.sources.folders import folder, strangers
@@ -37,7 +37,7 @@ from data_prep.stream import Batches, Order
 from data_prep.verify import verify_split
 from data_prep.write import in_parallel, write_split
 from protocols.search import score_gallery
-from reports.rows import describe_losses
+from reports.rows import clean_of, describe_losses
 from tests.conftest import ROOT, TINY, script
 from tests.test_data_prep import PAIRS, class_folders, encode, files_of, lfw_folder, picture, run_here
 
@@ -839,6 +839,47 @@ def test_degraded_shards_keep_people_pairs_and_say_what_was_drawn(tmp_path, caps
     assert files_of(tmp_path / "d/face_lq") == files_of(tmp_path / "e/face_lq")
 
 
+def test_a_shift_is_what_its_numbers_say():
+    image = sharp_face(96)
+
+    def draw(kind, level):
+        return shift(kind, level, image, np.random.default_rng(1))[0].float()
+
+    flat = torch.full((3, 64, 64), 128, dtype=torch.uint8)
+    noisy = shift("gaussian_noise", 2, flat, np.random.default_rng(0))[0].float()
+    assert noisy.std().item() == pytest.approx(20.4, rel=0.03) and noisy.mean().item() == pytest.approx(128, abs=1)
+    pale, means = draw("contrast", 5), image.float().mean((1, 2), keepdim=True)
+    assert (pale - means - 0.12 * (image.float() - means)).abs().max() <= 0.5 + 1e-3
+    assert torch.equal(draw("brightness", 1), (image.float() + 25.5).round().clamp(max=255))
+    blocks = draw("pixelate", 5)  # 17 pixels along a side
+    assert len(torch.unique_consecutive(blocks, dim=2)[0, 0]) == 17 == round(0.18 * 96)
+    sharp = image[:, 20:21].float()
+    soft = blur(image.float(), (1.6 * 96 / 112,) * 2)[:, 20:21]
+    assert (draw("gaussian_blur", 3)[:, 20:21] - soft).abs().max() <= 0.5 + 1e-3 < 10 < (sharp - soft).abs().max()
+    for kind in SHIFTS:
+        loss = [(draw(kind, level) - image.float()).abs().mean().item() for level in range(1, 6)]
+        assert loss == sorted(loss) and loss[0] > 0.2 and loss[4] > 1.5 * loss[0], kind
+
+
+def test_shifts_of_objects_are_splits_out_of_distribution(demo_root, tmp_path):
+    clean = Split(demo_root / "object/val")
+    run_here("degrade", "--src", clean.folder, "--out", tmp_path / "object/val", "--shift", "contrast-5, pixelate",
+             "--workers", 1)
+    found = open_root(tmp_path)["object"]
+    assert sorted(found) == ["val-contrast-5", *(f"val-pixelate-{level}" for level in range(1, 6))]
+    for split in found.values():
+        kind, severity = split.name.split("-")[1:]
+        made = split.index["provenance"]
+        assert made["source"] == "degrade" and made["options"] == {
+            "src": "object/val", "src_plan": clean.index["provenance"]["plan"], "kind": kind, "severity": severity}
+        assert split.protocol == clean.protocol | {"ood": True} and split.labels.tolist() == clean.labels.tolist()
+        assert clean_of(split, [split, clean]) is clean  # whose score its retention is held against
+    assert len({fingerprint(split) for split in found.values()}) == 6
+    assert split.fields(3)["degradation"] == {"kind": kind, "severity": int(severity), "from": "object/val/000000003"}
+    with pytest.raises(click.ClickException, match="already holds another split"):  # it was taken for complete
+        run_here("degrade", "--src", clean.folder, "--out", found["val-contrast-5"].folder, "--workers", 1)
+
+
 def test_degraded_training_splits_keep_the_identities_that_a_source_proves(demo_root, tmp_path):
     sharp = Split(demo_root / "face_hq/train")
     run_here("degrade", "--src", sharp.folder, "--out", tmp_path / "face_lq/copies", "--workers", 1)
@@ -870,9 +911,13 @@ def test_the_ladder_is_drawn_from_sharp_to_poor(demo_root, tmp_path):
     (["--src", "{hq}", "--out", "{hq}"], "is --src itself"), (["--ladder", "{d}/none/x.png"], "--ladder"),
     (["--src", "{hq}", "--out", "{d}/face_lq/x", "--min-severity", "1", "--severity", ".5"], "is above --severity 0.5"),
     (["--ladder", "{d}/x.none"], "cannot be written"), (["--severity", "2"], "--severity"),
+    (["--src", "{hq}", "--out", "{d}/object/x", "--shift", "all"], "--shift makes test splits of objects"),
+    (["--src", "{val}", "--out", "{d}/face_lq/x", "--shift", "all"], "--shift makes test splits of objects"),
+    (["--src", "{val}", "--out", "{d}/object/x", "--shift", "contrast-6"], "--shift 'contrast-6': want all, or KIND"),
+    (["--src", "{val}", "--out", "{d}/object/x", "--shift", "fog"], "kind of gaussian_noise, gaussian_blur, contrast"),
 ])  # fmt: skip
 def test_bad_degradations(arguments, words, demo_root, tmp_path):
-    places = {"d": tmp_path, "hq": demo_root / "face_hq/test"}
+    places = {"d": tmp_path, "hq": demo_root / "face_hq/test", "val": demo_root / "object/val"}
     with pytest.raises(click.ClickException) as error:
         run_here("degrade", *[a.format(**places) for a in arguments])
     assert words in error.value.format_message() and "\n" not in error.value.format_message()
