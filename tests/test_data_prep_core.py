@@ -962,9 +962,11 @@ def test_the_benchmark_measures_and_judges(tmp_path):
     result = script("-m", "data_prep", "bench", "--size", 32, "--images", 64, "--prepared", 32, "--rounds", 2,
                     "--seconds", 0.05, "--workers", 2, "--scratch", tmp_path, "--json", tmp_path / "bench.json")
     found = json.loads((tmp_path / "bench.json").read_text())["sizes"]["32"]
-    assert set(found["read"]) == set(tools.bench_data.READERS)
-    assert all(len(rates) == 8 for rates in found["read"].values())
-    assert min(min(rates) for kind in ("read", "write") for rates in found[kind].values()) > 0
+    assert [*found] == [*tools.bench_data.KINDS, "write", "goals"] and result.stdout.count(" bytes a pixel") == 2
+    for kind in tools.bench_data.KINDS:
+        assert set(found[kind]) == set(tools.bench_data.READERS)
+        assert all(len(rates) == 8 for rates in found[kind].values())
+    assert min(min(rates) for kind in found if kind != "goals" for rates in found[kind].values()) > 0
     goal = next(goal for goal in found["goals"] if goal["what"] == "reader / decode only")
     ratio = np.median(np.divide(found["read"]["ours, images"], found["read"]["decode only"]))
     assert goal["ratio"] == pytest.approx(ratio, abs=1e-3) and "reader / decode only: " in result.stdout
