@@ -37,10 +37,12 @@ from data_prep import (
     run_command, write_atomically, write_json, writing,
 )
 from data_prep.format import Split, matched_pairs, named_splits, open_root, open_training, ordered_tests
-from data_prep.stream import LOADERS, Feed, Stream, batch_too_large, decode_split, too_large
+from data_prep.loaders import LOADERS, batch_too_large, enough_loaders, too_large
+from data_prep.stream import Feed, Stream, decode_split
 from models import runs
 from models.adapt import (
-    RETAIN_TYPE, AutocastModel, Retention, RetainWeights, RunningAverage, add_drop_path, add_low_rank, uses_bf16,
+    RETAIN_TYPE, AutocastModel, LayerwiseAdamW, Retention, RetainWeights, RunningAverage, add_drop_path, add_low_rank,
+    uses_bf16,
 )
 from models.backbones import BACKBONES, RECIPES, SIZES, Backbone, Network, embed_rows, load_backbone, resolve_backbone
 from models.head import LOSS_TYPE, MANY_CLASSES, HeadSettings, Loss, MarginHead, starting_weights
@@ -344,7 +346,7 @@ def rate(step: int, steps: int, warmup: float) -> float:
 # ---------------------------------------------------------------- model and optimiser
 
 
-def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> torch.optim.AdamW:
+def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> LayerwiseAdamW:
     """AdamW with layer-wise learning rates lr * decay^(distance from the top) and no weight decay on vectors.
 
     The learning rate of a group is its `scale` times `rate` of the step; the class weights are the last group.
@@ -360,8 +362,7 @@ def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> torch
     parameters = [{"params": p, "weight_decay": decay, "scale": scale} for (scale, decay), p in groups.items()]
     # cosines ignore the norm of a class weight: decaying it would only raise its effective learning rate
     parameters.append({"params": [head.weight], "weight_decay": 0.0, "scale": options.head_lr})
-    # fused: one launch, and a non-finite step is skipped on the device (`found_inf`), without a synchronisation
-    return torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.999), fused=True)
+    return LayerwiseAdamW(parameters, lr=options.lr, betas=(0.9, 0.999), fused=True)
 
 
 def build_model(options: Options, device: torch.device) -> Backbone:
@@ -404,8 +405,8 @@ class Job:
     counts: Tensor  # int64 [steps, K] on the device: images of each domain in each step
     model: Backbone
     head: MarginHead
-    optimizer: torch.optim.AdamW
-    health: Tensor  # int64 [2] on the device: skipped (non-finite) steps, and those of the current streak
+    optimizer: LayerwiseAdamW
+    health: Tensor  # int64 [2] on the device: steps that were not finite, of these the last ones in a row
     tally: Tally = field(default_factory=Tally)
     average: RunningAverage | None = None  # --ema, of `parameters`
     hook: Any = None  # takes over the backward passes of some steps, e.g. tools.conflicts.DomainGradients
@@ -518,15 +519,14 @@ def run_steps(job: Job) -> int:
     if job.fixed and not job.first:
         look_at_fixed_images(job, board, 0)
     stop, window, ending = runs.StopRequest(job.folder, ranks), [], False
-    draw = job.head.draw_classes if job.head.samples_classes else None
+
     forward = make_forward(job).train()
     feed.start(job.first)
     tally.logged = time.monotonic() - job.begun
     bar = progress(range(job.first, steps), initial=job.first, total=steps, unit="step", desc="train",
                    disable=ranks.rank > 0)
     for step in bar:
-        batches = feed.next_step(draw and functools.partial(draw, step))
-        window.append(take_step(job, forward, batches, step, feed.passes))
+        window.append(take_step(job, forward, feed.next_step(), step, feed.passes))
         tally.seconds, done = time.monotonic() - job.begun, step + 1
         ending = ranks.any(bool(stop)) and done < steps
         saving = ending or done % options.save_every == 0 or done == steps
@@ -605,7 +605,7 @@ def make_feed(job: Job) -> Feed:
                     micro_batch=options.micro_batch, crop=options.per_domain("crop_scale"), readable=readable,
                     erase=options.per_domain("erase"), rank=job.ranks.rank, world=job.ranks.world)
     return Feed(stream, job.plan.shape[1], job.model.look, job.device, bf16=job.bf16, workers=options.workers,
-                cache=cache)
+                cache=cache, draw=job.head.draw_classes if job.head.samples_classes else None)
 
 
 # ---------------------------------------------------------------- quick evaluation
@@ -781,10 +781,12 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
 
 
 def check_memory(options: Options, splits: list[Split], image_size: int, device: torch.device, ranks: Ranks) -> None:
-    """Refuse a batch or a --cache that does not fit in memory."""
+    """Refuse a batch, a --cache or loader processes that the memory does not hold; fewer of these may be started."""
     images = min(options.micro_batch or options.batch, -(-options.batch // ranks.world))
     if why := batch_too_large(splits, images, image_size):
         raise InputError(f"--batch {options.batch}: {why}: lower --micro-batch or --batch")
+    pixels = max(split.size for split in splits) ** 2 if device.type == "cuda" else 4 * image_size**2
+    options.workers = enough_loaders(options.workers, images * 3 * pixels)
     if options.cache != "none":
         why = too_large(splits, device if options.cache == "gpu" else torch.device("cpu"))
         if ranks.any(bool(why)):  # collective: every rank must call it

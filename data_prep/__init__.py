@@ -267,9 +267,9 @@ def add_options(options: type, leave_out: tuple[str, ...] = ()) -> Callable:
     def decorate(command: Callable) -> Callable:
         for field in reversed(dataclasses.fields(options)):
             if field.name not in leave_out:
-                word = field.name.replace("_", "-")
-                name = f"--{word}/--no-{word}" if field.metadata["default"] is True else f"--{word}"
-                command = click.option(name, **field.metadata)(command)
+                name = field.name.replace("_", "-")
+                name += f"/--no-{name}" if field.metadata["default"] is True else ""
+                command = click.option(f"--{name}", **field.metadata)(command)
         return command
 
     return decorate

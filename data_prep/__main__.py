@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data_prep import DOMAINS, InputError, Number, lock_folder, run_command
-from data_prep.degrade import degraded_split, draw_ladder
+from data_prep.degrade import choose_changes, degraded_split, draw_ladder
 from data_prep.demo import SIZE, demo_splits, draw_face
 from data_prep.format import FITS, MAX_SIZE, ROLES, BadImage, Split, as_text, siblings
 from data_prep.merge import merge_splits
@@ -394,14 +394,16 @@ def merge(splits: tuple[Path, ...], out: Path, same_names: bool) -> None:
                                   "protocol kept, each draw in the sample's JSON; and a picture of the severities.")
 @click.option("--src", type=FOLDER, metavar="SPLIT", help="Split folder of sharp images.")
 @click.option("--out", type=FOLDER, help="Split folder to write, DATA/face_lq/<split>.")
+@click.option("--shift", "shifts", metavar="all|KIND[-SEVERITY],...", help="Instead, of a test split of objects: "
+              "shifts of one kind each, at severities 1 to 5, as out-of-distribution splits OUT-KIND-SEVERITY.")
 @click.option("--severity", type=Number(0, 1), default=1.0, help="Largest severity, 0 (none) to 1.")
 @click.option("--min-severity", type=Number(0, 1), default=0.0,
               help="Least severity; each image's is drawn evenly between the two.")
 @click.option("--ladder", type=FOLDER, metavar="FILE.png",
               help="Draw severities 0 to 1 side by side, for images of --src, or, without it, for faces of the demo.")
 @partial(apply_options, WRITING)
-def degrade_command(src: Path | None, out: Path | None, severity: float, min_severity: float, ladder: Path | None,
-                    quality: int | None, seed: int, shard_size: int, workers: int) -> None:
+def degrade_command(src: Path | None, out: Path | None, shifts: str | None, severity: float, min_severity: float,
+                    ladder: Path | None, quality: int | None, seed: int, shard_size: int, workers: int) -> None:
     if (out is None and ladder is None) or (out is not None and src is None):
         raise InputError("want --src SPLIT --out DATA/face_lq/<split>, or --ladder FILE.png, or both")
     if min_severity > severity:
@@ -419,18 +421,21 @@ def degrade_command(src: Path | None, out: Path | None, severity: float, min_sev
         except (OSError, ValueError) as error:
             raise InputError(f"--ladder {ladder}: cannot be written ({error})") from error
         print(f"{ladder}: severities 0 to 1")
-    if out is not None:
-        out = split_folder(out)
-        if split.folder == out:
+    if out is None:
+        return
+    if shifts and ((split.protocol or {}).get("name") != "classification" or out.absolute().parent.name != "object"):
+        raise InputError("--shift makes test splits of objects: want such a --src, and --out DATA/object/NAME")
+    quality = choose_quality(quality, split.size)
+    for ending, (change, how) in choose_changes(shifts, min_severity, severity).items():
+        path = split_folder(out.with_name(out.name + ending))
+        if split.folder == path:
             raise InputError(f"--out {out} is --src itself: the sharp images stay where they are")
-        source = degraded_split(split, (min_severity, severity), seed)
-        options = {"src": f"{split.domain}/{split.name}", "src_plan": split.index["provenance"].get("plan"),
-                   "severity": str(severity), "min_severity": str(min_severity)}
-        index = write_split(out, source, source_name="degrade", size=split.size, fit=split.index.get("fit"),
-                            quality=choose_quality(quality, split.size), train=split.protocol is None, seed=seed,
+        options = {"src": f"{split.domain}/{split.name}", "src_plan": split.index["provenance"].get("plan")} | how
+        index = write_split(path, degraded_split(split, change, seed), source_name="degrade", size=split.size,
+                            fit=split.index.get("fit"), quality=quality, train=split.protocol is None, seed=seed,
                             shard_size=shard_size, workers=workers, options=options,
                             data_set=split.index["provenance"]["data_set"])
-        report(out, index, len(split))
+        report(path, index, len(split))
 
 
 @cli.command(help="Write same/different trials for people: balanced pairs of test images and an offline page to rate "

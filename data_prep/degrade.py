@@ -1,15 +1,15 @@
-"""Degradations that turn a sharp face crop into a low-quality one, with one severity from 0 to 1.
+"""Degradations that turn a sharp face crop into a low-quality one, with one severity from 0 to 1; shifts of objects.
 
 The ranges at severity 1 are those of surveillance-like sets at 112 pixels (faces of 12 to 56 pixels, blur, motion,
 turbulence, sensor noise, strong JPEG); lengths scale with the image. Orders and ranges follow the published augmenters
 of AdaFace, GFPGAN and Real-ESRGAN in a shortened form. Used online by `train.py --degrade`, and offline by
-`python -m data_prep degrade`, which writes degraded copies of a split.
+`python -m data_prep degrade`, which writes degraded copies of a split, or ladders of shifts of one kind each.
 """
 
 import io
 import math
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,130 +18,207 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from data_prep import DOMAINS
+from data_prep import DOMAINS, InputError
 from data_prep.format import OPTIONAL, TABLES, BadImage, Record, Source, Split, open_split
 
 
-def filter_image(x: Tensor, kernel: Tensor) -> Tensor:
-    """Convolve every channel of x [3, H, W] with a normalised kernel of odd sides, edges repeated."""
-    kernel = kernel.to(x.device) / kernel.sum()
-    pad = (kernel.shape[1] // 2,) * 2 + (kernel.shape[0] // 2,) * 2
-    padded = F.pad(x[:, None], pad, mode="replicate")
-    return F.conv2d(padded, kernel[None, None])[:, 0]
+@lru_cache(maxsize=256)
+def frequencies(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Radians per pixel of a real image's spectrum: down [H, 1] and across [1, W // 2 + 1]."""
+    return 2 * math.pi * torch.fft.fftfreq(height)[:, None], 2 * math.pi * torch.fft.rfftfreq(width)[None]
 
 
-def gaussian(sigma_x: float, sigma_y: float, angle: float = 0.0) -> Tensor:
-    """Kernel of a Gaussian blur, up to 3 sigma; its axes turned by `angle` (radians)."""
-    half = math.ceil(3 * max(sigma_x, sigma_y))
-    y, x = torch.meshgrid(*[torch.arange(-half, half + 1.0)] * 2, indexing="ij")
-    u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-    return torch.exp(-0.5 * ((u / sigma_x) ** 2 + (v / sigma_y) ** 2))
+def blur(x: Tensor, sigma: tuple[float, float], angle: float = 0.0, length: float = 0.0, direction: float = 0.0
+         ) -> Tensor:
+    """A Gaussian blur and a straight motion in one pass through the spectrum, which costs the same for any length.
 
-
-def streak(length: float, angle: float) -> Tensor:
-    """Kernel of a straight motion of `length` pixels."""
-    half = math.ceil(length / 2)
-    kernel = torch.zeros(2 * half + 1, 2 * half + 1)
-    for t in np.linspace(-length / 2, length / 2, 8 * half + 1):
-        kernel[half + round(t * math.sin(angle)), half + round(t * math.cos(angle))] += 1
-    return kernel
+    Args:
+        x: float32 [C, H, W]; edges are repeated.
+        sigma: of the Gaussian along its two axes, in pixels.
+        angle: of its first axis in radians, from left-to-right towards down.
+        length: of the motion, in pixels.
+        direction: of the motion, as `angle`.
+    """
+    H, W = x.shape[1:]
+    pad = math.ceil(3 * max(sigma) + length / 2)
+    h, w = (16 * math.ceil((side + 2 * pad) / 16) for side in (H, W))  # products of small primes
+    (v, u), (cos, sin) = frequencies(h, w), (math.cos(angle), math.sin(angle))
+    along = (sigma[0] * cos) * u + (sigma[0] * sin) * v
+    across = (sigma[1] * cos) * v - (sigma[1] * sin) * u
+    transfer = along.square_().addcmul_(across, across).mul_(-0.5).exp_()
+    if length:
+        half = (length / 2 * math.cos(direction)) * u + (length / 2 * math.sin(direction)) * v + 1e-6
+        transfer *= half.sin().div_(half)
+    padded = F.pad(x[None], (pad, w - W - pad, pad, h - H - pad), mode="replicate")[0]
+    return torch.fft.irfft2(torch.fft.rfft2(padded).mul_(transfer), s=(h, w))[:, pad : pad + H, pad : pad + W]
 
 
 def warp(x: Tensor, field: Tensor, tilt: float, sigma: float) -> Tensor:
     """Shift every pixel by a smooth random field, as air in motion does.
 
     Args:
-        x: float [3, H, W].
+        x: float32 [3, H, W].
         field: white noise [2, G, G], the raw material of the field.
         tilt: root mean square of the shifts along an axis, in pixels.
         sigma: over which the shifts change, in cells of the grid.
     """
     H, W = x.shape[1:]
-    shift = filter_image(field, gaussian(sigma, sigma)).to(x.device)
-    shift = F.interpolate(shift[None], size=(H, W), mode="bicubic")[0]
+    shift = F.interpolate(blur(field, (sigma, sigma))[None], size=(H, W), mode="bilinear")[0]
     shift = tilt * shift / shift.square().mean().sqrt()
-    y, x_ = torch.meshgrid(torch.arange(H, device=x.device), torch.arange(W, device=x.device), indexing="ij")
-    grid = torch.stack([(2 * (x_ + shift[0]) + 1) / W - 1, (2 * (y + shift[1]) + 1) / H - 1], dim=-1)
+    across, down = ((2 * torch.arange(side) + 1) / side - 1 for side in (W, H))
+    grid = torch.stack([across + shift[0] * (2 / W), down[:, None] + shift[1] * (2 / H)], dim=-1)
     return F.grid_sample(x[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False)[0]
 
 
+def to_bytes(x: Tensor) -> Tensor:
+    """Numbers around 0..255 as uint8."""
+    return x.round().clamp_(0, 255).to(torch.uint8)
+
+
 FIELD = 28  # cells across the raw material of the turbulence: 4 pixels each in an image of 112
-# how a face is made small; two of them do not filter first, which leaves the aliasing that cheap cameras have
+# how a face is made small; the last two do not filter first, which leaves the aliasing that cheap cameras have
 DOWN = ({"mode": "bilinear", "antialias": True}, {"mode": "bicubic", "antialias": True}, {"mode": "area"},
         {"mode": "bilinear"}, {"mode": "nearest-exact"})
+FILTERING = 3  # so many of them filter
 
 
 def degrade(image: Tensor, severity: float, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-    """Degrade one image: blur, motion, turbulence, fewer pixels, noise, gamma, grey, JPEG, and up to its size again.
+    """Degrade one image: turbulence, blur, motion, fewer pixels, noise, gamma, grey, JPEG, and up to its size again.
 
     Args:
-        image: uint8 [3, H, W], RGB, on any device (the JPEG step runs on the CPU).
+        image: uint8 [3, H, W], RGB, on the CPU.
         severity: 0 (nothing) to 1; ranges and probabilities grow with it.
         rng: every draw comes from it, in a fixed number and order: the same generator gives the same image, and what
             happens to it does not change with the severity, only how much.
 
     Returns:
-        The image (same shape, dtype and device), and what was drawn, for the sample's metadata: lengths in pixels of
+        The image (same shape and dtype), and what was drawn, for the sample's metadata: lengths in pixels of
         an image of 112.
     """
     from torchvision.io import decode_jpeg, encode_jpeg
 
-    use, strength = rng.random(7), rng.random(8)  # drawn whole, so that one degradation does not shift the others
-    noise = torch.from_numpy(rng.standard_normal(image.shape, dtype=np.float32))
-    use_more, more = rng.random(3), rng.random(4)
-    field = torch.from_numpy(rng.standard_normal((2, FIELD, FIELD), dtype=np.float32))
+    use, strength = rng.random(10), rng.random(12)  # drawn whole, so that one degradation does not shift the others
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(int(rng.integers(1 << 63))))
     if severity <= 0:
         return image, {}
     H, W = image.shape[1:]
-    unit = min(H, W) / 112
-    draws, x = {"severity": round(severity, 4)}, image.float()
+    draws = {"severity": round(severity, 4)}
 
     def draw(name: str, low: float, high: float, where: float) -> float:
         draws[name] = round(low + (high - low) * float(where), 4)
         return draws[name]
 
-    if use[0] < 0.7:
-        sigma = draw("blur", 0.1, max(2.5 * severity, 0.2), strength[0]) * unit
-        aspect = draw("blur_aspect", 0.6, 1.0, strength[1])
-        x = filter_image(x, gaussian(sigma, sigma * aspect, draw("blur_angle", 0, math.pi, more[0])))
-    if use[1] < 0.3:
-        length, angle = draw("motion", 1, 1 + 10 * severity, strength[2]), draw("motion_angle", 0, math.pi, strength[3])
-        x = filter_image(x, streak(length * unit, angle))
-    if use_more[0] < 0.2:
-        tilt = draw("turbulence", 0.5 * severity, 2.5 * severity, more[1]) * unit
-        x = warp(x, field, tilt, draw("turbulence_sigma", 4, 12, more[2]) * FIELD / 112)
-        sigma = draw("turbulence_blur", 0.1, max(2 * severity, 0.2), more[3]) * unit
-        x = filter_image(x, gaussian(sigma, sigma))
-    ratio = math.exp(draw("log_shrink", severity * math.log(12 / 112), severity * math.log(56 / 112), strength[4]))
+    ratio = math.exp(draw("log_shrink", severity * math.log(12 / 112), severity * math.log(56 / 112), strength[8]))
     side = (max(round(H * ratio), 2), max(round(W * ratio), 2))
-    draws["short_side"] = min(side)
-    draws["down"] = int(use_more[1] * len(DOWN))
-    small = F.interpolate(x[None], size=side, **DOWN[draws["down"]]).clamp(0, 255)
-    if use[2] < 0.5:
-        noise = noise[:, : small.shape[2], : small.shape[3]].to(x.device)
-        if use_more[2] < 0.5:
-            small = small + draw("noise", 0, 20 * severity, strength[5]) * noise
+    draws["short_side"], draws["down"] = min(side), int(use[3] * len(DOWN))
+    down, turbulent = DOWN[draws["down"]], use[2] < 0.2
+    # A blur and a filtered reduction can change places, so the blur works on the fewer pixels. What would be lost there
+    # (aliasing, shifts of less than a pixel) needs twice the resolution.
+    fine = turbulent or draws["down"] >= FILTERING
+    first = (min(2 * side[0], H), min(2 * side[1], W)) if fine else side
+    x = image[None] if fine or down["mode"] != "area" else image[None].float()
+    x = x if first == (H, W) else F.interpolate(x, size=first, **(DOWN[0] if fine else down))
+    x, unit = x[0].to(torch.float32, memory_format=torch.contiguous_format), min(first) / 112
+    sigma, angle, length, direction = (0.0, 0.0), 0.0, 0.0, 0.0
+    if turbulent:
+        tilt = draw("turbulence", 0.5 * severity, 2.5 * severity, strength[5]) * unit
+        x = warp(x, normal(2, FIELD, FIELD), tilt, draw("turbulence_sigma", 4, 12, strength[6]) * FIELD / 112)
+        sigma = (draw("turbulence_blur", 0.1, max(2 * severity, 0.2), strength[7]) * unit,) * 2
+    if use[0] < 0.7:
+        wide = draw("blur", 0.1, max(2.5 * severity, 0.2), strength[0]) * unit
+        sigma = math.hypot(sigma[0], wide), math.hypot(sigma[1], wide * draw("blur_aspect", 0.6, 1, strength[1]))
+        angle = draw("blur_angle", 0, math.pi, strength[2])
+    if use[1] < 0.3:
+        length = draw("motion", 1, 1 + 10 * severity, strength[3]) * unit
+        direction = draw("motion_angle", 0, math.pi, strength[4])
+    if sigma[0] or length:
+        x = blur(x, sigma, angle, length, direction)
+    small = (x if first == side else F.interpolate(x[None], size=side, **down)[0]).clamp(0, 255)
+    if use[4] < 0.5:
+        noise = normal(small.shape)
+        if use[5] < 0.5:
+            small.add_(noise, alpha=draw("noise", 0, 20 * severity, strength[9]))
         else:  # shot noise: its variance is proportional to the light
-            small = small + draw("shot_noise", 0, 20 * severity, strength[5]) * (small / 255).sqrt() * noise
-    if use[3] < 0.3:
-        gamma = math.exp(draw("log_gamma", -0.7 * severity, 0.7 * severity, strength[6]))
-        small = 255 * (small.clamp(0, 255) / 255) ** gamma
-    if use[4] < 0.05 * severity:
+            small.addcmul_((small / 255).sqrt_(), noise, value=draw("shot_noise", 0, 20 * severity, strength[9]))
+    small = to_bytes(small)
+    if use[6] < 0.3:
+        gamma = math.exp(draw("log_gamma", -0.7 * severity, 0.7 * severity, strength[10]))
+        table = to_bytes(255 * (torch.arange(256) / 255) ** gamma)
+        small = torch.from_numpy(table.numpy()[small.numpy()])
+    if use[7] < 0.05 * severity:
         draws["grey"] = 1
-        small = small.mean(1, keepdim=True).expand_as(small)
-    small = small.round().clamp(0, 255).to(torch.uint8)
-    if use[5] < 0.8:
-        quality = round(draw("jpeg", 100 - 80 * severity, 100 - 10 * severity, strength[7]))
-        small = decode_jpeg(encode_jpeg(small[0].cpu().contiguous(), quality=quality))[None].to(x.device)
-    draws["up"] = "bicubic" if use[6] < 0.5 else "bilinear"
-    x = F.interpolate(small.float(), size=(H, W), mode=draws["up"])[0]
-    return x.round().clamp(0, 255).to(torch.uint8), draws
+        small = to_bytes(small.float().mean(0, keepdim=True)).expand_as(small)
+    if use[8] < 0.8:
+        quality = round(draw("jpeg", 100 - 80 * severity, 100 - 10 * severity, strength[11]))
+        small = decode_jpeg(encode_jpeg(small.contiguous(), quality=quality))
+    draws["up"] = "bicubic" if use[9] < 0.5 else "bilinear"
+    # bytes are resized several times as fast as float32
+    return F.interpolate(small[None], size=(H, W), mode=draws["up"])[0], draws
+
+
+# ---------------------------------------------------------------- shifts of one kind
+
+# Names and five severities as in ImageNet-C (arXiv 1903.12261), whose parameters are others: figures do not compare.
+SHIFTS = {
+    "gaussian_noise": (0.04, 0.08, 0.13, 0.2, 0.3),  # standard deviation, of images scaled to 0..1
+    "gaussian_blur": (0.5, 1.0, 1.6, 2.4, 3.4),  # sigma in pixels of an image of 112
+    "contrast": (0.7, 0.5, 0.35, 0.22, 0.12),  # factor on the distance from the mean of each channel
+    "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),  # added to images scaled to 0..1
+    "pixelate": (0.6, 0.45, 0.33, 0.25, 0.18),  # pixels along a side that are left
+    "jpeg_compression": (30, 20, 14, 9, 5),  # quality
+}
+
+
+def shift(kind: str, severity: int, image: Tensor, rng: np.random.Generator) -> tuple[Tensor, dict]:
+    """An image uint8 [3, H, W] (RGB, on the CPU) under a shift of SHIFTS, and what was done."""
+    from torchvision.io import decode_jpeg, encode_jpeg
+
+    strength, x, side = SHIFTS[kind][severity - 1], image.float().contiguous(), image.shape[1:]
+    if kind == "gaussian_noise":
+        x += 255 * strength * torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
+    elif kind == "gaussian_blur":
+        x = blur(x, (strength * min(side) / 112,) * 2)
+    elif kind == "contrast":
+        x = torch.lerp(x.mean((1, 2), keepdim=True), x, strength)
+    elif kind == "brightness":
+        x += 255 * strength
+    elif kind == "pixelate":
+        small = F.interpolate(x[None], size=[max(round(strength * one), 1) for one in side], mode="area")
+        x = F.interpolate(small, size=side, mode="nearest-exact")[0]
+    else:
+        x = decode_jpeg(encode_jpeg(image.contiguous(), quality=strength)).float()
+    return to_bytes(x), {"kind": kind, "severity": severity}
+
+
+def degrade_between(low: float, high: float, image: Tensor, rng: np.random.Generator) -> tuple[Tensor, dict]:
+    """`degrade` at a severity that is drawn evenly between two."""
+    return degrade(image, low + (high - low) * rng.random(), rng)
+
+
+def choose_changes(shifts: str | None, low: float, high: float) -> dict[str, tuple[partial, dict[str, str]]]:
+    """What `data_prep degrade` writes: the ending of a split's name -> what is done to it, and its provenance.
+
+    Args:
+        shifts: `KIND[-SEVERITY],...` or `all`, a kind without a severity meaning all five; None: faces.
+        low, high: severities of faces.
+    """
+    if shifts is None:
+        return {"": (partial(degrade_between, low, high), {"severity": str(high), "min_severity": str(low)})}
+    found = {}
+    for part in (",".join(SHIFTS) if shifts == "all" else shifts).split(","):
+        kind, _, severity = part.strip().partition("-")
+        if kind not in SHIFTS or severity not in ("", *"12345"):
+            raise InputError(f"--shift {part.strip()!r}: want all, or KIND[-SEVERITY],... with a severity 1 to 5 and a "
+                             f"kind of {', '.join(SHIFTS)}")
+        for one in severity or "12345":
+            found[f"-{kind}-{one}"] = partial(shift, kind, int(one)), {"kind": kind, "severity": one}
+    return found
 
 
 # ---------------------------------------------------------------- offline
 
 
-def degraded_sample(folder: Path, row: int, severity: tuple[float, float], seed: int) -> tuple[bytes, dict]:
+def degraded_sample(folder: Path, row: int, change: partial, seed: int) -> tuple[bytes, dict]:
     """A sample of a split, degraded, and the fields that say how.
 
     The draws belong to the seed and the sample, so that the number of workers does not matter.
@@ -152,8 +229,7 @@ def degraded_sample(folder: Path, row: int, severity: tuple[float, float], seed:
     except BadImage as error:
         raise BadImage("unreadable image") from error
     rng = np.random.default_rng((seed, DOMAINS.index("face_lq"), row))
-    low, high = severity
-    image, draws = degrade(image, low + (high - low) * rng.random(), rng)
+    image, draws = change(image, rng)
     out = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "BMP")
     shard = Path(split.index["shards"][int(split.shard[row])]["file"])  # of a merged split it is a neighbour's
@@ -161,22 +237,23 @@ def degraded_sample(folder: Path, row: int, severity: tuple[float, float], seed:
     return out.getvalue(), {"degradation": draws | {"from": name}, "source": split.fields(row).get("source")}
 
 
-def degraded_split(split: Split, severity: tuple[float, float], seed: int) -> Source:
+def degraded_split(split: Split, change: partial, seed: int) -> Source:
     """A source of degraded copies of a split: same identities, columns, protocol and lists that the protocol names.
 
     Args:
         split: of sharp images.
-        severity: least and largest; each sample's is drawn evenly between them.
+        change: of `choose_changes`: (image uint8 [3, H, W], generator) -> (the same degraded, fields that say how).
         seed: of every draw.
     """
     columns = {name: split.column(name) for name in OPTIONAL if name in split.index["columns"]}
+    done = " ".join(map(str, (change.func.__name__, *change.args)))  # in the names, so another change is another plan
 
     def records() -> Iterator[Record]:
         for row in range(len(split)):
             label, fields = int(split.labels[row]), split.fields(row)
             optional = {name: column[row].item() for name, column in columns.items() if column[row] >= 0}
-            yield Record(partial(degraded_sample, split.folder, row, severity, seed),
-                         f"{split.domain}/{split.name}/{fields.get('key')}",
+            yield Record(partial(degraded_sample, split.folder, row, change, seed),
+                         f"{split.domain}/{split.name}/{fields.get('key')}, {done}",
                          split.classes[label] if label >= 0 else None, person=fields.get("person"), **optional)
 
     listed = set(TABLES) & set(split.index["columns"])
@@ -185,6 +262,8 @@ def degraded_split(split: Split, severity: tuple[float, float], seed: int) -> So
     protocol = split.protocol and {key: value for key, value in split.protocol.items() if key not in drop}
     pairs = split.column("pairs").tolist() if "pairs" in listed else []
     tables = {name: np.array(split.column(name)) for name in sorted(listed - {"pairs"})}
+    if change.func is shift:
+        protocol["ood"] = True
     names = dict(zip(split.classes, split.names, strict=True))
     return Source(records(), protocol, pairs, names=names, tables=tables, listed=bool((protocol or {}).get("misses")))
 

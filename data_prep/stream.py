@@ -4,20 +4,12 @@ Everything here is a closed-form function of the seed and of running numbers, so
 nor an interruption changes what a run sees.
 """
 
-import atexit
-import contextlib
-import ctypes
-import errno
 import functools
+import itertools
 import math
-import multiprocessing
-import os
-import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,10 +18,8 @@ from tqdm import tqdm
 from data_prep import DOMAINS, InputError, progress
 from data_prep.degrade import degrade
 from data_prep.format import BadImage, Split
+from data_prep.loaders import image_memory, load, one_ahead
 from kernels.gather import gather_interleaved
-
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-LOADERS = min(16, max(CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1, 1))  # default number of loader processes
 
 
 class Order:
@@ -59,11 +49,15 @@ class Order:
         rows = np.concatenate([np.arange(self.bounds[s], self.bounds[s + 1]) for s in shards])
         return np.random.default_rng((*self.key, epoch, w)).permutation(rows)
 
-    def __call__(self, n: int) -> tuple[int, int]:
-        epoch, place = divmod(int(n), self.size)
-        starts = self.shards(epoch)[1]
-        w = int(np.searchsorted(starts, place, side="right")) - 1
-        return epoch, int(self.rows(epoch, w)[place - starts[w]])
+    def __call__(self, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        epoch, place = np.divmod(n, self.size)
+        row = np.empty_like(place)
+        for e in np.unique(epoch).tolist():
+            starts = self.shards(e)[1]
+            window = np.where(epoch == e, np.searchsorted(starts, place, side="right") - 1, -1)
+            for w in set(window[window >= 0].tolist()):
+                row[window == w] = self.rows(e, w)[place[window == w] - starts[w]]
+        return epoch, row
 
 
 def interleave(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -78,30 +72,49 @@ def interleave(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return domain[order], number[order]
 
 
-def random_box(rng: np.random.Generator, height: int, width: int, scale: float) -> tuple[float, float, float, float]:
-    """A crop (x0, y0, x1, y1) in pixels: area scale..1 of the image, aspect 3/4..4/3 where it fits (Inception)."""
-    if scale >= 1.0:
-        return 0.0, 0.0, float(width), float(height)
-    area, aspect = rng.uniform(scale, 1.0), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-    w, h = min(math.sqrt(area * aspect), 1.0) * width, min(math.sqrt(area / aspect), 1.0) * height
-    x, y = rng.random() * (width - w), rng.random() * (height - h)
-    return x, y, x + w, y + h
+def scramble(x: np.ndarray) -> np.ndarray:
+    """uint64 -> uint64, one to one, with no pattern left (the last step of SplitMix64, Steele et al. 2014)."""
+    x = (x ^ (x >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> 27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> 31)
 
 
-def random_patch(u: np.ndarray, chance: float) -> tuple[float, float, float, float]:
-    """Where to erase (x0, y0, x1, y1), fractions of the image as the network sees it; empty but for `chance` of times.
+def uniforms(count: int, *key: int | np.ndarray) -> np.ndarray:
+    """Random numbers 0..1, float64 [N, count], row i a function of the i-th numbers of the key (int64 [N]) alone.
+
+    SplitMix64 from a state that the key is scrambled into: a generator a sample would cost more than its draws.
+    """
+    gap, state = np.uint64(0x9E3779B97F4A7C15), np.zeros(1, dtype=np.uint64)
+    for part in key:
+        state = scramble((state ^ np.asarray(part).astype(np.uint64)) + gap)
+    return (scramble(state[:, None] + gap * np.arange(1, count + 1, dtype=np.uint64)) >> 11) * 2.0**-53
+
+
+def random_boxes(u: np.ndarray, height: int, width: int, scale: float) -> np.ndarray:
+    """Crops [N, 4] (x0, y0, x1, y1) in pixels: area scale..1 of the image, aspect 3/4..4/3 where it fits (Inception).
 
     Args:
-        u: five uniform numbers 0..1.
+        u: uniform numbers [N, 4].
+        scale: 1: the whole image.
+    """
+    area, aspect = scale + (1 - scale) * u[:, 0], np.exp(math.log(4 / 3) * (2 * u[:, 1] - 1) * (scale < 1))
+    w, h = np.minimum(np.sqrt(area * aspect), 1) * width, np.minimum(np.sqrt(area / aspect), 1) * height
+    x, y = u[:, 2] * (width - w), u[:, 3] * (height - h)
+    return np.stack([x, y, x + w, y + h], axis=1)
+
+
+def random_patches(u: np.ndarray, chance: float) -> np.ndarray:
+    """Where to erase [N, 4] (x0, y0, x1, y1), fractions of the image as the network sees it; empty but for `chance`.
+
+    Args:
+        u: uniform numbers [N, 5].
 
     Source: arXiv 1708.04896 (random erasing): area 2 to 33 %, aspect 0.3 to 3.3.
     """
-    if u[0] >= chance:
-        return 0.0, 0.0, 0.0, 0.0
-    area, aspect = 0.02 + 0.31 * u[1], math.exp(math.log(0.3) * (2 * u[2] - 1))
-    w, h = min(math.sqrt(area * aspect), 1.0), min(math.sqrt(area / aspect), 1.0)
-    x, y = u[3] * (1 - w), u[4] * (1 - h)
-    return x, y, x + w, y + h
+    area, aspect = 0.02 + 0.31 * u[:, 1], np.exp(math.log(0.3) * (2 * u[:, 2] - 1))
+    w, h = np.minimum(np.sqrt(area * aspect), 1), np.minimum(np.sqrt(area / aspect), 1)
+    x, y = u[:, 3] * (1 - w), u[:, 4] * (1 - h)
+    return np.stack([x, y, x + w, y + h], axis=1) * (u[:, :1] < chance)
 
 
 def erase_patches(images: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
@@ -126,6 +139,8 @@ class Chunk:
     bad: list[str]  # what had to be replaced: "domain/split key: reason"
     erase: torch.Tensor | None = None  # float32 [B, 4], patches of `erase_patches`; None: no domain has any
     images: torch.Tensor | None = None  # [B, 3, S, S], where the finished batch was made with the chunk
+    begin: Callable | None = None  # what has to be called when a step begins with this chunk
+    copied: object = None  # CUDA event after which the banks lie on the device
 
     def __getstate__(self) -> dict:
         """From a loader process: only images as shared memory, which costs half a millisecond a tensor to open."""
@@ -139,20 +154,7 @@ class Chunk:
     def pin_memory(self) -> "Chunk":
         """Called by the DataLoader where CUDA copies without waiting."""
         tensors = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return Chunk([bank.pin_memory() for bank in self.banks], **tensors, bad=self.bad)
-
-
-def image_memory(*shape: int) -> torch.Tensor:
-    """An empty uint8 tensor for a batch of images, where it costs least.
-
-    A loader process takes it from the memory that it shares with its parent, else the batch would be copied there. Any
-    other process takes it from NumPy, which asks for large pages: a third of the time at 224 pixels went into small
-    ones.
-    """
-    if torch.utils.data.get_worker_info() is None:
-        return torch.from_numpy(np.empty(shape, dtype=np.uint8))
-    shared = torch.UntypedStorage._new_shared(math.prod(shape))  # as PyTorch's own collate does
-    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
+        return replace(self, banks=[bank.pin_memory() for bank in self.banks], **tensors)
 
 
 class Stream(torch.utils.data.Dataset):
@@ -190,7 +192,16 @@ class Stream(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.plan) * self.per_batch
 
+    @property
+    def item_bytes(self) -> int:
+        """Of the images of a chunk, at most."""
+        return 0 if self.readable else self.micro * 3 * max(split.size for split in self.splits) ** 2
+
     def __getitem__(self, c: int) -> Chunk:
+        return self.chunk(c)
+
+    def chunk(self, c: int, memory: Callable[[int], torch.Tensor] = image_memory) -> Chunk:
+        """Chunk c; its images are decoded into `memory`, a function from a number of bytes to them."""
         batch, part = divmod(c, self.per_batch)
         domain, number = interleave(self.plan[batch])
         size = len(range(0, len(domain), self.world)[part * self.micro : (part + 1) * self.micro])
@@ -198,32 +209,32 @@ class Stream(torch.utils.data.Dataset):
         # every rank gets as many as rank 0, so that collectives fit together; what is too much counts for nothing
         real, places = len(places), np.concatenate([places, np.zeros(size - len(places), dtype=np.int64)])
         domain, number = domain[places], number[places] + self.starts[batch][domain[places]]
+        row, label, bad = np.empty_like(domain), np.empty_like(domain), []
         # filled image by image: stacked at the end, the images would be read again from memory, and transposed
         counts = np.bincount(domain[:0] if self.readable else domain, minlength=len(self.splits)).tolist()
-        banks = [image_memory(n, *((split.size, split.size) if n else (1, 1)), 3)
-                 for n, split in zip(counts, self.splits, strict=True)]
-        filled = [0] * len(self.splits)
-        row, label, boxes, flip, erase, bad = [], [], [], [], [], []
-        for d, n in zip(domain.tolist(), number.tolist(), strict=True):
-            split = self.splits[d]
-            epoch, sample = self.orders[d](n)
-            image, used = self.read(d, sample, bad)
-            rng = np.random.default_rng((self.seed, DOMAINS.index(split.domain), epoch, sample))
-            boxes.append(random_box(rng, split.size, split.size, self.crop[d]))
-            flip.append(rng.random() < 0.5)
-            if self.severity is not None and split.domain == "face_lq":
-                image, _ = degrade(image, float(self.severity[batch]) * rng.random(), rng)
+        shapes = [(n, split.size, split.size, 3) for n, split in zip(counts, self.splits, strict=True)]
+        parts = memory(sum(map(math.prod, shapes))).split([math.prod(shape) for shape in shapes])
+        banks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        boxes, flip, erase = np.empty((size, 4), np.float32), np.empty(size, bool), np.zeros((size, 4), np.float32)
+        for d, split in enumerate(self.splits):
+            mine, house = np.flatnonzero(domain == d), DOMAINS.index(split.domain)
+            epoch, sample = self.orders[d](number[mine])
+            u = uniforms(11, self.seed, house, epoch, sample)
+            boxes[mine], flip[mine] = random_boxes(u[:, :4], split.size, split.size, self.crop[d]), u[:, 4] < 0.5
             if any(self.erase):
-                erase.append(random_patch(rng.random(5), self.erase[d]))
-            row.append(used if self.readable else filled[d])
-            label.append(int(split.labels[used]))
-            if image is not None:
-                banks[d][filled[d]] = image.permute(1, 2, 0)
-            filled[d] += 1
-        label[real:] = [-1] * (size - real)
-        return Chunk(banks, torch.from_numpy(domain), torch.tensor(row), torch.tensor(label),
-                     torch.tensor(boxes, dtype=torch.float32), torch.tensor(flip), bad,
-                     torch.tensor(erase, dtype=torch.float32) if any(self.erase) else None)
+                erase[mine] = random_patches(u[:, 5:10], self.erase[d])
+            severity = np.zeros(len(mine)) if self.severity is None or split.domain != "face_lq" else \
+                self.severity[batch] * u[:, 10]
+            for i, (s, e, strength) in enumerate(zip(sample.tolist(), epoch.tolist(), severity.tolist(), strict=True)):
+                image, used = self.read(d, s, bad)
+                row[mine[i]], label[mine[i]] = used if self.readable else i, split.labels[used]
+                if strength:
+                    image, _ = degrade(image, strength, np.random.default_rng((self.seed, house, e, s)))
+                if image is not None:
+                    banks[d][i] = image.permute(1, 2, 0)
+        label[real:] = -1
+        return Chunk(banks, *map(torch.from_numpy, (domain, row, label, boxes, flip)), bad,
+                     torch.from_numpy(erase) if any(self.erase) else None)
 
     def read(self, d: int, sample: int, bad: list[str]) -> tuple[torch.Tensor | None, int]:
         """An image uint8 [3, H, W] and its row: the next readable one of the split where a file is damaged."""
@@ -252,6 +263,10 @@ class Batches(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return math.ceil(len(self.rows) / self.batch)
+
+    @property
+    def item_bytes(self) -> int:
+        return self.batch * 3 * self.split.size**2
 
     def __getitem__(self, b: int) -> tuple[np.ndarray, torch.Tensor]:
         rows, good = self.rows[b * self.batch : (b + 1) * self.batch].tolist(), []
@@ -291,161 +306,28 @@ class FinishedImages(torch.utils.data.Dataset):
 
     def __init__(self, stream: Stream, cache: list[torch.Tensor] | None, look: Look) -> None:
         self.stream, self.cache, self.look = stream, cache, look
+        self.bytes = np.empty(0, dtype=np.uint8)  # of the images of a chunk, which stay here
 
     def __len__(self) -> int:
         return len(self.stream)
 
+    def memory(self, size: int) -> torch.Tensor:
+        if self.bytes.size < size:
+            self.bytes = np.empty(size, dtype=np.uint8)
+        return torch.from_numpy(self.bytes[:size])
+
+    @property
+    def item_bytes(self) -> int:
+        return self.stream.micro * 3 * self.look.image_size**2 * 4  # float32
+
     def __getitem__(self, c: int) -> Chunk:
-        chunk = self.stream[c]
+        chunk = self.stream.chunk(c, self.memory)
         if self.cache is not None:
             chunk = replace(chunk, banks=self.cache)
         return replace(chunk, banks=[], images=make_images(chunk, self.look, torch.device("cpu")))
 
 
-# ---------------------------------------------------------------- loader processes
-
-SHARED_MEMORY = 1 << 30  # where /dev/shm is smaller, a loader process that dies has probably filled it
-
-
-def start_loader(_: int) -> None:
-    """A loader process ends with its parent, however that ends, and leaves a first SIGTERM to it.
-
-    Terminals and schedulers signal the whole group, and the parent still has to end its step and to save.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody reads the pipe that it may be writing to
-    parent = multiprocessing.parent_process()
-    served = multiprocessing.get_start_method() == "forkserver"  # else later loaders hold the pipe that `is_alive` asks
-    if not parent.is_alive() or (os.getppid() != parent.pid and not served):
-        os._exit(1)
-    # what cannot be sent would be dropped, and the parent would wait for it for ever
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(
-        lambda error, _: os._exit(getattr(error, "errno", None) or 1))
-
-
-def end_loaders() -> None:
-    """End every loader process at once: one that writes into a full pipe would not, and exiting would wait for it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in multiprocessing.active_children():
-        process.kill()
-
-
-def loader_error(error: Exception) -> Exception:
-    """One line about a loader process that failed or died; other errors stay what they are."""
-    text, shared = str(error).strip(), Path("/dev/shm")
-    last = text.splitlines()[-1] if text else ""
-    if isinstance(error, InputError):
-        return InputError(last.removeprefix(f"{InputError.__module__}.InputError: "))
-    if "Too many open files" in text or f"exit code {errno.EMFILE}." in text:
-        return InputError("loading images: too many open files: raise the limit (`ulimit -n 4096`) or take --workers 0")
-    died = "DataLoader worker (pid" in text or isinstance(error, ConnectionError | EOFError)
-    died |= "Pin memory thread exited" in text
-    if not died and "shared memory" not in text and not isinstance(error, OSError | MemoryError):
-        return error
-    small = shared.is_dir() and shutil.disk_usage(shared).total < SHARED_MEMORY
-    if "shared memory" in text or (died and small):
-        size = f", which holds {shutil.disk_usage(shared).total >> 20:,} MiB," if shared.is_dir() else ""
-        return InputError(f"loading images: the shared memory /dev/shm{size} is full: take --workers 0, or enlarge it "
-                          "(docker run --shm-size 8g, or --ipc=host)")
-    if died:
-        return InputError("loading images: a loader process died (killed because memory is full, as a rule): lower "
-                          "--workers or --batch, or take --workers 0")
-    return InputError(f"loading images: {last}")
-
-
-def watch_loaders() -> None:
-    """Let the death of a loader process end what the main one does, in one line.
-
-    PyTorch raises wherever the main process is: it may be reading half a message, whose other half never comes.
-    """
-    raises = signal.getsignal(signal.SIGCHLD)
-    if raises in (signal.SIG_DFL, signal.SIG_IGN, None) or getattr(raises, "named", False):
-        return
-
-    def handle(*arguments) -> None:
-        try:
-            raises(*arguments)
-        except RuntimeError as error:
-            end_loaders()
-            raise loader_error(error) from error
-
-    handle.named = True
-    signal.signal(signal.SIGCHLD, handle)
-
-
-def as_it_is(item):
-    """No conversion: the loader's own would turn row numbers into tensors."""
-    return item
-
-
-@contextlib.contextmanager
-def in_one_line() -> Iterator[None]:
-    """Inside, a loader process that fails or dies is bad input."""
-    try:
-        yield
-    except Exception as error:
-        if (line := loader_error(error)) is error:
-            raise
-        end_loaders()  # what they say from now on is no news
-        raise line from error
-
-
-def load(dataset: torch.utils.data.Dataset, first: int, workers: int, pin: bool) -> Iterator:
-    """The items of a data set from number `first` on, decoded ahead by worker processes.
-
-    Raises:
-        InputError: a worker died, or had no memory or files left.
-    """
-    with in_one_line():
-        items = iter(torch.utils.data.DataLoader(
-            dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers, pin_memory=pin,
-            worker_init_fn=start_loader, prefetch_factor=4 if workers else None, collate_fn=as_it_is,
-        ))
-    if workers:
-        watch_loaders()
-        atexit.unregister(end_loaders)
-        atexit.register(end_loaders)  # after the iterator's own hooks, so that it comes before them
-
-    def draw() -> Iterator:
-        with in_one_line():
-            yield from items
-
-    return draw()
-
-
 # ---------------------------------------------------------------- images decoded once and kept (--cache)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is left on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with contextlib.suppress(OSError, IndexError, ValueError):  # what Linux would give back counts as free
-        free[0] = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) << 10
-    with contextlib.suppress(OSError, ValueError):  # a limit of the job's own (SLURM, a container)
-        group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return max(min(free), 0)
-
-
-def too_large(splits: list[Split], device: torch.device) -> str:
-    """Why the decoded images of the splits do not fit the memory of a device; "" where they do."""
-    need, have = sum(len(split) * 3 * split.size**2 for split in splits), free_bytes(device)
-    copies = 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    each = f" for each of {copies} processes here" * (copies > 1)
-    return f"the images take {need / 2**30:.1f} GiB decoded{each} and {have / 2**30:.1f} GiB are free" \
-        if need * copies > 0.8 * have else ""
-
-
-def batch_too_large(splits: list[Split], images: int, image_size: int) -> str:
-    """Why so many images at a time do not fit the memory, as decoded bytes and as the network's float32; "" if so."""
-    need = images * 3 * (max(split.size for split in splits) ** 2 + 4 * image_size**2)
-    have = free_bytes(torch.device("cpu"))
-    return f"{images:,} images at a time take {need / 2**30:,.1f} GiB and {have / 2**30:,.1f} GiB are free" \
-        if need > have else ""
 
 
 def decode_split(split: Split, device: torch.device, workers: int, quiet: bool) -> tuple[torch.Tensor, np.ndarray]:
@@ -460,17 +342,18 @@ def decode_split(split: Split, device: torch.device, workers: int, quiet: bool) 
     return bank, readable
 
 
-def from_cache(cache: list[torch.Tensor], chunk: Chunk, device: torch.device) -> Chunk:
-    """The chunk with its banks: the cache itself where it lies on the device, else the rows that the chunk names."""
-    if cache[0].device == device:
-        return replace(chunk, banks=cache)
+def from_cache(cache: list[torch.Tensor], chunk: Chunk, pin: bool) -> Chunk:
+    """The chunk with banks of the rows that it names, gathered once, where `pin` into memory that a GPU reads."""
     banks, row = [], torch.empty_like(chunk.row)
     for d, bank in enumerate(cache):
         places = (chunk.domain == d).nonzero().flatten()
-        banks.append(bank[chunk.row[places]].pin_memory())
+        banks.append(torch.empty(len(places), *bank.shape[1:], dtype=bank.dtype, pin_memory=pin))
+        torch.index_select(bank, 0, chunk.row[places], out=banks[d])
         row[places] = torch.arange(len(places))
     return replace(chunk, banks=banks, row=row)
 
+
+# ---------------------------------------------------------------- the feed of a run
 
 class Feed:
     """The micro-batches of a run's steps on the device: decoded ahead by loader processes, made into images there.
@@ -481,34 +364,56 @@ class Feed:
         look: how the network wants its images.
         bf16: the network computes in bfloat16.
         cache: the decoded images of every split, for a stream with `readable`.
+        draw: gets a step and the labels and domains of its micro-batches, on the CPU; returns other labels, and what is
+            to be called when the step begins. It runs in a thread, a step ahead.
 
     Attributes: passes (micro-batches of a step), bad (damaged images that were replaced).
     """
 
     def __init__(self, stream: Stream, batches_per_step: int, look: Look, device: torch.device, *, bf16: bool = False,
-                 workers: int = 0, cache: list[torch.Tensor] | None = None) -> None:
+                 workers: int = 0, cache: list[torch.Tensor] | None = None, draw: Callable | None = None) -> None:
         self.stream, self.look, self.device, self.workers, self.cache = stream, look, device, workers, cache
         self.dtype = torch.bfloat16 if bf16 else torch.float32  # what autocast would make of them
-        self.passes, self.bad, self.chunks = stream.per_batch * batches_per_step, 0, iter(())
+        self.passes, self.bad, self.draw, self.chunks = stream.per_batch * batches_per_step, 0, draw, iter(())
 
     def start(self, step: int) -> None:
         """Go on with a step."""
         on_gpu = self.device.type == "cuda"  # there the device makes the images, of fewer bytes
         chunks = self.stream if on_gpu else FinishedImages(self.stream, self.cache, self.look)
-        self.chunks = load(chunks, step * self.passes, self.workers, on_gpu)
+        chunks = load(chunks, step * self.passes, self.workers, on_gpu)
+        if self.draw:
+            chunks = self.relabelled(chunks, step)
+        if on_gpu:
+            chunks = self.copied(chunks)
+        self.chunks = one_ahead(chunks, self.device) if self.draw or on_gpu else chunks
 
-    def next_step(self, relabel: Callable | None = None) -> Iterator[tuple]:
-        """The micro-batches of the next step, one by one: (images [B, 3, S, S], labels [B], domains [B]).
+    def relabelled(self, chunks: Iterator[Chunk], step: int) -> Iterator[Chunk]:
+        """The chunks with the labels of `draw`, step by step."""
+        while part := list(itertools.islice(chunks, self.passes)):
+            labels, begin = self.draw(step, [chunk.label for chunk in part], [chunk.domain for chunk in part])
+            part[0] = replace(part[0], begin=begin)
+            yield from (replace(chunk, label=label) for chunk, label in zip(part, labels, strict=True))
+            step += 1
 
-        Args:
-            relabel: gets the labels and the domains of all micro-batches, on the CPU, and returns other labels.
-        """
-        part: Iterable[Chunk] = (next(self.chunks) for _ in range(self.passes))
-        if relabel:
-            part = list(part)
-            labels = relabel([chunk.label for chunk in part], [chunk.domain for chunk in part])
-            part = [replace(chunk, label=label) for chunk, label in zip(part, labels, strict=True)]
-        return self.finish(part)
+    def copied(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+        """The chunks with their banks on the device, copied on a stream of their own while it computes."""
+        own = torch.cuda.Stream(self.device)
+        for chunk in chunks:
+            if self.cache and self.cache[0].device.type == "cuda":
+                yield replace(chunk, banks=self.cache)
+                continue
+            chunk = from_cache(self.cache, chunk, True) if self.cache else chunk
+            with torch.cuda.stream(own):
+                banks = [bank.to(self.device, non_blocking=True) for bank in chunk.banks]
+            yield replace(chunk, banks=banks, copied=own.record_event())
+
+    def next_step(self) -> Iterator[tuple]:
+        """The micro-batches of the next step, one by one: (images [B, 3, S, S], labels [B], domains [B])."""
+        part = itertools.islice(self.chunks, self.passes)
+        first = next(part)
+        if first.begin:
+            first.begin()
+        return self.finish(itertools.chain([first], part))
 
     def finish(self, part: Iterable[Chunk]) -> Iterator[tuple]:
         """Chunks as they are wanted on the device."""
@@ -516,8 +421,10 @@ class Feed:
             for line in chunk.bad:
                 tqdm.write(f"damaged image replaced: {line}", file=sys.stderr)
             self.bad += len(chunk.bad)
-            images = chunk.images
-            if images is None:
-                chunk = chunk if self.cache is None else from_cache(self.cache, chunk, self.device)
-                images = make_images(chunk, self.look, self.device, self.dtype)
+            if chunk.copied:
+                now = torch.cuda.current_stream(self.device)
+                now.wait_event(chunk.copied)
+                for bank in chunk.banks:
+                    bank.record_stream(now)  # else the memory could be given away while it is read
+            images = make_images(chunk, self.look, self.device, self.dtype) if chunk.images is None else chunk.images
             yield images, *(v.to(self.device, non_blocking=True) for v in (chunk.label, chunk.domain))

@@ -22,7 +22,8 @@ from torch import nn
 
 from data_prep import InputError
 from data_prep.format import Split
-from data_prep.stream import Batches, Look, load
+from data_prep.loaders import load
+from data_prep.stream import Batches, Look
 from models.weights import from_openai, from_transformers, read_weights, strip_prefixes
 
 SIZES = ("tiny", "small", "base", "large")

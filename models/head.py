@@ -4,10 +4,11 @@ Copy with it: kernels/margin_loss.py, models/backbones.py, models/runs.py and wh
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -264,8 +265,10 @@ class MarginHead(nn.Module):
 
     # -------------------------------------------------------- Partial FC
 
-    def draw_classes(self, step: int, labels: list[Tensor], domains: list[Tensor]) -> list[Tensor]:
-        """Partial FC: choose the classes of a step; returns its labels, counted among the drawn classes.
+    def draw_classes(self, step: int, labels: list[Tensor], domains: list[Tensor]
+                     ) -> tuple[list[Tensor], Callable[[], None]]:
+        """Partial FC: choose the classes of a step; returns its labels, counted among the drawn classes, and what makes
+        the draw that of the step that is taken: it is drawn a step ahead, in a thread.
 
         One draw for the whole step, whose samples all find their class in it, so that micro-batches and ranks change
         nothing. On the CPU, where the labels are, before anything is sent to the device.
@@ -275,7 +278,7 @@ class MarginHead(nn.Module):
         """
         counts, ranks, settings = self.class_counts, self.ranks, self.settings
         ends = list(itertools.accumulate(counts))
-        every, of = (gather_rows(torch.cat(parts), ranks, ranks.control) for parts in (labels, domains))
+        every, of = (gather_rows(torch.cat(parts), ranks, ranks.draws) for parts in (labels, domains))
         valid = every >= 0
         rows, every[valid], ranges = sample_classes(
             every[valid], of[valid], [(end - count, end) for count, end in zip(counts, ends, strict=True)],
@@ -286,8 +289,9 @@ class MarginHead(nn.Module):
         if device.type == "cuda":  # unpinned, a copy of this size would wait for the device
             rows, first = rows.pin_memory(), first.pin_memory()
         rows, first = rows.to(device, non_blocking=True), first.to(device, non_blocking=True)
-        self.step_rows = Rows(rows, ranges, first, shard if self.sharded else None)
-        return list(every.chunk(ranks.world)[ranks.rank].split([len(part) for part in labels]))
+        begin = functools.partial(setattr, self, "step_rows",
+                                  Rows(rows, ranges, first, shard if self.sharded else None))
+        return list(every.chunk(ranks.world)[ranks.rank].split([len(part) for part in labels])), begin
 
     @contextlib.contextmanager
     def drawn(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:

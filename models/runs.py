@@ -70,7 +70,8 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    control: object = None  # gloo group for messages between CPUs
+    control: object = None  # gloo group, for what the CPUs tell each other while the GPUs work
+    draws: object = None  # another, for the thread that draws classes a step ahead
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place, on its device."""
@@ -131,8 +132,8 @@ def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
                              "again") from error
     sys.excepthook = end_rank
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    ranks = Ranks(torch.distributed.get_rank(), world, torch.distributed.new_group(backend="gloo"))
-    if ranks.rank:  # only rank 0 prints
+    ranks = Ranks(torch.distributed.get_rank(), world, *(torch.distributed.new_group(backend="gloo") for _ in range(2)))
+    if ranks.rank:  # one voice
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return ranks, device
 

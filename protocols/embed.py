@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data_prep import InputError, make_folder, option, progress, write_atomically, write_json
 from data_prep.format import Split
-from data_prep.stream import LOADERS
+from data_prep.loaders import LOADERS
 from models.backbones import Backbone, embed_rows
 from models.runs import Ranks, pick_device
 from protocols.bootstrap import normalise

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import data_prep.stream
+import data_prep.loaders
 import train
 from data_prep import InputError
 from data_prep.format import ordered_tests
@@ -202,7 +202,7 @@ def test_grad_checkpointing_changes_rounding_at_most(demo_root, tmp_path):
 
 
 def test_a_cache_that_does_not_fit_is_refused(demo_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(data_prep.stream, "free_bytes", lambda device: 1 << 20)  # a batch fits, the splits do not
+    monkeypatch.setattr(data_prep.loaders, "free_bytes", lambda device: 1 << 20)  # a batch fits, the splits do not
     with pytest.raises(InputError, match=r"--cache ram: the images take .* GiB are free"):
         train.set_up(options_of(demo_root, tmp_path / "run", "--cache", "ram"), {})
     assert not (tmp_path / "run").exists()  # the same command without --cache then needs no other --out

@@ -20,7 +20,7 @@ import reports.plots
 import tools.leaks
 import train
 from data_prep import InputError, hash_file, join_config, literal, lock_folder, write_csv
-from data_prep.degrade import degraded_split
+from data_prep.degrade import degrade_between, degraded_split
 from data_prep.format import Record, Source, Split, open_root
 from data_prep.write import write_split
 from models.runs import Run, find_run, gather_facts, load_foundation
@@ -419,7 +419,8 @@ def test_names_of_raters_are_text_in_the_report(run, demo_root, tmp_path, capsys
 
 
 def degraded_copy(split: Split, folder) -> Split:
-    write_split(folder, degraded_split(split, (0.0, 0.0), 0), source_name="degrade", size=split.size, fit="squash",
+    source = degraded_split(split, partial(degrade_between, 0.0, 0.0), 0)
+    write_split(folder, source, source_name="degrade", size=split.size, fit="squash",
                 quality=95, train=False, options={"src": f"{split.domain}/{split.name}",
                                                   "src_plan": split.index["provenance"]["plan"]})
     return Split(folder)

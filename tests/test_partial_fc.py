@@ -37,7 +37,8 @@ def step(rank: int, world: int, micro: int, sharded: bool, negatives: str) -> tu
     head = make_head(class_weights(), settings, Ranks(rank, world), sharded)
     pictures, targets, domains = zip(*dealt(PLAN, rank, world, micro, images, labels), strict=True)
     spread = [torch.where(target >= 0, target * (CLASSES // C), -1) for target in targets]
-    targets = head.draw_classes(7, spread, list(domains))
+    targets, begin = head.draw_classes(7, spread, list(domains))
+    begin()
     batches = list(zip(pictures, targets, domains, strict=True))
     backbone, own, total = step_gradients(model, head, batches, PLAN)
     rows = head.step_rows.rows if head.rows is None else head.rows[head.step_rows.rows]
@@ -121,8 +122,7 @@ def test_classes_that_are_not_drawn_stay_as_they_are(demo_root, tmp_path):
     for number in range(6):
         before = weight.detach().clone()
         moments = {key: v.clone() for key, v in state.items() if v.ndim}
-        batches = feed.next_step(lambda *labels, number=number: job.head.draw_classes(number, *labels))
-        train.take_step(job, forward, batches, number, 1)
+        train.take_step(job, forward, feed.next_step(), number, 1)
         drawn = torch.zeros(classes, dtype=torch.bool)
         drawn[job.head.step_rows.rows] = True
         assert drawn.sum() == 20 and weight.shape == before.shape and state["exp_avg"].shape == before.shape

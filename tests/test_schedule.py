@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import train
 from data_prep import InputError, MixRamp
-from data_prep.stream import Order, interleave, random_box
+from data_prep.stream import Order, interleave, random_boxes
 from models.backbones import Network, load_backbone
 from models.head import HeadSettings, Loss, MarginHead
 from models.runs import Ranks
@@ -137,30 +137,33 @@ def test_interleave_spreads_every_domain_over_the_batch():
 
 @pytest.mark.parametrize("sizes", [[10], [7, 7, 3], [5] * 11])
 def test_an_epoch_visits_every_row_once_in_an_order_of_its_own(sizes):
-    order, total = Order(sizes, 3, 1, window=4), sum(sizes)
-    epochs = [[order(n) for n in range(e * total, (e + 1) * total)] for e in range(3)]
+    def drawn(seed: int, numbers) -> list[tuple[int, int]]:
+        epoch, row = Order(sizes, seed, 1, window=4)(np.array(numbers))
+        return list(zip(epoch.tolist(), row.tolist(), strict=True))
+
+    total = sum(sizes)
+    epochs = [drawn(3, range(e * total, (e + 1) * total)) for e in range(3)]
     for e, rows in enumerate(epochs):
         assert {epoch for epoch, _ in rows} == {e} and sorted(row for _, row in rows) == list(range(total))
     assert [row for _, row in epochs[0]] != [row for _, row in epochs[1]]
-    again = Order(sizes, 3, 1, window=4)
-    backwards = [again(n) for n in reversed(range(3 * total))][::-1]
+    order = Order(sizes, 3, 1, window=4)
+    backwards = [tuple(v.item() for v in order(np.array([n]))) for n in reversed(range(3 * total))][::-1]
     assert backwards == [*epochs[0], *epochs[1], *epochs[2]]  # a function of n alone, not of what was asked before
-    assert [Order(sizes, 4, 1, 4)(n) for n in range(total)] != epochs[0]
+    assert drawn(4, range(total)) != epochs[0]
 
 
 def test_a_window_keeps_reading_local():
-    rows = [Order([10] * 20, 0, 0, window=2)(n)[1] for n in range(200)]
+    rows = Order([10] * 20, 0, 0, window=2)(np.arange(200))[1]
     for start in range(0, 200, 20):
         assert len({row // 10 for row in rows[start : start + 20]}) == 2
 
 
 def test_crops_stay_inside_and_keep_their_area():
-    rng = np.random.default_rng(0)
-    for _ in range(500):
-        x0, y0, x1, y1 = random_box(rng, 60, 80, 0.4)
-        assert 0 <= x0 < x1 <= 80 and 0 <= y0 < y1 <= 60
-        assert (x1 - x0) * (y1 - y0) >= 0.4 * 4800 * 0.75  # a clipped side may cost some of the drawn area
-    assert random_box(rng, 60, 80, 1.0) == (0, 0, 80, 60)
+    u = np.random.default_rng(0).random((500, 4))
+    x0, y0, x1, y1 = random_boxes(u, 60, 80, 0.4).T
+    assert ((x0 >= 0) & (x0 < x1) & (x1 <= 80) & (y0 >= 0) & (y0 < y1) & (y1 <= 60)).all()
+    assert ((x1 - x0) * (y1 - y0) >= 0.4 * 4800 * 0.75).all()  # a clipped side may cost some of the drawn area
+    assert (random_boxes(u, 60, 80, 1.0) == (0, 0, 80, 60)).all()
 
 
 def test_rates_and_ramps_in_closed_form():

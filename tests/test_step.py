@@ -10,11 +10,12 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import data_prep.stream
+import data_prep.loaders
 import models.head
 import train
 from data_prep import InputError
-from data_prep.stream import erase_patches, free_bytes
+from data_prep.loaders import free_bytes
+from data_prep.stream import erase_patches
 from models.runs import STOPPED, forget_after
 from tests.conftest import ROOT, TINY, script
 from tests.test_coupling import lines
@@ -163,7 +164,7 @@ def test_more_starts_that_are_refused_in_one_line(demo_root, tmp_path):
 
 def test_the_cache_counts_every_process_of_the_machine(demo_root, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr(data_prep.stream, "free_bytes", lambda device: 30 << 20)
+    monkeypatch.setattr(data_prep.loaders, "free_bytes", lambda device: 30 << 20)
     with pytest.raises(InputError, match="for each of 4 processes here"):
         run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--cache", "ram")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data_prep.__main__
-import data_prep.stream
+import data_prep.loaders
 import models.backbones
 import models.head
 import models.weights
@@ -490,7 +490,7 @@ class Unreadable(torch.utils.data.Dataset):
 
 
 def test_bad_input_in_a_loader_process_stays_one_line():
-    items = data_prep.stream.load(Unreadable(), 0, 1, False)
+    items = data_prep.loaders.load(Unreadable(), 0, 1, False)
     assert len(next(items)) == 1
     with pytest.raises(InputError) as error:
         next(items)
@@ -498,9 +498,9 @@ def test_bad_input_in_a_loader_process_stays_one_line():
     for text, words in (("DataLoader worker (pid 3) exited unexpectedly with exit code 24. Details", "ulimit -n"),
                         ("unable to allocate shared memory(shm) for file </torch_3>: No space left", "--shm-size"),
                         ("Pin memory thread exited unexpectedly", "a loader process died")):
-        assert words in data_prep.stream.loader_error(RuntimeError(text)).message
+        assert words in data_prep.loaders.loader_error(RuntimeError(text)).message
     defect = RuntimeError("size mismatch")
-    assert data_prep.stream.loader_error(defect) is defect
+    assert data_prep.loaders.loader_error(defect) is defect
 
 
 def test_weights_of_another_architecture_name_the_keys(demo_root, tmp_path):

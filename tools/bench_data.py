@@ -3,7 +3,7 @@
 Every contender runs in `workers` processes of its own, each with its share of the images, and delivers decoded images
 with their labels to the process that decoded them. They take turns of a fraction of a second, so that a busy minute of
 the machine hits them all, and a goal is judged by the median of the ratios of turns that followed each other. Pictures
-are drawn here.
+are drawn here: some with a photograph's spectrum and at least its bytes, by which goals are judged, and smooth ones.
 """
 
 import io
@@ -33,14 +33,33 @@ DISTINCT = 200  # pictures that are drawn; a corpus repeats them
 CLASSES = 50
 
 
-def draw_pictures(size: int) -> list[bytes]:
-    """Encoded pictures of size x size pixels with some grain: about as many bytes as a photograph of that size."""
+def draw_smooth(size: int, i: int) -> np.ndarray:
+    """A drawn face with some grain [size, size, 3]."""
+    face = Image.open(io.BytesIO(draw_face(0, i, 0))).resize((size, size), Image.Resampling.BICUBIC)
+    return np.asarray(face) + np.random.default_rng(i).normal(0, 4, (size, size, 3))
+
+
+def draw_photograph(size: int, i: int) -> np.ndarray:
+    """Light and colour whose amplitudes fall as 1 / frequency, as those of natural images do [size, size, 3].
+
+    Source: Field, J. Opt. Soc. Am. A 4, 2379 (1987).
+    """
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
+    noise = np.fft.rfft2(np.random.default_rng(i).standard_normal((3, size, size)))
+    noise = np.fft.irfft2(noise * (frequency > 0) / np.maximum(frequency, 0.5 / size), s=(size, size))
+    light, red, blue = noise / noise.std((1, 2), keepdims=True) * [[[45]], [[12]], [[12]]]
+    return 128 + np.stack([light + red, light - red / 2 - blue / 2, light + blue], axis=2)
+
+
+KINDS = {"read": draw_photograph, "read, smooth pictures": draw_smooth}
+
+
+def draw_pictures(draw: Callable, size: int) -> list[bytes]:
+    """Encoded pictures of size x size pixels."""
     pictures = []
     for i in range(DISTINCT):
-        face = Image.open(io.BytesIO(draw_face(0, i, 0))).resize((size, size), Image.Resampling.BICUBIC)
-        grain = np.random.default_rng(i).normal(0, 4, (size, size, 3))
         out = io.BytesIO()
-        Image.fromarray((np.asarray(face) + grain).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+        Image.fromarray(draw(size, i).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
         pictures.append(out.getvalue())
     return pictures
 
@@ -51,7 +70,7 @@ def draw_pictures(size: int) -> list[bytes]:
 def shuffled(split: Split, part: int, parts: int) -> np.ndarray:
     """A process's share of the rows, in the order of training."""
     order = Order([shard["samples"] for shard in split.index["shards"]], 0, 0, 8)
-    return np.array([order(n)[1] for n in range(part, len(split), parts)])
+    return order(np.arange(part, len(split), parts))[1]
 
 
 def decode_only(folder: Path, part: int, parts: int) -> Iterator[int]:
@@ -193,27 +212,31 @@ def preparing(folder: Path, files: list[Path], size: int, workers: int) -> float
 
 def bench_size(scratch: Path, size: int, images: int, prepared: int, rounds: int, seconds: float, workers: int
                ) -> dict[str, dict[str, list[float]]]:
-    """Images a second of every contender in every round: {"read": {contender: [...]}, "write": {...}}."""
-    pictures, large = draw_pictures(size), draw_pictures(size * 3 // 2)
-    split = scratch / f"{size}/face_hq/train"
-    records = [Record(partial(bytes, pictures[i % DISTINCT]), str(i), f"{i % CLASSES:03d}") for i in range(images)]
-    # at least eight shards a process, for the library deals shards to processes
-    write_split(split, Source(records), source_name="bench", size=size, fit="squash", quality=95, train=True,
-                shard_size=max(images // (8 * workers), 1))
-    files = [scratch / f"{size}-{i:05d}.jpg" for i in range(prepared)]
-    for i, path in enumerate(files):
-        path.write_bytes(large[i % DISTINCT])
-    readers = {name: partial(reader, split) for name, reader in READERS.items()}
+    """Images a second of every contender in every round: {kind of KINDS: {contender: [...]}, "write": {...}}."""
+    chosen, found = dict(READERS), {}
     try:
         version("webdataset")
     except PackageNotFoundError:
         print("webdataset is not installed (it is in requirements-dev.txt): measured without it")
-        readers = {name: reader for name, reader in readers.items() if not name.startswith("webdataset")}
-    read: dict[str, list[float]] = {name: [] for name in readers}
-    with contestants(readers, workers, seconds) as turn:
-        for _ in progress(range(4 * rounds), desc=f"read {size} px", unit="round"):
-            for name in read:
-                read[name].append(turn(name))
+        chosen = {name: reader for name, reader in chosen.items() if not name.startswith("webdataset")}
+    for kind, draw in KINDS.items():
+        pictures = draw_pictures(draw, size)
+        print(f"{kind}, {size} px: {sum(map(len, pictures)) / DISTINCT / size**2:.2f} bytes a pixel")
+        split = scratch / f"{size}, {kind}/face_hq/train"
+        records = [Record(partial(bytes, pictures[i % DISTINCT]), str(i), f"{i % CLASSES:03d}") for i in range(images)]
+        # at least eight shards a process, for the library deals shards to processes
+        write_split(split, Source(records), source_name="bench", size=size, fit="squash", quality=95, train=True,
+                    shard_size=max(images // (8 * workers), 1))
+        read: dict[str, list[float]] = {name: [] for name in chosen}
+        with contestants({name: partial(reader, split) for name, reader in chosen.items()}, workers, seconds) as turn:
+            for _ in progress(range(4 * rounds), desc=f"{kind} {size} px", unit="round"):
+                for name in read:
+                    read[name].append(turn(name))
+        found[kind] = read
+    large = draw_pictures(draw_photograph, size * 3 // 2)
+    files = [scratch / f"{size}-{i:05d}.jpg" for i in range(prepared)]
+    for i, path in enumerate(files):
+        path.write_bytes(large[i % DISTINCT])
     counts = sorted({1, workers})
     write: dict[str, list[float]] = {f"{what}, {n} workers": [] for n in counts
                                      for what in ("decode and encode", "prepare")}
@@ -223,7 +246,7 @@ def bench_size(scratch: Path, size: int, images: int, prepared: int, rounds: int
                 write[f"decode and encode, {n} workers"].append(turn(""))
             folder = scratch / f"{size}-{number}-{n}/face_hq/train"
             write[f"prepare, {n} workers"].append(preparing(folder, files, size, n))
-    return {"read": read, "write": write}
+    return found | {"write": write}
 
 
 def machine() -> dict[str, object]:
@@ -266,8 +289,9 @@ def run_bench(sizes: tuple[int, ...], images: int, prepared: int, rounds: int, s
     for size in sizes:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
             found = bench_size(Path(folder), size, images, prepared, rounds, seconds, workers)
-        for title, ceiling in (("read", "decode only"), ("write", f"decode and encode, {workers} workers")):
-            print(f"\n{title}, {size} px" + f", {workers} processes, shuffled" * (title == "read"))
+        for title in found:
+            ceiling = f"decode and encode, {workers} workers" if title == "write" else "decode only"
+            print(f"\n{title}, {size} px" + f", {workers} processes, shuffled" * (title != "write"))
             print(f"  {'':28s}{'images/s':>10s}{'p20':>9s}{'p80':>9s}{'of ceiling':>12s}")
             for name, rates in found[title].items():
                 low, median, high = np.percentile(rates, (20, 50, 80)).tolist()

@@ -4,12 +4,11 @@ The steps are those of the script, which is passed as the module `train`.
 """
 
 import contextlib
-import functools
 import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -33,15 +32,11 @@ def bench_steps(train: ModuleType, job, rounds: int, count: int) -> dict[str, li
         job.folder, {s.domain: len(s) for s in job.splits}, job.plan, job.ranks, job.tally)
     forward, cuda = train.make_forward(job).train(), job.device.type == "cuda"
     feed.start(0)
-
-    def batches(step: int) -> Iterator[tuple]:
-        return feed.next_step(functools.partial(job.head.draw_classes, step) if job.head.samples_classes else None)
-
-    fixed = [tuple(v.clone() for v in batch) for batch in batches(0)]
+    fixed = [tuple(v.clone() for v in batch) for batch in feed.next_step()]
     drawn_rows, totals = job.head.step_rows, []
 
     def real_step(step: int) -> None:
-        totals.append(train.take_step(job, forward, batches(step), step, feed.passes))
+        totals.append(train.take_step(job, forward, feed.next_step(), step, feed.passes))
 
     def fixed_step(step: int) -> None:
         job.head.step_rows = drawn_rows
