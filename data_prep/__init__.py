@@ -265,11 +265,10 @@ def add_options(options: type, leave_out: tuple[str, ...] = ()) -> Callable:
     """Decorator: a command gets an option for every field of a dataclass of options."""
 
     def decorate(command: Callable) -> Callable:
-        for field in reversed(dataclasses.fields(options)):
-            if field.name not in leave_out:
-                name = field.name.replace("_", "-")
-                name += f"/--no-{name}" if field.metadata["default"] is True else ""
-                command = click.option(f"--{name}", **field.metadata)(command)
+        for field in reversed([field for field in dataclasses.fields(options) if field.name not in leave_out]):
+            name = field.name.replace("_", "-")
+            name += f"/--no-{name}" if field.metadata["default"] is True else ""
+            command = click.option(f"--{name}", **field.metadata)(command)
         return command
 
     return decorate
