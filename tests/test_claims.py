@@ -138,6 +138,24 @@ def test_what_shows_that_something_was_forgotten():
     assert forgetting({}, lost={"object/test": 0.1}).verdict == FAILS
 
 
+def test_what_does_as_well_as_imic_is_named():
+    """Sequential lost objects (.3 of .4); `alternate` and replay end there, too, at IMIC's .6, or below it at .5."""
+    def verdict(alternate, replay, **more):
+        runs = [measured("u", **GOOD, **more), measured("s", "sequential", **(GOOD | {"values": GOOD["values"] | {
+            "object": 0.3}}))]
+        for name, role, value, told in (("alt", "unified", alternate, {"schedule": "alternate"}),
+                                        ("rep", "sequential", replay, {"replay": 0.1})):
+            runs.append(measured(name, role, **(GOOD | {"values": GOOD["values"] | {"object": value}}), **told))
+        return table_of(*runs)["Sequential"]
+
+    assert verdict(0.5, 0.5).verdict == HOLDS
+    assert verdict(0.6, 0.5).verdict == "holds, but alt does as well"
+    assert verdict(0.6, 0.61).verdict == "holds, but alt and rep do as well"
+    claim = verdict(0.5, 0.6)
+    assert claim.verdict == "holds, but rep does as well" and "u over alt object/test +10.0" in claim.measured
+    assert verdict(0.5, 0.5, retain="features=1.0").verdict == "not measured (no IMIC run)"
+
+
 def test_forgetting_is_corrected_for_the_number_of_tasks():
     def run(tail):  # a lead of 5 points that `tail` of the resamplings turn round
         unified, draws = measured("u", **GOOD), np.full(200, 0.6)
