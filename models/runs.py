@@ -213,7 +213,7 @@ def read_config(folder: Path) -> dict:
             "embed_dim": config["embed_dim"] <= 1 << 16,
             "backbone": config["model"] or config["size"] in BACKBONES.get(config["backbone"], {}),
             "sources": fits(sources, {}) and all(fits(source, SOURCE) for source in sources.values()),
-            "degrade": config["degrade"] is None or (
+            "degrade": not config["degrade"] or (  # False, of former versions
                 fits(config["degrade"], str) and unit_number(config["degrade"].partition("@")[0]) is not None),
         }
         wrong = [key for key, good in sound.items() if not good]
