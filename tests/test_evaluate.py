@@ -381,7 +381,7 @@ def test_results_equal_the_metrics_on_the_stored_embeddings(evaluated, tiny_run,
     mine = {"weights": hash_weights(load_foundation(load_run(tiny_run))), "flip": True, "image_size": 32,
             "split": hashlib.sha256((body.folder / "index.json").read_bytes()).hexdigest()}
     path, = [note.with_suffix(".npy")  # runs beside it keep their foundations there, too
-             for note in (tiny_run.parent / ".foundation").glob("foundation-body-test-*.json")
+             for note in (tiny_run.parent / ".foundation").glob(f"foundation-body-test-{'[0-9a-f]' * 16}.json")
              if json.loads(note.read_text()) == mine]
     expected = literal_reid(unit(np.load(path)), body.labels, body.column("camera"), body.column("role"))[0]["mAP"]
     assert rows["foundation", "body", "test", "mAP"] == pytest.approx(expected, abs=1e-5)

@@ -175,7 +175,8 @@ def test_the_card_says_what_the_model_is_made_of(tiny_run, demo_root, tmp_path):
     assert str(demo_root) not in card and str(tmp_path) not in card  # a card is published
 
     (run / "eval").mkdir()
-    row = {"run": "run", "domain": "body", "split": "test", "protocol": "reid", "metric": "rank-1", "count": 1234}
+    row = {"run": "run", "domain": "body", "split": "test", "protocol": "reid", "kind": "reid", "measure": "rank-1",
+           "metric": "rank-1", "count": 1234}
     rows = [row | {"weights": "foundation", "value": 0.25, "low": 0.2, "high": 0.3},
             row | {"weights": "tuned", "value": 0.5, "low": 0.4, "high": 0.6}]
     (run / "eval" / "results.json").write_text(json.dumps(rows))

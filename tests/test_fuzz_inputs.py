@@ -154,6 +154,7 @@ SOURCES = {
     "imagenet-a": (WNIDS, "object", []), "imagenet-r": (WNIDS, "object", []), "imagenet-sketch": (WNIDS, "object", []),
     "objectnet": ({k: None if k.endswith("png") else v for k, v in objectnet_files().items()}, "object", []),
     "parquet": (parquet_of, "object", []), "webdataset": (webdataset_of, "object", []),
+    "stimuli": ({f"{c}/{c}{i}.png": None for c in ("cat", "dog") for i in range(10)}, "object", []),
 }  # fmt: skip
 ROUNDS = 3
 
