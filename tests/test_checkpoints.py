@@ -20,7 +20,7 @@ import models.runs
 import reports.training
 import train
 from data_prep import InputError, lock_folder
-from data_prep.stream import start_loader
+from data_prep.loaders import start_loader
 from models.adapt import RunningAverage
 from models.head import HeadSettings, Loss, MarginHead
 from models.runs import load_run, load_tuned, save_weights
