@@ -59,7 +59,7 @@ class Options(EmbedOptions):
         "distribution, those of reference `train` before others).", metavar="NAMES")
     components: int = option("analysis", 99, click.IntRange(1), "The k of the claim: fewer than 100.")
     limit: int = option("analysis", 2000, click.IntRange(10), "At most so many probes per task.")
-    bootstrap: int = option("analysis", 500, click.IntRange(2), "Resamplings for the intervals.")
+    bootstrap: int = option("analysis", 500, click.IntRange(2, 1_000_000), "Resamplings for the intervals.")
     delete: tuple[int, int] = option("analysis", "0:10", Parsed("A:B", parse_range), "Also score without the "
                                      "components A (from 0) to before B; 0:0: do not.", metavar="A:B")
     importance: int = option("analysis", 100, click.IntRange(0), "Also score without each of so many first components, "
@@ -252,7 +252,7 @@ def claims(folder: Path, delta: float, retention: float, separable: float, keep:
 @click.option("--probes", type=click.IntRange(10), default=10_000, help="Probes of a task, and its gallery.")
 @click.option("--dim", type=click.IntRange(2), default=1024, help="Dimensions of the embeddings.")
 @click.option("--shots", type=click.IntRange(2), default=10, help="Images of an identity.")
-@click.option("--bootstrap", type=click.IntRange(2), default=500, help="Resamplings for the intervals.")
+@click.option("--bootstrap", type=click.IntRange(2, 1_000_000), default=500, help="Resamplings for the intervals.")
 @click.option("--grid/--no-grid", default=True, help="Time the whole grid, too, and not its parts alone.")
 @click.option("--slow", is_flag=True, help="Time the plain definition, too, at the largest k.")
 @click.option("--device", default="auto", help="auto, cpu or cuda.")

@@ -88,8 +88,8 @@ class Options(ScoreOptions):
                           metavar="SETS")
     probe: int = option("scores", 50_000, click.IntRange(0), "Fit the linear probe to at most N images of a reference "
                         "split (0: no probe).", metavar="N")
-    crowd: int = option("scores", 5000, click.IntRange(0), "Probes of a domain that are searched among all domains at "
-                        "once (0: none).")
+    crowd: int = option("scores", 5000, click.IntRange(0, 1_000_000), "Probes of a domain that are searched among all "
+                        "domains at once (0: none).")
     humans: tuple[str, ...] = option(
         "scores", (), str, "What people answered, a file or a folder of files: ratings of pairs (split,left_key,"
         "right_key,rater,rating), e.g. from the page of `data_prep trials`, or trials of a forced choice (subj,"
@@ -104,7 +104,7 @@ class Options(ScoreOptions):
     model: str | None = option("without --run", None, str, "Any timm or open_clip model instead of --backbone.",
                                metavar="NAME")
     weights: str = option("without --run", "pretrained", str, "'pretrained', 'none' or a FILE.", metavar="WHICH")
-    image_size: int | None = option("without --run", None, click.IntRange(16), "Input side in pixels.")
+    image_size: int | None = option("without --run", None, click.IntRange(16, 4096), "Input side in pixels.")
     out: str | None = option("without --run", None, str, "Folder for the results (default: runs/NAME-foundation).",
                              metavar="DIR")
 

@@ -191,7 +191,7 @@ def check_options(options: Options) -> None:
     if not options.model and not options.backbone:
         raise InputError("which backbone? give --backbone clip|eva02|dinov3 or --model NAME (of timm or open_clip)")
     # scripts pass the same options to many runs: one without effect is no error
-    if options.conflict_every and (len(domains) == 1 or not (options.schedule in "AB" or options.replay)):
+    if options.conflict_every and (len(domains) == 1 or not (options.schedule in ("A", "B") or options.replay)):
         print("  --conflict-every is off: every step has a single domain, so no gradients conflict")
         options.conflict_every = 0
     is_clip = resolve_backbone(Network.of(options))[0] == "open_clip"

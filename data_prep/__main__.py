@@ -50,7 +50,7 @@ def apply_options(options: list, command):
 
 
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an input error.")
-WORKERS = click.option("--workers", type=click.IntRange(1), default=os.cpu_count() or 1, help="Processes.")
+WORKERS = click.option("--workers", type=click.IntRange(1, 1024), default=os.cpu_count() or 1, help="Processes.")
 WRITING = [
     click.option("--quality", type=click.IntRange(1, 100),
                  help=f"Of JPEGs that are written anew (default: 95; up to {SMALL} pixels 100, without chroma "

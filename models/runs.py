@@ -108,7 +108,7 @@ def end_rank(kind: type[BaseException], error: BaseException, trace: object) -> 
               "the command again (train.py: with --resume)", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
-    sys.stderr.flush()
+    sys.stdout.flush(), sys.stderr.flush()
     os._exit(1)
 
 

@@ -105,14 +105,14 @@ class Decisions:
 def score_decisions(of: Decisions, draws: int, seed: int) -> dict[str, Estimate]:
     """Accuracy of models and people, their differences and consistency; intervals resample the stimuli.
 
-    A model is compared with every observer on that observer's stimuli; the mean over observers is told. The shape share
-    is that of shape among the choices of either cue, where the two conflict. Source: Geirhos et al., ICLR 2019.
+    A model is compared with every observer on that observer's stimuli, and the mean over observers taken. The shape
+    share is that of shape among the choices of either cue, where the two conflict. Source: Geirhos et al., ICLR 2019.
     """
     chosen, m = of.chosen, len(of.models)
     right, seen, apart = chosen == of.truth, chosen != UNSEEN, ~np.eye(len(of.people), dtype=bool)
     conflict = (of.texture >= 0) & (of.texture != of.truth)
 
-    def told(values: np.ndarray, measure: str, of_model: str) -> dict[tuple[str, str, str], float]:
+    def by_decider(values: np.ndarray, measure: str, of_model: str) -> dict[tuple[str, str, str], float]:
         """A figure of every decider, and the mean over observers, by readout, measure and metric."""
         found = {(name, of_model, f"{name} {of_model}"): values[i] for i, name in enumerate(of.models)}
         found |= {("observer", measure, f"{measure} of observer {name}"): values[m + i]
@@ -124,11 +124,11 @@ def score_decisions(of: Decisions, draws: int, seed: int) -> dict[str, Estimate]
         weights = np.ones(len(of.truth)) if counts is None else counts
         accuracy, observed, kappa = agreement(right, seen, weights)
         consistencies = {"observed consistency": observed, "error consistency": kappa}
-        found = told(accuracy.diagonal(), "accuracy", "top-1")
+        found = by_decider(accuracy.diagonal(), "accuracy", "top-1")
         if conflict.any():
             shape, texture = (right & conflict) @ weights, ((chosen == of.texture) & conflict) @ weights
             with np.errstate(invalid="ignore"):
-                found |= told(shape / (shape + texture), "shape share", "shape share")
+                found |= by_decider(shape / (shape + texture), "shape share", "shape share")
         if len(of.people) > 1:
             found |= {("people", measure, f"{measure} among people"): mean_of(values[m:, m:][apart])
                       for measure, values in consistencies.items()}
@@ -152,7 +152,7 @@ def score_choice(models: dict[str, np.ndarray], among: np.ndarray, split: Split,
                  trials: Trials | None, draws: int, seed: int) -> tuple[dict[str, dict[str, Estimate]], Decisions]:
     """Figures of a split by scope, "11 of 16 categories[, condition c30]"; and the decisions behind the first of them.
 
-    The first scope is the stimuli of the model's categories; people, who choose among all, are also told on all. The
+    The first scope is the stimuli of the model's categories; people, who choose among all, are also scored on all. The
     conditions are those of the people's trials.
 
     Args:

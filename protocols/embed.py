@@ -237,7 +237,7 @@ class EmbedOptions:
     allow_partial: bool = option("run", False, bool, "Accept a run that has not finished.")
     flip: bool = option("embeddings", True, bool, "Add the embedding of the mirrored image.")
     batch: int = option("embeddings", 64, click.IntRange(1), "Images per forward pass.")
-    workers: int = option("embeddings", LOADERS, click.IntRange(0), "Loader processes.")
+    workers: int = option("embeddings", LOADERS, click.IntRange(0, 1024), "Loader processes.")
     cache: str | None = option("embeddings", None, str, "Keep the embeddings of untouched backbones here, for all runs "
                                "that share one (default: .foundation beside the run).", metavar="DIR")
     device: str = option("embeddings", "auto", str, "auto, cpu or cuda; evaluate.py under torchrun: each process takes "

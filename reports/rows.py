@@ -29,7 +29,7 @@ class ScoreOptions(EmbedOptions):
 
     splits: str | None = option("scores", None, str, "Comma-separated domain/split: the results then hold these alone "
                                 "(default: all test splits).", metavar="NAMES")
-    bootstrap: int = option("scores", 500, click.IntRange(2), "Resamplings for the intervals.")
+    bootstrap: int = option("scores", 500, click.IntRange(2, 1_000_000), "Resamplings for the intervals.")
     sheet: bool = option("scores", False, bool, "Draw what is scored, sheet-DOMAIN-SPLIT.png: probes of each split "
                          "with the ten images nearest to them, of verification the hardest pairs; of `leaks` the "
                          "nearest pairs, leaks-sheet.png.")
@@ -200,8 +200,8 @@ def score_choices(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
     figures, decisions = score_choice(models, among, split, np.isfinite(x[:, 0]), trials, draws, seed)
     found: dict[str, dict[str, Estimate]] = {}
     if trials:
-        told = hashlib.sha256(repr((trials.observers, trials.answers.tolist())).encode()).hexdigest()[:8]
-        beside = f"{len(trials.observers)} observers {told}, reference {fingerprint(reference)}"
+        answers = hashlib.sha256(repr((trials.observers, trials.answers.tolist())).encode()).hexdigest()[:8]
+        beside = f"{len(trials.observers)} observers {answers}, reference {fingerprint(reference)}"
     for scope, by_metric in figures.items():
         for metric, figure in by_metric.items():
             rule = f"{scope}, {beside if figure.kind else by_readout[figure.readout]}"
@@ -332,12 +332,12 @@ def make_human_rows(run: str, ratings: list[Rating], splits: dict[str, Split], f
     for weights, found in figures.items():
         for place, by_metric in found.items():
             some = [r for r in ratings if place in (r.split, r.split.split("/")[0], "everything")]
-            told = hashlib.sha256(repr(sorted((r.split, *sorted((r.left, r.right)), r.rater, r.value)
-                                              for r in some)).encode()).hexdigest()[:8]
+            key = hashlib.sha256(repr(sorted((r.split, *sorted((r.left, r.right)), r.rater, r.value)
+                                             for r in some)).encode()).hexdigest()[:8]
             sets = " + ".join(f"{name} {fingerprint(splits[name])}" for name in sorted({r.split for r in some}))
             domain, _, split = ("all/human trials" if place == "everything" else place).partition("/")
             rows += rows_of(by_metric, Row(run, weights, domain, split or "all splits", kind="human trials",
-                                           rule=f"ratings {told}", images=f"sets {sets}", flip=flip))
+                                           rule=f"ratings {key}", images=f"sets {sets}", flip=flip))
     return rows
 
 

@@ -174,6 +174,12 @@ def test_the_card_says_what_the_model_is_made_of(tiny_run, demo_root, tmp_path):
     assert "personal data" in card and "None: the run was not evaluated" in card
     assert str(demo_root) not in card and str(tmp_path) not in card  # a card is published
 
+    hostile = tmp_path / "<img src=x onerror=alert(1)>"
+    run.rename(hostile)
+    export("--run", hostile, "--to", "safetensors", "--out", tmp_path / "hostile.safetensors")
+    assert (tmp_path / "hostile.safetensors.md").read_text().startswith("# \\<img src=x onerror=alert(1)\\>\n")
+    hostile.rename(run)
+
     (run / "eval").mkdir()
     row = {"run": "run", "domain": "body", "split": "test", "protocol": "reid", "kind": "reid", "measure": "rank-1",
            "metric": "rank-1", "count": 1234}

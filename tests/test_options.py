@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import analyze
+import evaluate
 import train
 from data_prep import (
     DOMAIN_LIST,
@@ -28,6 +30,7 @@ from data_prep import (
     one_or_per_domain,
     per_domain,
 )
+from data_prep.__main__ import cli
 from models.backbones import Network
 from models.head import LOSS_TYPE, LOSSES, RANGES, parse_losses, show_loss
 from models.runs import load_run, load_tuned
@@ -333,3 +336,15 @@ def test_a_plain_run_never_touches_a_tool(more, expected, demo_root, tmp_path):
                             capture_output=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize("program, arguments", [
+    ("evaluate.py", ["--run", "x", "--workers", "1000000"]), ("evaluate.py", ["--run", "x", "--bootstrap", "10000000"]),
+    ("evaluate.py", ["--run", "x", "--crowd", "10000000"]), ("analyze.py", ["--run", "x", "--workers", "1000000"]),
+    ("evaluate.py", ["--model", "x", "--image-size", "65536"]),
+    ("data_prep", ["folder", "--src", "x", "--out", "y/object/z", "--workers", "1000000"]),
+])  # fmt: skip
+def test_absurd_numbers_are_refused_before_anything_starts(program, arguments):
+    commands = {"evaluate.py": evaluate.main, "analyze.py": analyze.main, "data_prep": cli}
+    with pytest.raises(click.UsageError, match=rf"{arguments[-1]} is not in the range"):
+        commands[program].main(arguments, standalone_mode=False)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from data_prep import FREE_ON_RESUME, InputError, hash_file, write_atomically
+from data_prep import FREE_ON_RESUME, InputError, hash_file, literal, write_atomically
 from models.backbones import TINY_CLIP, Backbone
 from models.runs import Run, load_foundation, load_tuned
 from protocols.results import Row, read_rows
@@ -189,7 +189,7 @@ def write_card(run: Run, model: Backbone, files: list[Path], code: str, check: s
     config, size = run.config, model.image_size
     library, name = model.library, model.name
     sources, people = config.get("sources", {}), [domain for domain in run.classes if domain != "object"]
-    lines = [f"# {run.folder.resolve().name}", "",
+    lines = [f"# {literal(run.folder.resolve().name)}", "",
              f"{library}'s `{name}`, fine-tuned on {', '.join(run.classes)} in one embedding space of {model.dim} "
              "dimensions; embeddings are compared by cosine.", "", "## Use", "",
              f"Input: RGB scaled to 0..1, {size} x {size} pixels, resized with antialiased {model.interpolation} "
@@ -203,7 +203,7 @@ def write_card(run: Run, model: Backbone, files: list[Path], code: str, check: s
               "| --- | --- | --- | --- | --- | --- | --- |"]
     for domain, classes in run.classes.items():
         source, drawn = sources.get(domain, {}), config["counts"][domain]
-        origin = [source.get("source", "not recorded"), f"{source['images']:,}" if source else ""]
+        origin = [literal(source.get("source", "not recorded")), f"{source['images']:,}" if source else ""]
         passes = [f"{drawn / source['images']:.1f}", f"{source['size']} px, {source['fit']}"] if source else ["", ""]
         lines.append(f"| {' | '.join([domain, *origin, f'{len(classes):,}', f'{drawn:,}', *passes])} |")
     lines += ["", "Shards (SHA-256 of their plan): "
@@ -215,7 +215,7 @@ def write_card(run: Run, model: Backbone, files: list[Path], code: str, check: s
     for key, value in run.options.items():
         if key not in left_out and value is not None and value is not False:
             shown = Path(value).name if key == "weights" else value
-            lines.append(f"| {key} | {shown} |")
+            lines.append(f"| {key} | {literal(str(shown))} |")
     lines += ["", "## Scores", ""]
     if scores:
         lines += ["Fractions with 95 % intervals over identities; untouched: before fine-tuning.", "",
@@ -227,7 +227,7 @@ def write_card(run: Run, model: Backbone, files: list[Path], code: str, check: s
         for key, pair in table.items():
             cells = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" if (row := pair.get(weights)) else ""
                      for weights in ("foundation", "tuned")]
-            lines.append(f"| {' | '.join([*key, *cells])} | {next(iter(pair.values())).count:,} |")
+            lines.append(f"| {' | '.join([*map(literal, key), *cells])} | {next(iter(pair.values())).count:,} |")
     else:
         lines.append("None: the run was not evaluated (`python evaluate.py --run RUN`) before its export.")
     lines += ["", "## Intended use and limits", "", *(CARD_PEOPLE if people else []), *CARD_LIMITS]

@@ -136,10 +136,10 @@ def show(estimate: Estimate | None, form: str) -> str:
     return f"{100 * estimate.value:{form}} [{100 * estimate.low:{form}}, {100 * estimate.high:{form}}]"
 
 
-def report_lines(points: list[Point], chosen: list[str], stages: list[str]) -> list[str]:
+def report_lines(points: list[Point], rule: list[str], stages: list[str]) -> list[str]:
     """The page of the study."""
     lines = ["# Gain and retention by learning rate", "", "Same/different AUC (%) of the experts on validation "
-             "identities, by which the rate was chosen:", "", *chosen, "",
+             "identities, by which the rate was chosen:", "", *rule, "",
              "Gain: mean over the tasks, in points over the untouched backbone. Kept: retention (%) of nearest-mean "
              "accuracy on objects, of classes seen in training, of unseen classes, and on shifts. 95 % intervals.", "",
              "| learning rate | recipe | seeds | gain | " + " | ".join(f"kept, {kind}" for kind in KEPT) + " |",
@@ -222,13 +222,13 @@ def choose(out: Path) -> None:
 @main.command(help="Write study.md, study.csv and study.png into OUT.")
 @click.argument("out", type=click.Path(path_type=Path))
 def report(out: Path) -> None:
-    best, chosen = choose_rate(out)
+    chosen, rule = choose_rate(out)
     points = [make_point(folder.name[3:], group) for folder in doses(out) for group in group_runs(read_runs(folder))]
     stages = [line for folder in doses(out) for line in stage_lines(folder)]
-    lines = report_lines(points, chosen, stages)
+    lines = report_lines(points, rule, stages)
     (out / "study.md").write_text("\n".join(lines) + "\n")
     write_table(out / "study.csv", points)
-    draw(out / "study.png", points, best)
+    draw(out / "study.png", points, chosen)
     print("\n".join(lines))
 
 
