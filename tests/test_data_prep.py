@@ -568,16 +568,19 @@ def test_names_that_are_no_text_are_classes_as_others(tmp_path):
 
 def test_ctrl_c_leaves_what_is_done(tmp_path):
     src = class_folders(tmp_path / "src", classes=6, images=60, width=900, height=900)
-    out = tmp_path / "d/object/train"
-    command = ["-m", "data_prep", "folder", "--src", str(src), "--out", str(out), "--size", "200", "--shard-size", "8",
-               "--workers", "2"]
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    deadline = time.time() + 60
-    while len(list(out.glob("shard-*.tar"))) < 2 and time.time() < deadline:
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
-    _, err = process.communicate(timeout=30)
+    for attempt in range(3):  # a busy machine may let it finish before it is interrupted
+        out = tmp_path / f"d{attempt}/object/train"
+        command = ["-m", "data_prep", "folder", "--src", str(src), "--out", str(out), "--size", "200", "--shard-size",
+                   "8", "--workers", "2"]
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                                   start_new_session=True)
+        deadline = time.time() + 60
+        while len(list(out.glob("shard-*.tar"))) < 2 and time.time() < deadline:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+        _, err = process.communicate(timeout=30)
+        if process.returncode:
+            break
     assert process.returncode == 130 and err.strip().splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in err
     script(*command)
