@@ -95,16 +95,23 @@ def recipe_of(name: str) -> str:
     return "-".join(words[-2:]) if words[-1] in ("images", "exposure") else words[-1]
 
 
-def make_point(rate: str, group: Group) -> Point:
-    """What a group of seeds gained and kept."""
+def unseen_splits(groups: list[Group]) -> set[str]:
+    """Splits of objects with classes that runs of several tasks were not trained on."""
+    return {row.split for group in groups for row, _ in group.runs[0].found["tuned"].found.values() if row.unseen}
+
+
+def make_point(rate: str, group: Group, unseen: set[str]) -> Point:
+    """What a group of seeds gained and kept; `unseen`: as `unseen_splits`."""
     tasks = {"/".join(key): lead for key, lead in group.leads(group, "tuned", "foundation").items()}
     rows = group.rows("tuned", lambda row: row.kind == "retention" and row.domain == "object" and (
         row.readout, row.measure) == HEADLINE["classification"])
-    shown = {key: group.runs[0].found["tuned"].found[key][0] for key in rows}
-    unseen = {row.split for row in shown.values() if row.unseen}
-    kinds = {key: "shifts" if row.ood else "unseen" if row.split in unseen else "seen" for key, row in shown.items()}
-    kept = {kind: mean_of([rows[key] for key in rows if kinds[key] == kind
-                           and shown[key].unseen == (kind == "unseen")]) for kind in KEPT if kind in kinds.values()}
+    by_kind: dict[str, dict[str, Estimate]] = {}
+    for key, figure in rows.items():
+        row = group.runs[0].found["tuned"].found[key][0]
+        kind = "shifts" if row.ood else "unseen" if row.split in unseen else "seen"
+        if row.unseen or row.split not in by_kind.get(kind, {}):  # unseen classes alone, where scored
+            by_kind.setdefault(kind, {})[row.split] = figure
+    kept = {kind: mean_of(list(by_kind[kind].values())) for kind in KEPT if kind in by_kind}
     by_domain = [mean_of([lead for name, lead in tasks.items() if name.split("/")[0] == domain])
                  for domain in DOMAINS]
     gains = [one for one in by_domain if one]
@@ -223,7 +230,9 @@ def choose(out: Path) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 def report(out: Path) -> None:
     chosen, rule = choose_rate(out)
-    points = [make_point(folder.name[3:], group) for folder in doses(out) for group in group_runs(read_runs(folder))]
+    groups = {folder.name[3:]: group_runs(read_runs(folder)) for folder in doses(out)}
+    unseen = unseen_splits([group for some in groups.values() for group in some])
+    points = [make_point(rate, group, unseen) for rate, some in groups.items() for group in some]
     stages = [line for folder in doses(out) for line in stage_lines(folder)]
     lines = report_lines(points, rule, stages)
     (out / "study.md").write_text("\n".join(lines) + "\n")
