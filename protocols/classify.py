@@ -24,7 +24,10 @@ from protocols.search import take_rows
 def class_means(x: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """Sums of the unit embeddings of each class, [classes, D] (their directions are the class means)."""
     sums = np.zeros((classes, x.shape[1]), dtype=np.float64)
-    np.add.at(sums, labels, x)
+    for start in range(0, len(labels), 65536):  # a sparse product, which makes a float64 copy of its rows
+        part = labels[start:start + 65536]
+        members = scipy.sparse.csr_array((np.ones(len(part)), (part, np.arange(len(part)))), (classes, len(part)))
+        sums += members @ x[start:start + 65536]
     return sums
 
 

@@ -5,6 +5,7 @@
 #   SOURCE/body/{bounding_box_train,bounding_box_test,query} (Market-1501 names)
 #   SOURCE/object/{train,val}/<class>/*, object/classes.txt (folder<TAB>name)
 #   SOURCE/ood_pacs/{photo,art_painting,cartoon,sketch}/<class>/*
+#   SOURCE/humans/{edges,silhouettes}/<category>/*, humans/categories.csv (stimuli of the model-vs-human toolbox)
 # A tenth of the training identities and a fifth of the object classes become the splits `valid`, by which
 # scripts/study.sh chooses a learning rate; object/unseen holds the test images of these classes.
 set -euo pipefail
@@ -45,6 +46,13 @@ objects train train train
 objects train valid valid --reference valid
 objects val train val
 objects val valid unseen --reference valid
+# shifts of many classes, on which retention has narrow intervals; and shapes without texture
+shifts=gaussian_noise-3,gaussian_blur-3,contrast-3,brightness-3,pixelate-3,jpeg_compression-3
+prepare degrade --src "$data/object/val" --out "$data/object/val" --shift "$shifts"
+for kind in edges silhouettes; do
+    prepare stimuli --src "$src/humans/$kind" --classes "$src/humans/categories.csv" --size "$size" \
+        --out "$data/object/$kind"
+done
 # class means and neighbours come from the photographs, on which the others are the shift
 prepare folder --src "$src/ood_pacs/photo" --size "$size" --reference pacs-photo --ood --out "$data/object/pacs-photo"
 for kind in art_painting cartoon sketch; do

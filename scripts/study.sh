@@ -9,9 +9,9 @@
 # OUT/rate.md. 3. A, B, alternate and sequential at every rate. 4. At the chosen rate everything, with all seeds.
 # 5. OUT/study.md, study.csv, study.png; the verdicts on the claims are in OUT/lr-RATE/claims.md.
 # FORM=full     112 pixels, 900 steps of 64 images: for a GPU
-# FORM=reduced  64 pixels, 400 steps: about eight hours of two CPU cores (default without a GPU)
+# FORM=reduced  64 pixels, 400 steps: about four hours of two CPU cores (default without a GPU)
 # Complete runs are skipped, so that the same command continues after a stop. The environment variables of
-# scripts/grid.sh (SEEDS, IMAGES, JOBS, OUT, ...) work here, too.
+# scripts/grid.sh (SEEDS, IMAGES, JOBS, OUT, EVALUATE="--humans object/edges=edge.csv", ...) work here, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# = 2 ] || { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2; exit 2; }

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -43,22 +44,23 @@ def kept(split, value, **more) -> Row:
 
 
 def test_gain_and_what_was_kept_by_hand(tmp_path, monkeypatch):
-    """Gains of .2, .3, .3 and .4 are .3 on average; two shifts that keep 90 and 70 % keep 80."""
+    """Gains of .2, .3, .3 and .4 are .3 on average; two shifts that keep 90 and 70 % keep 80; of seven classes none."""
     rows = [kept("val", 1.1), kept("unseen", 0.5), kept("unseen", 0.6, unseen=True), kept("sketch", 0.9, ood=True),
-            kept("art", 0.7, ood=True)]
+            kept("art", 0.7, ood=True), kept("pacs", 0.1, ood=True, identities=7), kept("edges", 0.4, ood=True)]
+    rows.append(replace(rows[-1], kind="choice"))
     runs = [measured("net-sequential+replay-s0", "sequential", rows=rows, schedule="sequential", **GOOD),
             measured("net-body-images-s0", "expert", values={"body": 0.9}, foundation={"body": 0.3},
                      rows=[kept("unseen", 0.3)])]  # it saw no objects: no class is told apart
     write_expert(tmp_path / "lr-1e-3", "body", 0.5)
     monkeypatch.setattr(study, "read_runs", lambda folder: runs)
     study.report.callback(tmp_path)
-    point, expert = (study.make_point("1e-3", study.Group([run]), {"unseen"}) for run in runs)
+    point, expert = (study.make_point("1e-3", study.Group([run]), {"unseen"}, {"edges"}) for run in runs)
     assert point.recipe == "sequential+replay" and point.gain.value == pytest.approx(0.3)
     assert {name: one.value for name, one in point.kept.items()} == pytest.approx(
-        {"seen": 1.1, "unseen": 0.6, "shifts": 0.8})
+        {"seen": 1.1, "unseen": 0.6, "shifts": 0.8, "shapes": 0.4})
     assert expert.recipe == "body-images" and expert.gain.value == pytest.approx(0.6)
     assert list(expert.kept) == ["unseen"] and expert.kept["unseen"].value == pytest.approx(0.3)
-    assert study.unseen_splits([study.Group([run]) for run in runs]) == {"unseen"}
+    assert study.find_splits([study.Group([run]) for run in runs]) == ({"unseen"}, {"edges"})
     page = (tmp_path / "study.md").read_text()
     assert "| 1e-3 | sequential+replay | 1 | 30.0 [30.0, 30.0] | 110 [" in page
     with (tmp_path / "study.csv").open() as file:

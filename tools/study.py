@@ -14,11 +14,11 @@ import click
 import numpy as np
 
 from data_prep import DOMAINS, InputError, join_config, read_lines, run_command, write_atomically
-from protocols.bootstrap import Estimate
+from protocols.bootstrap import FEW, Estimate
 from protocols.results import HEADLINE, Group, Stages, group_runs, read_runs, read_stages
 
 VALID = "valid"  # split of training identities that experts are compared on
-KEPT = ("seen", "unseen", "shifts")  # object classes of training, other classes, splits out of distribution
+KEPT = ("seen", "unseen", "shifts", "shapes")  # object classes of training, other classes, out of distribution, stimuli
 
 
 def doses(out: Path) -> list[Path]:
@@ -95,20 +95,27 @@ def recipe_of(name: str) -> str:
     return "-".join(words[-2:]) if words[-1] in ("images", "exposure") else words[-1]
 
 
-def unseen_splits(groups: list[Group]) -> set[str]:
-    """Splits of objects with classes that runs of several tasks were not trained on."""
-    return {row.split for group in groups for row, _ in group.runs[0].found["tuned"].found.values() if row.unseen}
+def find_splits(groups: list[Group]) -> tuple[set[str], set[str]]:
+    """Splits of objects: with classes that runs of several tasks were not trained on; of stimuli of a forced choice."""
+    rows = [row for group in groups for row, _ in group.runs[0].found["tuned"].found.values()]
+    return {row.split for row in rows if row.unseen}, {row.split for row in rows if row.kind == "choice"}
 
 
-def make_point(rate: str, group: Group, unseen: set[str]) -> Point:
-    """What a group of seeds gained and kept; `unseen`: as `unseen_splits`."""
+def make_point(rate: str, group: Group, unseen: set[str], stimuli: set[str]) -> Point:
+    """What a group of seeds gained and kept; `unseen`, `stimuli`: as `find_splits`.
+
+    Splits of fewer than FEW classes do not count among what was kept: their intervals would be all that is seen.
+    """
     tasks = {"/".join(key): lead for key, lead in group.leads(group, "tuned", "foundation").items()}
     rows = group.rows("tuned", lambda row: row.kind == "retention" and row.domain == "object" and (
         row.readout, row.measure) == HEADLINE["classification"])
     by_kind: dict[str, dict[str, Estimate]] = {}
     for key, figure in rows.items():
         row = group.runs[0].found["tuned"].found[key][0]
-        kind = "shifts" if row.ood else "unseen" if row.split in unseen else "seen"
+        if 0 < row.identities < FEW:
+            continue
+        kind = ("shapes" if row.split in stimuli else "shifts" if row.ood else "unseen" if row.split in unseen
+                else "seen")
         if row.unseen or row.split not in by_kind.get(kind, {}):  # unseen classes alone, where scored
             by_kind.setdefault(kind, {})[row.split] = figure
     kept = {kind: mean_of(list(by_kind[kind].values())) for kind in KEPT if kind in by_kind}
@@ -148,7 +155,8 @@ def report_lines(points: list[Point], rule: list[str], stages: list[str]) -> lis
     lines = ["# Gain and retention by learning rate", "", "Same/different AUC (%) of the experts on validation "
              "identities, by which the rate was chosen:", "", *rule, "",
              "Gain: mean over the tasks, in points over the untouched backbone. Kept: retention (%) of nearest-mean "
-             "accuracy on objects, of classes seen in training, of unseen classes, and on shifts. 95 % intervals.", "",
+             "accuracy on objects: of classes seen in training, of unseen classes, on shifts, and on stimuli of a "
+             f"forced choice; means over the splits of at least {FEW} classes or stimuli. 95 % intervals.", "",
              "| learning rate | recipe | seeds | gain | " + " | ".join(f"kept, {kind}" for kind in KEPT) + " |",
              "| --- |" + " --- |" * (3 + len(KEPT))]
     for point in points:
@@ -231,8 +239,8 @@ def choose(out: Path) -> None:
 def report(out: Path) -> None:
     chosen, rule = choose_rate(out)
     groups = {folder.name[3:]: group_runs(read_runs(folder)) for folder in doses(out)}
-    unseen = unseen_splits([group for some in groups.values() for group in some])
-    points = [make_point(rate, group, unseen) for rate, some in groups.items() for group in some]
+    splits = find_splits([group for some in groups.values() for group in some])
+    points = [make_point(rate, group, *splits) for rate, some in groups.items() for group in some]
     stages = [line for folder in doses(out) for line in stage_lines(folder)]
     lines = report_lines(points, rule, stages)
     (out / "study.md").write_text("\n".join(lines) + "\n")
