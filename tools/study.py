@@ -189,18 +189,18 @@ def draw(path: Path, points: list[Point], chosen: str) -> None:
 
     shown = [point for point in points if point.gain and "-" not in point.recipe]
     kinds = [kind for kind in KEPT if any(kind in point.kept for point in shown)]
-    figure, axes = plt.subplots(1, max(len(kinds), 1), figsize=(5.2 * max(len(kinds), 1), 4.6), squeeze=False,
-                                sharex=True)
     recipes = list(dict.fromkeys(point.recipe for point in shown))
-    for axis, kind in zip(axes[0], kinds, strict=False):
+    rows = max(1, -(-len(kinds) // 2))
+    figure, axes = plt.subplots(rows, 2, figsize=(11, 4.4 * rows), squeeze=False, sharex=True, layout="constrained")
+    for axis, kind in zip(axes.flat, kinds, strict=False):
         for number, recipe in enumerate(recipes):
-            path_of = [point for point in shown if point.recipe == recipe and kind in point.kept]
+            doses_of = [point for point in shown if point.recipe == recipe and kind in point.kept]
             x, y = ([100 * one.value for one in ends] for ends in
-                    ([p.gain for p in path_of], [p.kept[kind] for p in path_of]))
+                    ([p.gain for p in doses_of], [p.kept[kind] for p in doses_of]))
             colour = plt.get_cmap("tab10")(number % 10)
             axis.plot(x, y, "-", color=colour, lw=1, alpha=0.7)
             axis.scatter(x, y, s=[25 + 25 * i for i in range(len(x))], color=colour, label=recipe, zorder=3)
-            for point in path_of:
+            for point in doses_of:
                 if point.rate == chosen:
                     gain, kept = point.gain, point.kept[kind]
                     axis.errorbar(100 * gain.value, 100 * kept.value, color=colour, lw=0.8, capsize=2,
@@ -209,11 +209,14 @@ def draw(path: Path, points: list[Point], chosen: str) -> None:
         axis.axhline(100, color="0.6", lw=0.8, ls=":")
         axis.axvline(0, color="0.6", lw=0.8, ls=":")
         axis.set(title={"seen": "object classes of training", "unseen": "object classes unseen in training",
-                        "shifts": "out-of-distribution splits"}[kind],
+                        "shifts": "shifts of the images", "shapes": "shapes: edges, silhouettes"}[kind],
                  xlabel="mean gain on the tasks (points)", ylabel="retention (%)")
+    for axis in axes.flat[len(kinds):]:
+        axis.remove()
     if shown:
-        axes[0][-1].legend(fontsize=8, title=f"larger: higher rate\nbars: chosen rate {chosen}", title_fontsize=8)
-    figure.tight_layout()
+        handles = dict(zip(*axes.flat[0].get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(handles.values(), handles, fontsize=8, loc="outside right upper",
+                      title=f"larger: higher rate\nbars: chosen rate {chosen}", title_fontsize=8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
     plt.close(figure)
 
