@@ -12,7 +12,9 @@ import torch
 from data_prep import DOMAINS
 from data_prep.format import ROLES, Split, ordered_tests
 from protocols.bootstrap import Estimate, bootstrap_counts, intervals, say_once, weighted_mean
-from protocols.search import mates_in, name_identities, origin_of, search_gallery
+from protocols.search import Search, mates_in, name_identities, origin_of, search_gallery
+
+MISS = -2.0  # below every cosine
 
 
 def choose_crowd(splits: list[Split]) -> list[Split]:
@@ -32,10 +34,11 @@ class Member:
     probes: np.ndarray  # rows
     gallery: np.ndarray  # rows
     picture: np.ndarray  # int64 [M]: a number that a degraded copy shares with its original; -1: no copies
+    unread: np.ndarray  # rows of the gallery that a list names, and that could not be read
 
-    def mates(self, other: "Member") -> Callable:
-        """`mates` of `search_gallery` for this domain's probes in another's gallery, or in its own."""
-        same, gallery = mates_in(other.who[other.gallery]), other.gallery
+    def mates(self, other: "Member", gallery: np.ndarray) -> Callable:
+        """`mates` of `search_gallery` for this domain's probes in rows of another's, or of its own."""
+        same = mates_in(other.who[gallery])
         cameras, template = self.split.optional("camera"), self.split.optional("template")
 
         def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
@@ -52,8 +55,24 @@ class Member:
 
     def has_mates(self) -> bool:
         """Whether any of its probes can be scored in its own gallery."""
-        mates = self.mates(self)
+        mates = self.mates(self, self.gallery)
         return any(len(mates(probe)[0]) for probe in self.probes)
+
+    def search(self, other: "Member", device: torch.device | str) -> Search:
+        """Its probes in another's gallery, or in its own.
+
+        A probe that cannot be read, or none of whose mates can, misses.
+        """
+        search = search_gallery(self.x, self.probes, other.gallery, self.mates(other, other.gallery), other=other.x,
+                                device=device)
+        lost = ~np.isfinite(self.x[self.probes, 0])
+        search.wrong[lost], search.own[lost] = MISS, -np.inf
+        if lost.any() or len(other.unread):
+            mates = self.mates(other, np.append(other.gallery, other.unread))
+            for i in np.flatnonzero(~np.isfinite(search.own)):
+                if len(mates(self.probes[i])[0]):
+                    search.own[i], search.wrong[i] = MISS, max(search.wrong[i], MISS)
+        return search
 
 
 def number_pictures(splits: list[Split]) -> list[np.ndarray]:
@@ -79,12 +98,13 @@ def make_members(splits: list[Split], embeddings: list[np.ndarray], limit: int, 
     people, members = np.unique(np.concatenate(names)), []
     for split, x, name, picture in zip(splits, embeddings, names, number_pictures(splits), strict=True):
         who = np.where(name == "", -1, np.searchsorted(people, name))
-        good, roles = np.isfinite(x[:, 0]), split.optional("role")
-        probes = np.flatnonzero(good & (roles <= ROLES.index("probe")) & (who >= 0))
+        good, roles, missing = np.isfinite(x[:, 0]), split.optional("role"), split.missing
+        probes = np.flatnonzero((good | missing) & (roles <= ROLES.index("probe")) & (who >= 0))
         rng = np.random.default_rng((seed, DOMAINS.index(split.domain)))
         probes = np.sort(rng.permutation(probes)[:limit])
-        members.append(Member(split, x, who, probes, np.flatnonzero(good & (roles != ROLES.index("probe"))),
-                              picture))
+        gallery = roles != ROLES.index("probe")
+        members.append(Member(split, x, who, probes, np.flatnonzero(good & gallery), picture,
+                              np.flatnonzero(missing & gallery)))
     kept = [member for member in members if member.has_mates()]
     for split in [member.split for member in members if member not in kept]:
         say_once(f"  everything: without {split.domain}/{split.name}: no probe has a mate there that its rule counts")
@@ -96,20 +116,20 @@ def score_unified(members: list[Member], draws: int, seed: int,
     """Probes of every domain against the galleries of all domains together; ties count against the probe.
 
     A hit on the same person in another domain is right, but a copy of the probe's own picture (`data_prep degrade`)
-    is neither right nor wrong. By domain, over its probes with a mate in their own gallery:
+    is neither right nor wrong. Listed images that could not be read are misses, as probes and as mates. By domain, over
+    its probes with a mate in their own gallery:
     rank-1 alone and in the crowd, and the shares whose nearest vector is of each domain; "rank-1 in D" over those with
     a mate in D, against D's gallery. Under "all": the average and the worst of the domains.
     """
-    found = [[search_gallery(a.x, a.probes, b.gallery, a.mates(b), other=b.x, device=device) for b in members]
-             for a in members]
+    found = [[a.search(b, device) for b in members] for a in members]
     hits: dict[tuple[str, str], tuple[int, np.ndarray, np.ndarray]] = {}  # member, its probes that count, their values
     domains = [member.split.domain for member in members]
-    for i, (row, domain) in enumerate(zip(found, domains, strict=True)):
+    for i, (row, domain, member) in enumerate(zip(found, domains, members, strict=True)):
         own, wrong = (np.array([getattr(search, name) for search in row]) for name in ("own", "wrong"))
         counted = np.isfinite(own[i])
         hits[domain, "rank-1 alone"] = (i, counted, own[i] > wrong[i])
         hits[domain, "rank-1 in the crowd"] = (i, counted, own.max(0) > wrong.max(0))
-        nearest = np.maximum(own, wrong).argmax(0)
+        nearest = np.where(np.isfinite(member.x[member.probes, 0]), np.maximum(own, wrong).argmax(0), -1)
         for j, other in enumerate(domains):
             hits[domain, f"nearest is {other}"] = (i, counted, nearest == j)
             if j != i and np.isfinite(own[j]).any():

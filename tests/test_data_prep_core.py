@@ -38,6 +38,7 @@ from data_prep.stream import Batches, Order
 from data_prep.verify import verify_split
 from data_prep.write import in_parallel, write_split
 from protocols.search import score_gallery
+from protocols.unified import make_members, score_unified
 from reports.rows import clean_of, describe_losses
 from tests.conftest import ROOT, TINY, script
 from tests.test_data_prep import PAIRS, class_folders, encode, files_of, lfw_folder, picture, run_here
@@ -207,6 +208,11 @@ def test_a_listed_image_that_cannot_be_read_is_a_miss(tmp_path, capsys):
     run_here("degrade", "--src", split.folder, "--out", tmp_path / "d/face_lq/copies", "--workers", 1)
     copies = Split(tmp_path / "d/face_lq/copies")
     assert copies.missing.tolist() == split.missing.tolist() and copies.protocol == split.protocol
+    everything = score_unified(make_members([copies, split], [x, x], 9, 0), 2, 0)
+    assert everything["body"]["rank-1 alone"].value == pytest.approx(2 / 3)
+    assert everything["all"]["worst rank-1 in the crowd"].value == pytest.approx(2 / 3)
+    assert everything["body"]["rank-1 in face_lq"].value == pytest.approx(2 / 3)
+    assert everything["body"]["nearest is body"].count == 3
 
 
 def test_an_open_set_of_listed_people(tmp_path):
