@@ -92,6 +92,8 @@ def bench_run(train: ModuleType, options, rounds: int, count: int, path: Path | 
             job.model.net.set_grad_checkpointing(False)  # recomputation does not count
         with FlopCounterMode(display=False) as counter:
             job.model(torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)).sum().backward()
+        with torch.no_grad():
+            x = train.make_forward(job).eval()(torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device))
         flops = counter.get_total_flops() * options.batch
         rate_of = ceilings(job.device)["ceiling_tflops"] * job.ranks.world
     medians = {kind: float(np.median(seconds)) for kind, seconds in times.items()}
@@ -100,7 +102,7 @@ def bench_run(train: ModuleType, options, rounds: int, count: int, path: Path | 
     result = {
         "device": device, "torch": torch.__version__, "backbone": Network.of(options).name,
         "schedule": options.schedule, "batch": options.batch, "micro_batch": int(size), "cache": options.cache,
-        "image_size": job.model.image_size, "workers": options.workers, "compile": options.compile,
+        "image_size": job.model.image_size, "embeddings": str(x.dtype).removeprefix("torch."), "workers": options.workers, "compile": options.compile,
         "images_per_second": {kind: options.batch / medians[kind] for kind in ("real", "fixed", "bare")},
         "step_ms": {kind: {"median": 1e3 * medians[kind], "p20": 1e3 * float(np.percentile(times[kind], 20)),
                            "p80": 1e3 * float(np.percentile(times[kind], 80))} for kind in ("real", "fixed", "bare")},
