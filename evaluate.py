@@ -80,7 +80,7 @@ from reports.tables import (
 
 @dataclass
 class Options(ScoreOptions):
-    """Everything that can be said of an evaluation."""
+    """Options of an evaluation."""
 
     foundation: bool = option("scores", True, bool, "Score the untouched backbone too.")
     prompts: str = option("scores", "1,7,80", str, "Zero-shot classification by CLIP: shipped sets of prompts, by "
@@ -114,8 +114,8 @@ class Options(ScoreOptions):
 
 def choose_splits(root: dict[str, dict[str, Split]], names: str | None, where: str) -> list[Split]:
     """The test splits to score: all that have a protocol, or those named as domain/split."""
-    found = named_splits(root, names, where) if names else [s for splits in root.values() for s in splits.values()]
-    scored = {f"{split.domain}/{split.name}": split for split in found if split.protocol}
+    wanted = named_splits(root, names, where) if names else [s for splits in root.values() for s in splits.values()]
+    scored = {f"{split.domain}/{split.name}": split for split in wanted if split.protocol}
     for name, split in list(scored.items()):
         if split.protocol["name"] not in HEADLINE:
             print(f"  {name}: protocol {split.protocol['name']!r} is not scored yet: left out")
@@ -174,7 +174,7 @@ def open_models(options: Options, given: set[str]
 
 @dataclass
 class Findings:
-    """What every set of weights scored, by its name."""
+    """Scores by name of the weights."""
 
     crowd: list[Split]  # the split of each domain that is searched among all domains at once
     figures: dict[str, dict] = field(default_factory=dict)  # as `score` returns them
@@ -187,22 +187,23 @@ def score_models(embedders: dict[str, Embedder], splits: list[Split], root: dict
                  ratings: list[Rating], trials: dict[str, Trials], options: Options) -> Findings:
     """Score every set of weights on every split by its protocol, on all domains at once, and beside people."""
     draws, seed = options.bootstrap, options.seed
-    found = Findings(choose_crowd(splits) if options.crowd else [])
-    if found.crowd:
-        print(f"  everything: {', '.join(f'{split.domain}/{split.name}' for split in found.crowd)} (--splits chooses)")
+    findings = Findings(choose_crowd(splits) if options.crowd else [])
+    if findings.crowd:
+        names = [f"{split.domain}/{split.name}" for split in findings.crowd]
+        print(f"  everything: {', '.join(names)} (--splits chooses)")
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
     for weights, embed in embedders.items():
-        found.figures[weights], found.curves[weights] = score(
+        findings.figures[weights], findings.curves[weights] = score(
             embed, splits, root, run if weights == "tuned" else None, draws, seed, readouts, trials=trials)
-        if found.crowd:
-            members = make_members(found.crowd, [embed(split) for split in found.crowd], options.crowd, seed)
-            found.crowd = [member.split for member in members]
-        if found.crowd:
-            found.unified[weights] = score_unified(members, draws, seed, embed.device)
+        if findings.crowd:
+            members = make_members(findings.crowd, [embed(split) for split in findings.crowd], options.crowd, seed)
+            findings.crowd = [member.split for member in members]
+        if findings.crowd:
+            findings.unified[weights] = score_unified(members, draws, seed, embed.device)
         if ratings:
             rated = {name: embed(by_name[name]) for name in {rating.split for rating in ratings}}
-            found.people[weights] = score_humans(ratings, by_name, rated, draws, seed)
-    return found
+            findings.people[weights] = score_humans(ratings, by_name, rated, draws, seed)
+    return findings
 
 
 def write_pages(out: Path, rows: list[Row], splits: list[Split], curves: dict[str, dict],
@@ -231,8 +232,8 @@ def print_rows(rows: list[Row]) -> None:
         if row.domain == "all":
             print(f"{'everything':22s} {row.metric:30s} {row.weights} {show_value(row)}")
     for (domain, split), by_weights in human_rows(rows).items():
-        for weights, found in by_weights.items():
-            lead, = found["lead"]
+        for weights, human in by_weights.items():
+            lead, = human["lead"]
             name = "everything" if domain == "all" else f"{domain}/{split}"
             print(f"{name:22s} {lead.metric:30s} {weights} {show_value(lead)}: {human_verdict(lead)}")
     for name, by_rule in choice_rows(rows).items():
@@ -272,22 +273,22 @@ def main(context: click.Context, **values) -> int | None:
         context.with_resource(lock_folder(out, "--run" if run else "--out"))
     of = hash_file(folder / "model.safetensors")  # before it is read: a run that trains on writes another
     embedders = {weights: make_embedder(load, weights, out, options, ranks) for weights, load in models.items()}
-    for embed in embedders.values():  # all of it first, by all ranks: what follows is the first one's alone
+    for embed in embedders.values():  # all ranks embed; the first alone scores
         for split in add_references(splits, root):
             embed.prepare(split)
         embed.ranks = Ranks()
     if ranks.rank:
         leave(ranks)
-    found = score_models(embedders, splits, root, run, readouts, ratings, trials, options)
-    results = make_rows(name, splits, found.figures, options.flip)
-    results += make_unified_rows(name, found.crowd, found.unified, options.flip, options.crowd, options.seed)
-    results += make_human_rows(name, ratings, by_name, found.people, options.flip)
+    findings = score_models(embedders, splits, root, run, readouts, ratings, trials, options)
+    results = make_rows(name, splits, findings.figures, options.flip)
+    results += make_unified_rows(name, findings.crowd, findings.unified, options.flip, options.crowd, options.seed)
+    results += make_human_rows(name, ratings, by_name, findings.people, options.flip)
     rows = [row for row, _ in results]
     write_rows(out, rows)
     write_draws(out, results, options.seed, of)
-    write_pages(out, rows, splits, found.curves, beside(rows, datasets, published), options.flip, run)
+    write_pages(out, rows, splits, findings.curves, beside(rows, datasets, published), options.flip, run)
     for split in splits if options.sheet else []:
-        if f"{split.domain}/{split.name}" in found.curves[embed.name]:
+        if f"{split.domain}/{split.name}" in findings.curves[embed.name]:
             draw_split(out, split, embed, root, options.seed)
     print_rows(rows)
     print(f"written: {out}/report.html, report.md, results.json, results.csv and figures"
