@@ -6,8 +6,8 @@
 # DATA_ROOT   prepared splits of face_hq, face_lq, body and object, each with `train` and `valid` (scripts/prepare_real.sh)
 # WEIGHTS     safetensors file of MODEL
 # 1. The experts at every rate, one seed. 2. The rate whose experts score best on the validation identities is chosen:
-# OUT/rate.md. 3. A, B, alternate and sequential at every rate. 4. At the chosen rate everything, with all seeds.
-# 5. OUT/study.md, study.csv, study.png; the verdicts on the claims are in OUT/lr-RATE/claims.md.
+# OUT/rate.md. 3. Everything at that rate, one seed. 4. A, B, alternate and sequential at the other rates. 5. The other
+# seeds at the chosen rate. 6. OUT/study.md, study.csv, study.png; the verdicts on the claims are in OUT/lr-RATE/claims.md.
 # FORM=full     112 pixels, 900 steps of 64 images: for a GPU
 # FORM=reduced  64 pixels, 400 steps: about four hours of two CPU cores (default without a GPU)
 # Complete runs are skipped, so that the same command continues after a stop. The environment variables of
@@ -46,6 +46,7 @@ runs() {  # at rate $1 with the variables $2...; grid.sh is silent on what is co
 for rate in $RATES; do runs "$rate" SEEDS="${SEEDS%% *}" SCHEDULES=" " MATCH=images; done
 chosen=$(python -m tools.study choose "$OUT")
 echo "chosen by the experts' validation: learning rate $chosen ($OUT/rate.md)"
+runs "$chosen" SEEDS="${SEEDS%% *}" SCHEDULES="$SCHEDULES" MATCH="images exposure"
 plain=$(for schedule in $SCHEDULES; do case $schedule in *+*) ;; *) printf '%s ' "$schedule" ;; esac; done)
 for rate in $RATES; do
     [ "$rate" = "$chosen" ] || runs "$rate" SEEDS="${SEEDS%% *}" SCHEDULES="$plain" MATCH=images ANALYZE=none
