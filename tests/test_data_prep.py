@@ -477,14 +477,14 @@ def test_names_are_one_however_they_are_spelled(stored, typed, tmp_path, capsys)
     for source, split, options in [
         ("lfw", "lfw", ["--pairs", "pairs.txt"]), ("pairs", "pairs", ["--pairs", "pairs.csv"]),
         ("folder", "train", ["--list", "list.txt", "--names", "names.tsv"]),
-        ("folder", "coarse", ["--classes", "classes.csv"])]:
+        ("folder", "../object/train", ["--classes", "classes.csv"])]:
         options = [tmp_path / option if "." in option else option for option in options]
         run_here(source, "--src", tmp_path / "src", "--out", tmp_path / "d/face_hq" / split, *options)
     assert all(Split(tmp_path / "d/face_hq" / name).column("pairs").tolist() == pairs for name, pairs in [
         ("lfw", [[0, 1, 1, 0], [0, 3, 0, 0]]), ("pairs", [[0, 1, 1, 0], [0, 2, 0, 1]])])
     train = Split(tmp_path / "d/face_hq/train")
     assert train.classes == ["José_Müller"] and len(train) == 2 and train.names == ["J. Müller"]
-    assert Split(tmp_path / "d/face_hq/coarse").classes == ["two", "Übung"]
+    assert Split(tmp_path / "d/object/train").classes == ["two", "Übung"]
     assert "names.tsv: 1 of its folders are not in the source: Nobody" in capsys.readouterr().out
 
 
