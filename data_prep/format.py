@@ -380,8 +380,8 @@ def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> 
                 raise InputError(f"{split.folder} holds the split {split.domain}/{split.name}: move it back to its "
                                  "place, or prepare the images again with this --out")
     if not any(found.values()):
-        raise InputError(f"{root}: no shards there; give the data root with --data, draw the demo corpus with `python -m "
-                         f"data_prep demo --out {root}`, or prepare images: `python -m data_prep SOURCE --src PATH "
+        raise InputError(f"{root}: no shards there; give the data root with --data, draw the demo corpus with `python "
+                         f"-m data_prep demo --out {root}`, or prepare images: `python -m data_prep SOURCE --src PATH "
                          f"--out {root}/<domain>/<split>`")
     return {domain: splits for domain, splits in found.items() if splits}
 

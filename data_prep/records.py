@@ -127,10 +127,10 @@ def draw(seed: int, identity: str) -> float:
 
 def listed_lines(path: Path, option: str) -> list[tuple[int, str]]:
     """The lines of a list that an option names, UTF-8 with or without a byte order mark, which are not blank: (number,
-    line).
+    line). Names are composed as those of a source are, see `as_text`.
     """
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        lines = as_text(path.read_bytes().decode("utf-8-sig")).splitlines()
     except (OSError, ValueError) as error:
         raise InputError(f"{option} {path}: cannot be read as text ({error})") from error
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -148,7 +148,7 @@ def split_lines(lines: list[tuple[int, str]], where: str, mark: str | None) -> l
 
 def in_list(records: Records, path: Path) -> np.ndarray:
     """Which records a list names, by their own name or their identity, bool [N]."""
-    listed = {as_text(line.strip()): number for number, line in listed_lines(path, "--list")}
+    listed = {line.strip(): number for number, line in listed_lines(path, "--list")}
     if not listed:
         raise InputError(f"--list {path}: no names in it; want one identity or image name a line")
     by_identity = np.array([*(name in listed for name in records.identities), False])

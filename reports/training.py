@@ -276,8 +276,9 @@ def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[st
     for ax, (key, title) in zip(axes[0], keys, strict=False):
         for name in domains:
             points = [(r["step"], r[f"{key}/{name}"]) for r in log if f"{key}/{name}" in r]
-            ax.plot(*zip(*points, strict=True) if points else ((), ()), label=name, color=DOMAIN_COLOURS[name])
-        ax.set(title=title, xlabel="optimiser step")
+            ax.plot(*zip(*points, strict=True) if points else ((), ()), label=name, color=DOMAIN_COLOURS[name],
+                    marker="." if len(points) < 10 else None)  # a single point has no line
+        ax.set(title=title)
     if looks:
         names = sorted(dict.fromkeys(name for look in looks for name in look["auc"]),
                        key=lambda name: DOMAINS.index(name.partition("/")[0]))
@@ -287,7 +288,10 @@ def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[st
             axes[0][-1].plot([r["step"] for r in looks], [r["auc"].get(name, math.nan) for r in looks], label=name,
                              color=DOMAIN_COLOURS[domain], ls=("-", "--", ":", "-.")[number % 4],
                              marker="osD^v"[number % 5], markersize=4)
-        axes[0][-1].set(title="same/different AUC, fixed images", xlabel="optimiser step")
+        axes[0][-1].set(title="same/different AUC, fixed images")
+    for ax in axes[0]:
+        ax.set(xlabel="optimiser step")
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for ax in axes[0][:: len(keys)]:  # below the panel, where no curve runs
         ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2, frameon=False)
     figure.tight_layout()

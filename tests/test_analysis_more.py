@@ -318,6 +318,21 @@ def test_what_is_not_above_chance_is_not_drawn(written, monkeypatch):
     assert [len(ax.lines) for ax in panels] == [2, 2, 0]
 
 
+def test_importance_is_read_past_the_first_components(tmp_path, monkeypatch):
+    """The first component counts 80 points, the 60th one: its bar is a fifth of the panel or more."""
+    drawn, change = [], [0.8, *[0.01] * 99]
+    monkeypatch.setattr(reports.analysis_plots, "save_figure", lambda figure, *_: drawn.append(figure))
+    importance = {"change": change, "low": [0.0] * 50 + [0.005] * 50, "high": change}
+    explored = [SimpleNamespace(fit=a, test=b, importance=importance) for a in ("object", "body")
+                for b in ("object", "body")]
+    reports.analysis_plots.draw_importance(tmp_path / "x", explored, ["object", "body"])
+    drawn[0].canvas.draw()
+    for ax in drawn[0].axes:
+        bars = ax.patches
+        assert len(bars) == 100 and bars[59].get_window_extent().height > 0.2 * ax.bbox.height
+        assert ax.get_xlim() == (0.5, 100.5) and bars[49].get_facecolor() != bars[59].get_facecolor()
+
+
 def test_an_analysis_of_a_run_holds_all_of_it(analysed, tiny_run):
     """Collages of the demo corpus are a second source of objects; of people it has one alone, and says so."""
     out = tiny_run / "analysis"

@@ -293,6 +293,27 @@ def test_seconds_go_on_when_the_clock_is_set_back(demo_root, tmp_path, monkeypat
     assert seconds[0] > 0 and seconds == sorted(seconds)
 
 
+def test_the_time_of_a_run_counts_its_start(demo_root, tmp_path, monkeypatch, capsys):
+    """By a clock on which the weights take an hour to load and the class means two."""
+    real, later = time.monotonic, [0]
+    monkeypatch.setattr(train.time, "monotonic", lambda: real() + later[0])
+
+    def takes(name: str, seconds: int):
+        of = getattr(train, name)
+
+        def slow(*arguments, **options):
+            later[0] += seconds
+            return of(*arguments, **options)
+
+        monkeypatch.setattr(train, name, slow)
+
+    takes("build_model", 3600), takes("starting_weights", 7200)
+    run_here(*TINY, "--images", "32", "--domains", "object,body", "--data", demo_root, "--out", tmp_path / "run")
+    seconds = json.loads((tmp_path / "run/done.json").read_text())["seconds"]
+    assert 10_800 < seconds < 10_800 + 300 and f"run in {seconds:.0f} s" in capsys.readouterr().out
+    assert log_of(tmp_path / "run")[-1]["images_per_second"] > 0.1  # of the steps alone
+
+
 def test_a_line_after_a_resume_averages_what_it_would_have(demo_root, tmp_path):
     common = [*TINY, "--images", "160", "--log-every", "4", "--save-every", "3", "--domains", "object,body", "--data",
               demo_root]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import data_prep.loaders
+import reports.training
 import train
 from data_prep import InputError
 from data_prep.format import ordered_tests
@@ -99,6 +100,27 @@ def test_a_watched_run_writes_what_it_saw(watched):
     report = (watched / "report.md").read_text()
     assert "| body | 24 |" in report and "conflict.png" in report and "object~face_hq" in report
     assert all((watched / name).stat().st_size > 5000 for name in ("curves.png", "conflict.png"))
+
+
+@pytest.mark.parametrize("steps", [[4], [10, 20]])
+def test_curves_are_told_apart_and_no_legend_lies_on_them(steps, tmp_path, monkeypatch):
+    names, figures = ["object/val", "object/collage", "object/art", "face_hq/a", "face_hq/b"], []
+    monkeypatch.setattr(reports.training, "save_figure", lambda figure, path: figures.append(figure))
+    log = [{"step": step} | {f"{key}/{domain}": 0.5 for key in ("loss", "top1", "target_cosine")
+                             for domain in ("object", "face_hq")} for step in steps]
+    looks = [{"step": step, "auc": dict.fromkeys(names, 0.5)} for step in (0, *steps)]
+    reports.training.draw_curves(tmp_path / "x.png", log, looks, ["object", "face_hq"])
+    figures[0].canvas.draw()
+    panels = figures[0].axes
+    assert {ax.get_xlabel() for ax in panels} == {"optimiser step"} and len(panels) == 4
+    legends = [ax.get_legend().get_window_extent() for ax in panels if ax.get_legend()]
+    assert len(legends) == 2 and not any(legend.overlaps(ax.bbox) for legend in legends for ax in panels)
+    looks_of = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in panels[-1].lines]
+    assert len(looks_of) == len(set(looks_of)) == len(names)
+    assert all(line.get_marker() == "." for ax in panels[:3] for line in ax.lines)  # also a log of one line is seen
+    assert all(tick == int(tick) for ax in panels for tick in ax.get_xticks())
+    one = [look for look, name in zip(looks_of, names, strict=True) if name.startswith("object")]
+    assert len({style for _, style, _ in one}) == len({marker for *_, marker in one}) == 3  # also without colours
 
 
 def test_pcgrad_changes_the_backbone_alone_at_first(demo_root, tmp_path, monkeypatch):

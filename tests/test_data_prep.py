@@ -470,18 +470,21 @@ def test_names_are_one_however_they_are_spelled(stored, typed, tmp_path, capsys)
     lists = {"pairs.txt": "1\t1\nJosé_Müller\t1\t2\nJosé_Müller\t1\tZoë_Ångström\t2\n", "list.txt": "José_Müller\n",
              "pairs.csv": "José_Müller/José_Müller_0001.jpg,José_Müller/José_Müller_0002.jpg,1\n"
                           "José_Müller/José_Müller_0001.jpg,Zoë_Ångström/Zoë_Ångström_0002.jpg,0\n",
-             "names.tsv": "José_Müller\tJ. Müller\nNobody\tN. N.\n"}
+             "names.tsv": "José_Müller\tJ. Müller\nNobody\tN. N.\n",
+             "classes.csv": "José_Müller,Übung\nZoë_Ångström,two\n"}
     for name, text in lists.items():
         (tmp_path / name).write_text(spell(typed, text))
     for source, split, options in [
         ("lfw", "lfw", ["--pairs", "pairs.txt"]), ("pairs", "pairs", ["--pairs", "pairs.csv"]),
-        ("folder", "train", ["--list", "list.txt", "--names", "names.tsv"])]:
+        ("folder", "train", ["--list", "list.txt", "--names", "names.tsv"]),
+        ("folder", "../object/train", ["--classes", "classes.csv"])]:
         options = [tmp_path / option if "." in option else option for option in options]
         run_here(source, "--src", tmp_path / "src", "--out", tmp_path / "d/face_hq" / split, *options)
     assert all(Split(tmp_path / "d/face_hq" / name).column("pairs").tolist() == pairs for name, pairs in [
         ("lfw", [[0, 1, 1, 0], [0, 3, 0, 0]]), ("pairs", [[0, 1, 1, 0], [0, 2, 0, 1]])])
     train = Split(tmp_path / "d/face_hq/train")
-    assert train.classes == ["José_Müller"] and len(train) == 2 and train.names == [spell(typed, "J. Müller")]
+    assert train.classes == ["José_Müller"] and len(train) == 2 and train.names == ["J. Müller"]
+    assert Split(tmp_path / "d/object/train").classes == ["two", "Übung"]
     assert "names.tsv: 1 of its folders are not in the source: Nobody" in capsys.readouterr().out
 
 

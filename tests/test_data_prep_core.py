@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
@@ -19,6 +20,8 @@ from pathlib import Path
 
 import click
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -112,8 +115,28 @@ def tar_of(src: Path, path: Path) -> Path:
     return path
 
 
+def parquet_of(src: Path, path: Path) -> Path:
+    files = sorted(src.rglob("*.jpg"))
+    pq.write_table(pa.table({"image": [file.read_bytes() for file in files], "label": [f.parent.name for f in files]}),
+                   path)
+    return path
+
+
+def rec_of(src: Path, path: Path) -> Path:
+    path.mkdir()
+    with open(path / "train.rec", "wb") as rec:
+        for i, file in enumerate(sorted(src.rglob("*.jpg"))):
+            data = struct.pack("<IfQQ", 0, float(file.parent.name[1:]), i, 0) + file.read_bytes()
+            rec.write(struct.pack("<II", 0xCED7230A, len(data)) + data + bytes(-len(data) % 4))
+    return path
+
+
+PACKED = {"webdataset": (tar_of, ".tar"), "parquet": (parquet_of, ".parquet"), "recordio": (rec_of, "")}
+
+
 @pytest.mark.parametrize("source, options", [("folder", ()), ("folder", ("--open-set", 0.4)), ("webdataset", ()),
-                                             ("folder", ("--max-images", 3)), ("folder", ("--drop-duplicates",))])
+                                             ("folder", ("--max-images", 3)), ("folder", ("--drop-duplicates",)),
+                                             ("parquet", ()), ("recordio", ())])
 def test_roles_are_dealt_among_the_images_that_can_be_read(source, options, tmp_path, capsys):
     """Three people's first pictures are cut off: everything is as in the set without these files."""
     bad, good = (people(tmp_path / name, {f"p{p}": 5 for p in range(6)}) for name in ("bad", "good"))
@@ -122,7 +145,8 @@ def test_roles_are_dealt_among_the_images_that_can_be_read(source, options, tmp_
         (good / f"p{p}/0.jpg").unlink()
     splits = []
     for src in (bad, good):
-        given = tar_of(src, tmp_path / f"{src.name}.tar") if source == "webdataset" else src
+        pack, ending = PACKED.get(source, (lambda src, _: src, ""))
+        given = pack(src, tmp_path / f"{src.name}-packed{ending}")
         splits.append(prepared(given, tmp_path / src.name / "face_hq/search", *options, source=source))
     found, wanted = splits
     roles = found.column("role")

@@ -102,7 +102,8 @@ def bench_run(train: ModuleType, options, rounds: int, count: int, path: Path | 
     result = {
         "device": device, "torch": torch.__version__, "backbone": Network.of(options).name,
         "schedule": options.schedule, "batch": options.batch, "micro_batch": int(size), "cache": options.cache,
-        "image_size": job.model.image_size, "embeddings": str(x.dtype).removeprefix("torch."), "workers": options.workers, "compile": options.compile,
+        "image_size": job.model.image_size, "embeddings": str(x.dtype).removeprefix("torch."),
+        "workers": options.workers, "compile": options.compile,
         "images_per_second": {kind: options.batch / medians[kind] for kind in ("real", "fixed", "bare")},
         "step_ms": {kind: {"median": 1e3 * medians[kind], "p20": 1e3 * float(np.percentile(times[kind], 20)),
                            "p80": 1e3 * float(np.percentile(times[kind], 80))} for kind in ("real", "fixed", "bare")},

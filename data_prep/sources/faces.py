@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep import InputError
-from data_prep.format import BadImage, Record, Skipped, Source, as_text
+from data_prep.format import BadImage, Record, Skipped, Source
 from data_prep.records import listed_lines, split_lines
 from data_prep.sources.archives import Member, absent
 from data_prep.sources.folders import scan
@@ -42,7 +42,7 @@ def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, 
                              f"found {line[:60]!r}")
         same = int(len(words) == 3)
         fold += bool(pairs) and same > pairs[-1][2]  # in CSV a fold begins where pairs of one person begin again
-        names = as_text(words[0].strip()), as_text(words[0 if same else 2].strip())
+        names = words[0].strip(), words[0 if same else 2].strip()
         pairs.append(((names[0], int(words[1])), (names[1], int(words[-1])), same, fold))
     if comma:
         return pairs

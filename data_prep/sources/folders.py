@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep import InputError, Number
-from data_prep.format import READABLE, Record, Skipped, Source, as_text
+from data_prep.format import READABLE, Record, Skipped, Source
 from data_prep.records import Records, draw, listed_lines, rank_in_group
 from data_prep.sources.archives import Member, is_leftover, members
 
@@ -141,7 +141,7 @@ def read_names(path: Path | None) -> dict[str, str]:
         folder, tab, name = line.partition("\t")
         if not tab:
             raise InputError(f"--names {path}, line {number}: want folder<TAB>name, found {line[:60]!r}")
-        names[as_text(folder.strip())] = name.strip()
+        names[folder.strip()] = name.strip()
     return names
 
 
