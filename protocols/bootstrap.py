@@ -6,13 +6,16 @@ Copy with it: data_prep/__init__.py.
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import numpy as np
 
 from data_prep import InputError
 
-FEW = 20  # identities or classes below which a bootstrap's 95 % interval is too narrow (of 11 it covers 90 %)
+FEW = 20  # identities or classes below which a bootstrap's 95 % interval is too narrow (with 11 it covers 90 %)
+FEW_NOTE = f"†: of fewer than {FEW} identities or classes, whose bootstrap interval is too narrow"
 
 
 class Unscorable(InputError):
@@ -113,11 +116,35 @@ def minus(a: Estimate, b: Estimate) -> Estimate:
     return Estimate(a.value - b.value, a.draws - b.draws, a.count, identities=a.identities)
 
 
-def check_figure(figure: dict, where: str) -> None:
-    """ValueError unless value and ends of a figure are numbers, or not known."""
-    for end in ("value", "low", "high"):
-        if not all(isinstance(part, int | float | None) for part in (figure[end], figure.get("above"))):
-            raise ValueError(f"{where}: {end!r} is no number")
+def from_json(value: Any, kind: Any, where: str = "") -> Any:
+    """A value read from JSON as `kind`: a dataclass, a list or dict of values, a figure (`dict`) or a plain type.
+
+    KeyError, TypeError or ValueError if a field is missing, unknown or of another type, or a number is not finite.
+    """
+    origin, inner, prefix = get_origin(kind), get_args(kind), where and f"{where}: "
+    if origin is UnionType:  # of a kind and None
+        return None if value is None else from_json(value, inner[0], where)
+    if is_dataclass(kind) and isinstance(value, dict):
+        made = kind(**value)
+        return replace(made, **{f.name: from_json(getattr(made, f.name), f.type, prefix + f.name)
+                                for f in fields(kind)})
+    if origin is list and isinstance(value, list):
+        return [from_json(part, inner[0], f"{where} {i}") for i, part in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: from_json(part, inner[1], f"{where} {key}") for key, part in value.items()}
+    if kind is dict and isinstance(value, dict):
+        ends = ["value", "low", "high", *(["above"] if "above" in value else [])]
+        return value | {end: from_json(value[end], float | None, prefix + end) for end in ends}
+    wanted = int | float if kind is float else origin or kind
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool) or not finite:
+        raise ValueError(f"{where} is {str(value)[:80]!r}")
+    return value
+
+
+def mark(identities: int) -> str:
+    """The sign behind an interval of so few identities or classes that it is too narrow."""
+    return "†" if 0 < identities < FEW else ""
 
 
 def number(value: float | None) -> str:

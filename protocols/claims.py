@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from data_prep import DOMAINS
-from protocols.bootstrap import Estimate, average, interval, needed, show
-from protocols.results import HEADLINE, RUN_ROLES, Group, Measured, Row, as_many, group_runs, margin, mark
+from protocols.bootstrap import Estimate, average, interval, mark, needed, show
+from protocols.results import HEADLINE, RUN_ROLES, Group, Measured, Row, as_many, group_runs, margin
 
 HOLDS, FAILS, WIDE = "holds", "fails", "not measured (intervals too wide to decide)"
 ORDER = ("fails", "not measured", "holds, but", "holds")  # of verdicts, the weakest first
@@ -329,14 +329,14 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
     for group in imic:
 
         def accuracy(space: str, group=group) -> dict | None:
-            return group.analysed(lambda a: a["separability"] and a["separability"]["spaces"].get(space, {})
-                                  .get("logistic"))
+            return group.analysed(lambda a: a["separability"] and getattr(
+                a["separability"].spaces.get(space), "logistic", None))
 
         value = accuracy("tuned")
         if value is None:
             missing.append(group.not_analysed())
             continue
-        few = min(count for run in group.runs for count in run.analysis["separability"]["identities"].values())
+        few = min(count for run in group.runs for count in run.analysis["separability"].identities.values())
         finding = Finding(f"{group.name} balanced accuracy", *value.values(),
                           decide(value["low"], value["high"], least), ".1f", threshold=least, identities=few)
         findings.append(finding)
@@ -346,7 +346,8 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
                     "pixels canon": "pixel statistics in one format",
                     "foundation canon": "the untouched backbone in one format"}
         for key, name in controls.items():
-            lead = group.analysed(lambda a, key=key: a["separability"]["spaces"].get(key, {}).get("lead_of_tuned"))
+            lead = group.analysed(lambda a, key=key: getattr(
+                a["separability"].spaces.get(key), "lead_of_tuned", None))
             if lead is None:
                 unknown = True
                 continue
@@ -361,14 +362,13 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
             findings.append(Finding("in one format", *plain.values(), "", ".1f", identities=few))
             limits += ["not in one format"] if not plain["low"] > least else []
         unseen = []
-        for row in group.runs[0].analysis["separability"]["unseen_sources"]:
-            place = (row["domain"], row["source"])
-            recall = group.analysed(lambda a, place=place: next(
-                (r["spaces"]["tuned"] for r in a["separability"]["unseen_sources"]
-                 if (r["domain"], r["source"]) == place), None))
+        for row in group.runs[0].analysis["separability"].unseen_sources:
+            recall = group.analysed(lambda a, row=row: next(
+                (r.spaces.get("tuned") for r in a["separability"].unseen_sources
+                 if (r.domain, r.source) == (row.domain, row.source)), None))
             if recall is not None:
-                unseen.append(Finding(f"unseen source {'/'.join(place)}", *recall.values(), "", ".1f",
-                                      identities=min(few, row["identities"])))
+                unseen.append(Finding(f"unseen source {row.domain}/{row.source}", *recall.values(), "", ".1f",
+                                      identities=min(few, row.identities)))
         findings += unseen
         limits += ["not on unseen sources"] if any(not recall.low > least for recall in unseen) else []
         if finding.verdict == HOLDS:

@@ -12,7 +12,7 @@ from data_prep import progress
 from data_prep.format import Split, matched_pairs
 from protocols.bootstrap import Estimate, bootstrap_counts, finite, intervals, show, weighted_mean
 from protocols.pairs import roc, tar_at_far
-from protocols.results import Transfer
+from protocols.results import Sources, Transfer
 from protocols.search import average_precision, inverse_negative_penalty, name_identities, search_gallery
 from protocols.separability import CLASSIFIERS, Features, balanced_accuracy, predict, sources_of
 from protocols.subspaces import (
@@ -262,16 +262,12 @@ def hold_out(people: list[np.ndarray], rng: np.random.Generator) -> set[str]:
 
 
 def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np.ndarray], others: dict, n: int,
-                 draws: int, seed: int) -> dict[str, dict]:
+                 draws: int, seed: int) -> dict[str, Sources]:
     """`separability` of the sources WITHIN each domain: what a space knows of how the images were made.
 
     A linear classifier that tells sources of one domain as well as it tells domains may have told the domains by their
-    sources (arguments: see `unseen_sources`). Classifiers are fitted on half of the identities and
-    tested on the others.
-
-    Returns:
-        By domain: "images" and "identities" by source, "chance", and "spaces" with a figure for each of CLASSIFIERS; or
-        "why" it was not measured.
+    sources. Classifiers are fitted on half of the identities and tested on the others. By domain; arguments: see
+    `unseen_sources`.
     """
     rng, result = np.random.default_rng(seed), {}
     for task, rows in zip(progress(tasks, desc="sources", unit="task"), fits, strict=True):
@@ -282,8 +278,8 @@ def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np
         usable = [name for name, held in halves.items() if held.any() and not held.all()]
         if len(usable) < 2:
             few = sorted(set(found) - set(usable))
-            result[task.domain] = {"why": f"one source alone: {', '.join(found)}" if len(found) < 2 else
-                                   f"too few identities of {', '.join(few)} to fit on some and test others"}
+            result[task.domain] = Sources(f"one source alone: {', '.join(found)}" if len(found) < 2 else
+                                          f"too few identities of {', '.join(few)} to fit on some and test others")
             continue
         ids, spaces = [people[name][halves[name]] for name in usable], {}
         for space, of in features.items():
@@ -294,7 +290,6 @@ def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np
             for model in CLASSIFIERS:
                 right = [answer == i for i, answer in enumerate(predict(model, fit, test))]
                 spaces[space][model] = show(balanced_accuracy(right, ids, draws, seed))
-        result[task.domain] = {"images": {name: len(people[name]) for name in usable},
-                               "identities": {name: len(np.unique(people[name])) for name in usable},
-                               "chance": 1 / len(usable), "spaces": spaces}
+        result[task.domain] = Sources(None, {name: len(people[name]) for name in usable},
+                                      {name: len(np.unique(people[name])) for name in usable}, 1 / len(usable), spaces)
     return result

@@ -6,13 +6,13 @@ Copy with it: data_prep/__init__.py, protocols/bootstrap.py.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from data_prep import DOMAINS, FREE_ON_RESUME, InputError, hash_file, join_config, read_json, read_lines, weights_of
-from protocols.bootstrap import FEW, Estimate, average, check_figure, minus
+from protocols.bootstrap import Estimate, average, from_json, minus
 
 # what stands for a protocol in summaries, by kind: readout (one that untouched backbones have too) and measure
 HEADLINE = {"verification": ("", "auc"), "templates": ("", "tar@far=0.0001"), "reid": ("", "rank-1"),
@@ -76,9 +76,7 @@ def read_rows(folder: Path) -> list[Row]:
     """The rows of RUN/eval/results.json; InputError where there are none."""
     path = folder / "results.json"
     try:
-        rows = [Row(**row) for row in json.loads(path.read_text())]
-        for number, row in enumerate(rows):
-            check_types(row, f"row {number}: ")
+        rows = from_json(json.loads(path.read_text()), list[Row], "row")
         if any(not row.kind for row in rows):
             raise InputError(f"{path}: rows without `kind`, of an earlier version: evaluate again with "
                              f"`evaluate.py --run {folder.parent}`")
@@ -87,19 +85,6 @@ def read_rows(folder: Path) -> list[Row]:
         raise InputError(f"{path}: missing; run `python evaluate.py --run {folder.parent}` first") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); run evaluate.py again") from error
-
-
-def check_types(made: object, where: str = "") -> None:
-    """ValueError unless each field of a dataclass that was read from JSON is of its type, and finite."""
-    number = int | float | None
-    for one in fields(made):
-        value = getattr(made, one.name)
-        wanted = {float: int | float, float | None: number}.get(one.type, getattr(one.type, "__origin__", one.type))
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if not isinstance(value, wanted) or isinstance(value, bool) != (one.type is bool) or not finite:
-            raise ValueError(f"{where}{one.name} is {str(value)[:80]!r}")
-        if isinstance(value, dict):
-            check_figure(value, where + one.name)
 
 
 @dataclass
@@ -141,23 +126,70 @@ class Pair:
 
 
 @dataclass
+class Serving:
+    """From how many components of a task on every task keeps 99 and 95 %."""
+
+    fit: str
+    k99: dict
+    k95: dict
+
+
+@dataclass
 class Transfer:
     """How components of each task serve every task."""
 
     pairs: list[Pair]
-    all_tasks: list[dict]  # "fit", and "k99", "k95": from how many of its components on every task keeps so much
+    all_tasks: list[Serving]
     images_per_task: int  # that components are fitted on
     rank_limited: bool  # fewer than 5 a dimension
     dim: int
     limit: int  # components that these images determine, where every curve stops
 
 
-def mark(identities: int) -> str:
-    """A sign behind an interval of so few identities or classes that it is too narrow."""
-    return "†" if 0 < identities < FEW else ""
+@dataclass
+class Space:
+    """How well linear classifiers tell the tasks apart in one space; figures of balanced accuracy."""
+
+    logistic: dict
+    lda: dict
+    svm: dict
+    pairwise: dict[str, dict]  # logistic regression on two tasks, by "a/b"
+    converged: dict[str, bool]  # by classifier
+    lead_of_tuned: dict | None = None  # how far the tuned space is above this one (logistic, paired)
 
 
-FEW_NOTE = f"†: of fewer than {FEW} identities or classes, whose bootstrap interval is too narrow"
+@dataclass
+class UnseenSource:
+    """The same where the test images of one domain come from a source that was not fitted on."""
+
+    domain: str
+    source: str
+    images: int
+    identities: int
+    spaces: dict[str, dict]  # a figure over all tasks, with the "recall" of this domain and whether the fit "converged"
+
+
+@dataclass
+class Sources:
+    """How well the sources within a domain are told apart."""
+
+    why: str | None = None  # it was not measured
+    images: dict[str, int] = field(default_factory=dict)  # by source
+    identities: dict[str, int] = field(default_factory=dict)
+    chance: float | None = None
+    spaces: dict[str, dict[str, dict]] = field(default_factory=dict)  # by space and classifier
+
+
+@dataclass
+class Separability:
+    """How well the tasks are told apart in every space: tuned, foundation, pixels, and these with " canon"."""
+
+    images_per_task: int
+    chance: float
+    spaces: dict[str, Space]
+    identities: dict[str, int]  # by domain, on the test images
+    unseen_sources: list[UnseenSource]
+    sources: dict[str, Sources] = field(default_factory=dict)  # by domain
 
 
 @dataclass
@@ -310,33 +342,17 @@ def read_analysis(path: Path) -> dict:
     if (of := known.get("weights_sha256")) and (now := hash_file(weights)) and of != now:
         raise InputError(f"of other weights than {weights.name}: run analyze.py on {path.parent.parent} again")
     try:
-        transfer, separated = Transfer(**known["transfer"]["tuned"]), known["separability"]
-        transfer.pairs = [Pair(**pair) for pair in transfer.pairs]
-        for part in (transfer, *transfer.pairs):
-            check_types(part)
-        if not {task for pair in transfer.pairs for task in (pair.fit, pair.test)} <= {*DOMAINS}:
-            raise TypeError("a task is unknown")
-        known["transfer"] = {"tuned": transfer}
-        if separated is not None:
-            tables = [space["logistic"] for space in separated["spaces"].values()]
-            if not all(isinstance(space["converged"]["logistic"], bool) for space in separated["spaces"].values()):
-                raise TypeError("'converged' is neither true nor false")
-            tables += [space["lead_of_tuned"] for space in separated["spaces"].values() if "lead_of_tuned" in space]
-            counts = [separated["identities"][domain] for domain in known["domains"]]
-            counts += [row["identities"] for row in separated["unseen_sources"]]
-            if not all(isinstance(count, int) for count in counts):
-                raise TypeError("a number of identities is none")
-            for row in separated["unseen_sources"]:
-                tables.append(row["spaces"]["tuned"])
-                "/".join((row["domain"], row["source"]))  # TypeError unless both are text
-            for figure in tables:
-                check_figure(figure, "separability")
-            if not {*known["domains"]} <= {*DOMAINS} or "tuned" not in separated["spaces"]:
-                raise TypeError("a task is unknown, or the tuned space missing")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        transfer = from_json(known["transfer"]["tuned"], Transfer)
+        apart = from_json(known["separability"], Separability | None)
+        domains = {*from_json(known["domains"], list[str], "domains")}
+        if not domains.union(*((pair.fit, pair.test) for pair in transfer.pairs)) <= {*DOMAINS}:
+            raise ValueError("a task is unknown")
+        if apart and not ("tuned" in apart.spaces and domains <= {*apart.identities}):
+            raise ValueError("separability: a domain, or the tuned space, is missing")
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"of another version or damaged: {error}; run analyze.py on {path.parent.parent} again") \
             from None
-    return known
+    return known | {"transfer": {"tuned": transfer}, "separability": apart}
 
 
 def read_lost(home: Path, config: dict) -> dict[str, float]:
@@ -469,8 +485,8 @@ class Group:
 
     def unfinished(self, space: str) -> str:
         """A remark where the logistic regression that tells the tasks apart in a space did not converge."""
-        spaces = [run.analysis["separability"]["spaces"][space] for run in self.runs]
-        return "" if all(found["converged"]["logistic"] for found in spaces) else "the fit did not converge"
+        spaces = [run.analysis["separability"].spaces[space] for run in self.runs]
+        return "" if all(found.converged.get("logistic") for found in spaces) else "the fit did not converge"
 
     def not_analysed(self) -> str:
         """A verdict that names the run without an analysis of two tasks or more: others may have one."""

@@ -15,6 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from data_prep import progress
 from data_prep.format import Split
 from protocols.bootstrap import Estimate, bootstrap_counts, intervals, minus, show, weighted_mean
+from protocols.results import Separability, Space, UnseenSource
 from protocols.search import name_identities
 from protocols.tasks import Task
 
@@ -170,7 +171,7 @@ Features = Callable[[Split, np.ndarray], np.ndarray]  # a split and rows of it -
 
 def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndarray]],
                    tested: dict[str, list[np.ndarray]], ids: list[np.ndarray], tasks: list[Task],
-                   fits: list[np.ndarray], others: dict, n: int, draws: int, seed: int) -> list[dict]:
+                   fits: list[np.ndarray], others: dict, n: int, draws: int, seed: int) -> list[UnseenSource]:
     """`separability` where the images of one domain are of a source never fitted on; for domains that have two.
 
     Args:
@@ -179,10 +180,6 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
         ids: per task, who is on the test rows.
         others: domain -> its test splits and the rows of them that may be used.
         n: at most so many images a source.
-
-    Returns:
-        Rows domain, source, images, identities, and per space the balanced accuracy over all tasks (value, low, high)
-        with the recall of the domain itself, and whether the fit converged.
     """
     rng, table = np.random.default_rng(seed), []
     known = [sources_of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
@@ -202,17 +199,15 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
             rows, who = rows[~np.isin(who, seen)], who[~np.isin(who, seen)]
             if len(candidates) < 2 or left.sum() < 2 or not len(rows):
                 continue
-            row = {"domain": task.domain, "source": name, "images": len(rows), "identities": len(np.unique(who)),
-                   "spaces": {}}
+            table.append(UnseenSource(task.domain, str(name), len(rows), len(np.unique(who)), {}))
             names = [who if i == d else part for i, part in enumerate(ids)]
             for space, of in features.items():
                 parts = [part[left] if i == d else part for i, part in enumerate(fitted[space])]
                 test = [of(split, rows) if i == d else part for i, part in enumerate(tested[space])]
                 unfinished = Counter()
                 right = [found == i for i, found in enumerate(predict("logistic", parts, test, unfinished))]
-                row["spaces"][space] = show(balanced_accuracy(right, names, draws, seed)) | {
+                table[-1].spaces[space] = show(balanced_accuracy(right, names, draws, seed)) | {
                     "recall": float(right[d].mean()), "converged": not unfinished}
-            table.append(row)
     return table
 
 
@@ -224,7 +219,7 @@ def draw_rows(tasks: list[Task], limit: int, seed: int) -> tuple[int, list[np.nd
 
 
 def measure_separability(features: dict[str, Features], tasks: list[Task], others: dict, draws: int, seed: int,
-                         limit: int) -> dict:
+                         limit: int) -> Separability:
     """`separability` in every space, of at most `limit` images a task; chance is 1 / tasks.
 
     `features`: by space: tuned, foundation, pixels, and the same with " canon"; `others`: see `unseen_sources`.
@@ -243,12 +238,12 @@ def measure_separability(features: dict[str, Features], tasks: list[Task], other
     for name, figures in found.items():
         pairwise = {"/".join(names[int(i)] for i in key.split("/")): show(figure)
                     for key, figure in figures.items() if "/" in key}
-        spaces[name] = {model: show(figures[model]) for model in CLASSIFIERS} | {
-            "pairwise": pairwise, "converged": {model: not unfinished[name][model] for model in CLASSIFIERS}}
         mine = "tuned canon" if name.endswith("canon") else "tuned"
-        if name != mine:
-            spaces[name]["lead_of_tuned"] = show(minus(found[mine]["logistic"], figures["logistic"]))
+        spaces[name] = Space(
+            **{model: show(figures[model]) for model in CLASSIFIERS}, pairwise=pairwise,
+            converged={model: not unfinished[name][model] for model in CLASSIFIERS},
+            lead_of_tuned=show(minus(found[mine]["logistic"], figures["logistic"])) if name != mine else None)
     plain = {name: of for name, of in features.items() if not name.endswith("canon")}
-    return {"images_per_task": n, "chance": 1 / len(tasks), "spaces": spaces,
-            "identities": {name: len(np.unique(part)) for name, part in zip(names, ids, strict=True)},
-            "unseen_sources": unseen_sources(plain, fitted, tested, ids, tasks, fits, others, n, draws, seed)}
+    return Separability(n, 1 / len(tasks), spaces,
+                        {name: len(np.unique(part)) for name, part in zip(names, ids, strict=True)},
+                        unseen_sources(plain, fitted, tested, ids, tasks, fits, others, n, draws, seed))

@@ -15,7 +15,7 @@ import torch
 
 from data_prep import progress
 from protocols.bootstrap import Estimate, bootstrap_counts, finite, minus, show
-from protocols.results import Pair, Transfer
+from protocols.results import Pair, Serving, Transfer
 from protocols.tasks import Task, vectors_of
 
 # numbers of components at which controls are measured; the claim itself is measured at every one
@@ -360,8 +360,8 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                 theirs = measure("foundation", fit, untouched[fit][1], grid).at(headline)
                 pairs[-1].foundation, pairs[-1].over_foundation = show(theirs), show(minus(found, theirs))
     bar.close()
-    all_tasks = [{"fit": fit} | {name: show_needed(largest(figures), limit) for name, figures in
-                                 zip(("k99", "k95"), zip(*of, strict=True), strict=True)} for fit, of in stars.items()]
+    all_tasks = [Serving(fit, *(show_needed(largest(figures), limit) for figures in zip(*of, strict=True)))
+                 for fit, of in stars.items()]
     return Transfer(pairs, all_tasks, n, n < 5 * D, D, limit), curves, fits
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import literal, write_csv, write_json
-from protocols.bootstrap import FEW, interval, needed, number
+from protocols.bootstrap import FEW, FEW_NOTE, interval, needed, number
 from protocols.claims import Claim
 from protocols.explore import FURTHER_RANDOM, Explored
-from protocols.results import FEW_NOTE, Transfer
+from protocols.results import Separability, Sources, Transfer
 from protocols.separability import CLASSIFIERS
 from protocols.sharing import Sharing
 from protocols.subspaces import Curve
@@ -45,7 +45,7 @@ class Analysis:
     map: str  # how it was drawn up
     transfer: dict[str, Transfer] = field(default_factory=dict)  # by weights
     explored: list[Explored] = field(default_factory=list)  # of the tuned weights
-    separability: dict | None = None
+    separability: Separability | None = None
     sharing: dict[str, Sharing] = field(default_factory=dict)  # by weights
     cka: dict[str, float | None] = field(default_factory=dict)  # by domain
 
@@ -89,7 +89,7 @@ def report_transfer(found: Transfer, weights: str, explored: list[Explored]) -> 
                  interval(p.over_random, "+.1f"), *[interval(p.over_foundation, "+.1f")] * untouched]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Components from which on every task keeps so much (-: a task is not above chance): "
-              + "; ".join(f"of {row['fit']} {needed([row['k99']])} for 99 %, {needed([row['k95']])} for 95 %"
+              + "; ".join(f"of {row.fit} {needed([row.k99])} for 99 %, {needed([row.k95])} for 95 %"
                           for row in found.all_tasks) + f"; of {dim:,}."]
     few = {p.test: note for p in found.pairs if (note := mistrust(p.identities))}
     lines += ["", *(f"- used by {test}: {note}" for test, note in few.items())] if few else []
@@ -135,57 +135,55 @@ def report_importance(explored: list[Explored]) -> list[str]:
     return lines
 
 
-def report_separability(result: dict) -> list[str]:
+def report_separability(result: Separability) -> list[str]:
     """Lines about the linear separability of the tasks."""
     lines = ["## Linear separability of the tasks", "",
-             f"Balanced accuracy on unseen identities, {result['images_per_task']} images a task, chance "
-             f"{100 * result['chance']:.0f}. Pixel statistics know nothing of what an image shows; \"canon\": all "
+             f"Balanced accuracy on unseen identities, {result.images_per_task} images a task, chance "
+             f"{100 * result.chance:.0f}. Pixel statistics know nothing of what an image shows; \"canon\": all "
              "images brought to one format first. Only what the tuned space leads by, paired by identity, is its own.",
              "",
              f"| space | {' | '.join(CLASSIFIERS.values())} | lead of tuned (logistic) |",
              "| --- " * (len(CLASSIFIERS) + 2) + "|"]
-    for space, found in result["spaces"].items():
-        cells = [interval(found[model]) + " (not converged)" * (not found["converged"][model]) for model in CLASSIFIERS]
-        lines.append(f"| {space} | {' | '.join(cells)} | "
-                     f"{interval(found.get('lead_of_tuned'), '+.1f')} |")
-    few = {name: note for name, count in result["identities"].items() if (note := mistrust(count))}
+    for name, space in result.spaces.items():
+        cells = [interval(getattr(space, model)) + " (not converged)" * (not space.converged[model])
+                 for model in CLASSIFIERS]
+        lines.append(f"| {name} | {' | '.join(cells)} | {interval(space.lead_of_tuned, '+.1f')} |")
+    few = {name: note for name, count in result.identities.items() if (note := mistrust(count))}
     lines += ["", *(f"- {name}: {note}" for name, note in few.items())] if few else []
-    pairwise = {key: v for key, v in result["spaces"]["tuned"]["pairwise"].items() if result["chance"] < 0.5}
-    if pairwise:
-        lines += ["", "Pairs of tasks, logistic regression:", "", f"| pair | {' | '.join(result['spaces'])} |",
-                  "| --- " * (len(result["spaces"]) + 1) + "|"]
-        lines += [f"| {key} | " + " | ".join(number(found["pairwise"][key]["value"])
-                                             for found in result["spaces"].values()) + " |" for key in pairwise]
-    if unseen := result["unseen_sources"]:
-        names = list(unseen[0]["spaces"])
+    if len(result.identities) > 2:
+        lines += ["", "Pairs of tasks, logistic regression:", "", f"| pair | {' | '.join(result.spaces)} |",
+                  "| --- " * (len(result.spaces) + 1) + "|"]
+        lines += [f"| {key} | {' | '.join(number(s.pairwise[key]['value']) for s in result.spaces.values())} |"
+                  for key in result.spaces["tuned"].pairwise]
+    if unseen := result.unseen_sources:
+        names = list(unseen[0].spaces)
         lines += ["", "The same with a task's images from a source that the classifier was not fitted on (recall: of "
                   "these images):", "",
                   f"| task | source | images | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
         for row in unseen:
-            note = f" ({note})" if (note := mistrust(row["identities"])) else ""
-            cells = [f"{interval(of)}, recall {100 * of['recall']:.1f}" + " (not converged)" * (not of["converged"])
-                     for of in row["spaces"].values()]
-            source = literal(row["source"]) + note
-            lines.append(f"| {row['domain']} | {source} | {row['images']:,} | {' | '.join(cells)} |")
-    return [*lines, "", *report_sources(result["sources"], result["spaces"]), ""]
+            note = f" ({note})" if (note := mistrust(row.identities)) else ""
+            cells = [f"{interval(figure)}, recall {100 * figure['recall']:.1f}"
+                     + " (not converged)" * (not figure["converged"]) for figure in row.spaces.values()]
+            lines.append(f"| {row.domain} | {literal(row.source)}{note} | {row.images:,} | {' | '.join(cells)} |")
+    return [*lines, "", *report_sources(result.sources, result.spaces), ""]
 
 
-def report_sources(result: dict[str, dict], spaces: Iterable[str]) -> list[str]:
+def report_sources(result: dict[str, Sources], spaces: Iterable[str]) -> list[str]:
     """Lines about how well the sources within each task are told apart."""
     names = [name for name in spaces if not name.endswith("canon")]
     lines = ["The source of an image as the label, within each task, on unseen identities: "
              f"{' / '.join(CLASSIFIERS.values())}. Where sources are told apart as well as tasks are, tasks may be "
              "told by their sources.", "",
              f"| task | sources (images) | chance | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
-    for domain, found in result.items():
-        if why := found.get("why"):
-            lines.append(f"| {domain} | not measured ({literal(why)}) |{' - |' * (len(names) + 1)}")
+    for domain, of in result.items():
+        if of.why:
+            lines.append(f"| {domain} | not measured ({literal(of.why)}) |{' - |' * (len(names) + 1)}")
             continue
-        notes = {name: mistrust(count) for name, count in found["identities"].items()}
+        notes = {name: mistrust(count) for name, count in of.identities.items()}
         sources = [f"{literal(name)} ({count:,}{'; ' * bool(notes[name])}{notes[name]})"
-                   for name, count in found["images"].items()]
-        cells = [" / ".join(interval(found["spaces"][name][model]) for model in CLASSIFIERS) for name in names]
-        lines.append(f"| {domain} | {', '.join(sources)} | {100 * found['chance']:.0f} | {' | '.join(cells)} |")
+                   for name, count in of.images.items()]
+        cells = [" / ".join(interval(of.spaces[name][model]) for model in CLASSIFIERS) for name in names]
+        lines.append(f"| {domain} | {', '.join(sources)} | {100 * of.chance:.0f} | {' | '.join(cells)} |")
     return lines
 
 

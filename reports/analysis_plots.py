@@ -8,7 +8,7 @@ import numpy as np
 
 from data_prep import DOMAIN_COLOURS, write_atomically
 from protocols.explore import Explored
-from protocols.results import Pair
+from protocols.results import Pair, Separability
 from protocols.separability import CLASSIFIERS
 from protocols.sharing import Sharing
 from protocols.subspaces import RANDOM_SEEDS, Curve
@@ -163,28 +163,27 @@ def draw_importance(path: Path, explored: list[Explored], names: list[str]) -> N
         sure[::-1], ("the 95 % interval leaves out 0", "it does not"), strict=True)], 2)
 
 
-def draw_separability(path: Path, result: dict, names: list[str]) -> None:
+def draw_separability(path: Path, result: Separability, names: list[str]) -> None:
     """Balanced accuracy of telling the tasks apart: each space beside its controls; and every pair of tasks."""
     from matplotlib.patches import Patch
 
-    spaces = result["spaces"]
     figure, axes = new_figure(1, 2, (7, 2.8), width_ratios=[1.5, 1])
     ax, labels, hatches = axes[0][0], [], (None, "////", "....")
-    for i, (name, found) in enumerate(spaces.items()):
+    for i, (name, space) in enumerate(result.spaces.items()):
         base = name.removesuffix(" canon")
         for j, model in enumerate(CLASSIFIERS):
-            v = found[model]
+            v = getattr(space, model)
             error = [[100 * max(v["value"] - v["low"], 0)], [100 * max(v["high"] - v["value"], 0)]]
             ax.bar(i + 0.28 * (j - 1), 100 * v["value"], 0.26, yerr=error, capsize=1.5, color=SPACE_COLOURS[base],
                    hatch=hatches[j], edgecolor="white", error_kw={"lw": 0.8})
         base = {"pixels": "pixel\nstatistics", "foundation": "untouched"}.get(base, base)
         labels.append(base + ("\none format" if name.endswith("canon") else ""))
-    ax.axhline(100 * result["chance"], color="k", ls=":", lw=1)
-    ax.set_xticks(range(len(spaces)), labels, fontsize=6.5)
+    ax.axhline(100 * result.chance, color="k", ls=":", lw=1)
+    ax.set_xticks(range(len(labels)), labels, fontsize=6.5)
     ax.set(ylim=(0, 105), ylabel="balanced accuracy, %",
-           title=f"all tasks (dotted: chance {100 * result['chance']:.0f})")
+           title=f"all tasks (dotted: chance {100 * result.chance:.0f})")
     matrix = np.full((len(names), len(names)), np.nan)
-    for key, v in spaces["tuned"]["pairwise"].items():
+    for key, v in result.spaces["tuned"].pairwise.items():
         a, b = (names.index(name) for name in key.split("/"))
         matrix[a, b] = matrix[b, a] = 100 * v["value"]
     heat_map(axes[0][1], matrix, names, "pairs of tasks, tuned (logistic), %", (50, 100), ".1f")

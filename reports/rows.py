@@ -12,13 +12,13 @@ import numpy as np
 from data_prep import InputError, literal, option, write_atomically, write_csv, write_json
 from data_prep.format import ROLES, Split, fingerprint
 from models.runs import Run
-from protocols.bootstrap import Estimate, Unscorable, finite, gap, normalise, retention, say_once
+from protocols.bootstrap import FEW_NOTE, Estimate, Unscorable, finite, gap, mark, normalise, retention, say_once
 from protocols.choice import Decisions, categories_of, choose, score_choice
 from protocols.classify import Readouts, score_classification
 from protocols.embed import Embedder, EmbedOptions
 from protocols.humans import Rating, Trials
 from protocols.pairs import FARS, score_pairs, score_verification
-from protocols.results import FEW_NOTE, Row, mark
+from protocols.results import Row
 from protocols.search import describe_variant, gallery_rule, origin_of, score_gallery, variants_of
 from protocols.templates import score_templates
 

@@ -132,7 +132,7 @@ def test_a_source_is_told_apart_on_people_who_were_not_fitted_on():
     tested = {"tuned": [features(task.split, task.probe) for task in tasks]}
     ids = [name_identities(task.split, task.probe) for task in tasks]
     rows = unseen_sources({"tuned": features}, fitted, tested, ids, tasks, fits, others, 100, 10, 0)
-    assert [(r["source"], r["images"], r["identities"]) for r in rows] == [("face_hq (more)", 3, 1)]
+    assert [(r.source, r.images, r.identities) for r in rows] == [("face_hq (more)", 3, 1)]
 
 
 def test_a_person_in_two_tasks_is_drawn_in_both():
@@ -170,7 +170,7 @@ def test_a_source_that_is_statistically_the_same_is_found_however_few_images_rem
     ids = [np.array(["hq " + name for name in test.classes]), np.array(["body " + name for name in far.classes])]
     spaces = {"tuned": lambda split, rows: x[split.folder][rows]}
     rows = unseen_sources(spaces, fitted, tested, ids, tasks, fits, others, 400, 20, 0)
-    found = next(r for r in rows if r["source"] == "a")["spaces"]["tuned"]
+    found = next(r for r in rows if r.source == "a").spaces["tuned"]
     assert 0.55 < found["recall"] < 0.9 and 0.6 < found["value"] < 0.85
     assert found["low"] < found["value"] < found["high"]
 

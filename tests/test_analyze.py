@@ -23,7 +23,7 @@ from protocols.claims import (
     claim_separable,
     make_table,
 )
-from protocols.results import Group, Measured, Pair, Row, Scored, Transfer, group_runs
+from protocols.results import Group, Measured, Pair, Row, Scored, Separability, Space, Transfer, group_runs
 from protocols.separability import pixel_statistics
 from protocols.tasks import choose_pairs, make_task
 from tests.conftest import script
@@ -289,18 +289,20 @@ def test_claim_forgetting():
     assert verdict([forgets], measured("u", values=GOOD["values"])) == "not measured (no foundation scores of u)"
 
 
+def space_of(figure: dict, lead: dict | None = None, converged=True) -> Space:
+    return Space(figure, figure, figure, {}, dict.fromkeys(("logistic", "lda", "svm"), converged), lead)
+
+
 def separable(tuned, **leads):
     def figure(value):
         return {"value": value, "low": value - 0.005, "high": value + 0.005}
 
-    fitted = {"logistic": figure(tuned), "converged": {"logistic": True}}
-    spaces = {"tuned": fitted}
+    spaces = {"tuned": space_of(figure(tuned))}
     for name, lead in leads.items():
-        spaces[name.replace("_", " ")] = fitted | {"logistic": figure(tuned - lead), "lead_of_tuned": figure(lead)}
+        spaces[name.replace("_", " ")] = space_of(figure(tuned - lead), figure(lead))
         if name.endswith("canon"):
-            spaces["tuned canon"] = fitted
-    return {"domains": DOMAINS, "separability": {"spaces": spaces, "unseen_sources": [],
-                                                   "identities": dict.fromkeys(DOMAINS, 100)}}
+            spaces["tuned canon"] = space_of(figure(tuned))
+    return {"domains": DOMAINS, "separability": Separability(9, 0.25, spaces, dict.fromkeys(DOMAINS, 100), [])}
 
 
 ABOVE = {"pixels": 0.1, "foundation": 0.02, "pixels_canon": 0.3, "foundation_canon": 0.02}
@@ -336,7 +338,8 @@ def components(kept, random=0.2, foundation=0.2, dim=768, k=99, images=None, tas
 
     own = dict.fromkeys(one.name for one in fields(Pair)) | {
         "k": k, "identities": 100, "kept": 0.0, "low": 0, "high": 1, "chance": 0.1, "full_low": 0.7,
-        "over_random": figure(-1), "k95": figure(0), "k99": figure(0)}  # not the claim
+        "over_random": figure(-1), "k95": figure(0), "k99": figure(0),  # not the claim
+        "raw": 0.8, "full": 0.8, "full_high": 0.9, "random": figure(0)}
     across = own | {"kept": kept, "low": kept - 0.02, "high": kept + 0.02, "k95": figure(40.0), "k99": figure(70.0),
                     "over_random": figure(random), "over_foundation": figure(foundation)} | more
     pairs = [Pair(**(own if a == b else across) | {"fit": a, "test": b}) for a in tasks for b in tasks]

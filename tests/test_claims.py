@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,14 +28,37 @@ from protocols.claims import (
     claim_separable,
     make_table,
 )
-from protocols.results import Group, Measured, Row, read_lost, read_rows, read_runs, read_scored
+from protocols.results import (
+    Group,
+    Measured,
+    Row,
+    Sources,
+    UnseenSource,
+    read_analysis,
+    read_lost,
+    read_rows,
+    read_runs,
+    read_scored,
+)
 from protocols.subspaces import transfer, unit
 from protocols.tasks import Task
 from reports.analysis import write_table
 from reports.plots import draw_figures
 from reports.rows import make_report
 from reports.tables import show_humans
-from tests.test_analyze import ABOVE, ALL, DOMAINS, GOOD, TWO, alone, components, humans, measured, separable
+from tests.test_analyze import (
+    ABOVE,
+    ALL,
+    DOMAINS,
+    GOOD,
+    TWO,
+    alone,
+    components,
+    humans,
+    measured,
+    separable,
+    space_of,
+)
 from tools.compare import compare_experts, compare_groups
 
 UNTOUCHED = GOOD["foundation"]
@@ -269,10 +293,9 @@ def test_beyond_format_needs_one_format_and_unseen_sources():
     def run(canon=0.99, **recalls):
         analysis = separable(0.99, **ABOVE)
         figure = {"value": canon, "low": canon - 0.005, "high": canon + 0.005}
-        analysis["separability"]["spaces"]["tuned canon"] = {"logistic": figure}
-        analysis["separability"]["unseen_sources"] = [
-            {"domain": "body", "source": name, "identities": 100,
-             "spaces": {"tuned": {"value": r, "low": r - 0.01, "high": r + 0.01}}}
+        analysis["separability"].spaces["tuned canon"] = space_of(figure)
+        analysis["separability"].unseen_sources = [
+            UnseenSource("body", name, 100, 100, {"tuned": {"value": r, "low": r - 0.01, "high": r + 0.01}})
             for name, r in recalls.items()]
         return separable_of(analysis)
 
@@ -284,8 +307,8 @@ def test_beyond_format_needs_one_format_and_unseen_sources():
 
 def test_few_identities_and_unfinished_fits_are_marked(tmp_path):
     few = components(0.99, identities=12) | {"separability": separable(0.99, **ABOVE)["separability"]}
-    few["separability"]["identities"]["body"] = 9
-    few["separability"]["spaces"]["pixels"]["converged"] = {"logistic": False}
+    few["separability"].identities["body"] = 9
+    few["separability"].spaces["pixels"].converged["logistic"] = False
     table = table_of(measured("a", analysis=few, **GOOD))
     assert "object for body, k = 99 of 768 99.0 [97.0, 101.0]† (k95" in table["Fewer"].measured
     assert "balanced accuracy 99.0 [98.5, 99.5]†" in table["The"].decided_by
@@ -402,6 +425,36 @@ def test_no_sentence_is_read_back(analysed, tiny_run, demo_root, tmp_path):
     (tmp_path / "said/a/eval/results.json").write_text(json.dumps(rows))
     with pytest.raises(InputError, match=r"rows without `kind`.*evaluate again with `evaluate.py --run .*/said/a`"):
         read_rows(tmp_path / "said/a/eval")
+
+
+def test_separability_is_written_and_read_back_whole(tmp_path):
+    """And what is not of its type is named: the field, with its place and value."""
+    analysis = components(0.99) | separable(0.99, **ABOVE)
+    figure = {"value": 0.75, "low": 0.5, "high": 1.0}
+    analysis["separability"].spaces["tuned"].pairwise["object/body"] = figure
+    analysis["separability"].unseen_sources.append(
+        UnseenSource("body", "x", 7, 5, {"tuned": figure | {"recall": 0.25, "converged": False}}))
+    analysis["separability"].sources |= {"object": Sources("one source alone: x"), "body": Sources(
+        None, {"x": 7, "y": 8}, {"x": 5, "y": 6}, 0.5, {"tuned": {"lda": figure}})}
+    path = tmp_path / "a/analysis/analysis.json"
+    path.parent.mkdir(parents=True)
+    written = analysis | {"transfer": {"tuned": asdict(analysis["transfer"]["tuned"])},
+                          "separability": asdict(analysis["separability"])}
+    write_json(path, written)
+    assert read_analysis(path) == analysis
+    for change, words in (
+        (lambda s: s["spaces"]["tuned"]["pairwise"]["object/body"].update(low="x"),
+         r"spaces tuned: pairwise object/body: low is 'x'"),
+        (lambda s: s["unseen_sources"][0].update(images=True), "unseen_sources 0: images is 'True'"),
+        (lambda s: s["sources"]["body"].update(images=[]), r"sources body: images is '\[\]'"),
+        (lambda s: s["spaces"]["pixels"].update(converged={"logistic": 1}), "converged logistic is '1'"),
+        (lambda s: s["spaces"].pop("tuned"), "the tuned space, is missing"),
+    ):
+        damaged = deepcopy(written)
+        change(damaged["separability"])
+        write_json(path, damaged)
+        with pytest.raises(InputError, match=f"of another version or damaged: .*{words}; run analyze.py on .*/a again"):
+            read_analysis(path)
 
 
 @pytest.mark.parametrize("damage, words", [

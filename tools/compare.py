@@ -6,20 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, literal, make_folder, write_csv, write_json
-from protocols.bootstrap import minus
-from protocols.results import (
-    D_PRIMES,
-    FEW_NOTE,
-    Row,
-    Scored,
-    aggregate,
-    as_many,
-    margin,
-    mark,
-    read_rows,
-    read_scored,
-    start_of,
-)
+from protocols.bootstrap import FEW_NOTE, mark, minus
+from protocols.results import D_PRIMES, Row, Scored, aggregate, as_many, margin, read_rows, read_scored, start_of
 from reports.plots import COLOURS
 from reports.tables import new_figure, save_figure, write_text
 
