@@ -372,16 +372,20 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
         label = literal("/".join(key)) + " (out of distribution)" * row.ood
         level = f"{100 * chance(split, row):.1f}"
         lines.append(f"| {label} | {row.metric} | {level} | {both[0]} | {both[1]} | {change} |")
-    lines += [*middle, "", "## All figures", "",
-              "Two figures of a metric are comparable where their protocols are equal.", "",
-              "| split | metric | foundation | tuned | count | protocol |", "| --- | --- | --- | --- | --- | --- |"]
-    table: dict = {}
+    return [*lines, *middle, "", "## All figures", "",
+            "Two figures of a metric are comparable where their protocols are equal.", "", *tabulate(rows)]
+
+
+def tabulate(rows: list[Row]) -> list[str]:
+    """The lines of a table of all figures, before and after."""
+    lines = ["| split | metric | foundation | tuned | count | protocol |", "| --- | --- | --- | --- | --- | --- |"]
+    pairs: dict = {}
     for row in rows:
-        table.setdefault(row.key, {})[row.weights] = row
-    for pair in table.values():
+        pairs.setdefault(row.key, {})[row.weights] = row
+    for pair in pairs.values():
         both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
         row = next(iter(pair.values()))
-        # names of raters, sources and files of prompts may hold what ends a cell, or is markup
+        # names of raters, sources and files of prompts may contain what ends a cell, or markup
         name, metric, protocol = map(literal, (f"{row.domain}/{row.split}", row.metric, row.protocol))
         lines.append(f"| {name} | {metric} | {both[0]} | {both[1]} | {row.count:,} | {protocol} |")
     return lines
