@@ -243,7 +243,7 @@ def claims(folder: Path, delta: float, retention: float, separable: float, keep:
     table = make_table(read_runs(folder), delta, retention, separable, keep)
     write_table(folder, table)
     for claim in table:
-        print(f"{claim.claim} [{claim.backbones}]\n    {claim.told}\n    decided by: {claim.decided_by}"
+        print(f"{claim.claim} [{claim.backbones}]\n    {claim.reported}\n    decided by: {claim.decided_by}"
               + f" (1 of {len(claim.findings)} findings)" * (len(claim.findings) > 1 and claim.decided_by != "-")
               + f"\n    threshold: {claim.rule}")
     print(f"written: {folder}/claims.md, claims.json, claims.csv")

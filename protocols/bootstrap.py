@@ -24,7 +24,7 @@ class Unscorable(InputError):
 
 @functools.cache
 def say_once(line: str) -> None:
-    """Print what is the same for every set of weights."""
+    """Print once what holds for every set of weights."""
     print(line)
 
 
@@ -43,9 +43,9 @@ class Estimate:
     value: float
     draws: np.ndarray
     count: int = 0  # pairs, probes or images
-    chance: float = math.nan  # of random embeddings, where retention is to be told
+    chance: float = math.nan  # of random embeddings, where retention is computed
     identities: int = 0  # or classes, that were resampled
-    kind: str = ""  # what else than a figure by the split's protocol: see Row, which takes over these four
+    kind: str = ""  # if not the split's protocol; see Row, which takes over these four fields
     readout: str = ""
     measure: str = ""
     unseen: bool = False
@@ -65,10 +65,10 @@ class Estimate:
 
 def intervals(statistic: Callable[[np.ndarray | None], dict[str, float]], weights: Iterator[np.ndarray],
               count: int = 0, identities: np.ndarray | None = None) -> dict[str, Estimate]:
-    """Each figure of a statistic of sample weights (None: all 1), with its bootstrap; `identities`: its samples'."""
-    draws, several = [statistic(w) for w in weights], 0 if identities is None else len(np.unique(identities))
+    """Each figure of a statistic of sample weights (None: all 1), with its bootstrap; `identities`: of the samples."""
+    draws, distinct = [statistic(w) for w in weights], 0 if identities is None else len(np.unique(identities))
     return {name: Estimate(float(value), np.array([draw[name] for draw in draws], dtype=float), count,
-                           identities=several)
+                           identities=distinct)
             for name, value in statistic(None).items()}
 
 
@@ -82,7 +82,7 @@ def retention(before: Estimate, after: Estimate, chance: float) -> Estimate | No
 
 
 def gap(clean: Estimate, shifted: Estimate, seed: int) -> Estimate:
-    """What is lost from clean to shifted images; the two sets are resampled each for itself."""
+    """The loss from clean to shifted images; the two sets are resampled independently."""
     return replace(shifted, value=clean.value - shifted.value, kind="gap", chance=math.nan,
                    draws=clean.draws - np.random.default_rng(seed).permutation(shifted.draws),
                    identities=min(clean.identities, shifted.identities))
@@ -102,12 +102,12 @@ def normalise(x: np.ndarray) -> np.ndarray:
 
 
 def finite(value: float) -> float | None:
-    """A number for JSON, which knows no NaN."""
+    """A number for JSON, which has no NaN."""
     return float(value) if math.isfinite(value) else None
 
 
 def show(figure: Estimate) -> dict[str, float | None]:
-    """A figure for JSON; what is not known is null."""
+    """A figure for JSON; unknown values are null."""
     return {"value": finite(figure.value), "low": finite(figure.low), "high": finite(figure.high)}
 
 
@@ -148,15 +148,15 @@ def mark(identities: int) -> str:
 
 
 def number(value: float | None) -> str:
-    """A fraction in percent; "-" where it is not known."""
+    """A fraction in percent; "-" where it is unknown."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def interval(found: dict | None, form: str = ".1f") -> str:
+def interval(figure: dict | None, form: str = ".1f") -> str:
     """A figure with its interval, in percent; "-" where there is none."""
-    if not found or found["value"] is None:
+    if not figure or figure["value"] is None:
         return "-"
-    ends = [format(100 * found[end], form) if found[end] is not None else "-" for end in ("value", "low", "high")]
+    ends = [format(100 * figure[end], form) if figure[end] is not None else "-" for end in ("value", "low", "high")]
     return f"{ends[0]} [{ends[1]}, {ends[2]}]"
 
 
@@ -169,10 +169,10 @@ def average(figures: list[dict | None]) -> dict | None:
 
 def needed(figures: list[dict]) -> str:
     """A k* with its interval, averaged over seeds; "> K" where the K components that images determine are too few."""
-    if any(None in found.values() and not found.get("above") for found in figures):
+    if any(None in figure.values() and not figure.get("above") for figure in figures):
         return "-"
     ends = []
     for end in ("value", "low", "high"):
-        known = [found[end] if found[end] is not None else found["above"] for found in figures]
-        ends.append("> " * any(found[end] is None for found in figures) + f"{np.mean(known):,.0f}")
+        known = [figure[end] if figure[end] is not None else figure["above"] for figure in figures]
+        ends.append("> " * any(figure[end] is None for figure in figures) + f"{np.mean(known):,.0f}")
     return f"{ends[0]} [{ends[1]}, {ends[2]}]"

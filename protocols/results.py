@@ -1,4 +1,4 @@
-"""What evaluate.py and analyze.py found for a run, read back, and what runs are compared by.
+"""The results of evaluate.py and analyze.py, read back, and how runs are compared.
 
 Copy with it: data_prep/__init__.py, protocols/bootstrap.py.
 """
@@ -17,14 +17,14 @@ from protocols.bootstrap import Estimate, average, from_json, minus
 # what stands for a protocol in summaries, by kind: readout (one that untouched backbones have too) and measure
 HEADLINE = {"verification": ("", "auc"), "templates": ("", "tar@far=0.0001"), "reid": ("", "rank-1"),
             "identification": ("", "rank-1"), **dict.fromkeys(("classification", "choice"), ("nearest-mean", "top-1"))}
-D_PRIMES = ("d-prime", "pair d-prime")  # measures that are no fractions
+D_PRIMES = ("d-prime", "pair d-prime")  # measures that are not fractions
 
 
 @dataclass
 class Row:
     """One figure. Values are fractions 0..1 but for d-prime; low and high: 95 % bootstrap over identities.
 
-    `protocol` tells people how it was computed; programs read the fields that the sentence is written from.
+    `protocol` is a sentence for people; programs read the fields that it is written from.
     """
 
     run: str
@@ -38,17 +38,17 @@ class Row:
     high: float = math.nan
     count: int = 0  # pairs, probes or images
     identities: int = 0  # or classes, that the interval resamples; 0: unknown
-    chance: float = 0  # of random embeddings; 0: not told
+    chance: float = 0  # of random embeddings; 0: unknown
     kind: str = ""  # the split's protocol, or yardstick, retention, gap, clean, unified, human trials, human choices
     # of objects: nearest-mean, knn, head, probe, zero-shot N; of people: observer, people, model, rater, lead, beaten
     readout: str = ""
-    measure: str = ""  # top-1, rank-1, auc, ...: of retention and gap what is retained and lost
+    measure: str = ""  # top-1, rank-1, auc, ...: of retention and gap: of what
     rule: str = ""  # by which the measure is taken, and its draws
     images: str = ""  # fingerprints of the sets
     flip: bool = True  # embeddings of the image and its mirror image
     lacks: str = ""  # images that could not be read, or were left out
     ood: bool = False  # a split out of distribution
-    unseen: bool = False  # among the classes alone that the run was not trained on
+    unseen: bool = False  # scored only among classes that the run was not trained on
 
     @property
     def headline(self) -> bool:
@@ -89,11 +89,11 @@ def read_rows(folder: Path) -> list[Row]:
 
 @dataclass
 class Pair:
-    """What components of one task keep of another's score; a dictionary is a figure {"value", "low", "high"}."""
+    """How much of one task's score another's components keep; a dictionary is a figure {"value", "low", "high"}."""
 
     fit: str  # the task whose components these are
-    test: str  # the task that uses them
-    identities: int  # that are tested
+    test: str  # the task that is scored with them
+    identities: int  # tested
     chance: float
     raw: float  # the score without centring
     full: float  # of all components
@@ -116,7 +116,7 @@ class Pair:
 
     @property
     def above_chance(self) -> bool:
-        """Whether the full space is surely above chance, so that a share of what it is above means something."""
+        """Whether the full space is above chance by its interval: else a share of (score - chance) means nothing."""
         return None not in (self.kept, self.low, self.high) and self.full_low > self.chance
 
     @property
@@ -136,14 +136,14 @@ class Serving:
 
 @dataclass
 class Transfer:
-    """How components of each task serve every task."""
+    """How well components of each task serve every task."""
 
     pairs: list[Pair]
     all_tasks: list[Serving]
     images_per_task: int  # that components are fitted on
     rank_limited: bool  # fewer than 5 a dimension
     dim: int
-    limit: int  # components that these images determine, where every curve stops
+    limit: int  # components that these images determine; every curve stops there
 
 
 @dataclass
@@ -194,23 +194,23 @@ class Separability:
 
 @dataclass
 class Scored:
-    """What evaluate.py found for one run, with one set of weights."""
+    """The results of evaluate.py for one run and one set of weights."""
 
     folder: Path
     config: dict
     seed: int  # of the resamplings
-    found: dict[tuple[str, str, str, tuple], tuple[Row, np.ndarray]]  # by Row.key
+    rows: dict[tuple[str, str, str, tuple], tuple[Row, np.ndarray]]  # and their draws, by Row.key
 
     @property
     def name(self) -> str:
-        """Of the run; a folder's name need not be text, and a figure has no sign for what is none."""
+        """The run's; bytes of the folder's name that are not text are escaped."""
         return self.folder.resolve().name.encode("utf-8", "backslashreplace").decode()
 
     @property
     def recipe(self) -> str:
-        """What two runs share that differ in their seed alone; a backbone without a run is only itself."""
+        """Equal for runs that differ only in their seed; a backbone without a run equals only itself."""
         free = FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions", "weights", "weights_sha256"}
-        weights = next(iter(self.found.values()))[0].weights
+        weights = next(iter(self.rows.values()))[0].weights
         if not self.config:
             return str(self.folder.resolve())
         options = {key: value for key, value in self.config.items() if key not in free}
@@ -235,9 +235,9 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
     if of and (now := hash_file(folder / "model.safetensors")) and of != now:
         raise InputError(f"{folder}/eval is of other weights than model.safetensors: run evaluate.py on {folder} again")
     weights = weights or max((row.weights for row in rows), default="tuned")  # "tuned" comes after "foundation"
-    found = {row.key: (row, drawn.astype(float)) for row, drawn in zip(rows, draws, strict=True)
-             if row.weights == weights}
-    if not found:
+    scored = {row.key: (row, drawn.astype(float)) for row, drawn in zip(rows, draws, strict=True)
+              if row.weights == weights}
+    if not scored:
         raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
                          "--no-foundation")
     path = folder / "config.json"
@@ -246,12 +246,12 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
     if not isinstance(domains, list) or not set(map(str, domains)) <= {*DOMAINS} or not isinstance(counts, dict) \
             or not all(isinstance(count, int | float) for count in counts.values()):
         raise InputError(f"{path}: domains and counts do not name tasks and their images: restore it")
-    return Scored(folder, config, seed, found)
+    return Scored(folder, config, seed, scored)
 
 
 def aggregate(group: list[Scored], key: tuple) -> Estimate:
     """The mean of a figure over runs that differ in their seed, and of its resampled values, person by person."""
-    rows, draws = zip(*(scored.found[key] for scored in group), strict=True)
+    rows, draws = zip(*(scored.rows[key] for scored in group), strict=True)
     return Estimate(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count,
                     identities=rows[0].identities, readout=rows[0].readout, measure=rows[0].measure)
 
@@ -267,7 +267,7 @@ def as_many(seen: int, wanted: int) -> bool:
 
 
 def margin(expert: float, delta: float) -> float:
-    """How much worse is no worse: delta, but of an expert above 0.9 (saturated) at most a tenth of its error."""
+    """Margin of non-inferiority: delta, but at most a tenth of the error of an expert above 0.9 (saturated)."""
     return delta if expert <= 0.9 else min(delta, 0.1 * (1 - expert))
 
 
@@ -275,40 +275,40 @@ def margin(expert: float, delta: float) -> float:
 class Stages:
     """Scores after each stage of a sequential run: what later tasks did to earlier ones."""
 
-    names: list[str]  # "start", then the domain of each stage that was looked at
-    steps: list[int]  # where it was looked at
-    ends: list[int]  # where the stage ended
-    tasks: list[str]  # splits that were looked at
-    scores: list[list[float]]  # [stages, tasks]; NaN where a look lacks the task
+    names: list[str]  # "start", then the domain of each stage that was evaluated
+    steps: list[int]  # of that evaluation
+    ends: list[int]  # last step of the stage
+    tasks: list[str]  # splits that were evaluated
+    scores: list[list[float]]  # [stages, tasks]; NaN where an evaluation lacks the task
 
     @property
     def lost(self) -> list[float]:
-        """From the best stage of each task to the last; NaN where the last look lacks it."""
+        """The drop from each task's best stage to the last; NaN where the last evaluation lacks it."""
         return [max((row[i] for row in self.scores if not math.isnan(row[i])), default=math.nan) - last
                 for i, last in enumerate(self.scores[-1])]
 
 
 def read_stages(folder: Path, config: dict) -> Stages | None:
-    """The last look of --eval-every in each stage of a run; None where there are no looks.
+    """The last quick evaluation in each stage of a run; None without any.
 
     Stage k of K holds the steps s with floor(s K / steps) = k, as train.py plans them.
     """
-    looks = [look for look in read_lines(folder / "probe.jsonl")
-             if isinstance(look.get("step"), int) and isinstance(look.get("auc"), dict)]  # others are damaged
-    if not looks:
+    records = [record for record in read_lines(folder / "probe.jsonl")
+               if isinstance(record.get("step"), int) and isinstance(record.get("auc"), dict)]  # others are damaged
+    if not records:
         return None
     order, steps = config["order"] or config["domains"], config["steps"]
     ends = [0] + [-(-(k + 1) * steps // len(order)) for k in range(len(order))]
-    found = Stages([], [], [], list(looks[-1]["auc"]), [])
+    stages = Stages([], [], [], list(records[-1]["auc"]), [])
     for name, first, end in zip(["start", *order], [-1, *ends[:-1]], ends, strict=True):
-        inside = [look for look in looks if first < look["step"] <= end]
+        inside = [record for record in records if first < record["step"] <= end]
         if inside:
-            found.names.append(name)
-            found.steps.append(inside[-1]["step"])
-            found.ends.append(end)
-            scores = [inside[-1]["auc"].get(task) for task in found.tasks]
-            found.scores.append([score if isinstance(score, float) else math.nan for score in scores])
-    return found
+            stages.names.append(name)
+            stages.steps.append(inside[-1]["step"])
+            stages.ends.append(end)
+            scores = [inside[-1]["auc"].get(task) for task in stages.tasks]
+            stages.scores.append([score if isinstance(score, float) else math.nan for score in scores])
+    return stages
 
 
 RUN_ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py claims`
@@ -316,31 +316,31 @@ RUN_ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py cla
 
 @dataclass
 class Measured:
-    """A run with what evaluate.py and analyze.py found."""
+    """A run with its results."""
 
     name: str
     config: dict
-    found: dict[str, Scored]  # by weights: "tuned", "foundation"
+    scored: dict[str, Scored]  # by weights: "tuned", "foundation"
     analysis: dict | None
     lost: dict[str, float] = field(default_factory=dict)  # AUC from the best stage to the end, by "domain/split"
 
     @property
     def family(self) -> str:
-        """The backbone; one that began from random weights is nobody's foundation model."""
+        """The backbone; random initial weights make it no foundation model."""
         name = self.config["backbone"] or self.config["model"]
         return name if self.config["weights"] != "none" else f"{name} from a random start"
 
 
 def draws_of(scored: Scored) -> int:
     """Number of resamplings."""
-    return len(next(iter(scored.found.values()))[1])
+    return len(next(iter(scored.rows.values()))[1])
 
 
 def read_analysis(path: Path) -> dict:
     """RUN/analysis/analysis.json; InputError where it lacks what the claims rest on."""
-    known, weights = read_json(path), path.parent.parent / "model.safetensors"
-    if (of := known.get("weights_sha256")) and (now := hash_file(weights)) and of != now:
-        raise InputError(f"of other weights than {weights.name}: run analyze.py on {path.parent.parent} again")
+    known, run = read_json(path), path.parent.parent
+    if (of := known.get("weights_sha256")) and (now := hash_file(run / "model.safetensors")) and of != now:
+        raise InputError(f"of other weights than model.safetensors: run analyze.py on {run} again")
     try:
         transfer = from_json(known["transfer"]["tuned"], Transfer)
         apart = from_json(known["separability"], Separability | None)
@@ -350,8 +350,7 @@ def read_analysis(path: Path) -> dict:
         if apart and not ("tuned" in apart.spaces and domains <= {*apart.identities}):
             raise ValueError("separability: a domain, or the tuned space, is missing")
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"of another version or damaged: {error}; run analyze.py on {path.parent.parent} again") \
-            from None
+        raise InputError(f"of another version or damaged: {error}; run analyze.py on {run} again") from None
     return known | {"transfer": {"tuned": transfer}, "separability": apart}
 
 
@@ -372,8 +371,7 @@ def read_run(home: Path) -> Measured:
     if not (home / "done.json").exists():
         raise InputError("not finished")
     config = join_config(home / "config.json")
-    lacking = {"role", "backbone", "model", "weights", "domains", "schedule", "counts"} - set(config)
-    if lacking:
+    if lacking := {"role", "backbone", "model", "weights", "domains", "schedule", "counts"} - set(config):
         raise InputError(f"config.json lacks {min(lacking)!r}")
     if config["role"] not in RUN_ROLES:
         raise InputError(f"config.json: role {config['role']!r} is none of {', '.join(RUN_ROLES)}")
@@ -385,19 +383,18 @@ def read_run(home: Path) -> Measured:
         raise InputError("config.json: domains and counts do not name tasks and their images")
     order = config.get("order")
     if not (isinstance(config.get("seed"), int) and (order is None or (isinstance(order, list) and order))):
-        raise InputError("config.json: seed is no whole number, or order no list of tasks")
-    results = home / "eval" / "results.json"
-    rows = read_rows(results.parent)
-    if not rows:
-        raise InputError(f"{results} is empty; run evaluate.py again")
-    found = {name: read_scored(home, name) for name in sorted({row.weights for row in rows})}
-    known, path = None, home / "analysis" / "analysis.json"
+        raise InputError("config.json: seed is not a whole number, or order not a list of tasks")
+    if not (rows := read_rows(home / "eval")):
+        raise InputError(f"{home}/eval/results.json is empty; run evaluate.py again")
+    scored = {name: read_scored(home, name) for name in sorted({row.weights for row in rows})}
+    analysis, path = None, home / "analysis" / "analysis.json"
     if path.exists():
         try:
-            known = read_analysis(path)
+            analysis = read_analysis(path)
         except InputError as error:
             print(f"left out: {path} ({error.format_message()})")
-    return Measured(home.name, config, found, known, read_lost(home, config) if config["role"] == "sequential" else {})
+    lost = read_lost(home, config) if config["role"] == "sequential" else {}
+    return Measured(home.name, config, scored, analysis, lost)
 
 
 def read_runs(folder: Path) -> list[Measured]:
@@ -413,7 +410,7 @@ def read_runs(folder: Path) -> list[Measured]:
             print(f"left out: {home} ({error.format_message()})")
     if not runs:
         raise InputError(f"{folder}: no evaluated run in it; train runs below it and call evaluate.py on each")
-    if len({(table.seed, draws_of(table)) for run in runs for table in run.found.values()}) > 1:
+    if len({(table.seed, draws_of(table)) for run in runs for table in run.scored.values()}) > 1:
         print("the runs were resampled differently, so that some cannot be paired: call evaluate.py on all of them "
               "with the same --seed and --bootstrap")
     return runs
@@ -453,20 +450,20 @@ class Group:
 
     @property
     def lost(self) -> dict[str, float]:
-        """What every seed lost from its best stage to the end, averaged."""
+        """The mean over seeds of what was lost from the best stage to the end."""
         return {task: float(np.mean([run.lost[task] for run in self.runs])) for task in self.runs[0].lost
                 if all(task in run.lost for run in self.runs)}
 
     def rows(self, weights: str, wanted: Callable[[Row], bool]) -> dict[tuple, Estimate]:
         """Figures that all seeds have, averaged over them, by Row.key."""
-        tables = [run.found[weights] for run in self.runs if weights in run.found]
+        tables = [run.scored[weights] for run in self.runs if weights in run.scored]
         if len(tables) < len(self.runs) or len({(t.seed, draws_of(t)) for t in tables}) > 1:
             return {}
-        return {key: aggregate(tables, key) for key, (row, _) in tables[0].found.items()
-                if wanted(row) and all(key in table.found for table in tables)}
+        return {key: aggregate(tables, key) for key, (row, _) in tables[0].rows.items()
+                if wanted(row) and all(key in table.rows for table in tables)}
 
     def headline(self, weights: str) -> dict[tuple, Estimate]:
-        """The figure that stands for each trained domain's test split, in distribution."""
+        """The headline of each trained domain's test split, in distribution."""
         rows = self.rows(weights, lambda row: row.headline and not row.ood and row.domain in self.config["domains"])
         first: dict = {}  # the customary rule of a split comes first
         return {key: figure for key, figure in rows.items() if first.setdefault(key[:2], key) == key}
@@ -474,8 +471,8 @@ class Group:
     def leads(self, other: "Group", mine: str = "tuned", theirs: str = "tuned") -> dict[tuple, Estimate]:
         """By domain and split, how far this group is above another, paired by person; none if resampled differently."""
         a, b = self.headline(mine), other.headline(theirs)
-        seeds = [group.runs[0].found[weights].seed for group, weights in ((self, mine), (other, theirs))
-                 if weights in group.runs[0].found]
+        seeds = [group.runs[0].scored[weights].seed for group, weights in ((self, mine), (other, theirs))
+                 if weights in group.runs[0].scored]
         return {key[:2]: minus(a[key], b[key]) for key in a
                 if key in b and len(set(seeds)) == 1 and len(a[key].draws) == len(b[key].draws)}
 
@@ -484,12 +481,12 @@ class Group:
         return average([of(run.analysis) if run.analysis else None for run in self.runs])
 
     def unfinished(self, space: str) -> str:
-        """A remark where the logistic regression that tells the tasks apart in a space did not converge."""
+        """A remark where the logistic regression of a space did not converge."""
         spaces = [run.analysis["separability"].spaces[space] for run in self.runs]
-        return "" if all(found.converged.get("logistic") for found in spaces) else "the fit did not converge"
+        return "" if all(result.converged.get("logistic") for result in spaces) else "the fit did not converge"
 
     def not_analysed(self) -> str:
-        """A verdict that names the run without an analysis of two tasks or more: others may have one."""
+        """A verdict that names the run that lacks an analysis of two or more tasks; others may have one."""
         bare = [run.name for run in self.runs if run.analysis is None]
         return (f"not measured ({', '.join(bare)}: not analysed; call analyze.py --run RUN on it)" if bare else
                 f"not measured ({self.name}: analysed on one task alone)")
@@ -499,5 +496,5 @@ def group_runs(runs: list[Measured]) -> list[Group]:
     """Runs of one recipe and different seeds together, in the order of the first."""
     groups: dict[str, list[Measured]] = {}
     for run in runs:
-        groups.setdefault(next(iter(run.found.values())).recipe, []).append(run)
+        groups.setdefault(next(iter(run.scored.values())).recipe, []).append(run)
     return [Group(members) for members in groups.values()]

@@ -269,7 +269,7 @@ def write_table(folder: Path, table: list[Claim]) -> None:
     rows = [asdict(claim) for claim in table]
     lines = ["| claim | backbones | decided by | threshold | verdict |", "| --- | --- | --- | --- | --- |"]
     for c in table:
-        lines.append(f"| {' | '.join(map(literal, (c.claim, c.backbones, c.decided_by, c.rule, c.told)))} |")
+        lines.append(f"| {' | '.join(map(literal, (c.claim, c.backbones, c.decided_by, c.rule, c.reported)))} |")
     lines += ["", f"{FEW_NOTE}."] * any("†" in claim.measured for claim in table)
     for claim in (claim for claim in table if claim.findings):
         lines += ["", f"## {literal(claim.claim)}: {literal(claim.backbones)}", ""]

@@ -209,14 +209,14 @@ def test_claim_experts_prefers_exposure_and_tells_the_other():
 def test_wide_intervals_decide_nothing():
     unified, other = measured("a", values=ALL), [measured(f"x{d}", "expert", values={d: 0.7}) for d in ALL]
     for run in other:
-        (row, draws), = run.found["tuned"].found.values()
-        key = next(iter(run.found["tuned"].found))
-        run.found["tuned"].found[key] = (row, draws + np.random.default_rng(1).normal(size=200) * 0.05)
+        (row, draws), = run.scored["tuned"].rows.values()
+        key = next(iter(run.scored["tuned"].rows))
+        run.scored["tuned"].rows[key] = (row, draws + np.random.default_rng(1).normal(size=200) * 0.05)
     claim = claim_experts(alone(unified), alone(*other), 0.01)
     assert claim.verdict == "not measured (intervals too wide to decide)"
     other = [measured(f"x{d}", "expert", values={d: 0.7}) for d in ALL]
     assert claim_experts(alone(unified), alone(*other), 0.01).verdict == "holds"
-    other[0].found["tuned"].seed = 1  # resampled differently: they cannot be paired
+    other[0].scored["tuned"].seed = 1  # resampled differently: they cannot be paired
     assert "no expert run, --domains object" in claim_experts(alone(unified), alone(*other), 0.01).verdict
 
 

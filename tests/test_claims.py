@@ -184,8 +184,8 @@ def test_forgetting_is_corrected_for_the_number_of_tasks():
     def run(tail):  # a lead of 5 points that `tail` of the resamplings turn round
         unified, draws = measured("u", **GOOD), np.full(200, 0.6)
         draws[: int(200 * tail)] = 0.54
-        key = next(key for key in unified.found["tuned"].found if key[0] == "object")
-        unified.found["tuned"].found[key] = (unified.found["tuned"].found[key][0], draws)
+        key = next(key for key in unified.scored["tuned"].rows if key[0] == "object")
+        unified.scored["tuned"].rows[key] = (unified.scored["tuned"].rows[key][0], draws)
         return forgetting({"object": 0.55}, unified, lost={"object/test": 0.1}, spread=0).verdict
 
     assert run(0.0) == HOLDS
@@ -263,7 +263,7 @@ def test_humans_need_four_tasks_and_two_raters():
         assert claim_humans(humans(lead, tasks=DOMAINS[1:])).verdict == \
             "not measured (people on face_hq, face_lq, body; none on object)"
         assert claim_humans(humans(lead, raters=1)).verdict == \
-            "not measured (1 rater of all tasks; two are the least)"
+            "not measured (1 rater of all tasks; 2 are needed)"
     claim = claim_humans(humans(raters=3, body=-0.2))
     assert claim.verdict == "holds, but below people on body" and "3 raters, below people on body" in claim.measured
 
@@ -275,7 +275,7 @@ def test_forced_choices_of_objects_are_told_and_decide_nothing_alone():
                      kind="human choices", readout="nearest-mean", measure="lead", rule="11 of 16 categories")
         others = [replace(choice, rule="11 of 16 categories, condition c05", value=lead - 0.5),
                   replace(choice, metric="knn minus human accuracy", readout="knn", value=lead - 0.5)]
-        rows = [row for row, _ in group[0].runs[0].found["tuned"].found.values()] if group else []
+        rows = [row for row, _ in group[0].runs[0].scored["tuned"].rows.values()] if group else []
         return claim_humans(alone(measured("a", values=ALL, rows=[*rows, choice, *others])))
 
     for lead in (0.2, -0.2):
@@ -286,7 +286,7 @@ def test_forced_choices_of_objects_are_told_and_decide_nothing_alone():
     assert claim(0.2, humans()).verdict == "holds"
     assert claim(-0.2, humans()).verdict == "holds, but below people on object"
     three = claim(0.2, humans(tasks=DOMAINS[1:]))
-    assert three.verdict == "not measured (object by forced choice alone, which is no part of the mean over tasks)"
+    assert three.verdict == "not measured (object by forced choice alone, which is not part of the mean over tasks)"
 
 
 def test_beyond_format_needs_one_format_and_unseen_sources():
@@ -323,9 +323,9 @@ def test_few_identities_and_unfinished_fits_are_marked(tmp_path):
 
 def test_marks_of_the_evaluation_reach_the_claims():
     run = measured("a", **GOOD)
-    for scored in run.found.values():
-        scored.found = {key: (replace(row, identities=11 if row.domain == "body" else 84), draws)
-                        for key, (row, draws) in scored.found.items()}
+    for scored in run.scored.values():
+        scored.rows = {key: (replace(row, identities=11 if row.domain == "body" else 84), draws)
+                       for key, (row, draws) in scored.rows.items()}
     told = claim_backbones(alone(run), ["clip"], 0.01).measured.split("; ")
     assert [("†" in part) for part in told] == [False, False, False, True] and "a body/test +40.0" in told[3]
 
@@ -345,10 +345,10 @@ def test_a_single_seed_is_told_in_words_and_not_in_the_verdict():
     runs = [measured(f"{b}{seed}", backbone=b, lr=b, seed=seed, **GOOD)
             for b in ("clip", "eva02", "dinov3") for seed in (0, 1)]
     two, one = table_of(*runs)["Works"], table_of(*runs[:5])["Works"]
-    assert (two.verdict, two.told, two.seeds) == (HOLDS, HOLDS, 2)
-    assert (one.verdict, one.told, one.seeds) == (HOLDS, "holds (1 seed)", 1)
-    assert table_of(*runs[:1])["Works"].told == "not measured (no four-task run of eva02, dinov3)"
-    assert replace(one, verdict=FAILS).told == "fails (1 seed)"
+    assert (two.verdict, two.reported, two.seeds) == (HOLDS, HOLDS, 2)
+    assert (one.verdict, one.reported, one.seeds) == (HOLDS, "holds (1 seed)", 1)
+    assert table_of(*runs[:1])["Works"].reported == "not measured (no four-task run of eva02, dinov3)"
+    assert replace(one, verdict=FAILS).reported == "fails (1 seed)"
     runs[-1].config["seed"] = 0  # the same run twice is one seed
     assert table_of(*runs)["Works"].seeds == 1
 
@@ -464,7 +464,7 @@ def test_separability_is_written_and_read_back_whole(tmp_path):
     (change_config(lambda c: c.update(counts=[])), "b (config.json: domains and counts"),
     (change_config(lambda c: c.update(backbone=None, model=None)), "b (config.json names no backbone)"),
     (lambda run: (run / "config.json").write_text("["), "damaged"),
-    (change_config(lambda c: c.update(seed=[1])), "b (config.json: seed is no whole number"),
+    (change_config(lambda c: c.update(seed=[1])), "b (config.json: seed is not a whole number"),
     (change_config(lambda c: c.update(order=5)), "b (config.json: domains and counts"),
     (change_analysis(lambda a: a["transfer"]["tuned"].pop("limit")), "analysis.json (of another version"),
     (change_analysis(lambda a: a["transfer"]["tuned"]["pairs"][1]["k99"].update(above="x")), "analysis.json (of anoth"),
