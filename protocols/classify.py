@@ -246,18 +246,18 @@ class Readouts:
 
     def fit(self, embed: Embedder, y: np.ndarray, reference: Split, seed: int) -> dict[str, tuple]:
         """(Weights [C, D], bias [C], rule) by name for the classes of a reference with unit embeddings y."""
-        readouts, good = {}, np.flatnonzero(np.isfinite(y[:, 0]) & (reference.labels >= 0))
+        linear, good = {}, np.flatnonzero(np.isfinite(y[:, 0]) & (reference.labels >= 0))
         if self.probe and len(np.unique(reference.labels[good])) > 1:
             rows = np.sort(np.random.default_rng(seed).permutation(good)[: self.probe])
             w, b, strength = self.fit_once(embed, y[rows], reference.labels[rows], len(reference.classes))
             b[reference.counts == 0] = -1e9  # a class without images is never predicted
             print(f"  {embed.name} {reference.domain}/{reference.name}: linear probe of {len(rows):,} images, l2 "
                   f"{strength:g}")
-            images = f"{self.probe} drawn images, seed {seed}" if len(good) > self.probe else "all images"
-            readouts["probe"] = w, b, f"L-BFGS probe, l2 chosen on a fifth, of {images}, reference {fingerprint(reference)}"
+            used = f"{self.probe} drawn images, seed {seed}" if len(good) > self.probe else "all images"
+            linear["probe"] = w, b, f"L-BFGS probe, l2 chosen on a fifth, of {used}, reference {fingerprint(reference)}"
         for name, w in self.texts(embed, reference.names).items():
-            readouts[f"zero-shot {name.split()[0]}"] = w, np.zeros(len(w)), f"zero-shot by prompts {name}"
-        return readouts
+            linear[f"zero-shot {name.split()[0]}"] = w, np.zeros(len(w)), f"zero-shot by prompts {name}"
+        return linear
 
 
 def true_in_real(split: Split) -> np.ndarray | None:

@@ -105,7 +105,7 @@ def score_unified(members: list[Member], draws: int, seed: int,
     hits: dict[tuple[str, str], tuple[int, np.ndarray, np.ndarray]] = {}  # member, its scored probes, their values
     domains = [member.split.domain for member in members]
     for i, (row, domain) in enumerate(zip(searches, domains, strict=True)):
-        best_mate, best_other = (np.array([getattr(search, name) for search in row]) for name in ("own", "wrong"))
+        best_mate, best_other = (np.array([getattr(search, name) for search in row]) for name in ("correct", "wrong"))
         counted = np.isfinite(best_mate[i])
         hits[domain, "rank-1 alone"] = (i, counted, best_mate[i] > best_other[i])
         hits[domain, "rank-1 in the crowd"] = (i, counted, best_mate.max(0) > best_other.max(0))

@@ -176,7 +176,7 @@ def test_a_source_that_is_statistically_the_same_is_found_however_few_images_rem
 
 
 def test_one_identity_is_no_test():
-    with pytest.raises(InputError, match="one identity alone can be tested"):
+    with pytest.raises(InputError, match="only one identity can be tested"):
         people_task("face_hq", ["a", "b"], ["x"])
     assert mistrust(19) == "19 identities: interval not to be trusted" and not mistrust(20)
 

@@ -111,7 +111,7 @@ def test_unreadable_images_and_lone_identities_leave_a_task(demo_root):
     good = np.ones(len(base), bool), np.arange(len(test)) % 3 > 0
     task = make_task(base, test, good, 2000, 0)
     assert good[1][task.probe].all() and len(task.probe)
-    with pytest.raises(InputError, match="one identity alone can be tested"):
+    with pytest.raises(InputError, match="only one identity can be tested"):
         make_task(base, test, (good[0], test.labels == test.labels[-1]), 2000, 0)  # one class
     base, test = pairs["face_hq"]
     first = np.unique(test.labels, return_index=True)[1]
