@@ -113,9 +113,9 @@ def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callab
     """Score every probe in one subspace after another, by blocks of scores that stay in the cache.
 
     The nearest vector has the largest S / |g|: a probe's length changes no order. The few scores of mates are kept
-    apart, so that S holds only wrong ones and the largest of a row is enough. Memory: the probes, a block of the gallery
-    twice with its inverse lengths [block, steps], the best scores [steps, n] of mates and of others, and for each of
-    torch's threads two blocks of scores.
+    apart, so that S holds only wrong ones and the largest of a row is enough. Memory: the probes, a block of the
+    gallery twice with its inverse lengths [block, steps], the best scores [steps, n] of mates and of others, and for
+    each of torch's threads two blocks of scores.
 
     Args:
         probe, gallery: coordinates, [n, D] and [m, D].

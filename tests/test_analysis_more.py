@@ -285,8 +285,8 @@ def test_tables_hold_the_other_metrics_and_every_component_left_out(written):
     assert len(rows) == 9 * 10 and {row["component"] for row in rows} == {str(i) for i in range(1, 11)}
     by_hand = [float(row["change"]) for row in rows if (row["fit"], row["test"]) == ("body", "face_hq")]
     assert by_hand == pairs["body", "face_hq"]["importance"]["change"]
-    assert "| face_hq | face_lq | mAP | " in report and "On an AUC a random subspace keeps nearly everything" in report
-    assert "Components from which on every task keeps so much" in report
+    assert "| face_hq | face_lq | mAP | " in report and "A random subspace keeps nearly all of an AUC" in report
+    assert "Number of components from which on every task keeps 99 or 95 %" in report
     assert "One component left out at a time, of the first 10" in report and " nan " not in report
 
 

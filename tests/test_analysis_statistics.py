@@ -178,7 +178,7 @@ def test_a_source_that_is_statistically_the_same_is_found_however_few_images_rem
 def test_one_identity_is_no_test():
     with pytest.raises(InputError, match="only one identity can be tested"):
         people_task("face_hq", ["a", "b"], ["x"])
-    assert mistrust(19) == "19 identities: interval not to be trusted" and not mistrust(20)
+    assert mistrust(19) == "19 identities: interval unreliable" and not mistrust(20)
 
 
 # ---------------------------------------------------------------- the script
@@ -217,7 +217,7 @@ def test_what_is_left_out_is_told_and_the_test_split_can_be_chosen(degraded_run)
     assert result["domains"] == ["object", "face_hq", "face_lq"]
     assert result["splits"]["object"] == ["train", "collage"] and result["splits"]["face_hq"] == ["train", "test"]
     assert "no test split in distribution" in result["left_out"]["body"] and "| body | - | - | left out: " in report
-    assert "| object | train | collage | " in report and "identities: interval not to be trusted" in report
+    assert "| object | train | collage | " in report and "identities: interval unreliable" in report
     # the last LayerNorm of a random start, without a bias, leaves 63 of 64 dimensions to vary
     assert result["transfer"]["tuned"]["limit"] == result["explored"][0]["deleted"]["to"] == 63
 

@@ -520,7 +520,7 @@ def test_a_wrong_reference_is_told_before_anything_is_embedded(demo_root, run, t
     base, root = Split(demo_root / "object/val"), tmp_path / "data"
     shutil.copytree(demo_root / "face_hq/test", root / "face_hq/test")
     copy_of(base, root / "object/val", list(range(len(base))), {"name": "classification", "reference": "photos"})
-    with pytest.raises(InputError, match=r"its reference split 'photos' is not there.*--reference SPLIT"):
+    with pytest.raises(InputError, match=r"its reference split 'photos' is missing.*--reference SPLIT"):
         run_here("--run", run, "--data", root, *OPTIONS)
     some = np.flatnonzero(base.labels > 0).tolist()
     copy_of(base, root / "object/photos", some, {"name": "classification", "reference": "photos"})
