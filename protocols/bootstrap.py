@@ -153,7 +153,7 @@ def number(value: float | None) -> str:
 
 
 def interval(figure: dict | None, form: str = ".1f") -> str:
-    """A figure with its interval, in percent; "-" where there is none."""
+    """A figure with its interval, in percent; "-" without one."""
     if not figure or figure["value"] is None:
         return "-"
     ends = [format(100 * figure[end], form) if figure[end] is not None else "-" for end in ("value", "low", "high")]

@@ -152,10 +152,10 @@ def claim_experts(imic: list[Group], experts: list[Group], delta: float) -> Clai
             deciding = "exposure" if any(kind == "exposure" for kind, _ in rivals) else "images"
             judged = []
             for kind, expert in rivals:
-                theirs = {key[:2]: figure.value for key, figure in expert.headline("tuned").items()}
+                expert_scores = {key[:2]: figure.value for key, figure in expert.headline("tuned").items()}
                 for key, lead in group.leads(expert).items():
                     judged.append(judge(f"{group.name} against {expert.name} {'/'.join(key)}", lead,
-                                       -margin(theirs[key], delta)))
+                                       -margin(expert_scores[key], delta)))
                     judged[-1].note = f"matched in {kind}"
                     if kind != deciding:
                         judged[-1:] = for_information(judged[-1:])
@@ -249,8 +249,8 @@ def find_fallen(other: Group, early: dict[tuple, Estimate], experts: list[Group]
             if (expert.start == other.start and expert.config["domains"] == [key[0]]
                     and "exposure" in kinds_of_match(other, expert, key[0])):
                 lead = other.leads(expert).get(key)
-                theirs = next((f.value for k, f in expert.headline("tuned").items() if k[:2] == key), 0)
-                if lead and lead.quantile(top) <= -margin(theirs, delta):
+                expert_score = next((f.value for k, f in expert.headline("tuned").items() if k[:2] == key), 0)
+                if lead and lead.quantile(top) <= -margin(expert_score, delta):
                     evidence.append(expert.name)
         if evidence:
             fallen[key] = ", ".join(evidence)

@@ -94,10 +94,10 @@ def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray,
     top, cosine = nearest_rows(x, reference, min(k, max(len(reference) - same, 0)), same, device)
     weight, votes = np.exp((cosine.astype(float) - 1) / temperature), np.empty(len(x), dtype=np.int64)
     for start in range(0, len(x), 1024):  # of thousands of classes each
-        some = slice(start, start + 1024)
-        tally = np.zeros((len(top[some]), classes))
-        np.add.at(tally, (np.arange(len(tally))[:, None], labels[top[some]]), weight[some])
-        votes[some] = np.where((top[some] >= 0).any(1), tally.argmax(1), -1)
+        rows = slice(start, start + 1024)
+        tally = np.zeros((len(top[rows]), classes))
+        np.add.at(tally, (np.arange(len(tally))[:, None], labels[top[rows]]), weight[rows])
+        votes[rows] = np.where((top[rows] >= 0).any(1), tally.argmax(1), -1)
     return votes
 
 

@@ -182,8 +182,8 @@ class Embedder:
 
     def embed_parts(self, split: Split, folder: Path) -> None:
         """Compute this rank's share of the parts that are missing."""
-        mine = list(self.parts_of(split, folder).items())[self.ranks.rank :: self.ranks.world]
-        todo = [(start, file) for start, file in mine if not file.exists()]
+        share = list(self.parts_of(split, folder).items())[self.ranks.rank :: self.ranks.world]
+        todo = [(start, file) for start, file in share if not file.exists()]
         if not todo:
             return
         rows = [np.arange(*map(int, file.stem.split("-"))) for _, file in todo]

@@ -73,7 +73,7 @@ class Row:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The rows of RUN/eval/results.json; InputError where there are none."""
+    """The rows of RUN/eval/results.json; InputError if missing or damaged."""
     path = folder / "results.json"
     try:
         rows = from_json(json.loads(path.read_text()), list[Row], "row")
@@ -418,7 +418,7 @@ def read_runs(folder: Path) -> list[Measured]:
 
 @dataclass
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     runs: list[Measured]
 

@@ -260,7 +260,7 @@ def score_template_search(templates: Templates, galleries: list[np.ndarray], pro
         values = {f"rank-{k}": weighted_mean(sum((search.first <= k).astype(float) for search, _ in searches), weights)
                   for k in (1, 5, 10)}
         for f in supported:
-            values[f"tpir@fpir={f:g}"] = float(np.mean([tpir_at_fpir(*found, f, weights) for found in searches]))
+            values[f"tpir@fpir={f:g}"] = float(np.mean([tpir_at_fpir(*pair, f, weights) for pair in searches]))
         return values
 
     who = templates.identity[probes]
@@ -277,7 +277,7 @@ def score_templates(x: np.ndarray, split: Split, draws: int, seed: int,
     Returns:
         {rule: {metric: Estimate}}, the customary one first, and its plot data, as of `score_verification`.
     """
-    columns, found, curve = split.index["columns"], {}, {}
+    columns, figures, curve = split.index["columns"], {}, {}
     poolings = {"norm": np.ones(len(split), dtype=np.float32)}
     if "quality" in columns:
         poolings = {"norm x detector score": np.maximum(split.column("quality"), 0)} | poolings
@@ -286,13 +286,13 @@ def score_templates(x: np.ndarray, split: Split, draws: int, seed: int,
         if "template_pairs" in columns:
             by_rule, drawn = score_template_pairs(templates, split.column("template_pairs"), draws, seed, device)
             curve = curve or drawn
-            found |= {f"1:1, {how}, {rule} FAR": figures for rule, figures in by_rule.items()}
+            figures |= {f"1:1, {how}, {rule} FAR": by_metric for rule, by_metric in by_rule.items()}
         if {"template_gallery", "template_probes"} <= set(columns):
             listed, probes = split.column("template_gallery"), split.column("template_probes")[:, 0]
             galleries = [listed[listed[:, 1] == g, 0] for g in np.unique(listed[:, 1])]
             rule = f"1:N in {len(galleries)} galleries, {how}, TPIR above the floor(N x FPIR)-th non-mate"
-            found[rule] = score_template_search(templates, galleries, probes, draws, seed, device)
-    if not any(found.values()):
+            figures[rule] = score_template_search(templates, galleries, probes, draws, seed, device)
+    if not any(figures.values()):
         raise Unscorable(f"{split.folder}: its lists support no figure: {1 / max(FARS):g} impostor pairs and a genuine "
                          "one, or a gallery and probes, are needed")
-    return found, curve
+    return figures, curve

@@ -82,7 +82,7 @@ def draw_bars(path: Path, rows: list[Row], splits: list[Split],
             groups.append((title, {r.weights: r for r in like}, 0.5 if one.metric == "accuracy" else None, others, []))
     for (domain, split), by_weights in human_rows(rows).items():
         first = next(iter(by_weights.values()))
-        pair = {weights: found["model"][0] for weights, found in by_weights.items()}
+        pair = {weights: by_readout["model"][0] for weights, by_readout in by_weights.items()}
         raters = [row.value for row in first["rater"]]
         groups.append((f"{domain}\n{split if domain != 'all' else ''}\nAUC on\nhuman trials",
                        pair | {"people": first["people"][0]}, 0.5, [], raters))
@@ -181,9 +181,9 @@ def draw_split(folder: Path, split: Split, embed: Embedder, root: dict, seed: in
         other = root[split.domain][split.protocol["reference"]]
         y, groups = embed(other), split.protocol.get("groups") or {}
         group_of = {member: label for label, one in enumerate(split.classes) for member in groups.get(one, [one])}
-        own = np.array([*(group_of.get(one, -1) for one in other.classes), -1])[other.labels]
-        gallery, queries = np.flatnonzero(np.isfinite(y[:, 0]) & (own >= 0)), np.flatnonzero(split.labels >= 0)
-        same, itself = mates_in(own[gallery]), split.folder.resolve() == other.folder.resolve()
+        labels = np.array([*(group_of.get(one, -1) for one in other.classes), -1])[other.labels]
+        gallery, queries = np.flatnonzero(np.isfinite(y[:, 0]) & (labels >= 0)), np.flatnonzero(split.labels >= 0)
+        same, itself = mates_in(labels[gallery]), split.folder.resolve() == other.folder.resolve()
         rule = f"of {other.domain}/{other.name}, which vote"
 
         def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:

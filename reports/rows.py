@@ -121,18 +121,18 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             if not np.isfinite(x[:, 0]).any():
                 raise Unscorable(f"{split.folder}: no image left to score: all are unreadable or leaked")
             if split.protocol["name"] == "classification":
-                found, curve = score_objects(embed, normalise(x), split, root, run, draws, seed, readouts, fitted,
-                                             without or {}, among or splits), {}
+                by_rule, curve = score_objects(embed, normalise(x), split, root, run, draws, seed, readouts, fitted,
+                                               without or {}, among or splits), {}
             elif split.protocol["name"] == "choice":
-                found, decisions = score_choices(embed, normalise(x), split, root, run, draws, seed, readouts,
-                                                 (trials or {}).get(key))
+                by_rule, decisions = score_choices(embed, normalise(x), split, root, run, draws, seed, readouts,
+                                                   (trials or {}).get(key))
                 curve = {"decisions": decisions} if decisions.people else {}
             else:
-                found, curve = score_people(embed, x, split, draws, seed)
+                by_rule, curve = score_people(embed, x, split, draws, seed)
         except Unscorable as error:
             failed[key] = error
             continue
-        figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split.labels, draws, seed)}
+        figures[key] = by_rule | {f"random pairs, seed {seed}": score_pairs(x, split.labels, draws, seed)}
         curves[key] = curve
         if bad and bad > split.missing.sum():  # those are misses
             print(f"  {key}: {bad - split.missing.sum()} unreadable images left out")
@@ -145,12 +145,12 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
 
 def score_people(embed: Embedder, x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
     """Figures by rule and curves of a split whose images are compared with each other. Normalises x in place."""
-    protocol, curve, found = split.protocol["name"], {}, {}
+    protocol, curve, by_rule = split.protocol["name"], {}, {}
     if protocol == "templates":
-        found, curve = score_templates(x, split, draws, seed, embed.device)
+        by_rule, curve = score_templates(x, split, draws, seed, embed.device)
     normalise(x)
     if protocol == "verification":
-        found, curve = score_verification(x, split, draws, seed)
+        by_rule, curve = score_verification(x, split, draws, seed)
     elif protocol in ("reid", "identification"):
         failed: list[Unscorable] = []
         for variant in variants_of(split):
@@ -159,12 +159,12 @@ def score_people(embed: Embedder, x: np.ndarray, split: Split, draws: int, seed:
             except Unscorable as error:
                 failed.append(error)
                 continue
-            found[describe_variant(split, variant, seed)], curve = figures, curve or drawn
-        if not found:
+            by_rule[describe_variant(split, variant, seed)], curve = figures, curve or drawn
+        if not by_rule:
             raise failed[0]
         for error in failed:
             say_once(f"  {split.domain}/{split.name}: {error.message}")
-    elif not found:
+    elif not by_rule:
         raise InputError(f"{split.folder}: protocol {protocol!r} is unknown to this version")
     table = {"verification": "pairs", "templates": "template_pairs"}.get(protocol)
     if table and table in split.index["columns"]:
@@ -174,11 +174,11 @@ def score_people(embed: Embedder, x: np.ndarray, split: Split, draws: int, seed:
             impostor &= np.isfinite(x[pairs[:, :2], 0]).all(1)
         if line := unsupported_fars(int(impostor.sum())):
             say_once(f"  {split.domain}/{split.name}: {line}")
-    return found, curve
+    return by_rule, curve
 
 
 def head_of(run: Run | None, domain: str) -> tuple[np.ndarray | None, list[str]]:
-    """Trained class weights [C, D] of a domain and their names; None and [] where there are none."""
+    """Trained class weights [C, D] of a domain and their names; None and [] without any."""
     if run is None or domain not in run.classes:
         return None, []
     start, end = run.class_ranges[domain]
@@ -216,7 +216,7 @@ def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
 
     `fitted`: the readouts of each reference, so far.
     """
-    key, found = f"{split.domain}/{split.name}", {}
+    key, by_rule = f"{split.domain}/{split.name}", {}
     reference, (head, classes) = root[split.domain][split.protocol["reference"]], head_of(run, split.domain)
     y = embed(reference)
     if reference.name not in fitted:
@@ -235,7 +235,7 @@ def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
         rules = {metric: by_readout[figure.readout] for metric, figure in by_metric.items()}
         for metric, figure in by_metric.items():
             unseen = only is not None
-            found.setdefault(rules[metric] + which, {})["unseen-class " * unseen + metric] = replace(
+            by_rule.setdefault(rules[metric] + which, {})["unseen-class " * unseen + metric] = replace(
                 figure, unseen=unseen)
         if only is None and (clean := clean_of(split, among)):
             z = embed(clean)
@@ -249,15 +249,15 @@ def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
                                                if name != "probe" or not itself}, split.classes, embed.device)
             same = f"clean is {clean.name} {fingerprint(clean)} by the same classes"
             for metric in [metric for metric in by_metric if metric in before]:
-                found.setdefault(f"{same}, {rules[metric]}", {}).update({
+                by_rule.setdefault(f"{same}, {rules[metric]}", {}).update({
                     f"gap of {metric}": gap(before[metric], by_metric[metric], seed),
                     f"clean {metric}": replace(before[metric], chance=math.nan, kind="clean")})  # not to be retained
         if only is not None:
             labels = np.where(np.isin(split.labels, [split.classes.index(name) for name in only]), split.labels, -1)
-            found[f"random pairs, seed {seed}{which}"] = {
+            by_rule[f"random pairs, seed {seed}{which}"] = {
                 f"unseen-class {metric}": replace(figure, unseen=True)
                 for metric, figure in score_pairs(x, labels, draws, seed).items()}
-    return found
+    return by_rule
 
 
 def check_references(splits: list[Split], root: dict[str, dict[str, Split]]) -> None:
@@ -288,8 +288,8 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
     rows: Results = []
     for split in splits:
         key = f"{split.domain}/{split.name}"
-        by_weights = {weights: {rule: dict(by_metric) for rule, by_metric in found[key].items()}
-                      for weights, found in figures.items() if key in found}
+        by_weights = {weights: {rule: dict(by_metric) for rule, by_metric in scored[key].items()}
+                      for weights, scored in figures.items() if key in scored}
         if len(by_weights) == 2:
             for rule, before in by_weights["foundation"].items():  # what both have, so not the trained class weights
                 after = by_weights["tuned"].get(rule, {})
@@ -298,8 +298,8 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
                     if kept := retention(before[metric], after[metric], before[metric].chance):
                         after[f"retention of {metric}"] = kept
         for weights, by_rule in by_weights.items():
-            for rule, found in by_rule.items():
-                rows += rows_of(found, Row(
+            for rule, by_metric in by_rule.items():
+                rows += rows_of(by_metric, Row(
                     run, weights, split.domain, split.name, kind=split.protocol["name"], rule=rule, flip=flip,
                     images=f"set {fingerprint(split)}", lacks=", ".join(describe_losses(split.protocol)),
                     ood=bool(split.protocol.get("ood"))))
@@ -321,16 +321,16 @@ def make_unified_rows(run: str, splits: list[Split], figures: dict[str, dict], f
     copies = len({origin_of(split)[1] for split in splits}) < len(splits)
     about = {"kind": "unified", "rule": f"at most {limit} probes a domain, seed {seed}", "flip": flip,
              "images": f"sets {sets}" + ", copies of the probe's picture ignored" * copies}
-    return [row for weights, by_domain in figures.items() for domain, found in by_domain.items()
-            for row in rows_of(found, Row(run, weights, domain, "everything", **about))]
+    return [row for weights, by_domain in figures.items() for domain, by_metric in by_domain.items()
+            for row in rows_of(by_metric, Row(run, weights, domain, "everything", **about))]
 
 
 def make_human_rows(run: str, ratings: list[Rating], splits: dict[str, Split], figures: dict[str, dict],
                     flip: bool) -> Results:
     """The rows of `score_humans`, by weights: of each split, of "all splits" of a domain, and of domain "all"."""
     rows: Results = []
-    for weights, found in figures.items():
-        for place, by_metric in found.items():
+    for weights, by_place in figures.items():
+        for place, by_metric in by_place.items():
             rated = [r for r in ratings if place in (r.split, r.split.split("/")[0], "everything")]
             key = hashlib.sha256(repr(sorted((r.split, *sorted((r.left, r.right)), r.rater, r.value)
                                              for r in rated)).encode()).hexdigest()[:8]
