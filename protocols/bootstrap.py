@@ -95,6 +95,11 @@ def weighted_mean(values: np.ndarray, weights: np.ndarray | None) -> float:
     return float((values * weights).sum() / weights.sum()) if weights.sum() else math.nan
 
 
+def unit(x: np.ndarray) -> np.ndarray:
+    """Rows divided by their lengths."""
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
 def normalise(x: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1 IN PLACE: a copy of a million embeddings would be gigabytes."""
     x /= np.maximum(np.sqrt(np.einsum("nd,nd->n", x, x)), 1e-12)[:, None]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data_prep.format import Split
-from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, intervals
+from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, intervals, unit
 from protocols.classify import class_means, nearest_mean, nearest_neighbours
 from protocols.humans import UNSEEN, Trials
 from protocols.search import take_rows
@@ -51,8 +51,7 @@ def choose(x: np.ndarray, split: Split, reference: tuple[np.ndarray, Split], hea
                          f"{other.folder}: prepare it again with --classes FILE, the classes of each category")
     weights = {name: (w, np.arange(count)) for name, w in texts.items()}
     if head is not None:
-        unit = head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), 1e-12)
-        weights = {"head": (unit, categories_of(head_classes, split))} | weights
+        weights = {"head": (unit(head), categories_of(head_classes, split))} | weights
     choices = {"nearest-mean": nearest_mean(x, class_means(y, labels, count)),
                "knn": nearest_neighbours(x, y, labels, count, False, device=device)}
     for name, (w, of) in weights.items():

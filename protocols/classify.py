@@ -16,7 +16,7 @@ import torch
 from data_prep import InputError
 from data_prep.format import Split, fingerprint
 from models.backbones import text_weights
-from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, intervals, weighted_mean
+from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, intervals, unit, weighted_mean
 from protocols.embed import Embedder, keep
 from protocols.search import take_rows
 
@@ -321,8 +321,7 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     if head is not None:
         place_in_head = {name: i for i, name in enumerate(head_classes)}
         at = np.array([place_in_head.get(name, -1) for name in other.classes])
-        unit = head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), 1e-12)
-        linear["head"] = (unit[at], np.where(at < 0, -np.inf, 0))
+        linear["head"] = (unit(head)[at], np.where(at < 0, -np.inf, 0))
     flat, starts = np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
     for name, (w, b) in linear.items():
         if np.isfinite(b[flat]).all():

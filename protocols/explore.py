@@ -10,7 +10,7 @@ import torch
 
 from data_prep import progress
 from data_prep.format import Split, matched_pairs
-from protocols.bootstrap import Estimate, bootstrap_counts, finite, intervals, show, weighted_mean
+from protocols.bootstrap import Estimate, bootstrap_counts, finite, intervals, show, unit, weighted_mean
 from protocols.pairs import roc, tar_at_far
 from protocols.results import Sources, Transfer
 from protocols.search import average_precision, inverse_negative_penalty, name_identities, search_gallery
@@ -25,7 +25,6 @@ from protocols.subspaces import (
     principal_components,
     random_basis,
     sweep,
-    unit,
 )
 from protocols.tasks import ROWS, Task
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data_prep import progress
-from protocols.bootstrap import Estimate, bootstrap_counts, finite, minus, show
+from protocols.bootstrap import Estimate, bootstrap_counts, finite, minus, show, unit
 from protocols.results import Pair, Serving, Transfer
 from protocols.tasks import Task, vectors_of
 
@@ -178,11 +178,6 @@ def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callab
             torch.set_num_threads(threads)
     lead = torch.cat([sums(part.square()).clamp(min=0).sqrt().to(q.dtype) for part in q.split(4096)]).T * TIE
     return (best - lead > wrong).cpu().numpy()
-
-
-def unit(x: np.ndarray) -> np.ndarray:
-    """Rows divided by their lengths."""
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def show_needed(figure: Estimate, limit: int) -> dict[str, float | None]:

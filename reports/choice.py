@@ -10,7 +10,7 @@ from protocols.humans import UNSEEN
 from protocols.results import Row
 from reports.plots import COLOURS
 from reports.rows import show_value
-from reports.tables import human_verdict, save_figure
+from reports.tables import human_verdict, new_figure, save_figure
 
 Figures = dict[tuple[str, str], list[Row]]  # by readout and measure; of observers one row each
 
@@ -66,16 +66,11 @@ def show_choices(rows: list[Row]) -> list[str]:
 
 def draw_choices(folder: Path, rows: list[Row], curves: dict[str, dict]) -> list[tuple[str, str]]:
     """choices.png, if people chose: title and name. One row per split: accuracy, and error consistency of each pair."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     (folder / "choices.png").unlink(missing_ok=True)
     panels = [key for key, curve in next(iter(curves.values())).items() if "decisions" in curve]
     if not panels:
         return []
-    figure, axes = plt.subplots(len(panels), 2, figsize=(12.5, 5.2 * len(panels)), squeeze=False, layout="constrained")
+    figure, axes = new_figure(len(panels), 2, (12.5, 5.2 * len(panels)), layout="constrained")
     for (left, right), key in zip(axes, panels, strict=True):
         draw_accuracy(left, key, next(iter(choice_rows(rows)[key].values())))
         draw_consistency(right, {weights: by_split[key]["decisions"] for weights, by_split in curves.items()})
