@@ -351,7 +351,7 @@ class MarginHead(nn.Module):
 
 # ---------------------------------------------------------------- where the class weights start
 
-MEAN_IMAGES = 20  # of a class, at most, for its mean
+MEAN_IMAGES = 20  # most images of a class for its mean
 
 
 def starting_weights(model: Backbone, splits: list[Split], how: str, *, seed: int, batch: int, workers: int,

@@ -310,7 +310,7 @@ def claim_forgetting(imic: list[Group], sequential: list[Group], experts: list[G
         elif thin := only(domain for domain, _ in group.leads(group, "tuned", "foundation")):
             verdicts = thin
         elif not verdicts:
-            verdicts = ["not measured (the sequential run forgot nothing here)" if watched else
+            verdicts = ["not measured (the sequential run forgot nothing)" if watched else
                         "not measured (the sequential run has neither foundation scores nor --eval-every)"]
         else:
             findings, held = findings + held, []

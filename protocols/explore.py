@@ -277,7 +277,7 @@ def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np
         usable = [name for name, held in halves.items() if held.any() and not held.all()]
         if len(usable) < 2:
             few = sorted(set(sources) - set(usable))
-            result[task.domain] = Sources(f"one source alone: {', '.join(sources)}" if len(sources) < 2 else
+            result[task.domain] = Sources(f"only one source: {', '.join(sources)}" if len(sources) < 2 else
                                           f"too few identities of {', '.join(few)} to fit on some and test others")
             continue
         ids, spaces = [people[name][halves[name]] for name in usable], {}

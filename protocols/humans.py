@@ -226,7 +226,7 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
         rows.setdefault((r.split, r.rater), []).append(i)
     used = {key: np.array(i) for key, i in rows.items() if 0 < same[i].sum() < len(i)}
     if unused := sorted(rows.keys() - used.keys()):
-        print(f"  human trials: {unused[0][1]} rated pairs of one kind alone in {unused[0][0]}"
+        print(f"  human trials: {unused[0][1]} rated only pairs of one kind in {unused[0][0]}"
               + f", as {len(unused) - 1} others did" * (len(unused) > 1) + ": left out there")
     if not used:
         raise InputError("--humans: no rater has rated both a pair of one identity and one of two in a split: nothing "
@@ -264,7 +264,7 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
             both = np.array([pairs[place, rater] for rater in who]).reshape(-1, 2)
             values |= {(place, "rater", f"AUC of rater {rater}"): pair[1]
                        for rater, pair in zip(who, both, strict=True)}
-            model, human = both[np.isfinite(both).all(1)].T  # a resampling may leave a rater without one kind
+            model, human = both[np.isfinite(both).all(1)].T  # a resampling may leave a rater without pairs of one kind
             if len(model):
                 values |= {(place, "model", "AUC on human trials"): model.mean(),
                            (place, "people", "human AUC (mean of raters)"): human.mean(),

@@ -42,8 +42,8 @@ class Row:
     kind: str = ""  # the split's protocol, or yardstick, retention, gap, clean, unified, human trials, human choices
     # of objects: nearest-mean, knn, head, probe, zero-shot N; of people: observer, people, model, rater, lead, beaten
     readout: str = ""
-    measure: str = ""  # top-1, rank-1, auc, ...: of retention and gap: of what
-    rule: str = ""  # by which the measure is taken, and its draws
+    measure: str = ""  # top-1, rank-1, auc, ...; for retention and gap, what they compare
+    rule: str = ""  # how the measure is computed, and its draws
     images: str = ""  # fingerprints of the sets
     flip: bool = True  # embeddings of the image and its mirror image
     lacks: str = ""  # images that could not be read, or were left out
@@ -57,7 +57,7 @@ class Row:
 
     @property
     def unit(self) -> int:
-        """What a shown value is multiplied by: percent, or d-prime as it is."""
+        """Factor of a value in reports: 100 for percent, 1 for d-prime."""
         return 1 if self.measure in D_PRIMES else 100
 
     @property
@@ -67,7 +67,7 @@ class Row:
         return self.domain, self.split, self.metric, how
 
     def describe(self) -> str:
-        """The sentence of `protocol`, of a figure whose kind is the split's protocol."""
+        """The sentence in `protocol`, for a figure by the split's protocol."""
         parts = self.kind, self.rule, self.images, "flip" if self.flip else "no flip", self.lacks
         return ", ".join(filter(None, (*parts, "out of distribution" * self.ood)))
 
@@ -220,7 +220,7 @@ class Scored:
 def read_scored(folder: Path, weights: str | None) -> Scored:
     """The rows of a run's "tuned" or "foundation" weights and their resampled values; InputError without any.
 
-    `weights`: None: tuned where there are such rows.
+    `weights`: None: tuned, if there are such rows.
     """
     rows, path = read_rows(folder / "eval"), folder / "eval" / "draws.npz"
     try:
@@ -229,7 +229,7 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
             of = str(file["weights"]) if "weights" in file else ""
         if draws.ndim != 2 or len(draws) != len(rows) or draws.shape[1] < 2:
             raise ValueError(f"{list(draws.shape)} values for the {len(rows)} rows of results.json")
-    except Exception as error:  # a damaged archive raises many kinds
+    except Exception as error:  # a damaged archive raises many types
         raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); run evaluate.py on {folder} "
                          "again") from error
     if of and (now := hash_file(folder / "model.safetensors")) and of != now:
@@ -337,7 +337,7 @@ def draws_of(scored: Scored) -> int:
 
 
 def read_analysis(path: Path) -> dict:
-    """RUN/analysis/analysis.json; InputError where it lacks what the claims rest on."""
+    """RUN/analysis/analysis.json; InputError if it lacks what the claims need."""
     known, run = read_json(path), path.parent.parent
     if (of := known.get("weights_sha256")) and (now := hash_file(run / "model.safetensors")) and of != now:
         raise InputError(f"of other weights than model.safetensors: run analyze.py on {run} again")
@@ -367,7 +367,7 @@ def read_lost(home: Path, config: dict) -> dict[str, float]:
 
 
 def read_run(home: Path) -> Measured:
-    """A run that evaluate.py has scored; InputError where it is not whole."""
+    """A run that evaluate.py has scored; InputError if it is incomplete."""
     if not (home / "done.json").exists():
         raise InputError("not finished")
     config = join_config(home / "config.json")
@@ -455,7 +455,7 @@ class Group:
                 if all(task in run.lost for run in self.runs)}
 
     def rows(self, weights: str, wanted: Callable[[Row], bool]) -> dict[tuple, Estimate]:
-        """Figures that all seeds have, averaged over them, by Row.key."""
+        """Figures that all seeds have, as means over the seeds, by Row.key."""
         tables = [run.scored[weights] for run in self.runs if weights in run.scored]
         if len(tables) < len(self.runs) or len({(t.seed, draws_of(t)) for t in tables}) > 1:
             return {}
@@ -489,7 +489,7 @@ class Group:
         """A verdict that names the run that lacks an analysis of two or more tasks; others may have one."""
         bare = [run.name for run in self.runs if run.analysis is None]
         return (f"not measured ({', '.join(bare)}: not analysed; call analyze.py --run RUN on it)" if bare else
-                f"not measured ({self.name}: analysed on one task alone)")
+                f"not measured ({self.name}: analysed on one task only)")
 
 
 def group_runs(runs: list[Measured]) -> list[Group]:

@@ -231,7 +231,7 @@ class Curve:
         return Estimate(float(self.kept[i]), self.draws[:, i])
 
     def interval(self) -> np.ndarray:
-        """95 % of what is kept, [2, len(ks)]; NaN where it is not known."""
+        """95 % of what is kept, [2, len(ks)]; NaN where unknown."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a column of NaN has no quantile
             return np.nanquantile(self.draws, [0.025, 0.975], axis=0)
@@ -280,7 +280,7 @@ class Trial:
 
 
 def to_device(x: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A float32 tensor on the device; one that is already there as it is."""
+    """A float32 tensor on the device, without a copy if it already is one."""
     return torch.as_tensor(x, dtype=torch.float32, device=device)
 
 
@@ -301,10 +301,10 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
     Args:
         embedded: domain -> unit embeddings of its training and of its test split.
         tasks: the tasks.
-        headline: the k of the claim; where fewer components are determined, that many.
+        headline: the k of the claim, at most the number of determined components.
         draws: bootstrap resamplings, by identity.
         seed: of the sub-sampling and the random subspaces.
-        foundation: embeddings of the untouched backbone, whose components are then used on `embedded`, too.
+        foundation: embeddings of the untouched backbone, whose components are also used on `embedded`.
         device: of the sweeps.
 
     Returns:

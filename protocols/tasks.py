@@ -103,10 +103,10 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
     Args:
         base, test: training and test split.
         readable: bool, rows of either that may be used.
-        limit: at most so many probes, drawn.
+        limit: most probes, drawn at random.
 
     Raises:
-        InputError: one identity alone is tested.
+        InputError: only one identity can be tested.
     """
     domain, rng = base.domain, np.random.default_rng((seed, DOMAINS.index(base.domain)))
     shared = sorted(set(test.classes) & set(base.classes))

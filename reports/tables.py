@@ -70,7 +70,7 @@ def plain(name: str) -> str:
 def datasets_of(names: list[str], given: tuple[str, ...], published: list[Published]) -> dict[str, str]:
     """{"domain/split": data set} of splits, by their name or as --published says: NAME=DATASET; NAME= for none.
 
-    Names of data sets are plain; splits whose name is no data set with published figures are absent.
+    Names of data sets are plain; splits not named after one with published figures are absent.
     """
     known = {(row.domain, plain(row.dataset)) for row in published}
     by_split = {name: plain(name.split("/")[1]) for name in names

@@ -265,7 +265,7 @@ def write_report(log_of: TrainingLog, schedule: str, device: str) -> None:
 
 
 def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[str]) -> None:
-    """Loss, top-1, target cosine per domain and, where --eval-every looked, AUC, over the steps."""
+    """Loss, top-1, target cosine per domain and, with --eval-every, AUC, over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")

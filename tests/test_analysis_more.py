@@ -209,7 +209,7 @@ def test_the_source_is_found_where_it_is_planted_and_nowhere_else():
     tasks = [SimpleNamespace(domain=split.domain, train=split) for split in (two, one)]
     spaces = {"tuned": lambda split, rows: marked[rows], "pixels": lambda split, rows: noise[rows]}
     found = tell_sources(spaces, tasks, [np.arange(400)] * 2, {"face_hq": [], "body": []}, 400, 50, 0)
-    assert found["body"] == Sources("one source alone: c")
+    assert found["body"] == Sources("only one source: c")
     hq = found["face_hq"]
     assert hq.images == {"a": 200, "b": 200} and hq.identities == {"a": 100, "b": 100} and hq.chance == 0.5
     for model in ("logistic", "lda", "svm"):
@@ -217,7 +217,7 @@ def test_the_source_is_found_where_it_is_planted_and_nowhere_else():
         pixels = hq.spaces["pixels"][model]
         assert pixels["low"] < 0.5 < pixels["high"] and pixels["high"] - pixels["low"] < 0.25
     report = "\n".join(report_sources(found, ["tuned", "pixels", "tuned canon"]))
-    assert "| body | not measured (one source alone: c) | - | - | - |" in report
+    assert "| body | not measured (only one source: c) | - | - | - |" in report
     assert "| face_hq | a (200), b (200) | 50 | " in report
 
 

@@ -326,7 +326,7 @@ def test_claims_without_an_analysis():
     whole = components(0.99) | {"separability": separable(0.99, **ABOVE)["separability"]}
     for analysis, words in ((None, "a: not analysed; call analyze.py --run RUN on it"),
                             ({"separability": None, "transfer": {"tuned": Transfer([], [], 0, True, 0, 0)}},
-                             "a: analysed on one task alone")):
+                             "a: analysed on one task only")):
         groups = alone(measured("a", values=ALL, analysis=analysis), measured("b", values=ALL, analysis=whole))
         for claim in (claim_separable(groups, 0.95), claim_components(groups, 0.95)):
             assert claim.verdict == f"not measured ({words})" and "b" in claim.measured

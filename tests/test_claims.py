@@ -134,7 +134,7 @@ def forgetting(sequential, unified=None, experts=(), lost=None, **more) -> Claim
     return claim_forgetting(alone(unified or measured("u", **GOOD)), alone(run), alone(*experts), 0.01)
 
 
-NOTHING = "not measured (the sequential run forgot nothing here)"
+NOTHING = "not measured (the sequential run forgot nothing)"
 
 
 def test_a_sequential_run_that_forgot_nothing_decides_nothing():
@@ -434,7 +434,7 @@ def test_separability_is_written_and_read_back_whole(tmp_path):
     analysis["separability"].spaces["tuned"].pairwise["object/body"] = figure
     analysis["separability"].unseen_sources.append(
         UnseenSource("body", "x", 7, 5, {"tuned": figure | {"recall": 0.25, "converged": False}}))
-    analysis["separability"].sources |= {"object": Sources("one source alone: x"), "body": Sources(
+    analysis["separability"].sources |= {"object": Sources("only one source: x"), "body": Sources(
         None, {"x": 7, "y": 8}, {"x": 5, "y": 6}, 0.5, {"tuned": {"lda": figure}})}
     path = tmp_path / "a/analysis/analysis.json"
     path.parent.mkdir(parents=True)
