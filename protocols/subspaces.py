@@ -301,7 +301,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
     Args:
         embedded: domain -> unit embeddings of its training and of its test split.
         tasks: the tasks.
-        headline: the k of the claim, at most the number of determined components.
+        headline: the k of the claim, lowered to the number of determined components.
         draws: bootstrap resamplings, by identity.
         seed: of the sub-sampling and the random subspaces.
         foundation: embeddings of the untouched backbone, whose components are also used on `embedded`.
