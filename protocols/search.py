@@ -250,7 +250,7 @@ def inverse_negative_penalty(ranks: list[np.ndarray]) -> np.ndarray:
 
 
 def gallery_rule(split: Split, gallery: np.ndarray, variant: str) -> Callable:
-    """`mates` of `search_gallery` for identification or a variant of re-identification (data_prep/sources/bodies.py)."""
+    """`mates` of `search_gallery` for identification or a variant of re-identification."""
     # copies: indexing a memory map is several times slower
     cameras, clothes = np.array(split.optional("camera")), np.array(split.optional("clothes"))
     labels = np.array(split.labels)
