@@ -33,6 +33,7 @@ from models.runs import Run, load_foundation, load_run, load_tuned, pick_device
 from protocols.bootstrap import finite
 from protocols.embed import DEBUG, Embedder, EmbedOptions, make_embedder
 from protocols.explore import draw_up_map, explore_transfer, measure_components, tell_sources
+from protocols.results import Separability
 from protocols.separability import Canon, Features, draw_rows, measure_separability, pixel_statistics
 from protocols.sharing import debiased_cka, measure_sharing
 from protocols.subspaces import FITTED, transfer
@@ -117,7 +118,7 @@ def make_tasks(embedded: Spaces, splits: dict, left_out: dict[str, str], limit: 
 
 
 def tell_apart(tasks: list[Task], embedders: dict[str, Embedder], embedded: Spaces, splits: dict, root: dict,
-               options: Options) -> dict:
+               options: Options) -> Separability:
     """The linear separability of the tasks, in every space."""
     features, others = make_features(embedders, embedded, splits, options.canon), {}
     for task in tasks:
@@ -127,8 +128,9 @@ def tell_apart(tasks: list[Task], embedders: dict[str, Embedder], embedded: Spac
                                & (s.labels >= 0))) for s in tests]
     n, fits, _ = draw_rows(tasks, options.limit, options.seed)
     plain = {name: of for name, of in features.items() if not name.endswith("canon")}
-    return measure_separability(features, tasks, others, options.bootstrap, options.seed, options.limit) | {
-        "sources": tell_sources(plain, tasks, fits, others, n, options.bootstrap, options.seed)}
+    result = measure_separability(features, tasks, others, options.bootstrap, options.seed, options.limit)
+    result.sources = tell_sources(plain, tasks, fits, others, n, options.bootstrap, options.seed)
+    return result
 
 
 def analyse(options: Options) -> int:
@@ -241,7 +243,7 @@ def claims(folder: Path, delta: float, retention: float, separable: float, keep:
     table = make_table(read_runs(folder), delta, retention, separable, keep)
     write_table(folder, table)
     for claim in table:
-        print(f"{claim.claim} [{claim.backbones}]\n    {claim.told}\n    decided by: {claim.decided_by}"
+        print(f"{claim.claim} [{claim.backbones}]\n    {claim.reported}\n    decided by: {claim.decided_by}"
               + f" (1 of {len(claim.findings)} findings)" * (len(claim.findings) > 1 and claim.decided_by != "-")
               + f"\n    threshold: {claim.rule}")
     print(f"written: {folder}/claims.md, claims.json, claims.csv")

@@ -41,10 +41,11 @@ from data_prep import (
 from data_prep.format import Split, named_splits, open_root
 from models.backbones import BACKBONES, SIZES, Backbone, Network, load_backbone, resolve_backbone
 from models.runs import Ranks, Run, join_ranks, load_foundation, load_run, load_tuned
+from protocols.bootstrap import FEW_NOTE, mark
 from protocols.classify import Readouts, read_prompts
 from protocols.embed import DEBUG, Embedder, EmbedOptions, make_embedder
 from protocols.humans import Rating, Trials, read_humans, score_humans
-from protocols.results import FEW_NOTE, HEADLINE, Row, mark, read_stages
+from protocols.results import HEADLINE, Row, read_stages
 from protocols.unified import choose_crowd, make_members, score_unified
 from reports.choice import choice_rows, draw_choices, show_choices
 from reports.plots import draw_figures, draw_split

@@ -35,7 +35,7 @@ class Loss:
     scale: float  # s
     additive: float = 0.0  # CosFace's margin on the cosine, 0..2
     angular: float = 0.0  # ArcFace's margin in radians, 0..pi
-    concentration: float = 0.0  # AdaFace's h: how much the margins follow the length of the embedding; 0: not
+    concentration: float = 0.0  # AdaFace's h: how much the margins follow the embedding's length; 0: fixed
     smoothing: float = 0.0  # label smoothing, 0..1
     weight: float = 1.0  # of the domain in the sum over domains
 
@@ -64,19 +64,19 @@ def parse_loss(text: str, scale: float) -> Loss:
     for item in filter(None, rest.split(",")):
         key, _, number = (word.strip() for word in item.partition("="))
         if key not in fields or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", number):
-            raise ValueError(f"{item.strip()!r} is no parameter of {name}; want "
+            raise ValueError(f"{item.strip()!r} is not a parameter of {name}; want "
                              f"{', '.join(f'{key}=NUMBER' for key in fields)}")
         low, high = RANGES[fields[key]]
         if not low <= float(number) <= high:
             raise ValueError(f"{name}: {key} is {number}; want {low:g} to {high:g}")
         values[fields[key]] = float(number)
     if values.get("concentration") and not values["additive"]:
-        raise ValueError("adaface with m=0 has no margin that could adapt: take softmax")
+        raise ValueError("adaface with m=0 has no margin to adapt: take softmax")
     return Loss(**values)
 
 
 def parse_losses(text: str) -> dict[str, Loss]:
-    """`[DOMAIN=]LOSS;...` -> the loss of every domain; a loss without a domain is that of all that are not named."""
+    """`[DOMAIN=]LOSS;...` -> the loss of every domain; a loss without a domain applies to those not named."""
     given: dict[str, str] = {}
     for part in text.split(";"):
         domain, equals, loss = (word.strip() for word in part.partition("="))
@@ -112,8 +112,8 @@ def adaptive_margins(length: Tensor, angular: Tensor, additive: Tensor, concentr
         z = clip(h (|x| - mean) / std, -1, 1)       m_ang = angular - m z       m_add = m + m z,  m = additive
 
     Args:
-        length: [N] of the embeddings; the other ones [N] too, of each sample's domain.
-        concentration: h; 0: the margins stay as they are.
+        length: [N] of the embeddings; the others are [N] too, by each sample's domain.
+        concentration: h; 0: the margins do not change.
         statistics: [N, 3], running (n, sum, sum of squares) of lengths. Until two lengths of a domain are known z is 0,
             which is CosFace.
 
@@ -156,12 +156,12 @@ class HeadLoss(NamedTuple):
     loss: Tensor  # its backward pass gives the gradients of the whole step, over all ranks
     own_loss: Tensor  # this rank's share of the step's loss
     per_domain: Tensor  # [K] this rank's share of the mean loss of each domain, 0 where it has none
-    target_cos: Tensor  # [B] cosine to the own class, without margin; 0 where the label is -1
+    target_cos: Tensor  # [B] cosine to the true class, without margin; 0 where the label is -1
     correct: Tensor  # [B] bool
 
 
 class Rows(NamedTuple):
-    """Class weights that take part in a step: all of this rank's, or those that were drawn."""
+    """Class weights that take part in a step: all of this rank's, or the drawn ones."""
 
     rows: Tensor | None  # int64, of `MarginHead.weight`; None: all
     ranges: list[tuple[int, int]]  # of each domain, among them
@@ -209,33 +209,34 @@ class MarginHead(nn.Module):
 
         Args:
             x: [B, D] embeddings.
-            labels: int64 [B], counted from the domain's first class; -1: the sample counts for nothing.
+            labels: int64 [B], counted from the domain's first class; -1: the sample is ignored.
             domains: int64 [B].
             counts: [K] n_d, samples of each domain in the whole step, over all micro-batches and ranks.
             margin: factor 0..1 on the margins.
         """
         _, ranges, first, shard = self.step_rows
-        ranks, every, target, of, mine = self.ranks, x, labels, domains, slice(None)
+        ranks, vectors, target, domain, local = self.ranks, x, labels, domains, slice(None)
         if self.settings.negatives == "all":
             target = torch.where(labels >= 0, labels + first[domains], -1)
             ranges = [(0, len(self.weight))] * len(ranges)
         if shard is not None:
-            mine = slice(ranks.rank * len(labels), (ranks.rank + 1) * len(labels))
-            every = GatherSamples.apply(x, ranks)
-            target, of = gather_rows(target, ranks), gather_rows(domains, ranks)
+            local = slice(ranks.rank * len(labels), (ranks.rank + 1) * len(labels))
+            vectors = GatherSamples.apply(x, ranks)
+            target, domain = gather_rows(target, ranks), gather_rows(domains, ranks)
         angular, additive = (self.values[name] * margin for name in ("angular", "additive"))
         adaptive = {} if self.statistics is None else adaptive_margins(
-            embedding_norms(every), angular[of], additive[of], self.values["concentration"][of], self.statistics[of])
+            embedding_norms(vectors), angular[domain], additive[domain], self.values["concentration"][domain],
+            self.statistics[domain])
         result = margin_loss(
-            every, self.weight, target, of, ranges, scale=self.values["scale"], margin_angular=angular,
+            vectors, self.weight, target, domain, ranges, scale=self.values["scale"], margin_angular=angular,
             margin_additive=additive, domain_weight=self.values["weight"], domain_count=counts,
             num_domains=len(ranges), reduction=self.settings.coupling, label_smoothing=self.values["smoothing"],
             shard=shard, **adaptive)
         share = 1.0 if shard is None else 1.0 / ranks.world  # a sharded head gives every rank the loss of all
         # DistributedDataParallel averages gradients over the ranks
         return HeadLoss(result.loss * ranks.world, result.loss.detach() * share,
-                        result.per_domain.nan_to_num(0.0) * share, result.target_cos[mine].float().nan_to_num(0.0),
-                        result.correct[mine])
+                        result.per_domain.nan_to_num(0.0) * share, result.target_cos[local].float().nan_to_num(0.0),
+                        result.correct[local])
 
     def finish_gradient(self) -> None:
         """After the backward passes of a step: the gradient of the class weights over all ranks."""
@@ -255,8 +256,8 @@ class MarginHead(nn.Module):
     def learn_lengths(self, sums: Tensor, taken: Tensor) -> None:
         """After a step: its (n, sum, sum of squares) of embedding lengths [K, 3] enter AdaFace's statistics.
 
-        Decayed sums and not a decayed mean and deviation: a single sample of a domain then needs no deviation of its
-        own, and every sample weighs the same whatever batch it came in. 0.99 is the authors' t_alpha = 0.01.
+        Sums decay, not mean and deviation: a single sample of a domain then needs no deviation, and samples weigh the
+        same in batches of any size. 0.99 is the authors' t_alpha = 0.01.
         """
         if self.statistics is not None:
             sums = self.ranks.sum(sums.clone())
@@ -267,21 +268,21 @@ class MarginHead(nn.Module):
 
     def draw_classes(self, step: int, labels: list[Tensor], domains: list[Tensor]
                      ) -> tuple[list[Tensor], Callable[[], None]]:
-        """Partial FC: choose the classes of a step; returns its labels, counted among the drawn classes, and what makes
-        the draw that of the step that is taken: it is drawn a step ahead, in a thread.
+        """Partial FC: draw the classes of a step, one step ahead and in a thread.
 
-        One draw for the whole step, whose samples all find their class in it, so that micro-batches and ranks change
-        nothing. On the CPU, where the labels are, before anything is sent to the device.
+        One draw contains the classes of all samples of the step, so it does not depend on micro-batches or ranks. It
+        is made on the CPU, where the labels are. Returns the labels, numbered among the drawn classes, and a function
+        that puts the draw into effect.
 
         Args:
             labels, domains: of each of this rank's micro-batches, on the CPU.
         """
         counts, ranks, settings = self.class_counts, self.ranks, self.settings
         ends = list(itertools.accumulate(counts))
-        every, of = (gather_rows(torch.cat(parts), ranks, ranks.draws) for parts in (labels, domains))
-        valid = every >= 0
-        rows, every[valid], ranges = sample_classes(
-            every[valid], of[valid], [(end - count, end) for count, end in zip(counts, ends, strict=True)],
+        targets, owners = (gather_rows(torch.cat(parts), ranks, ranks.draws) for parts in (labels, domains))
+        valid = targets >= 0
+        rows, targets[valid], ranges = sample_classes(
+            targets[valid], owners[valid], [(end - count, end) for count, end in zip(counts, ends, strict=True)],
             settings.class_share, seed=settings.seed, step=step, minimum=0)
         rank, world = (ranks.rank, ranks.world) if self.sharded else (0, 1)
         rows, ranges, shard = slice_drawn(rows, ranges, counts, rank, world)
@@ -289,15 +290,15 @@ class MarginHead(nn.Module):
         if device.type == "cuda":  # unpinned, a copy of this size would wait for the device
             rows, first = rows.pin_memory(), first.pin_memory()
         rows, first = rows.to(device, non_blocking=True), first.to(device, non_blocking=True)
-        begin = functools.partial(setattr, self, "step_rows",
-                                  Rows(rows, ranges, first, shard if self.sharded else None))
-        return list(every.chunk(ranks.world)[ranks.rank].split([len(part) for part in labels])), begin
+        use_draw = functools.partial(setattr, self, "step_rows",
+                                     Rows(rows, ranges, first, shard if self.sharded else None))
+        return list(targets.chunk(ranks.world)[ranks.rank].split([len(part) for part in labels])), use_draw
 
     @contextlib.contextmanager
     def drawn(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Inside, weight and moments are those of the drawn classes alone: the others neither decay nor move.
+        """Inside, weight and moments are of the drawn classes only: the others neither decay nor move.
 
-        The number of steps in Adam's bias correction is that of the run, as in torch's SparseAdam.
+        Adam's bias correction counts the steps of the run, as torch's SparseAdam does.
         """
         rows = self.step_rows.rows
         if rows is None:
@@ -330,7 +331,7 @@ class MarginHead(nn.Module):
     def whole(self, part: Tensor) -> Tensor | None:
         """A tensor with one row a class of this rank's slice -> the same with the rows of all ranks.
 
-        Of a sharded head on rank 0 alone, in the memory of its CPU: no GPU need hold what was sharded for its size.
+        Of a sharded head on rank 0 only and on the CPU: it may not fit a GPU.
         """
         if self.rows is None:
             return part
@@ -350,12 +351,12 @@ class MarginHead(nn.Module):
 
 # ---------------------------------------------------------------- where the class weights start
 
-MEAN_IMAGES = 20  # of a class, at most, for its mean
+MEAN_IMAGES = 20  # most images of a class for its mean
 
 
 def starting_weights(model: Backbone, splits: list[Split], how: str, *, seed: int, batch: int, workers: int,
                      ranks: Ranks = Ranks(), device: torch.device | str = "cpu") -> Tensor:
-    """Class weights [C, D] to start from: unit vectors on `device`, which may hold what the model's need not.
+    """Class weights [C, D] to start from: unit vectors on `device`, which need not be the model's.
 
     Args:
         how: "means" (of the untouched backbone's embeddings of a class), "text" or "text-frozen" (CLIP's embeddings of
@@ -404,7 +405,7 @@ def slice_rows(class_counts: list[int], rank: int, world: int) -> tuple[Tensor, 
 
 def slice_drawn(drawn: Tensor, ranges: list[tuple[int, int]], class_counts: list[int], rank: int,
                 world: int) -> tuple[Tensor, list[tuple[int, int]], Shard]:
-    """What lies in this rank's slices of the classes that a step draws: Partial FC with a sharded head.
+    """The drawn classes that lie in this rank's slices: Partial FC with a sharded head.
 
     Every rank draws the same classes of the whole head, so that a step does not depend on the number of ranks.
 
@@ -415,16 +416,16 @@ def slice_drawn(drawn: Tensor, ranges: list[tuple[int, int]], class_counts: list
     Returns:
         As `slice_rows`, for the drawn classes; the rows count within this rank's part of the head.
     """
-    rows, own, start, whole, here, end = [], [], [], 0, 0, 0
+    rows, slices, start, offset, local, end = [], [], [], 0, 0, 0
     for (first, last), count in zip(ranges, class_counts, strict=True):
         low, high = count * rank // world, count * (rank + 1) // world
-        numbers = drawn[first:last] - whole
+        numbers = drawn[first:last] - offset
         i, j = torch.searchsorted(numbers, torch.tensor([low, high])).tolist()
-        rows.append(numbers[i:j] - low + here)
-        own.append((end, end + j - i))
+        rows.append(numbers[i:j] - low + local)
+        slices.append((end, end + j - i))
         start.append(i)
-        whole, here, end = whole + count, here + high - low, end + j - i
-    return torch.cat(rows), own, Shard(tuple(start), tuple(b - a for a, b in ranges), merge_over())
+        offset, local, end = offset + count, local + high - low, end + j - i
+    return torch.cat(rows), slices, Shard(tuple(start), tuple(b - a for a, b in ranges), merge_over())
 
 
 class GatherSamples(torch.autograd.Function):

@@ -6,13 +6,16 @@ Copy with it: data_prep/__init__.py.
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import numpy as np
 
 from data_prep import InputError
 
-FEW = 20  # identities or classes below which a bootstrap's 95 % interval is too narrow (of 11 it covers 90 %)
+FEW = 20  # identities or classes below which a bootstrap's 95 % interval is too narrow (with 11 it covers 90 %)
+FEW_NOTE = f"†: of fewer than {FEW} identities or classes, whose bootstrap interval is too narrow"
 
 
 class Unscorable(InputError):
@@ -21,7 +24,7 @@ class Unscorable(InputError):
 
 @functools.cache
 def say_once(line: str) -> None:
-    """Print what is the same for every set of weights."""
+    """Print once what holds for every set of weights."""
     print(line)
 
 
@@ -40,9 +43,9 @@ class Estimate:
     value: float
     draws: np.ndarray
     count: int = 0  # pairs, probes or images
-    chance: float = math.nan  # of random embeddings, where retention is to be told
+    chance: float = math.nan  # of random embeddings, where retention is computed
     identities: int = 0  # or classes, that were resampled
-    kind: str = ""  # what else than a figure by the split's protocol: see Row, which takes over these four
+    kind: str = ""  # if not the split's protocol; see Row, which takes over these four fields
     readout: str = ""
     measure: str = ""
     unseen: bool = False
@@ -62,10 +65,10 @@ class Estimate:
 
 def intervals(statistic: Callable[[np.ndarray | None], dict[str, float]], weights: Iterator[np.ndarray],
               count: int = 0, identities: np.ndarray | None = None) -> dict[str, Estimate]:
-    """Each figure of a statistic of sample weights (None: all 1), with its bootstrap; `identities`: its samples'."""
-    draws, several = [statistic(w) for w in weights], 0 if identities is None else len(np.unique(identities))
+    """Each figure of a statistic of sample weights (None: all 1), with its bootstrap; `identities`: of the samples."""
+    draws, distinct = [statistic(w) for w in weights], 0 if identities is None else len(np.unique(identities))
     return {name: Estimate(float(value), np.array([draw[name] for draw in draws], dtype=float), count,
-                           identities=several)
+                           identities=distinct)
             for name, value in statistic(None).items()}
 
 
@@ -79,7 +82,7 @@ def retention(before: Estimate, after: Estimate, chance: float) -> Estimate | No
 
 
 def gap(clean: Estimate, shifted: Estimate, seed: int) -> Estimate:
-    """What is lost from clean to shifted images; the two sets are resampled each for itself."""
+    """The loss from clean to shifted images; the two sets are resampled independently."""
     return replace(shifted, value=clean.value - shifted.value, kind="gap", chance=math.nan,
                    draws=clean.draws - np.random.default_rng(seed).permutation(shifted.draws),
                    identities=min(clean.identities, shifted.identities))
@@ -92,6 +95,11 @@ def weighted_mean(values: np.ndarray, weights: np.ndarray | None) -> float:
     return float((values * weights).sum() / weights.sum()) if weights.sum() else math.nan
 
 
+def unit(x: np.ndarray) -> np.ndarray:
+    """Rows divided by their lengths."""
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
 def normalise(x: np.ndarray) -> np.ndarray:
     """Rows scaled to length 1 IN PLACE: a copy of a million embeddings would be gigabytes."""
     x /= np.maximum(np.sqrt(np.einsum("nd,nd->n", x, x)), 1e-12)[:, None]
@@ -99,12 +107,12 @@ def normalise(x: np.ndarray) -> np.ndarray:
 
 
 def finite(value: float) -> float | None:
-    """A number for JSON, which knows no NaN."""
+    """A number for JSON, which has no NaN."""
     return float(value) if math.isfinite(value) else None
 
 
 def show(figure: Estimate) -> dict[str, float | None]:
-    """A figure for JSON; what is not known is null."""
+    """A figure for JSON; unknown values are null."""
     return {"value": finite(figure.value), "low": finite(figure.low), "high": finite(figure.high)}
 
 
@@ -113,23 +121,47 @@ def minus(a: Estimate, b: Estimate) -> Estimate:
     return Estimate(a.value - b.value, a.draws - b.draws, a.count, identities=a.identities)
 
 
-def check_figure(figure: dict, where: str) -> None:
-    """ValueError unless value and ends of a figure are numbers, or not known."""
-    for end in ("value", "low", "high"):
-        if not all(isinstance(part, int | float | None) for part in (figure[end], figure.get("above"))):
-            raise ValueError(f"{where}: {end!r} is no number")
+def from_json(value: Any, kind: Any, where: str = "") -> Any:
+    """A value read from JSON as `kind`: a dataclass, a list or dict of values, a figure (`dict`) or a plain type.
+
+    KeyError, TypeError or ValueError if a field is missing, unknown or of another type, or a number is not finite.
+    """
+    origin, inner, prefix = get_origin(kind), get_args(kind), where and f"{where}: "
+    if origin is UnionType:  # of a kind and None
+        return None if value is None else from_json(value, inner[0], where)
+    if is_dataclass(kind) and isinstance(value, dict):
+        made = kind(**value)
+        return replace(made, **{f.name: from_json(getattr(made, f.name), f.type, prefix + f.name)
+                                for f in fields(kind)})
+    if origin is list and isinstance(value, list):
+        return [from_json(part, inner[0], f"{where} {i}") for i, part in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: from_json(part, inner[1], f"{where} {key}") for key, part in value.items()}
+    if kind is dict and isinstance(value, dict):
+        ends = ["value", "low", "high", *(["above"] if "above" in value else [])]
+        return value | {end: from_json(value[end], float | None, prefix + end) for end in ends}
+    wanted = int | float if kind is float else origin or kind
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if not isinstance(value, wanted) or isinstance(value, bool) != (kind is bool) or not finite:
+        raise ValueError(f"{where} is {str(value)[:80]!r}")
+    return value
+
+
+def mark(identities: int) -> str:
+    """The sign behind an interval of so few identities or classes that it is too narrow."""
+    return "†" if 0 < identities < FEW else ""
 
 
 def number(value: float | None) -> str:
-    """A fraction in percent; "-" where it is not known."""
+    """A fraction in percent; "-" where it is unknown."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def interval(found: dict | None, form: str = ".1f") -> str:
-    """A figure with its interval, in percent; "-" where there is none."""
-    if not found or found["value"] is None:
+def interval(figure: dict | None, form: str = ".1f") -> str:
+    """A figure with its interval, in percent; "-" without one."""
+    if not figure or figure["value"] is None:
         return "-"
-    ends = [format(100 * found[end], form) if found[end] is not None else "-" for end in ("value", "low", "high")]
+    ends = [format(100 * figure[end], form) if figure[end] is not None else "-" for end in ("value", "low", "high")]
     return f"{ends[0]} [{ends[1]}, {ends[2]}]"
 
 
@@ -142,10 +174,10 @@ def average(figures: list[dict | None]) -> dict | None:
 
 def needed(figures: list[dict]) -> str:
     """A k* with its interval, averaged over seeds; "> K" where the K components that images determine are too few."""
-    if any(None in found.values() and not found.get("above") for found in figures):
+    if any(None in figure.values() and not figure.get("above") for figure in figures):
         return "-"
     ends = []
     for end in ("value", "low", "high"):
-        known = [found[end] if found[end] is not None else found["above"] for found in figures]
-        ends.append("> " * any(found[end] is None for found in figures) + f"{np.mean(known):,.0f}")
+        known = [figure[end] if figure[end] is not None else figure["above"] for figure in figures]
+        ends.append("> " * any(figure[end] is None for figure in figures) + f"{np.mean(known):,.0f}")
     return f"{ends[0]} [{ends[1]}, {ends[2]}]"

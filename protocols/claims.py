@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from data_prep import DOMAINS
-from protocols.bootstrap import Estimate, average, interval, needed, show
-from protocols.results import HEADLINE, RUN_ROLES, Group, Measured, Row, as_many, group_runs, margin, mark
+from protocols.bootstrap import Estimate, average, interval, mark, needed, show
+from protocols.results import HEADLINE, RUN_ROLES, Group, Measured, Row, as_many, group_runs, margin
 
 HOLDS, FAILS, WIDE = "holds", "fails", "not measured (intervals too wide to decide)"
 ORDER = ("fails", "not measured", "holds, but", "holds")  # of verdicts, the weakest first
@@ -20,7 +20,7 @@ CROSS = {(a, b) for a in DOMAINS for b in DOMAINS if a != b}  # pairs of tasks: 
 
 @dataclass
 class Finding:
-    """One measured number behind a claim, and what it says about it."""
+    """One measured number behind a claim, with its own verdict."""
 
     what: str
     value: float | None
@@ -29,7 +29,7 @@ class Finding:
     verdict: str
     form: str = "+.1f"  # in percent
     note: str = ""
-    threshold: float | None = None  # None: it decides nothing
+    threshold: float | None = None  # None: for information
     identities: int = 0  # or classes, that the interval resamples; 0: unknown
 
     def __str__(self) -> str:
@@ -44,7 +44,7 @@ class Claim:
     claim: str
     backbones: str  # those that were measured
     measured: str
-    decided_by: str  # the finding that did, the weakest; its figure, interval and the threshold it was held against:
+    decided_by: str  # the weakest finding; its figure, interval and threshold:
     value: float | None
     low: float | None
     high: float | None
@@ -55,7 +55,7 @@ class Claim:
     findings: list[Finding]
 
     @property
-    def told(self) -> str:
+    def reported(self) -> str:
         """The verdict for readers."""
         return self.verdict + " (1 seed)" * (self.seeds == 1 and self.verdict.startswith((HOLDS, FAILS)))
 
@@ -84,7 +84,7 @@ def join(verdicts: list[str]) -> str:
 
 
 def for_information(findings: list[Finding]) -> list[Finding]:
-    """The same, deciding nothing."""
+    """The same findings, without a verdict."""
     return [replace(f, verdict="", threshold=None, note=", ".join(filter(None, [f.note, "for information"])))
             for f in findings]
 
@@ -92,8 +92,8 @@ def for_information(findings: list[Finding]) -> list[Finding]:
 def only(tasks: Iterable[str]) -> list[str]:
     """A verdict where some of the four tasks are missing."""
     known = set(tasks)
-    there = [domain for domain in DOMAINS if domain in known]
-    return [f"not measured (only tasks {', '.join(there)})"] if len(there) < len(DOMAINS) else []
+    present = [domain for domain in DOMAINS if domain in known]
+    return [f"not measured (only tasks {', '.join(present)})"] if len(present) < len(DOMAINS) else []
 
 
 def make_claim(claim: str, rule: str, findings: list[Finding], further: list[str]) -> Claim:
@@ -115,14 +115,14 @@ def claim_backbones(imic: list[Group], families: list[str], delta: float) -> Cla
     missing = [f"not measured (no four-task run of {', '.join(absent)})"] if absent else []
     for group in imic:
         leads = group.leads(group, "tuned", "foundation")
-        found = [judge(f"{group.name} {domain}/{split}", lead, -delta if domain == "object" else 0)
+        judged = [judge(f"{group.name} {domain}/{split}", lead, -delta if domain == "object" else 0)
                  for (domain, split), lead in leads.items()]
         if not leads:
             missing.append(f"not measured (no foundation scores of {group.name}; run evaluate.py without "
                            "--no-foundation)")
         elif thin := only(domain for domain, _ in leads):
-            found, missing = for_information(found), missing + thin
-        findings += found
+            judged, missing = for_information(judged), missing + thin
+        findings += judged
     return make_claim(f"Works on {', '.join(families)}",
                       f"lead over the untouched backbone above 0 (objects: above -{100 * delta:g} points), paired",
                       findings, missing)
@@ -138,8 +138,8 @@ def kinds_of_match(group: Group, expert: Group, domain: str) -> list[str]:
 def claim_experts(imic: list[Group], experts: list[Group], delta: float) -> Claim:
     """A unified run is not worse than the expert of any task by more than `margin`.
 
-    The verdict rests on experts that saw their domain as often as the unified run did, where there are any; else on
-    those that saw as many images in all. Either is listed.
+    The verdict rests on experts that saw as many images of their domain as the unified run, if there are any, else on
+    those that saw as many images in all. Both are listed.
     """
     findings, missing = [], []
     for group in imic:
@@ -150,17 +150,17 @@ def claim_experts(imic: list[Group], experts: list[Group], delta: float) -> Clai
             rivals = [(kind, e) for e in experts if e.start == group.start and e.config["domains"] == [domain]
                       for kind in kinds_of_match(group, e, domain)]
             deciding = "exposure" if any(kind == "exposure" for kind, _ in rivals) else "images"
-            found = []
+            judged = []
             for kind, expert in rivals:
-                theirs = {key[:2]: figure.value for key, figure in expert.headline("tuned").items()}
+                expert_scores = {key[:2]: figure.value for key, figure in expert.headline("tuned").items()}
                 for key, lead in group.leads(expert).items():
-                    found.append(judge(f"{group.name} against {expert.name} {'/'.join(key)}", lead,
-                                       -margin(theirs[key], delta)))
-                    found[-1].note = f"matched in {kind}"
+                    judged.append(judge(f"{group.name} against {expert.name} {'/'.join(key)}", lead,
+                                       -margin(expert_scores[key], delta)))
+                    judged[-1].note = f"matched in {kind}"
                     if kind != deciding:
-                        found[-1:] = for_information(found[-1:])
-            findings += found
-            if not any(f.verdict for f in found):
+                        judged[-1:] = for_information(judged[-1:])
+            findings += judged
+            if not any(f.verdict for f in judged):
                 missing.append(f"not measured (no expert run, --domains {domain}, of the backbone and number of images "
                                f"of {group.name}, evaluated alike)")
     missing = missing or ([] if imic else ["not measured (no IMIC run)"])
@@ -172,16 +172,16 @@ def claim_experts(imic: list[Group], experts: list[Group], delta: float) -> Clai
 def people_on(rated: set[str], chosen: set[str]) -> list[str]:
     """A verdict that says which tasks have people, unless all four were rated by them."""
     if lacking := [domain for domain in DOMAINS if domain not in rated | chosen]:
-        there = [domain for domain in DOMAINS if domain not in lacking]
-        return [f"not measured (people on {', '.join(there)}; none on {', '.join(lacking)})"]
-    return [f"not measured ({', '.join(sorted(chosen - rated))} by forced choice alone, which is no part of the mean "
-            "over tasks)"] if chosen - rated else []
+        present = [domain for domain in DOMAINS if domain not in lacking]
+        return [f"not measured (people on {', '.join(present)}; none on {', '.join(lacking)})"]
+    return [f"not measured ({', '.join(sorted(chosen - rated))} by forced choice alone, which is not part of the "
+            "mean over tasks)"] if chosen - rated else []
 
 
 def claim_humans(imic: list[Group]) -> Claim:
     """The model is above the human raters of the same trials, over all four tasks together.
 
-    Forced choices of objects are told beside; they alone never decide, since they are no mean over tasks.
+    Forced choices of objects are listed for information: they are not a mean over tasks.
     """
     findings, missing = [], []
     for group in imic:
@@ -190,14 +190,14 @@ def claim_humans(imic: list[Group]) -> Claim:
         raters = sum(figure.readout == "rater" for (domain, *_), figure in trials.items() if domain == "all")
         scopes = group.rows("tuned", lambda row: (row.kind, row.readout, row.measure)
                             == ("human choices", HEADLINE["choice"][0], "lead"))
-        choices = {key[:3]: figure for key, figure in reversed(scopes.items())}  # a split's first: all its conditions
+        choices = {key[:3]: figure for key, figure in reversed(scopes.items())}  # a split's first row: all conditions
         rated, chosen = {domain for domain, *_ in rows} - {"all"}, {domain for domain, *_ in choices}
         worse = {domain for (domain, *_), figure in rows.items() if figure.readout == "lead" and figure.high < 0}
         worse |= {domain for (domain, *_), figure in choices.items() if figure.high < 0}
         below = [domain for domain in DOMAINS if domain in worse]
         thin = people_on(rated, chosen) if rows or choices else []
         if rows and raters < 2:
-            thin.append(f"not measured ({raters or 'no'} rater{'s' * (raters != 1)} of all tasks; two are the least)")
+            thin.append(f"not measured ({raters or 'no'} rater{'s' * (raters != 1)} of all tasks; 2 are needed)")
         for (domain, split, metric, _), figure in rows.items():
             overall = domain == "all" and figure.readout == "lead"
             finding = judge(f"{group.name} {domain} {metric}", figure, 0, "+.1f" if figure.readout == "lead" else ".1f")
@@ -205,7 +205,7 @@ def claim_humans(imic: list[Group]) -> Claim:
                 finding.note = f"{raters} raters" + f", below people on {', '.join(below)}" * bool(below)
                 if finding.verdict == HOLDS and below:
                     finding.verdict = f"holds, but below people on {' and '.join(below)}"
-            if not overall or thin:  # single tasks and shares are told, and decide nothing
+            if not overall or thin:  # single tasks and shares are for information
                 finding.verdict, finding.threshold = "", None
             if not overall:
                 finding.what = f"{group.name} {domain}/{split} {metric}"
@@ -233,41 +233,41 @@ def claim_generalisation(imic: list[Group], least: float) -> Claim:
 
 
 def find_fallen(other: Group, early: dict[tuple, Estimate], experts: list[Group], delta: float) -> dict[tuple, str]:
-    """The earlier tasks that a sequential run lost, and what shows it; by domain and split.
+    """The earlier tasks that a sequential run lost, and the evidence; by domain and split.
 
-    Lost is what ends by delta below the untouched backbone, below the run's own best stage, or (`margin`)
-    below the expert that saw the domain as often. Intervals by Bonferroni over the earlier tasks.
+    A task is lost that ends delta below the untouched backbone or the run's own best stage, or `margin` below the
+    expert matched in exposure. Intervals by Bonferroni over the earlier tasks.
     """
-    own, top, fallen = other.leads(other, "tuned", "foundation"), 1 - 0.025 / max(len(early), 1), {}
+    gains, top, fallen = other.leads(other, "tuned", "foundation"), 1 - 0.025 / max(len(early), 1), {}
     for key in early:
-        signs = []
-        if key in own and own[key].quantile(top) <= -delta:
-            signs.append("the untouched backbone")
+        evidence = []
+        if key in gains and gains[key].quantile(top) <= -delta:
+            evidence.append("the untouched backbone")
         if other.lost.get("/".join(key), 0) >= delta:
-            signs.append("its best stage")
+            evidence.append("its best stage")
         for expert in experts:
             if (expert.start == other.start and expert.config["domains"] == [key[0]]
                     and "exposure" in kinds_of_match(other, expert, key[0])):
                 lead = other.leads(expert).get(key)
-                theirs = next((f.value for k, f in expert.headline("tuned").items() if k[:2] == key), 0)
-                if lead and lead.quantile(top) <= -margin(theirs, delta):
-                    signs.append(expert.name)
-        if signs:
-            fallen[key] = ", ".join(signs)
+                expert_score = next((f.value for k, f in expert.headline("tuned").items() if k[:2] == key), 0)
+                if lead and lead.quantile(top) <= -margin(expert_score, delta):
+                    evidence.append(expert.name)
+        if evidence:
+            fallen[key] = ", ".join(evidence)
     return fallen
 
 
 def has_remedy(group: Group) -> bool:
-    """Whether something else than the schedule holds the backbone: --retain, --replay or --lora."""
+    """Whether more than the schedule limits forgetting: --retain, --replay or --lora."""
     return any(group.config.get(name) for name in ("retain", "replay", "lora"))
 
 
 def claim_forgetting(imic: list[Group], sequential: list[Group], experts: list[Group], delta: float,
                      beside: Sequence[Group] = ()) -> Claim:
-    """Sequential training lost a task that it learned before the last, and ends below IMIC there; IMIC falls on none.
+    """Sequential training lost a task that it learned before the last and ends below IMIC on it; IMIC loses none.
 
-    Where it lost nothing, nothing can be said about what the interleaved run prevents. `beside`: `alternate` and
-    sequential runs with a remedy; the verdict names those that IMIC does not surely beat on the tasks that were lost.
+    If it lost nothing, there is nothing that the interleaved run could have prevented. `beside`: `alternate` and
+    sequential runs with a remedy; the verdict names those that IMIC does not clearly beat on the lost tasks.
     """
     findings, further = [], []
     for group in imic:
@@ -277,12 +277,12 @@ def claim_forgetting(imic: list[Group], sequential: list[Group], experts: list[G
         verdicts, compared, watched = [], False, False
         for other in others:
             early = {key: lead for key, lead in group.leads(other).items() if key[0] != other.last}
-            own, fallen = other.leads(other, "tuned", "foundation"), find_fallen(other, early, experts, delta)
-            compared, watched = compared or bool(early), watched or bool(own or other.lost)
+            gains, fallen = other.leads(other, "tuned", "foundation"), find_fallen(other, early, experts, delta)
+            compared, watched = compared or bool(early), watched or bool(gains or other.lost)
             lower = {key: early[key].quantile(0.025 / len(early)) for key in fallen}
-            best = max(lower, key=lower.get, default=None)  # one task that is forgotten is enough
+            best = max(lower, key=lower.get, default=None)  # one forgotten task is enough
             for key, lead in early.items():
-                notes = [f"sequential over the untouched {interval(show(own[key]), '+.1f')}"] if key in own else []
+                notes = [f"sequential over the untouched {interval(show(gains[key]), '+.1f')}"] if key in gains else []
                 notes += [f"sequential below {fallen[key]}"] if key in fallen else []
                 findings.append(Finding(f"{group.name} over {other.name} {'/'.join(key)}", *show(lead).values(), "",
                                         note="; ".join(notes), threshold=0 if key == best else None,
@@ -310,8 +310,8 @@ def claim_forgetting(imic: list[Group], sequential: list[Group], experts: list[G
         elif thin := only(domain for domain, _ in group.leads(group, "tuned", "foundation")):
             verdicts = thin
         elif not verdicts:
-            verdicts = ["not measured (the sequential run forgot nothing here)" if watched else
-                        "not measured (the sequential run has neither foundation scores nor looks of --eval-every)"]
+            verdicts = ["not measured (the sequential run forgot nothing)" if watched else
+                        "not measured (the sequential run has neither foundation scores nor --eval-every)"]
         else:
             findings, held = findings + held, []
         findings += for_information(held)
@@ -329,14 +329,14 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
     for group in imic:
 
         def accuracy(space: str, group=group) -> dict | None:
-            return group.analysed(lambda a: a["separability"] and a["separability"]["spaces"].get(space, {})
-                                  .get("logistic"))
+            return group.analysed(lambda a: a["separability"] and getattr(
+                a["separability"].spaces.get(space), "logistic", None))
 
         value = accuracy("tuned")
         if value is None:
             missing.append(group.not_analysed())
             continue
-        few = min(count for run in group.runs for count in run.analysis["separability"]["identities"].values())
+        few = min(count for run in group.runs for count in run.analysis["separability"].identities.values())
         finding = Finding(f"{group.name} balanced accuracy", *value.values(),
                           decide(value["low"], value["high"], least), ".1f", threshold=least, identities=few)
         findings.append(finding)
@@ -346,7 +346,8 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
                     "pixels canon": "pixel statistics in one format",
                     "foundation canon": "the untouched backbone in one format"}
         for key, name in controls.items():
-            lead = group.analysed(lambda a, key=key: a["separability"]["spaces"].get(key, {}).get("lead_of_tuned"))
+            lead = group.analysed(lambda a, key=key: getattr(
+                a["separability"].spaces.get(key), "lead_of_tuned", None))
             if lead is None:
                 unknown = True
                 continue
@@ -361,14 +362,13 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
             findings.append(Finding("in one format", *plain.values(), "", ".1f", identities=few))
             limits += ["not in one format"] if not plain["low"] > least else []
         unseen = []
-        for row in group.runs[0].analysis["separability"]["unseen_sources"]:
-            place = (row["domain"], row["source"])
-            recall = group.analysed(lambda a, place=place: next(
-                (r["spaces"]["tuned"] for r in a["separability"]["unseen_sources"]
-                 if (r["domain"], r["source"]) == place), None))
+        for row in group.runs[0].analysis["separability"].unseen_sources:
+            recall = group.analysed(lambda a, row=row: next(
+                (r.spaces.get("tuned") for r in a["separability"].unseen_sources
+                 if (r.domain, r.source) == (row.domain, row.source)), None))
             if recall is not None:
-                unseen.append(Finding(f"unseen source {'/'.join(place)}", *recall.values(), "", ".1f",
-                                      identities=min(few, row["identities"])))
+                unseen.append(Finding(f"unseen source {row.domain}/{row.source}", *recall.values(), "", ".1f",
+                                      identities=min(few, row.identities)))
         findings += unseen
         limits += ["not on unseen sources"] if any(not recall.low > least for recall in unseen) else []
         if finding.verdict == HOLDS:
@@ -388,25 +388,23 @@ def claim_components(imic: list[Group], least: float) -> Claim:
     """Fewer than 100 components of any task keep every other task's score, and more than other subspaces do."""
     findings, further = [], []
     for group in imic:
-        found = [run.analysis["transfer"]["tuned"] for run in group.runs if run.analysis]
-        across = [(p.fit, p.test) for p in found[0].pairs if p.fit != p.test] if found else []
-        if not across or len(found) < len(group.runs):
+        transfers = [run.analysis["transfer"]["tuned"] for run in group.runs if run.analysis]
+        across = [(p.fit, p.test) for p in transfers[0].pairs if p.fit != p.test] if transfers else []
+        if not across or len(transfers) < len(group.runs):
             further.append(group.not_analysed())
             continue
-        ks, dim = {p.k for t in found for p in t.pairs}, found[0].dim
-        images = min(t.images_per_task for t in found)
+        ks, dim = {p.k for transfer in transfers for p in transfer.pairs}, transfers[0].dim
+        images = min(transfer.images_per_task for transfer in transfers)
         if len(ks) > 1:
             further.append(f"not measured (seeds of {group.name} analysed at k = {' and '.join(map(str, sorted(ks)))}; "
                            "call analyze.py on each with the same --components)")
             continue
         k, verdicts, unbeaten, shown = ks.pop(), [], {}, []
         for fit, test in across:
-
-            each = [next((p for p in t.pairs if (p.fit, p.test) == (fit, test)), None) for t in found]
+            each = [next((p for p in transfer.pairs if (p.fit, p.test) == (fit, test)), None) for transfer in transfers]
             if any(pair is None or not pair.above_chance for pair in each):
                 verdicts.append(f"not measured (the full space is not above chance: {fit} for {test})")
                 continue
-
             value = average([pair.share for pair in each])
             verdicts.append(decide(value["low"], value["high"], least))
             counts = [f"{name} {needed([getattr(pair, name) for pair in each])}" for name in ("k95", "k99")]
@@ -434,7 +432,7 @@ def claim_components(imic: list[Group], least: float) -> Claim:
         elif unmeasured:
             verdict = unmeasured[0]
         elif verdict == FAILS and k < 99:
-            verdict = f"not measured (k = {k} is too few, which says nothing of 99; call analyze.py --components 99)"
+            verdict = f"not measured (k = {k} is too few, which says nothing about 99; call analyze.py --components 99)"
         elif verdict == HOLDS and (names := [n for n in unbeaten if n != "unknown"]):
             verdict = f"holds, but no better than {' or '.join(names)} {'subspaces' if names == ['random'] else 'PCs'}"
         elif verdict == HOLDS and unbeaten:
@@ -451,7 +449,7 @@ def claim_components(imic: list[Group], least: float) -> Claim:
 
 
 def make_table(runs: list[Measured], delta: float, retention: float, separable: float, keep: float) -> list[Claim]:
-    """The claims about the paper's three backbones; then, for each other one, what was measured on it.
+    """The claims about the paper's three backbones, then about every other one that was measured.
 
     Runs of all four tasks decide; those of fewer are listed for information.
     """
@@ -459,8 +457,8 @@ def make_table(runs: list[Measured], delta: float, retention: float, separable: 
     others = sorted({run.family for run in runs} - set(paper))
     table = []
     for families in (paper, *([name] for name in others)):
-        here = [group for group in groups if group.family in families]
-        by_role = {role: [g for g in here if g.config["role"] == role] for role in RUN_ROLES}
+        members = [group for group in groups if group.family in families]
+        by_role = {role: [g for g in members if g.config["role"] == role] for role in RUN_ROLES}
         interleaved = [g for g in by_role["unified"] if not g.config.get("retain")]
         unified = [g for g in interleaved if g.config["schedule"] in ("A", "B")]  # `alternate` is a baseline
         imic = [g for g in unified if set(g.config["domains"]) == set(DOMAINS)]
@@ -479,7 +477,7 @@ def make_table(runs: list[Measured], delta: float, retention: float, separable: 
             (partial(claim_components, least=keep), []),
         ):
             claim = claim_of(imic)
-            there = [name for name in families if claim_of([g for g in imic if g.family == name]).findings]
+            measured = [name for name in families if claim_of([g for g in imic if g.family == name]).findings]
             claim.seeds = min((group.seeds for group in imic + rivals), default=0)
             if fewer:
                 claim.findings += for_information(claim_of(fewer).findings)
@@ -487,6 +485,6 @@ def make_table(runs: list[Measured], delta: float, retention: float, separable: 
                 if not imic:
                     claim.verdict = only(max((g.config["domains"] for g in fewer), key=len))[0]
             claim.backbones = f"{families[0]} (not one of the paper's)" if families is not paper else \
-                ", ".join(there) or f"none of {', '.join(families)}"
+                ", ".join(measured) or f"none of {', '.join(families)}"
             table.append(claim)
     return table

@@ -16,7 +16,7 @@ import torch
 from data_prep import InputError
 from data_prep.format import Split, fingerprint
 from models.backbones import text_weights
-from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, intervals, weighted_mean
+from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, intervals, unit, weighted_mean
 from protocols.embed import Embedder, keep
 from protocols.search import take_rows
 
@@ -31,61 +31,61 @@ def class_means(x: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     return sums
 
 
-def nearest_mean(x: np.ndarray, means: np.ndarray, own: np.ndarray | None = None) -> np.ndarray:
+def nearest_mean(x: np.ndarray, means: np.ndarray, label: np.ndarray | None = None) -> np.ndarray:
     """Class with the nearest mean direction, int [n]; -1 where no class has an image.
 
-    `own` [n]: x is among the sums of its class; leave it out.
+    `label` [n]: each row is among the sums of this class and is left out of them.
     """
     length = np.linalg.norm(means, axis=1)
-    directions, found = means / np.maximum(length, 1e-12)[:, None], np.empty(len(x), dtype=np.int64)
+    directions, answer = means / np.maximum(length, 1e-12)[:, None], np.empty(len(x), dtype=np.int64)
     for start in range(0, len(x), 1024):
         part = slice(start, start + 1024)
         scores = x[part] @ directions.T
         scores[:, length < 1e-9] = -np.inf  # a class without images must not win with its cosine of 0
-        if own is not None:
-            without = means[own[part]] - x[part]
+        if label is not None:
+            without = means[label[part]] - x[part]
             size = np.linalg.norm(without, axis=1)
             cosine = (x[part] * without).sum(1) / np.maximum(size, 1e-12)
-            scores[np.arange(len(scores)), own[part]] = np.where(size < 1e-6, -np.inf, cosine)
-        found[part] = np.where(np.isfinite(scores).any(1), scores.argmax(1), -1)
-    return found
+            scores[np.arange(len(scores)), label[part]] = np.where(size < 1e-6, -np.inf, cosine)
+        answer[part] = np.where(np.isfinite(scores).any(1), scores.argmax(1), -1)
+    return answer
 
 
 def nearest_rows(x: np.ndarray, y: np.ndarray, k: int = 1, itself: bool = False, device: torch.device | str = "cpu",
                  block: int = 1024, width: int = 1 << 16) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest rows of y for each unit row of x, the nearest first: rows int64 and cosines float32, [n, k].
 
-    A row of NaN finds nothing and is not found: -1 and -inf, as where y has fewer than k rows.
+    Rows of NaN have no neighbours and are none. Missing neighbours are -1 at -inf.
 
     Args:
-        itself: x is y; a row does not find itself.
+        itself: x is y; a row is not its own neighbour.
         block, width: rows of x and of y whose scores are held at once.
     """
     rows, cosines = np.full((len(x), k), -1), np.full((len(x), k), -np.inf, dtype=np.float32)
     good = np.flatnonzero(np.isfinite(x[:, 0]))
     for start in range(0, len(good), block):
-        some = good[start : start + block]
-        queries, own = torch.from_numpy(x[some]).to(device), torch.from_numpy(some).to(device)
-        best = torch.full((len(some), k), -torch.inf, dtype=queries.dtype, device=device)
-        place = torch.full((len(some), k), -1, device=device)
+        chunk = good[start : start + block]
+        queries, index = torch.from_numpy(x[chunk]).to(device), torch.from_numpy(chunk).to(device)
+        best = torch.full((len(chunk), k), -torch.inf, dtype=queries.dtype, device=device)
+        place = torch.full((len(chunk), k), -1, device=device)
         for left in range(0, len(y), width):
             part = torch.from_numpy(y[left : left + width]).to(device)
             scores = queries @ part.T
             scores[:, ~part[:, 0].isfinite()] = -torch.inf
             if itself:
-                here = torch.nonzero((own >= left) & (own < left + len(part))).flatten()
-                scores[here, own[here] - left] = -torch.inf
+                inside = torch.nonzero((index >= left) & (index < left + len(part))).flatten()
+                scores[inside, index[inside] - left] = -torch.inf
             top, at = scores.topk(min(k, len(part)), 1)
             best, order = torch.cat([best, top], 1).topk(k, 1)
             place = torch.cat([place, left + at], 1).gather(1, order)
         place[best == -torch.inf] = -1
-        rows[some], cosines[some] = place.cpu().numpy(), best.cpu().numpy()
+        rows[chunk], cosines[chunk] = place.cpu().numpy(), best.cpu().numpy()
     return rows, cosines
 
 
 def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray, classes: int, same: bool, k: int = 20,
                        temperature: float = 0.07, device: torch.device | str = "cpu") -> np.ndarray:
-    """Class by a vote of the k nearest of `reference`, weighted exp(cos / T), int [n]; -1 where none votes.
+    """Class by a vote of the k nearest of `reference`, weighted exp(cos / T), int [n]; -1 without any.
 
     Source: DINO's eval_knn.
 
@@ -94,19 +94,19 @@ def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray,
     top, cosine = nearest_rows(x, reference, min(k, max(len(reference) - same, 0)), same, device)
     weight, votes = np.exp((cosine.astype(float) - 1) / temperature), np.empty(len(x), dtype=np.int64)
     for start in range(0, len(x), 1024):  # of thousands of classes each
-        some = slice(start, start + 1024)
-        tally = np.zeros((len(top[some]), classes))
-        np.add.at(tally, (np.arange(len(tally))[:, None], labels[top[some]]), weight[some])
-        votes[some] = np.where((top[some] >= 0).any(1), tally.argmax(1), -1)
+        rows = slice(start, start + 1024)
+        tally = np.zeros((len(top[rows]), classes))
+        np.add.at(tally, (np.arange(len(tally))[:, None], labels[top[rows]]), weight[rows])
+        votes[rows] = np.where((top[rows] >= 0).any(1), tally.argmax(1), -1)
     return votes
 
 
 def fit_probe(y: np.ndarray, labels: np.ndarray, classes: int, device: torch.device,
               strengths: tuple[float, ...] = (1, 1e-1, 1e-2, 1e-3, 1e-4)) -> tuple[np.ndarray, np.ndarray, float]:
-    """A linear probe: multinomial logistic regression by L-BFGS, without any draw.
+    """A linear probe: multinomial logistic regression by L-BFGS, without randomness.
 
-    The regularisation is chosen on every fifth image of each class, from the strongest on while that gets better, and
-    the probe then fitted to all images. With one image a class there is nothing to choose on: it is the strongest.
+    The regularisation is chosen on every fifth image of each class, from the strongest downwards while accuracy rises;
+    the probe is then fitted to all images. With one image a class it is the strongest.
 
     Args:
         y: embeddings float32 [n, D]; centred and scaled here to a variance of 1 on average.
@@ -114,7 +114,7 @@ def fit_probe(y: np.ndarray, labels: np.ndarray, classes: int, device: torch.dev
         strengths: candidates of l in mean cross-entropy + l/2 |W|² (scikit-learn's C is 1 / (l n)).
 
     Returns:
-        Weights [classes, D] and bias [classes] for y as it came, and the l chosen.
+        Weights [classes, D] and bias [classes] for y as given, and the chosen l.
     """
     order = np.argsort(labels, kind="stable")
     held = np.zeros(len(y), dtype=bool)
@@ -143,9 +143,9 @@ def fit_probe(y: np.ndarray, labels: np.ndarray, classes: int, device: torch.dev
             loss = loss / len(rows) + strength / 2 * float((w[:, :-1] ** 2).sum())
             return loss, gradient.flatten().double().cpu().numpy()
 
-        found = scipy.optimize.minimize(loss_of, start, jac=True, method="L-BFGS-B",
-                                        options={"maxiter": 200, "gtol": 1e-6, "ftol": 1e-8})
-        return found.x
+        optimum = scipy.optimize.minimize(loss_of, start, jac=True, method="L-BFGS-B",
+                                          options={"maxiter": 200, "gtol": 1e-6, "ftol": 1e-8})
+        return optimum.x
 
     rest, test, best = np.flatnonzero(~held), torch.from_numpy(np.flatnonzero(held)).to(device), (-1.0, strengths[0])
     start = flat = np.zeros(classes * (y.shape[1] + 1))
@@ -162,8 +162,8 @@ def fit_probe(y: np.ndarray, labels: np.ndarray, classes: int, device: torch.dev
 
 
 def read_prompts(names: str) -> dict[str, list[str]]:
-    """The templates of --prompts by set: a shipped one by its number, or a file with a template a line, {} the name."""
-    found = {}
+    """The templates of --prompts by set: shipped ones by number, or a file of one template a line, {} for the name."""
+    prompts = {}
     for name in filter(None, names.split(",")):
         path = Path(__file__).parent / "prompts" / f"{name}.txt" if name.isdigit() else Path(name)
         try:
@@ -171,40 +171,39 @@ def read_prompts(names: str) -> dict[str, list[str]]:
         except (OSError, ValueError) as error:
             raise InputError(f"--prompts {name}: {path} cannot be read ({error}); shipped are 1, 7 and 80") from error
         if bad := next((line for line in lines if line.count("{}") != 1), None) or (not lines and "an empty file"):
-            raise InputError(f"--prompts {name}: {bad[:80]!r}: want a template a line, with {{}} for the class name")
-        found[f"{path.stem} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:8]}"] = lines
-    return found
+            raise InputError(f"--prompts {name}: {bad[:80]!r}: want one template a line, with {{}} for the class name")
+        prompts[f"{path.stem} {hashlib.sha256(chr(10).join(lines).encode()).hexdigest()[:8]}"] = lines
+    return prompts
 
 
 WORDNET = re.compile(r"n\d{8}(?!\d)")  # how ImageNet's class folders begin
 
 
 def words_of(name: str, readable: str) -> set[str]:
-    """What a class is called, without case and signs: its name, and its name for people up to the first comma."""
+    """Names of a class, without case and signs: its name, and its readable name, also up to the first comma."""
     return {re.sub(r"[\W_]+", " ", text.casefold()).strip() for text in (name, readable, readable.split(",")[0])}
 
 
 @dataclass
 class Readouts:
-    """How classification is read out beyond means and neighbours: for all splits of a run, and both its weights."""
+    """Readouts of classification beside means and neighbours, for all splits and both sets of weights of a run."""
 
-    prompts: dict[str, list[str]]  # templates by set; for CLIP alone
-    probe: int  # images of a reference that a linear probe is fitted to, at most
-    trained: list[str]  # classes that the run has seen; of others retention is told apart
-    training: Split | None = None  # the images of these classes, where they are at hand
+    prompts: dict[str, list[str]]  # templates by set; for CLIP only
+    probe: int  # most images of a reference that a linear probe is fitted to
+    trained: list[str]  # classes of the run; others are also scored apart
+    training: Split | None = None  # their images, if available
 
     def seen_classes(self, split: Split, reference: Split) -> tuple[set[str], str]:
         """The classes of a split that a run was trained on, and in words how they were compared.
 
-        Seen is a class with the WordNet id of a trained class or, where one of the two has none, with its name (in
-        other spelling, too, or what the split calls it); and one with an image, there or in its reference, that was
-        trained on.
+        A class is seen if it has the WordNet id of a trained class or, if either lacks one, its name (in any spelling,
+        also the readable one), or if the split or its reference shows an image of it that was trained on.
         """
-        told = dict(zip(self.training.classes, self.training.names, strict=True)) if self.training else {}
-        ids = {found[0] for name in self.trained if (found := WORDNET.match(name))}
-        words = {word for name in self.trained for word in words_of(name, told.get(name, name))}
+        readable_names = dict(zip(self.training.classes, self.training.names, strict=True)) if self.training else {}
+        ids = {match[0] for name in self.trained if (match := WORDNET.match(name))}
+        words = {word for name in self.trained for word in words_of(name, readable_names.get(name, name))}
         plain = {word for name in self.trained if not WORDNET.match(name)
-                 for word in words_of(name, told.get(name, name))}
+                 for word in words_of(name, readable_names.get(name, name))}
         groups, seen, by_hash = split.protocol.get("groups") or {}, set(), set()
         hashed = self.training is not None and all(s.hashed for s in (self.training, split, reference))
         for one in (split, reference) if hashed else ():
@@ -221,54 +220,54 @@ class Readouts:
 
     def fit_once(self, embed: Embedder, y: np.ndarray, labels: np.ndarray, classes: int
                  ) -> tuple[np.ndarray, np.ndarray, float]:
-        """`fit_probe`, kept in the folder that runs share: the untouched backbone's is the same for all of them."""
+        """`fit_probe`, kept in the folder that runs share: the untouched backbone's serves them all."""
         def make() -> np.ndarray:
             w, b, strength = fit_probe(y, labels, classes, embed.device)
             return np.column_stack([w, b, np.full(classes, strength, dtype=np.float32)])
 
         if not embed.shared:
             return fit_probe(y, labels, classes, embed.device)
-        told = hashlib.sha256(np.ascontiguousarray(y).data)
-        told.update(repr((labels.tolist(), classes)).encode())
-        kept = keep(embed.folder / f"{embed.name}-probe-{told.hexdigest()[:16]}.npy", (classes, y.shape[1] + 2), make)
+        digest = hashlib.sha256(np.ascontiguousarray(y).data)
+        digest.update(repr((labels.tolist(), classes)).encode())
+        kept = keep(embed.folder / f"{embed.name}-probe-{digest.hexdigest()[:16]}.npy", (classes, y.shape[1] + 2), make)
         return kept[:, :-2], kept[:, -2].copy(), float(kept[0, -1])
 
     def texts(self, embed: Embedder, names: list[str]) -> dict[str, np.ndarray]:
         """Unit text embeddings [C, D] of names by set of prompts; {} of a backbone without CLIP's text tower."""
         if embed.model.library != "open_clip" or embed.model.project is not None:
             return {}
-        found = {}
+        embedded = {}
         for prompts, templates in self.prompts.items():
             key = hashlib.sha256(json.dumps([embed.weights, templates, names]).encode()).hexdigest()[:16]
-            found[prompts] = keep(embed.folder / f"{embed.name}-text-{key}.npy", (len(names), embed.model.dim),
-                                  lambda templates=templates: text_weights(
+            embedded[prompts] = keep(embed.folder / f"{embed.name}-text-{key}.npy", (len(names), embed.model.dim),
+                                     lambda templates=templates: text_weights(
                                       embed.model, names, embed.device, templates).cpu().numpy())
-        return found
+        return embedded
 
     def fit(self, embed: Embedder, y: np.ndarray, reference: Split, seed: int) -> dict[str, tuple]:
         """(Weights [C, D], bias [C], rule) by name for the classes of a reference with unit embeddings y."""
-        found, good = {}, np.flatnonzero(np.isfinite(y[:, 0]) & (reference.labels >= 0))
+        linear, good = {}, np.flatnonzero(np.isfinite(y[:, 0]) & (reference.labels >= 0))
         if self.probe and len(np.unique(reference.labels[good])) > 1:
             rows = np.sort(np.random.default_rng(seed).permutation(good)[: self.probe])
             w, b, strength = self.fit_once(embed, y[rows], reference.labels[rows], len(reference.classes))
-            b[reference.counts == 0] = -1e9  # a class without images is never the answer
+            b[reference.counts == 0] = -1e9  # a class without images is never predicted
             print(f"  {embed.name} {reference.domain}/{reference.name}: linear probe of {len(rows):,} images, l2 "
                   f"{strength:g}")
-            some = f"{self.probe} drawn images, seed {seed}" if len(good) > self.probe else "all images"
-            found["probe"] = w, b, f"L-BFGS probe, l2 chosen on a fifth, of {some}, reference {fingerprint(reference)}"
+            used = f"{self.probe} drawn images, seed {seed}" if len(good) > self.probe else "all images"
+            linear["probe"] = w, b, f"L-BFGS probe, l2 chosen on a fifth, of {used}, reference {fingerprint(reference)}"
         for name, w in self.texts(embed, reference.names).items():
-            found[f"zero-shot {name.split()[0]}"] = w, np.zeros(len(w)), f"zero-shot by prompts {name}"
-        return found
+            linear[f"zero-shot {name.split()[0]}"] = w, np.zeros(len(w)), f"zero-shot by prompts {name}"
+        return linear
 
 
 def true_in_real(split: Split) -> np.ndarray | None:
-    """ReaL's labels: which classes are right for an image, bool [M, C] (a row of none: left out); None without them."""
+    """ReaL's labels: the right classes of each image, bool [M, C] (none: left out); None without such labels."""
     if not split.protocol.get("real"):
         return None
-    number, found = {name: i for i, name in enumerate(split.classes)}, np.zeros((len(split), len(split.classes)), bool)
+    number, right = {name: i for i, name in enumerate(split.classes)}, np.zeros((len(split), len(split.classes)), bool)
     for row in range(len(split)):
-        found[row, [number[name] for name in split.fields(row).get("real", []) if name in number]] = True
-    return found
+        right[row, [number[name] for name in split.fields(row).get("real", []) if name in number]] = True
+    return right
 
 
 def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarray, Split], head: np.ndarray | None,
@@ -277,32 +276,33 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
                          only: list[str] | None = None, device: torch.device | str = "cpu") -> dict[str, Estimate]:
     """Top-1 of the nearest class mean and of 20 neighbours; top-1 and top-5 of class weights, trained or otherwise.
 
-    Of classes with equal scores the first is the answer, as of argmax; where no image votes, there is none: a miss.
-    Beside each top-1 stands "... ReaL" where the split has ReaL's labels: right is any of them.
+    Ties go to the first class, as in argmax; without a voting image the answer is a miss. If the split has ReaL's
+    labels, each top-1 is joined by "... ReaL", where any of them is right.
 
     Args:
         x: unit embeddings of the split.
         split: the test split.
         reference: unit embeddings and split that class means and neighbours come from.
         head: class weights [C, D] of the domain, or None.
-        head_classes: their names; used where they cover the split's classes (the argmax runs over the split's own).
-        groups: classes of the split that stand for several of the reference (ObjectNet), any of which is right.
+        head_classes: their names; used if they cover the split's classes, among which the argmax runs.
+        groups: classes of the split that comprise several of the reference (ObjectNet), any of which is right.
         linear: more class weights and biases by name, [C, D] and [C] for the classes of the reference.
         only: the classes to score, and to choose among (default: all of the split).
     """
     y, other = reference
     number, classes = {name: i for i, name in enumerate(other.classes)}, split.classes if only is None else only
-    several = [(groups or {}).get(name, [name]) for name in classes]
-    if unknown := [name for group in several for name in group if name not in number]:
+    groups_of = [(groups or {}).get(name, [name]) for name in classes]
+    if unknown := [name for group in groups_of for name in group if name not in number]:
         raise InputError(f"{split.folder}: class {unknown[0]!r} is not in its reference {other.folder}: prepare the "
                          "split with --reference SPLIT, a split of the same classes")
     first = np.array([number[name] for name in classes])
-    own, members = np.full(len(other.classes), -1), [np.array([number[name] for name in group]) for group in several]
+    joined = np.full(len(other.classes), -1)
+    members = [np.array([number[name] for name in group]) for group in groups_of]
     for i, group in enumerate(members):
-        own[group] = i  # the reference's class as one of `classes`
-    # the split's classes may be those of the reference, of which several are one here
-    place = {name: int(i) for name, i in zip(other.classes, own, strict=True)} | {name: i for i, name in
-                                                                                  enumerate(classes)}
+        joined[group] = i  # index of the reference's class in `classes`
+    # the split may name classes of the reference that `classes` joins
+    place = {name: int(i) for name, i in zip(other.classes, joined, strict=True)} | {name: i for i, name in
+                                                                                     enumerate(classes)}
     labels = np.append([place.get(name, -1) for name in split.classes], -1)[split.labels]
     rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
     if not good.any():
@@ -310,23 +310,22 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
                          "prepare that reference again, or leave the split out with --splits")
     itself = split.folder.resolve() == other.folder.resolve()
     x, truth, real = take_rows(x, rows), labels[rows], true_in_real(split)  # without copies: a reference is large
-    vote = np.flatnonzero(good & (own[other.labels] >= 0))
+    vote = np.flatnonzero(good & (joined[other.labels] >= 0))
     y, y_labels = take_rows(y, vote), other.labels[vote]
-    means = class_means(y, y_labels, len(other.classes))  # 0 without votes: a set of some classes is scored among those
-    own = np.append(own, -1)  # of no answer
-    answers = {"nearest-mean": own[nearest_mean(x, means, first[truth] if itself else None)],
-               "knn": own[nearest_neighbours(x, y, y_labels, len(other.classes), itself, device=device)]}
+    means = class_means(y, y_labels, len(other.classes))  # 0 without votes: never predicted
+    joined = np.append(joined, -1)  # no answer
+    answers = {"nearest-mean": joined[nearest_mean(x, means, first[truth] if itself else None)],
+               "knn": joined[nearest_neighbours(x, y, y_labels, len(other.classes), itself, device=device)]}
     hits = {(name, "top-1"): answer == truth for name, answer in answers.items()}  # by readout and measure
     linear = dict(linear or {})
     if head is not None:
-        lies = {name: i for i, name in enumerate(head_classes)}
-        at = np.array([lies.get(name, -1) for name in other.classes])
-        unit = head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), 1e-12)
-        linear["head"] = (unit[at], np.where(at < 0, -np.inf, 0))
+        place_in_head = {name: i for i, name in enumerate(head_classes)}
+        at = np.array([place_in_head.get(name, -1) for name in other.classes])
+        linear["head"] = (unit(head)[at], np.where(at < 0, -np.inf, 0))
     flat, starts = np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
     for name, (w, b) in linear.items():
         if np.isfinite(b[flat]).all():
-            before, answers[name] = np.empty((2, len(x)), dtype=np.int64)  # before: classes that rank above the truth
+            before, answers[name] = np.empty((2, len(x)), dtype=np.int64)  # before: classes ranked above the truth
             for start in range(0, len(x), 1024):
                 part = slice(start, start + 1024)
                 scores = np.maximum.reduceat(x[part] @ w[flat].T + b[flat], starts, axis=1)  # the best of each group
@@ -341,7 +340,7 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     if real is not None:
         column = {name: i for i, name in enumerate(split.classes)}
         real = np.stack([real[rows][:, [column[name] for name in group if name in column]].any(1)
-                         for group in several], 1)
+                         for group in groups_of], 1)
         for name, answer in answers.items():
             hits[name, "ReaL"] = real[np.arange(len(x)), answer] & (answer >= 0)
             counted[name, "ReaL"] = real.any(1)
@@ -351,7 +350,7 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
         return {key: weighted_mean(hit[counted[key]].astype(float), None if weights is None else
                                    weights[counted[key]]) for key, hit in hits.items() if counted[key].any()}
 
-    found = intervals(statistic, bootstrap_counts(truth, draws, seed), identities=truth)
+    figures = intervals(statistic, bootstrap_counts(truth, draws, seed), identities=truth)
     return {f"{readout} {measure}": replace(
         figure, count=int(counted[readout, measure].sum()), chance=chances[readout, measure], readout=readout,
-        measure=measure) for (readout, measure), figure in found.items()}
+        measure=measure) for (readout, measure), figure in figures.items()}

@@ -1,4 +1,4 @@
-"""The embeddings of a split: computed once per backbone, kept in a file, read from there by every figure.
+"""The embeddings of a split: computed once per backbone and kept in a file that every figure reads.
 
 Copy with it: protocols/bootstrap.py, models/, kernels/, data_prep/.
 """
@@ -27,8 +27,8 @@ from models.backbones import Backbone, embed_rows
 from models.runs import Ranks, pick_device
 from protocols.bootstrap import normalise
 
-PART = 2048  # images, about, that an interrupted embedding loses at most
-LARGE = 1 << 29  # bytes of a split's embeddings from which on they are mapped from a file, not held in memory
+PART = 2048  # about the most images that an interruption loses
+LARGE = 1 << 29  # bytes of embeddings above which a split's are mapped from a file, not held in memory
 
 
 # ---------------------------------------------------------------- embeddings
@@ -50,13 +50,13 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def load_array(path: Path, shape: tuple[int, int], missing: np.ndarray | bool = False) -> np.ndarray | None:
-    """The finite floats of a file, mapped; None where it holds others, or another shape, or is damaged.
+    """The floats of a file, mapped; None if they are not finite, not of this shape, or damaged.
 
     `missing`: rows that need not be finite, bool [M].
     """
     try:
         x = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception:  # NumPy raises OSError, ValueError, EOFError, SyntaxError, TokenError, ... by damage
+    except Exception:  # damage makes NumPy raise OSError, ValueError, EOFError, SyntaxError, TokenError, ...
         return None
     whole = isinstance(x, np.ndarray) and x.dtype == np.float32 and x.shape == shape
     missing = np.broadcast_to(missing, shape[:1])
@@ -65,28 +65,28 @@ def load_array(path: Path, shape: tuple[int, int], missing: np.ndarray | bool = 
 
 
 def keep(path: Path, shape: tuple[int, int], make: Callable[[], np.ndarray]) -> np.ndarray:
-    """A float32 array that is made once and then read from its file; a second process waits for the first."""
+    """A float32 array that is computed once, then read from its file; a second process waits for the first."""
     if load_array(path, shape) is None:
         with open(path.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if load_array(path, shape) is None:
                 if path.exists():
-                    print(f"  {path}: damaged: it is made again")
+                    print(f"  {path}: damaged: computed again")
                 made = make()
                 write_atomically(path, lambda temporary: save_array(temporary, made))
     return np.load(path, allow_pickle=False)
 
 
 def map_copy(x: np.ndarray, folder: Path) -> np.ndarray:
-    """A copy to write to that takes no memory: mapped from a file in `folder` that goes when the copy does.
+    """A writable copy that takes no memory: mapped from a file in `folder` that is deleted with it.
 
-    The file has no name, so that not even a killed process leaves it behind. InputError where the disk is full.
+    The file has no name, so that even a killed process leaves none. InputError if the disk is full.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             for start in range(0, len(x), 1 << 14):
                 file.write(np.ascontiguousarray(x[start : start + (1 << 14)]).data)
-            file.flush()  # written, not only mapped: a full disk is an error here, and a crash there
+            file.flush()  # written before it is mapped: a full disk raises here and would crash there
             return np.asarray(np.memmap(file, x.dtype, "r+", shape=x.shape))
     except OSError as error:
         raise InputError(f"{folder}: no room for {x.nbytes / 2**30:.1f} GiB of embeddings while they are scored "
@@ -96,19 +96,18 @@ def map_copy(x: np.ndarray, folder: Path) -> np.ndarray:
 class Embedder:
     """Embeddings of one backbone, computed once per split and kept in `folder` with a fingerprint.
 
-    Those of a large split are mapped from a file where they are used: they take no memory that the system cannot have
-    back, and are the same to the bit.
+    Those of a large split are mapped from a file, so that the system can reclaim their memory.
 
-    They are computed in parts, each written when it is done: what is interrupted goes on there, and the ranks of
-    torchrun share the parts out. Batches do not depend on who computes them, so that the result is the same to the bit.
+    They are computed in parts, each written when done: an interrupted computation continues there, and the ranks of
+    torchrun divide the parts. Batches do not depend on the rank, so the result is bit-identical.
 
     Args:
         model: in eval mode.
         name: "tuned" or "foundation", for file names and rows.
         folder: where the .npy files go.
         flip: add the embedding of the mirrored image (before normalisation, as the face protocols do).
-        shared: other runs use the folder too: files are named by their fingerprint.
-        ranks: this process among those that embed.
+        shared: other runs use the folder too; files are named by fingerprint.
+        ranks: the processes that embed.
     """
 
     def __init__(self, model: Backbone, name: str, folder: Path, device: torch.device, batch: int, workers: int,
@@ -122,13 +121,13 @@ class Embedder:
         return normalise(self.raw(split))
 
     def raw(self, split: Split) -> np.ndarray:
-        """The same before normalisation: the norm of a face tells how good its picture is, so templates use it."""
+        """The same before normalisation: norms of faces reflect image quality, and templates use them."""
         path = self.prepare(split)
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
         return map_copy(stored, path.parent) if stored.nbytes >= LARGE else np.load(path, allow_pickle=False)
 
     def prepare(self, split: Split) -> Path:
-        """The file of a split's embeddings, computed where it is not there; all ranks have to call it."""
+        """The file of a split's embeddings, computed if missing; all ranks have to call it."""
         index = hashlib.sha256((split.folder / "index.json").read_bytes()).hexdigest()
         fingerprint = {"weights": self.weights, "split": index, "image_size": self.model.image_size, "flip": self.flip}
         key = hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:16]
@@ -146,28 +145,28 @@ class Embedder:
             return path in self.made or (noted() and load_array(path, shape, split.missing) is not None)
 
         def leftovers() -> list[Path]:
-            """Parts that an evaluation left which was killed, of these weights or of others."""
+            """Parts left by a killed evaluation, of these or other weights."""
             return list(path.parent.glob(f".{glob.escape(path.stem)}.{'[0-9a-f]' * 16}.parts"))
 
         if self.ranks.world == 1 and known() and not leftovers():
-            self.made.add(path)  # to look for damage once is enough
+            self.made.add(path)  # checked for damage once
             return path
         parts.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            if self.ranks.rank == 0:  # a second evaluation with the same cache waits here, and then finds it all done
+            if self.ranks.rank == 0:  # a second evaluation with the same cache waits here
                 lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
                 fcntl.flock(lock, fcntl.LOCK_EX)
             self.ranks.wait()
             if not known():
                 if self.ranks.rank == 0 and noted():
-                    print(f"  {path}: damaged: its embeddings are computed again")
+                    print(f"  {path}: damaged: embeddings computed again")
                 parts.mkdir(exist_ok=True)
                 self.embed_parts(split, parts)
                 self.ranks.wait()
                 if self.ranks.rank == 0:
                     note.unlink(missing_ok=True)
                     write_atomically(path, lambda temporary: self.join_parts(split, parts, temporary))
-                    # a split with damaged images may be repaired: its embeddings are made anew next time
+                    # damaged images may be repaired: then their embeddings are computed again
                     if (np.isfinite(np.load(path, mmap_mode="r")[:, 0]) | split.missing).all():
                         write_json(note, fingerprint)
                 self.ranks.wait()
@@ -177,14 +176,14 @@ class Embedder:
         return path
 
     def parts_of(self, split: Split, folder: Path) -> dict[int, Path]:
-        """First row and file of every part: whole batches, so that parts can be computed apart."""
+        """First row and file of every part; parts are whole batches, so that each can be computed alone."""
         size = self.batch * max(PART // self.batch, 1)
         return {start: folder / f"{start}-{min(start + size, len(split))}.npy" for start in range(0, len(split), size)}
 
     def embed_parts(self, split: Split, folder: Path) -> None:
         """Compute this rank's share of the parts that are missing."""
-        mine = list(self.parts_of(split, folder).items())[self.ranks.rank :: self.ranks.world]
-        todo = [(start, file) for start, file in mine if not file.exists()]
+        share = list(self.parts_of(split, folder).items())[self.ranks.rank :: self.ranks.world]
+        todo = [(start, file) for start, file in share if not file.exists()]
         if not todo:
             return
         rows = [np.arange(*map(int, file.stem.split("-"))) for _, file in todo]
@@ -199,21 +198,20 @@ class Embedder:
             write_atomically(todo[place][1], lambda temporary: save_array(temporary, x))
             place, x = place + 1, blank(place + 1)
 
-        parts = embed_rows(self.model, split, np.concatenate(rows), self.device, self.batch, self.workers,
-                                 self.flip)
+        parts = embed_rows(self.model, split, np.concatenate(rows), self.device, self.batch, self.workers, self.flip)
         with tqdm(disable=True) if self.ranks.rank else progress(
                 total=sum(map(len, rows)), desc=f"{self.name} {split.domain}/{split.name}", unit="img") as bar:
-            for good, found in parts:
-                while good[0] > rows[place][-1]:
+            for done, embeddings in parts:
+                while done[0] > rows[place][-1]:
                     finish()
-                found = found.cpu().numpy()
-                if not np.isfinite(found).all():
-                    row = good[~np.isfinite(found).all(1)][0]
-                    raise InputError(f"{split.folder}: the {self.name} backbone makes no finite numbers of sample "
-                                     f"{split.jpeg(row)[0]}: a run that diverged, or weights that are damaged")
-                x[good - rows[place][0]] = found
-                bar.update(len(good))
-            while place < len(todo):  # the last, and what holds no readable image
+                embeddings = embeddings.cpu().numpy()
+                if not np.isfinite(embeddings).all():
+                    row = done[~np.isfinite(embeddings).all(1)][0]
+                    raise InputError(f"{split.folder}: the {self.name} backbone gives no finite embedding of sample "
+                                     f"{split.jpeg(row)[0]}: the run diverged, or the weights are damaged")
+                x[done - rows[place][0]] = embeddings
+                bar.update(len(done))
+            while place < len(todo):  # the last part, and parts without a readable image
                 finish()
 
     def join_parts(self, split: Split, folder: Path, path: Path) -> None:
@@ -230,7 +228,7 @@ class Embedder:
 
 @dataclass
 class EmbedOptions:
-    """Whose images are embedded, and how: what every command on a run has."""
+    """Options of every command on a run: what is embedded, and how."""
 
     run: str | None = option("run", None, str, "Folder of a finished run.", metavar="RUN")
     data: str | None = option("run", None, str, "Data root (default: the run's own).", metavar="DIR")
@@ -252,7 +250,7 @@ def make_embedder(load: Callable[[], Backbone], weights: str, folder: Path, opti
                   ranks: Ranks = Ranks()) -> Embedder:
     """An embedder of a run's weights; `folder`: of its results.
 
-    Those of the untouched backbone go to --cache or, where it can be written to, to a folder beside the runs.
+    Those of the untouched backbone go to --cache or, if writable, to a folder beside the runs.
     """
     cache = shared_folder(folder, options.cache) if weights == "foundation" else None
     return Embedder(load(), weights, cache or folder / "embeddings", pick_device(options.device), options.batch,
@@ -260,7 +258,7 @@ def make_embedder(load: Callable[[], Backbone], weights: str, folder: Path, opti
 
 
 def shared_folder(folder: Path, cache: str | None) -> Path | None:
-    """Where runs share what is their untouched backbone's: --cache, or RUNS/.foundation; None where there is no place.
+    """Folder that runs share for their untouched backbone: --cache, or RUNS/.foundation; None if not writable.
 
     `folder`: RUN/eval.
     """

@@ -1,4 +1,4 @@
-"""What no claim rests on: further controls and metrics of the transfer, d' by component, sources within a task, a map.
+"""Analyses beyond the claims: more controls and metrics of the transfer, d' by component, sources within a task, a map.
 
 Copy with it: data_prep/, kernels/gather.py, kernels/gather_triton.py, models/, protocols/.
 """
@@ -10,9 +10,9 @@ import torch
 
 from data_prep import progress
 from data_prep.format import Split, matched_pairs
-from protocols.bootstrap import Estimate, bootstrap_counts, finite, intervals, show, weighted_mean
+from protocols.bootstrap import Estimate, bootstrap_counts, finite, intervals, show, unit, weighted_mean
 from protocols.pairs import roc, tar_at_far
-from protocols.results import Transfer
+from protocols.results import Sources, Transfer
 from protocols.search import average_precision, inverse_negative_penalty, name_identities, search_gallery
 from protocols.separability import CLASSIFIERS, Features, balanced_accuracy, predict, sources_of
 from protocols.subspaces import (
@@ -25,7 +25,6 @@ from protocols.subspaces import (
     principal_components,
     random_basis,
     sweep,
-    unit,
 )
 from protocols.tasks import ROWS, Task
 
@@ -37,7 +36,7 @@ FURTHER, FURTHER_PROBES, FURTHER_RANDOM = (10, 30), 2000, 3  # other metrics: ks
 
 @dataclass
 class Explored:
-    """What else a pair of tasks is measured by; a dictionary is a figure {"value", "low", "high"}."""
+    """Further measures of a pair of tasks; a dictionary is a figure {"value", "low", "high"}."""
 
     fit: str  # the task whose components these are
     test: str
@@ -49,20 +48,20 @@ class Explored:
     importance: dict | None = None  # see `measure_importance`
 
 
-def explore_transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Task], found: Transfer,
+def explore_transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Task], result: Transfer,
                      curves: list[Curve], bases: dict[str, Basis], draws: int, seed: int,
                      delete: tuple[int, int] = (0, 0), importance: int = 0, device: torch.device | str = "cpu"
                      ) -> tuple[list[Explored], list[Curve]]:
     """Further controls, curves and metrics of a transfer.
 
     Args:
-        embedded, tasks, draws, seed, device: as `transfer` had them.
-        found, curves, bases: as it returned them.
+        embedded, tasks, draws, seed, device: as for `transfer`.
+        result, curves, bases: what it returned.
         delete: components a <= i < b that are left out, for one more figure (counted from 0; a = b: none).
-        importance: so many of the first components are left out, each alone; 0: none.
+        importance: number of first components that are left out, one at a time; 0: none.
     """
-    D, limit, headline, table, more = found.dim, found.limit, found.pairs[0].k, [], []
-    chosen, share = draw_fits(tasks, D, seed), -(-found.images_per_task // len(tasks))
+    D, limit, headline, table, more = result.dim, result.limit, result.pairs[0].k, [], []
+    chosen, share = draw_fits(tasks, D, seed), -(-result.images_per_task // len(tasks))
     pooled = principal_components(np.concatenate([embedded[domain][0][rows[:share]]
                                                   for domain, rows in chosen.items()]), device)
     full = {(c.fit, c.test): c.full for c in curves if c.kind == "components"}
@@ -74,21 +73,21 @@ def explore_transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: 
         more.append(trial.curve("pooled", "all", *pooled[:2], grid))
         pool = more[-1].at(headline)
         for fit, (mean, basis, _) in bases.items():
-            # all of D random coordinates are the whole space: the same as all components
+            # D random coordinates are the whole space, like D components
             by_chance = [measure_further(trial, mean, turn, [k for k in few if k < D], 0, seed) for turn in turns]
             further = [{"metric": metric, "k": k, **show(figure), "random": finite(
                 np.mean([one[k, metric].value for one in by_chance])) if k < D else None}
                 for (k, metric), figure in measure_further(trial, mean, basis, few, draws, seed).items()]
             last_first = np.concatenate([basis[:, :limit][:, ::-1], basis[:, limit:]], axis=1)
             bottom = trial.curve("bottom", fit, mean, last_first, grid)
-            # without the first k are the last D - k: what is left does not depend on the basis of the rest
-            gone = [k for k in grid if k < limit]  # without all that are determined rounding would be scored
+            # without the first k, the last D - k remain: their span does not depend on the basis
+            gone = [k for k in grid if k < limit]  # beyond the determined ones, rounding would be scored
             less = trial.curve("deleted", fit, mean, basis[:, ::-1], [D - k for k in reversed(gone)])
             less = replace(less, ks=gone, score=less.score[::-1], kept=less.kept[::-1], draws=less.draws[:, ::-1])
-            own = trial.curve("own mean", fit, bases[task.domain][0], basis, grid)
-            more += bottom, less, own
+            own_mean = trial.curve("own mean", fit, bases[task.domain][0], basis, grid)
+            more += bottom, less, own_mean
             table.append(Explored(fit, task.domain, further, show(pool), show(bottom.at(headline)),
-                                  show(own.at(headline))))
+                                  show(own_mean.at(headline))))
             a, b = delete[0], min(delete[1], limit)
             if a < b < a + limit:
                 rest = np.concatenate([basis[:, :a], basis[:, b:], basis[:, a:b]], axis=1)
@@ -122,7 +121,7 @@ def hits_without_each(probe: Vectors, gallery: Vectors, task: Task, count: int,
 
 def measure_importance(trial: Trial, mean: np.ndarray, basis: np.ndarray, full: Estimate, count: int
                        ) -> dict[str, list[float]]:
-    """What each of the first `count` components is worth: score without it alone - `full`, that of all of them.
+    """What each of the first `count` components is worth: the score without it minus `full`, the score of all.
 
     "change" by component, with "low" and "high", paired by resampling.
     """
@@ -139,7 +138,7 @@ def measure_further(trial: Trial, mean: np.ndarray, basis: np.ndarray, ks: list[
     Of people rank-5, mAP and mINP; of objects the top 5 class means; of both AUC and TAR at 1 % FAR of equally many
     random pairs of test images of one identity and of two. Intervals by `draws` resamplings of identities.
     """
-    task, found, every = trial.task, {}, np.arange(len(trial.vectors[1]))
+    task, by_k, every = trial.task, {}, np.arange(len(trial.vectors[1]))
     target = task.target[:FURTHER_PROBES]
     pairs = matched_pairs(target, 5000, seed)
     for k in ks:
@@ -158,7 +157,7 @@ def measure_further(trial: Trial, mean: np.ndarray, basis: np.ndarray, ks: list[
             bootstrap_counts(target, draws, seed))
         if len(pairs):
             scores, same = (q[pairs[:, 0]] * q[pairs[:, 1]]).sum(1), np.arange(len(pairs)) < len(pairs) // 2
-            order = np.argsort(-scores)  # once here: each resampling sorts them anew, and what is sorted goes faster
+            order = np.argsort(-scores)  # sorted once: the sort of each resampling is then faster
             scores, same, (left, right) = scores[order], same[order], pairs[order].T
 
             def accept(weights: np.ndarray | None, scores=scores, same=same) -> dict[str, float]:
@@ -167,8 +166,8 @@ def measure_further(trial: Trial, mean: np.ndarray, basis: np.ndarray, ks: list[
 
             figures |= intervals(accept, (np.where(same, w[left], w[left] * w[right]) for w in
                                           bootstrap_counts(target, draws, seed)))
-        found |= {(k, name): figure for name, figure in figures.items()}
-    return found
+        by_k |= {(k, name): figure for name, figure in figures.items()}
+    return by_k
 
 
 # ---------------------------------------------------------------- components, map, sources
@@ -183,7 +182,7 @@ def d_primes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def measure_components(embedded: dict, tasks: list[Task], bases: dict, limit: int, seed: int, pairs: int = 4000
                        ) -> list[dict]:
-    """What each single component of each task, up to `limit`, says about the tasks and about identities.
+    """How each component of each task, up to `limit`, separates tasks and identities.
 
     Returns:
         Rows fit, component (from 1), test, variance (share), task d' (probes of `test` against those of the others) and
@@ -194,23 +193,23 @@ def measure_components(embedded: dict, tasks: list[Task], bases: dict, limit: in
     for fit, (mean, basis, variances) in bases.items():
         z = {task.domain: (embedded[task.domain][1][task.probe] - mean) @ basis[:, :limit] for task in tasks}
         share = variances[:limit] / variances.sum()
-        for test, own in z.items():
+        for test, coordinates in z.items():
             rest = [other for name, other in z.items() if name != test]
-            apart = d_primes(own, np.concatenate(rest)) if rest else np.full(len(share), np.nan)
-            left, right = own[drawn[test][:, 0]], own[drawn[test][:, 1]]
+            task_d = d_primes(coordinates, np.concatenate(rest)) if rest else np.full(len(share), np.nan)
+            left, right = coordinates[drawn[test][:, 0]], coordinates[drawn[test][:, 1]]
             half = len(left) // 2
-            known = d_primes(*np.split(left * right, [half])) if half else np.full(len(share), np.nan)
+            identity_d = d_primes(*np.split(left * right, [half])) if half else np.full(len(share), np.nan)
             rows += [{"fit": fit, "component": i + 1, "test": test, "variance": v, "task_dprime": finite(t),
                       "identity_dprime": finite(p)}
-                     for i, (v, t, p) in enumerate(zip(share, apart, known, strict=True))]
+                     for i, (v, t, p) in enumerate(zip(share, task_d, identity_d, strict=True))]
     return rows
 
 
 def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most: int = 500) -> list[dict]:
-    """Two coordinates for test images of every task: rows x, y, task, identity (a number, -1: not among the shown).
+    """Two coordinates for test images of every task: rows x, y, task, identity (a number; -1: not among these).
 
-    Up to half of a task's `most` points are kept for its eight identities with the most images: else none could be
-    seen. `method`: "pca" of the points, or "tsne" of their first 50 components, where distances between clusters mean
+    Up to half of a task's `most` points are of its eight identities with the most images: else none would be visible.
+    `method`: "pca" of the points, or "tsne" of their first 50 components, where distances between clusters mean
     nothing.
     """
     from sklearn.decomposition import PCA
@@ -238,63 +237,58 @@ def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most:
 
 def gather_sources(task: Task, fits: np.ndarray, others: list[tuple[Split, np.ndarray]], n: int,
                    rng: np.random.Generator) -> dict[str, list[tuple[Split, np.ndarray, np.ndarray]]]:
-    """Images of each source of a task's domain, at most n of a split: splits, rows, and who is on them.
+    """Images of each source of a task's domain, at most n of a split: splits, rows and identities.
 
     `fits`: rows of its training split; `others`: its test splits and the rows of them that may be used.
     """
-    found: dict[str, list[tuple[Split, np.ndarray, np.ndarray]]] = {}
+    gathered: dict[str, list[tuple[Split, np.ndarray, np.ndarray]]] = {}
     for split, rows in [(task.train, fits), *others]:
         rows = rng.permutation(rows)[:n]
         names, who = sources_of(split, rows), name_identities(split, rows)
         for name in np.unique(names):
-            found.setdefault(name, []).append((split, rows[names == name], who[names == name]))
-    return found
+            gathered.setdefault(name, []).append((split, rows[names == name], who[names == name]))
+    return gathered
 
 
 def hold_out(people: list[np.ndarray], rng: np.random.Generator) -> set[str]:
-    """Half of the identities of each source, [images] per source: who is in several is held out of all, or of none."""
+    """Half of the identities of each source, [images] per source; one in several is held out of all or of none."""
     known: dict[str, bool] = {}
     for names in sorted((np.unique(part) for part in people), key=len):
-        fresh = rng.permutation([name for name in names if name not in known])
-        missing = len(names) // 2 - sum(known.get(name, False) for name in names)
-        known |= {name: i < missing for i, name in enumerate(fresh)}
+        undecided = rng.permutation([name for name in names if name not in known])
+        wanted = len(names) // 2 - sum(known.get(name, False) for name in names)
+        known |= {name: i < wanted for i, name in enumerate(undecided)}
     return {name for name, out in known.items() if out}
 
 
 def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np.ndarray], others: dict, n: int,
-                 draws: int, seed: int) -> dict[str, dict]:
-    """`separability` of the sources WITHIN each domain: what a space knows of how the images were made.
+                 draws: int, seed: int) -> dict[str, Sources]:
+    """`separability` of the sources WITHIN each domain: how much a space encodes of how images were made.
 
-    A linear classifier that tells sources of one domain as well as it tells domains may have told the domains by their
-    sources (arguments: see `unseen_sources`). Classifiers are fitted on half of the identities and
-    tested on the others.
-
-    Returns:
-        By domain: "images" and "identities" by source, "chance", and "spaces" with a figure for each of CLASSIFIERS; or
-        "why" it was not measured.
+    If sources of one domain are separated as well as domains are, domains may have been separated by their sources.
+    Classifiers are fitted on half of the identities and tested on the others. By domain; arguments: see
+    `unseen_sources`.
     """
     rng, result = np.random.default_rng(seed), {}
     for task, rows in zip(progress(tasks, desc="sources", unit="task"), fits, strict=True):
-        found = gather_sources(task, rows, others[task.domain], n, rng)
-        people = {name: np.concatenate([who for *_, who in parts]) for name, parts in found.items()}
-        out = hold_out(list(people.values()), rng)
-        halves = {name: np.isin(who, list(out)) for name, who in people.items()}
+        sources = gather_sources(task, rows, others[task.domain], n, rng)
+        people = {name: np.concatenate([who for *_, who in parts]) for name, parts in sources.items()}
+        held_out = hold_out(list(people.values()), rng)
+        halves = {name: np.isin(who, list(held_out)) for name, who in people.items()}
         usable = [name for name, held in halves.items() if held.any() and not held.all()]
         if len(usable) < 2:
-            few = sorted(set(found) - set(usable))
-            result[task.domain] = {"why": f"one source alone: {', '.join(found)}" if len(found) < 2 else
-                                   f"too few identities of {', '.join(few)} to fit on some and test others"}
+            few = sorted(set(sources) - set(usable))
+            result[task.domain] = Sources(f"only one source: {', '.join(sources)}" if len(sources) < 2 else
+                                          f"too few identities of {', '.join(few)} to fit on some and test others")
             continue
         ids, spaces = [people[name][halves[name]] for name in usable], {}
         for space, of in features.items():
-            x = [np.concatenate([of(split, part) for split, part, _ in found[name]]) for name in usable]
+            x = [np.concatenate([of(split, part) for split, part, _ in sources[name]]) for name in usable]
             fit = [part[~halves[name]] for name, part in zip(usable, x, strict=True)]
             test = [part[halves[name]] for name, part in zip(usable, x, strict=True)]
             spaces[space] = {}
             for model in CLASSIFIERS:
                 right = [answer == i for i, answer in enumerate(predict(model, fit, test))]
                 spaces[space][model] = show(balanced_accuracy(right, ids, draws, seed))
-        result[task.domain] = {"images": {name: len(people[name]) for name in usable},
-                               "identities": {name: len(np.unique(people[name])) for name in usable},
-                               "chance": 1 / len(usable), "spaces": spaces}
+        result[task.domain] = Sources(None, {name: len(people[name]) for name in usable},
+                                      {name: len(np.unique(people[name])) for name in usable}, 1 / len(usable), spaces)
     return result

@@ -23,7 +23,7 @@ from protocols.search import name_identities
 
 RATING_COLUMNS = ("split", "left_key", "right_key", "rater", "rating")
 TRIAL_COLUMNS = ("subj", "object_response", "category", "imagename")
-NO_ANSWER, UNSEEN = -1, -2  # instead of a category: no answer in time, which is an error; no trial
+NO_ANSWER, UNSEEN = -1, -2  # instead of a category: no answer in time (an error); no trial
 MISSING = {"", "na", "n/a", "nan", "none"}
 
 
@@ -45,20 +45,20 @@ class Trials:
 
     observers: list[str]
     answers: np.ndarray  # int64 [O, M]: place among the protocol's choices, NO_ANSWER or UNSEEN
-    conditions: np.ndarray  # str [M]; "" of what nobody saw
+    conditions: np.ndarray  # str [M]; "" of stimuli that nobody saw
 
 
 def find_row(split: Split, key: str) -> int | None:
-    """The row of a sample's key: keys ascend in a test split, which is written in source order."""
+    """The row of a sample by its key; keys ascend in a test split."""
     row = bisect_left(range(len(split)), key, key=lambda row: split.jpeg(row)[0])
     return row if row < len(split) and split.jpeg(row)[0] == key else None
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The lines of a CSV, each with where it stands; names of columns in lower case, values without outer spaces.
+    """The lines of a CSV with their places; column names in lower case, values stripped.
 
     Raises:
-        InputError: with the file and the number of the line, which a text editor shows too.
+        InputError: with the file and the number of the line, as in a text editor.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -76,7 +76,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict
 
 
 def check_name(name: str, where: str, what: str) -> None:
-    """InputError unless a rater or an observer has a name that fits in a table."""
+    """InputError unless the name of a rater or observer fits in a table."""
     if not name:
         raise InputError(f"{where}: no {what}: every line needs a name or a code")
     if any(unicodedata.category(sign) in ("Cc", "Zl", "Zp") for sign in name):
@@ -93,11 +93,11 @@ def read_ratings(paths: list[Path], splits: dict[str, Split]) -> list[Rating]:
     Raises:
         InputError: with the file and the number of the line.
     """
-    found, seen, rows = [], {}, {}
+    ratings, seen, rows = [], {}, {}
     for where, record in (line for path in paths for line in read_table(path, RATING_COLUMNS)):
         name, left, right, rater, value = (record[column] for column in RATING_COLUMNS)
         if name not in splits:
-            raise InputError(f"{where}: {name!r} is no split that is scored here; those are {', '.join(splits)}")
+            raise InputError(f"{where}: {name!r} is not a split that is scored here; those are {', '.join(splits)}")
         check_name(rater, where, "rater")
         try:
             rating = float(value)
@@ -119,17 +119,17 @@ def read_ratings(paths: list[Path], splits: dict[str, Split]) -> list[Rating]:
         seen[trial] = where.removeprefix("--humans ")
         a, b = (int(splits[name].labels[rows[name, key]]) for key in (left, right))
         if min(a, b) < 0:
-            raise InputError(f"{where}: nobody knows who is on an image without a label")
-        found.append(Rating(name, rows[name, left], rows[name, right], a == b, rater, rating))
-    if not found:
-        raise InputError(f"--humans {paths[0]}: holds no ratings")
-    return found
+            raise InputError(f"{where}: an image without a label has no known identity")
+        ratings.append(Rating(name, rows[name, left], rows[name, right], a == b, rater, rating))
+    if not ratings:
+        raise InputError(f"--humans {paths[0]}: no ratings in it")
+    return ratings
 
 
 def read_trials(paths: list[Path], split: Split) -> Trials:
-    """Trials of a forced choice, as the model-vs-human toolbox keeps them, of several files.
+    """Trials of a forced choice from several files, in the format of the model-vs-human toolbox.
 
-    A stimulus is found by `stimulus_of` its image's name; trials of stimuli that the split lacks are left out.
+    A stimulus is found by `stimulus_of` of its image's name; trials of stimuli absent from the split are left out.
 
     Args:
         paths: CSV files with the columns TRIAL_COLUMNS and, where there are several, `condition`.
@@ -154,24 +154,24 @@ def read_trials(paths: list[Path], split: Split) -> Trials:
         if conditions[row] not in ("", condition):
             raise InputError(f"{where}: {image[:80]!r} in condition {condition!r}, further up in {conditions[row]!r}: "
                              "prepare each condition as a split of its own")
-        own = answers.setdefault(observer, np.full(len(split), UNSEEN))
-        if own[row] != UNSEEN:
-            raise InputError(f"{where}: {observer} has answered to {image[:80]!r} before")
-        own[row], conditions[row] = choices.get(answer, NO_ANSWER), condition
+        answered = answers.setdefault(observer, np.full(len(split), UNSEEN))
+        if answered[row] != UNSEEN:
+            raise InputError(f"{where}: {observer} has answered {image[:80]!r} before")
+        answered[row], conditions[row] = choices.get(answer, NO_ANSWER), condition
     if not answers:
         raise InputError(f"--humans {paths[0]}: no trial of a stimulus of {name}")
     observers = sorted(answers)
-    found = Trials(observers, np.array([answers[observer] for observer in observers]), conditions)
-    print(f"  {name}: {(found.answers != UNSEEN).sum():,} trials of {len(observers)} observers"
-          + f"; {lost:,} of stimuli that it lacks are left out" * bool(lost))
-    return found
+    trials = Trials(observers, np.array([answers[observer] for observer in observers]), conditions)
+    print(f"  {name}: {(trials.answers != UNSEEN).sum():,} trials of {len(observers)} observers"
+          + f"; {lost:,} of other stimuli are left out" * bool(lost))
+    return trials
 
 
 def read_humans(given: tuple[str, ...], splits: dict[str, Split]) -> tuple[list[Rating], dict[str, Trials]]:
     """The files of --humans, of either format: ratings of pairs, and trials of forced choice by "domain/split".
 
     Args:
-        given: FILE.csv, a folder of such files or, where several splits have the stimuli, SPLIT=FILE.csv.
+        given: FILE.csv, a folder of such files or, if several splits have the stimuli, SPLIT=FILE.csv.
         splits: those that are scored.
     """
     ratings: list[Path] = []
@@ -199,15 +199,14 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
                  seed: int) -> dict[str, dict[str, Estimate]]:
     """AUC of each rater and of the model on exactly the trials of that rater; ties count half.
 
-    The figures of a split are of the raters who saw pairs of both kinds there; those of a domain with several splits of
-    the raters who did so in them all, each with the mean over splits; those of "everything" of the raters who did so in
-    every domain, each with the mean over domains of the mean over splits.
+    Raters count for a split if they saw pairs of both kinds in it; for a domain with several splits, if they did so in
+    all of them (mean over splits); for "everything", if they did so in every domain (mean over domains of these means).
 
     Returns:
         {place: {metric: Estimate}}; a place is "domain/split", a domain with several splits, or "everything".
 
     Args:
-        ratings: as `read_ratings` gives them; trials with an unreadable image are left out, for both sides.
+        ratings: from `read_ratings`; trials with an unreadable image are left out for raters and model.
         splits, embeddings: by "domain/split"; unit embeddings, NaN where unreadable.
     """
     ratings = sorted(ratings, key=lambda r: (r.split, r.rater, min(r.left, r.right), max(r.left, r.right)))
@@ -218,7 +217,7 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
         ratings = [r for r, score in zip(ratings, scores, strict=True) if np.isfinite(score)]
         scores = scores[np.isfinite(scores)]
     same, answers = np.array([r.same for r in ratings]), np.array([r.value for r in ratings])
-    # a person in two domains is drawn, or not, in both
+    # a person in two domains is drawn in both or in neither
     ends = np.array([[names[r.split][r.left], names[r.split][r.right]] for r in ratings]).reshape(-1, 2)
     people, ends = np.unique(ends, return_inverse=True)
     a, b = ends.reshape(-1, 2).T
@@ -227,61 +226,61 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
         rows.setdefault((r.split, r.rater), []).append(i)
     used = {key: np.array(i) for key, i in rows.items() if 0 < same[i].sum() < len(i)}
     if unused := sorted(rows.keys() - used.keys()):
-        print(f"  human trials: {unused[0][1]} rated pairs of one kind alone in {unused[0][0]}"
+        print(f"  human trials: {unused[0][1]} rated only pairs of one kind in {unused[0][0]}"
               + f", as {len(unused) - 1} others did" * (len(unused) > 1) + ": left out there")
     if not used:
         raise InputError("--humans: no rater has rated both a pair of one identity and one of two in a split: nothing "
                          "to score")
-    seen = {key: tuple((ratings[i].left, ratings[i].right) for i in some) for key, some in used.items()}
+    seen = {key: tuple((ratings[i].left, ratings[i].right) for i in rated) for key, rated in used.items()}
     domains: dict[str, list[str]] = {}
     for name in names:
         if any(split == name for split, _ in used):
             domains.setdefault(name.split("/")[0], []).append(name)
     raters = {name: sorted(rater for split, rater in used if split == name) for name in names}
-    raters |= {domain: sorted(set.intersection(*(set(raters[name]) for name in some)))
-               for domain, some in domains.items() if len(some) > 1}
+    raters |= {domain: sorted(set.intersection(*(set(raters[name]) for name in members)))
+               for domain, members in domains.items() if len(members) > 1}
     if len(domains) > 1:
-        raters["everything"] = sorted(set.intersection(*(set(raters[n]) for some in domains.values() for n in some)))
+        raters["everything"] = sorted(set.intersection(*(set(raters[n]) for part in domains.values() for n in part)))
 
-    def auc(values: np.ndarray, some: np.ndarray, weights: np.ndarray | None) -> float:
-        far, tar = roc(values[some], same[some], None if weights is None else weights[some])
+    def auc(values: np.ndarray, rated: np.ndarray, weights: np.ndarray | None) -> float:
+        far, tar = roc(values[rated], same[rated], None if weights is None else weights[rated])
         return float(np.trapezoid(tar, far))
 
     def statistic(counts: np.ndarray | None) -> dict[tuple[str, str, str], float]:
         weights = None if counts is None else np.where(same, counts[a], counts[a] * counts[b])
-        known, found, pairs = {}, {}, {}  # raters often share their trials: the model is scored on them once
-        for (split, rater), some in used.items():
+        known, values, pairs = {}, {}, {}  # raters often share trials: the model is scored on them once
+        for (split, rater), rated in used.items():
             trials = (split, seen[split, rater])
             if trials not in known:
-                known[trials] = auc(scores, some, weights)
-            pairs[split, rater] = known[trials], auc(answers, some, weights)
-        for domain, some in domains.items():
+                known[trials] = auc(scores, rated, weights)
+            pairs[split, rater] = known[trials], auc(answers, rated, weights)
+        for domain, members in domains.items():
             for rater in raters.get(domain, []):
-                pairs[domain, rater] = tuple(np.mean([pairs[name, rater] for name in some], axis=0))
+                pairs[domain, rater] = tuple(np.mean([pairs[name, rater] for name in members], axis=0))
         for rater in raters.get("everything", []):
-            tasks = [np.mean([pairs[name, rater] for name in some], axis=0) for some in domains.values()]
+            tasks = [np.mean([pairs[name, rater] for name in members], axis=0) for members in domains.values()]
             pairs["everything", rater] = tuple(np.mean(tasks, axis=0))
         for place, who in raters.items():
             both = np.array([pairs[place, rater] for rater in who]).reshape(-1, 2)
-            found |= {(place, "rater", f"AUC of rater {rater}"): pair[1]
-                      for rater, pair in zip(who, both, strict=True)}
-            model, human = both[np.isfinite(both).all(1)].T  # a resampling may leave a rater without one kind
+            values |= {(place, "rater", f"AUC of rater {rater}"): pair[1]
+                       for rater, pair in zip(who, both, strict=True)}
+            model, human = both[np.isfinite(both).all(1)].T  # a resampling may leave a rater without pairs of one kind
             if len(model):
-                found |= {(place, "model", "AUC on human trials"): model.mean(),
-                          (place, "people", "human AUC (mean of raters)"): human.mean(),
-                          (place, "lead", "model minus human AUC"): (model - human).mean(),
-                          (place, "beaten", "share of raters beaten"): (model > human).mean()}
-        return found
+                values |= {(place, "model", "AUC on human trials"): model.mean(),
+                           (place, "people", "human AUC (mean of raters)"): human.mean(),
+                           (place, "lead", "model minus human AUC"): (model - human).mean(),
+                           (place, "beaten", "share of raters beaten"): (model > human).mean()}
+        return values
 
     whole = statistic(None)
     missing = dict.fromkeys(whole, math.nan)
-    found = intervals(lambda counts: whole if counts is None else missing | statistic(counts),
-                      bootstrap_counts(np.arange(len(people)), draws, seed))
+    estimates = intervals(lambda counts: whole if counts is None else missing | statistic(counts),
+                          bootstrap_counts(np.arange(len(people)), draws, seed))
     who = {name: np.unique(np.concatenate([np.append(a[i], b[i]) for (split, _), i in used.items() if split == name]))
            for name in names if any(split == name for split, _ in used)}
     shown = {name: {pair for (split, _), pairs in seen.items() if split == name for pair in pairs} for name in names}
     figures: dict[str, dict[str, Estimate]] = {}
-    for (place, readout, metric), figure in found.items():
+    for (place, readout, metric), figure in estimates.items():
         figure.readout = readout
         these = [place] if place in shown else domains.get(place, shown)
         figure.count = sum(len(shown[name]) for name in these)

@@ -14,7 +14,7 @@ from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, interval
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 SCORE_BINS = np.linspace(-1, 1, 51)  # of the score distributions
-BINS = 50 * 1300  # of the scores of long lists of pairs, 3e-5 wide: whole numbers of them make the above
+BINS = 50 * 1300  # of the scores of long lists of pairs, 3e-5 wide: a whole number of them makes each of the above
 
 
 # ---------------------------------------------------------------- verification
@@ -28,7 +28,7 @@ def roc(scores: np.ndarray, same: np.ndarray, weights: np.ndarray | None = None)
         same: bool [P], genuine pairs.
         weights: [P], default 1.
     """
-    order = np.argsort(-scores)  # not stable, and faster for it: ties are accepted together
+    order = np.argsort(-scores)  # unstable sorting is faster, and ties are accepted together
     ordered, accepted = scores[order], same[order]
     last = np.append(np.flatnonzero(ordered[1:] != ordered[:-1]), len(ordered) - 1)
     if weights is None:
@@ -43,7 +43,7 @@ def roc(scores: np.ndarray, same: np.ndarray, weights: np.ndarray | None = None)
 
 
 def tar_at_far(far: np.ndarray, tar: np.ndarray, target: float) -> float:
-    """The largest TAR whose FAR does not exceed the target (strict rule, no interpolation); NaN of one kind alone."""
+    """The largest TAR whose FAR does not exceed the target (strict rule, no interpolation); NaN without both kinds."""
     if math.isnan(far[-1] + tar[-1]):
         return math.nan  # a resampling without genuine pairs or without impostors
     return float(tar[np.searchsorted(far, target * (1 + 1e-9), side="right") - 1])
@@ -83,16 +83,16 @@ def fold_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray, weigh
     scores, same, folds, w = scores[order], same[order], folds[order], w[order]
     accuracies = []
     for fold in np.unique(folds):
-        rest, here = folds != fold, folds == fold
-        if not w[here].sum() or not w[rest].sum():
+        rest, held = folds != fold, folds == fold
+        if not w[held].sum() or not w[rest].sum():
             continue
-        # accepting the first i of the sorted pairs gets right: genuine ones among them, impostors after them
+        # accepting the first i sorted pairs is right for the genuine among them and the impostors after them
         gain = np.concatenate([[0.0], np.cumsum(np.where(same[rest], w[rest], -w[rest]))])
         s = scores[rest]
         cut = np.append(True, np.append(s[:-1] != s[1:], True))  # equal scores are not separated
         i = int(np.argmax(np.where(cut, gain, -np.inf)))
         threshold = np.inf if i == 0 else -np.inf if i == len(s) else (s[i - 1] + s[i]) / 2
-        accuracies.append(weighted_mean((scores[here] >= threshold) == same[here], w[here]))
+        accuracies.append(weighted_mean((scores[held] >= threshold) == same[held], w[held]))
     return float(np.mean(accuracies)) if accuracies else math.nan
 
 
@@ -119,14 +119,14 @@ def grid_accuracy(scores: np.ndarray, same: np.ndarray, folds: np.ndarray,
 
 
 def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
-    """10-fold accuracy, AUC, EER, TAR@FAR (where there are 1 / FAR impostors) and d' of a split's pairs.
+    """10-fold accuracy, AUC, EER, TAR@FAR (given at least 1 / FAR impostors) and d' of a split's pairs.
 
     Returns:
-        {rule: {metric: Estimate}}, the exact thresholds first, and to draw: the ROC, and how many scores of either kind
-        fall into each of SCORE_BINS.
+        {rule: {metric: Estimate}}, exact thresholds first; and for plots the ROC and the histogram of the scores of
+        either kind over SCORE_BINS.
     """
     pairs, folded = np.array(split.column("pairs")), f"{split.protocol['folds']} folds"
-    if len(np.unique(pairs[:, 3])) == 1:  # dealt before any pair is left out: the same folds for every run
+    if len(np.unique(pairs[:, 3])) == 1:  # dealt before any pair is left out: every run has the same folds
         pairs[:, 3], folded = np.arange(len(pairs)) % 10, "10 folds, dealt"
     pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
     left, right, same, folds = pairs[:, 0], pairs[:, 1], pairs[:, 2] == 1, pairs[:, 3]
@@ -148,10 +148,10 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
 
     (far, tar), people = roc(scores, same), split.labels[pairs[:, :2]]
     spread = {kind: np.histogram(scores[mask], SCORE_BINS)[0] for kind, mask in (("same", same), ("different", ~same))}
-    found = {f"{folded}, exact thresholds, strict FAR": intervals(statistic, pair_weights(), len(pairs), people),
-             f"{folded}, thresholds 0 to 4 by 0.01 on the squared distance": intervals(
+    figures = {f"{folded}, exact thresholds, strict FAR": intervals(statistic, pair_weights(), len(pairs), people),
+               f"{folded}, thresholds 0 to 4 by 0.01 on the squared distance": intervals(
                  lambda w: grid_accuracy(scores, same, folds, w), pair_weights(), len(pairs), people)}
-    return found, {"far": far, "tar": tar, **spread}
+    return figures, {"far": far, "tar": tar, **spread}
 
 
 # ---------------------------------------------------------------- one yardstick for all
@@ -173,5 +173,5 @@ def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count:
         for counts in bootstrap_counts(labels, draws, seed):
             yield np.where(same, counts[pairs[:, 0]], counts[pairs[:, 0]] * counts[pairs[:, 1]])
 
-    found = intervals(statistic, pair_weights(), len(pairs), labels[pairs])
-    return {metric: replace(figure, kind="yardstick", measure=metric) for metric, figure in found.items()}
+    figures = intervals(statistic, pair_weights(), len(pairs), labels[pairs])
+    return {metric: replace(figure, kind="yardstick", measure=metric) for metric, figure in figures.items()}

@@ -1,4 +1,4 @@
-"""What evaluate.py and analyze.py found for a run, read back, and what runs are compared by.
+"""The results of evaluate.py and analyze.py, read back, and how runs are compared.
 
 Copy with it: data_prep/__init__.py, protocols/bootstrap.py.
 """
@@ -6,25 +6,25 @@ Copy with it: data_prep/__init__.py, protocols/bootstrap.py.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from data_prep import DOMAINS, FREE_ON_RESUME, InputError, hash_file, join_config, read_json, read_lines, weights_of
-from protocols.bootstrap import FEW, Estimate, average, check_figure, minus
+from protocols.bootstrap import Estimate, average, from_json, minus
 
 # what stands for a protocol in summaries, by kind: readout (one that untouched backbones have too) and measure
 HEADLINE = {"verification": ("", "auc"), "templates": ("", "tar@far=0.0001"), "reid": ("", "rank-1"),
             "identification": ("", "rank-1"), **dict.fromkeys(("classification", "choice"), ("nearest-mean", "top-1"))}
-D_PRIMES = ("d-prime", "pair d-prime")  # measures that are no fractions
+D_PRIMES = ("d-prime", "pair d-prime")  # measures that are not fractions
 
 
 @dataclass
 class Row:
     """One figure. Values are fractions 0..1 but for d-prime; low and high: 95 % bootstrap over identities.
 
-    `protocol` tells people how it was computed; programs read the fields that the sentence is written from.
+    `protocol` is a sentence for people; programs read the fields that it is written from.
     """
 
     run: str
@@ -38,17 +38,17 @@ class Row:
     high: float = math.nan
     count: int = 0  # pairs, probes or images
     identities: int = 0  # or classes, that the interval resamples; 0: unknown
-    chance: float = 0  # of random embeddings; 0: not told
+    chance: float = 0  # of random embeddings; 0: unknown
     kind: str = ""  # the split's protocol, or yardstick, retention, gap, clean, unified, human trials, human choices
     # of objects: nearest-mean, knn, head, probe, zero-shot N; of people: observer, people, model, rater, lead, beaten
     readout: str = ""
-    measure: str = ""  # top-1, rank-1, auc, ...: of retention and gap what is retained and lost
-    rule: str = ""  # by which the measure is taken, and its draws
+    measure: str = ""  # top-1, rank-1, auc, ...; for retention and gap, what they compare
+    rule: str = ""  # how the measure is computed, and its draws
     images: str = ""  # fingerprints of the sets
     flip: bool = True  # embeddings of the image and its mirror image
     lacks: str = ""  # images that could not be read, or were left out
     ood: bool = False  # a split out of distribution
-    unseen: bool = False  # among the classes alone that the run was not trained on
+    unseen: bool = False  # scored only among classes that the run was not trained on
 
     @property
     def headline(self) -> bool:
@@ -57,7 +57,7 @@ class Row:
 
     @property
     def unit(self) -> int:
-        """What a shown value is multiplied by: percent, or d-prime as it is."""
+        """Factor of a value in reports: 100 for percent, 1 for d-prime."""
         return 1 if self.measure in D_PRIMES else 100
 
     @property
@@ -67,18 +67,16 @@ class Row:
         return self.domain, self.split, self.metric, how
 
     def describe(self) -> str:
-        """The sentence of `protocol`, of a figure whose kind is the split's protocol."""
+        """The sentence in `protocol`, for a figure by the split's protocol."""
         parts = self.kind, self.rule, self.images, "flip" if self.flip else "no flip", self.lacks
         return ", ".join(filter(None, (*parts, "out of distribution" * self.ood)))
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The rows of RUN/eval/results.json; InputError where there are none."""
+    """The rows of RUN/eval/results.json; InputError if missing or damaged."""
     path = folder / "results.json"
     try:
-        rows = [Row(**row) for row in json.loads(path.read_text())]
-        for number, row in enumerate(rows):
-            check_types(row, f"row {number}: ")
+        rows = from_json(json.loads(path.read_text()), list[Row], "row")
         if any(not row.kind for row in rows):
             raise InputError(f"{path}: rows without `kind`, of an earlier version: evaluate again with "
                              f"`evaluate.py --run {folder.parent}`")
@@ -89,26 +87,13 @@ def read_rows(folder: Path) -> list[Row]:
         raise InputError(f"{path}: cannot be read ({error}); run evaluate.py again") from error
 
 
-def check_types(made: object, where: str = "") -> None:
-    """ValueError unless each field of a dataclass that was read from JSON is of its type, and finite."""
-    number = int | float | None
-    for one in fields(made):
-        value = getattr(made, one.name)
-        wanted = {float: int | float, float | None: number}.get(one.type, getattr(one.type, "__origin__", one.type))
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if not isinstance(value, wanted) or isinstance(value, bool) != (one.type is bool) or not finite:
-            raise ValueError(f"{where}{one.name} is {str(value)[:80]!r}")
-        if isinstance(value, dict):
-            check_figure(value, where + one.name)
-
-
 @dataclass
 class Pair:
-    """What components of one task keep of another's score; a dictionary is a figure {"value", "low", "high"}."""
+    """How much of one task's score another's components keep; a dictionary is a figure {"value", "low", "high"}."""
 
     fit: str  # the task whose components these are
-    test: str  # the task that uses them
-    identities: int  # that are tested
+    test: str  # the task that is scored with them
+    identities: int  # tested
     chance: float
     raw: float  # the score without centring
     full: float  # of all components
@@ -131,7 +116,7 @@ class Pair:
 
     @property
     def above_chance(self) -> bool:
-        """Whether the full space is surely above chance, so that a share of what it is above means something."""
+        """Whether the full space is above chance by its interval: else a share of (score - chance) means nothing."""
         return None not in (self.kept, self.low, self.high) and self.full_low > self.chance
 
     @property
@@ -141,44 +126,91 @@ class Pair:
 
 
 @dataclass
+class Serving:
+    """From how many components of a task on every task keeps 99 and 95 %."""
+
+    fit: str
+    k99: dict
+    k95: dict
+
+
+@dataclass
 class Transfer:
-    """How components of each task serve every task."""
+    """How well components of each task serve every task."""
 
     pairs: list[Pair]
-    all_tasks: list[dict]  # "fit", and "k99", "k95": from how many of its components on every task keeps so much
+    all_tasks: list[Serving]
     images_per_task: int  # that components are fitted on
     rank_limited: bool  # fewer than 5 a dimension
     dim: int
-    limit: int  # components that these images determine, where every curve stops
+    limit: int  # components that these images determine; every curve stops there
 
 
-def mark(identities: int) -> str:
-    """A sign behind an interval of so few identities or classes that it is too narrow."""
-    return "†" if 0 < identities < FEW else ""
+@dataclass
+class Space:
+    """How well linear classifiers tell the tasks apart in one space; figures of balanced accuracy."""
+
+    logistic: dict
+    lda: dict
+    svm: dict
+    pairwise: dict[str, dict]  # logistic regression on two tasks, by "a/b"
+    converged: dict[str, bool]  # by classifier
+    lead_of_tuned: dict | None = None  # how far the tuned space is above this one (logistic, paired)
 
 
-FEW_NOTE = f"†: of fewer than {FEW} identities or classes, whose bootstrap interval is too narrow"
+@dataclass
+class UnseenSource:
+    """The same where the test images of one domain come from a source that was not fitted on."""
+
+    domain: str
+    source: str
+    images: int
+    identities: int
+    spaces: dict[str, dict]  # a figure over all tasks, with the "recall" of this domain and whether the fit "converged"
+
+
+@dataclass
+class Sources:
+    """How well the sources within a domain are told apart."""
+
+    why: str | None = None  # it was not measured
+    images: dict[str, int] = field(default_factory=dict)  # by source
+    identities: dict[str, int] = field(default_factory=dict)
+    chance: float | None = None
+    spaces: dict[str, dict[str, dict]] = field(default_factory=dict)  # by space and classifier
+
+
+@dataclass
+class Separability:
+    """How well the tasks are told apart in every space: tuned, foundation, pixels, and these with " canon"."""
+
+    images_per_task: int
+    chance: float
+    spaces: dict[str, Space]
+    identities: dict[str, int]  # by domain, on the test images
+    unseen_sources: list[UnseenSource]
+    sources: dict[str, Sources] = field(default_factory=dict)  # by domain
 
 
 @dataclass
 class Scored:
-    """What evaluate.py found for one run, with one set of weights."""
+    """The results of evaluate.py for one run and one set of weights."""
 
     folder: Path
     config: dict
     seed: int  # of the resamplings
-    found: dict[tuple[str, str, str, tuple], tuple[Row, np.ndarray]]  # by Row.key
+    rows: dict[tuple[str, str, str, tuple], tuple[Row, np.ndarray]]  # and their draws, by Row.key
 
     @property
     def name(self) -> str:
-        """Of the run; a folder's name need not be text, and a figure has no sign for what is none."""
+        """The run's; bytes of the folder's name that are not text are escaped."""
         return self.folder.resolve().name.encode("utf-8", "backslashreplace").decode()
 
     @property
     def recipe(self) -> str:
-        """What two runs share that differ in their seed alone; a backbone without a run is only itself."""
+        """Equal for runs that differ only in their seed; a backbone without a run equals only itself."""
         free = FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions", "weights", "weights_sha256"}
-        weights = next(iter(self.found.values()))[0].weights
+        weights = next(iter(self.rows.values()))[0].weights
         if not self.config:
             return str(self.folder.resolve())
         options = {key: value for key, value in self.config.items() if key not in free}
@@ -188,7 +220,7 @@ class Scored:
 def read_scored(folder: Path, weights: str | None) -> Scored:
     """The rows of a run's "tuned" or "foundation" weights and their resampled values; InputError without any.
 
-    `weights`: None: tuned where there are such rows.
+    `weights`: None: tuned, if there are such rows.
     """
     rows, path = read_rows(folder / "eval"), folder / "eval" / "draws.npz"
     try:
@@ -197,15 +229,15 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
             of = str(file["weights"]) if "weights" in file else ""
         if draws.ndim != 2 or len(draws) != len(rows) or draws.shape[1] < 2:
             raise ValueError(f"{list(draws.shape)} values for the {len(rows)} rows of results.json")
-    except Exception as error:  # a damaged archive raises many kinds
+    except Exception as error:  # a damaged archive raises many types
         raise InputError(f"{path}: cannot be read ({type(error).__name__}: {error}); run evaluate.py on {folder} "
                          "again") from error
     if of and (now := hash_file(folder / "model.safetensors")) and of != now:
         raise InputError(f"{folder}/eval is of other weights than model.safetensors: run evaluate.py on {folder} again")
     weights = weights or max((row.weights for row in rows), default="tuned")  # "tuned" comes after "foundation"
-    found = {row.key: (row, drawn.astype(float)) for row, drawn in zip(rows, draws, strict=True)
-             if row.weights == weights}
-    if not found:
+    scored = {row.key: (row, drawn.astype(float)) for row, drawn in zip(rows, draws, strict=True)
+              if row.weights == weights}
+    if not scored:
         raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
                          "--no-foundation")
     path = folder / "config.json"
@@ -214,12 +246,12 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
     if not isinstance(domains, list) or not set(map(str, domains)) <= {*DOMAINS} or not isinstance(counts, dict) \
             or not all(isinstance(count, int | float) for count in counts.values()):
         raise InputError(f"{path}: domains and counts do not name tasks and their images: restore it")
-    return Scored(folder, config, seed, found)
+    return Scored(folder, config, seed, scored)
 
 
 def aggregate(group: list[Scored], key: tuple) -> Estimate:
     """The mean of a figure over runs that differ in their seed, and of its resampled values, person by person."""
-    rows, draws = zip(*(scored.found[key] for scored in group), strict=True)
+    rows, draws = zip(*(scored.rows[key] for scored in group), strict=True)
     return Estimate(float(np.mean([row.value for row in rows])), np.mean(draws, axis=0), rows[0].count,
                     identities=rows[0].identities, readout=rows[0].readout, measure=rows[0].measure)
 
@@ -235,7 +267,7 @@ def as_many(seen: int, wanted: int) -> bool:
 
 
 def margin(expert: float, delta: float) -> float:
-    """How much worse is no worse: delta, but of an expert above 0.9 (saturated) at most a tenth of its error."""
+    """Margin of non-inferiority: delta, but at most a tenth of the error of an expert above 0.9 (saturated)."""
     return delta if expert <= 0.9 else min(delta, 0.1 * (1 - expert))
 
 
@@ -243,40 +275,40 @@ def margin(expert: float, delta: float) -> float:
 class Stages:
     """Scores after each stage of a sequential run: what later tasks did to earlier ones."""
 
-    names: list[str]  # "start", then the domain of each stage that was looked at
-    steps: list[int]  # where it was looked at
-    ends: list[int]  # where the stage ended
-    tasks: list[str]  # splits that were looked at
-    scores: list[list[float]]  # [stages, tasks]; NaN where a look lacks the task
+    names: list[str]  # "start", then the domain of each stage that was evaluated
+    steps: list[int]  # of that evaluation
+    ends: list[int]  # last step of the stage
+    tasks: list[str]  # splits that were evaluated
+    scores: list[list[float]]  # [stages, tasks]; NaN where an evaluation lacks the task
 
     @property
     def lost(self) -> list[float]:
-        """From the best stage of each task to the last; NaN where the last look lacks it."""
+        """The drop from each task's best stage to the last; NaN where the last evaluation lacks it."""
         return [max((row[i] for row in self.scores if not math.isnan(row[i])), default=math.nan) - last
                 for i, last in enumerate(self.scores[-1])]
 
 
 def read_stages(folder: Path, config: dict) -> Stages | None:
-    """The last look of --eval-every in each stage of a run; None where there are no looks.
+    """The last quick evaluation in each stage of a run; None without any.
 
     Stage k of K holds the steps s with floor(s K / steps) = k, as train.py plans them.
     """
-    looks = [look for look in read_lines(folder / "probe.jsonl")
-             if isinstance(look.get("step"), int) and isinstance(look.get("auc"), dict)]  # others are damaged
-    if not looks:
+    records = [record for record in read_lines(folder / "probe.jsonl")
+               if isinstance(record.get("step"), int) and isinstance(record.get("auc"), dict)]  # others are damaged
+    if not records:
         return None
     order, steps = config["order"] or config["domains"], config["steps"]
     ends = [0] + [-(-(k + 1) * steps // len(order)) for k in range(len(order))]
-    found = Stages([], [], [], list(looks[-1]["auc"]), [])
+    stages = Stages([], [], [], list(records[-1]["auc"]), [])
     for name, first, end in zip(["start", *order], [-1, *ends[:-1]], ends, strict=True):
-        inside = [look for look in looks if first < look["step"] <= end]
+        inside = [record for record in records if first < record["step"] <= end]
         if inside:
-            found.names.append(name)
-            found.steps.append(inside[-1]["step"])
-            found.ends.append(end)
-            scores = [inside[-1]["auc"].get(task) for task in found.tasks]
-            found.scores.append([score if isinstance(score, float) else math.nan for score in scores])
-    return found
+            stages.names.append(name)
+            stages.steps.append(inside[-1]["step"])
+            stages.ends.append(end)
+            scores = [inside[-1]["auc"].get(task) for task in stages.tasks]
+            stages.scores.append([score if isinstance(score, float) else math.nan for score in scores])
+    return stages
 
 
 RUN_ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py claims`
@@ -284,59 +316,42 @@ RUN_ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py cla
 
 @dataclass
 class Measured:
-    """A run with what evaluate.py and analyze.py found."""
+    """A run with its results."""
 
     name: str
     config: dict
-    found: dict[str, Scored]  # by weights: "tuned", "foundation"
+    scored: dict[str, Scored]  # by weights: "tuned", "foundation"
     analysis: dict | None
     lost: dict[str, float] = field(default_factory=dict)  # AUC from the best stage to the end, by "domain/split"
 
     @property
     def family(self) -> str:
-        """The backbone; one that began from random weights is nobody's foundation model."""
+        """The backbone; random initial weights make it no foundation model."""
         name = self.config["backbone"] or self.config["model"]
         return name if self.config["weights"] != "none" else f"{name} from a random start"
 
 
 def draws_of(scored: Scored) -> int:
     """Number of resamplings."""
-    return len(next(iter(scored.found.values()))[1])
+    return len(next(iter(scored.rows.values()))[1])
 
 
 def read_analysis(path: Path) -> dict:
-    """RUN/analysis/analysis.json; InputError where it lacks what the claims rest on."""
-    known, weights = read_json(path), path.parent.parent / "model.safetensors"
-    if (of := known.get("weights_sha256")) and (now := hash_file(weights)) and of != now:
-        raise InputError(f"of other weights than {weights.name}: run analyze.py on {path.parent.parent} again")
+    """RUN/analysis/analysis.json; InputError if it lacks what the claims need."""
+    known, run = read_json(path), path.parent.parent
+    if (of := known.get("weights_sha256")) and (now := hash_file(run / "model.safetensors")) and of != now:
+        raise InputError(f"of other weights than model.safetensors: run analyze.py on {run} again")
     try:
-        transfer, separated = Transfer(**known["transfer"]["tuned"]), known["separability"]
-        transfer.pairs = [Pair(**pair) for pair in transfer.pairs]
-        for part in (transfer, *transfer.pairs):
-            check_types(part)
-        if not {task for pair in transfer.pairs for task in (pair.fit, pair.test)} <= {*DOMAINS}:
-            raise TypeError("a task is unknown")
-        known["transfer"] = {"tuned": transfer}
-        if separated is not None:
-            tables = [space["logistic"] for space in separated["spaces"].values()]
-            if not all(isinstance(space["converged"]["logistic"], bool) for space in separated["spaces"].values()):
-                raise TypeError("'converged' is neither true nor false")
-            tables += [space["lead_of_tuned"] for space in separated["spaces"].values() if "lead_of_tuned" in space]
-            counts = [separated["identities"][domain] for domain in known["domains"]]
-            counts += [row["identities"] for row in separated["unseen_sources"]]
-            if not all(isinstance(count, int) for count in counts):
-                raise TypeError("a number of identities is none")
-            for row in separated["unseen_sources"]:
-                tables.append(row["spaces"]["tuned"])
-                "/".join((row["domain"], row["source"]))  # TypeError unless both are text
-            for figure in tables:
-                check_figure(figure, "separability")
-            if not {*known["domains"]} <= {*DOMAINS} or "tuned" not in separated["spaces"]:
-                raise TypeError("a task is unknown, or the tuned space missing")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"of another version or damaged: {error}; run analyze.py on {path.parent.parent} again") \
-            from None
-    return known
+        transfer = from_json(known["transfer"]["tuned"], Transfer)
+        apart = from_json(known["separability"], Separability | None)
+        domains = {*from_json(known["domains"], list[str], "domains")}
+        if not domains.union(*((pair.fit, pair.test) for pair in transfer.pairs)) <= {*DOMAINS}:
+            raise ValueError("a task is unknown")
+        if apart and not ("tuned" in apart.spaces and domains <= {*apart.identities}):
+            raise ValueError("separability: a domain, or the tuned space, is missing")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"of another version or damaged: {error}; run analyze.py on {run} again") from None
+    return known | {"transfer": {"tuned": transfer}, "separability": apart}
 
 
 def read_lost(home: Path, config: dict) -> dict[str, float]:
@@ -352,12 +367,11 @@ def read_lost(home: Path, config: dict) -> dict[str, float]:
 
 
 def read_run(home: Path) -> Measured:
-    """A run that evaluate.py has scored; InputError where it is not whole."""
+    """A run that evaluate.py has scored; InputError if it is incomplete."""
     if not (home / "done.json").exists():
         raise InputError("not finished")
     config = join_config(home / "config.json")
-    lacking = {"role", "backbone", "model", "weights", "domains", "schedule", "counts"} - set(config)
-    if lacking:
+    if lacking := {"role", "backbone", "model", "weights", "domains", "schedule", "counts"} - set(config):
         raise InputError(f"config.json lacks {min(lacking)!r}")
     if config["role"] not in RUN_ROLES:
         raise InputError(f"config.json: role {config['role']!r} is none of {', '.join(RUN_ROLES)}")
@@ -369,19 +383,18 @@ def read_run(home: Path) -> Measured:
         raise InputError("config.json: domains and counts do not name tasks and their images")
     order = config.get("order")
     if not (isinstance(config.get("seed"), int) and (order is None or (isinstance(order, list) and order))):
-        raise InputError("config.json: seed is no whole number, or order no list of tasks")
-    results = home / "eval" / "results.json"
-    rows = read_rows(results.parent)
-    if not rows:
-        raise InputError(f"{results} is empty; run evaluate.py again")
-    found = {name: read_scored(home, name) for name in sorted({row.weights for row in rows})}
-    known, path = None, home / "analysis" / "analysis.json"
+        raise InputError("config.json: seed is not a whole number, or order not a list of tasks")
+    if not (rows := read_rows(home / "eval")):
+        raise InputError(f"{home}/eval/results.json is empty; run evaluate.py again")
+    scored = {name: read_scored(home, name) for name in sorted({row.weights for row in rows})}
+    analysis, path = None, home / "analysis" / "analysis.json"
     if path.exists():
         try:
-            known = read_analysis(path)
+            analysis = read_analysis(path)
         except InputError as error:
             print(f"left out: {path} ({error.format_message()})")
-    return Measured(home.name, config, found, known, read_lost(home, config) if config["role"] == "sequential" else {})
+    lost = read_lost(home, config) if config["role"] == "sequential" else {}
+    return Measured(home.name, config, scored, analysis, lost)
 
 
 def read_runs(folder: Path) -> list[Measured]:
@@ -397,7 +410,7 @@ def read_runs(folder: Path) -> list[Measured]:
             print(f"left out: {home} ({error.format_message()})")
     if not runs:
         raise InputError(f"{folder}: no evaluated run in it; train runs below it and call evaluate.py on each")
-    if len({(table.seed, draws_of(table)) for run in runs for table in run.found.values()}) > 1:
+    if len({(table.seed, draws_of(table)) for run in runs for table in run.scored.values()}) > 1:
         print("the runs were resampled differently, so that some cannot be paired: call evaluate.py on all of them "
               "with the same --seed and --bootstrap")
     return runs
@@ -405,7 +418,7 @@ def read_runs(folder: Path) -> list[Measured]:
 
 @dataclass
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     runs: list[Measured]
 
@@ -437,20 +450,20 @@ class Group:
 
     @property
     def lost(self) -> dict[str, float]:
-        """What every seed lost from its best stage to the end, averaged."""
+        """The mean over seeds of what was lost from the best stage to the end."""
         return {task: float(np.mean([run.lost[task] for run in self.runs])) for task in self.runs[0].lost
                 if all(task in run.lost for run in self.runs)}
 
     def rows(self, weights: str, wanted: Callable[[Row], bool]) -> dict[tuple, Estimate]:
-        """Figures that all seeds have, averaged over them, by Row.key."""
-        tables = [run.found[weights] for run in self.runs if weights in run.found]
+        """Figures that all seeds have, as means over the seeds, by Row.key."""
+        tables = [run.scored[weights] for run in self.runs if weights in run.scored]
         if len(tables) < len(self.runs) or len({(t.seed, draws_of(t)) for t in tables}) > 1:
             return {}
-        return {key: aggregate(tables, key) for key, (row, _) in tables[0].found.items()
-                if wanted(row) and all(key in table.found for table in tables)}
+        return {key: aggregate(tables, key) for key, (row, _) in tables[0].rows.items()
+                if wanted(row) and all(key in table.rows for table in tables)}
 
     def headline(self, weights: str) -> dict[tuple, Estimate]:
-        """The figure that stands for each trained domain's test split, in distribution."""
+        """The headline of each trained domain's test split, in distribution."""
         rows = self.rows(weights, lambda row: row.headline and not row.ood and row.domain in self.config["domains"])
         first: dict = {}  # the customary rule of a split comes first
         return {key: figure for key, figure in rows.items() if first.setdefault(key[:2], key) == key}
@@ -458,8 +471,8 @@ class Group:
     def leads(self, other: "Group", mine: str = "tuned", theirs: str = "tuned") -> dict[tuple, Estimate]:
         """By domain and split, how far this group is above another, paired by person; none if resampled differently."""
         a, b = self.headline(mine), other.headline(theirs)
-        seeds = [group.runs[0].found[weights].seed for group, weights in ((self, mine), (other, theirs))
-                 if weights in group.runs[0].found]
+        seeds = [group.runs[0].scored[weights].seed for group, weights in ((self, mine), (other, theirs))
+                 if weights in group.runs[0].scored]
         return {key[:2]: minus(a[key], b[key]) for key in a
                 if key in b and len(set(seeds)) == 1 and len(a[key].draws) == len(b[key].draws)}
 
@@ -468,20 +481,20 @@ class Group:
         return average([of(run.analysis) if run.analysis else None for run in self.runs])
 
     def unfinished(self, space: str) -> str:
-        """A remark where the logistic regression that tells the tasks apart in a space did not converge."""
-        spaces = [run.analysis["separability"]["spaces"][space] for run in self.runs]
-        return "" if all(found["converged"]["logistic"] for found in spaces) else "the fit did not converge"
+        """A remark where the logistic regression of a space did not converge."""
+        spaces = [run.analysis["separability"].spaces[space] for run in self.runs]
+        return "" if all(result.converged.get("logistic") for result in spaces) else "the fit did not converge"
 
     def not_analysed(self) -> str:
-        """A verdict that names the run without an analysis of two tasks or more: others may have one."""
+        """A verdict that names the run that lacks an analysis of two or more tasks; others may have one."""
         bare = [run.name for run in self.runs if run.analysis is None]
         return (f"not measured ({', '.join(bare)}: not analysed; call analyze.py --run RUN on it)" if bare else
-                f"not measured ({self.name}: analysed on one task alone)")
+                f"not measured ({self.name}: analysed on one task only)")
 
 
 def group_runs(runs: list[Measured]) -> list[Group]:
     """Runs of one recipe and different seeds together, in the order of the first."""
     groups: dict[str, list[Measured]] = {}
     for run in runs:
-        groups.setdefault(next(iter(run.found.values())).recipe, []).append(run)
+        groups.setdefault(next(iter(run.scored.values())).recipe, []).append(run)
     return [Group(members) for members in groups.values()]

@@ -1,4 +1,4 @@
-"""Probes against galleries: identification, re-identification; scores are held in blocks alone.
+"""Probes against galleries: identification, re-identification; scores are held only in blocks.
 
 Copy with it: protocols/bootstrap.py, data_prep/__init__.py, data_prep/format.py.
 """
@@ -24,11 +24,11 @@ FPIRS = (1e-1, 1e-2)
 
 @dataclass
 class Search:
-    """What probes found in a gallery."""
+    """What a search of n probes in a gallery found."""
 
     ranks: list[np.ndarray]  # of each probe's mates, ascending, 1 = nearest; ties count against them
     first: np.ndarray  # [n] rank of the nearest mate; inf without one
-    own: np.ndarray  # [n] score of the nearest mate; -inf without one
+    correct: np.ndarray  # [n] score of the nearest mate; -inf without one
     wrong: np.ndarray  # [n] score of the nearest of the others
 
 
@@ -50,40 +50,39 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
     """Search every probe in a gallery by blocks of the score matrix, without ever ordering the gallery's items.
 
     Only the ranks of mates matter: 1 + how many others score as high or higher. For a few mates they are counted; for
-    more, one sort of the row's values (as dear as a dozen counts of 2,000 values, a hundred of 20,000) serves all.
+    more, one sort of the row (which costs a dozen counts of 2,000 values, a hundred of 20,000) serves all.
 
     Args:
         x: unit vectors [M, D].
         probes, gallery: rows of x, [n] and [m].
-        other: unit vectors that the gallery's rows are of, if not of x; float16 (a memory map, say) is widened block
-            by block.
+        other: unit vectors that hold the gallery's rows, if not x; float16 (such as a memory map) is widened by blocks.
         mates: row of a probe -> places in `gallery` that are right, and places that are neither right nor wrong.
         size: scores held at once.
-        device: of the products and of the counting, where it is not the CPU.
+        device: of the products and the counting.
     """
     other = x if other is None else other
     if torch.device(device).type != "cpu":
         return search_on(torch.device(device), x, probes, gallery, mates, size, other)
-    found = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
+    search = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
     block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
     few = int(np.clip(len(gallery) // 200, 12, 200))
-    lanes = 2 if 2 * block * len(gallery) <= size else 1  # two: a block is multiplied while the other is counted
-    buffers = np.empty((lanes, block, len(gallery)), dtype=x.dtype)  # kept: fresh pages cost as much as the product
+    lanes = 2 if 2 * block * len(gallery) <= size else 1  # two: one is multiplied while the other is counted
+    buffers = np.empty((lanes, block, len(gallery)), dtype=x.dtype)  # reused: fresh pages cost as much as the product
 
     def rank(scores: np.ndarray, start: int, part: range) -> None:
         for i in part:
             s = scores[i - start]
             right, ignored = mates(probes[i])
-            own = np.sort(s[right])[::-1]
+            correct = np.sort(s[right])[::-1]
             s[right], s[ignored] = -np.inf, -np.inf
-            if len(own) < few:
-                above = np.array([np.count_nonzero(s >= score) for score in own], dtype=np.int64)
-                found.wrong[i] = s.max(initial=-np.inf)
+            if len(correct) < few:
+                above = np.array([np.count_nonzero(s >= score) for score in correct], dtype=np.int64)
+                search.wrong[i] = s.max(initial=-np.inf)
             else:
                 s.sort()
-                above, found.wrong[i] = len(s) - np.searchsorted(s, own, side="left"), s[-1]
-            found.ranks[i] = np.arange(1, len(own) + 1) + above
-            found.own[i], found.first[i] = (own[0], found.ranks[i][0]) if len(own) else (-np.inf, np.inf)
+                above, search.wrong[i] = len(s) - np.searchsorted(s, correct, side="left"), s[-1]
+            search.ranks[i] = np.arange(1, len(correct) + 1) + above
+            search.correct[i], search.first[i] = (correct[0], search.ranks[i][0]) if len(correct) else (-np.inf, np.inf)
 
     threads, busy = torch.get_num_threads(), [[] for _ in range(lanes)]
     with ThreadPoolExecutor(threads) as pool:  # numpy counts and sorts outside the interpreter's lock
@@ -95,18 +94,18 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
             for left in range(0, len(gallery), 1 << 16):
                 part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
                 np.matmul(queries, part.T, out=scores[: len(rows), left : left + len(part)])
-                del part  # else a copy of rows that are no neighbours would stay while the next one is made
+                del part  # else a copied block would stay while the next one is made
             stops = np.linspace(start, start + len(rows), threads + 1).astype(int)
             busy[number % lanes] = [pool.submit(rank, scores, start, range(*ends)) for ends in pairwise(stops)]
         for task in chain(*busy):
             task.result()
-    return found
+    return search
 
 
 def search_on(device: torch.device, x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, size: int,
               other: np.ndarray) -> Search:
     """`search_gallery` on an accelerator that holds the gallery: the same, to the rounding of a score."""
-    found = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
+    search = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
     block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
     items = torch.empty(len(gallery), x.shape[1], dtype=torch.from_numpy(x[:0]).dtype, device=device)
     for left in range(0, len(gallery), 1 << 16):
@@ -127,47 +126,47 @@ def search_on(device: torch.device, x: np.ndarray, probes: np.ndarray, gallery: 
 
         row, column, within = cells(right)
         most = max(map(len, right), default=0)
-        own = torch.full((len(rows), most), -torch.inf, dtype=scores.dtype, device=device)
-        own[row, torch.from_numpy(within).to(device)] = scores[row, column]
+        correct = torch.full((len(rows), most), -torch.inf, dtype=scores.dtype, device=device)
+        correct[row, torch.from_numpy(within).to(device)] = scores[row, column]
         scores[row, column] = -torch.inf
         row, column, _ = cells(ignored)
         scores[row, column] = -torch.inf
         if len(gallery):
-            found.wrong[start : start + len(rows)] = scores.amax(1).cpu().numpy()
-        own = own.sort(1, descending=True).values
+            search.wrong[start : start + len(rows)] = scores.amax(1).cpu().numpy()
+        correct = correct.sort(1, descending=True).values
         if most < 12:
-            above = [(scores >= own[:, j : j + 1]).sum(1) for j in range(most)]
-            above = torch.stack(above, 1) if most else own
+            above = [(scores >= correct[:, j : j + 1]).sum(1) for j in range(most)]
+            above = torch.stack(above, 1) if most else correct
         else:
-            above = len(gallery) - torch.searchsorted(scores.sort(1).values, own)
-        own, above = own.cpu().numpy(), above.cpu().numpy()
+            above = len(gallery) - torch.searchsorted(scores.sort(1).values, correct)
+        correct, above = correct.cpu().numpy(), above.cpu().numpy()
         for i, places in enumerate(right, start):
             ranks = np.arange(1, len(places) + 1) + above[i - start, : len(places)]
-            found.ranks[i] = ranks.astype(np.int64)
-            found.own[i], found.first[i] = (own[i - start, 0], ranks[0]) if len(ranks) else (-np.inf, np.inf)
-    return found
+            search.ranks[i] = ranks.astype(np.int64)
+            search.correct[i], search.first[i] = (correct[i - start, 0], ranks[0]) if len(ranks) else (-np.inf, np.inf)
+    return search
 
 
 def score_blocks(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, size: int = 1 << 27,
                  device: torch.device | str = "cpu") -> Iterator[tuple[int, np.ndarray]]:
-    """Scores of probes with a whole gallery, [b, m], some probes at a time, and the place of the first of these.
+    """Scores of some probes at a time with a whole gallery, [b, m], and the index of the first probe.
 
     Args:
         x: unit vectors [M, D].
         probes, gallery: rows of x, [n] and [m].
         size: scores held at once; they are overwritten by the next.
     """
-    block, here = int(np.clip(size // max(len(gallery), 1), 1, 1024)), torch.device(device).type == "cpu"
+    block, on_cpu = int(np.clip(size // max(len(gallery), 1), 1, 1024)), torch.device(device).type == "cpu"
     scores = np.empty((block, len(gallery)), dtype=x.dtype)
     for start in range(0, len(probes), block):
         queries = x[probes[start : start + block]]
         for left in range(0, len(gallery), 1 << 16):
             part = take_rows(x, gallery[left : left + (1 << 16)])
-            found = scores[: len(queries), left : left + len(part)]
-            if here:
-                np.matmul(queries, part.T, out=found)
+            columns = scores[: len(queries), left : left + len(part)]
+            if on_cpu:
+                np.matmul(queries, part.T, out=columns)
             else:
-                found[:] = (torch.from_numpy(queries).to(device) @ torch.from_numpy(part).to(device).T).cpu().numpy()
+                columns[:] = (torch.from_numpy(queries).to(device) @ torch.from_numpy(part).to(device).T).cpu().numpy()
             del part
         yield start, scores[: len(queries)]
 
@@ -176,9 +175,9 @@ def search_shots(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, labels:
                  draws: int, seed: int, device: torch.device | str = "cpu") -> np.ndarray:
     """Ranks of the mate among one drawn image of each identity, [draws, n]; inf for a probe without a mate.
 
-    Every probe draws for itself, from what its rule leaves of the gallery; what is nobody's (label -1) all stays. Ties
-    count against the probe.
-    Source: torchreid, `metrics/rank.py`, eval_cuhk03; its draws are NumPy's global ones, and cannot be repeated.
+    Every probe has its own draw, from the gallery that its rule leaves; all images of label -1 stay. Ties count against
+    the probe.
+    Source: torchreid, `metrics/rank.py`, eval_cuhk03, which draws from NumPy's global generator and cannot be repeated.
 
     Args:
         x, probes, gallery, mates, device: as of `search_gallery`.
@@ -193,16 +192,16 @@ def search_shots(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, labels:
             right, _ = mates(probes[i])
             if not len(right):
                 continue
-            rng = np.random.default_rng((seed, probes[i]))  # of the probe alone: blocks and other probes do not matter
-            own = s[rng.choice(right, draws)]
+            rng = np.random.default_rng((seed, probes[i]))  # by probe, whatever the blocks and other probes
+            correct = s[rng.choice(right, draws)]
             drawn = s[order[start + rng.integers(size, size=(draws, len(size)))]]
-            drawn[:, np.searchsorted(people, labels[right[0]])] = -np.inf  # the probe's own is `own`
-            ranks[:, i] = 1 + (drawn >= own[:, None]).sum(1) + (s[strangers] >= own[:, None]).sum(1)
+            drawn[:, np.searchsorted(people, labels[right[0]])] = -np.inf  # the probe's own is `correct`
+            ranks[:, i] = 1 + (drawn >= correct[:, None]).sum(1) + (s[strangers] >= correct[:, None]).sum(1)
     return ranks
 
 
 def tpir_at_fpir(search: Search, mated: np.ndarray, target: float, weights: np.ndarray | None = None) -> float:
-    """Share of the mated probes whose mate comes first and scores above a threshold that others rarely pass.
+    """Share of the mated probes whose mate ranks first and scores above a threshold.
 
     The threshold is the floor(N x FPIR)-th highest best score of the N probes without a mate.
     Source: insightface, `ijb_evals.py`.
@@ -213,12 +212,12 @@ def tpir_at_fpir(search: Search, mated: np.ndarray, target: float, weights: np.n
     if not cumulative[-1]:
         return math.nan  # a resampling without them
     threshold = top[np.searchsorted(cumulative, max(int(cumulative[-1] * target), 1))]
-    hit = (search.own > search.wrong) & (search.own > threshold)
+    hit = (search.correct > search.wrong) & (search.correct > threshold)
     return weighted_mean(hit[mated].astype(float), w[mated])
 
 
 def number_mates(ranks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """All probes' ranks in a row, the number 1.. of each within its probe, where a probe begins, how many it has."""
+    """Concatenated ranks of all probes; the number 1.. of each within its probe; first place and size of each probe."""
     size = np.array([len(r) for r in ranks])
     start = np.append(0, np.cumsum(size)[:-1])
     flat = np.concatenate(ranks)
@@ -251,8 +250,8 @@ def inverse_negative_penalty(ranks: list[np.ndarray]) -> np.ndarray:
 
 
 def gallery_rule(split: Split, gallery: np.ndarray, variant: str) -> Callable:
-    """`mates` of `search_gallery` for a variant of re-identification, or identification (data_prep/bodies.py)."""
-    # copies: to look a few places up in a memory map takes several times as long
+    """`mates` of `search_gallery` for identification or a variant of re-identification."""
+    # copies: indexing a memory map is several times slower
     cameras, clothes = np.array(split.optional("camera")), np.array(split.optional("clothes"))
     labels = np.array(split.labels)
     same = mates_in(labels[gallery])
@@ -273,7 +272,7 @@ def gallery_rule(split: Split, gallery: np.ndarray, variant: str) -> Callable:
 
 
 def explain_unscored(split: Split, probes: np.ndarray, variant: str) -> str:
-    """Why probes have no mate that the rule of a variant lets count, in words."""
+    """Why probes have no mate that counts by the rule of a variant."""
     gallery = np.flatnonzero(split.optional("role") > 0)
     mated = np.isin(split.labels[probes], split.labels[gallery]) & (split.labels[probes] >= 0)
     mates = gallery_rule(split, gallery, variant)
@@ -286,19 +285,19 @@ def explain_unscored(split: Split, probes: np.ndarray, variant: str) -> str:
     return ", ".join(f"{reason} ({count:,})" for reason, count in reasons.items() if count)
 
 
-def add_misses(found: Search, split: Split, probes: np.ndarray, variant: str) -> Search:
-    """Listed images that could not be read when the split was prepared are never found, and find nothing: rank inf."""
+def add_misses(search: Search, split: Split, probes: np.ndarray, variant: str) -> Search:
+    """Listed images that could not be read at preparation are neither found nor find anything: rank inf."""
     mates = gallery_rule(split, np.flatnonzero(split.missing & (split.optional("role") > 0)), variant)
     gone = split.missing[probes]
     for i, probe in enumerate(probes):
-        ranks = np.append(found.ranks[i], np.full(len(mates(probe)[0]), np.inf))
-        found.ranks[i] = np.full(len(ranks), np.inf) if gone[i] else ranks
-    found.own[gone], found.first[gone], found.wrong[gone] = -np.inf, np.inf, -np.inf
-    return found
+        ranks = np.append(search.ranks[i], np.full(len(mates(probe)[0]), np.inf))
+        search.ranks[i] = np.full(len(ranks), np.inf) if gone[i] else ranks
+    search.correct[gone], search.first[gone], search.wrong[gone] = -np.inf, np.inf, -np.inf
+    return search
 
 
 def draw_galleries(labels: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
-    """Places of one random image of each person, `draws` times; distractors (label -1) are all kept."""
+    """One random image of each person, `draws` times, as places; all distractors (label -1) are kept."""
     order = np.argsort(labels, kind="stable")
     order, others = order[labels[order] >= 0], order[labels[order] < 0]
     _, start, size = np.unique(labels[order], return_index=True, return_counts=True)
@@ -318,7 +317,7 @@ def variants_of(split: Split) -> list[str]:
         return ["whole gallery"]
     variants = split.protocol.get("variants", ["general"])
     if unknown := [variant for variant in variants if variant not in WAYS]:
-        raise InputError(f"{split.folder}: this version does not score by the rule {unknown[0][:80]!r}; it knows "
+        raise InputError(f"{split.folder}: this version has no rule {unknown[0][:80]!r}; it has "
                          f"{', '.join(WAYS)}")
     return variants
 
@@ -335,10 +334,10 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
 
     Re-identification ignores gallery items of the same identity and camera (Market-1501), or as the variant says; a
     probe without a relevant item left is not counted. In identification a probe is mated if the gallery lists its
-    identity, and misses where all those images are unreadable; the others set the threshold of TPIR. What could not be
-    read when the split was prepared, though a list names it, is a miss: as a probe, and as a mate; what cannot be read
-    now is left out. Single-shot: the gallery is one drawn image of each identity, the same for all probes;
-    single-gallery-shot (CUHK03): each probe draws its own, and average precision is of the whole gallery.
+    identity (a miss if all those images are unreadable); the others set the threshold of TPIR. Listed images that could
+    not be read at preparation are misses, as probes and as mates; images unreadable now are left out. Single-shot: the
+    gallery is one drawn image of each identity, the same for all probes; single-gallery-shot (CUHK03): each probe has
+    its own draw, and average precision uses the whole gallery.
     """
     variant = variant or variants_of(split)[0]
     roles, good, reid = split.optional("role"), np.isfinite(x[:, 0]), split.protocol["name"] == "reid"
@@ -373,27 +372,27 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
 
     weights = bootstrap_counts(split.labels[q][counted], draws, seed)
     cmc = np.array([(first <= k).mean() for k in range(1, 1 + min(50, *map(len, galleries)))])
-    found = intervals(statistic, weights, int(counted.sum()), split.labels[q][counted])
+    figures = intervals(statistic, weights, int(counted.sum()), split.labels[q][counted])
     open_set = not reid or split.protocol.get("open_set")
     supported = [f for f in FPIRS if (~enrolled).sum() * f >= 1] if open_set else []
-    used = (counted | ~enrolled).astype(float)  # not: enrolled by the probe's own camera alone
-    if supported:  # probes without a label are strangers, each for itself
+    used = (counted | ~enrolled).astype(float)  # excludes probes enrolled only under their own camera
+    if supported:  # probes without a label are different strangers
         people = np.where(split.labels[q] < 0, len(split.classes) + np.arange(len(q)), split.labels[q])
-        found |= intervals(lambda w: {f"tpir@fpir={f:g}": tpir_at_fpir(
+        figures |= intervals(lambda w: {f"tpir@fpir={f:g}": tpir_at_fpir(
             searches[0], counted, f, used if w is None else w * used) for f in supported},
-                           bootstrap_counts(people, draws, seed), len(q), people)
+                             bootstrap_counts(people, draws, seed), len(q), people)
     left = ~counted & (enrolled | (not supported))  # strangers set the threshold of TPIR
     if left.any():
         say_once(f"  {split.domain}/{split.name}, {variant}: {left.sum():,} of {len(q):,} probes are not scored: "
                  + explain_unscored(split, q[left], variant))
-    return found, {"cmc": cmc}
+    return figures, {"cmc": cmc}
 
 
 # ---------------------------------------------------------------- who is on an image
 
 
 def origin_of(split: Split) -> tuple[str, str]:
-    """Domain and plan of the split that degraded copies were made from: its identities are theirs; else a split's own.
+    """Domain and plan of the split that a degraded copy was made from, or of the split itself.
 
     Two splits of one plan show the same people.
     """
@@ -404,16 +403,16 @@ def origin_of(split: Split) -> tuple[str, str]:
 
 
 def name_identities(split: Split, rows: np.ndarray | None = None, space: str | None = None) -> np.ndarray:
-    """Who is on each image, [M]: the person that the source proves across domains, else a class of a domain; "".
+    """The identity of each image, [M]: a person that the source proves across domains, else a class of a domain; or "".
 
     Args:
-        rows: of these images alone, as each takes a read.
+        rows: only these images, since each is read.
         space: within which equal classes are the same (default: the domain that the images come from).
     """
     rows = np.arange(len(split)) if rows is None else rows
     space = space or origin_of(split)[0]
-    own = np.array([f"{space}/{name}" for name in split.classes] + [""])[split.labels[rows]]
+    named = np.array([f"{space}/{name}" for name in split.classes] + [""])[split.labels[rows]]
     if split.domain == "object":
-        return own
+        return named
     persons = [split.fields(int(row)).get("person") for row in rows]
-    return np.array([name if person is None else f"person {person}" for name, person in zip(own, persons, strict=True)])
+    return np.array([name if one is None else f"person {one}" for name, one in zip(named, persons, strict=True)])

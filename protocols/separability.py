@@ -15,6 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from data_prep import progress
 from data_prep.format import Split
 from protocols.bootstrap import Estimate, bootstrap_counts, intervals, minus, show, weighted_mean
+from protocols.results import Separability, Space, UnseenSource
 from protocols.search import name_identities
 from protocols.tasks import Task
 
@@ -22,7 +23,7 @@ from protocols.tasks import Task
 def pixel_statistics(split: Split, rows: np.ndarray) -> np.ndarray:
     """A dozen statistics of colour, contrast, gradients and border of each image, float64 [n, 12].
 
-    They know nothing of what an image shows: what they separate is how the sets were made.
+    They carry no content: what they separate is how the sets were made.
     """
     result = np.empty((len(rows), 12))
     for i, row in enumerate(rows):
@@ -47,7 +48,7 @@ def crop_padding(image: torch.Tensor, tolerance: float = 8, least: float = 0.5) 
         spread = image.float().std(3 - axis).amax(0)  # [lines]
         busy = torch.nonzero(spread > tolerance).flatten().tolist() or [0, len(spread) - 1]
         most = int(len(spread) * (1 - least) / 2)
-        # two lines more: at the edge of what was padded, JPEG has mixed the two
+        # two lines more: JPEG blends padding and picture at the edge
         low = min(busy[0] + 2 * (busy[0] > 0), most)
         after = len(spread) - 1 - busy[-1]
         ends.append(slice(low, len(spread) - min(after + 2 * (after > 0), most)))
@@ -57,8 +58,8 @@ def crop_padding(image: torch.Tensor, tolerance: float = 8, least: float = 0.5) 
 class Canon:
     """Rows of a split in the one format of the control: plain borders cropped, squashed, `side` pixels of detail.
 
-    It is read as a split is. What still tells domains apart is not their aspect ratio, padding, size or sharpness (but
-    for images that have less than `side` pixels of detail to begin with).
+    It is read like a split. Aspect ratio, padding, size and sharpness no longer tell domains apart (except for images
+    that had less than `side` pixels of detail).
     """
 
     def __init__(self, split: Split, rows: np.ndarray, side: int, size: int = 128) -> None:
@@ -71,11 +72,11 @@ class Canon:
         return len(self.rows)
 
     def jpeg(self, row: int) -> tuple[str, bytes]:
-        """Key and bytes of the split's own image."""
+        """Key and bytes of the split's image."""
         return self.split.jpeg(int(self.rows[row]))
 
     def image(self, row: int) -> torch.Tensor:
-        """uint8 [3, size, size]; BadImage where the split's own image is damaged."""
+        """uint8 [3, size, size]; BadImage if the split's image is damaged."""
         from torchvision.transforms import InterpolationMode
         from torchvision.transforms.v2.functional import resize
 
@@ -95,7 +96,7 @@ def make_classifier(name: str):
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import LinearSVC
 
-    # balanced: of a task with few images the classifier would else seldom think, whatever they look like
+    # balanced: else a classifier would rarely predict a task with few images
     models = {"logistic": LogisticRegression(max_iter=500, class_weight="balanced"),
               "lda": LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"),
               "svm": LinearSVC(class_weight="balanced", dual=False)}
@@ -104,7 +105,7 @@ def make_classifier(name: str):
 
 def predict(name: str, fit: list[np.ndarray], test: list[np.ndarray], unfinished: Counter | None = None
             ) -> list[np.ndarray]:
-    """The task that a classifier fitted on `fit` ([n_d, D] per task) sees in each row of `test` ([m_d, D]).
+    """The task that a classifier fitted on `fit` ([n_d, D] per task) predicts for each row of `test` ([m_d, D]).
 
     A fit that did not converge is counted in `unfinished`, by the classifier's name.
     """
@@ -112,10 +113,10 @@ def predict(name: str, fit: list[np.ndarray], test: list[np.ndarray], unfinished
         warnings.simplefilter("always")
         model = make_classifier(name).fit(np.concatenate(fit).astype(np.float64),
                                           np.repeat(np.arange(len(fit)), [len(part) for part in fit]))
-        found = model.predict(np.concatenate(test).astype(np.float64))
+        predicted = model.predict(np.concatenate(test).astype(np.float64))
     if unfinished is not None and any(issubclass(w.category, ConvergenceWarning) for w in raised):
         unfinished[name] += 1
-    return np.split(found, np.cumsum([len(part) for part in test])[:-1])
+    return np.split(predicted, np.cumsum([len(part) for part in test])[:-1])
 
 
 def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int, seed: int) -> Estimate:
@@ -123,7 +124,7 @@ def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int
 
     Args:
         right: bool [m_d] per task.
-        ids: [m_d] per task, from `name_identities`: who is in two tasks is drawn, or not, in both.
+        ids: [m_d] per task, from `name_identities`: a person in two tasks is drawn in both or in neither.
     """
     names = np.unique(np.concatenate(ids), return_inverse=True)[1]
     ends = np.cumsum([len(part) for part in right])[:-1]
@@ -144,19 +145,19 @@ def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.nda
     """
     result = {}
     for name in CLASSIFIERS:
-        right = [found == k for k, found in enumerate(predict(name, fit, test, unfinished))]
+        right = [predicted == k for k, predicted in enumerate(predict(name, fit, test, unfinished))]
         result[name] = balanced_accuracy(right, ids, draws, seed)
     for a in range(len(fit)):
         for b in range(a + 1, len(fit)):
-            found = predict("logistic", [fit[a], fit[b]], [test[a], test[b]])
-            result[f"{a}/{b}"] = balanced_accuracy([found[0] == 0, found[1] == 1], [ids[a], ids[b]], draws, seed)
+            of_a, of_b = predict("logistic", [fit[a], fit[b]], [test[a], test[b]])
+            result[f"{a}/{b}"] = balanced_accuracy([of_a == 0, of_b == 1], [ids[a], ids[b]], draws, seed)
     return result
 
 
 def sources_of(split: Split, rows: np.ndarray) -> np.ndarray:
-    """The data set that each image comes from, [n] names; which command prepared it is no matter.
+    """The data set that each image comes from, [n] names, whichever command prepared it.
 
-    Out of distribution the split's name is part of it: photographs and sketches that one adapter prepared are two.
+    Out of distribution it includes the split's name: one adapter may prepare photographs and sketches.
     """
     provenance = split.index["provenance"]
     several = len(provenance["data_set"]) > 1 or provenance["source"] == "merge"  # then each sample names its own
@@ -170,19 +171,15 @@ Features = Callable[[Split, np.ndarray], np.ndarray]  # a split and rows of it -
 
 def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndarray]],
                    tested: dict[str, list[np.ndarray]], ids: list[np.ndarray], tasks: list[Task],
-                   fits: list[np.ndarray], others: dict, n: int, draws: int, seed: int) -> list[dict]:
-    """`separability` where the images of one domain are of a source never fitted on; for domains that have two.
+                   fits: list[np.ndarray], others: dict, n: int, draws: int, seed: int) -> list[UnseenSource]:
+    """`separability` where the images of one domain are of a source not fitted on, if it has two.
 
     Args:
         features: by space.
         fitted, tested: by space, per task: features of the rows `fits` of the training split, and of the test rows.
         ids: per task, who is on the test rows.
         others: domain -> its test splits and the rows of them that may be used.
-        n: at most so many images a source.
-
-    Returns:
-        Rows domain, source, images, identities, and per space the balanced accuracy over all tasks (value, low, high)
-        with the recall of the domain itself, and whether the fit converged.
+        n: most images of a source.
     """
     rng, table = np.random.default_rng(seed), []
     known = [sources_of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
@@ -202,17 +199,15 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
             rows, who = rows[~np.isin(who, seen)], who[~np.isin(who, seen)]
             if len(candidates) < 2 or left.sum() < 2 or not len(rows):
                 continue
-            row = {"domain": task.domain, "source": name, "images": len(rows), "identities": len(np.unique(who)),
-                   "spaces": {}}
+            table.append(UnseenSource(task.domain, str(name), len(rows), len(np.unique(who)), {}))
             names = [who if i == d else part for i, part in enumerate(ids)]
             for space, of in features.items():
                 parts = [part[left] if i == d else part for i, part in enumerate(fitted[space])]
                 test = [of(split, rows) if i == d else part for i, part in enumerate(tested[space])]
                 unfinished = Counter()
-                right = [found == i for i, found in enumerate(predict("logistic", parts, test, unfinished))]
-                row["spaces"][space] = show(balanced_accuracy(right, names, draws, seed)) | {
+                right = [predicted == i for i, predicted in enumerate(predict("logistic", parts, test, unfinished))]
+                table[-1].spaces[space] = show(balanced_accuracy(right, names, draws, seed)) | {
                     "recall": float(right[d].mean()), "converged": not unfinished}
-            table.append(row)
     return table
 
 
@@ -224,31 +219,31 @@ def draw_rows(tasks: list[Task], limit: int, seed: int) -> tuple[int, list[np.nd
 
 
 def measure_separability(features: dict[str, Features], tasks: list[Task], others: dict, draws: int, seed: int,
-                         limit: int) -> dict:
+                         limit: int) -> Separability:
     """`separability` in every space, of at most `limit` images a task; chance is 1 / tasks.
 
     `features`: by space: tuned, foundation, pixels, and the same with " canon"; `others`: see `unseen_sources`.
     """
     n, fits, probes = draw_rows(tasks, limit, seed)
     ids = [name_identities(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
-    found, fitted, tested, unfinished = {}, {}, {}, {name: Counter() for name in features}
+    by_space, fitted, tested, unfinished = {}, {}, {}, {name: Counter() for name in features}
     for name, of in progress(features.items(), desc="separability", unit="space"):
         fitted[name] = [of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
         tested[name] = [of(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
-        found[name] = separability(fitted[name], tested[name], ids, draws, seed, unfinished[name])
+        by_space[name] = separability(fitted[name], tested[name], ids, draws, seed, unfinished[name])
         for model in unfinished[name]:
             print(f"  separability: {CLASSIFIERS[model]} did not converge on {name}: an unfinished fit is scored")
     names = [task.domain for task in tasks]
     spaces = {}
-    for name, figures in found.items():
+    for name, figures in by_space.items():
         pairwise = {"/".join(names[int(i)] for i in key.split("/")): show(figure)
                     for key, figure in figures.items() if "/" in key}
-        spaces[name] = {model: show(figures[model]) for model in CLASSIFIERS} | {
-            "pairwise": pairwise, "converged": {model: not unfinished[name][model] for model in CLASSIFIERS}}
-        mine = "tuned canon" if name.endswith("canon") else "tuned"
-        if name != mine:
-            spaces[name]["lead_of_tuned"] = show(minus(found[mine]["logistic"], figures["logistic"]))
+        top = "tuned canon" if name.endswith("canon") else "tuned"
+        spaces[name] = Space(
+            **{model: show(figures[model]) for model in CLASSIFIERS}, pairwise=pairwise,
+            converged={model: not unfinished[name][model] for model in CLASSIFIERS},
+            lead_of_tuned=show(minus(by_space[top]["logistic"], figures["logistic"])) if name != top else None)
     plain = {name: of for name, of in features.items() if not name.endswith("canon")}
-    return {"images_per_task": n, "chance": 1 / len(tasks), "spaces": spaces,
-            "identities": {name: len(np.unique(part)) for name, part in zip(names, ids, strict=True)},
-            "unseen_sources": unseen_sources(plain, fitted, tested, ids, tasks, fits, others, n, draws, seed)}
+    return Separability(n, 1 / len(tasks), spaces,
+                        {name: len(np.unique(part)) for name, part in zip(names, ids, strict=True)},
+                        unseen_sources(plain, fitted, tested, ids, tasks, fits, others, n, draws, seed))

@@ -1,4 +1,4 @@
-"""Subspaces: how well each task is served by the leading components of another, at every k, beside controls.
+"""Subspaces: how well the leading components of one task serve another, at every k, beside controls.
 
 Copy with it: data_prep/, kernels/gather.py, kernels/gather_triton.py, models/, protocols/.
 """
@@ -14,16 +14,16 @@ import numpy as np
 import torch
 
 from data_prep import progress
-from protocols.bootstrap import Estimate, bootstrap_counts, finite, minus, show
-from protocols.results import Pair, Transfer
+from protocols.bootstrap import Estimate, bootstrap_counts, finite, minus, show, unit
+from protocols.results import Pair, Serving, Transfer
 from protocols.tasks import Task, vectors_of
 
 # numbers of components at which controls are measured; the claim itself is measured at every one
 GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 99, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-LEVELS = (0.99, 0.95)  # k* is the number of components that keeps so much of what is above chance
+LEVELS = (0.99, 0.95)  # k* is the number of components that keeps this share of (score - chance)
 RANDOM_SEEDS = 10
 TIE = 1e-6  # cosines that differ by less are equal: far above rounding in float32, far below what a score can show
-FITTED = 20  # at most so many images per dimension are fitted on: more do not change a covariance, only take time
+FITTED = 20  # most images per dimension that are fitted: more cost time and hardly change a covariance
 
 
 # ---------------------------------------------------------------- subspaces
@@ -42,8 +42,7 @@ def principal_components(x: np.ndarray, device: torch.device | str = "cpu"
 def determined(variances: np.ndarray, n: int) -> int:
     """How many components n images determine: n - 1, or fewer where images repeat or dimensions are dead.
 
-    Along all further ones nothing varies: any orthonormal basis of the rest is as right, and which one is returned is
-    an accident of rounding, so that no figure may depend on it.
+    Nothing varies along the others: their basis is an accident of rounding, so no figure may depend on it.
     """
     rounding = variances[0] * len(variances) * np.finfo(np.float64).eps
     return max(min(n - 1, int((variances > rounding).sum())), 1)
@@ -62,7 +61,7 @@ class Turned:
 
     def __getitem__(self, rows: slice) -> torch.Tensor:
         """Coordinates of some rows, float32 [rows, columns of the basis]."""
-        # centred before they are turned: afterwards the rounding of a large mean would be in every small coordinate
+        # centred first: else the rounding error of a large mean would enter every small coordinate
         return (to_device(self.x[rows], self.device) - self.mean) @ self.basis
 
 
@@ -113,10 +112,10 @@ def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callab
           advance: Callable[..., torch.Tensor], device: torch.device | str, size: int | None) -> np.ndarray:
     """Score every probe in one subspace after another, by blocks of scores that stay in the cache.
 
-    The nearest vector is the largest S / |g|, since a probe's own length changes no order. The scores of mates are kept
-    apart (there are few), so that S holds the wrong ones alone and the largest of a row is enough. Memory: the probes,
-    a block of the gallery twice with its inverse lengths [block, steps], the best scores [steps, n] of mates and of
-    others, and for each of torch's threads two blocks of scores.
+    The nearest vector has the largest S / |g|: a probe's length changes no order. The few scores of mates are kept
+    apart, so that S holds only wrong ones and the largest of a row is enough. Memory: the probes, a block of the
+    gallery twice with its inverse lengths [block, steps], the best scores [steps, n] of mates and of others, and for
+    each of torch's threads two blocks of scores.
 
     Args:
         probe, gallery: coordinates, [n, D] and [m, D].
@@ -131,16 +130,16 @@ def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callab
     """
     size = size or (1 << 19 if torch.device(device).type == "cpu" else 1 << 26)
     q = torch.as_tensor(probe[:], device=device)
-    # of a block of the gallery: scores of 32 probes, so that what is read of the gallery is little beside them
+    # of a block of the gallery: for scores of 32 probes, so that reading it costs little beside them
     width = min(len(gallery), max(size // 32, 1), 1 << 18)
     block = max(1, min(size // width, len(q)))
     best, wrong = (torch.full((steps, len(q)), -torch.inf, dtype=q.dtype, device=device) for _ in range(2))
     many, flat = np.array([len(mates) for mates in task.mates]), np.concatenate(task.mates)
     places = (many.cumsum() - many)[:, None] + np.minimum(np.arange(many.max()), many[:, None] - 1)
-    mates = torch.as_tensor(flat[places], device=device)  # [n, most]; who has fewer has the last once more
+    mates = torch.as_tensor(flat[places], device=device)  # [n, most]; padded with the last one
     owner = np.repeat(np.arange(len(many)), many + np.array([len(out) for out in task.ignored]))  # rising
     apart = np.concatenate([part for pair in zip(task.mates, task.ignored, strict=True) for part in pair])
-    apart = torch.as_tensor(np.stack([owner, apart]), device=device)  # vectors that are no wrong ones
+    apart = torch.as_tensor(np.stack([owner, apart]), device=device)  # vectors that are not wrong
 
     def score(first: int, start: int, g: torch.Tensor, by_coordinate: torch.Tensor, inverse: torch.Tensor) -> None:
         rows = slice(first, first + block)
@@ -153,10 +152,10 @@ def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callab
             best[:, rows] = torch.where(inside, torch.maximum(best[:, rows], cosine), best[:, rows])
         x = x.T.contiguous()
         scores = torch.zeros(x.shape[1], len(g), dtype=x.dtype, device=device)
-        mine = apart[:, slice(*np.searchsorted(owner, [first, first + block]))] - torch.tensor(
+        not_wrong = apart[:, slice(*np.searchsorted(owner, [first, first + block]))] - torch.tensor(
             [[first], [start]], device=device)
-        mine = mine[:, (mine[1] >= 0) & (mine[1] < len(g))]
-        scores[mine[0], mine[1]] = -torch.inf
+        not_wrong = not_wrong[:, (not_wrong[1] >= 0) & (not_wrong[1] < len(g))]
+        scores[not_wrong[0], not_wrong[1]] = -torch.inf
         cosine, highest = torch.empty_like(scores), torch.empty_like(best[:, rows])
         for i in range(steps):
             torch.mul(advance(i, scores, x, by_coordinate, cosine), inverse[i], out=cosine)
@@ -169,7 +168,7 @@ def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callab
         inverse = torch.cat([sums(part.square()).clamp(min=1e-24).rsqrt().to(g.dtype)
                              for part in g.split(4096)]).T.contiguous()  # [steps, width]
         work = partial(score, start=start, g=g, by_coordinate=g.T.contiguous(), inverse=inverse)
-        # a thread a block: operations as short as these would spend their time waiting for one another's threads
+        # one thread a block: the threads of such short operations would mostly wait for each other
         torch.set_num_threads(1 if q.device.type == "cpu" else threads)
         try:
             with ThreadPoolExecutor(threads if q.device.type == "cpu" else 1, initializer=torch.set_num_threads,
@@ -181,17 +180,12 @@ def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callab
     return (best - lead > wrong).cpu().numpy()
 
 
-def unit(x: np.ndarray) -> np.ndarray:
-    """Rows divided by their lengths."""
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
-
-
 def show_needed(figure: Estimate, limit: int) -> dict[str, float | None]:
     """A k* for JSON; a value or an end of its interval that lies beyond the limit is null, and "above" is the limit."""
     draws = figure.draws[~np.isnan(figure.draws)]
     if math.isnan(figure.value) or not len(draws):
         return dict.fromkeys(("value", "low", "high"))
-    # the ends are resampled values themselves: between a number and "beyond" there is no middle
+    # the ends are resampled values: nothing lies between a number and "beyond"
     ends = [figure.value, *np.quantile(draws, [0.025, 0.975], method="inverted_cdf")]
     named = dict(zip(("value", "low", "high"), map(finite, ends), strict=True))
     return named | ({"above": limit} if None in named.values() else {})
@@ -213,7 +207,7 @@ def components_needed(share: np.ndarray, ks: list[int], level: float) -> np.ndar
         float [...]; NaN where a share is unknown.
     """
     short = ~(np.asarray(share) >= level)
-    after = np.where(short.any(-1), len(ks) - short[..., ::-1].argmax(-1), 0)  # one behind the last that is short
+    after = np.where(short.any(-1), len(ks) - short[..., ::-1].argmax(-1), 0)  # one after the last that is short
     return np.where(np.isnan(share).any(-1), np.nan, np.append(np.asarray(ks, dtype=float), np.inf)[after])
 
 
@@ -237,7 +231,7 @@ class Curve:
         return Estimate(float(self.kept[i]), self.draws[:, i])
 
     def interval(self) -> np.ndarray:
-        """95 % of what is kept, [2, len(ks)]; NaN where it is not known."""
+        """95 % of what is kept, [2, len(ks)]; NaN where unknown."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a column of NaN has no quantile
             return np.nanquantile(self.draws, [0.025, 0.975], axis=0)
@@ -286,7 +280,7 @@ class Trial:
 
 
 def to_device(x: np.ndarray | torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """A float32 tensor on the device; one that is already there as it is."""
+    """A float32 tensor on the device, without a copy if it already is one."""
     return torch.as_tensor(x, dtype=torch.float32, device=device)
 
 
@@ -307,10 +301,10 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
     Args:
         embedded: domain -> unit embeddings of its training and of its test split.
         tasks: the tasks.
-        headline: the k of the claim; where fewer components are determined, that many.
+        headline: the k of the claim, lowered to the number of determined components.
         draws: bootstrap resamplings, by identity.
         seed: of the sub-sampling and the random subspaces.
-        foundation: embeddings of the untouched backbone, whose components are then used on `embedded`, too.
+        foundation: embeddings of the untouched backbone, whose components are also used on `embedded`.
         device: of the sweeps.
 
     Returns:
@@ -334,7 +328,7 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
 
         def measure(kind: str, fit: str, basis: np.ndarray, ks: list[int], trial=trial) -> Curve:
             bar.update()
-            # the controls have the mean of the components: else they would differ in their centring, too
+            # controls use the same mean, or they would also differ in their centring
             curves.append(trial.curve(kind, fit, fits[fit][0], basis, ks))
             return curves[-1]
 
@@ -342,9 +336,9 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
         for fit, (_, basis, _) in fits.items():
             curve = measure("components", fit, basis, every)
             random = [measure("random", fit, turn, grid) for turn in turns]
-            for number, one in enumerate(random):
-                one.number = number
-            found, by_chance = curve.at(headline), Estimate(
+            for number, control in enumerate(random):
+                control.number = number
+            at_k, by_chance = curve.at(headline), Estimate(
                 float(np.mean([c.at(headline).value for c in random])),
                 np.mean([c.at(headline).draws for c in random], axis=0))
             k99, k95 = (Estimate(float(components_needed(curve.kept, every, level)),
@@ -354,14 +348,14 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                 curve.kept[np.array(grid) - 1], np.mean([c.kept for c in random], axis=0)) for level in LEVELS]
             pairs.append(Pair(
                 fit, task.domain, len(np.unique(task.target)), task.chance(), raw, curve.full.value, curve.full.low,
-                curve.full.high, headline, *show(found).values(), show(by_chance), show(minus(found, by_chance)),
+                curve.full.high, headline, *show(at_k).values(), show(by_chance), show(minus(at_k, by_chance)),
                 show_needed(k99, limit), show_needed(k95, limit), *coarse))
             if untouched:
-                theirs = measure("foundation", fit, untouched[fit][1], grid).at(headline)
-                pairs[-1].foundation, pairs[-1].over_foundation = show(theirs), show(minus(found, theirs))
+                of_untouched = measure("foundation", fit, untouched[fit][1], grid).at(headline)
+                pairs[-1].foundation, pairs[-1].over_foundation = show(of_untouched), show(minus(at_k, of_untouched))
     bar.close()
-    all_tasks = [{"fit": fit} | {name: show_needed(largest(figures), limit) for name, figures in
-                                 zip(("k99", "k95"), zip(*of, strict=True), strict=True)} for fit, of in stars.items()]
+    all_tasks = [Serving(fit, *(show_needed(largest(figures), limit) for figures in zip(*of, strict=True)))
+                 for fit, of in stars.items()]
     return Transfer(pairs, all_tasks, n, n < 5 * D, D, limit), curves, fits
 
 
@@ -376,5 +370,5 @@ def random_basis(dim: int, seed: int, number: int) -> np.ndarray:
 
 
 def largest(figures: list[Estimate]) -> Estimate:
-    """The largest of several figures with as many resamplings; NaN where one of them is."""
+    """The largest of several figures with equal numbers of resamplings; NaN where one is NaN."""
     return Estimate(float(np.max([f.value for f in figures])), np.max([f.draws for f in figures], axis=0))

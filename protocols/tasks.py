@@ -1,4 +1,4 @@
-"""What an analysis works on: the probes and galleries of each task, and the images that components are fitted on.
+"""The data of an analysis: probes and galleries of each task, and the images that components are fitted on.
 
 Copy with it: data_prep/, kernels/gather.py, kernels/gather_triton.py, models/, protocols/.
 """
@@ -22,10 +22,10 @@ ROWS = 1 << 16  # vectors handled at once
 
 @dataclass
 class Task:
-    """What one domain contributes: rows to fit on, and a test on other identities.
+    """The part of one domain: rows to fit on, and a test on other identities.
 
-    A projection is scored by the share of probes whose nearest gallery vector is a mate. The gallery vectors are single
-    images for people, and class means for objects.
+    A projection is scored by the share of probes whose nearest gallery vector is a mate. Gallery vectors are single
+    images for people and class means for objects.
     """
 
     domain: str
@@ -53,7 +53,7 @@ class Task:
 
 def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: str | None, where: str
                  ) -> tuple[dict[str, tuple[Split, Split]], dict[str, str]]:
-    """Training and test split of each domain of a run; and of the domains that are left out, why.
+    """Training and test split of each domain of a run; and why other domains are left out.
 
     A domain that --splits (`names`) does not name is tested on the first of `ordered_tests`.
     """
@@ -79,12 +79,12 @@ def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: s
 
 
 class Degraded(Split):
-    """A training split as `train.py --degrade` shows it: each image degraded by up to `severity`, always alike."""
+    """A training split as `train.py --degrade` shows it: each image degraded by up to `severity`, each time alike."""
 
     def __init__(self, folder: Path, severity: float, seed: int) -> None:
         super().__init__(folder)
         self.severity, self.seed = severity, seed
-        self.name += f"-degraded{100 * severity:g}-{seed}"  # its embeddings are kept apart
+        self.name += f"-degraded{100 * severity:g}-{seed}"  # its embeddings have a file of their own
 
     def __reduce__(self):
         return Degraded, (self.folder, self.severity, self.seed)
@@ -98,15 +98,15 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
     """The task of a domain, or why there is none.
 
     Classes that are in both splits (objects) are divided: every second one is fitted on, the others are tested.
-    Identities that other tasks test are still among its rows to fit on: see `drop_tested`.
+    Its rows to fit on still contain identities that other tasks test: see `drop_tested`.
 
     Args:
         base, test: training and test split.
         readable: bool, rows of either that may be used.
-        limit: at most so many probes, drawn.
+        limit: most probes, drawn at random.
 
     Raises:
-        InputError: one identity alone is tested.
+        InputError: only one identity can be tested.
     """
     domain, rng = base.domain, np.random.default_rng((seed, DOMAINS.index(base.domain)))
     shared = sorted(set(test.classes) & set(base.classes))
@@ -120,16 +120,16 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
         place = {name: i for i, name in enumerate(base.classes)}
         label = np.array([place.get(name, -1) for name in test.classes])[test.labels]
         probe = rng.permutation(rows[label[rows] >= 0])[:limit]
-        found = np.unique(label[probe])
-        gallery = np.flatnonzero(np.isin(base.labels, found) & readable[0])
-        group = np.searchsorted(found, base.labels[gallery])
+        classes = np.unique(label[probe])
+        gallery = np.flatnonzero(np.isin(base.labels, classes) & readable[0])
+        group = np.searchsorted(classes, base.labels[gallery])
         if len(shared) < 2:
             return (f"{'one class' if shared else 'no class'} of {test.name} is in {base.name}, want at least 2: "
                     "--splits names another split")
-        if len(fit) < 2 or not len(found) or len(np.unique(group)) < len(found):
+        if len(fit) < 2 or not len(classes) or len(np.unique(group)) < len(classes):
             return "too few readable images of its classes"
-        refuse_one(test, found)
-        mates = list(np.searchsorted(found, label[probe])[:, None])
+        refuse_one(test, classes)
+        mates = list(np.searchsorted(classes, label[probe])[:, None])
         return Task(domain, test, base, fit, probe, gallery, group, label[probe], mates, [mates[0][:0]] * len(probe))
 
     roles, cameras, labels = test.optional("role"), test.optional("camera"), np.array(test.labels)
@@ -156,16 +156,16 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
 
 
 def refuse_one(test: Split, target: np.ndarray) -> None:
-    """Intervals are over identities: of one alone every resampling is the same, and the interval has no width."""
+    """Intervals resample identities: with a single one they have no width."""
     if len(np.unique(target)) < 2:
-        raise InputError(f"{test.folder}: one identity alone can be tested, want at least 2: name another split of "
+        raise InputError(f"{test.folder}: only one identity can be tested, want at least 2: name another split of "
                          f"{test.domain} with --splits")
 
 
 def drop_tested(tasks: list[Task], most: int, seed: int) -> None:
-    """Take from the rows that each task is fitted on every identity that ANY task tests: people may be in several.
+    """Drop from each task's rows to fit on every identity that ANY task tests: people may be in several.
 
-    At most `most` rows of a task, drawn, are looked at: more would not be used, and each costs a read.
+    At most `most` drawn rows of a task are checked: more would not be used, and each is read.
     """
     tested = set()
     for task in tasks:
@@ -180,14 +180,13 @@ def drop_tested(tasks: list[Task], most: int, seed: int) -> None:
 def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Probe vectors [n, D] and gallery vectors [m, D] of a task, from the unit embeddings of its two splits.
 
-    An object class is the mean of its unit embeddings in the full space, as in `class_means`, and is centred
-    and projected as an image is. (Normalising every image anew in each subspace before averaging would weigh it by how
-    little of it the subspace holds, and would cost a pass over the training set for every k. So projecting the mean is
-    the mean of the projections, and one sweep serves people and objects.)
+    An object class is the mean of its unit embeddings in the full space, as in `class_means`, and is centred and
+    projected like an image, so that one sweep serves people and objects. (Normalising the images in each subspace would
+    give those most weight of which it holds least, and cost a pass over the training set for every k.)
     """
     base, test = embedded
     x, m = base if task.domain == "object" else test, task.vectors
-    if m == len(task.gallery):  # single images: a million of them are gigabytes, and are not held in float64 as well
+    if m == len(task.gallery):  # single images: a million would be gigabytes in float64
         return test[task.probe], x[task.gallery[np.argsort(task.group)]]
     means = np.zeros((m, x.shape[1]))
     for start in range(0, len(task.gallery), ROWS):  # by blocks: a copy of a million images would be gigabytes
@@ -197,7 +196,7 @@ def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.
 
 
 class Embeddings:
-    """Unit embeddings [M, D] in their file: rows are read when they are asked for, since a million are gigabytes."""
+    """Unit embeddings [M, D] in their file: rows are read on demand, since a million are gigabytes."""
 
     def __init__(self, path: Path) -> None:
         self.raw = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -212,5 +211,5 @@ class Embeddings:
 
 
 def read_embeddings(embedder: Embedder, split: Split) -> Embeddings:
-    """The embeddings of a split, computed where they are not there."""
+    """The embeddings of a split, computed if missing."""
     return Embeddings(embedder.prepare(split))

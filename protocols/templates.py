@@ -20,15 +20,15 @@ from protocols.search import FPIRS, mates_in, search_gallery, tpir_at_fpir
 
 @dataclass
 class Templates:
-    """What the images of a template set amount to: one vector a template, and whose it is."""
+    """The images of a template set, pooled: one vector and one identity per template."""
 
     ids: np.ndarray  # int64 [T], ascending: every template that has an image or is listed
     vectors: np.ndarray  # unit float32 [T, D]; zeros where not enrolled
-    identity: np.ndarray  # int64 [T]; below 0, and its own, where neither images nor a genuine pair tell the person
+    identity: np.ndarray  # int64 [T]; below 0 and unique where neither images nor a genuine pair give the person
     enrolled: np.ndarray  # bool [T]: has a readable image
 
     def places(self, ids: np.ndarray) -> np.ndarray:
-        """Where templates stand in these arrays."""
+        """Indices of templates in these arrays."""
         if len(self.ids) and self.ids[0] >= 0 and self.ids[-1] < 1 << 24:  # numbers like IJB's: ten times as fast
             place = np.zeros(self.ids[-1] + 1, dtype=np.int32)
             place[self.ids] = np.arange(len(self.ids))
@@ -44,7 +44,7 @@ def pool_templates(x: np.ndarray, split: Split, quality: np.ndarray) -> Template
     Args:
         x: embeddings float32 [M, D], not normalised; NaN where unreadable.
         split: a split with the protocol "templates".
-        quality: [M], multiplied to the embeddings.
+        quality: [M], factors of the embeddings.
     """
     template, media = np.array(split.optional("template")), split.optional("media")
     tables = {"template_pairs": 2, "template_gallery": 1, "template_probes": 1}  # columns that name templates
@@ -59,44 +59,44 @@ def pool_templates(x: np.ndarray, split: Split, quality: np.ndarray) -> Template
     weight = (quality[rows] / size[medium]).astype(np.float32)
     vectors = normalise(scipy.sparse.csr_array((weight, (place, rows)), shape=(len(ids), len(x))) @ x)
     enrolled, identity = np.zeros(len(ids), dtype=bool), -2 - np.arange(len(ids))
-    enrolled[place], identity[named] = True, split.labels[listed]  # unreadable images tell whose it is, too
-    found, told = Templates(ids, vectors, identity, enrolled), np.isin(np.arange(len(ids)), named)
-    if "template_pairs" in split.index["columns"] and not told.all():
+    enrolled[place], identity[named] = True, split.labels[listed]  # unreadable images give it, too
+    templates, known = Templates(ids, vectors, identity, enrolled), np.isin(np.arange(len(ids)), named)
+    if "template_pairs" in split.index["columns"] and not known.all():
         pairs = split.column("template_pairs")
-        left, right = (found.places(column) for column in pairs[pairs[:, 2] == 1, :2].T)
+        left, right = (templates.places(column) for column in pairs[pairs[:, 2] == 1, :2].T)
         for a, b in ((left, right), (right, left)):
-            known = ~told[a] & told[b]
-            identity[a[known]] = identity[b[known]]
-    return found
+            missing = ~known[a] & known[b]
+            identity[a[missing]] = identity[b[missing]]
+    return templates
 
 
 def score_listed(x: np.ndarray, left: np.ndarray, right: np.ndarray, block: int = 256,
                  device: torch.device | str = "cpu") -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Places in the list and inner products float32 of listed pairs of rows of x, some at a time, each pair once.
+    """Places in the list and inner products (float32) of listed pairs of rows of x, in blocks, each pair once.
 
-    By blocks of left rows times all rows: lists of templates name the same ones thousands of times, and to gather both
-    sides pair by pair moves far more memory.
+    By blocks of left rows times all rows: lists name the same templates thousands of times, and gathering both sides
+    pair by pair moves far more memory.
     """
     order = np.argsort(left, kind="stable")
     lefts, size = np.unique(left, return_counts=True)
     first = np.concatenate([[0], np.cumsum(size)])
     x = torch.from_numpy(x).to(device)
     for start in range(0, len(lefts), block):
-        some = lefts[start : start + block]
-        pairs = order[first[start] : first[start + len(some)]]
-        rows = np.repeat(np.arange(len(some)), size[start : start + len(some)])
-        scores = x[torch.from_numpy(some).to(device)] @ x.T
+        chunk = lefts[start : start + block]
+        pairs = order[first[start] : first[start + len(chunk)]]
+        rows = np.repeat(np.arange(len(chunk)), size[start : start + len(chunk)])
+        scores = x[torch.from_numpy(chunk).to(device)] @ x.T
         places = torch.from_numpy(rows * len(x) + right[pairs]).to(device)
         yield pairs, scores.flatten()[places].cpu().numpy()
 
 
 @dataclass
 class Scores:
-    """What a long list of pairs scored, in bounded memory: each score in a bin, and the highest in full."""
+    """Scores of a long list of pairs in bounded memory: all in bins, the highest in full."""
 
-    bins: np.ndarray  # int64 [2, BINS + 1]: impostors and genuine pairs by cosine; first those never accepted
+    bins: np.ndarray  # int64 [2, BINS + 1]: impostors and genuine pairs by cosine; bin 0: never accepted
     pairs: np.ndarray  # [n] places in the list of those kept, the highest score first
-    scores: np.ndarray  # float32 [n] theirs
+    scores: np.ndarray  # float32 [n]
     whole: bool  # all are kept
 
 
@@ -111,7 +111,7 @@ def collect_scores(listed: Iterator[tuple[np.ndarray, np.ndarray]], same: np.nda
     for pairs, scores in listed:
         at = np.where(scores < -1.5, 0, np.clip((scores + 1) * (BINS / 2), 0, BINS - 1).astype(np.int64) + 1)
         bins += np.bincount(same[pairs] * (BINS + 1) + at, minlength=2 * (BINS + 1)).reshape(2, -1)
-        # the bin of the need-th highest impostor so far can only rise: what is below it will not be needed
+        # the bin of the need-th highest impostor so far can only rise: scores below it are not needed
         above = np.cumsum(bins[0, ::-1])
         least = BINS - int(np.searchsorted(above, need)) if above[-1] >= need else 0
         high = at >= least
@@ -136,23 +136,23 @@ class Tail:
     corner: np.ndarray  # bool [points]: also a point of scikit-learn's roc_curve, which drops some
 
 
-def find_tail(found: Scores, same: np.ndarray, target: float) -> Tail | None:
+def find_tail(collected: Scores, same: np.ndarray, target: float) -> Tail | None:
     """The part of the ROC that decides TAR at every FAR up to `target`; None where too few scores were kept.
 
     Points without a genuine pair of their own are kept only where scikit-learn keeps them: where the steps to the
     neighbouring thresholds differ. The rule of the nearest FAR depends on that, to the last digit.
     """
-    last = np.flatnonzero(np.append(np.diff(found.scores) != 0, True))  # ties are accepted together
-    matched = same[found.pairs]
+    last = np.flatnonzero(np.append(np.diff(collected.scores) != 0, True))  # ties are accepted together
+    matched = same[collected.pairs]
     genuine, false = np.cumsum(matched)[last], np.cumsum(~matched)[last]
     corner = np.ones(len(last), dtype=bool)
     corner[1:-1] = (np.diff(genuine, 2) != 0) | (np.diff(false, 2) != 0)
-    corner[-1] = found.whole  # else its neighbour below is not known
-    if not found.whole and not (corner & (false >= target * found.bins[0].sum())).any():
+    corner[-1] = collected.whole  # else its lower neighbour is unknown
+    if not collected.whole and not (corner & (false >= target * collected.bins[0].sum())).any():
         return None
     kept = corner | (np.diff(genuine, prepend=0) > 0)
     ends = last[kept]
-    return Tail(found.pairs[: ends[-1] + 1], np.append(0, ends[:-1] + 1), corner[kept])
+    return Tail(collected.pairs[: ends[-1] + 1], np.append(0, ends[:-1] + 1), corner[kept])
 
 
 def tar_at_nearest_far(far: np.ndarray, tar: np.ndarray, target: float) -> float:
@@ -167,7 +167,7 @@ def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, se
                          device: torch.device | str = "cpu") -> tuple[dict[str, dict[str, Estimate]], dict]:
     """TAR@FAR of listed pairs of templates, by rule for the FAR ("nearest", "strict"), and curves to draw.
 
-    Only FARs of which the list has an impostor to spare. A pair with a template that is not enrolled is never accepted.
+    FARs below 1 / (impostor pairs) are left out. A pair with a template that is not enrolled is never accepted.
     """
     left, right = templates.places(pairs[:, 0]), templates.places(pairs[:, 1])
     same = np.array(pairs[:, 2] == 1)
@@ -195,7 +195,7 @@ def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, se
         corner, ends = np.append(True, tail.corner), []
 
         def roc_of(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            """FAR and TAR at the tail's points when each person is there so many times; NaN without pairs of a kind."""
+            """FAR and TAR at the tail's points for these counts of each person; NaN without pairs of a kind."""
             once = counts[a]
             genuine = np.add.reduceat(np.where(matched, once, 0), tail.start)
             false = np.add.reduceat(np.where(matched, 0, once * counts[b]), tail.start)
@@ -209,38 +209,38 @@ def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, se
             nearest = {("nearest", f): tar_at_nearest_far(far[corner], tar[corner], f) for f in targets}
             return nearest | {("strict", f): tar_at_far(far, tar, f) for f in targets}
 
-        found = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs), np.arange(people))
-        return found, roc_of(np.ones(people, dtype=np.int64)), np.nanmin(ends)
+        tars = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs), np.arange(people))
+        return tars, roc_of(np.ones(people, dtype=np.int64)), np.nanmin(ends)
 
-    # all of them where many scores are equal, or where a resampling lacks the people of the highest impostors
+    # then all, if many scores are equal or a resampling lacks the people of the highest impostors
     for need in (int(1.5 * max(targets) * others) + 2, others + 1):
         scores = collect_scores(listed(), same, need)
         if tail := find_tail(scores, same, max(targets)):
-            found, curve, end = resample(tail)
+            tars, curve, end = resample(tail)
             if scores.whole or end > max(targets):
                 break
-    figures = {rule: {f"tar@far={far:g}": found[rule, far] for far in targets} for rule in ("nearest", "strict")}
+    figures = {rule: {f"tar@far={far:g}": tars[rule, far] for far in targets} for rule in ("nearest", "strict")}
     return figures, draw_from_bins(scores.bins, *curve)
 
 
 def draw_from_bins(bins: np.ndarray, far: np.ndarray, tar: np.ndarray, points: int = 2000) -> dict:
-    """What is drawn of a long list of pairs: its ROC, exact as far as the tail goes, then from the bins; its scores."""
+    """Plot data of a long list of pairs: its ROC, exact in the tail, then from the bins; its scores."""
     impostor, genuine = (np.cumsum(kind[::-1]) / max(kind.sum(), 1) for kind in bins)
     below = impostor > far[-1]
     far, tar = np.append(far, impostor[below]), np.append(tar, genuine[below])
     grid = np.geomspace(max(far[far > 0].min(), 1e-7), 1, points)
-    some = np.unique(np.concatenate([[0, len(far) - 1], np.searchsorted(far, grid, side="right") - 1]))
+    shown = np.unique(np.concatenate([[0, len(far) - 1], np.searchsorted(far, grid, side="right") - 1]))
     wide = bins[:, 1:].reshape(2, len(SCORE_BINS) - 1, -1).sum(2)
-    return {"far": far[some], "tar": tar[some], "same": wide[1], "different": wide[0]}
+    return {"far": far[shown], "tar": tar[shown], "same": wide[1], "different": wide[0]}
 
 
 def score_template_search(templates: Templates, galleries: list[np.ndarray], probes: np.ndarray, draws: int,
                           seed: int, device: torch.device | str = "cpu") -> dict[str, Estimate]:
-    """Rank-k and TPIR@FPIR of probe templates in each gallery for itself.
+    """Rank-k and TPIR@FPIR of probe templates in each gallery separately.
 
-    Hits at a rank are added over the galleries and divided by all probes (each has its mate in one of them); TPIR is
-    the mean over galleries. Mated is a probe whose person a gallery lists, enrolled or not: where either of the two is
-    not enrolled, it counts as a miss. So does, in every gallery, a probe that is not enrolled and of unknown person.
+    Hits at a rank are summed over galleries and divided by all probes (each has its mate in one of them); TPIR is the
+    mean over galleries. A probe is mated if a gallery lists its person; if either is not enrolled, it is a miss. A
+    probe that is not enrolled and of unknown person is a miss in every gallery.
     Source: insightface, `ijb_evals.py`, evaluation_1N.
     """
     probes, searches = templates.places(probes), []
@@ -252,7 +252,7 @@ def score_template_search(templates: Templates, galleries: list[np.ndarray], pro
         same = mates_in(templates.identity[rows])
         search = search_gallery(templates.vectors, probes, rows, lambda p, same=same: (same(templates.identity[p]), []),
                                 device=device)
-        search.own[lost], search.first[lost], search.wrong[lost] = -np.inf, np.inf, -2
+        search.correct[lost], search.first[lost], search.wrong[lost] = -np.inf, np.inf, -2
         searches.append((search, listed | (lost & (people < 0))))
     supported = [f for f in FPIRS if all((~mated).sum() * f >= 1 and mated.any() for _, mated in searches)]
 
@@ -260,7 +260,7 @@ def score_template_search(templates: Templates, galleries: list[np.ndarray], pro
         values = {f"rank-{k}": weighted_mean(sum((search.first <= k).astype(float) for search, _ in searches), weights)
                   for k in (1, 5, 10)}
         for f in supported:
-            values[f"tpir@fpir={f:g}"] = float(np.mean([tpir_at_fpir(*found, f, weights) for found in searches]))
+            values[f"tpir@fpir={f:g}"] = float(np.mean([tpir_at_fpir(*pair, f, weights) for pair in searches]))
         return values
 
     who = templates.identity[probes]
@@ -275,9 +275,9 @@ def score_templates(x: np.ndarray, split: Split, draws: int, seed: int,
         x: embeddings [M, D], not normalised.
 
     Returns:
-        {rule: {metric: Estimate}}, the customary one first, and to draw, of that one: as `score_verification`.
+        {rule: {metric: Estimate}}, the customary one first, and its plot data, as of `score_verification`.
     """
-    columns, found, curve = split.index["columns"], {}, {}
+    columns, figures, curve = split.index["columns"], {}, {}
     poolings = {"norm": np.ones(len(split), dtype=np.float32)}
     if "quality" in columns:
         poolings = {"norm x detector score": np.maximum(split.column("quality"), 0)} | poolings
@@ -286,13 +286,13 @@ def score_templates(x: np.ndarray, split: Split, draws: int, seed: int,
         if "template_pairs" in columns:
             by_rule, drawn = score_template_pairs(templates, split.column("template_pairs"), draws, seed, device)
             curve = curve or drawn
-            found |= {f"1:1, {how}, {rule} FAR": figures for rule, figures in by_rule.items()}
+            figures |= {f"1:1, {how}, {rule} FAR": by_metric for rule, by_metric in by_rule.items()}
         if {"template_gallery", "template_probes"} <= set(columns):
             listed, probes = split.column("template_gallery"), split.column("template_probes")[:, 0]
             galleries = [listed[listed[:, 1] == g, 0] for g in np.unique(listed[:, 1])]
             rule = f"1:N in {len(galleries)} galleries, {how}, TPIR above the floor(N x FPIR)-th non-mate"
-            found[rule] = score_template_search(templates, galleries, probes, draws, seed, device)
-    if not any(found.values()):
+            figures[rule] = score_template_search(templates, galleries, probes, draws, seed, device)
+    if not any(figures.values()):
         raise Unscorable(f"{split.folder}: its lists support no figure: {1 / max(FARS):g} impostor pairs and a genuine "
-                         "one, or a gallery and probes, are the least")
-    return found, curve
+                         "one, or a gallery and probes, are needed")
+    return figures, curve

@@ -18,26 +18,26 @@ MISS = -2.0  # below every cosine
 
 
 def choose_crowd(splits: list[Split]) -> list[Split]:
-    """The test split that stands for each domain; none where there are not two domains."""
+    """One test split per domain; none with fewer than two domains."""
     chosen = [ordered_tests([split for split in splits if split.domain == domain])[:1] for domain in DOMAINS]
-    crowd = [split for one in chosen for split in one]
+    crowd = [split for splits_of_domain in chosen for split in splits_of_domain]
     return crowd if len(crowd) > 1 else []
 
 
 @dataclass(eq=False)
 class Member:
-    """What a domain brings to the unified gallery."""
+    """The part of one domain in the unified gallery."""
 
     split: Split
     x: np.ndarray  # unit embeddings [M, D]
     who: np.ndarray  # int64 [M]: identity over all domains, -1 unknown
     probes: np.ndarray  # rows
     gallery: np.ndarray  # rows
-    picture: np.ndarray  # int64 [M]: a number that a degraded copy shares with its original; -1: no copies
-    unread: np.ndarray  # rows of the gallery that a list names, and that could not be read
+    picture: np.ndarray  # int64 [M]: number shared by an image and its degraded copy; -1: no copies
+    unread: np.ndarray  # further rows of the gallery: listed images that could not be read
 
     def mates(self, other: "Member", gallery: np.ndarray) -> Callable:
-        """`mates` of `search_gallery` for this domain's probes in rows of another's, or of its own."""
+        """`mates` of `search_gallery` for this domain's probes in these rows of `other`, which may be itself."""
         same = mates_in(other.who[gallery])
         cameras, template = self.split.optional("camera"), self.split.optional("template")
 
@@ -59,41 +59,38 @@ class Member:
         return any(len(mates(probe)[0]) for probe in self.probes)
 
     def search(self, other: "Member", device: torch.device | str) -> Search:
-        """Its probes in another's gallery, or in its own.
-
-        A probe that cannot be read, or none of whose mates can, misses.
-        """
+        """Search the gallery of `other`; a probe that is unreadable, or all of whose mates are, misses."""
         search = search_gallery(self.x, self.probes, other.gallery, self.mates(other, other.gallery), other=other.x,
                                 device=device)
         lost = ~np.isfinite(self.x[self.probes, 0])
-        search.wrong[lost], search.own[lost] = MISS, -np.inf
+        search.wrong[lost], search.correct[lost] = MISS, -np.inf
         if lost.any() or len(other.unread):
             mates = self.mates(other, np.append(other.gallery, other.unread))
-            for i in np.flatnonzero(~np.isfinite(search.own)):
+            for i in np.flatnonzero(~np.isfinite(search.correct)):
                 if len(mates(self.probes[i])[0]):
-                    search.own[i], search.wrong[i] = MISS, max(search.wrong[i], MISS)
+                    search.correct[i], search.wrong[i] = MISS, max(search.wrong[i], MISS)
         return search
 
 
 def number_pictures(splits: list[Split]) -> list[np.ndarray]:
-    """Numbers [M] for each split that a copy shares with its original; -1 in splits of which no other has copies."""
-    plans, numbers, found = [origin_of(split)[1] for split in splits], {}, []
+    """For each split numbers [M], shared by an image and its copy in another split; -1 without copies."""
+    plans, numbers, numbered = [origin_of(split)[1] for split in splits], {}, []
     for split, plan in zip(splits, plans, strict=True):
         keys = []
         if plans.count(plan) > 1:
             original = split.index["provenance"]["plan"] == plan
             keys = [split.jpeg(row)[0] if original else str(split.fields(row).get("degradation", {}).get("from"))
                     .rpartition("/")[2] for row in range(len(split))]
-        found.append(np.array([numbers.setdefault((plan, key), len(numbers)) for key in keys] or [-1] * len(split)))
-    return found
+        numbered.append(np.array([numbers.setdefault((plan, key), len(numbers)) for key in keys] or [-1] * len(split)))
+    return numbered
 
 
 def make_members(splits: list[Split], embeddings: list[np.ndarray], limit: int, seed: int) -> list[Member]:
     """Probes and gallery of each domain by its roles; without roles every image is both (and never its own mate).
 
-    Domains without a probe that has a mate are left out; none where two do not remain.
+    Domains without a probe that has a mate are left out; none if fewer than two remain.
     """
-    # one split a domain: equal classes of two are one person only where one was made from the other
+    # equal classes of two domains are one person only if one split was made from the other
     names = [name_identities(split, space=origin_of(split)[1]) for split in splits]
     people, members = np.unique(np.concatenate(names)), []
     for split, x, name, picture in zip(splits, embeddings, names, number_pictures(splits), strict=True):
@@ -107,7 +104,7 @@ def make_members(splits: list[Split], embeddings: list[np.ndarray], limit: int, 
                               np.flatnonzero(missing & gallery)))
     kept = [member for member in members if member.has_mates()]
     for split in [member.split for member in members if member not in kept]:
-        say_once(f"  everything: without {split.domain}/{split.name}: no probe has a mate there that its rule counts")
+        say_once(f"  everything: without {split.domain}/{split.name}: no probe has a mate that counts")
     return kept if len(kept) > 1 else []
 
 
@@ -115,25 +112,24 @@ def score_unified(members: list[Member], draws: int, seed: int,
                   device: torch.device | str = "cpu") -> dict[str, dict[str, Estimate]]:
     """Probes of every domain against the galleries of all domains together; ties count against the probe.
 
-    A hit on the same person in another domain is right, but a copy of the probe's own picture (`data_prep degrade`)
-    is neither right nor wrong. Listed images that could not be read are misses, as probes and as mates. By domain, over
-    its probes with a mate in their own gallery:
-    rank-1 alone and in the crowd, and the shares whose nearest vector is of each domain; "rank-1 in D" over those with
-    a mate in D, against D's gallery. Under "all": the average and the worst of the domains.
+    The same person in another domain is a hit, but a copy of the probe's picture (`data_prep degrade`) is ignored.
+    Listed images that could not be read are misses, as probes and as mates. By domain, over probes with a mate in their
+    own gallery: rank-1 alone and in the crowd, and the share whose nearest vector is of each domain; "rank-1 in D", over
+    probes with a mate in D, against D's gallery. Under "all": the average and the worst of the domains.
     """
-    found = [[a.search(b, device) for b in members] for a in members]
-    hits: dict[tuple[str, str], tuple[int, np.ndarray, np.ndarray]] = {}  # member, its probes that count, their values
+    searches = [[a.search(b, device) for b in members] for a in members]
+    hits: dict[tuple[str, str], tuple[int, np.ndarray, np.ndarray]] = {}  # member, its scored probes, their values
     domains = [member.split.domain for member in members]
-    for i, (row, domain, member) in enumerate(zip(found, domains, members, strict=True)):
-        own, wrong = (np.array([getattr(search, name) for search in row]) for name in ("own", "wrong"))
-        counted = np.isfinite(own[i])
-        hits[domain, "rank-1 alone"] = (i, counted, own[i] > wrong[i])
-        hits[domain, "rank-1 in the crowd"] = (i, counted, own.max(0) > wrong.max(0))
-        nearest = np.where(np.isfinite(member.x[member.probes, 0]), np.maximum(own, wrong).argmax(0), -1)
+    for i, (row, domain, member) in enumerate(zip(searches, domains, members, strict=True)):
+        best_mate, best_other = (np.array([getattr(search, name) for search in row]) for name in ("correct", "wrong"))
+        counted = np.isfinite(best_mate[i])
+        hits[domain, "rank-1 alone"] = (i, counted, best_mate[i] > best_other[i])
+        hits[domain, "rank-1 in the crowd"] = (i, counted, best_mate.max(0) > best_other.max(0))
+        nearest = np.where(np.isfinite(member.x[member.probes, 0]), np.maximum(best_mate, best_other).argmax(0), -1)
         for j, other in enumerate(domains):
             hits[domain, f"nearest is {other}"] = (i, counted, nearest == j)
-            if j != i and np.isfinite(own[j]).any():
-                hits[domain, f"rank-1 in {other}"] = (i, np.isfinite(own[j]), own[j] > wrong[j])
+            if j != i and np.isfinite(best_mate[j]).any():
+                hits[domain, f"rank-1 in {other}"] = (i, np.isfinite(best_mate[j]), best_mate[j] > best_other[j])
     ends = np.cumsum([len(member.probes) for member in members])[:-1]
 
     def statistic(weights: np.ndarray | None) -> dict[tuple[str, str], float]:
@@ -146,7 +142,7 @@ def score_unified(members: list[Member], draws: int, seed: int,
             values["all", f"worst {name}"] = float(np.min(tasks))
         return values
 
-    # one resampling of the people for all domains: who is in two of them is drawn, or not, in both
+    # people are resampled once for all domains: who is in two of them is drawn in both or in neither
     who = np.concatenate([member.who[member.probes] for member in members])
     figures: dict = {}
     for (domain, metric), figure in intervals(statistic, bootstrap_counts(who, draws, seed)).items():

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import literal, write_csv, write_json
-from protocols.bootstrap import FEW, interval, needed, number
+from protocols.bootstrap import FEW, FEW_NOTE, interval, needed, number
 from protocols.claims import Claim
 from protocols.explore import FURTHER_RANDOM, Explored
-from protocols.results import FEW_NOTE, Transfer
+from protocols.results import Separability, Sources, Transfer
 from protocols.separability import CLASSIFIERS
 from protocols.sharing import Sharing
 from protocols.subspaces import Curve
@@ -28,30 +28,30 @@ from reports.tables import write_text
 
 
 def mistrust(identities: int) -> str:
-    """What is to be said of an interval from so many identities; nothing if they are enough."""
-    return f"{identities} identities: interval not to be trusted" if identities < FEW else ""
+    """A remark on an interval from few identities; "" if they are enough."""
+    return f"{identities} identities: interval unreliable" if identities < FEW else ""
 
 
 @dataclass
 class Analysis:
-    """What analyze.py found of a run: analysis.json."""
+    """The results of analyze.py for a run: analysis.json."""
 
     run: str
     weights_sha256: str | None
     domains: list[str]
-    splits: dict[str, list[str]]  # by domain: that it was fitted on, and that it was tested on
+    splits: dict[str, list[str]]  # by domain: fitted on, tested on
     left_out: dict[str, str]  # domain -> why
     degraded: dict[str, float]  # domain -> severity of its training images
-    map: str  # how it was drawn up
+    map: str  # method
     transfer: dict[str, Transfer] = field(default_factory=dict)  # by weights
     explored: list[Explored] = field(default_factory=list)  # of the tuned weights
-    separability: dict | None = None
+    separability: Separability | None = None
     sharing: dict[str, Sharing] = field(default_factory=dict)  # by weights
     cka: dict[str, float | None] = field(default_factory=dict)  # by domain
 
 
 def report_tasks(analysis: Analysis) -> list[str]:
-    """Lines about what was fitted on and tested, and what was not."""
+    """Lines about the splits that were fitted on and tested, and those left out."""
     lines = ["| task | fitted on | tested on | remarks |", "| --- | --- | --- | --- |"]
     few = {pair.test: mistrust(pair.identities) for pair in analysis.transfer["tuned"].pairs}
     for domain, (base, test) in analysis.splits.items():
@@ -63,24 +63,24 @@ def report_tasks(analysis: Analysis) -> list[str]:
     return [*lines, ""]
 
 
-def report_transfer(found: Transfer, weights: str, explored: list[Explored]) -> list[str]:
+def report_transfer(transfer: Transfer, weights: str, explored: list[Explored]) -> list[str]:
     """Lines about the transfer of one set of weights."""
-    headline, dim, limit = found.pairs[0].k, found.dim, found.limit
-    note = f" **Rank-limited**: fewer than 5 x {dim} images." if found.rank_limited else ""
+    headline, dim, limit = transfer.pairs[0].k, transfer.dim, transfer.limit
+    note = f" **Rank-limited**: fewer than 5 x {dim} images." if transfer.rank_limited else ""
     if limit < dim:
-        note += (f" They determine {limit:,} components, and everything stops there: of the other dimensions every "
-                 f"basis is as right (> {limit:,}: not even with all that are determined).")
+        note += (f" They determine {limit:,} components, where everything stops: any basis of the other dimensions is "
+                 f"as good (> {limit:,}: not even with all of them).")
     columns = {"pooled": "pooled", "bottom": "last k", "own_mean": "own mean"} if explored else {}
     if explored and explored[0].deleted:
         columns["deleted"] = "range deleted"
-    more, untouched = {(e.fit, e.test): e for e in explored}, found.pairs[0].foundation is not None
+    more, untouched = {(e.fit, e.test): e for e in explored}, transfer.pairs[0].foundation is not None
     head = ["PCs of", "used by", "raw", "all", "kept at k", "k99", "k95", "k99 / random's", "random",
             *["untouched PCs"] * untouched, *columns.values(), "lead over random",
             *["lead over untouched PCs"] * untouched]
     lines = [f"### {weights}", "",
-             f"{found.images_per_task:,} images a task, {dim:,} dimensions, k = {headline}.{note}", "",
+             f"{transfer.images_per_task:,} images a task, {dim:,} dimensions, k = {headline}.{note}", "",
              f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
-    for p in found.pairs:
+    for p in transfer.pairs:
         beyond = "-" if p.kept is None else f"> {limit:,}"
         coarse = [f"{k:,.0f}" if k else beyond for k in (p.k99_grid, p.k99_random)]
         controls = [p.random, *[p.foundation] * untouched, *(getattr(more[p.fit, p.test], key) for key in columns)]
@@ -88,10 +88,10 @@ def report_transfer(found: Transfer, weights: str, explored: list[Explored]) -> 
                  needed([p.k95]), " / ".join(coarse), *(number(control["value"]) for control in controls),
                  interval(p.over_random, "+.1f"), *[interval(p.over_foundation, "+.1f")] * untouched]
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "Components from which on every task keeps so much (-: a task is not above chance): "
-              + "; ".join(f"of {row['fit']} {needed([row['k99']])} for 99 %, {needed([row['k95']])} for 95 %"
-                          for row in found.all_tasks) + f"; of {dim:,}."]
-    few = {p.test: note for p in found.pairs if (note := mistrust(p.identities))}
+    lines += ["", "Number of components from which on every task keeps 99 or 95 % (-: a task is not above chance): "
+              + "; ".join(f"of {row.fit} {needed([row.k99])} for 99 %, {needed([row.k95])} for 95 %"
+                          for row in transfer.all_tasks) + f"; of {dim:,}."]
+    few = {p.test: note for p in transfer.pairs if (note := mistrust(p.identities))}
     lines += ["", *(f"- used by {test}: {note}" for test, note in few.items())] if few else []
     if explored:
         lines += ["", *report_further(explored, dim)]
@@ -106,8 +106,8 @@ def report_further(explored: list[Explored], dim: int) -> list[str]:
     """Lines about the tasks' other metrics in a few subspaces."""
     ks = sorted({row["k"] for row in explored[0].further})
     lines = ["Other metrics with k components, in percent (in brackets: k random dimensions, the mean of "
-             f"{FURTHER_RANDOM}; intervals: further.csv). On an AUC a random subspace keeps nearly everything, so that "
-             "it tells little here; no verdict rests on this table.", "",
+             f"{FURTHER_RANDOM}; intervals: further.csv). A random subspace keeps nearly all of an AUC, which "
+             "says little here; no verdict rests on this table.", "",
              f"| PCs of | used by | metric | {' | '.join(f'k = {k}' if k < dim else 'all' for k in ks)} |",
              "| --- " * (len(ks) + 3) + "|"]
     for pair in explored:
@@ -120,7 +120,7 @@ def report_further(explored: list[Explored], dim: int) -> list[str]:
 
 
 def report_importance(explored: list[Explored]) -> list[str]:
-    """Lines about the components that a score rests on most, and those that it would be better without."""
+    """Lines about the components that raise or lower a score most."""
     count = len(explored[0].importance["change"])
     lines = [f"One component left out at a time, of the first {count}: the three of the largest loss and of the "
              "largest gain, change of the score in points (intervals of all: importance.csv; the largest of many are "
@@ -135,57 +135,55 @@ def report_importance(explored: list[Explored]) -> list[str]:
     return lines
 
 
-def report_separability(result: dict) -> list[str]:
+def report_separability(result: Separability) -> list[str]:
     """Lines about the linear separability of the tasks."""
     lines = ["## Linear separability of the tasks", "",
-             f"Balanced accuracy on unseen identities, {result['images_per_task']} images a task, chance "
-             f"{100 * result['chance']:.0f}. Pixel statistics know nothing of what an image shows; \"canon\": all "
-             "images brought to one format first. Only what the tuned space leads by, paired by identity, is its own.",
+             f"Balanced accuracy on unseen identities, {result.images_per_task} images a task, chance "
+             f"{100 * result.chance:.0f}. Pixel statistics carry no content; \"canon\": all images in one format. "
+             "Only the lead of the tuned space, paired by identity, counts.",
              "",
              f"| space | {' | '.join(CLASSIFIERS.values())} | lead of tuned (logistic) |",
              "| --- " * (len(CLASSIFIERS) + 2) + "|"]
-    for space, found in result["spaces"].items():
-        cells = [interval(found[model]) + " (not converged)" * (not found["converged"][model]) for model in CLASSIFIERS]
-        lines.append(f"| {space} | {' | '.join(cells)} | "
-                     f"{interval(found.get('lead_of_tuned'), '+.1f')} |")
-    few = {name: note for name, count in result["identities"].items() if (note := mistrust(count))}
+    for name, space in result.spaces.items():
+        cells = [interval(getattr(space, model)) + " (not converged)" * (not space.converged[model])
+                 for model in CLASSIFIERS]
+        lines.append(f"| {name} | {' | '.join(cells)} | {interval(space.lead_of_tuned, '+.1f')} |")
+    few = {name: note for name, count in result.identities.items() if (note := mistrust(count))}
     lines += ["", *(f"- {name}: {note}" for name, note in few.items())] if few else []
-    pairwise = {key: v for key, v in result["spaces"]["tuned"]["pairwise"].items() if result["chance"] < 0.5}
-    if pairwise:
-        lines += ["", "Pairs of tasks, logistic regression:", "", f"| pair | {' | '.join(result['spaces'])} |",
-                  "| --- " * (len(result["spaces"]) + 1) + "|"]
-        lines += [f"| {key} | " + " | ".join(number(found["pairwise"][key]["value"])
-                                             for found in result["spaces"].values()) + " |" for key in pairwise]
-    if unseen := result["unseen_sources"]:
-        names = list(unseen[0]["spaces"])
+    if len(result.identities) > 2:
+        lines += ["", "Pairs of tasks, logistic regression:", "", f"| pair | {' | '.join(result.spaces)} |",
+                  "| --- " * (len(result.spaces) + 1) + "|"]
+        lines += [f"| {key} | {' | '.join(number(s.pairwise[key]['value']) for s in result.spaces.values())} |"
+                  for key in result.spaces["tuned"].pairwise]
+    if unseen := result.unseen_sources:
+        names = list(unseen[0].spaces)
         lines += ["", "The same with a task's images from a source that the classifier was not fitted on (recall: of "
                   "these images):", "",
                   f"| task | source | images | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
         for row in unseen:
-            note = f" ({note})" if (note := mistrust(row["identities"])) else ""
-            cells = [f"{interval(of)}, recall {100 * of['recall']:.1f}" + " (not converged)" * (not of["converged"])
-                     for of in row["spaces"].values()]
-            source = literal(row["source"]) + note
-            lines.append(f"| {row['domain']} | {source} | {row['images']:,} | {' | '.join(cells)} |")
-    return [*lines, "", *report_sources(result["sources"], result["spaces"]), ""]
+            note = f" ({note})" if (note := mistrust(row.identities)) else ""
+            cells = [f"{interval(figure)}, recall {100 * figure['recall']:.1f}"
+                     + " (not converged)" * (not figure["converged"]) for figure in row.spaces.values()]
+            lines.append(f"| {row.domain} | {literal(row.source)}{note} | {row.images:,} | {' | '.join(cells)} |")
+    return [*lines, "", *report_sources(result.sources, result.spaces), ""]
 
 
-def report_sources(result: dict[str, dict], spaces: Iterable[str]) -> list[str]:
-    """Lines about how well the sources within each task are told apart."""
+def report_sources(result: dict[str, Sources], spaces: Iterable[str]) -> list[str]:
+    """Lines about how well the sources within each task are separated."""
     names = [name for name in spaces if not name.endswith("canon")]
     lines = ["The source of an image as the label, within each task, on unseen identities: "
-             f"{' / '.join(CLASSIFIERS.values())}. Where sources are told apart as well as tasks are, tasks may be "
-             "told by their sources.", "",
+             f"{' / '.join(CLASSIFIERS.values())}. Where sources are separated as well as tasks are, tasks may be "
+             "separated by their sources.", "",
              f"| task | sources (images) | chance | {' | '.join(names)} |", "| --- " * (len(names) + 3) + "|"]
-    for domain, found in result.items():
-        if why := found.get("why"):
-            lines.append(f"| {domain} | not measured ({literal(why)}) |{' - |' * (len(names) + 1)}")
+    for domain, of in result.items():
+        if of.why:
+            lines.append(f"| {domain} | not measured ({literal(of.why)}) |{' - |' * (len(names) + 1)}")
             continue
-        notes = {name: mistrust(count) for name, count in found["identities"].items()}
+        notes = {name: mistrust(count) for name, count in of.identities.items()}
         sources = [f"{literal(name)} ({count:,}{'; ' * bool(notes[name])}{notes[name]})"
-                   for name, count in found["images"].items()]
-        cells = [" / ".join(interval(found["spaces"][name][model]) for model in CLASSIFIERS) for name in names]
-        lines.append(f"| {domain} | {', '.join(sources)} | {100 * found['chance']:.0f} | {' | '.join(cells)} |")
+                   for name, count in of.images.items()]
+        cells = [" / ".join(interval(of.spaces[name][model]) for model in CLASSIFIERS) for name in names]
+        lines.append(f"| {domain} | {', '.join(sources)} | {100 * of.chance:.0f} | {' | '.join(cells)} |")
     return lines
 
 
@@ -197,21 +195,21 @@ def report_sharing(result: dict[str, Sharing], cka: dict[str, float | None]) -> 
              "fine-tuning.",
              "", "| space | task | participation ratio | PCs for 50 / 90 / 95 % | scatter | CKA with the untouched |",
              "| --- | --- | --- | --- | --- | --- |"]
-    for weights, found in result.items():
-        for name, t in found.tasks.items():
+    for weights, sharing in result.items():
+        for name, t in sharing.tasks.items():
             counts = f"{t.components_for_50} / {t.components_for_90} / {t.components_for_95}"
-            alike = f"{cka[name]:.2f}" if weights == "tuned" and cka.get(name) is not None else ""
+            cka_of_task = f"{cka[name]:.2f}" if weights == "tuned" and cka.get(name) is not None else ""
             lines.append(f"| {weights} | {name} | {t.participation_ratio:.1f} | {counts} | "
-                         f"{t.scatter_ratio or math.nan:.2f} | {alike} |")
-    found = result["tuned"]
-    if len(found.tasks) > 1:
-        lines += ["", f"The first {found.k} components of two tasks, tuned; by chance their overlap is "
-                  f"{found.chance:.2f}:", "",
+                         f"{t.scatter_ratio or math.nan:.2f} | {cka_of_task} |")
+    sharing = result["tuned"]
+    if len(sharing.tasks) > 1:
+        lines += ["", f"The first {sharing.k} components of two tasks, tuned; by chance their overlap is "
+                  f"{sharing.chance:.2f}:", "",
                   "| a | b | overlap | angles: smallest, median, largest | variance of b in a | cosine of means |",
                   "| --- | --- | --- | --- | --- | --- |"]
         lines += [f"| {p.a} | {p.b} | {p.overlap:.2f} | {p.smallest_angle:.0f}°, {p.median_angle:.0f}°, "
                   f"{p.largest_angle:.0f}° | {p.explained:.2f} | {p.mean_cosine:.2f} |"
-                  for p in found.pairs if p.a != p.b]
+                  for p in sharing.pairs if p.a != p.b]
     return [*lines, ""]
 
 
@@ -219,7 +217,7 @@ def write_analysis(folder: Path, analysis: Analysis, curves: dict[str, list[Curv
                    points: list[dict]) -> str:
     """analysis.json, the tables, report.md and the figures; returns the report.
 
-    `curves`: by weights; `components`: what `measure_components` found, with the weights; `points`: of the map.
+    `curves`: by weights; `components`: of `measure_components`, with the weights; `points`: of the map.
     """
     domains, pairs, explored = analysis.domains, analysis.transfer["tuned"].pairs, analysis.explored
     folder.mkdir(parents=True, exist_ok=True)
@@ -241,15 +239,15 @@ def write_analysis(folder: Path, analysis: Analysis, curves: dict[str, list[Curv
     lines = [f"# {literal(analysis.run)}", "", *report_tasks(analysis), "## Transfer of principal components", "",
              f"Share of (score - chance) that the first {pairs[0].k} components of one task keep for another, in "
              "percent with 95 % intervals, resampled by identity; the score is rank-1 for people and the nearest class "
-             "mean for objects, on identities that the components were not fitted on (-: even all components are not "
-             "above chance). Vectors are centred by the mean of the task that was fitted on. All: every component; "
-             "raw: without centring. k99 and k95: from so many components on 99 % and 95 % are kept; k99 / random's: "
-             "the components' and that of random subspaces, both at the few k of the controls. Controls at k: random "
+             "mean for objects, on identities that the components were not fitted on (-: all components are not "
+             "above chance). Vectors are centred by the mean of the fitted task. All: every component; raw: without "
+             "centring. k99 and k95: the number of components from which on 99 % and 95 % are kept; k99 / random's: "
+             "that of components and of random subspaces, both at the few k of the controls. Controls at k: random "
              "subspaces (centred as the components are), components of the untouched backbone, of all tasks pooled, "
-             "the last k; own mean: centred by the mean of the task that is scored. A claim about components means "
-             "something where they lead.", ""]
-    for weights, found in analysis.transfer.items():
-        lines += report_transfer(found, weights, explored if weights == "tuned" else [])
+             "the last k; own mean: centred by the mean of the task that is scored. A claim about components has a "
+             "meaning only where they lead.", ""]
+    for weights, transfer in analysis.transfer.items():
+        lines += report_transfer(transfer, weights, explored if weights == "tuned" else [])
     if analysis.separability:
         lines += report_separability(analysis.separability)
         draw_separability(folder / "separability", analysis.separability, domains)
@@ -271,7 +269,7 @@ def write_table(folder: Path, table: list[Claim]) -> None:
     rows = [asdict(claim) for claim in table]
     lines = ["| claim | backbones | decided by | threshold | verdict |", "| --- | --- | --- | --- | --- |"]
     for c in table:
-        lines.append(f"| {' | '.join(map(literal, (c.claim, c.backbones, c.decided_by, c.rule, c.told)))} |")
+        lines.append(f"| {' | '.join(map(literal, (c.claim, c.backbones, c.decided_by, c.rule, c.reported)))} |")
     lines += ["", f"{FEW_NOTE}."] * any("†" in claim.measured for claim in table)
     for claim in (claim for claim in table if claim.findings):
         lines += ["", f"## {literal(claim.claim)}: {literal(claim.backbones)}", ""]

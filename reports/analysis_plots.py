@@ -8,7 +8,7 @@ import numpy as np
 
 from data_prep import DOMAIN_COLOURS, write_atomically
 from protocols.explore import Explored
-from protocols.results import Pair
+from protocols.results import Pair, Separability
 from protocols.separability import CLASSIFIERS
 from protocols.sharing import Sharing
 from protocols.subspaces import RANDOM_SEEDS, Curve
@@ -80,7 +80,7 @@ def draw_transfer(path: Path, curves: list[Curve], names: list[str], pairs: list
              "random": (RED, "--", f"random ({RANDOM_SEEDS}, range)"),
              "bottom": (PURPLE, (0, (3, 1, 1, 1)), "last k of the row's task")}
     K, measured, limit = len(names), find_measured(pairs), curves[0].ks[-1]
-    # in a space without its first components a task may score more than in all of it
+    # a task may score higher without its first components
     most = 100 * max((c.kept.max() for c in curves if (c.fit, c.test) in measured), default=1)
     figure, axes = new_figure(K, K, (max(1.75 * K, 5), 1.6 * K + 1), sharex=True, sharey=True)
     for i, fit in enumerate(names):
@@ -91,15 +91,15 @@ def draw_transfer(path: Path, curves: list[Curve], names: list[str], pairs: list
             for kind, (colour, style, _) in kinds.items() if (fit, test) in measured else ():
                 of = {"own": ("components", test), "pooled": ("pooled", None)}
                 name, origin = of.get(kind, (kind, fit))
-                found = [c for c in curves if (c.kind, c.test) == (name, test) and origin in (None, c.fit)]
-                if not found or (kind in ("own", "own mean") and fit == test):  # the same curve once more
+                drawn = [c for c in curves if (c.kind, c.test) == (name, test) and origin in (None, c.fit)]
+                if not drawn or (kind in ("own", "own mean") and fit == test):  # the same curve again
                     continue
-                many = 100 * np.array([c.kept for c in found])
-                ax.plot(found[0].ks, many.mean(0), color=colour, ls=style, lw=1.4 if kind == "components" else 1)
+                many = 100 * np.array([c.kept for c in drawn])
+                ax.plot(drawn[0].ks, many.mean(0), color=colour, ls=style, lw=1.4 if kind == "components" else 1)
                 if kind == "random":
-                    ax.fill_between(found[0].ks, many.min(0), many.max(0), color=colour, alpha=0.25, lw=0)
+                    ax.fill_between(drawn[0].ks, many.min(0), many.max(0), color=colour, alpha=0.25, lw=0)
                 if kind == "components":
-                    ax.fill_between(found[0].ks, *100 * found[0].interval(), color=colour, alpha=0.2, lw=0)
+                    ax.fill_between(drawn[0].ks, *100 * drawn[0].interval(), color=colour, alpha=0.2, lw=0)
             if (fit, test) in measured:
                 ax.axhline(99, color="k", lw=0.6, ls=(0, (1, 2)))
                 ax.axvline(100, color="k", lw=0.6, ls=(0, (1, 2)))
@@ -121,10 +121,10 @@ def draw_deletion(path: Path, curves: list[Curve], names: list[str], pairs: list
     measured = find_measured(pairs)
     figure, axes = new_figure(1, len(names), (max(1.75 * len(names), 4.5), 2.3), sharex=True, sharey=True)
     for ax, test in zip(axes[0], names, strict=True):
-        found = [c for c in curves if (c.kind, c.test) == ("deleted", test) and (c.fit, test) in measured]
-        for c in found:
+        deleted = [c for c in curves if (c.kind, c.test) == ("deleted", test) and (c.fit, test) in measured]
+        for c in deleted:
             ax.plot(c.ks, 100 * c.kept, color=DOMAIN_COLOURS[c.fit], lw=1.2)
-        if found:
+        if deleted:
             ax.axhline(100, color="k", lw=0.6, ls=(0, (1, 2)))
         else:
             leave_empty(ax)
@@ -134,15 +134,15 @@ def draw_deletion(path: Path, curves: list[Curve], names: list[str], pairs: list
 
 
 def draw_importance(path: Path, explored: list[Explored], names: list[str]) -> None:
-    """What each task's score changes by without one component of each task: rows fitted, columns scored."""
+    """Change of each task's score without one component of each task: rows fitted, columns scored."""
     from matplotlib.patches import Patch
 
-    K, found, sure = len(names), {(e.fit, e.test): e.importance for e in explored}, ("#BBBBBB", BLUE)
+    K, by_pair, sure = len(names), {(e.fit, e.test): e.importance for e in explored}, ("#BBBBBB", BLUE)
     figure, axes = new_figure(K, K, (max(1.75 * K, 4.5), 1.1 * K + 1), sharex=True, sharey=True)
     for i, fit in enumerate(names):
         for j, test in enumerate(names):
             ax = axes[i][j]
-            change, low, high = (100 * np.array(found[fit, test][key]) for key in ("change", "low", "high"))
+            change, low, high = (100 * np.array(by_pair[fit, test][key]) for key in ("change", "low", "high"))
             ax.bar(np.arange(1, len(change) + 1), change, 1,
                    color=[sure[int(a > 0 or b < 0)] for a, b in zip(low, high, strict=True)])
             ax.axhline(0, color="k", lw=0.5)
@@ -160,31 +160,30 @@ def draw_importance(path: Path, explored: list[Explored], names: list[str]) -> N
     figure.supxlabel("the component left out", fontsize=8)
     figure.supylabel("change of the score, points (linear between −1 and 1)", fontsize=8)
     save_figure(figure, path, [Patch(color=colour, label=label) for colour, label in zip(
-        sure[::-1], ("the 95 % interval leaves out 0", "it does not"), strict=True)], 2)
+        sure[::-1], ("the 95 % interval excludes 0", "it does not"), strict=True)], 2)
 
 
-def draw_separability(path: Path, result: dict, names: list[str]) -> None:
+def draw_separability(path: Path, result: Separability, names: list[str]) -> None:
     """Balanced accuracy of telling the tasks apart: each space beside its controls; and every pair of tasks."""
     from matplotlib.patches import Patch
 
-    spaces = result["spaces"]
     figure, axes = new_figure(1, 2, (7, 2.8), width_ratios=[1.5, 1])
     ax, labels, hatches = axes[0][0], [], (None, "////", "....")
-    for i, (name, found) in enumerate(spaces.items()):
+    for i, (name, space) in enumerate(result.spaces.items()):
         base = name.removesuffix(" canon")
         for j, model in enumerate(CLASSIFIERS):
-            v = found[model]
+            v = getattr(space, model)
             error = [[100 * max(v["value"] - v["low"], 0)], [100 * max(v["high"] - v["value"], 0)]]
             ax.bar(i + 0.28 * (j - 1), 100 * v["value"], 0.26, yerr=error, capsize=1.5, color=SPACE_COLOURS[base],
                    hatch=hatches[j], edgecolor="white", error_kw={"lw": 0.8})
         base = {"pixels": "pixel\nstatistics", "foundation": "untouched"}.get(base, base)
         labels.append(base + ("\none format" if name.endswith("canon") else ""))
-    ax.axhline(100 * result["chance"], color="k", ls=":", lw=1)
-    ax.set_xticks(range(len(spaces)), labels, fontsize=6.5)
+    ax.axhline(100 * result.chance, color="k", ls=":", lw=1)
+    ax.set_xticks(range(len(labels)), labels, fontsize=6.5)
     ax.set(ylim=(0, 105), ylabel="balanced accuracy, %",
-           title=f"all tasks (dotted: chance {100 * result['chance']:.0f})")
+           title=f"all tasks (dotted: chance {100 * result.chance:.0f})")
     matrix = np.full((len(names), len(names)), np.nan)
-    for key, v in spaces["tuned"]["pairwise"].items():
+    for key, v in result.spaces["tuned"].pairwise.items():
         a, b = (names.index(name) for name in key.split("/"))
         matrix[a, b] = matrix[b, a] = 100 * v["value"]
     heat_map(axes[0][1], matrix, names, "pairs of tasks, tuned (logistic), %", (50, 100), ".1f")
@@ -204,7 +203,7 @@ def draw_sharing(path: Path, result: Sharing, names: list[str]) -> None:
 
 
 def draw_spectrum(path: Path, components: list[dict], names: list[str]) -> None:
-    """Cumulative variance of each task; and what single components of a task say about its identities and the task."""
+    """Cumulative variance of each task; and how single components of a task separate its identities and the task."""
     from matplotlib.lines import Line2D
 
     figure, axes = new_figure(1, 3, (7, 2.6))
@@ -253,6 +252,6 @@ def draw_map(path: Path, points: list[dict], names: list[str], method: str) -> N
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
     handles = [Line2D([], [], ls="", marker="o", ms=4, color=DOMAIN_COLOURS[n], label=n) for n in names]
-    handles.append(Line2D([], [], ls="", marker="o", ms=3, color="#A0A0A0", label="further identities (colours and "
-                          "shapes: eight)"))
+    handles.append(Line2D([], [], ls="", marker="o", ms=3, color="#A0A0A0", label="other identities (eight have "
+                          "colours and shapes)"))
     save_figure(figure, path, handles, K + 1)

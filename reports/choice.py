@@ -10,33 +10,33 @@ from protocols.humans import UNSEEN
 from protocols.results import Row
 from reports.plots import COLOURS
 from reports.rows import show_value
-from reports.tables import human_verdict, save_figure
+from reports.tables import human_verdict, new_figure, save_figure
 
 Figures = dict[tuple[str, str], list[Row]]  # by readout and measure; of observers one row each
 
 
 def choice_rows(rows: list[Row]) -> dict[str, dict[str, dict[str, Figures]]]:
-    """{"domain/split": {rule: {weights: figures}}} of what people chose and how models compare.
+    """{"domain/split": {rule: {weights: figures}}} of the human choices and the comparison with models.
 
     The first rule of a split is for the stimuli of the model's categories, all conditions together.
     """
-    found: dict = {}
+    by_split: dict = {}
     for row in rows:
         if row.kind == "human choices":
-            by_rule = found.setdefault(f"{row.domain}/{row.split}", {})
+            by_rule = by_split.setdefault(f"{row.domain}/{row.split}", {})
             figures = by_rule.setdefault(row.rule, {}).setdefault(row.weights, {})
             figures.setdefault((row.readout, row.measure), []).append(row)
-    return found
+    return by_split
 
 
 def show_choices(rows: list[Row]) -> list[str]:
-    """Lines of report.md; none where no people chose."""
-    found, people, models = choice_rows(rows), [], []
-    if not found:
+    """Lines of report.md; none without human choices."""
+    by_split, people, models = choice_rows(rows), [], []
+    if not by_split:
         return []
     shape = {(f"{row.domain}/{row.split}", row.weights, row.readout): show_value(row)
              for row in rows if row.kind == "choice" and row.measure == "shape share"}
-    for name, rule, by_weights in ((name, *one) for name, by_rule in found.items() for one in by_rule.items()):
+    for name, rule, by_weights in ((name, *one) for name, by_rule in by_split.items() for one in by_rule.items()):
         stimuli = f"{literal(name)}: {literal(rule)}"
         for weights, figures in by_weights.items():
             def value(readout: str, measure: str, figures: Figures = figures) -> str:
@@ -54,11 +54,10 @@ def show_choices(rows: list[Row]) -> list[str]:
                       f"{100 * max(each):.1f} | {100 * mean.chance:.1f} | {value('people', 'observed consistency')} "
                       f"| {value('people', 'error consistency')} | {value('people', 'shape share')} |")
     return ["", "## Forced choice beside people", "", "People and model name the category of identical stimuli, those "
-            "of the categories that the model has; the chance of either stands beside it, since people choose among "
-            "all. Error consistency is kappa x 100: 0 where two err independently of each other, 100 where they err on "
-            "the same stimuli; over several conditions it also tells that these differ in difficulty. Shape share: "
-            "where the cues conflict, the share of shape among the choices of shape or texture. Intervals resample the "
-            "stimuli; the observers are these, not a sample of mankind.", "",
+            "of the model's categories; people choose among all categories, so their chance differs. Error consistency "
+            "is kappa x 100: 0 where two err independently of each other, 100 where they err on the same stimuli; over "
+            "several conditions it also reflects their difficulty. Shape share: where the cues conflict, the share of "
+            "shape among the choices of shape or texture. Intervals resample the stimuli, not the observers.", "",
             "| stimuli | count | observers | accuracy: mean | range | chance | observed consistency among people "
             "| error consistency among people | shape share |", "| --- " * 9 + "|", *people, "",
             "| stimuli | readout | weights | accuracy | chance | minus people | beaten | observed consistency with "
@@ -66,22 +65,17 @@ def show_choices(rows: list[Row]) -> list[str]:
 
 
 def draw_choices(folder: Path, rows: list[Row], curves: dict[str, dict]) -> list[tuple[str, str]]:
-    """choices.png, where people chose: title and name. A line a split: accuracy, and error consistency of each two."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """choices.png, if people chose: title and name. One row per split: accuracy, and error consistency of each pair."""
     (folder / "choices.png").unlink(missing_ok=True)
     panels = [key for key, curve in next(iter(curves.values())).items() if "decisions" in curve]
     if not panels:
         return []
-    figure, axes = plt.subplots(len(panels), 2, figsize=(12.5, 5.2 * len(panels)), squeeze=False, layout="constrained")
+    figure, axes = new_figure(len(panels), 2, (12.5, 5.2 * len(panels)), layout="constrained")
     for (left, right), key in zip(axes, panels, strict=True):
         draw_accuracy(left, key, next(iter(choice_rows(rows)[key].values())))
         draw_consistency(right, {weights: by_split[key]["decisions"] for weights, by_split in curves.items()})
     save_figure(folder / "choices.png", figure)
-    return [("Forced choice: accuracy of people and model, and error consistency of each two", "choices.png")]
+    return [("Forced choice: accuracy of people and model, and error consistency of each pair", "choices.png")]
 
 
 def draw_accuracy(ax, key: str, by_weights: dict[str, Figures]) -> None:

@@ -39,7 +39,7 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
                     ax.plot(np.arange(1, len(curve["cmc"]) + 1), curve["cmc"], color=COLOURS[weights], label=weights)
             ax.set(xlabel=x_label, ylabel=y_label, ylim=(0, 1.01))
             ax.set_title(key, parse_math=False)  # a split's name may hold dollar signs
-            if kind == "cmc":  # whole ranks, however few the gallery has
+            if kind == "cmc":  # whole numbers, however small the gallery
                 ax.xaxis.get_major_locator().set_params(integer=True)
                 ax.set_xlim(0.5, max(len(by_split[key]["cmc"]) for by_split in curves.values()) + 0.5)
             ax.grid(alpha=0.3)
@@ -67,7 +67,7 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
 
 def draw_bars(path: Path, rows: list[Row], splits: list[Split],
               published: list[tuple[Published, str, Row | None]]) -> None:
-    """Headlines and whatever else is published, before and after; then the human trials with every rater as a point."""
+    """Headlines and other published metrics, before and after; then the human trials with every rater as a point."""
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
     groups = [(f"{domain}\n{split}\n{next(iter(pair.values())).metric}", pair,
                chance(by_name[f"{domain}/{split}"], next(iter(pair.values()))),
@@ -82,7 +82,7 @@ def draw_bars(path: Path, rows: list[Row], splits: list[Split],
             groups.append((title, {r.weights: r for r in like}, 0.5 if one.metric == "accuracy" else None, others, []))
     for (domain, split), by_weights in human_rows(rows).items():
         first = next(iter(by_weights.values()))
-        pair = {weights: found["model"][0] for weights, found in by_weights.items()}
+        pair = {weights: by_readout["model"][0] for weights, by_readout in by_weights.items()}
         raters = [row.value for row in first["rater"]]
         groups.append((f"{domain}\n{split if domain != 'all' else ''}\nAUC on\nhuman trials",
                        pair | {"people": first["people"][0]}, 0.5, [], raters))
@@ -90,10 +90,10 @@ def draw_bars(path: Path, rows: list[Row], splits: list[Split],
     names = [weights for weights in COLOURS if any(weights in pair for _, pair, *_ in groups)]
     figure, [[ax]] = new_figure(1, 1, (1.8 + 1.3 * len(groups), 4))
     for i, (_, pair, level, others, raters) in enumerate(groups):
-        here = [weights for weights in names if weights in pair]
-        width = 0.76 / max(len(here), 2)
-        for j, weights in enumerate(here):
-            row, x = pair[weights], i + (j - (len(here) - 1) / 2) * width
+        present = [weights for weights in names if weights in pair]
+        width = 0.76 / max(len(present), 2)
+        for j, weights in enumerate(present):
+            row, x = pair[weights], i + (j - (len(present) - 1) / 2) * width
             error = [[100 * (row.value - row.low)], [100 * (row.high - row.value)]]
             ax.bar(x, 100 * row.value, width * 0.95, yerr=np.maximum(error, 0), capsize=3, color=COLOURS[weights],
                    label=weights)
@@ -120,7 +120,7 @@ Tile = tuple[Split, int, str, str]  # split, row, colour of the frame, caption o
 
 
 def draw_sheet(path: Path, lines: list[list[Tile | None]], legend: list[str], side: int = 96) -> None:
-    """Images in lines under a legend, each framed under its caption, as PNG; None: a gap."""
+    """Images in lines under a legend, each with caption and frame, as PNG; None: a gap."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
@@ -158,20 +158,20 @@ def draw_sheet(path: Path, lines: list[list[Tile | None]], legend: list[str], si
 
 
 def class_of(split: Split, row: int) -> str:
-    """What an image's class or person is called; "" without one."""
+    """The name of an image's class or person; "unknown" without one."""
     return split.names[split.labels[row]] if split.labels[row] >= 0 else "unknown"
 
 
 def draw_split(folder: Path, split: Split, embed: Embedder, root: dict, seed: int, probes: int = 12, top: int = 10
                ) -> None:
-    """sheet-DOMAIN-SPLIT.png: what the figures of a split are made of, right and wrong framed green and red.
+    """sheet-DOMAIN-SPLIT.png: examples behind the figures of a split, right and wrong ones framed green and red.
 
-    Drawn probes, each with the images nearest to it among those that its protocol scores it against (the gallery by
-    the customary rule; of classes the reference); of verification the hardest pairs. Of templates there is none.
+    Drawn probes, each with the nearest images among those that its protocol scores it against (the gallery by the
+    customary rule; for classes the reference); for verification the hardest pairs; for templates none.
     """
     x, name, protocol = embed(split), f"{split.domain}/{split.name}, {embed.name} backbone", split.protocol["name"]
     if protocol == "templates":
-        print(f"  {split.domain}/{split.name}: no sheet: what is scored are templates, which pool images")
+        print(f"  {split.domain}/{split.name}: no sheet: templates pool images")
         return
     path = folder / f"sheet-{split.domain}-{split.name}.png"
     if protocol == "verification":
@@ -181,9 +181,9 @@ def draw_split(folder: Path, split: Split, embed: Embedder, root: dict, seed: in
         other = root[split.domain][split.protocol["reference"]]
         y, groups = embed(other), split.protocol.get("groups") or {}
         group_of = {member: label for label, one in enumerate(split.classes) for member in groups.get(one, [one])}
-        own = np.array([*(group_of.get(one, -1) for one in other.classes), -1])[other.labels]
-        gallery, queries = np.flatnonzero(np.isfinite(y[:, 0]) & (own >= 0)), np.flatnonzero(split.labels >= 0)
-        same, itself = mates_in(own[gallery]), split.folder.resolve() == other.folder.resolve()
+        labels = np.array([*(group_of.get(one, -1) for one in other.classes), -1])[other.labels]
+        gallery, queries = np.flatnonzero(np.isfinite(y[:, 0]) & (labels >= 0)), np.flatnonzero(split.labels >= 0)
+        same, itself = mates_in(labels[gallery]), split.folder.resolve() == other.folder.resolve()
         rule = f"of {other.domain}/{other.name}, which vote"
 
         def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +217,7 @@ def draw_split(folder: Path, split: Split, embed: Embedder, root: dict, seed: in
 def draw_pairs(path: Path, split: Split, x: np.ndarray, name: str, lines: int = 4, wide: int = 5) -> None:
     """The genuine pairs with the lowest scores, then the impostors with the highest."""
     pairs = np.array(split.column("pairs"))[:, :3]
-    pairs = np.unique(np.column_stack([np.sort(pairs[:, :2], 1), pairs[:, 2]]), axis=0)  # a list may repeat itself
+    pairs = np.unique(np.column_stack([np.sort(pairs[:, :2], 1), pairs[:, 2]]), axis=0)  # a list may repeat pairs
     pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
     scores, same = (x[pairs[:, 0]] * x[pairs[:, 1]]).sum(1), pairs[:, 2] == 1
     drawn: list[list[Tile | None]] = []

@@ -1,4 +1,4 @@
-"""Rows of results: from splits to figures to results.json, results.csv and the pages of a report."""
+"""Rows of results: from splits to figures, results.json, results.csv and the lines of a report."""
 
 import hashlib
 import json
@@ -12,22 +12,22 @@ import numpy as np
 from data_prep import InputError, literal, option, write_atomically, write_csv, write_json
 from data_prep.format import ROLES, Split, fingerprint
 from models.runs import Run
-from protocols.bootstrap import Estimate, Unscorable, finite, gap, normalise, retention, say_once
+from protocols.bootstrap import FEW_NOTE, Estimate, Unscorable, finite, gap, mark, normalise, retention, say_once
 from protocols.choice import Decisions, categories_of, choose, score_choice
 from protocols.classify import Readouts, score_classification
 from protocols.embed import Embedder, EmbedOptions
 from protocols.humans import Rating, Trials
 from protocols.pairs import FARS, score_pairs, score_verification
-from protocols.results import FEW_NOTE, Row, mark
+from protocols.results import Row
 from protocols.search import describe_variant, gallery_rule, origin_of, score_gallery, variants_of
 from protocols.templates import score_templates
 
 
 @dataclass
 class ScoreOptions(EmbedOptions):
-    """What evaluation has in common with `leaks`."""
+    """Options that evaluation shares with `leaks`."""
 
-    splits: str | None = option("scores", None, str, "Comma-separated domain/split: the results then hold these alone "
+    splits: str | None = option("scores", None, str, "Comma-separated domain/split: score and report these alone "
                                 "(default: all test splits).", metavar="NAMES")
     bootstrap: int = option("scores", 500, click.IntRange(2, 1_000_000), "Resamplings for the intervals.")
     sheet: bool = option("scores", False, bool, "Draw what is scored, sheet-DOMAIN-SPLIT.png: probes of each split "
@@ -44,21 +44,21 @@ def chance(split: Split, row: Row) -> float:
     roles = split.optional("role")
     probes, gallery = np.flatnonzero(roles == ROLES.index("probe")), np.flatnonzero(roles > 0)
     mates = gallery_rule(split, gallery, variants_of(split)[0])
-    found = [[len(places) for places in mates(probe)] for probe in probes]
-    return float(np.mean([right / (len(gallery) - ignored) for right, ignored in found if right]))
+    counts = [[len(places) for places in mates(probe)] for probe in probes]
+    return float(np.mean([right / (len(gallery) - ignored) for right, ignored in counts if right]))
 
 
 def describe_losses(protocol: dict) -> list[str]:
-    """What a protocol lacks of the images that it was prepared from, and whom it does not enrol."""
+    """What a protocol lost of the images that it was prepared from, and whom it does not enrol."""
     parts = {"misses": "{:,} listed images unreadable and missed", "unreadable": "without {:,} unreadable images",
              "pairs_lost": "without {:,} pairs of lost images", "open_set": "open set, {:g} of the people not enrolled"}
     return [text.format(protocol[key]) for key, text in parts.items() if protocol.get(key)]
 
 
 def clean_of(split: Split, splits: list[Split]) -> Split | None:
-    """Whose images an out-of-distribution split of objects shifts: its reference, or what has the same reference.
+    """The clean split of an out-of-distribution split of objects: its reference, or one of the same reference.
 
-    It has images of every class that the split has images of; None where no such split is scored.
+    It has images of every class of which the split has images; None if no such split is scored.
     """
     of, groups = split.protocol.get("reference"), split.protocol.get("groups") or {}
     if not split.protocol.get("ood") or split.name == of:
@@ -66,8 +66,8 @@ def clean_of(split: Split, splits: list[Split]) -> Split | None:
     wanted = [{name, *groups.get(name, [])} for name, count in zip(split.classes, split.counts, strict=True) if count]
 
     def covers(other: Split) -> bool:
-        there = {name for name, count in zip(other.classes, other.counts, strict=True) if count}
-        return not any(there.isdisjoint(group) for group in wanted)
+        present = {name for name, count in zip(other.classes, other.counts, strict=True) if count}
+        return not any(present.isdisjoint(group) for group in wanted)
 
     alike = [other for other in splits if other.domain == split.domain and other.folder != split.folder
              and other.protocol["name"] == "classification" and covers(other)]
@@ -77,7 +77,7 @@ def clean_of(split: Split, splits: list[Split]) -> Split | None:
 
 
 def scopes_of(split: Split, reference: Split, readouts: Readouts) -> list[tuple[list[str] | None, str]]:
-    """What of a classification split is scored: all of it; and the classes that a run never saw, among themselves.
+    """The scored parts of a classification split: all of it, and the classes that a run never saw, among themselves.
 
     Returns:
         Classes (None: all) and an addition to the rule of each.
@@ -91,7 +91,7 @@ def scopes_of(split: Split, reference: Split, readouts: Readouts) -> list[tuple[
 
 
 def unsupported_fars(impostors: int) -> str:
-    """What to say of the FARs that so many impostor pairs cannot tell; "" where they support all."""
+    """A line on the FARs that so few impostor pairs do not support; "" if they support all."""
     kept = [far for far in FARS if far * impostors >= 1]
     lost = [np.format_float_scientific(far, trim="-", exp_digits=1) for far in FARS if far not in kept]
     return f"{impostors:,} impostor pairs support no FAR{f' below {min(kept):g}' if kept else ''}: " \
@@ -105,8 +105,8 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
 
     Args:
         readouts: of classification.
-        without: rows to leave out, by "domain/split"; also of the clean images that a shifted split is held against.
-        among: test splits that those clean images may be of (default: those that are scored).
+        without: rows to leave out, by "domain/split", also from the clean images of a shifted split.
+        among: test splits that may be the clean ones (default: those that are scored).
         trials: what people chose, by "domain/split".
 
     Returns:
@@ -121,18 +121,18 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             if not np.isfinite(x[:, 0]).any():
                 raise Unscorable(f"{split.folder}: no image left to score: all are unreadable or leaked")
             if split.protocol["name"] == "classification":
-                found, curve = score_objects(embed, normalise(x), split, root, run, draws, seed, readouts, fitted,
-                                             without or {}, among or splits), {}
+                by_rule, curve = score_objects(embed, normalise(x), split, root, run, draws, seed, readouts, fitted,
+                                               without or {}, among or splits), {}
             elif split.protocol["name"] == "choice":
-                found, decisions = score_choices(embed, normalise(x), split, root, run, draws, seed, readouts,
-                                                 (trials or {}).get(key))
+                by_rule, decisions = score_choices(embed, normalise(x), split, root, run, draws, seed, readouts,
+                                                   (trials or {}).get(key))
                 curve = {"decisions": decisions} if decisions.people else {}
             else:
-                found, curve = score_people(embed, x, split, draws, seed)
+                by_rule, curve = score_people(embed, x, split, draws, seed)
         except Unscorable as error:
             failed[key] = error
             continue
-        figures[key] = found | {f"random pairs, seed {seed}": score_pairs(x, split.labels, draws, seed)}
+        figures[key] = by_rule | {f"random pairs, seed {seed}": score_pairs(x, split.labels, draws, seed)}
         curves[key] = curve
         if bad and bad > split.missing.sum():  # those are misses
             print(f"  {key}: {bad - split.missing.sum()} unreadable images left out")
@@ -144,13 +144,13 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
 
 
 def score_people(embed: Embedder, x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
-    """Figures by rule and curves of a split whose images are compared with each other; x is normalised in place."""
-    protocol, curve, found = split.protocol["name"], {}, {}
+    """Figures by rule and curves of a split whose images are compared with each other. Normalises x in place."""
+    protocol, curve, by_rule = split.protocol["name"], {}, {}
     if protocol == "templates":
-        found, curve = score_templates(x, split, draws, seed, embed.device)
+        by_rule, curve = score_templates(x, split, draws, seed, embed.device)
     normalise(x)
     if protocol == "verification":
-        found, curve = score_verification(x, split, draws, seed)
+        by_rule, curve = score_verification(x, split, draws, seed)
     elif protocol in ("reid", "identification"):
         failed: list[Unscorable] = []
         for variant in variants_of(split):
@@ -159,26 +159,26 @@ def score_people(embed: Embedder, x: np.ndarray, split: Split, draws: int, seed:
             except Unscorable as error:
                 failed.append(error)
                 continue
-            found[describe_variant(split, variant, seed)], curve = figures, curve or drawn
-        if not found:
+            by_rule[describe_variant(split, variant, seed)], curve = figures, curve or drawn
+        if not by_rule:
             raise failed[0]
         for error in failed:
             say_once(f"  {split.domain}/{split.name}: {error.message}")
-    elif not found:
-        raise InputError(f"{split.folder}: protocol {protocol!r} is not known to this version")
+    elif not by_rule:
+        raise InputError(f"{split.folder}: protocol {protocol!r} is unknown to this version")
     table = {"verification": "pairs", "templates": "template_pairs"}.get(protocol)
     if table and table in split.index["columns"]:
         pairs = split.column(table)
         impostor = pairs[:, 2] == 0
-        if protocol == "verification":  # of templates, those that are not enrolled count too
+        if protocol == "verification":  # templates count even if not enrolled
             impostor &= np.isfinite(x[pairs[:, :2], 0]).all(1)
         if line := unsupported_fars(int(impostor.sum())):
             say_once(f"  {split.domain}/{split.name}: {line}")
-    return found, curve
+    return by_rule, curve
 
 
 def head_of(run: Run | None, domain: str) -> tuple[np.ndarray | None, list[str]]:
-    """Trained class weights [C, D] of a domain and their names; None and [] where there are none."""
+    """Trained class weights [C, D] of a domain and their names; None and [] without any."""
     if run is None or domain not in run.classes:
         return None, []
     start, end = run.class_ranges[domain]
@@ -187,7 +187,7 @@ def head_of(run: Run | None, domain: str) -> tuple[np.ndarray | None, list[str]]
 
 def score_choices(embed: Embedder, x: np.ndarray, split: Split, root: dict, run: Run | None, draws: int, seed: int,
                   readouts: Readouts, trials: Trials | None) -> tuple[dict[str, dict[str, Estimate]], Decisions]:
-    """Figures by rule of a forced choice with unit embeddings x, and what was decided; arguments as of `score`."""
+    """Figures by rule of a forced choice with unit embeddings x, and the decisions; arguments as of `score`."""
     reference = root[split.domain][split.protocol["reference"]]
     texts = {name: (f"zero-shot {name.split()[0]}", w)
              for name, w in readouts.texts(embed, split.protocol["choices"]).items()}
@@ -198,15 +198,15 @@ def score_choices(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
                   "head": "mean of a category's trained class weights",
                   **{readout: f"zero-shot by prompts {name}" for name, (readout, _) in texts.items()}}
     figures, decisions = score_choice(models, among, split, np.isfinite(x[:, 0]), trials, draws, seed)
-    found: dict[str, dict[str, Estimate]] = {}
+    by_rule: dict[str, dict[str, Estimate]] = {}
     if trials:
         answers = hashlib.sha256(repr((trials.observers, trials.answers.tolist())).encode()).hexdigest()[:8]
         beside = f"{len(trials.observers)} observers {answers}, reference {fingerprint(reference)}"
     for scope, by_metric in figures.items():
         for metric, figure in by_metric.items():
             rule = f"{scope}, {beside if figure.kind else by_readout[figure.readout]}"
-            found.setdefault(rule, {})[metric] = figure
-    return found, decisions
+            by_rule.setdefault(rule, {})[metric] = figure
+    return by_rule, decisions
 
 
 def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run: Run | None, draws: int, seed: int,
@@ -214,17 +214,17 @@ def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
                   ) -> dict[str, dict[str, Estimate]]:
     """Figures by rule of a classification split with unit embeddings x; other arguments as of `score`.
 
-    `fitted`: the readouts of each reference so far.
+    `fitted`: the readouts of each reference, so far.
     """
-    key, found = f"{split.domain}/{split.name}", {}
+    key, by_rule = f"{split.domain}/{split.name}", {}
     reference, (head, classes) = root[split.domain][split.protocol["reference"]], head_of(run, split.domain)
     y = embed(reference)
     if reference.name not in fitted:
         fitted[reference.name] = readouts.fit(embed, y, reference, seed)
-    if reference.folder == split.folder:  # row for row the same; another split's rows stay references
+    if reference.folder == split.folder:  # the same rows; those of another split stay
         y[without.get(key, [])] = np.nan
     linear = {name: parts for name, parts in fitted[reference.name].items()
-              if name != "probe" or reference.folder != split.folder}  # a probe knows what it was fitted to
+              if name != "probe" or reference.folder != split.folder}  # not of the images that it was fitted to
     by_readout = {"nearest-mean": f"nearest class mean, reference {fingerprint(reference)}",
                   "knn": f"20 neighbours at T 0.07, reference {fingerprint(reference)}",
                   "head": "trained class weights", **{name: rule for name, (_, _, rule) in linear.items()}}
@@ -235,33 +235,33 @@ def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
         rules = {metric: by_readout[figure.readout] for metric, figure in by_metric.items()}
         for metric, figure in by_metric.items():
             unseen = only is not None
-            found.setdefault(rules[metric] + which, {})["unseen-class " * unseen + metric] = replace(
+            by_rule.setdefault(rules[metric] + which, {})["unseen-class " * unseen + metric] = replace(
                 figure, unseen=unseen)
         if only is None and (clean := clean_of(split, among)):
             z = embed(clean)
             z[without.get(f"{clean.domain}/{clean.name}", [])] = np.nan
             if not np.isfinite(z[:, 0]).any():
                 continue
-            itself = reference.folder == clean.folder  # what is left out votes for none of the others
+            itself = reference.folder == clean.folder  # left-out images do not vote for the others
             before = score_classification(
                 z, clean, (z if itself else y, reference), head, classes, draws, seed,
                 split.protocol.get("groups"), {name: (w, b) for name, (w, b, _) in linear.items()
                                                if name != "probe" or not itself}, split.classes, embed.device)
             same = f"clean is {clean.name} {fingerprint(clean)} by the same classes"
             for metric in [metric for metric in by_metric if metric in before]:
-                found.setdefault(f"{same}, {rules[metric]}", {}).update({
+                by_rule.setdefault(f"{same}, {rules[metric]}", {}).update({
                     f"gap of {metric}": gap(before[metric], by_metric[metric], seed),
                     f"clean {metric}": replace(before[metric], chance=math.nan, kind="clean")})  # not to be retained
         if only is not None:
             labels = np.where(np.isin(split.labels, [split.classes.index(name) for name in only]), split.labels, -1)
-            found[f"random pairs, seed {seed}{which}"] = {
+            by_rule[f"random pairs, seed {seed}{which}"] = {
                 f"unseen-class {metric}": replace(figure, unseen=True)
                 for metric, figure in score_pairs(x, labels, draws, seed).items()}
-    return found
+    return by_rule
 
 
 def check_references(splits: list[Split], root: dict[str, dict[str, Split]]) -> None:
-    """InputError where a classification split cannot be read out by its reference: before anything is embedded."""
+    """InputError if a classification split cannot be scored by its reference, before anything is embedded."""
     for split in splits:
         if split.protocol["name"] not in ("classification", "choice"):
             continue
@@ -269,7 +269,7 @@ def check_references(splits: list[Split], root: dict[str, dict[str, Split]]) -> 
         what = f"prepare {split.domain}/{split.name} again with --reference SPLIT, a split of the same classes, or " \
             "score others with --splits"
         if name not in root[split.domain]:
-            raise InputError(f"{split.folder}: its reference split {str(name)!r} is not there: prepare that, or {what}")
+            raise InputError(f"{split.folder}: its reference split {str(name)!r} is missing: prepare it, or {what}")
         known = set(root[split.domain][name].classes)
         if split.protocol["name"] == "choice":
             if not (categories_of([*known], split) >= 0).any():
@@ -288,30 +288,30 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
     rows: Results = []
     for split in splits:
         key = f"{split.domain}/{split.name}"
-        by_weights = {weights: {rule: dict(by_metric) for rule, by_metric in found[key].items()}
-                      for weights, found in figures.items() if key in found}
+        by_weights = {weights: {rule: dict(by_metric) for rule, by_metric in scored[key].items()}
+                      for weights, scored in figures.items() if key in scored}
         if len(by_weights) == 2:
-            for rule, before in by_weights["foundation"].items():  # what both have: never the trained class weights
+            for rule, before in by_weights["foundation"].items():  # what both have, so not the trained class weights
                 after = by_weights["tuned"].get(rule, {})
                 for metric in [m for m in before if m in after and math.isfinite(before[m].chance)
                                and not before[m].kind]:
                     if kept := retention(before[metric], after[metric], before[metric].chance):
                         after[f"retention of {metric}"] = kept
         for weights, by_rule in by_weights.items():
-            for rule, found in by_rule.items():
-                rows += rows_of(found, Row(
+            for rule, by_metric in by_rule.items():
+                rows += rows_of(by_metric, Row(
                     run, weights, split.domain, split.name, kind=split.protocol["name"], rule=rule, flip=flip,
                     images=f"set {fingerprint(split)}", lacks=", ".join(describe_losses(split.protocol)),
                     ood=bool(split.protocol.get("ood"))))
     return rows
 
 
-def rows_of(found: dict[str, Estimate], about: Row) -> Results:
-    """The rows of some figures by metric, which share what `about` says; one that could not be computed is absent."""
+def rows_of(figures: dict[str, Estimate], about: Row) -> Results:
+    """The rows of figures by metric, which share the fields of `about`; figures that are not finite are absent."""
     return [(replace(about, protocol=about.describe(), metric=metric, value=f.value, low=f.low, high=f.high,
                      count=f.count, identities=f.identities, kind=f.kind or about.kind, readout=f.readout,
                      measure=f.measure or metric, unseen=f.unseen, chance=finite(f.chance) or 0), f.draws)
-            for metric, f in found.items() if math.isfinite(f.value)]
+            for metric, f in figures.items() if math.isfinite(f.value)]
 
 
 def make_unified_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: bool, limit: int,
@@ -321,20 +321,20 @@ def make_unified_rows(run: str, splits: list[Split], figures: dict[str, dict], f
     copies = len({origin_of(split)[1] for split in splits}) < len(splits)
     about = {"kind": "unified", "rule": f"at most {limit} probes a domain, seed {seed}", "flip": flip,
              "images": f"sets {sets}" + ", copies of the probe's picture ignored" * copies}
-    return [row for weights, by_domain in figures.items() for domain, found in by_domain.items()
-            for row in rows_of(found, Row(run, weights, domain, "everything", **about))]
+    return [row for weights, by_domain in figures.items() for domain, by_metric in by_domain.items()
+            for row in rows_of(by_metric, Row(run, weights, domain, "everything", **about))]
 
 
 def make_human_rows(run: str, ratings: list[Rating], splits: dict[str, Split], figures: dict[str, dict],
                     flip: bool) -> Results:
     """The rows of `score_humans`, by weights: of each split, of "all splits" of a domain, and of domain "all"."""
     rows: Results = []
-    for weights, found in figures.items():
-        for place, by_metric in found.items():
-            some = [r for r in ratings if place in (r.split, r.split.split("/")[0], "everything")]
+    for weights, by_place in figures.items():
+        for place, by_metric in by_place.items():
+            rated = [r for r in ratings if place in (r.split, r.split.split("/")[0], "everything")]
             key = hashlib.sha256(repr(sorted((r.split, *sorted((r.left, r.right)), r.rater, r.value)
-                                             for r in some)).encode()).hexdigest()[:8]
-            sets = " + ".join(f"{name} {fingerprint(splits[name])}" for name in sorted({r.split for r in some}))
+                                             for r in rated)).encode()).hexdigest()[:8]
+            sets = " + ".join(f"{name} {fingerprint(splits[name])}" for name in sorted({r.split for r in rated}))
             domain, _, split = ("all/human trials" if place == "everything" else place).partition("/")
             rows += rows_of(by_metric, Row(run, weights, domain, split or "all splits", kind="human trials",
                                            rule=f"ratings {key}", images=f"sets {sets}", flip=flip))
@@ -343,11 +343,11 @@ def make_human_rows(run: str, ratings: list[Rating], splits: dict[str, Split], f
 
 def headlines(rows: list[Row]) -> dict[tuple[str, str], dict[str, Row]]:
     """{(domain, split): {weights: its headline row}} in the order of the rows."""
-    found: dict = {}
+    by_split: dict = {}
     for row in rows:
         if row.headline:
-            found.setdefault((row.domain, row.split), {}).setdefault(row.weights, row)  # the customary rule is first
-    return found
+            by_split.setdefault((row.domain, row.split), {}).setdefault(row.weights, row)  # customary rule first
+    return by_split
 
 
 def show_value(row: Row) -> str:
@@ -357,7 +357,7 @@ def show_value(row: Row) -> str:
 
 
 def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[str]) -> list[str]:
-    """The lines of report.md: the headline of every split before and after, what stands between, then every figure."""
+    """The lines of report.md: the headline of every split before and after, `middle`, then every figure."""
     by_name = {(split.domain, split.name): split for split in splits}
     lines = [f"# {literal(rows[0].run)}", "",
              "Percent (d-prime: as it is) with 95 % bootstrap intervals, resampled by identity. Cosine similarity; "
@@ -372,16 +372,20 @@ def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[s
         label = literal("/".join(key)) + " (out of distribution)" * row.ood
         level = f"{100 * chance(split, row):.1f}"
         lines.append(f"| {label} | {row.metric} | {level} | {both[0]} | {both[1]} | {change} |")
-    lines += [*middle, "", "## All figures", "",
-              "Two figures of a metric are comparable where their protocols are equal.", "",
-              "| split | metric | foundation | tuned | count | protocol |", "| --- | --- | --- | --- | --- | --- |"]
-    table: dict = {}
+    return [*lines, *middle, "", "## All figures", "",
+            "Two figures of a metric are comparable where their protocols are equal.", "", *tabulate(rows)]
+
+
+def tabulate(rows: list[Row]) -> list[str]:
+    """The lines of a table of all figures, before and after."""
+    lines = ["| split | metric | foundation | tuned | count | protocol |", "| --- | --- | --- | --- | --- | --- |"]
+    pairs: dict = {}
     for row in rows:
-        table.setdefault(row.key, {})[row.weights] = row
-    for pair in table.values():
+        pairs.setdefault(row.key, {})[row.weights] = row
+    for pair in pairs.values():
         both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
         row = next(iter(pair.values()))
-        # names of raters, sources and files of prompts may hold what ends a cell, or is markup
+        # names of raters, sources and files of prompts may contain what ends a cell, or markup
         name, metric, protocol = map(literal, (f"{row.domain}/{row.split}", row.metric, row.protocol))
         lines.append(f"| {name} | {metric} | {both[0]} | {both[1]} | {row.count:,} | {protocol} |")
     return lines

@@ -1,4 +1,4 @@
-"""What stands beside a run's own figures: published ones, the stages of a sequential run; the report as one HTML file.
+"""Tables beside a run's own figures: published ones, human trials, stages of a sequential run; the report as HTML.
 
 evaluate.py writes report.md; nothing here computes a metric.
 """
@@ -23,13 +23,13 @@ PUBLISHED = Path(__file__).parent.parent / "protocols" / "published"  # figures 
 
 @dataclass(frozen=True)
 class Published:
-    """A figure that somebody else published."""
+    """A figure published by others."""
 
     kind: str  # "human" or "expert"
     dataset: str
     domain: str
     metric: str  # as in the rows of evaluate.py
-    protocol: str  # how it was made, in words
+    protocol: str  # in words
     value: float  # 0..1 (the file: percent, as printed)
     who: str
     source: str
@@ -37,29 +37,29 @@ class Published:
     requires: dict[str, str | bool]  # fields of a row that it may be compared with
 
     def comparable(self, row: Row | None) -> bool:
-        """Whether a figure was made in the same way."""
+        """Whether a row was measured in the same way."""
         return row is not None and self.same_protocol and all(
             getattr(row, name) == wanted for name, wanted in self.requires.items())
 
 
 def read_published(folder: Path = PUBLISHED) -> list[Published]:
-    """The figures of people, then those of experts; InputError names a line that is not one."""
-    found = []
+    """The figures of people, then of experts; InputError names a line that is not one."""
+    figures = []
     for kind in ("human", "expert"):
         path = folder / f"{kind}s.csv"
         with open(path, newline="", encoding="utf-8") as file:
             for line, row in enumerate(csv.DictReader(file), 2):
                 try:
-                    value, said = float(row["value"]) / 100, {"yes": True, "no": False}
+                    value, flags = float(row["value"]) / 100, {"yes": True, "no": False}
                     requires = [part.split("=") for part in row["requires"].split(" & ") if part]
                     if not 0 <= value <= 1 or row["domain"] not in DOMAINS or not row["source"]:
                         raise ValueError("want percent, a domain and a source")
-                    found.append(Published(kind, row["dataset"], row["domain"], row["metric"], row["protocol"], value,
-                                           row["who"], row["source"], said[row["same_protocol"]],
-                                           {name: said.get(wanted, wanted) for name, wanted in requires}))
+                    figures.append(Published(kind, row["dataset"], row["domain"], row["metric"], row["protocol"], value,
+                                             row["who"], row["source"], flags[row["same_protocol"]],
+                                             {name: flags.get(wanted, wanted) for name, wanted in requires}))
                 except (KeyError, TypeError, ValueError) as error:
                     raise InputError(f"{path}, line {line}: not a published figure ({error!r})") from error
-    return found
+    return figures
 
 
 def plain(name: str) -> str:
@@ -70,59 +70,59 @@ def plain(name: str) -> str:
 def datasets_of(names: list[str], given: tuple[str, ...], published: list[Published]) -> dict[str, str]:
     """{"domain/split": data set} of splits, by their name or as --published says: NAME=DATASET; NAME= for none.
 
-    Names of data sets are plain; splits whose name is no data set with published figures are absent.
+    Names of data sets are plain; splits not named after one with published figures are absent.
     """
     known = {(row.domain, plain(row.dataset)) for row in published}
-    found = {name: plain(name.split("/")[1]) for name in names
-             if (name.split("/")[0], plain(name.split("/")[1])) in known}
+    by_split = {name: plain(name.split("/")[1]) for name in names
+                if (name.split("/")[0], plain(name.split("/")[1])) in known}
     for word in given:
         name, sign, dataset = word.partition("=")
         if not sign or name not in names:
             raise InputError(f"--published {word}: want SPLIT=DATASET with a split that is scored: {', '.join(names)}")
         domain = name.split("/")[0]
         if not dataset:
-            found.pop(name, None)
+            by_split.pop(name, None)
         elif (domain, plain(dataset)) not in known:
             sets = sorted({row.dataset for row in published if row.domain == domain})
             raise InputError(f"--published {word}: nothing is published of {dataset!r} as {domain}; there is "
                              f"{', '.join(sets) or 'nothing'}")
         else:
-            found[name] = plain(dataset)
-    return found
+            by_split[name] = plain(dataset)
+    return by_split
 
 
 def beside(rows: list, datasets: dict[str, str], published: list[Published]) -> list[tuple[Published, str, object]]:
     """Each published figure of the run's data sets: with the split, and the run's row to put beside it or None.
 
-    The row is a tuned one of the same metric where there is one, best of the same protocol, else the first.
+    The row has the same metric; tuned rows come first, then those of the same protocol.
     """
-    found = []
+    pairs = []
     for name, dataset in datasets.items():
         for one in published:
             if (one.domain, plain(one.dataset)) != (name.split("/")[0], dataset):
                 continue
-            own = [row for row in rows if f"{row.domain}/{row.split}" == name and row.metric == one.metric]
-            own.sort(key=lambda row: (row.weights != "tuned", not one.comparable(row)))  # else in their order
-            found.append((one, name, own[0] if own else None))
-    return found
+            measured = [row for row in rows if f"{row.domain}/{row.split}" == name and row.metric == one.metric]
+            measured.sort(key=lambda row: (row.weights != "tuned", not one.comparable(row)))
+            pairs.append((one, name, measured[0] if measured else None))
+    return pairs
 
 
-def show_published(found: list[tuple[Published, str, object]]) -> list[str]:
-    """Lines of report.md; none where nothing is published of the run's data sets."""
-    if not found:
+def show_published(pairs: list[tuple[Published, str, object]]) -> list[str]:
+    """Lines of report.md; none if nothing is published of the run's data sets."""
+    if not pairs:
         return []
     lines = ["", "## Published figures", "", "Of people and of models that others trained; their sources were checked. "
-             "Own experts are another matter: `evaluate.py compare RUN --experts`. Where the protocol is not the same, "
-             "a difference may be the protocol's."]
+             "For your own experts see `evaluate.py compare RUN --experts`. Where protocols differ, they may explain "
+             "a difference."]
     for kind, title in (("human", "People"), ("expert", "Experts")):
-        chosen = [one for one in found if one[0].kind == kind]
+        chosen = [one for one in pairs if one[0].kind == kind]
         if chosen:
             lines += ["", f"### {title}", "", "| split | metric | this run | published | who | same protocol | how | "
                       "source |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
         for one, name, row in sorted(chosen, key=lambda one: (one[1], one[0].metric, -one[0].value)):
-            own = f"{100 * row.value:.1f} ({row.weights})" if row else "not computed"
+            this = f"{100 * row.value:.1f} ({row.weights})" if row else "not computed"
             same = "yes" if one.comparable(row) else "no"
-            lines.append(f"| {literal(name)} | {one.metric} | {own} | {100 * one.value:.2f} | {one.who} | {same} | "
+            lines.append(f"| {literal(name)} | {one.metric} | {this} | {100 * one.value:.2f} | {one.who} | {same} | "
                          f"{one.protocol} | {one.source} |")
     return lines
 
@@ -132,31 +132,30 @@ def show_published(found: list[tuple[Published, str, object]]) -> list[str]:
 
 def human_rows(rows: list[Row]) -> dict[tuple[str, str], dict[str, dict[str, list[Row]]]]:
     """{(domain, split): {weights: {readout: rows}}} of the human trials: a row of each readout, but of "rater"."""
-    found: dict = {}
+    by_split: dict = {}
     for row in rows:
         if row.kind == "human trials":
-            by_readout = found.setdefault((row.domain, row.split), {}).setdefault(row.weights, {})
+            by_readout = by_split.setdefault((row.domain, row.split), {}).setdefault(row.weights, {})
             by_readout.setdefault(row.readout, []).append(row)
-    return found
+    return by_split
 
 
 def human_verdict(difference: Row) -> str:
-    """What the lead of the model over people says."""
+    """The verdict of the model's lead over people."""
     return "above humans" if difference.low > 0 else "below humans" if difference.high < 0 else "undecided"
 
 
 def show_humans(rows: list[Row]) -> list[str]:
-    """Lines of report.md; none where there are no human trials."""
-    found = human_rows(rows)
-    if not found:
+    """Lines of report.md; none without human trials."""
+    by_split = human_rows(rows)
+    if not by_split:
         return []
     lines = ["", "## Human trials", "", "People and model on identical pairs: AUC of the ratings (-3 to +3) and of the "
-             "cosine, chance 50. Intervals resample who and what is on the pictures; the raters are these, not a "
-             "sample of mankind. All splits: the mean over those of a domain; everything: over the domains; of the "
-             "raters who did them all.", "",
+             "cosine, chance 50. Intervals resample identities, not raters. All splits: the mean over those of a "
+             "domain; everything: over domains; both of raters who rated them all.", "",
              "| split | pairs | raters | people: mean (range) | weights | model | model minus people | beaten | |",
              "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for (domain, split), by_weights in found.items():
+    for (domain, split), by_weights in by_split.items():
         for weights, by_readout in by_weights.items():
             (model,), (people,), (lead,), (beaten,) = (by_readout[r] for r in ("model", "people", "lead", "beaten"))
             each = [row.value for row in by_readout["rater"]]
@@ -178,7 +177,7 @@ def show_stages(stages: Stages | None, config: dict) -> list[str]:
     if stages is None:
         return [*lines, "The stage x task matrix needs scores after each stage: train with `--eval-every "
                 f"{max(config['steps'] // count, 1)}` (the steps of a stage)."]
-    lines += ["Same/different AUC of fixed images after each stage (percent; chance 50), and what is lost from the "
+    lines += ["Same/different AUC of fixed images after each stage (percent; chance 50), and the loss from the "
               "best stage to the end.", "", f"| after | step | {' | '.join(map(literal, stages.tasks))} |",
               f"| --- | --- |{' --- |' * len(stages.tasks)}"]
     for name, step, end, scores in zip(stages.names, stages.steps, stages.ends, stages.scores, strict=True):
@@ -187,7 +186,7 @@ def show_stages(stages: Stages | None, config: dict) -> list[str]:
         lines.append(f"| {literal(name)} | {seen} | {cells} |")
     lines.append("| lost | | " + " | ".join("" if math.isnan(x) else f"{100 * x:.1f}" for x in stages.lost) + " |")
     if len(stages.names) <= count:
-        lines += ["", f"Not every stage was looked at: take an --eval-every that divides {config['steps'] // count}."]
+        lines += ["", f"Not every stage was evaluated: take an --eval-every that divides {config['steps'] // count}."]
     return lines
 
 
@@ -236,7 +235,7 @@ img { max-width: 100%; } code { background: #f2f2f0; padding: 0 .2rem; }"""
 
 
 def inline(text: str, folder: Path) -> str:
-    """Code, bold and pictures of a line; a picture becomes part of the page."""
+    """Code, bold and pictures of a line; pictures are embedded in the page."""
     text = re.sub(r"\\(&lt;|&gt;|&amp;|[\\|*!\[\]`])", lambda sign: sign[1] if len(sign[1]) > 1 else
                   f"&#{ord(sign[1])};", html.escape(text, quote=False))  # what `literal` wrote
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
@@ -256,7 +255,7 @@ def to_html(lines: list[str], folder: Path) -> str:
         if line.startswith("|"):
             rows.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line[1:-1])])
             continue
-        if rows:  # the table is over; its second line is the rule below the head
+        if rows:  # end of a table; its second line is the rule below the head
             table = ["".join(f"<{tag}>{inline(cell, folder)}</{tag}>" for cell in row)
                      for tag, row in [("th", rows[0]), *(("td", row) for row in rows[2:])]]
             body.append("<table>" + "".join(f"<tr>{row}</tr>\n" for row in table) + "</table>")
@@ -272,11 +271,11 @@ def to_html(lines: list[str], folder: Path) -> str:
 
 
 def write_report(folder: Path, lines: list[str]) -> None:
-    """report.md and report.html, the same content; the pictures that it names lie in the folder."""
+    """report.md and report.html with the same content; the pictures lie in the folder."""
     write_text(folder / "report.md", "\n".join(lines) + "\n")
     write_text(folder / "report.html", to_html(lines, folder))
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text in UTF-8, atomically, in any locale; names of files, and so of runs and classes, need not be text."""
+    """A text in UTF-8, atomically, in any locale; what is not text in names of runs and classes is escaped."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8", errors="backslashreplace"))

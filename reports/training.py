@@ -1,4 +1,4 @@
-"""What a training run leaves to be looked at: its log, its first images, and a page on how it went with its curves.
+"""What a training run reports: its log, its first images, and a page with its curves.
 
 Copy with it: models/head.py, models/runs.py, data_prep/stream.py and what they need.
 """
@@ -30,13 +30,13 @@ MAX_DAMAGED = 0.001  # share of damaged images that stops a run
 
 def describe_run(options: Any, recipe: dict[str, float], splits: list[Split], plan: np.ndarray, shares: list[float],
                  last_rate: float) -> None:
-    """Print, before anything is built, the images, passes, losses and learning rates of a run.
+    """Print the images, passes, losses and learning rates of a run, before anything is built.
 
     Args:
         options: of train.py.
         recipe: options that the backbone's recipe filled.
         plan: int64 [steps, batches per step, K], images of each domain.
-        shares: of a domain's class weights that a step draws (Partial FC).
+        shares: of each domain's class weights that a step draws (Partial FC).
         last_rate: of the cosine, as a share of the peak.
     """
     print(f"{options.out}: schedule {options.schedule}, {len(plan)} steps of {options.batch} images")
@@ -115,13 +115,13 @@ class TrainingLog:
     def write(self, window: list[dict[str, Tensor]], done: int, rates: dict, health: Tensor, bad: int) -> dict:
         """A line with means over the steps since the last one.
 
-        This is where the CPU waits for the GPU and the ranks for each other; in between nobody does.
+        The CPU waits for the GPU, and the ranks for each other, only here.
 
         Args:
             window: totals of these steps, with "grad_norm" and "finite".
-            done: steps of the run that are over.
-            rates: what the schedule says of the last step, for the record.
-            health: int64 [2], steps that were not finite, and of these the last ones in a row.
+            done: completed steps of the run.
+            rates: of the schedule at the last step, for the record.
+            health: int64 [2], non-finite steps, in all and the last ones in a row.
             bad: damaged images of this rank since the last line.
         """
         tally, before, batch = self.tally, self.tally.logged, int(self.plan[0].sum())
@@ -154,7 +154,7 @@ class TrainingLog:
         return record
 
     def check_health(self, done: int, health: Tensor) -> None:
-        """Stop a run whose steps or images are bad; its last checkpoint stays."""
+        """Stop a run of non-finite steps or damaged images; its last checkpoint stays."""
         seen, most = done * int(self.plan[0].sum()), MAX_SKIPPED if done < len(self.plan) else 0
         self.tally.skipped, in_a_row = health.tolist()
         if in_a_row > most:
@@ -168,7 +168,7 @@ class TrainingLog:
 
 
 def summarise(total: dict[str, torch.Tensor], domains: list[str]) -> dict:
-    """Means over the steps [n, ...] since the last log line, but for skipped ones; domains not drawn are absent."""
+    """Means over the steps [n, ...] since the last log line, without skipped ones; domains not drawn are absent."""
     good = total["finite"] > 0
     if not good.any():
         return {}
@@ -198,7 +198,7 @@ def mean_pairwise_cosine(direction: torch.Tensor, n: torch.Tensor) -> torch.Tens
 
 def draw_samples(path: Path, stream: Stream, look: Look, cache: list[Tensor] | None = None,
                  columns: int = 8) -> None:
-    """The first images as the network sees them, one row a domain: catches colour, crop and label bugs."""
+    """The first images as the network sees them, one row a domain: shows errors in colour, crop and label."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -245,7 +245,7 @@ def write_report(log_of: TrainingLog, schedule: str, device: str) -> None:
             figures = [f"{last[f'{key}/{name}']:.3f}" for key in ("loss", "top1", "target_cosine", "norm")]
             lines.append(f"| {name} | {last[f'images/{name}']:,} | {last[f'passes/{name}']:.1f} | "
                          f"{' | '.join(figures)} |")
-    lines += ["", "Loss, top-1 and target cosine are of augmented training images, with the margins of the moment.", "",
+    lines += ["", "Loss, top-1 and target cosine are of augmented training images, with the current margins.", "",
               "![curves](curves.png)"]
     if looks:
         lines += ["", "| same/different AUC of fixed images | start | end |", "|---|---|---|"]
@@ -255,8 +255,8 @@ def write_report(log_of: TrainingLog, schedule: str, device: str) -> None:
         draw_conflict(folder / "conflict.png", conflicts)
         mean = {pair: np.mean([f["cosine"][pair] for f in conflicts if f["cosine"][pair] is not None] or [math.nan])
                 for pair in conflicts[0]["cosine"]}
-        lines += ["", "Cosines between the domains' gradients on the backbone (mean over the run; below 0 they pull "
-                  "against each other): " + ", ".join(f"{pair} {value:+.2f}" for pair, value in mean.items()), "",
+        lines += ["", "Cosines between the domains' gradients on the backbone (mean over the run; below 0 they "
+                  "conflict): " + ", ".join(f"{pair} {value:+.2f}" for pair, value in mean.items()), "",
                   "![conflict](conflict.png)"]
     if tally.skipped or tally.bad or tally.collapsed_at:
         lines += ["", f"Skipped steps: {tally.skipped}; damaged images: {tally.bad}; collapsed at: "
@@ -265,13 +265,13 @@ def write_report(log_of: TrainingLog, schedule: str, device: str) -> None:
 
 
 def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[str]) -> None:
-    """Loss, top-1, target cosine per domain and, where --eval-every looked, AUC, over the steps."""
+    """Loss, top-1, target cosine per domain and, with --eval-every, AUC, over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    keys = [("loss", "training loss"), ("top1", "training top-1"), ("target_cosine", "cosine to the own class")]
+    keys = [("loss", "training loss"), ("top1", "training top-1"), ("target_cosine", "cosine to the true class")]
     figure, axes = plt.subplots(1, len(keys) + bool(looks), figsize=(4 * (len(keys) + bool(looks)), 3.8), squeeze=False)
     for ax, (key, title) in zip(axes[0], keys, strict=False):
         for name in domains:

@@ -25,7 +25,7 @@ from protocols.explore import (
     tell_sources,
 )
 from protocols.pairs import score_pairs
-from protocols.results import Pair
+from protocols.results import Pair, Sources
 from protocols.sharing import measure_sharing
 from protocols.subspaces import (
     Curve,
@@ -209,15 +209,15 @@ def test_the_source_is_found_where_it_is_planted_and_nowhere_else():
     tasks = [SimpleNamespace(domain=split.domain, train=split) for split in (two, one)]
     spaces = {"tuned": lambda split, rows: marked[rows], "pixels": lambda split, rows: noise[rows]}
     found = tell_sources(spaces, tasks, [np.arange(400)] * 2, {"face_hq": [], "body": []}, 400, 50, 0)
-    assert found["body"] == {"why": "one source alone: c"}
+    assert found["body"] == Sources("only one source: c")
     hq = found["face_hq"]
-    assert hq["images"] == {"a": 200, "b": 200} and hq["identities"] == {"a": 100, "b": 100} and hq["chance"] == 0.5
+    assert hq.images == {"a": 200, "b": 200} and hq.identities == {"a": 100, "b": 100} and hq.chance == 0.5
     for model in ("logistic", "lda", "svm"):
-        assert hq["spaces"]["tuned"][model]["value"] > 0.98
-        pixels = hq["spaces"]["pixels"][model]
+        assert hq.spaces["tuned"][model]["value"] > 0.98
+        pixels = hq.spaces["pixels"][model]
         assert pixels["low"] < 0.5 < pixels["high"] and pixels["high"] - pixels["low"] < 0.25
     report = "\n".join(report_sources(found, ["tuned", "pixels", "tuned canon"]))
-    assert "| body | not measured (one source alone: c) | - | - | - |" in report
+    assert "| body | not measured (only one source: c) | - | - | - |" in report
     assert "| face_hq | a (200), b (200) | 50 | " in report
 
 
@@ -230,7 +230,7 @@ def test_a_person_told_by_name_does_not_tell_the_source():
     task = SimpleNamespace(domain="face_hq", train=split)
     found = tell_sources({"tuned": lambda split, rows: x[rows]}, [task], [np.arange(300)], {"face_hq": []},
                          300, 50, 0)["face_hq"]
-    assert found["spaces"]["tuned"]["logistic"]["value"] < 0.75
+    assert found.spaces["tuned"]["logistic"]["value"] < 0.75
 
 
 def test_half_of_each_source_is_held_out():
@@ -241,7 +241,7 @@ def test_half_of_each_source_is_held_out():
     lone = sourced("train", "face_hq", ["a"] * 4 + ["b"], ["p", "q", "r", "s", "t"])
     task = SimpleNamespace(domain="face_hq", train=lone)
     found = tell_sources({}, [task], [np.arange(5)], {"face_hq": []}, 9, 5, 0)
-    assert found["face_hq"] == {"why": "too few identities of b to fit on some and test others"}
+    assert found["face_hq"] == Sources("too few identities of b to fit on some and test others")
 
 
 # ---------------------------------------------------------------- tables and figures
@@ -285,8 +285,8 @@ def test_tables_hold_the_other_metrics_and_every_component_left_out(written):
     assert len(rows) == 9 * 10 and {row["component"] for row in rows} == {str(i) for i in range(1, 11)}
     by_hand = [float(row["change"]) for row in rows if (row["fit"], row["test"]) == ("body", "face_hq")]
     assert by_hand == pairs["body", "face_hq"]["importance"]["change"]
-    assert "| face_hq | face_lq | mAP | " in report and "On an AUC a random subspace keeps nearly everything" in report
-    assert "Components from which on every task keeps so much" in report
+    assert "| face_hq | face_lq | mAP | " in report and "A random subspace keeps nearly all of an AUC" in report
+    assert "Number of components from which on every task keeps 99 or 95 %" in report
     assert "One component left out at a time, of the first 10" in report and " nan " not in report
 
 
@@ -340,13 +340,13 @@ def test_an_analysis_of_a_run_holds_all_of_it(analysed, tiny_run):
     sources = result["separability"]["sources"]
     assert set(sources) == set(result["domains"])
     for domain, found in sources.items():
-        if "why" in found:
+        if found["why"]:
             assert f"| {domain} | not measured ({found['why']}) |" in analysed.stdout
         else:
             assert list(found["spaces"]) == ["tuned", "foundation", "pixels"] and len(found["images"]) > 1
             assert all(0 <= space[model]["value"] <= 1 for space in found["spaces"].values()
                        for model in ("logistic", "lda", "svm"))
-    assert {"why" in found for found in sources.values()} == {True, False}
+    assert {bool(found["why"]) for found in sources.values()} == {True, False}
     for pair, explored in zip(result["transfer"]["tuned"]["pairs"], result["explored"], strict=True):
         rank_5 = "nearest-mean top-5" if pair["test"] == "object" else "rank-5"
         of = {(row["metric"], row["k"]): row["value"] for row in explored["further"]}

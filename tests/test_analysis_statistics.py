@@ -132,7 +132,7 @@ def test_a_source_is_told_apart_on_people_who_were_not_fitted_on():
     tested = {"tuned": [features(task.split, task.probe) for task in tasks]}
     ids = [name_identities(task.split, task.probe) for task in tasks]
     rows = unseen_sources({"tuned": features}, fitted, tested, ids, tasks, fits, others, 100, 10, 0)
-    assert [(r["source"], r["images"], r["identities"]) for r in rows] == [("face_hq (more)", 3, 1)]
+    assert [(r.source, r.images, r.identities) for r in rows] == [("face_hq (more)", 3, 1)]
 
 
 def test_a_person_in_two_tasks_is_drawn_in_both():
@@ -170,15 +170,15 @@ def test_a_source_that_is_statistically_the_same_is_found_however_few_images_rem
     ids = [np.array(["hq " + name for name in test.classes]), np.array(["body " + name for name in far.classes])]
     spaces = {"tuned": lambda split, rows: x[split.folder][rows]}
     rows = unseen_sources(spaces, fitted, tested, ids, tasks, fits, others, 400, 20, 0)
-    found = next(r for r in rows if r["source"] == "a")["spaces"]["tuned"]
+    found = next(r for r in rows if r.source == "a").spaces["tuned"]
     assert 0.55 < found["recall"] < 0.9 and 0.6 < found["value"] < 0.85
     assert found["low"] < found["value"] < found["high"]
 
 
 def test_one_identity_is_no_test():
-    with pytest.raises(InputError, match="one identity alone can be tested"):
+    with pytest.raises(InputError, match="only one identity can be tested"):
         people_task("face_hq", ["a", "b"], ["x"])
-    assert mistrust(19) == "19 identities: interval not to be trusted" and not mistrust(20)
+    assert mistrust(19) == "19 identities: interval unreliable" and not mistrust(20)
 
 
 # ---------------------------------------------------------------- the script
@@ -217,7 +217,7 @@ def test_what_is_left_out_is_told_and_the_test_split_can_be_chosen(degraded_run)
     assert result["domains"] == ["object", "face_hq", "face_lq"]
     assert result["splits"]["object"] == ["train", "collage"] and result["splits"]["face_hq"] == ["train", "test"]
     assert "no test split in distribution" in result["left_out"]["body"] and "| body | - | - | left out: " in report
-    assert "| object | train | collage | " in report and "identities: interval not to be trusted" in report
+    assert "| object | train | collage | " in report and "identities: interval unreliable" in report
     # the last LayerNorm of a random start, without a bias, leaves 63 of 64 dimensions to vary
     assert result["transfer"]["tuned"]["limit"] == result["explored"][0]["deleted"]["to"] == 63
 

@@ -23,7 +23,7 @@ from protocols.claims import (
     claim_separable,
     make_table,
 )
-from protocols.results import Group, Measured, Pair, Row, Scored, Transfer, group_runs
+from protocols.results import Group, Measured, Pair, Row, Scored, Separability, Space, Transfer, group_runs
 from protocols.separability import pixel_statistics
 from protocols.tasks import choose_pairs, make_task
 from tests.conftest import script
@@ -111,7 +111,7 @@ def test_unreadable_images_and_lone_identities_leave_a_task(demo_root):
     good = np.ones(len(base), bool), np.arange(len(test)) % 3 > 0
     task = make_task(base, test, good, 2000, 0)
     assert good[1][task.probe].all() and len(task.probe)
-    with pytest.raises(InputError, match="one identity alone can be tested"):
+    with pytest.raises(InputError, match="only one identity can be tested"):
         make_task(base, test, (good[0], test.labels == test.labels[-1]), 2000, 0)  # one class
     base, test = pairs["face_hq"]
     first = np.unique(test.labels, return_index=True)[1]
@@ -209,14 +209,14 @@ def test_claim_experts_prefers_exposure_and_tells_the_other():
 def test_wide_intervals_decide_nothing():
     unified, other = measured("a", values=ALL), [measured(f"x{d}", "expert", values={d: 0.7}) for d in ALL]
     for run in other:
-        (row, draws), = run.found["tuned"].found.values()
-        key = next(iter(run.found["tuned"].found))
-        run.found["tuned"].found[key] = (row, draws + np.random.default_rng(1).normal(size=200) * 0.05)
+        (row, draws), = run.scored["tuned"].rows.values()
+        key = next(iter(run.scored["tuned"].rows))
+        run.scored["tuned"].rows[key] = (row, draws + np.random.default_rng(1).normal(size=200) * 0.05)
     claim = claim_experts(alone(unified), alone(*other), 0.01)
     assert claim.verdict == "not measured (intervals too wide to decide)"
     other = [measured(f"x{d}", "expert", values={d: 0.7}) for d in ALL]
     assert claim_experts(alone(unified), alone(*other), 0.01).verdict == "holds"
-    other[0].found["tuned"].seed = 1  # resampled differently: they cannot be paired
+    other[0].scored["tuned"].seed = 1  # resampled differently: they cannot be paired
     assert "no expert run, --domains object" in claim_experts(alone(unified), alone(*other), 0.01).verdict
 
 
@@ -289,18 +289,20 @@ def test_claim_forgetting():
     assert verdict([forgets], measured("u", values=GOOD["values"])) == "not measured (no foundation scores of u)"
 
 
+def space_of(figure: dict, lead: dict | None = None, converged=True) -> Space:
+    return Space(figure, figure, figure, {}, dict.fromkeys(("logistic", "lda", "svm"), converged), lead)
+
+
 def separable(tuned, **leads):
     def figure(value):
         return {"value": value, "low": value - 0.005, "high": value + 0.005}
 
-    fitted = {"logistic": figure(tuned), "converged": {"logistic": True}}
-    spaces = {"tuned": fitted}
+    spaces = {"tuned": space_of(figure(tuned))}
     for name, lead in leads.items():
-        spaces[name.replace("_", " ")] = fitted | {"logistic": figure(tuned - lead), "lead_of_tuned": figure(lead)}
+        spaces[name.replace("_", " ")] = space_of(figure(tuned - lead), figure(lead))
         if name.endswith("canon"):
-            spaces["tuned canon"] = fitted
-    return {"domains": DOMAINS, "separability": {"spaces": spaces, "unseen_sources": [],
-                                                   "identities": dict.fromkeys(DOMAINS, 100)}}
+            spaces["tuned canon"] = space_of(figure(tuned))
+    return {"domains": DOMAINS, "separability": Separability(9, 0.25, spaces, dict.fromkeys(DOMAINS, 100), [])}
 
 
 ABOVE = {"pixels": 0.1, "foundation": 0.02, "pixels_canon": 0.3, "foundation_canon": 0.02}
@@ -324,7 +326,7 @@ def test_claims_without_an_analysis():
     whole = components(0.99) | {"separability": separable(0.99, **ABOVE)["separability"]}
     for analysis, words in ((None, "a: not analysed; call analyze.py --run RUN on it"),
                             ({"separability": None, "transfer": {"tuned": Transfer([], [], 0, True, 0, 0)}},
-                             "a: analysed on one task alone")):
+                             "a: analysed on one task only")):
         groups = alone(measured("a", values=ALL, analysis=analysis), measured("b", values=ALL, analysis=whole))
         for claim in (claim_separable(groups, 0.95), claim_components(groups, 0.95)):
             assert claim.verdict == f"not measured ({words})" and "b" in claim.measured
@@ -336,7 +338,8 @@ def components(kept, random=0.2, foundation=0.2, dim=768, k=99, images=None, tas
 
     own = dict.fromkeys(one.name for one in fields(Pair)) | {
         "k": k, "identities": 100, "kept": 0.0, "low": 0, "high": 1, "chance": 0.1, "full_low": 0.7,
-        "over_random": figure(-1), "k95": figure(0), "k99": figure(0)}  # not the claim
+        "over_random": figure(-1), "k95": figure(0), "k99": figure(0),  # not the claim
+        "raw": 0.8, "full": 0.8, "full_high": 0.9, "random": figure(0)}
     across = own | {"kept": kept, "low": kept - 0.02, "high": kept + 0.02, "k95": figure(40.0), "k99": figure(70.0),
                     "over_random": figure(random), "over_foundation": figure(foundation)} | more
     pairs = [Pair(**(own if a == b else across) | {"fit": a, "test": b}) for a in tasks for b in tasks]

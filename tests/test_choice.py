@@ -138,7 +138,7 @@ def test_trials_of_stimuli_that_are_not_there_are_counted(edges, tmp_path, capsy
     path = write_trials(tmp_path / "a.csv", {"s1": ["cat"] * 3})
     path.write_text(path.read_text().replace("_cat1", "_cat9"))
     assert read_trials([path], edges).answers[0, 0] == UNSEEN
-    assert "object/edges: 2 trials of 1 observers; 1 of stimuli that it lacks are left out" in capsys.readouterr().out
+    assert "object/edges: 2 trials of 1 observers; 1 of other stimuli are left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("old, new, words", [
@@ -146,7 +146,7 @@ def test_trials_of_stimuli_that_are_not_there_are_counted(edges, tmp_path, capsy
     ("1,1,0.9,cat,cat", "1,1,0.9,cat,oven", "line 2: .* shows 'oven', in object/edges 'cat'"),
     ("1,1,0.9,cat", "1,1,0.9,aeroplane", "line 2: the answer 'aeroplane' is none of airplane, bear"),
     ("s1,1,2", ",1,2", "line 3: no observer"),
-    ("_cat2.png", "_cat1.png", "line 3: s1 has answered to .* before"),
+    ("_cat2.png", "_cat1.png", "line 3: s1 has answered .* before"),
     ("cat,cat,0,0002", "cat,cat,0002", "line 3: not as many fields"),
     (".png", "7.png", "no trial of a stimulus of object/edges")])
 def test_bad_trials(old, new, words, edges, tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,14 +28,37 @@ from protocols.claims import (
     claim_separable,
     make_table,
 )
-from protocols.results import Group, Measured, Row, read_lost, read_rows, read_runs, read_scored
+from protocols.results import (
+    Group,
+    Measured,
+    Row,
+    Sources,
+    UnseenSource,
+    read_analysis,
+    read_lost,
+    read_rows,
+    read_runs,
+    read_scored,
+)
 from protocols.subspaces import transfer, unit
 from protocols.tasks import Task
 from reports.analysis import write_table
 from reports.plots import draw_figures
 from reports.rows import make_report
 from reports.tables import show_humans
-from tests.test_analyze import ABOVE, ALL, DOMAINS, GOOD, TWO, alone, components, humans, measured, separable
+from tests.test_analyze import (
+    ABOVE,
+    ALL,
+    DOMAINS,
+    GOOD,
+    TWO,
+    alone,
+    components,
+    humans,
+    measured,
+    separable,
+    space_of,
+)
 from tools.compare import compare_experts, compare_groups
 
 UNTOUCHED = GOOD["foundation"]
@@ -110,7 +134,7 @@ def forgetting(sequential, unified=None, experts=(), lost=None, **more) -> Claim
     return claim_forgetting(alone(unified or measured("u", **GOOD)), alone(run), alone(*experts), 0.01)
 
 
-NOTHING = "not measured (the sequential run forgot nothing here)"
+NOTHING = "not measured (the sequential run forgot nothing)"
 
 
 def test_a_sequential_run_that_forgot_nothing_decides_nothing():
@@ -160,8 +184,8 @@ def test_forgetting_is_corrected_for_the_number_of_tasks():
     def run(tail):  # a lead of 5 points that `tail` of the resamplings turn round
         unified, draws = measured("u", **GOOD), np.full(200, 0.6)
         draws[: int(200 * tail)] = 0.54
-        key = next(key for key in unified.found["tuned"].found if key[0] == "object")
-        unified.found["tuned"].found[key] = (unified.found["tuned"].found[key][0], draws)
+        key = next(key for key in unified.scored["tuned"].rows if key[0] == "object")
+        unified.scored["tuned"].rows[key] = (unified.scored["tuned"].rows[key][0], draws)
         return forgetting({"object": 0.55}, unified, lost={"object/test": 0.1}, spread=0).verdict
 
     assert run(0.0) == HOLDS
@@ -239,7 +263,7 @@ def test_humans_need_four_tasks_and_two_raters():
         assert claim_humans(humans(lead, tasks=DOMAINS[1:])).verdict == \
             "not measured (people on face_hq, face_lq, body; none on object)"
         assert claim_humans(humans(lead, raters=1)).verdict == \
-            "not measured (1 rater of all tasks; two are the least)"
+            "not measured (1 rater of all tasks; 2 are needed)"
     claim = claim_humans(humans(raters=3, body=-0.2))
     assert claim.verdict == "holds, but below people on body" and "3 raters, below people on body" in claim.measured
 
@@ -251,7 +275,7 @@ def test_forced_choices_of_objects_are_told_and_decide_nothing_alone():
                      kind="human choices", readout="nearest-mean", measure="lead", rule="11 of 16 categories")
         others = [replace(choice, rule="11 of 16 categories, condition c05", value=lead - 0.5),
                   replace(choice, metric="knn minus human accuracy", readout="knn", value=lead - 0.5)]
-        rows = [row for row, _ in group[0].runs[0].found["tuned"].found.values()] if group else []
+        rows = [row for row, _ in group[0].runs[0].scored["tuned"].rows.values()] if group else []
         return claim_humans(alone(measured("a", values=ALL, rows=[*rows, choice, *others])))
 
     for lead in (0.2, -0.2):
@@ -262,17 +286,16 @@ def test_forced_choices_of_objects_are_told_and_decide_nothing_alone():
     assert claim(0.2, humans()).verdict == "holds"
     assert claim(-0.2, humans()).verdict == "holds, but below people on object"
     three = claim(0.2, humans(tasks=DOMAINS[1:]))
-    assert three.verdict == "not measured (object by forced choice alone, which is no part of the mean over tasks)"
+    assert three.verdict == "not measured (object by forced choice alone, which is not part of the mean over tasks)"
 
 
 def test_beyond_format_needs_one_format_and_unseen_sources():
     def run(canon=0.99, **recalls):
         analysis = separable(0.99, **ABOVE)
         figure = {"value": canon, "low": canon - 0.005, "high": canon + 0.005}
-        analysis["separability"]["spaces"]["tuned canon"] = {"logistic": figure}
-        analysis["separability"]["unseen_sources"] = [
-            {"domain": "body", "source": name, "identities": 100,
-             "spaces": {"tuned": {"value": r, "low": r - 0.01, "high": r + 0.01}}}
+        analysis["separability"].spaces["tuned canon"] = space_of(figure)
+        analysis["separability"].unseen_sources = [
+            UnseenSource("body", name, 100, 100, {"tuned": {"value": r, "low": r - 0.01, "high": r + 0.01}})
             for name, r in recalls.items()]
         return separable_of(analysis)
 
@@ -284,8 +307,8 @@ def test_beyond_format_needs_one_format_and_unseen_sources():
 
 def test_few_identities_and_unfinished_fits_are_marked(tmp_path):
     few = components(0.99, identities=12) | {"separability": separable(0.99, **ABOVE)["separability"]}
-    few["separability"]["identities"]["body"] = 9
-    few["separability"]["spaces"]["pixels"]["converged"] = {"logistic": False}
+    few["separability"].identities["body"] = 9
+    few["separability"].spaces["pixels"].converged["logistic"] = False
     table = table_of(measured("a", analysis=few, **GOOD))
     assert "object for body, k = 99 of 768 99.0 [97.0, 101.0]† (k95" in table["Fewer"].measured
     assert "balanced accuracy 99.0 [98.5, 99.5]†" in table["The"].decided_by
@@ -300,9 +323,9 @@ def test_few_identities_and_unfinished_fits_are_marked(tmp_path):
 
 def test_marks_of_the_evaluation_reach_the_claims():
     run = measured("a", **GOOD)
-    for scored in run.found.values():
-        scored.found = {key: (replace(row, identities=11 if row.domain == "body" else 84), draws)
-                        for key, (row, draws) in scored.found.items()}
+    for scored in run.scored.values():
+        scored.rows = {key: (replace(row, identities=11 if row.domain == "body" else 84), draws)
+                       for key, (row, draws) in scored.rows.items()}
     told = claim_backbones(alone(run), ["clip"], 0.01).measured.split("; ")
     assert [("†" in part) for part in told] == [False, False, False, True] and "a body/test +40.0" in told[3]
 
@@ -322,10 +345,10 @@ def test_a_single_seed_is_told_in_words_and_not_in_the_verdict():
     runs = [measured(f"{b}{seed}", backbone=b, lr=b, seed=seed, **GOOD)
             for b in ("clip", "eva02", "dinov3") for seed in (0, 1)]
     two, one = table_of(*runs)["Works"], table_of(*runs[:5])["Works"]
-    assert (two.verdict, two.told, two.seeds) == (HOLDS, HOLDS, 2)
-    assert (one.verdict, one.told, one.seeds) == (HOLDS, "holds (1 seed)", 1)
-    assert table_of(*runs[:1])["Works"].told == "not measured (no four-task run of eva02, dinov3)"
-    assert replace(one, verdict=FAILS).told == "fails (1 seed)"
+    assert (two.verdict, two.reported, two.seeds) == (HOLDS, HOLDS, 2)
+    assert (one.verdict, one.reported, one.seeds) == (HOLDS, "holds (1 seed)", 1)
+    assert table_of(*runs[:1])["Works"].reported == "not measured (no four-task run of eva02, dinov3)"
+    assert replace(one, verdict=FAILS).reported == "fails (1 seed)"
     runs[-1].config["seed"] = 0  # the same run twice is one seed
     assert table_of(*runs)["Works"].seeds == 1
 
@@ -404,6 +427,36 @@ def test_no_sentence_is_read_back(analysed, tiny_run, demo_root, tmp_path):
         read_rows(tmp_path / "said/a/eval")
 
 
+def test_separability_is_written_and_read_back_whole(tmp_path):
+    """And what is not of its type is named: the field, with its place and value."""
+    analysis = components(0.99) | separable(0.99, **ABOVE)
+    figure = {"value": 0.75, "low": 0.5, "high": 1.0}
+    analysis["separability"].spaces["tuned"].pairwise["object/body"] = figure
+    analysis["separability"].unseen_sources.append(
+        UnseenSource("body", "x", 7, 5, {"tuned": figure | {"recall": 0.25, "converged": False}}))
+    analysis["separability"].sources |= {"object": Sources("only one source: x"), "body": Sources(
+        None, {"x": 7, "y": 8}, {"x": 5, "y": 6}, 0.5, {"tuned": {"lda": figure}})}
+    path = tmp_path / "a/analysis/analysis.json"
+    path.parent.mkdir(parents=True)
+    written = analysis | {"transfer": {"tuned": asdict(analysis["transfer"]["tuned"])},
+                          "separability": asdict(analysis["separability"])}
+    write_json(path, written)
+    assert read_analysis(path) == analysis
+    for change, words in (
+        (lambda s: s["spaces"]["tuned"]["pairwise"]["object/body"].update(low="x"),
+         r"spaces tuned: pairwise object/body: low is 'x'"),
+        (lambda s: s["unseen_sources"][0].update(images=True), "unseen_sources 0: images is 'True'"),
+        (lambda s: s["sources"]["body"].update(images=[]), r"sources body: images is '\[\]'"),
+        (lambda s: s["spaces"]["pixels"].update(converged={"logistic": 1}), "converged logistic is '1'"),
+        (lambda s: s["spaces"].pop("tuned"), "the tuned space, is missing"),
+    ):
+        damaged = deepcopy(written)
+        change(damaged["separability"])
+        write_json(path, damaged)
+        with pytest.raises(InputError, match=f"of another version or damaged: .*{words}; run analyze.py on .*/a again"):
+            read_analysis(path)
+
+
 @pytest.mark.parametrize("damage, words", [
     (lambda run: (run / "done.json").unlink(), "b (not finished)"),
     (change_config(lambda c: c.pop("role")), "b (config.json lacks 'role')"),
@@ -411,7 +464,7 @@ def test_no_sentence_is_read_back(analysed, tiny_run, demo_root, tmp_path):
     (change_config(lambda c: c.update(counts=[])), "b (config.json: domains and counts"),
     (change_config(lambda c: c.update(backbone=None, model=None)), "b (config.json names no backbone)"),
     (lambda run: (run / "config.json").write_text("["), "damaged"),
-    (change_config(lambda c: c.update(seed=[1])), "b (config.json: seed is no whole number"),
+    (change_config(lambda c: c.update(seed=[1])), "b (config.json: seed is not a whole number"),
     (change_config(lambda c: c.update(order=5)), "b (config.json: domains and counts"),
     (change_analysis(lambda a: a["transfer"]["tuned"].pop("limit")), "analysis.json (of another version"),
     (change_analysis(lambda a: a["transfer"]["tuned"]["pairs"][1]["k99"].update(above="x")), "analysis.json (of anoth"),

@@ -344,7 +344,7 @@ def test_the_probe_of_the_untouched_backbone_is_fitted_once_for_all_runs(run, tm
     path.write_bytes(whole[:-100])
     capsys.readouterr()
     run_here(*options, "--cache", tmp_path / "cache")
-    assert f"{path}: damaged: it is made again" in capsys.readouterr().out and path.read_bytes() == whole
+    assert f"{path}: damaged: computed again" in capsys.readouterr().out and path.read_bytes() == whole
     assert (run / "eval/results.json").read_bytes() == rows
 
 
@@ -363,7 +363,7 @@ def test_damaged_embeddings_are_computed_again(run, capsys):
         spoil()
         run_here(*options)
         said = [line for line in capsys.readouterr().out.splitlines() if "computed again" in line]
-        assert said == [f"  {path}: damaged: its embeddings are computed again"]
+        assert said == [f"  {path}: damaged: embeddings computed again"]
         assert path.read_bytes() == whole and (run / "eval/results.json").read_bytes() == rows
     path.with_suffix(".json").write_text("{")  # whose embeddings they are is not known
     run_here(*options)
@@ -520,7 +520,7 @@ def test_a_wrong_reference_is_told_before_anything_is_embedded(demo_root, run, t
     base, root = Split(demo_root / "object/val"), tmp_path / "data"
     shutil.copytree(demo_root / "face_hq/test", root / "face_hq/test")
     copy_of(base, root / "object/val", list(range(len(base))), {"name": "classification", "reference": "photos"})
-    with pytest.raises(InputError, match=r"its reference split 'photos' is not there.*--reference SPLIT"):
+    with pytest.raises(InputError, match=r"its reference split 'photos' is missing.*--reference SPLIT"):
         run_here("--run", run, "--data", root, *OPTIONS)
     some = np.flatnonzero(base.labels > 0).tolist()
     copy_of(base, root / "object/photos", some, {"name": "classification", "reference": "photos"})

@@ -181,14 +181,16 @@ def test_the_card_says_what_the_model_is_made_of(tiny_run, demo_root, tmp_path):
     hostile.rename(run)
 
     (run / "eval").mkdir()
-    row = {"run": "run", "domain": "body", "split": "test", "protocol": "reid", "kind": "reid", "measure": "rank-1",
-           "metric": "rank-1", "count": 1234}
+    row = {"run": "run", "domain": "body", "split": "test", "protocol": "any words", "kind": "reid",
+           "measure": "rank-1", "metric": "rank-1", "count": 1234}
     rows = [row | {"weights": "foundation", "value": 0.25, "low": 0.2, "high": 0.3},
-            row | {"weights": "tuned", "value": 0.5, "low": 0.4, "high": 0.6}]
+            row | {"weights": "tuned", "value": 0.5, "low": 0.4, "high": 0.6, "protocol": "other words"},
+            row | {"weights": "tuned", "value": 0.75, "low": 0.7, "high": 0.8, "rule": "another"}]
     (run / "eval" / "results.json").write_text(json.dumps(rows))
     export("--run", run, "--to", "safetensors", "--out", run / "export" / "again.safetensors")
     card = (run / "export" / "again.safetensors.md").read_text()
-    assert "| body/test | reid | rank-1 | 0.250 [0.200, 0.300] | 0.500 [0.400, 0.600] | 1,234 |" in card
+    assert "| body/test | rank-1 | 25.0 [20.0, 30.0] | 50.0 [40.0, 60.0] | 1,234 | any words |" in card
+    assert "| body/test | rank-1 |  | 75.0 [70.0, 80.0] | 1,234 | any words |" in card
 
 
 def test_a_card_of_objects_alone_says_nothing_of_people(demo_root, tmp_path):

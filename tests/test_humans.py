@@ -398,7 +398,7 @@ def test_all_domains_at_once_by_hand(capsys):
         "AUC of rater ann": 5.5 / 8, "AUC on human trials": 7 / 8, "human AUC (mean of raters)": 5.5 / 8,
         "model minus human AUC": 1.5 / 8, "share of raters beaten": 1})
     assert "AUC of rater cat" in found["face_hq/test"] and found["everything"]["AUC on human trials"].count == 8
-    assert "dan rated pairs of one kind alone in face_hq/test" in capsys.readouterr().out
+    assert "dan rated only pairs of one kind in face_hq/test" in capsys.readouterr().out
 
 
 def planted(rng, people: int, model: float, human: float):
@@ -453,7 +453,7 @@ def test_the_interval_of_a_difference_is_paired():
 
 
 @pytest.mark.parametrize("row, words", [
-    (["face_hq/nowhere", "{a}", "{b}", "ann", "1"], "line 3: 'face_hq/nowhere' is no split that is scored here"),
+    (["face_hq/nowhere", "{a}", "{b}", "ann", "1"], "line 3: 'face_hq/nowhere' is not a split that is scored here"),
     (["face_hq/test", "{a}", "999999999", "ann", "1"], "line 3: face_hq/test has no image '999999999'"),
     (["face_hq/test", "{a}", "{b}", "ann", "4"], "line 3: rating '4': want a number from -3"),
     (["face_hq/test", "{a}", "{b}", "ann", "nan"], "line 3: rating 'nan'"),
@@ -476,7 +476,7 @@ def test_bad_ratings_are_named_by_their_line(row, words, demo_root, tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ("split,left_key,right_key,rater\n", "lacks the column 'rating'"), ("", "lacks the column 'split'"),
-    (",".join(RATING_COLUMNS) + "\n", "holds no ratings"), (None, "cannot be read"),
+    (",".join(RATING_COLUMNS) + "\n", "no ratings in it"), (None, "cannot be read"),
     (b"\xff\xfe\xff", "cannot be read"),
 ])  # fmt: skip
 def test_bad_files_of_ratings(text, words, tmp_path):

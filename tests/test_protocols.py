@@ -298,7 +298,7 @@ def test_a_search_on_a_device_is_the_same(people, ties):
     there = search_on(torch.device("cpu"), x, probes, gallery, mates, 450 * 64, x)
     assert [ranks.tolist() for ranks in here.ranks] == [ranks.tolist() for ranks in there.ranks]
     np.testing.assert_array_equal(here.first, there.first)
-    np.testing.assert_allclose(here.own, there.own, rtol=1e-6)
+    np.testing.assert_allclose(here.correct, there.correct, rtol=1e-6)
     np.testing.assert_allclose(here.wrong, there.wrong, rtol=1e-6)
     assert np.isinf(here.first).any() or people < 300
     assert max(map(len, here.ranks)) >= 12 or people > 4

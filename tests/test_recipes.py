@@ -553,7 +553,7 @@ BAD = [
     (["--loss", "body=arcface;body=cosface"], "body has two losses"),
     (["--loss", "arcface;cosface"], "every domain has two losses"),
     (["--loss", "body=arcface;"], "no loss ''"),
-    (["--loss", "adaface:m=0"], "adaface with m=0 has no margin that could adapt"),
+    (["--loss", "adaface:m=0"], "adaface with m=0 has no margin to adapt"),
     (["--lora", "4"], "this network has no attention projections"),
     (["--crop-scale", "-1"], "'-1': -1; want 0.01 to 1"),
     (["--crop-scale", "object=0.1"], "--crop-scale: no value for face_hq"),

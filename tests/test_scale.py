@@ -117,7 +117,7 @@ def test_what_is_no_number_names_the_sample(embedder, demo_root, monkeypatch):
             yield good, x
 
     monkeypatch.setattr(protocols.embed, "embed_rows", broken)
-    with pytest.raises(InputError, match=f"no finite numbers of sample {split.jpeg(19)[0]}"):
+    with pytest.raises(InputError, match=f"no finite embedding of sample {split.jpeg(19)[0]}"):
         embed.raw(split)
 
 

@@ -14,6 +14,7 @@ import protocols.separability
 import protocols.subspaces
 from protocols.bootstrap import Estimate, bootstrap_counts, needed
 from protocols.explore import d_primes, draw_up_map, explore_transfer, measure_components
+from protocols.results import Separability, Space
 from protocols.separability import (
     Canon,
     balanced_accuracy,
@@ -451,10 +452,9 @@ def test_a_fit_that_did_not_converge_is_told(monkeypatch):
     monkeypatch.setattr(protocols.separability, "make_classifier", lambda name: LogisticRegression(max_iter=1))
     predict("logistic", easy, easy, unfinished)
     assert unfinished == {"logistic": 1}
-    space = {name: {"value": 1.0, "low": 1.0, "high": 1.0} for name in ("logistic", "lda", "svm")}
-    text = "\n".join(report_separability({
-        "images_per_task": 9, "chance": 0.5, "identities": {}, "unseen_sources": [], "sources": {}, "spaces": {
-            "tuned": space | {"pairwise": {}, "converged": {"logistic": False, "lda": True, "svm": True}}}}))
+    figure = {"value": 1.0, "low": 1.0, "high": 1.0}
+    space = Space(figure, figure, figure, {}, {"logistic": False, "lda": True, "svm": True})
+    text = "\n".join(report_separability(Separability(9, 0.5, {"tuned": space}, {}, [])))
     assert "| tuned | 100.0 [100.0, 100.0] (not converged) | 100.0 [100.0, 100.0] | 100.0" in text
 
 
@@ -489,7 +489,7 @@ def test_a_source_that_was_left_out_can_be_mistaken():
     ids = [np.arange(80).astype(str), np.arange(100, 150).astype(str)]
     rows = unseen_sources({"tuned": features}, fitted, tested, ids, tasks, [np.arange(120)] * 2, others, 100,
                           20, 0)
-    found = {(r["domain"], r["source"]): r["spaces"]["tuned"]["recall"] for r in rows}
+    found = {(r.domain, r.source): r.spaces["tuned"]["recall"] for r in rows}
     assert set(found) == {("face_hq", "a"), ("face_hq", "b")}  # body has one source alone
     assert found["face_hq", "b"] < 0.2 and found["face_hq", "a"] < 0.9
     spaces = separability(fitted["tuned"], tested["tuned"], ids, 20, 0)

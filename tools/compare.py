@@ -6,20 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, literal, make_folder, write_csv, write_json
-from protocols.bootstrap import minus
-from protocols.results import (
-    D_PRIMES,
-    FEW_NOTE,
-    Row,
-    Scored,
-    aggregate,
-    as_many,
-    margin,
-    mark,
-    read_rows,
-    read_scored,
-    start_of,
-)
+from protocols.bootstrap import FEW_NOTE, mark, minus
+from protocols.results import D_PRIMES, Row, Scored, aggregate, as_many, margin, read_rows, read_scored, start_of
 from reports.plots import COLOURS
 from reports.tables import new_figure, save_figure, write_text
 
@@ -29,18 +17,18 @@ def unlike_figures(a: Scored, b: Scored) -> dict[tuple[str, str, str], str]:
 
     InputError where the resamplings of the runs do not pair.
     """
-    if a.seed != b.seed or len(next(iter(a.found.values()))[1]) != len(next(iter(b.found.values()))[1]):
+    if a.seed != b.seed or len(next(iter(a.rows.values()))[1]) != len(next(iter(b.rows.values()))[1]):
         raise InputError(f"{a.folder} and {b.folder} were resampled differently: run evaluate.py on both with the same "
                          "--seed and --bootstrap")
-    found, both = {}, {key[:3] for key in a.found} & {key[:3] for key in b.found}
+    found, both = {}, {key[:3] for key in a.rows} & {key[:3] for key in b.rows}
     for one, other in ((a, b), (b, a)):
-        for key in one.found:
-            if key[:3] in both and key not in other.found:
-                found.setdefault(key[:3], {})[one.folder] = one.found[key][0].protocol
+        for key in one.rows:
+            if key[:3] in both and key not in other.rows:
+                found.setdefault(key[:3], {})[one.folder] = one.rows[key][0].protocol
     found = {key: ", ".join(f"only {folder} has it by the protocol '{protocol}'" for folder, protocol in by.items())
              + ": score both on the same splits with the same options" for key, by in found.items()}
-    for key in [key for key in a.found if key in b.found]:
-        counts = [scored.found[key][0].count for scored in (a, b)]
+    for key in [key for key in a.rows if key in b.rows]:
+        counts = [scored.rows[key][0].count for scored in (a, b)]
         if counts[0] != counts[1]:
             found[key[:3]] = (f"{counts[0]:,} samples in {a.folder}, {counts[1]:,} in {b.folder} (unreadable images?): "
                               "run evaluate.py on both again")
@@ -52,7 +40,7 @@ def shared_figures(runs: list[Scored], splits: set[str]) -> list[tuple[str, str,
     first, *others = runs
     unlike = {key: why for other in others for key, why in unlike_figures(first, other).items()}
     unlike = {key: why for key, why in unlike.items() if not splits or "/".join(key[:2]) in splits}
-    keys = [key for key in first.found if all(key in other.found for other in others) and key[:3] not in unlike
+    keys = [key for key in first.rows if all(key in other.rows for other in others) and key[:3] not in unlike
             and (not splits or "/".join(key[:2]) in splits)]
     by_split: dict[str, list[str]] = {}
     for key, why in unlike.items():
@@ -71,7 +59,7 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
     cancels out. Seeds are not resampled: their standard deviation stands beside.
     """
     keys = [key for key in shared_figures([scored for group in groups for scored in group], splits)
-            if groups[0][0].found[key][0].readout not in ("rater", "people")]  # the same beside every run
+            if groups[0][0].rows[key][0].readout not in ("rater", "people")]  # the same beside every run
     if not keys:
         raise InputError("the runs have no figure in common" + (" on these --splits" if splits else "")
                          + ": score them on the same splits")
@@ -79,11 +67,11 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
     for key in keys:
         reference = aggregate(groups[0], key)
         for group in groups:
-            figure, values = aggregate(group, key), [scored.found[key][0].value for scored in group]
+            figure, values = aggregate(group, key), [scored.rows[key][0].value for scored in group]
             with np.errstate(invalid="ignore"):  # a resampling without errors has an infinite d', of both
                 lead = minus(figure, reference)
             spread = float(np.std(values, ddof=1)) if len(group) > 1 else None
-            row, ends = group[0].found[key][0], (lead.value, lead.low, lead.high)
+            row, ends = group[0].rows[key][0], (lead.value, lead.low, lead.high)
             table.append({
                 **identify(row), "runs": " ".join(scored.name for scored in group), "weights": row.weights,
                 "seeds": len(group), "value": figure.value, "low": figure.low, "high": figure.high, "seed_sd": spread,
@@ -100,7 +88,7 @@ def identify(row: Row) -> dict:
 
 def refuse_unshared(names: set[str], groups: list[list[Scored]], experts: bool) -> None:
     """InputError where --splits names what not all runs have; of experts each is asked for its own domains alone."""
-    first, *others = [set.intersection(*({"/".join(key[:2]) for key in one.found} for one in group))
+    first, *others = [set.intersection(*({"/".join(key[:2]) for key in one.rows} for one in group))
                       for group in groups]
     if experts:
         others = [set.union(*({name for name in found if name.split("/")[0] in group[0].config.get("domains", [])}
@@ -149,13 +137,13 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
     for group in groups:
         domain, kept = find_expertise(runs[0], group[0]), []
         for one in [*runs, *group]:
-            found = {key: pair for key, pair in one.found.items() if key[0] == domain and is_share(pair[0])}
-            kept.append(replace(one, found=found))
-        if any(not one.found for one in kept):
+            shared = {key: pair for key, pair in one.rows.items() if key[0] == domain and is_share(pair[0])}
+            kept.append(replace(one, rows=shared))
+        if any(not one.rows for one in kept):
             raise InputError(f"{group[0].folder} and {runs[0].folder}: no figures of {domain}: run evaluate.py on both")
         ours, theirs = kept[: len(runs)], kept[len(runs) :]
         for key in shared_figures(kept, splits):
-            row = ours[0].found[key][0]
+            row = ours[0].rows[key][0]
             run, expert = aggregate(ours, key), aggregate(theirs, key)
             lead, allowed = minus(run, expert), margin(expert.value, delta)
             verdict = ("non-inferior" if lead.low > -allowed or lead.low >= 0 else
@@ -303,7 +291,7 @@ def write_comparison(runs: tuple[Path, ...], weights: str | None, splits: set[st
     if experts:
         draw_experts(out / "comparison.png", table)
     else:
-        shown = [row.weights for row, _ in first[0].found.values()]
+        shown = [row.weights for row, _ in first[0].rows.values()]
         untouched = [row for row in read_rows(first[0].folder / "eval") if row.weights == "foundation"]
         draw_comparison(out / "comparison.png", table, untouched if "foundation" not in shown else [])
     write_json(out / "comparison.json", table)

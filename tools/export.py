@@ -21,7 +21,9 @@ from torch import nn
 from data_prep import FREE_ON_RESUME, InputError, hash_file, literal, write_atomically
 from models.backbones import TINY_CLIP, Backbone
 from models.runs import Run, load_foundation, load_tuned
+from protocols.bootstrap import FEW_NOTE
 from protocols.results import Row, read_rows
+from reports.rows import tabulate
 
 
 class FromPixels(nn.Module):
@@ -218,16 +220,8 @@ def write_card(run: Run, model: Backbone, files: list[Path], code: str, check: s
             lines.append(f"| {key} | {literal(str(shown))} |")
     lines += ["", "## Scores", ""]
     if scores:
-        lines += ["Fractions with 95 % intervals over identities; untouched: before fine-tuning.", "",
-                  "| split | protocol | metric | untouched | fine-tuned | count |",
-                  "| --- | --- | --- | --- | --- | --- |"]
-        table: dict = {}
-        for row in scores:
-            table.setdefault((f"{row.domain}/{row.split}", row.protocol, row.metric), {})[row.weights] = row
-        for key, pair in table.items():
-            cells = [f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]" if (row := pair.get(weights)) else ""
-                     for weights in ("foundation", "tuned")]
-            lines.append(f"| {' | '.join([*map(literal, key), *cells])} | {next(iter(pair.values())).count:,} |")
+        lines += ["Percent (d-prime: as it is) with 95 % bootstrap intervals over identities; foundation: before "
+                  f"fine-tuning. {FEW_NOTE}.", "", *tabulate(scores)]
     else:
         lines.append("None: the run was not evaluated (`python evaluate.py --run RUN`) before its export.")
     lines += ["", "## Intended use and limits", "", *(CARD_PEOPLE if people else []), *CARD_LIMITS]

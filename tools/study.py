@@ -97,7 +97,7 @@ def recipe_of(name: str) -> str:
 
 def find_splits(groups: list[Group]) -> tuple[set[str], set[str]]:
     """Splits of objects: with classes that runs of several tasks were not trained on; of stimuli of a forced choice."""
-    rows = [row for group in groups for row, _ in group.runs[0].found["tuned"].found.values()]
+    rows = [row for group in groups for row, _ in group.runs[0].scored["tuned"].rows.values()]
     return {row.split for row in rows if row.unseen}, {row.split for row in rows if row.kind == "choice"}
 
 
@@ -111,7 +111,7 @@ def make_point(rate: str, group: Group, unseen: set[str], stimuli: set[str]) -> 
         row.readout, row.measure) == HEADLINE["classification"])
     by_kind: dict[str, dict[str, Estimate]] = {}
     for key, figure in rows.items():
-        row = group.runs[0].found["tuned"].found[key][0]
+        row = group.runs[0].scored["tuned"].rows[key][0]
         if 0 < row.identities < FEW:
             continue
         kind = ("shapes" if row.split in stimuli else "shifts" if row.ood else "unseen" if row.split in unseen
