@@ -106,17 +106,18 @@ class Source:
 
 
 def jpeg_sides(data: bytes | bytearray) -> tuple[int, int] | None:
-    """Width and height as the header of a JPEG announces them; None where it is damaged.
+    """Width and height that the header of a JPEG declares; None if it is damaged or the file too short for them.
 
-    To be asked before anything is decoded: a decoder allocates what the header says, and fills up what is missing, so
-    that 600 damaged bytes would cost gigabytes and a minute. Segments that have no length, and stray bytes, do not
-    come before the frame header; libjpeg would pass over them and might read another header than this function.
+    Call it before decoding: a decoder allocates what the header declares and fills in what is missing, so that 600
+    damaged bytes could cost gigabytes and a minute. A file with a marker without length, a stray byte or a fill byte
+    (0xFF) before the frame header counts as damaged: libjpeg skips them and might read a different header.
     """
     try:
         at = 2
-        while data[at] == 0xFF and (marker := data[at + 1]) != 0x01 and not 0xD0 <= marker <= 0xDA and marker >= 0xC0:
+        while data[at] == 0xFF and 0xC0 <= (marker := data[at + 1]) < 0xFF and not 0xD0 <= marker <= 0xDA:
             if marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC):
-                return data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
+                width, height = data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
+                return (width, height) if width * height <= 512 * len(data) else None  # a block of 64 takes a bit
             at += 2 + (data[at + 2] << 8 | data[at + 3])
     except IndexError:
         pass
@@ -241,13 +242,15 @@ class Split:
             raise InputError(f"{self.folder}/index: rows that lie outside the shards; {again}")
         if len(self) and not -1 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise InputError(f"{self.folder}/index/label.npy: labels outside -1..{len(self.classes) - 1}; {again}")
-        # a reader allocates what the index says; several, as one may be damaged
-        sides = {jpeg_sides(self.jpeg(row)[1]) for row in range(min(len(self), 4))} - {None}
+        # readers allocate memory for the size in the index; some images of the sample may be damaged
+        rows = np.unique(np.linspace(0, len(self) - 1, min(len(self), 4), dtype=int)).tolist()
+        sides = Counter(jpeg_sides(self.jpeg(row)[1]) for row in rows)
         for place in [place for place in OPEN_FILES if place[0] is self.key]:  # most splits are only looked at
             os.close(OPEN_FILES.pop(place))
-        if sides and (self.size, self.size) not in sides:
-            raise InputError(f"{self.folder}/index.json: size is {self.size}, its first images have "
-                             f"{'x'.join(map(str, min(sides)))} pixels; {again}")
+        damaged = sides.pop(None, 0)
+        if rows and 2 * sides[self.size, self.size] <= sides.total():
+            found = "x".join(map(str, max(sides, key=sides.get))) if damaged < len(rows) else "no readable"
+            raise InputError(f"{self.folder}/index.json: size is {self.size}, its images have {found} pixels; {again}")
 
     def __len__(self) -> int:
         return self.index["samples"]

@@ -371,10 +371,28 @@ def test_bad_classes(text, words, tmp_path):
 def test_a_size_that_the_images_do_not_have_and_foreign_shards_are_refused(tmp_path):
     a = prepared(people(tmp_path / "src", {"a": 2, "b": 2}), tmp_path / "d/object/a", "--part", "train").folder
     text = (a / "index.json").read_text()
-    for size, words in ((4096, "size is 4096, its first images have 24x24"), (65535, "'size' is not what it should")):
+    for size, words in ((4096, "size is 4096, its images have 24x24"), (65535, "'size' is not what it should")):
         (a / "index.json").write_text(text.replace('"size": 24', f'"size": {size}'))
         with pytest.raises(InputError, match=words):
             Split(a)
+    shard = a / "shard-000000.tar"
+    good = shard.read_bytes()
+    (a / "index.json").write_text(text)
+    at = [good.find(b"\xff\xc0", int(offset)) + 5 for offset in Split(a).offset]
+    for forged, words in ((1, "size is 4096, its images have 24x24"), (4, "size is 4096, its images have no readable")):
+        data = bytearray(good)  # headers that declare the size of a forged index: nobody allocates 4096 x 4096 pixels
+        for place in at[:forged]:
+            data[place : place + 4] = b"\x10\0\x10\0"
+        shard.write_bytes(data)
+        (a / "index.json").write_text(text.replace('"size": 24', '"size": 4096'))
+        with pytest.raises(InputError, match=words):
+            Split(a)
+    (a / "index.json").write_text(text)  # headers alone: three of the images are good
+    data[at[1] : at[1] + 4] = data[at[2] : at[2] + 4] = data[at[3] : at[3] + 4] = good[at[0] : at[0] + 4]
+    shard.write_bytes(data)
+    with pytest.raises(BadImage, match="not a readable JPEG"):
+        Split(a).image(0)
+    shard.write_bytes(good)
     shutil.copytree(a, tmp_path / "d/object/b")
     (a / "index.json").write_text(text.replace("shard-000000.tar", "../b/shard-000000.tar"))
     with pytest.raises(InputError, match="a link, or another split's shard"):
