@@ -244,7 +244,7 @@ def test_one_process_writes_a_run(demo_root, tmp_path):
     result = subprocess.run([sys.executable, "train.py", *ENDLESS, "--data", demo_root, "--out", run, "--resume"],
                             cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2 and f"process {process.pid} on" in result.stderr, result.stderr
-    assert "is writing it" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert "is writing to it" in result.stderr and len(result.stderr.splitlines()) == 1
     process.kill()
     process.communicate()
     with lock_folder(run, "--out"):  # its lock ended with it
