@@ -135,7 +135,7 @@ def test_small_images_keep_what_they_show(size, options, quality, decibels, tmp_
     error = np.stack([split.image(row).permute(1, 2, 0).numpy() for row in range(2)]).astype(float) - pixels
     psnr = 10 * np.log10(255**2 / (error**2).mean())
     assert psnr > decibels if decibels else psnr < 35
-    assert ("becomes JPEG of quality 100, not 95" in capsys.readouterr().out) == (quality == 100)
+    assert ("re-encoded as JPEG of quality 100, not 95" in capsys.readouterr().out) == (quality == 100)
 
 
 @pytest.mark.parametrize("data", [b"", b"text", encode(picture(0))[:200], encode(picture(0), "PNG")[:-40]])

@@ -675,7 +675,7 @@ def test_bad_selections(arguments, words, tmp_path):
 
 
 def test_holdout_is_for_people(tmp_path):
-    with pytest.raises(InputError, match="--holdout keeps people"):
+    with pytest.raises(InputError, match="--holdout separates the people"):
         prepared(class_folders(tmp_path / "src"), tmp_path / "d/object/train", "--holdout", 0.5)
 
 
@@ -729,7 +729,7 @@ def test_object_classes_of_equal_names_are_joined_on_request(tmp_path, capsys):
     run_here("merge", root / "a", root / "b", "--out", root / "train")
     split = Split(root / "train")
     assert split.classes == ["a/n2", "b/n2", "n1", "n3"] and split.names == ["a/n2", "goldfish", "tench", "n3"]
-    assert "(--same-names joins them)" in capsys.readouterr().out
+    assert "(--same-names merges them)" in capsys.readouterr().out
     run_here("merge", root / "a", root / "b", "--out", root / "train", "--same-names")
     split = Split(root / "train")
     assert split.classes == ["n1", "n2", "n3"] and split.counts.tolist() == [1, 2, 1]
@@ -1013,7 +1013,7 @@ def test_the_ladder_is_drawn_from_sharp_to_poor(demo_root, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     ([], "want --src SPLIT --out DATA/face_lq/<split>, or --ladder"), (["--out", "{d}/face_lq/x"], "want --src SPLIT"),
     (["--src", "{d}", "--out", "{d}/face_lq/x"], "no index.json"), (["--src", "{hq}", "--out", "{d}/x"], "want DATA/"),
-    (["--src", "{hq}", "--out", "{hq}"], "is --src itself"), (["--ladder", "{d}/none/x.png"], "--ladder"),
+    (["--src", "{hq}", "--out", "{hq}"], "is the same split as --src"), (["--ladder", "{d}/none/x.png"], "--ladder"),
     (["--src", "{hq}", "--out", "{d}/face_lq/x", "--min-severity", "1", "--severity", ".5"], "is above --severity 0.5"),
     (["--ladder", "{d}/x.none"], "cannot be written"), (["--severity", "2"], "--severity"),
     (["--src", "{hq}", "--out", "{d}/object/x", "--shift", "all"], "--shift makes test splits of objects"),
