@@ -466,7 +466,7 @@ def trials(src: tuple[Path, ...], out: Path, pairs: int, seed: int) -> None:
               help="Side of the images in pixels; may be given several times.")
 @click.option("--images", type=click.IntRange(1), default=8192, help="Images to read.")
 @click.option("--prepared", type=click.IntRange(1), default=4096, help="Images to write, of 1.5 times the size.")
-@click.option("--rounds", type=click.IntRange(1), default=5, help="Turns of each writer; readers get four times as many.")
+@click.option("--rounds", type=click.IntRange(1), default=5, help="Turns of a writer; readers get four times as many.")
 @click.option("--seconds", type=Number(0, min_open=True), default=0.5, help="Duration of a reader's turn.")
 @WORKERS
 @click.option("--scratch", type=FOLDER, help="Folder for shards, on the disk to measure (default: the system's).")

@@ -283,10 +283,10 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, capsys):
     vehicles = people(tmp_path / "vehicles", {"train": 2, "bus": 1})  # a train is a train
     assert counts(prepared(vehicles, tmp_path / "d/object/val")) == {"bus": 1, "train": 2}
     prepared(people(tmp_path / "one", {"a": 2}), tmp_path / "d/object/train")
-    assert "WARNING: one class, a, which cannot be trained on alone" in capsys.readouterr().out
+    assert "WARNING: only one class, a, which is too few for training" in capsys.readouterr().out
     message = script(ROOT / "train.py", *TINY, "--data", tmp_path / "d", "--domains", "object", "--out", tmp_path / "r",
                      check=2).stderr
-    assert "d/object/train: one class, 'a', has nothing to be told from" in message and len(message.splitlines()) == 1
+    assert "d/object/train: only one class, 'a': prepare it again" in message and len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize("sets, classes, archive", [(2, 2, False), (3, 4, False), (3, 2, True), (12, 13, False)])
@@ -371,7 +371,7 @@ def test_bad_classes(text, words, tmp_path):
 def test_a_size_that_the_images_do_not_have_and_foreign_shards_are_refused(tmp_path):
     a = prepared(people(tmp_path / "src", {"a": 2, "b": 2}), tmp_path / "d/object/a", "--part", "train").folder
     text = (a / "index.json").read_text()
-    for size, words in ((4096, "size is 4096, its images have 24x24"), (65535, "'size' is not what it should")):
+    for size, words in ((4096, "size is 4096, its images have 24x24"), (65535, "'size' is not valid")):
         (a / "index.json").write_text(text.replace('"size": 24', f'"size": {size}'))
         with pytest.raises(InputError, match=words):
             Split(a)
@@ -796,7 +796,7 @@ def test_a_shard_table_cannot_name_other_files(name, tmp_path):
     index = json.loads((tmp_path / "body/a/index.json").read_text())
     index["shards"][0]["file"] = name
     (tmp_path / "body/a/index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="is no name of a shard"):
+    with pytest.raises(InputError, match="is not a shard's name"):
         Split(tmp_path / "body/a")
 
 
