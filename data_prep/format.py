@@ -449,7 +449,7 @@ def open_training(data: str, domains: list[str]) -> list[Split]:
     for domain in domains:
         if "train" not in root.get(domain, {}):
             folder = f"{data}/{domain}/train"
-            raise InputError(f"{folder}: no shards; write them: `python -m data_prep SOURCE --src PATH --out {folder}`, "
+            raise InputError(f"{folder}: no shards; make them: `python -m data_prep SOURCE --src PATH --out {folder}`, "
                              f"or leave {domain} out with --domains")
         split = root[domain]["train"]
         if not len(split) or (split.labels < 0).any():

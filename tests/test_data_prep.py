@@ -290,7 +290,7 @@ def damage_index(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage, words", [
-    (damage_truncate, "shard-000001.tar: 3000 bytes, but the index says"), (damage_missing, "shard-000002.tar: missing"),
+    (damage_truncate, "shard-000001.tar: 3000 bytes, but the index"), (damage_missing, "shard-000002.tar: missing"),
     (damage_label_range, "labels outside -1..2"), (damage_column, "holds int64 [14], want int64 [15]"),
     (damage_pickle, "column 'label' cannot be read"), (damage_index, "index.json: cannot be read"),
 ])  # fmt: skip

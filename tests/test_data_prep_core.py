@@ -360,7 +360,7 @@ def test_classes_gather_folders(head, mark, tmp_path, capsys):
 
 @pytest.mark.parametrize("text, words", [
     ("x,dog\ny,cat", "names none of the 2 class folders of the source"),
-    ("a,dog\na,cat", "line 2: 'a' is 'dog' further up"), ("a,dog,3", "line 1: want folder,class"),
+    ("a,dog\na,cat", "line 2: 'a' is 'dog' above"), ("a,dog,3", "line 1: want folder,class"),
 ])
 def test_bad_classes(text, words, tmp_path):
     (tmp_path / "c.csv").write_text(text)

@@ -433,7 +433,7 @@ def test_a_merged_split_that_names_itself_is_not_verified_without_end(tmp_path):
     ("offset", np.array([512, -1, 512, 512, 512, 512]), "has rows outside the shards"),
     ("length", np.full(6, (1 << 63) - 1), "has rows outside the shards"),
     ("length", np.full(6, -5), "has rows outside the shards"), ("label", np.zeros(6), "holds float64 [6]"),
-    ("shard", np.zeros((6, 1), int), "holds int64 [6, 1]"), ("quality", np.full(6, np.nan), "not all numbers are finite"),
+    ("shard", np.zeros((6, 1), int), "holds int64 [6, 1]"), ("quality", np.full(6, np.nan), "not all numbers are"),
 ])  # fmt: skip
 def test_a_column_that_cannot_be_is_named(name, array, words, tmp_path):
     train = splits_in(tmp_path / "d")[0]
