@@ -338,8 +338,8 @@ def test_a_domain_may_be_a_link_to_another_disk(tmp_path):
 def test_one_camera_is_told_at_preparation(tmp_path, capsys):
     src = listed_people(tmp_path)
     for name, text, line in (
-            ("some", LISTED.replace("g/a.jpg,ann,2", "g/a.jpg,ann,1"), "every mate of 1 of 3 probes is of the probe's"),
-            ("all", re.sub(r",[23],", ",1,", LISTED), "3 of 3 probes is of the probe's own camera")):
+            ("some", LISTED.replace("g/a.jpg,ann,2", "g/a.jpg,ann,1"), "all mates of 1 of 3 probes are from the"),
+            ("all", re.sub(r",[23],", ",1,", LISTED), "3 of 3 probes are from the probe's camera")):
         (src / "persons.csv").write_text(text)
         prepared(src, tmp_path / f"d/body/{name}", source="persons")
         shown = capsys.readouterr().out
@@ -657,7 +657,7 @@ def test_records_come_from_a_generator_and_are_read_once(tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--list", "{tmp}/none"], "--list {tmp}/none: cannot be read as text"),
-    (["--list", "{tmp}/empty"], "--list {tmp}/empty: no names in it"),
+    (["--list", "{tmp}/empty"], "--list {tmp}/empty: is empty"),
     (["--list", "{tmp}/unknown"], "line 2: 'c0/9.jpg' is neither an identity nor an image of the source"),
     (["--list", "{tmp}/binary"], "--list {tmp}/binary: cannot be read as text"),
     (["--min-images", "6"], "--min-images 6: none of the 15 images is left"),
@@ -705,8 +705,8 @@ def test_people_are_joined_where_a_source_proves_it_and_never_by_name(tmp_path, 
     b = made(root / "b", [("9", "x", 0), ("2", None, 2), ("4", "y", None)])
     run_here("merge", root / "a", root / "b", "--out", root / "train")
     out = capsys.readouterr().out
-    assert "7 images of 5 classes in the shards of a, b" in out and "1 classes are in several of them" in out
-    assert "1 names are in several of them and stay apart, as <split>/<name>" in out
+    assert "7 images of 5 classes in the shards of a, b" in out and "1 classes were merged into others" in out
+    assert "1 names occur in several splits and stay separate classes, <split>/<name>" in out
     split = Split(root / "train")
     assert split.classes == ["3", "4", "a/2", "b/2", "x"] and verify_split(split.folder, 1) == []
     assert sorted(p.name for p in split.folder.iterdir()) == ["index", "index.json"]  # no image was copied
@@ -768,7 +768,7 @@ def test_a_model_is_trained_on_a_merged_split(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["{d}/body/a"], "want two splits or more"), (["{d}/body/a", "{d}/body/a"], "want two splits or more, each once"),
+    (["{d}/body/a"], "want at least two different splits"), (["{d}/body/a", "{d}/body/a"], "want at least two different splits"),
     (["{d}/body/a", "{d}/body/test"], "body/test is a test split"), (["{d}/body/a", "{d}/body/none"], "no index.json"),
     (["{d}/body/a", "{d}/object/o"], "must lie side by side"),
     (["{d}/body/a", "{d}/body/big"], "body/big has 24 pixels"),
