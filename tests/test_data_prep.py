@@ -527,8 +527,8 @@ def test_an_overlap_of_train_and_test_people_is_reported(tmp_path, capsys):
     (["lfw", "--src", "{src}", "--out", "{out}/face_hq/test"], "needs --pairs"),
     (["lfw", "--src", "{src}", "--out", "{out}/face_hq/train", "--pairs", "x"], "goes with a test split"),
     (["market", "--src", "{src}", "--out", "{out}/body/train"], "no folder bounding_box_train"),
-    (["folder", "--src", "{src}", "--out", "{out}/object/train", "--ood"], "how a test split of objects is scored"),
-    (["folder", "--src", "{src}", "--out", "{out}/body/test", "--reference", "x"], "how a test split of objects"),
+    (["folder", "--src", "{src}", "--out", "{out}/object/train", "--ood"], "are for test splits of objects"),
+    (["folder", "--src", "{src}", "--out", "{out}/body/test", "--reference", "x"], "are for test splits of objects"),
     (["verify", "{empty}"], "no index.json"), (["show", "{empty}"], "no index.json"),
     (["folder", "--src", "{src}"], "--out"), (["tiff"], "No such command"),
 ])  # fmt: skip

@@ -244,7 +244,7 @@ def test_linked_folders_are_followed_and_dead_links_and_circles_counted(tmp_path
     (src / "owl/all").symlink_to(src)  # a circle
     split = prepared(src, tmp_path / "d/object/val")
     assert counts(split) == {"cat": 2, "dog": 3, "owl": 1}
-    assert split.index["skipped"] == {"dead link": 1, "link in a circle": 1}
+    assert split.index["skipped"] == {"dead link": 1, "circular link": 1}
     assert "owl/9.jpg,dead link" in (split.folder / "skipped.csv").read_text()
     (tmp_path / "linked").mkdir()
     for name in ("cat", "dog"):
@@ -278,7 +278,7 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, capsys):
     src = tmp_path / "src"
     for part in ("train", "val"):
         people(src / part, {"a": 2, "b": 2})
-    with pytest.raises(InputError, match="would be train, val, which are the parts of a data set: give one of them"):
+    with pytest.raises(InputError, match="would be train, val, which are parts of a data set: prepare each"):
         prepared(src, tmp_path / "d/object/train")
     vehicles = people(tmp_path / "vehicles", {"train": 2, "bus": 1})  # a train is a train
     assert counts(prepared(vehicles, tmp_path / "d/object/val")) == {"bus": 1, "train": 2}
@@ -299,7 +299,7 @@ def test_data_sets_side_by_side_are_no_classes(sets, classes, archive, tmp_path)
     if archive:  # in two folders around all, as people pack
         shutil.copytree(src, tmp_path / "pack/all/data")
         given = Path(shutil.make_archive(str(tmp_path / "all"), "zip", tmp_path / "pack"))
-    with pytest.raises(InputError, match=f"{sets} folders, set00, set01.* hold {sets * classes} folders of images, as "
+    with pytest.raises(InputError, match=f"{sets} folders, set00, set01.* hold {sets * classes} folders of images, like "
                                          "data sets side by side do: give one of them, --src") as error:
         prepared(given, tmp_path / "d/object/train")
     one = error.value.message.partition("--src ")[2].partition(" --src ")[2].partition(", and")[0]
@@ -309,7 +309,7 @@ def test_data_sets_side_by_side_are_no_classes(sets, classes, archive, tmp_path)
         f"set{k:02d}": 2 * classes for k in range(sets)}
     if classes > 2:
         shutil.copy(src / "set00/c0/0.jpg", src / "set00/preview.jpg")
-        with pytest.raises(InputError, match="as data sets side by side do"):
+        with pytest.raises(InputError, match="like several data sets"):
             prepared(src, tmp_path / "d/object/other")
 
 
@@ -317,7 +317,7 @@ def test_people_may_have_a_folder_a_video(tmp_path, capsys):
     for k in range(12):
         people(tmp_path / f"src/p{k:02d}", {"0": 2, "1": 1})
     assert len(prepared(tmp_path / "src", tmp_path / "d/face_hq/train").classes) == 12
-    assert "hold 24 folders of images: they are taken for 12 classes" in capsys.readouterr().out
+    assert "hold 24 folders of images: they are taken as 12 classes" in capsys.readouterr().out
     (tmp_path / "few/a").mkdir(parents=True)
     for k in range(2):
         people(tmp_path / f"few/p{k}", {"0": 2, "1": 1})
@@ -768,7 +768,7 @@ def test_a_model_is_trained_on_a_merged_split(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["{d}/body/a"], "want at least two different splits"), (["{d}/body/a", "{d}/body/a"], "want at least two different splits"),
+    (["{d}/body/a"], "want at least two different"), (["{d}/body/a", "{d}/body/a"], "want at least two different"),
     (["{d}/body/a", "{d}/body/test"], "body/test is a test split"), (["{d}/body/a", "{d}/body/none"], "no index.json"),
     (["{d}/body/a", "{d}/object/o"], "must lie side by side"),
     (["{d}/body/a", "{d}/body/big"], "body/big has 24 pixels"),

@@ -156,8 +156,8 @@ BAD_ARCHIVES = {
     "header.tar": (lambda p: cut(p, 0), "damaged header at byte 1536"),
     "half.tar": (lambda p: cut(p, 2100), "nor a plain tar that can be read"),
     "endless.tar": (lambda p: cut(p, 3072), "cut off"),
-    "text.tar": (lambda p: p.write_text("no archive"), "neither a zip nor a plain tar"),
-    "empty.tar": (lambda p: p.write_bytes(b""), "neither a zip nor a plain tar"),
+    "text.tar": (lambda p: p.write_text("no archive"), "not a readable zip or plain tar"),
+    "empty.tar": (lambda p: p.write_bytes(b""), "not a readable zip or plain tar"),
     "packed.tar.gz": (lambda p: pack(p.parent, p), "compressed with gzip"),
 }
 
@@ -175,7 +175,7 @@ def test_bad_archives_are_refused_by_name(name, tmp_path):
 def test_an_inner_folder_that_is_not_there(tmp_path):
     archive = pack(class_folders(tmp_path / "src"), tmp_path / "set.zip")
     for inner in ("none", "../src", "c0/1.jpg"):
-        with pytest.raises(InputError, match="has no folder"):
+        with pytest.raises(InputError, match="contains no folder"):
             members(archive / inner)
 
 

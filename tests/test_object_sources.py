@@ -436,7 +436,7 @@ def test_two_tars_in_one_file_are_refused(tmp_path):
     one = tar_of(tmp_path / "a.tar", samples(0, 1)).read_bytes()
     (tmp_path / "a.tar").write_bytes(one + one)
     for source, src in (("webdataset", tmp_path / "a.tar"), ("folder", tmp_path / "a.tar")):
-        with pytest.raises(InputError, match="or a second tar behind it"):
+        with pytest.raises(InputError, match="or a second tar after it"):
             run_here(source, "--src", src, "--out", tmp_path / "d/object/val")
 
 
@@ -496,7 +496,7 @@ def test_a_source_that_goes_away_ends_in_one_line_and_the_same_command_goes_on(t
     tar = tar_of(tmp_path / "a.tar", samples(0, 6))
     command = ["webdataset", "--src", tar, "--out", tmp_path / "d/object/val", "--size", 16, "--shard-size", 2]
     whole = tar.read_bytes()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="the same command goes on later"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="the same command later continues"):
         patch.setattr(data_prep.sources.webdataset, "read_part", cut_and_read)
         run_here(*command, "--workers", 1)
     assert not (tmp_path / "d/object/val/index.json").exists()
@@ -566,7 +566,7 @@ BAD = [
     ("parquet", "val", {"train.parquet": b"PAR1"}, "there are train.parquet; --files PATTERN chooses"),
     ("parquet", "val", {"val.parquet": b"PAR1 no PAR1"}, "val.parquet: not a readable parquet file"),
     ("webdataset", "val", {"a.txt": "x"}, "no tar there; give a folder"),
-    ("webdataset", "val", {"a.tar": b"no tar at all" * 100}, "a.tar: neither a zip nor a plain tar that can be read"),
+    ("webdataset", "val", {"a.tar": b"no tar at all" * 100}, "a.tar: not a readable zip or plain tar"),
 ]  # fmt: skip
 
 
@@ -583,8 +583,8 @@ def test_bad_input(source, name, files, words, tmp_path):
     (["--out", "{out}/object/val", "--label-column", "y"], "no column 'y'; it has image, label; --label-column"),
     (["--out", "{out}/object/val", "--image-column", "label"], "column 'label' is int64; want bytes"),
     (["--out", "{out}/object/val", "--wnids"], "row group 0, row 1: label 1000, but --wnids wants 0..999"),
-    (["--out", "{out}/face_hq/val", "--ood"], "say how a test split of objects is scored"),
-    (["--out", "{out}/object/train", "--reference", "a", "--files", "val*"], "say how a test split of objects"),
+    (["--out", "{out}/face_hq/val", "--ood"], "are for test splits of objects"),
+    (["--out", "{out}/object/train", "--reference", "a", "--files", "val*"], "are for test splits of objects"),
 ])  # fmt: skip
 def test_bad_options(arguments, words, tmp_path):
     parquet_file(tmp_path / "src/val.parquet", [0, 1000])
