@@ -299,10 +299,10 @@ def test_data_sets_side_by_side_are_no_classes(sets, classes, archive, tmp_path)
     if archive:  # in two folders around all, as people pack
         shutil.copytree(src, tmp_path / "pack/all/data")
         given = Path(shutil.make_archive(str(tmp_path / "all"), "zip", tmp_path / "pack"))
-    with pytest.raises(InputError, match=f"{sets} folders, set00, set01.* hold {sets * classes} folders of images, like "
-                                         "data sets side by side do: give one of them, --src") as error:
+    with pytest.raises(InputError, match=f"{sets} folders, set00, set01.* hold {sets * classes} folders of images, "
+                                         "like several data sets: prepare each with its own --out, first --src") as error:
         prepared(given, tmp_path / "d/object/train")
-    one = error.value.message.partition("--src ")[2].partition(" --src ")[2].partition(", and")[0]
+    one = error.value.message.partition("--src ")[2].partition(" --src ")[2].partition(" (`merge`")[0]
     assert one.endswith("/set00") and len(prepared(Path(one), tmp_path / "d/object/train")) == 2 * classes
     (tmp_path / "list").write_text("\n".join(f"set{k:02d}" for k in range(sets)))
     assert counts(prepared(given, tmp_path / "d/face_hq/train", "--list", tmp_path / "list")) == {

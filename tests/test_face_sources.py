@@ -718,7 +718,7 @@ BAD = {
     "bin of a dictionary": (bin_of(pickle.dumps({"bins": 1})), "opcode 0x7d"),
     "bin without pairs": (bin_of(pickle.dumps(([], []))), "the source holds no images"),
     "empty list": (pairs_of(""), "no pairs there"), "header alone": (pairs_of("left,right,same\n"), "no pairs there"),
-    "not below": (pairs_of("k.jpg,z.jpg,1\n"), "list.csv: of 1 of 1 entries the images are not in"),
+    "not below": (pairs_of("k.jpg,z.jpg,1\n"), "list.csv: 1 of 1 entries name images that the source"),
     "climbing": (pairs_of("k.jpg,../../list.csv,1\n"), "line 1: names '../../list.csv', which is not in"),
     "absolute": (pairs_of("k.jpg,/etc/passwd,1\n"), "line 1: names '/etc/passwd', which is not in"),
     "four words": (pairs_of("k.jpg,l.jpg,1\na,b,c,d\n"), "line 2: want `left,right,same[,fold]`"),
