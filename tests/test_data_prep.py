@@ -525,7 +525,7 @@ def test_an_overlap_of_train_and_test_people_is_reported(tmp_path, capsys):
     (["folder", "--src", "{empty}", "--out", "{out}/object/train"], "holds no images"),
     (["folder", "--src", "{src}", "--out", "{out}/object/train", "--names", "{src}/no.txt"], "--names"),
     (["lfw", "--src", "{src}", "--out", "{out}/face_hq/test"], "needs --pairs"),
-    (["lfw", "--src", "{src}", "--out", "{out}/face_hq/train", "--pairs", "x"], "goes with a test split"),
+    (["lfw", "--src", "{src}", "--out", "{out}/face_hq/train", "--pairs", "x"], "is for test splits"),
     (["market", "--src", "{src}", "--out", "{out}/body/train"], "no folder bounding_box_train"),
     (["folder", "--src", "{src}", "--out", "{out}/object/train", "--ood"], "are for test splits of objects"),
     (["folder", "--src", "{src}", "--out", "{out}/body/test", "--reference", "x"], "are for test splits of objects"),

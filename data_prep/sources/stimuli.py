@@ -56,10 +56,10 @@ def stimuli(src: Path, domain: str, train: bool, reference: str | None = None, c
     """Stimuli for which people chose a category: `<category>/<stimulus>.png`, one experimental condition.
 
     Also reads the toolbox's session folders, `session-1/0001_cop_dnn_c05_dog_10_n02085620_7.png`. For cue conflicts
-    such as `cat/cat7-elephant1.png`, the folder is the shape; the texture is recorded. `--classes categories.csv` assigns
-    classes of the reference and of training to categories (`n02123045,cat` lines); without it, classes are categories.
-    A model chooses among the categories of the reference. Scored as forced choice, out of distribution; `evaluate.py
-    --humans` compares with people's answers. Expected: edges and silhouettes 160 stimuli each, cue conflict 1,280.
+    such as `cat/cat7-elephant1.png`, the folder is the shape; the texture is recorded. `--classes categories.csv`
+    assigns classes of the reference and of training to categories (`n02123045,cat` lines); without it, each category is
+    a class. A model chooses among the categories of the reference. Scored as forced choice, out of distribution;
+    `evaluate.py --humans` compares with people's answers. Expected: edges and silhouettes 160 stimuli each, cue conflict 1,280.
     Source: Geirhos et al., NeurIPS 2018 and ICLR 2019; github bethgelab/model-vs-human.
     """
     need_objects(domain, train)
