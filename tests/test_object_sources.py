@@ -321,7 +321,7 @@ def test_parquet_rows_without_an_image_are_counted(tmp_path):
     pq.write_table(pq.read_table(path).set_column(0, "image", images), path)
     split = prepared("parquet", tmp_path / "src", tmp_path / "d/object/val")
     assert len(split) == 1 and split.index["skipped"] == {
-        "no image in its row": 1, "its row names a file that is not there": 1,
+        "no image in its row": 1, "its row names a missing file": 1,
         "its row names a file outside the source": 1}
 
 
@@ -560,12 +560,12 @@ BAD = [
     ("objectnet", "on", {"images/banana/1.png": None}, "no mappings in it; ObjectNet has"),
     ("objectnet", "on", replaced(objectnet_files(), LABELS, "{"), "label.json: not JSON"),
     ("objectnet", "on", replaced(objectnet_files(), LABELS, "[1]"), "want a JSON object"),
-    ("objectnet", "on", replaced(objectnet_files(), f"{MAP}imagenet_to_label_2012_v2", "a\n"), "do not match each other"),
+    ("objectnet", "on", replaced(objectnet_files(), f"{MAP}imagenet_to_label_2012_v2", "a\n"), "do not match each"),
     ("objectnet", "on", replaced(objectnet_files(), f"{MAP}pytorch_to_imagenet_2012_id.json", None), "no mappings/pyt"),
     ("parquet", "val", {"a.txt": "x"}, "no parquet file like *val* or *test*; there are none at all"),
-    ("parquet", "val", {"train.parquet": b"PAR1"}, "there are train.parquet; --files PATTERN chooses"),
+    ("parquet", "val", {"train.parquet": b"PAR1"}, "there are train.parquet; --files PATTERN selects"),
     ("parquet", "val", {"val.parquet": b"PAR1 no PAR1"}, "val.parquet: not a readable parquet file"),
-    ("webdataset", "val", {"a.txt": "x"}, "no tar there; give a folder"),
+    ("webdataset", "val", {"a.txt": "x"}, "no tar found; give a folder"),
     ("webdataset", "val", {"a.tar": b"no tar at all" * 100}, "a.tar: not a readable zip or plain tar"),
 ]  # fmt: skip
 
@@ -582,7 +582,7 @@ def test_bad_input(source, name, files, words, tmp_path):
     (["--out", "{out}/object/val", "--image-column", "img"], "no column 'img'; it has image, label; --image-column"),
     (["--out", "{out}/object/val", "--label-column", "y"], "no column 'y'; it has image, label; --label-column"),
     (["--out", "{out}/object/val", "--image-column", "label"], "column 'label' is int64; want bytes"),
-    (["--out", "{out}/object/val", "--wnids"], "row group 0, row 1: label 1000, but --wnids wants 0..999"),
+    (["--out", "{out}/object/val", "--wnids"], "row group 0, row 1: label 1000: want an ImageNet class number 0..999"),
     (["--out", "{out}/face_hq/val", "--ood"], "are for test splits of objects"),
     (["--out", "{out}/object/train", "--reference", "a", "--files", "val*"], "are for test splits of objects"),
 ])  # fmt: skip
@@ -615,7 +615,7 @@ def test_bad_tars(make, words, tmp_path):
 
 @pytest.mark.parametrize("src, words", [
     ("{tmp}/none.tar", "none.tar: cannot be opened"), ("{tmp}/none-{{3..1}}.tar", "counts backwards"),
-    ("{tmp}/none-{{0..999999999}}.tar", "more than 100,000 files"), ("{tmp}/*.tar", "no tar there"),
+    ("{tmp}/none-{{0..999999999}}.tar", "more than 100,000 files"), ("{tmp}/*.tar", "no tar found"),
     ("nosuch://host/a.tar", "nosuch://host/a.tar: cannot be opened"), ("memory://none.tar", "cannot be opened"),
 ])  # fmt: skip
 def test_bad_places_of_tars(src, words, tmp_path):

@@ -276,7 +276,7 @@ def align(read: Callable[[], bytes], points: tuple[float, ...]) -> bytes:
     spread = (abs(centred) ** 2).sum()
     s = (centred.conj() * LANDMARKS).sum() / spread if spread > 0 else 0.0
     if not (np.isfinite(s) and abs(s) > 1e-6):
-        raise BadImage("degenerate landmarks")
+        raise BadImage("landmarks that are no face")
     half = 0.5 + 0.5j  # Pillow's 0 is the corner of the first pixel
     back, shift = 1 / s, z.mean() - (LANDMARKS.mean() + half) / s + half
     turn = (back.real, -back.imag, shift.real, back.imag, back.real, shift.imag)

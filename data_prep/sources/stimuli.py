@@ -59,8 +59,8 @@ def stimuli(src: Path, domain: str, train: bool, reference: str | None = None, c
     such as `cat/cat7-elephant1.png`, the folder is the shape; the texture is recorded. `--classes categories.csv`
     assigns classes of the reference and of training to categories (`n02123045,cat` lines); without it, each category is
     a class. A model chooses among the categories of the reference. Scored as forced choice, out of distribution;
-    `evaluate.py --humans` compares with people's answers. Expected: edges and silhouettes 160 stimuli each, cue conflict 1,280.
-    Source: Geirhos et al., NeurIPS 2018 and ICLR 2019; github bethgelab/model-vs-human.
+    `evaluate.py --humans` compares with people's answers. Expected: edges and silhouettes 160 stimuli each, cue
+    conflict 1,280. Source: Geirhos et al., NeurIPS 2018 and ICLR 2019; github bethgelab/model-vs-human.
     """
     need_objects(domain, train)
     skipped, files = Skipped(), {}
