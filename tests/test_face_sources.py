@@ -287,8 +287,8 @@ def test_recordio_layouts(layout, order, idx, tmp_path, capsys):
     assert "note" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("keys, note", [([1] * 6, "several records the same key"), ([], "is empty"),
-                                        ([0, 1, 2, 2, 4, 5], "several records the same key"), ([5, 4, 3, 2, 1, 0], None)])
+@pytest.mark.parametrize("keys, note", [([1] * 6, "records the same key"), ([], "is empty"),
+                                        ([0, 1, 2, 2, 4, 5], "records the same key"), ([5, 4, 3, 2, 1, 0], None)])
 def test_every_record_of_an_index_is_an_image(keys, note, tmp_path, capsys):
     """Keys that repeat (of a list whose first column is the same for all), an index without lines, each line twice."""
     images = [crop(i) for i in range(6)]

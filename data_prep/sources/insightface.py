@@ -127,12 +127,12 @@ def read_offsets(rec: Path) -> Iterator[tuple[int, int]]:
 def recordio(src: Path, domain: str, train: bool) -> Source:
     """InsightFace RecordIO: `train.rec`, `train.idx` and `property` in a folder, or the .rec file itself.
 
-    Every record with image bytes is an image of the person in its header. This covers the three layouts in use: a record 0
-    that declares (images + 1, images + 1 + people) and one record without image per person (MS1MV2, MS1MV3, Glint,
-    CASIA); images only (WebFace, im2rec, shuffled); and RecBuilder's. Without the .idx, the whole file is read. A test
-    split is scored as closed-set identification. Expected: CASIA 501,195 images of 10,572 people, MS1MV2 5,822,653 of
-    85,742, WebFace4M 4,235,242 of 205,990, WebFace12M 12,720,066 of 617,970, WebFace42M 42,474,557 of 2,059,906.
-    Source: insightface, `arcface_torch/dataset.py`, `rec2shufrec.py`, `rec_builder.py`.
+    Every record with image bytes is an image of the person in its header. This covers the three layouts in use: a
+    record 0 that declares (images + 1, images + 1 + people) and one record without image per person (MS1MV2, MS1MV3,
+    Glint, CASIA); images only (WebFace, im2rec, shuffled); and RecBuilder's. Without the .idx, the whole file is read.
+    A test split is scored as closed-set identification. Expected: CASIA 501,195 images of 10,572 people, MS1MV2
+    5,822,653 of 85,742, WebFace4M 4,235,242 of 205,990, WebFace12M 12,720,066 of 617,970, WebFace42M 42,474,557 of
+    2,059,906. Source: insightface, `arcface_torch/dataset.py`, `rec2shufrec.py`, `rec_builder.py`.
     """
     paths = [path for path in src.glob("*.rec") if not is_leftover(path.name, None)] if src.is_dir() else [src]
     rec = next((path for path in paths if path.name == "train.rec"), paths[0] if len(paths) == 1 else None)

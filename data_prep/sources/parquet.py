@@ -79,9 +79,9 @@ def parquet(src: Path, domain: str, train: bool, files: str | None, image_column
     """Hugging Face parquet: files like `data/train-00000-of-00294.parquet` with images and labels as columns.
 
     --src is their folder or one file. An image is a struct with `bytes` or `path`, or one of the two; a label is a
-    number (negative: none) or a word. Names of numbered classes are read from the schema's metadata of the `datasets` library.
-    A training split is shuffled by runs of 128 rows, because row groups are read as a whole. Expected: imagenet-1k
-    (--wnids) 1,281,167 and 50,000 images.
+    number (negative: none) or a word. Names of numbered classes are read from the schema's metadata of the `datasets`
+    library. A training split is shuffled by runs of 128 rows, because row groups are read as a whole. Expected:
+    imagenet-1k (--wnids) 1,281,167 and 50,000 images.
     """
     names, skipped, blocks = {}, Skipped(), []
     if src.is_file() and src.suffix == ".parquet":

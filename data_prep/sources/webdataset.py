@@ -89,8 +89,8 @@ def webdataset(src: str, domain: str, train: bool, label_key: str, wnids: bool, 
     """WebDataset tars: `<key>.jpg` (or .png, .webp, ...) with the label in `<key>.cls` or `<key>.json`.
 
     --src is a folder of tars, one tar, a pattern like `train-{000..146}.tar` or `train-*.tar`, or a URL for fsspec
-    (read twice: once for the labels, then image by image). A label is a number (negative: none) or a word. Source: the format
-    of the webdataset library.
+    (read twice: once for the labels, then image by image). A label is a number (negative: none) or a word. Source: the
+    format of the webdataset library.
     """
     skipped, endings = Skipped(), image_suffixes()
     urls = list_tars(src, skipped)
