@@ -743,7 +743,7 @@ def test_verify_notices_what_happened_to_the_parts_of_a_merged_split(tmp_path):
     run_here("merge", root / "a", root / "b", "--out", root / "train")
     labels = np.load(root / "train/index/label.npy")
     np.save(root / "train/index/label.npy", labels[::-1])
-    assert verify_split(root / "train") == [f"{root}/train/index/label.npy: differs from what its parts give: merge "
+    assert verify_split(root / "train") == [f"{root}/train/index/label.npy: does not follow from its parts: merge "
                                             "them again"]
     np.save(root / "train/index/label.npy", labels)
     (root / "b").rename(root / "c")
