@@ -315,10 +315,7 @@ def lock_folder(folder: Path, option: str) -> Iterator[None]:
 
     The lock is POSIX's (`lockf`, not `flock`) on the file `.lock`: it is released when this process ends in any way, is
     not inherited by forked children, and holds across nodes on network file systems. On a file system without locks,
-    nothing is locked.
-
-    Raises:
-        InputError: another process holds the lock; the message names the option.
+    nothing is locked. InputError, which names the option, if another process holds the lock.
     """
     created = [parent for parent in (folder, *folder.parents) if not os.path.exists(parent)]
     path = folder / ".lock"
@@ -358,10 +355,7 @@ ANOTHER = "choose another, or remove what is in the way"
 @contextmanager
 def writing(path: Path, then: str = "the last checkpoint is intact: make room, then continue with --resume",
             option: str = "", errors: type[Exception] = OSError) -> Iterator[None]:
-    """Turn write errors inside the block into an InputError.
-
-    `then`: advice in the message; `option`: the option that named the path.
-    """
+    """Turn write errors inside the block into an InputError; `then`: advice, `option`: that named the path."""
     try:
         yield
     except InputError:  # not about this file: a loader process died meanwhile

@@ -62,8 +62,7 @@ WRITING = [
 SHARED = [  # options of every source
     click.option("--out", type=FOLDER, required=True,
                  help="Split folder to write, DATA/<domain>/<split>; this path sets the domain."),
-    click.option("--source-name", "data_set", metavar="NAME",
-                 help="Name of the data set in results (default: from --src)."),
+    click.option("--source-name", "data_set", metavar="NAME", help="Data set's name in results (default: from --src)."),
     click.option("--part", type=click.Choice(["train", "test"]),
                  help="Training or test images (default: train if <split> is 'train', else test)."),
     click.option("--size", type=click.IntRange(8, MAX_SIZE),

@@ -372,11 +372,7 @@ def siblings(folder: Path) -> list[Split]:
 def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> dict[str, dict[str, Split]]:
     """The splits of a data root, by domain (in the order of DOMAINS) and name; only matching ones are opened.
 
-    Args:
-        name: of a split, or * for all.
-
-    Raises:
-        InputError: there is none, or one is damaged or lies in the folder of another.
+    `name`: of a split, or * for all. InputError if there is none, or one is damaged or lies in another's folder.
     """
     paths = {domain: sorted(root.glob(f"{domain}/{name}/index.json")) for domain in domains}
     root_splits = {domain: {path.parent.name: Split(path.parent) for path in paths[domain]} for domain in domains}

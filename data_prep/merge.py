@@ -140,13 +140,8 @@ def merged(folder: Path, splits: list[Split], same_names: bool) -> tuple[dict, d
 def merge_splits(folder: Path, parts: list[Path], same_names: bool) -> list[Split]:
     """Write a merged split of the split folders beside it, replacing an older merged one; returns the parts.
 
-    Args:
-        folder: DATA/<domain>/<split> to write.
-        parts: split folders.
-        same_names: objects: merge classes with equal names.
-
-    Raises:
-        InputError: the parts cannot be merged, or the folder holds something else.
+    `same_names`: of objects, merges classes with equal names. InputError if the parts cannot be merged, or the folder
+    holds something else.
     """
     folder = Path(os.path.abspath(folder))  # links stay: the domain may be a link to another disk
     splits = check_parts(folder, parts, same_names)

@@ -89,11 +89,8 @@ class Records(Sequence):
 def restrict(source: Source, keep: np.ndarray, reason: str | None, named: bool = False) -> Source:
     """The source without the records where `keep` is false.
 
-    Pairs keep their order; a removed end becomes -1, and the writer leaves such pairs out and counts them.
-
-    Args:
-        reason: counts the removed records as skipped for this reason; None: does not count them.
-        named: also record their names.
+    These are counted (with `named`, also named) as skipped for this reason, if there is one. Pairs keep their order; a
+    removed end becomes -1, and the writer leaves such pairs out and counts them.
     """
     if keep.all():
         return source
@@ -218,7 +215,7 @@ def select(source: Source, train: bool, seed: int, *, listed: Path | None = None
            min_images: int | None = None, max_classes: int | None = None) -> Source:
     """The part of a source (with `Records`) that the options select; they act in the order of the arguments.
 
-    Records without an identity (distractors) are only subject to the list.
+    Records without an identity (distractors) are only subject to the list. InputError if nothing is left.
 
     Args:
         train: the side of `holdout` to keep.
@@ -228,9 +225,6 @@ def select(source: Source, train: bool, seed: int, *, listed: Path | None = None
             seed alone, so that training and test splits share none, whatever their other filters.
         min_images: leave out identities with fewer images.
         max_classes: number of identities to keep; a larger number keeps the same ones and more.
-
-    Raises:
-        InputError: nothing is left.
     """
 
     def keep(chosen: np.ndarray, reason: str, option: str) -> None:
@@ -264,9 +258,7 @@ def select(source: Source, train: bool, seed: int, *, listed: Path | None = None
 def first_copies(hashes: np.ndarray, elsewhere: np.ndarray | None = None) -> np.ndarray:
     """Which images are the first with their content and not among `elsewhere`, bool [N]; hash 0 is always kept.
 
-    Args:
-        hashes: of the images in source order, uint64 [N].
-        elsewhere: hashes of images that must not appear here, uint64 [M].
+    `hashes`: of the images in source order, uint64 [N]; `elsewhere`: of images that must not appear here, uint64 [M].
     """
     first = np.zeros(len(hashes), dtype=bool)
     first[np.unique(hashes, return_index=True)[1]] = True

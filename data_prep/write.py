@@ -283,9 +283,7 @@ def write_images(folder: Path, source: Source, settings: dict, seed: int | None,
 
     Only writing shows whether a class has a readable image, but labels, which each sample's JSON holds, must not number
     one without. If there is one, the split is written again without it; the first parts stay until all is done.
-
-    Args:
-        seed: of the order; None: source order.
+    `seed`: of the order; None: source order.
 
     Returns:
         Fields of the index; name and reason of each unreadable image; classes without a readable image.
@@ -398,10 +396,8 @@ def write_columns(folder: Path, parts: list[Path], listed: bool) -> tuple[list[d
 def write_skipped(folder: Path, before: Skipped, bad: list[tuple[str, str]], listed: bool) -> dict[str, int]:
     """Write skipped.csv, the name and reason of every skipped file; returns counts by reason.
 
-    Args:
-        before: files left out before writing; those that an option left out (--list, ...) are only counted.
-        bad: name and reason of each unreadable image.
-        listed: unreadable images stay in the split as misses.
+    `before`: files left out before writing (those that an option left out are only counted). `bad`: unreadable images,
+    by name and reason; they stay in the split as misses if `listed`.
     """
     after = Skipped(before)
     for name, reason in bad:
@@ -477,10 +473,9 @@ def first_readable(source: Source, most: int, workers: int) -> np.ndarray:
 
 
 def in_parallel(function: Callable, tasks: Iterable[tuple], workers: int, in_order: bool = False) -> Iterator:
-    """Yield the results of function(*task) as they finish, or in order.
+    """The results of function(*task) as they finish, or in order, computed in this process if there is one worker.
 
-    Tasks are drawn from the iterable as workers become free, so that memory does not grow with their number. With one
-    worker, everything runs in this process.
+    Tasks are drawn as workers become free, so that memory does not grow with their number.
     """
     if workers <= 1:
         yield from (function(*task) for task in tasks)

@@ -50,15 +50,13 @@ LEFTOVERS = {"__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN"}
 def members(src: Path, skipped: Skipped | None = None) -> Iterator[Member]:
     """Every file below src, sorted by name, except hidden files and LEFTOVERS.
 
-    Memory holds the names of one folder at a time, but all names and offsets of an archive.
+    Memory holds the names of one folder at a time, but all names and offsets of an archive. InputError if there is no
+    such source, or its archive is refused or cannot be read.
 
     Args:
         src: a folder, a zip or a plain tar; SET.zip/inner/folder is a folder inside. If an archive holds only one
             folder, with folders in it, as most do, names are relative to that folder.
         skipped: records leftovers, dead links and circular links.
-
-    Raises:
-        InputError: there is no such source, or its archive is refused or cannot be read.
     """
     if src.is_dir():
         return walk(str(src), skipped=skipped)
@@ -264,12 +262,8 @@ class Headers:
 def walk_tar(file: BinaryIO, where: str) -> Iterator[tuple[str, tuple[int, int]]]:
     """The files of a plain tar in their order: (name, (offset, size)).
 
-    Args:
-        file: seekable; the caller may read from it between two names.
-        where: the tar's origin, for messages.
-
-    Raises:
-        InputError: it is not a tar, is damaged, or has a member that must not be read.
+    `file` is seekable; the caller may read from it between two names. `where`: origin of the tar, for messages.
+    InputError if it is not a tar, is damaged, or has a member that must not be read.
     """
     try:
         total, before = file.seek(0, os.SEEK_END), -1

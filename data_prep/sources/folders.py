@@ -110,11 +110,8 @@ def strangers(names: list[str], share: float, seed: int) -> np.ndarray:
 def deal_roles(labels: np.ndarray, names: list[str], open_set: float = 0.0, seed: int = 0) -> np.ndarray:
     """Roles for identification: an identity's first image is gallery, later ones are probes, a single one a distractor.
 
-    Args:
-        labels: of the readable images in source order, int64 [M].
-        names: of the identities.
-        open_set: share of the identities that are not enrolled: all of their images are probes.
-        seed: of the choice of that share.
+    `labels`: of the readable images in source order, int64 [M]; `names`: of the identities; `open_set`: share of them,
+    drawn with `seed`, that is not enrolled: all of their images are probes.
     """
     several = np.bincount(labels, minlength=len(names)) > 1
     roles = np.where(rank_in_group(labels) > 0, 0, np.where(several[labels], 1, 2))

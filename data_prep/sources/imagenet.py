@@ -74,9 +74,9 @@ def read_real(path: Path) -> list[list[str]]:
     return [[wnids[k] for k in row] for row in table]
 
 
-def with_real(read: Callable[[], bytes], wnids: list[str]) -> tuple[bytes, dict]:
-    """An image and, for its JSON, its labels in ReaL."""
-    return read(), {"real": wnids}
+def with_fields(read: Callable[[], bytes], fields: dict) -> tuple[bytes, dict]:
+    """An image and further fields for its JSON."""
+    return read(), fields
 
 
 @REFERENCE
@@ -124,7 +124,7 @@ def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, 
                 if not number or not 1 <= int(number[1]) <= len(labels):
                     raise InputError(f"--real {real}: {member.name}: want a name like ILSVRC2012_val_00000001, up to "
                                      f"{len(labels):,}, the images of the list")
-                read = partial(with_real, read, labels[int(number[1]) - 1])
+                read = partial(with_fields, read, {"real": labels[int(number[1]) - 1]})
             yield Record(read, member.name, wnid)
 
     return labelled(records(), domain, train, skipped, names | imagenet_classes(), reference, **extra)

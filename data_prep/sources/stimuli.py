@@ -8,7 +8,7 @@ from data_prep import InputError
 from data_prep.format import Record, Skipped, Source
 from data_prep.records import read_classes
 from data_prep.sources.folders import REFERENCE, image_suffixes, scan
-from data_prep.sources.imagenet import need_objects
+from data_prep.sources.imagenet import need_objects, with_fields
 
 CATEGORIES = ("airplane", "bear", "bicycle", "bird", "boat", "bottle", "car", "cat", "chair", "clock", "dog",
               "elephant", "keyboard", "knife", "oven", "truck")  # the choices in the toolbox's experiments
@@ -30,11 +30,6 @@ def category_of(folder: str, image: str) -> str:
     """The category of a stimulus: its folder or, in the toolbox's session folders, the fifth part of its name."""
     parts = PurePosixPath(image).name.split("_")
     return (parts[4] if len(parts) > 5 and folder.casefold() not in CATEGORIES else folder).casefold()
-
-
-def with_fields(read, fields: dict) -> tuple[bytes, dict]:
-    """An image and further fields for its JSON."""
-    return read(), fields
 
 
 def gather(path: Path | None, categories: list[str]) -> dict[str, list[str]]:
