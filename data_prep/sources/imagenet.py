@@ -117,8 +117,8 @@ def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, 
             if not wnid and solution:
                 raise InputError(f"{src}/{member.name}: neither in a wnid folder nor in {solution}")
             if not wnid:
-                raise InputError(f"--src {src}: images of {part} are not in wnid folders; put {KAGGLE_LISTS[0]}, which "
-                                 f"has their classes, beside {folder.partition('/')[0]}")
+                raise InputError(f"--src {src}: images of {part} are not in wnid folders; put {KAGGLE_LISTS[0]} beside "
+                                 f"{folder.partition('/')[0]} to give their classes")
             if real:
                 number = re.fullmatch(r"ILSVRC2012_val_(\d{8})", m["image"])
                 if not number or not 1 <= int(number[1]) <= len(labels):
