@@ -33,7 +33,7 @@ class InputError(click.ClickException):
 
 
 class Number(click.FloatRange):
-    """A number of an option within a range; NaN, which every range lets through, and infinity are refused."""
+    """An option's number within a range; refuses NaN, which passes click's range check, and infinity."""
 
     def __init__(self, *limits, infinite: bool = False, **options) -> None:
         super().__init__(*limits, **options)
@@ -46,18 +46,18 @@ class Number(click.FloatRange):
         return number
 
 
-LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+LINE_EVERY = 30.0  # seconds between two lines of progress without a terminal
 
 
 def progress(iterable: Iterable | None = None, disable: bool = False, **options) -> "tqdm | ProgressLines":
-    """tqdm's bar (desc, total, unit, initial), or, where there is no terminal, a line every LINE_EVERY seconds."""
+    """tqdm's bar (desc, total, unit, initial) on a terminal, otherwise a line every LINE_EVERY seconds."""
     if disable or sys.stderr.isatty():
         return tqdm(iterable, disable=disable, **options)
     return ProgressLines(iterable, **options)
 
 
 class ProgressLines:
-    """What a bar of tqdm does, in lines: for logs of schedulers, in which hours of silence look like a hang."""
+    """A progress bar as lines of text: in the log of a scheduler, hours of silence look like a hang."""
 
     def __init__(self, iterable: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it",
                  initial: int = 0) -> None:
@@ -92,23 +92,23 @@ class ProgressLines:
 
 
 def literal(name: str) -> str:
-    """A name that somebody chose, as Markdown that shows it as it is."""
+    """A user's name escaped, so that Markdown shows it unchanged."""
     return re.sub(r"[\\|*!\[\]`<>&]", r"\\\g<0>", name)
 
 
 def run_command(command: click.Command) -> None:
     """Run a click command as a script: bad input ends in one line on stderr and exit code 2 (`--debug`: a traceback).
 
-    A command's return value, where it is an int, becomes the exit code.
+    An int that the command returns is the exit code.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names, and so classes, need not be text
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names, and so class names, may not be UTF-8
     try:
         code = command.main(standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # of `| head`: nobody reads on
+    except BrokenPipeError:  # the reader has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (click.ClickException, OSError) as error:
@@ -122,16 +122,16 @@ def run_command(command: click.Command) -> None:
         sys.exit(2)
 
 
-# ---------------------------------------------------------------- options: notations, dataclasses of options
+# ---------------------------------------------------------------- options: value types, dataclasses of options
 
 
 class Parsed(click.ParamType):
-    """A value with a notation of its own, parsed once, on the command line or from a config.json.
+    """The type of an option whose text is parsed into a value once, from the command line or from a config.json.
 
     Args:
-        name: what the help calls it.
-        parse: text -> value; ValueError says what is wanted.
-        show: value -> text, so that parse(show(value)) is the value again.
+        name: of the type in the help.
+        parse: text -> value; its ValueError says which text is valid.
+        show: value -> text; parse(show(value)) == value.
     """
 
     def __init__(self, name: str, parse: Callable[[str], Any], show: Callable[[Any], str] = str) -> None:
@@ -145,14 +145,14 @@ class Parsed(click.ParamType):
 
 
 def check_domain(name: str) -> str:
-    """The name of a domain; ValueError where it is none."""
+    """The name itself; ValueError if it is not a domain's."""
     if name not in DOMAINS:
         raise ValueError(f"no domain {name!r}; the domains are {', '.join(DOMAINS)}")
     return name
 
 
 def parse_domains(text: str) -> list[str]:
-    """`object,body` -> the names, in the order given."""
+    """`object,body` -> the names in the given order."""
     names = [check_domain(name.strip()) for name in text.split(",")]
     if len(set(names)) < len(names):
         raise ValueError("names a domain twice")
@@ -160,7 +160,7 @@ def parse_domains(text: str) -> list[str]:
 
 
 def per_domain(low: float, high: float) -> Parsed:
-    """One number for every domain, or NAME=NUMBER,... for some: {domain: number}, each number in low..high."""
+    """Option type: a number for all domains, or NAME=NUMBER,...; the value is {domain: number in low..high}."""
 
     def parse(text: str) -> dict[str, float]:
         pairs = [part.partition("=") for part in text.split(",")] if "=" in text else [(d, "", text) for d in DOMAINS]
@@ -178,7 +178,7 @@ def per_domain(low: float, high: float) -> Parsed:
 
 
 def unit_number(text: str) -> float | None:
-    """A number in 0..1; None where the text is none."""
+    """The text as a number in 0..1; None if it is not one."""
     try:
         return float(text) if 0 <= float(text) <= 1 else None
     except ValueError:
@@ -194,7 +194,7 @@ def parse_ramp(text: str) -> tuple[float, float]:
 
 
 class MixRamp(NamedTuple):
-    """A share of schedule B that moves linearly over the first `fraction` of training."""
+    """A share of schedule B that changes linearly over the first `fraction` of training."""
 
     domain: str
     first: float
@@ -212,7 +212,7 @@ def parse_mix_ramp(text: str) -> MixRamp:
 
 
 def one_or_per_domain(low: float, high: float) -> Parsed:
-    """A number that means something else than the same one for every domain; or NAME=NUMBER,..."""
+    """Option type: one number, kept as such (it need not mean one per domain), or NAME=NUMBER,..."""
     several = per_domain(low, high)
     return Parsed("numbers", lambda text: several.parse(text) if "=" in text else several.parse(text)["object"],
                   lambda value: several.show(value) if isinstance(value, dict) else repr(value))
@@ -224,7 +224,7 @@ MIX_RAMP = Parsed("ramp", parse_mix_ramp, lambda ramp: f"{ramp[0]}:{ramp[1]!r}->
 
 
 class Option(click.Option):
-    """An option that knows the group of its help."""
+    """An option with the heading that the help lists it under."""
 
     def __init__(self, *arguments, group: str = "other", **settings) -> None:
         super().__init__(*arguments, **settings)
@@ -232,7 +232,7 @@ class Option(click.Option):
 
 
 class GroupedHelp(click.Group):
-    """A command whose help lists its options by group."""
+    """A command whose help lists options under the headings of their groups."""
 
     def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list] = {}
@@ -246,14 +246,14 @@ class GroupedHelp(click.Group):
 
 
 def option(group: str, default: Any, kind: click.ParamType | type, text: str, **settings) -> Any:
-    """A field of a dataclass of options; its default is the parsed one.
+    """A field of a dataclass of options; its default value is the parsed `default`.
 
     Args:
         group: heading in the help.
-        default: as on the command line.
+        default: as typed on the command line.
         kind: click type; bool: a flag.
         text: help, with the unit.
-        settings: further ones of click.Option.
+        settings: further arguments of click.Option.
     """
     parsed = kind.convert(default, None, None) if isinstance(kind, Parsed) and default is not None else default
     settings = {"is_flag": True} | settings if kind is bool else {"type": kind} | settings
@@ -262,7 +262,7 @@ def option(group: str, default: Any, kind: click.ParamType | type, text: str, **
 
 
 def add_options(options: type, leave_out: tuple[str, ...] = ()) -> Callable:
-    """Decorator: a command gets an option for every field of a dataclass of options."""
+    """Decorator: give a command one option for each field of a dataclass of options."""
 
     def decorate(command: Callable) -> Callable:
         for field in reversed([field for field in dataclasses.fields(options) if field.name not in leave_out]):
@@ -275,7 +275,7 @@ def add_options(options: type, leave_out: tuple[str, ...] = ()) -> Callable:
 
 
 def as_texts(options: Any) -> dict[str, Any]:
-    """The values of a dataclass of options as JSON: what has a notation of its own as on the command line."""
+    """The values of a dataclass of options for JSON; those of a `Parsed` type as text, as on the command line."""
     values = {}
     for field in dataclasses.fields(options):
         value, kind = getattr(options, field.name), field.metadata.get("type")
@@ -284,15 +284,15 @@ def as_texts(options: Any) -> dict[str, Any]:
 
 
 def refuse_options(context: click.Context) -> None:
-    """Options given before a sub-command's name would be parsed and ignored."""
+    """Refuse options before a sub-command's name, which click would parse and ignore."""
     for parameter in context.command.params:
         if context.get_parameter_source(parameter.name).name == "COMMANDLINE":
             raise InputError(f"{parameter.opts[0]} before {context.invoked_subcommand}: give options after the "
-                             f"command's name (see `{context.invoked_subcommand} --help`)")
+                             f"sub-command (see `{context.invoked_subcommand} --help`)")
 
 
 def replay_config(context: click.Context, _parameter, path: str | None) -> None:
-    """Callback of --config FILE: the options of a run's config.json become defaults; the command line still wins."""
+    """Callback of --config FILE: options of a run's config.json become defaults, which the command line overrides."""
     if path is None:
         return
     try:
@@ -311,13 +311,13 @@ def replay_config(context: click.Context, _parameter, path: str | None) -> None:
 
 @contextmanager
 def lock_folder(folder: Path, option: str) -> Iterator[None]:
-    """Hold a folder that one process writes at a time; it is made where it is not there, and removed if it stays empty.
+    """Lock a folder for writing by this process alone; the folder is created if missing and removed if it stays empty.
 
-    InputError, which names the option, where another process holds it. The lock is POSIX's (`lockf`, not `flock`), on
-    the file `.lock`: it ends with this very process, however that ends, while forked children do not hold it; network
-    file systems carry it to other nodes. Where a file system has no locks, there is none.
+    The lock is POSIX's (`lockf`, not `flock`) on the file `.lock`: it is released when this process ends in any way, is
+    not inherited by forked children, and holds across nodes on network file systems. On a file system without locks,
+    nothing is locked. InputError, which names the option, if another process holds the lock.
     """
-    made = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    created = [parent for parent in (folder, *folder.parents) if not os.path.exists(parent)]
     path = folder / ".lock"
     with writing(folder, ANOTHER, option):
         folder.mkdir(parents=True, exist_ok=True)
@@ -328,50 +328,50 @@ def lock_folder(folder: Path, option: str) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 holder = os.pread(file, 300, 0).decode() or "another process"
-                raise InputError(f"{option} {folder}: {holder} is writing it: wait for that one, or choose another "
-                                 f"{option}") from None
+                raise InputError(f"{option} {folder}: {holder} is writing to it: wait for it to end, or choose "
+                                 f"another {option}") from None
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        # after the one before has removed its file, a lock on that would hold nothing
+        # the previous holder may have deleted the file: a lock on a deleted file protects nothing
         if not path.exists() or not os.path.samestat(os.fstat(file), path.stat()):
-            raise InputError(f"{option} {folder}: the process that wrote it ended this moment: run the command again")
+            raise InputError(f"{option} {folder}: the process that wrote to it has just ended: run the command again")
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
     finally:
         os.close(file)
-        for place in made:
-            with suppress(OSError):  # it holds something
-                place.rmdir()
+        for parent in created:
+            with suppress(OSError):  # not empty
+                parent.rmdir()
 
 
 # ---------------------------------------------------------------- files
 
 
-ANOTHER = "choose another, or move away what is in its way"
+ANOTHER = "choose another, or remove what is in the way"
 
 
 @contextmanager
 def writing(path: Path, then: str = "the last checkpoint is intact: make room, then continue with --resume",
             option: str = "", errors: type[Exception] = OSError) -> Iterator[None]:
-    """Inside, what the disk does not take is bad input; `then`: what to do; `option`: that named the path."""
+    """Turn write errors inside the block into an InputError; `then`: advice, `option`: that named the path."""
     try:
         yield
-    except InputError:  # not of this file: a loader process died meanwhile
+    except InputError:  # not about this file: a loader process died meanwhile
         raise
     except errors as error:
-        place = next((folder for folder in (path, path.parent) if os.path.isdir(folder)), None)
-        free = f"; {shutil.disk_usage(place).free >> 20:,} MiB free there" if place else ""
+        folder = next((folder for folder in (path, path.parent) if os.path.isdir(folder)), None)
+        free = f"; {shutil.disk_usage(folder).free >> 20:,} MiB free there" if folder else ""
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{option} {path}: cannot be written ({reason}{free}): {then}".strip()) from error
 
 
 @contextmanager
 def replacing(path: Path, writer: str = "") -> Iterator[Path]:
-    """Inside, a file is written under the temporary name given, which is then synced and renamed, or removed.
+    """Yield a temporary path; after the block, sync the file written there and rename it to `path`.
 
-    The old one stays whole until the new one is; `writer` tells the names of several apart.
+    `path` holds the old file or the whole new one, never a part. `writer` makes the names of concurrent writers differ.
     """
     temporary = path.with_name(f"{path.name}{writer}.tmp")
     try:
@@ -384,30 +384,30 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file by `replacing`; InputError where that fails."""
-    # torch and safetensors report a full disk in ways of their own, or not at all
+    """Call `write` on a temporary path and rename the result to `path`; InputError if that fails."""
+    # torch and safetensors raise errors of their own on a full disk
     with writing(path, "what was saved before is intact", errors=Exception), replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(mode)  # safetensors would keep its files from everybody else
+        temporary.chmod(mode)  # safetensors makes its files unreadable to others
 
 
 def make_folder(path: Path, option: str) -> None:
-    """Make a folder for results, where it is not there; InputError names the option that asked for it."""
+    """Create a folder for results if missing; InputError, with the name of the option, if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{option}: {path} cannot be made a folder ({error.strerror}): {ANOTHER}") from error
+        raise InputError(f"{option}: {path} cannot be created as a folder ({error.strerror}): {ANOTHER}") from error
 
 
 def write_json(path: Path, value: dict, indent: int = 2) -> None:
-    """Write JSON for people: indented, atomic."""
+    """Write indented JSON, atomically."""
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=indent) + "\n"))
 
 
 def read_json(path: Path) -> dict:
-    """An object that write_json wrote; InputError where the file is damaged."""
+    """The object in a file of `write_json`; InputError if the file is damaged."""
     try:
         value = json.loads(path.read_bytes())
         if not isinstance(value, dict):
@@ -417,13 +417,13 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: damaged ({error}): restore it, or run the stage that wrote it again") from error
 
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins a formula in a spreadsheet
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet takes text that begins so for a formula
 
 
 def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> None:
-    """A list of like dictionaries as CSV with a header, atomically; `columns`: of a table that may be empty.
+    """Write rows with equal keys as CSV with a header, atomically; `columns` is needed if there may be no rows.
 
-    Text that a spreadsheet would take for a formula gets an apostrophe before it; numbers, negative ones too, do not.
+    An apostrophe precedes text that a spreadsheet would take for a formula; numbers, also negative ones, get none.
     """
 
     def plain(value: Any) -> Any:
@@ -439,14 +439,14 @@ def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> N
 
 
 def append(path: Path, record: dict) -> None:
-    """Add a line to a .jsonl file of the run; NaN has no place in JSON and becomes null."""
+    """Append a line to a .jsonl file of a run; NaN, which JSON lacks, becomes null."""
     record = json.loads(json.dumps(record), parse_constant=lambda _: None)
     with writing(path), open(path, "a") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The records of a .jsonl file of a run, none where there is no file; a last one that a kill cut is left out."""
+    """The records of a .jsonl file of a run: [] without the file; a last line cut off by a kill is ignored."""
     lines, records = path.read_bytes().splitlines() if path.exists() else [], []
     for number, line in enumerate(lines, 1):
         try:
@@ -458,7 +458,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def hash_file(path: Path) -> str | None:
-    """SHA-256 of a file; None where there is none."""
+    """SHA-256 of a file; None if it does not exist."""
     if not path.is_file():
         return None
     with open(path, "rb") as file:
@@ -470,12 +470,12 @@ def hash_file(path: Path) -> str | None:
 FREE_ON_RESUME = {"workers", "micro_batch", "device", "cache", "compile", "grad_checkpointing", "shard_head",
                   "log_every", "save_every", "keep", "resume", "data", "out", "splits"}
 
-# what a run derives from its options; a config.json of former versions holds both in one
+# what a run derives from its options; former versions kept both in one object of config.json
 FACTS = {"role", "steps", "counts", "recipe", "git_commit", "argv", "versions", "shards", "sources", "weights_sha256"}
 
 
 def read_parts(path: Path) -> tuple[dict, dict]:
-    """Options, as on the command line, and facts of a config.json; also of the flat form of former versions."""
+    """Options, as typed, and facts of a config.json; also reads the flat form of former versions."""
     config = read_json(path)
     if isinstance(config.get("options"), dict) and isinstance(config.get("facts"), dict):
         return config["options"], config["facts"]
@@ -486,7 +486,7 @@ def read_parts(path: Path) -> tuple[dict, dict]:
 
 
 def join_config(path: Path) -> dict:
-    """Options and facts of a config.json in one, "domains" in the house order and "order" as they were given."""
+    """Options and facts of a config.json merged; "domains" in the order of DOMAINS, "order" as given."""
     options, facts = read_parts(path)
     order = options.get("domains") or list(DOMAINS)
     order = order.split(",") if isinstance(order, str) else order
@@ -495,6 +495,6 @@ def join_config(path: Path) -> dict:
 
 
 def weights_of(config: dict) -> str | None:
-    """What tells the weights that a run started from: the SHA-256 of their file, wherever it lies, or their name."""
+    """What identifies the initial weights of a run: the SHA-256 of their file, wherever it lies, or their name."""
     name = config.get("weights")
     return config.get("weights_sha256") or (hash_file(Path(name)) if isinstance(name, str) else None) or name

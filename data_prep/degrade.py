@@ -1,9 +1,9 @@
-"""Degradations that turn a sharp face crop into a low-quality one, with one severity from 0 to 1; shifts of objects.
+"""Degradation of sharp face crops to low quality, with a severity from 0 to 1; and shifts of objects.
 
-The ranges at severity 1 are those of surveillance-like sets at 112 pixels (faces of 12 to 56 pixels, blur, motion,
-turbulence, sensor noise, strong JPEG); lengths scale with the image. Orders and ranges follow the published augmenters
-of AdaFace, GFPGAN and Real-ESRGAN in a shortened form. Used online by `train.py --degrade`, and offline by
-`python -m data_prep degrade`, which writes degraded copies of a split, or ladders of shifts of one kind each.
+At severity 1 the ranges match surveillance-like sets at 112 pixels (faces of 12 to 56 pixels, blur, motion, turbulence,
+sensor noise, strong JPEG); lengths scale with the image. Order and ranges are a simplification of the published
+augmentations of AdaFace, GFPGAN and Real-ESRGAN. `train.py --degrade` applies them online; `data_prep degrade` writes
+degraded copies of a split, or of a test split of objects under one kind of shift each.
 """
 
 import io
@@ -24,18 +24,18 @@ from data_prep.format import OPTIONAL, TABLES, BadImage, Record, Source, Split, 
 
 @lru_cache(maxsize=256)
 def frequencies(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Radians per pixel of a real image's spectrum: down [H, 1] and across [1, W // 2 + 1]."""
+    """Frequencies of a real image's spectrum in radians per pixel: vertical [H, 1], horizontal [1, W // 2 + 1]."""
     return 2 * math.pi * torch.fft.fftfreq(height)[:, None], 2 * math.pi * torch.fft.rfftfreq(width)[None]
 
 
 def blur(x: Tensor, sigma: tuple[float, float], angle: float = 0.0, length: float = 0.0, direction: float = 0.0
          ) -> Tensor:
-    """A Gaussian blur and a straight motion in one pass through the spectrum, which costs the same for any length.
+    """Gaussian blur and linear motion blur, multiplied in the Fourier domain, where the cost is that of any length.
 
     Args:
-        x: float32 [C, H, W]; edges are repeated.
+        x: float32 [C, H, W]; edges are replicated.
         sigma: of the Gaussian along its two axes, in pixels.
-        angle: of its first axis in radians, from left-to-right towards down.
+        angle: of the first axis in radians, clockwise from the horizontal.
         length: of the motion, in pixels.
         direction: of the motion, as `angle`.
     """
@@ -54,13 +54,13 @@ def blur(x: Tensor, sigma: tuple[float, float], angle: float = 0.0, length: floa
 
 
 def warp(x: Tensor, field: Tensor, tilt: float, sigma: float) -> Tensor:
-    """Shift every pixel by a smooth random field, as air in motion does.
+    """Displace every pixel by a smooth random field, as atmospheric turbulence does.
 
     Args:
         x: float32 [3, H, W].
-        field: white noise [2, G, G], the raw material of the field.
-        tilt: root mean square of the shifts along an axis, in pixels.
-        sigma: over which the shifts change, in cells of the grid.
+        field: white noise [2, G, G] on a grid, which is smoothed.
+        tilt: root mean square of the displacement along an axis, in pixels.
+        sigma: of the smoothing, in cells of the grid.
     """
     H, W = x.shape[1:]
     shift = F.interpolate(blur(field, (sigma, sigma))[None], size=(H, W), mode="bilinear")[0]
@@ -71,33 +71,32 @@ def warp(x: Tensor, field: Tensor, tilt: float, sigma: float) -> Tensor:
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """Numbers around 0..255 as uint8."""
+    """Rounded and clamped to uint8."""
     return x.round().clamp_(0, 255).to(torch.uint8)
 
 
-FIELD = 28  # cells across the raw material of the turbulence: 4 pixels each in an image of 112
-# how a face is made small; the last two do not filter first, which leaves the aliasing that cheap cameras have
+FIELD = 28  # cells of the turbulence grid along a side: 4 pixels each in an image of 112
+# downsampling; the last two do not filter first, which leaves the aliasing of cheap cameras
 DOWN = ({"mode": "bilinear", "antialias": True}, {"mode": "bicubic", "antialias": True}, {"mode": "area"},
         {"mode": "bilinear"}, {"mode": "nearest-exact"})
-FILTERING = 3  # so many of them filter
+FILTERING = 3  # the first three filter
 
 
 def degrade(image: Tensor, severity: float, rng: np.random.Generator) -> tuple[Tensor, dict[str, float]]:
-    """Degrade one image: turbulence, blur, motion, fewer pixels, noise, gamma, grey, JPEG, and up to its size again.
+    """Degrade one image: turbulence, blur, motion, downsampling, noise, gamma, grey, JPEG, upsampling to its size.
 
     Args:
         image: uint8 [3, H, W], RGB, on the CPU.
-        severity: 0 (nothing) to 1; ranges and probabilities grow with it.
-        rng: every draw comes from it, in a fixed number and order: the same generator gives the same image, and what
-            happens to it does not change with the severity, only how much.
+        severity: 0 (unchanged) to 1; ranges grow with it.
+        rng: source of all draws, of fixed number and order: equal generators give equal images, and severity changes
+            the strength of each operation, not which ones are applied (except grey).
 
     Returns:
-        The image (same shape and dtype), and what was drawn, for the sample's metadata: lengths in pixels of
-        an image of 112.
+        The image (same shape and dtype) and the draws, for the sample's metadata; lengths in pixels of an image of 112.
     """
     from torchvision.io import decode_jpeg, encode_jpeg
 
-    use, strength = rng.random(10), rng.random(12)  # drawn whole, so that one degradation does not shift the others
+    use, strength = rng.random(10), rng.random(12)  # all at once, so that operations do not affect each other's draws
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(int(rng.integers(1 << 63))))
     if severity <= 0:
         return image, {}
@@ -112,8 +111,8 @@ def degrade(image: Tensor, severity: float, rng: np.random.Generator) -> tuple[T
     side = (max(round(H * ratio), 2), max(round(W * ratio), 2))
     draws["short_side"], draws["down"] = min(side), int(use[3] * len(DOWN))
     down, turbulent = DOWN[draws["down"]], use[2] < 0.2
-    # A blur and a filtered reduction can change places, so the blur works on the fewer pixels. What would be lost there
-    # (aliasing, shifts of less than a pixel) needs twice the resolution.
+    # Blur and filtered downsampling commute, so the blur works on fewer pixels. Aliasing and shifts below one pixel
+    # need twice the resolution.
     fine = turbulent or draws["down"] >= FILTERING
     first = (min(2 * side[0], H), min(2 * side[1], W)) if fine else side
     x = image[None] if fine or down["mode"] != "area" else image[None].float()
@@ -138,7 +137,7 @@ def degrade(image: Tensor, severity: float, rng: np.random.Generator) -> tuple[T
         noise = normal(small.shape)
         if use[5] < 0.5:
             small.add_(noise, alpha=draw("noise", 0, 20 * severity, strength[9]))
-        else:  # shot noise: its variance is proportional to the light
+        else:  # shot noise: variance proportional to intensity
             small.addcmul_((small / 255).sqrt_(), noise, value=draw("shot_noise", 0, 20 * severity, strength[9]))
     small = to_bytes(small)
     if use[6] < 0.3:
@@ -158,19 +157,19 @@ def degrade(image: Tensor, severity: float, rng: np.random.Generator) -> tuple[T
 
 # ---------------------------------------------------------------- shifts of one kind
 
-# Names and five severities as in ImageNet-C (arXiv 1903.12261), whose parameters are others: figures do not compare.
+# Names and five severities as in ImageNet-C (arXiv 1903.12261), but other parameters: results are not comparable.
 SHIFTS = {
     "gaussian_noise": (0.04, 0.08, 0.13, 0.2, 0.3),  # standard deviation, of images scaled to 0..1
     "gaussian_blur": (0.5, 1.0, 1.6, 2.4, 3.4),  # sigma in pixels of an image of 112
     "contrast": (0.7, 0.5, 0.35, 0.22, 0.12),  # factor on the distance from the mean of each channel
     "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),  # added to images scaled to 0..1
-    "pixelate": (0.6, 0.45, 0.33, 0.25, 0.18),  # pixels along a side that are left
+    "pixelate": (0.6, 0.45, 0.33, 0.25, 0.18),  # factor on the pixels along a side
     "jpeg_compression": (30, 20, 14, 9, 5),  # quality
 }
 
 
 def shift(kind: str, severity: int, image: Tensor, rng: np.random.Generator) -> tuple[Tensor, dict]:
-    """An image uint8 [3, H, W] (RGB, on the CPU) under a shift of SHIFTS, and what was done."""
+    """An image uint8 [3, H, W] (RGB, on the CPU) under a shift of SHIFTS, and fields for its JSON."""
     from torchvision.io import decode_jpeg, encode_jpeg
 
     strength, x, side = SHIFTS[kind][severity - 1], image.float().contiguous(), image.shape[1:]
@@ -191,37 +190,37 @@ def shift(kind: str, severity: int, image: Tensor, rng: np.random.Generator) -> 
 
 
 def degrade_between(low: float, high: float, image: Tensor, rng: np.random.Generator) -> tuple[Tensor, dict]:
-    """`degrade` at a severity that is drawn evenly between two."""
+    """`degrade` at a severity drawn uniformly from low..high."""
     return degrade(image, low + (high - low) * rng.random(), rng)
 
 
 def choose_changes(shifts: str | None, low: float, high: float) -> dict[str, tuple[partial, dict[str, str]]]:
-    """What `data_prep degrade` writes: the ending of a split's name -> what is done to it, and its provenance.
+    """The splits that `data_prep degrade` writes: suffix of the name -> (change of an image, its provenance).
 
     Args:
-        shifts: `KIND[-SEVERITY],...` or `all`, a kind without a severity meaning all five; None: faces.
-        low, high: severities of faces.
+        shifts: `KIND[-SEVERITY],...` or `all`; a kind without a severity means all five; None: `degrade_between`.
+        low, high: severities of `degrade_between`.
     """
     if shifts is None:
         return {"": (partial(degrade_between, low, high), {"severity": str(high), "min_severity": str(low)})}
-    found = {}
+    changes = {}
     for part in (",".join(SHIFTS) if shifts == "all" else shifts).split(","):
         kind, _, severity = part.strip().partition("-")
         if kind not in SHIFTS or severity not in ("", *"12345"):
             raise InputError(f"--shift {part.strip()!r}: want all, or KIND[-SEVERITY],... with a severity 1 to 5 and a "
                              f"kind of {', '.join(SHIFTS)}")
         for one in severity or "12345":
-            found[f"-{kind}-{one}"] = partial(shift, kind, int(one)), {"kind": kind, "severity": one}
-    return found
+            changes[f"-{kind}-{one}"] = partial(shift, kind, int(one)), {"kind": kind, "severity": one}
+    return changes
 
 
 # ---------------------------------------------------------------- offline
 
 
 def degraded_sample(folder: Path, row: int, change: partial, seed: int) -> tuple[bytes, dict]:
-    """A sample of a split, degraded, and the fields that say how.
+    """A degraded sample of a split, and fields for its JSON.
 
-    The draws belong to the seed and the sample, so that the number of workers does not matter.
+    Draws depend on the seed and the row alone, not on the number of workers.
     """
     split = open_split(folder)
     try:
@@ -232,21 +231,21 @@ def degraded_sample(folder: Path, row: int, change: partial, seed: int) -> tuple
     image, draws = change(image, rng)
     out = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "BMP")
-    shard = Path(split.index["shards"][int(split.shard[row])]["file"])  # of a merged split it is a neighbour's
+    shard = Path(split.index["shards"][int(split.shard[row])]["file"])  # a neighbour's if the split is merged
     name = f"{split.domain}/{shard.parent.name or split.name}/{split.jpeg(row)[0]}"
     return out.getvalue(), {"degradation": draws | {"from": name}, "source": split.fields(row).get("source")}
 
 
 def degraded_split(split: Split, change: partial, seed: int) -> Source:
-    """A source of degraded copies of a split: same identities, columns, protocol and lists that the protocol names.
+    """A source of degraded copies of a split with the same identities, columns, protocol and lists.
 
     Args:
         split: of sharp images.
-        change: of `choose_changes`: (image uint8 [3, H, W], generator) -> (the same degraded, fields that say how).
-        seed: of every draw.
+        change: from `choose_changes`: (image uint8 [3, H, W], generator) -> (degraded image, fields for its JSON).
+        seed: of all draws.
     """
     columns = {name: split.column(name) for name in OPTIONAL if name in split.index["columns"]}
-    done = " ".join(map(str, (change.func.__name__, *change.args)))  # in the names, so another change is another plan
+    done = " ".join(map(str, (change.func.__name__, *change.args)))  # in the names, so that it changes the plan
 
     def records() -> Iterator[Record]:
         for row in range(len(split)):
@@ -257,7 +256,7 @@ def degraded_split(split: Split, change: partial, seed: int) -> Source:
                          split.classes[label] if label >= 0 else None, person=fields.get("person"), **optional)
 
     listed = set(TABLES) & set(split.index["columns"])
-    # rows of pairs are counted anew where images are lost; templates are named by their numbers, which stay
+    # pairs name rows, which are counted again as images may be lost; template numbers stay
     drop = ("pairs", "pairs_lost") if "pairs" in listed else ()
     protocol = split.protocol and {key: value for key, value in split.protocol.items() if key not in drop}
     pairs = split.column("pairs").tolist() if "pairs" in listed else []
@@ -269,7 +268,7 @@ def degraded_split(split: Split, change: partial, seed: int) -> Source:
 
 
 def draw_ladder(path: Path, images: list[Tensor], seed: int, steps: int = 6) -> None:
-    """A picture of severities 0 to 1 from left to right, one row an image, with the draws of a row the same."""
+    """Draw severities 0 to 1 from left to right, one row per image, with the same draws in a row."""
     side, top = max(image.shape[2] for image in images), 14
     sheet = Image.new("RGB", (steps * (side + 2), top + len(images) * (side + 2)), "white")
     pen = ImageDraw.Draw(sheet)

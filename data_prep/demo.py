@@ -1,8 +1,7 @@
-"""The demo corpus: faces, degraded faces of the same people, their bodies, and objects, all drawn by this file.
+"""The demo corpus: drawn faces, degraded faces of the same people, their bodies, and objects.
 
-What makes an identity is fixed per person or class (the shape of a face, of a body, of a silhouette); everything else
-varies from picture to picture (pose, expression, light, clothes, camera, texture), so that only the identity helps.
-Every picture is a function of (seed, identity, shot).
+Shape defines an identity (of a face, a body, a silhouette); pose, expression, light, clothes, camera and texture vary
+from picture to picture, so that only the identity helps. Every picture is a function of (seed, identity, shot).
 """
 
 import io
@@ -17,7 +16,7 @@ from data_prep.degrade import degrade
 from data_prep.format import Record, Source
 
 SIZE = 80  # pixels a side
-FINE = 3  # drawn at so many times the size, then reduced: smooth edges
+FINE = 3  # factor of supersampling: pictures are drawn larger and reduced, for smooth edges
 CAMERAS = 4
 CIRCLE = np.stack([np.cos(t := np.linspace(0, 2 * np.pi, 48, endpoint=False)), np.sin(t)], 1)
 
@@ -26,7 +25,7 @@ CIRCLE = np.stack([np.cos(t := np.linspace(0, 2 * np.pi, 48, endpoint=False)), n
 
 
 class Canvas:
-    """A picture of height x width pixels with coordinates x right and y down, -1..1 over the shorter side."""
+    """A picture of height x width pixels; x points right, y down, and the shorter side spans -1..1."""
 
     def __init__(self, height: int, width: int, background: np.ndarray) -> None:
         self.shape = (height * FINE, width * FINE)
@@ -35,7 +34,7 @@ class Canvas:
         self.unit, self.turn, self.move = min(self.shape) / 2, np.eye(2), np.zeros(2)
 
     def place(self, angle: float, scale: float, move: tuple[float, float]) -> None:
-        """Turn, scale and move everything drawn from now on."""
+        """Rotate, scale and move everything drawn afterwards."""
         c, s = math.cos(angle), math.sin(angle)
         self.turn, self.move = scale * np.array([[c, s], [-s, c]]), np.array(move)
 
@@ -53,7 +52,7 @@ class Canvas:
         self.polygon(CIRCLE * [rx, ry] + [x, y], colour)
 
     def limb(self, a, b, width: float, colour) -> None:
-        """Fill a bar with round ends from a to b."""
+        """Draw a bar with round ends from a to b."""
         a, b = np.asarray(a, float), np.asarray(b, float)
         along = (b - a) / max(np.linalg.norm(b - a), 1e-9)
         side = np.array([-along[1], along[0]]) * width
@@ -62,7 +61,7 @@ class Canvas:
             self.ellipse(*end, width, width, colour)
 
     def pixels_out(self) -> np.ndarray:
-        """The picture at its own size, float32 [H, W, 3] in 0..255."""
+        """The picture at its final size, float32 [H, W, 3] in 0..255."""
         return np.asarray(self.image.reduce(FINE), dtype=np.float32)
 
 
@@ -72,13 +71,13 @@ def rgb(colour) -> tuple[int, int, int]:
 
 
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
-    """Colour clouds [height, width, 3] in 0..255, about `cells` of them across."""
+    """Smooth colour noise [height, width, 3] in 0..255, with `cells` cells across."""
     coarse = rng.uniform(0, 255, (max(cells * height // width, 2), cells, 3)).astype(np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
 
 
 def photograph(picture: np.ndarray, rng: np.random.Generator, cast: float, noise: float, light: float) -> bytes:
-    """Light from a side, a colour cast, an exposure and sensor noise; encoded."""
+    """Apply light from one side, a colour cast, exposure and sensor noise; returns BMP bytes."""
     h, w = picture.shape[:2]
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j]
@@ -88,7 +87,7 @@ def photograph(picture: np.ndarray, rng: np.random.Generator, cast: float, noise
 
 
 def encode(picture: np.ndarray) -> bytes:
-    """A picture [H, W, 3] in 0..255 as BMP bytes: lossless, and quick to write."""
+    """A picture [H, W, 3] in 0..255 as BMP: lossless and quick to write."""
     out = io.BytesIO()
     Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(out, "BMP")
     return out.getvalue()
@@ -98,7 +97,7 @@ def encode(picture: np.ndarray) -> bytes:
 
 
 def draw_face(seed: int, person: int, shot: int, severity: float = 0.0) -> bytes:
-    """A face: shape and colouring belong to the person; pose, expression, light and background to the shot."""
+    """A face: the person determines shape and colours; the shot determines pose, expression, light and background."""
     p, r = np.random.default_rng((seed, 1, person)), np.random.default_rng((seed, 2, person, shot))
     width, jaw, tone = p.uniform(0.5, 0.78), p.uniform(0.45, 1.0), p.uniform(0.35, 0.95)
     skin = np.array([tone, tone * p.uniform(0.72, 0.86), tone * p.uniform(0.55, 0.75)])
@@ -146,7 +145,7 @@ def draw_face(seed: int, person: int, shot: int, severity: float = 0.0) -> bytes
     curve = np.stack([arc * mouth + yaw * 1.2, mouth_y - smile * arc**2 + smile / 2], 1)
     lips = np.array([0, lip])
     c.polygon(np.vstack([curve - lips, (curve + lips * opened)[::-1]]), skin * [0.85, 0.5, 0.5])
-    if r.random() < 0.12:  # glasses come and go: they are no identity
+    if r.random() < 0.12:  # glasses do not belong to the identity
         for side in (-1, 1):
             x = side * gap + yaw
             ring = np.vstack([CIRCLE, CIRCLE[:1]]) * [0.17, 0.15] + [x, eye_y]
@@ -163,7 +162,7 @@ def draw_face(seed: int, person: int, shot: int, severity: float = 0.0) -> bytes
 
 
 def draw_body(seed: int, person: int, shot: int, camera: int) -> bytes:
-    """A standing person: the build belongs to the person, clothes and pose to the shot, tint to the camera."""
+    """A standing person: the person determines the build, the shot clothes and pose, the camera the tint."""
     p, r = np.random.default_rng((seed, 4, person)), np.random.default_rng((seed, 5, person, shot))
     v = np.random.default_rng((seed, 6, camera))
     head, neck = p.uniform(0.12, 0.24), p.uniform(0.0, 0.12)
@@ -178,7 +177,7 @@ def draw_body(seed: int, person: int, shot: int, camera: int) -> bytes:
     H, W = SIZE, 3 * SIZE // 5
     cloud = 40 + smooth_noise(r, H, W, 3) * 0.15 + smooth_noise(v, H, W, 3) * 0.1
     c = Canvas(H, W, cloud)
-    turn = r.uniform(0.8, 1.0)  # seen from the side a body is narrower
+    turn = r.uniform(0.8, 1.0)  # a body turned sideways is narrower
     zoom = 1.15 * v.uniform(0.92, 1.0) * r.uniform(0.94, 1.04)
     c.place(r.normal(0, 0.04), zoom, (r.uniform(-0.12, 0.12), r.uniform(-0.15, 0.15) + 0.1))
     shirt, trousers, shoes = (r.uniform(0.2, 0.8) + r.uniform(-0.12, 0.12, 3) for _ in range(3))
@@ -233,21 +232,21 @@ def texture(rng: np.random.Generator, kind: int, f: float) -> np.ndarray:
 
 
 def draw_object(seed: int, kind: int, shot: int, shifted: bool = False) -> bytes:
-    """A textured silhouette: outline, texture and palette belong to the class, light and background to the shot.
+    """A textured silhouette: the class determines outline, texture and palette; the shot, light and background.
 
-    `shifted`: a collage instead, the same outlines and palettes cut from other patterns and glued on ruled paper.
+    `shifted`: a collage with the outlines and palettes of the classes, but other textures, on ruled paper.
     """
     p, r = np.random.default_rng((seed, 7, kind)), np.random.default_rng((seed, 8 + shifted, kind, shot))
     t = np.linspace(0, 2 * np.pi, 120, endpoint=False)
     orders = np.arange(1, 7)
     size = p.uniform(0, 0.42, 6) / orders**0.3 * (p.random(6) < 0.6)
-    size = size + r.normal(0, 0.035, 6)  # no two pieces are alike
+    size = size + r.normal(0, 0.035, 6)  # no two shots are alike
     phase = p.uniform(0, 2 * np.pi, 6) + r.normal(0, 0.12, 6)
     radius = 1 + (size[:, None] * np.cos(orders[:, None] * t + phase[:, None])).sum(0)
     radius = np.maximum(radius, 0.12)
     shape = np.stack([np.cos(t), np.sin(t) * p.uniform(0.5, 1.0)], 1) * radius[:, None]
     shape /= np.abs(shape).max()
-    hole, own, waves, palette = p.random() < 0.4, int(p.integers(4)), p.uniform(3, 12), p.uniform(0, 255, (2, 3))
+    hole, pattern, waves, palette = p.random() < 0.4, int(p.integers(4)), p.uniform(3, 12), p.uniform(0, 255, (2, 3))
     where = p.uniform(-0.25, 0.25, 2)
 
     c = Canvas(SIZE, SIZE, np.zeros((2, 2, 3)))
@@ -256,12 +255,12 @@ def draw_object(seed: int, kind: int, shot: int, shifted: bool = False) -> bytes
     if hole:
         c.ellipse(*where, 0.2, 0.2, (0, 0, 0))
     mask = c.pixels_out() / 255
-    if r.random() < 0.2:  # some pieces wear another texture and other colours, so that the outline counts
-        own, waves, palette = int(r.integers(4)), r.uniform(3, 12), r.uniform(0, 255, (2, 3))
+    if r.random() < 0.2:  # another texture and other colours, so that the outline counts
+        pattern, waves, palette = int(r.integers(4)), r.uniform(3, 12), r.uniform(0, 255, (2, 3))
     if shifted:
-        own, waves = (own + int(r.integers(1, 4))) % 4, r.uniform(3, 12)
+        pattern, waves = (pattern + int(r.integers(1, 4))) % 4, r.uniform(3, 12)
     one, two = palette + r.normal(0, 25, (2, 3))
-    front = one + (two - one) * texture(r, own, waves)
+    front = one + (two - one) * texture(r, pattern, waves)
     if shifted:
         behind = r.uniform(170, 235) - 60 * (texture(r, 0, r.uniform(12, 20)) > 0.8)
     else:
@@ -273,13 +272,13 @@ def draw_object(seed: int, kind: int, shot: int, shifted: bool = False) -> bytes
 
 
 def verification_pairs(shots: int, people: int, seed: int, folds: int = 10, half: int = 100) -> list[tuple]:
-    """Pairs (left, right, same, fold) of records laid out person by person; no person is in two folds."""
+    """Pairs (left, right, same, fold) of records ordered by person; folds share no person."""
     rng = np.random.default_rng((seed, 10))
     pairs = []
     for fold in range(folds):
-        own = np.arange(people)[fold::folds] if people >= 2 * folds else np.arange(people)
+        of_fold = np.arange(people)[fold::folds] if people >= 2 * folds else np.arange(people)
         for i in range(2 * half):
-            a, b = rng.choice(own, 2, replace=False)
+            a, b = rng.choice(of_fold, 2, replace=False)
             x, y = rng.choice(shots, 2, replace=False)
             same = i < half
             pairs.append((int(a * shots + x), int((a if same else b) * shots + y), int(same), fold))
@@ -287,10 +286,10 @@ def verification_pairs(shots: int, people: int, seed: int, folds: int = 10, half
 
 
 def demo_splits(seed: int, scale: float) -> dict[str, tuple[Source, bool]]:
-    """Every split of the corpus as "domain/split": (source, whether it is a training split).
+    """The splits of the corpus: "domain/split" -> (source, whether it is a training split).
 
     Args:
-        seed: of every picture.
+        seed: of all pictures.
         scale: factor on the number of people and classes.
     """
     train_people, test_people, kinds = (max(round(n * scale), 4) for n in (240, 80, 24))
@@ -319,7 +318,7 @@ def demo_splits(seed: int, scale: float) -> dict[str, tuple[Source, bool]]:
         "face_hq/train": (Source(faces(learn, range(10), 0.0)), True),
         "face_hq/test": (Source(faces(test, range(8), 0.0), verification, pairs), False),
         "face_lq/train": (Source(faces(learn, range(10, 20), 0.7)), True),
-        # other shots than face_hq/test: a blurred probe must find the person, not its own picture
+        # not the shots of face_hq/test: a blurred probe must find the person, not the same picture
         "face_lq/test": (Source(faces(test, range(8, 16), 0.7), verification, pairs), False),
         "body/train": (Source(bodies(learn, range(12), None)), True),
         "body/test": (Source(bodies(test, range(12), 4), {"name": "reid"}), False),

@@ -2,9 +2,9 @@
 
     shard-000000.tar, ...   plain tar: <key>.jpg and <key>.json side by side, readable by any WebDataset reader
     index.json              what the split is: sizes, classes, shard table with hashes, protocol, provenance
-    index/*.npy             columns, one row a sample: where its JPEG lies, its label, camera, role, ..., and `hash`,
-                            the first 8 bytes of the SHA-256 of the image file that it was made from; and the lists of
-                            a protocol (TABLES), one row a pair or template
+    index/*.npy             columns, one row per sample: position of its JPEG, label, camera, role, ..., and `hash`, the
+                            first 8 bytes of the SHA-256 of the original image file; and the lists of a protocol
+                            (TABLES), one row per pair or template
 """
 
 import csv
@@ -27,24 +27,24 @@ from data_prep import DOMAINS, InputError
 
 FORMAT = "imic-shards/1"
 VERSION = "0.2"  # of data_prep, recorded with every split
-ROLES = ("probe", "gallery", "distractor")  # numbered in the column `role`; a re-identification query is a probe
-# columns that only some sources have: integers, but for the quality that a detector gave to a face; -1: none
+ROLES = ("probe", "gallery", "distractor")  # the column `role` holds indices; re-identification calls a probe a query
+# columns that only some sources have: integers, except `quality`, a face detector's score; -1: no value
 OPTIONAL = ("camera", "clothes", "role", "template", "media", "quality")
 TABLES = {
     "pairs": "left row, right row, same, fold",  # verification
     "template_pairs": "template, template, same",  # templates, 1:1
-    "template_gallery": "template, gallery (from 0)",  # templates, 1:N: each gallery is searched for itself
+    "template_gallery": "template, gallery (from 0)",  # templates, 1:N: each gallery is searched separately
     "template_probes": "template",
 }
 FITS = ("crop", "squash", "pad")
-# raster formats alone: Pillow would hand PostScript to an interpreter, whatever a file is called
+# raster formats only: Pillow would pass a PostScript file, under any name, to an interpreter
 READABLE = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 MAX_SIZE = 4096  # pixels
-OPEN_SHARDS = 256  # files that the splits of a process keep open at once; at most a quarter of its limit
+OPEN_SHARDS = 256  # files that a process keeps open for all splits; at most a quarter of its limit
 
 
 class Skipped(Counter):
-    """Files that are left out, counted by reason. `add` also names them, in a nameless file, for `skipped.csv`."""
+    """Numbers of skipped files by reason. `add` also records their names, in a temporary file, for `skipped.csv`."""
 
     file = None
 
@@ -57,7 +57,7 @@ class Skipped(Counter):
 
 
 def as_text(name: str) -> str:
-    """A name in composed form (NFC), which people type and macOS does not store; what is no UTF-8 in it as \\udcff."""
+    """A name in composed form (NFC), as people type it but macOS does not store it; invalid UTF-8 as \\udcff."""
     return name if name.isascii() else unicodedata.normalize("NFC", name.encode(errors="backslashreplace").decode())
 
 
@@ -69,9 +69,9 @@ class BadImage(Exception):
 class Record:
     """One image of a source, before it is read."""
 
-    # the encoded image, or it and more fields for the sample's JSON; picklable: it runs in a worker process
+    # the encoded image, or a pair of it and further fields for the sample's JSON; picklable: called in a worker process
     read: Callable[[], bytes | tuple[bytes, dict]]
-    name: str  # where it comes from, for messages
+    name: str  # its origin, for messages
     identity: str | None  # class or person; None: unlabelled
     person: str | None = None  # an identity that the source proves across domains
     camera: int | None = None
@@ -84,39 +84,40 @@ class Record:
 
 @dataclass
 class Source:
-    """What a source function returns: its images in source order, and how they are to be scored.
+    """What a source function returns: its images in source order and the protocol that scores them.
 
-    The other fields are read after the records, so a generator may fill `skipped`, `names` and `blocks` as it goes.
+    The other fields are read after the records, so that a generator may fill `skipped`, `names` and `blocks`.
     """
 
-    records: Iterable[Record]  # a list, or, for sets that are no list in memory, anything that yields them once
+    records: Iterable[Record]  # a list or, for sets too large for one, anything that yields them once
     protocol: dict | None = None  # {"name": ..., options}; None: a training split
     pairs: list[tuple[int, int, int, int]] = field(default_factory=list)  # left, right (places in records), same, fold
-    skipped: Skipped = field(default_factory=Skipped)  # files left out, before reading
-    names: dict[str, str] = field(default_factory=dict)  # identity -> a name for people and prompts
-    blocks: list[int] = field(default_factory=list)  # first places of runs of records that are cheap to read together
-    tables: dict[str, np.ndarray] = field(default_factory=dict)  # TABLES without rows: written as they are
-    # what is dealt among the images that could be read: the roles, of (labels [M], class names), or, where there are
-    # pairs, their folds, of (same [P]); None: roles and folds stand in the data set
+    skipped: Skipped = field(default_factory=Skipped)  # files left out without being read
+    names: dict[str, str] = field(default_factory=dict)  # identity -> readable name, also for prompts
+    blocks: list[int] = field(default_factory=list)  # where each run of records that are read together cheaply begins
+    tables: dict[str, np.ndarray] = field(default_factory=dict)  # TABLES that name no rows: written unchanged
+    # assigns roles among the readable images, from (labels [M], class names), or, if there are pairs, their folds, from
+    # (same [P]); None: the data set defines roles and folds
     deal: Callable[..., np.ndarray] | None = None
-    listed: bool = False  # a list of the protocol names the images: one that cannot be read stays there, as a miss
+    listed: bool = False  # a list of the protocol names the images: an unreadable one stays in the split, as a miss
 
 
 # ---------------------------------------------------------------- one image
 
 
 def jpeg_sides(data: bytes | bytearray) -> tuple[int, int] | None:
-    """Width and height as the header of a JPEG announces them; None where it is damaged.
+    """Width and height that the header of a JPEG declares; None if it is damaged or the file too short for them.
 
-    To be asked before anything is decoded: a decoder allocates what the header says, and fills up what is missing, so
-    that 600 damaged bytes would cost gigabytes and a minute. Segments that have no length, and stray bytes, do not
-    come before the frame header; libjpeg would pass over them and might read another header than this function.
+    Call it before decoding: a decoder allocates what the header declares and fills in what is missing, so that 600
+    damaged bytes could cost gigabytes and a minute. A file with a marker without length, a stray byte or a fill byte
+    (0xFF) before the frame header counts as damaged: libjpeg skips them and might read a different header.
     """
     try:
         at = 2
-        while data[at] == 0xFF and (marker := data[at + 1]) != 0x01 and not 0xD0 <= marker <= 0xDA and marker >= 0xC0:
+        while data[at] == 0xFF and 0xC0 <= (marker := data[at + 1]) < 0xFF and not 0xD0 <= marker <= 0xDA:
             if marker < 0xD0 and marker not in (0xC4, 0xC8, 0xCC):
-                return data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
+                width, height = data[at + 7] << 8 | data[at + 8], data[at + 5] << 8 | data[at + 6]
+                return (width, height) if width * height <= 512 * len(data) else None  # a block of 64 takes a bit
             at += 2 + (data[at + 2] << 8 | data[at + 3])
     except IndexError:
         pass
@@ -127,7 +128,7 @@ def jpeg_sides(data: bytes | bytearray) -> tuple[int, int] | None:
 
 
 def column_type(name: str) -> np.dtype:
-    """What the numbers of a column are."""
+    """The dtype of a column."""
     return np.dtype({"hash": np.uint64, "quality": np.float64}.get(name, np.int64))
 
 
@@ -135,18 +136,18 @@ def column_type(name: str) -> np.dtype:
 
 
 def read_index(folder: Path) -> dict:
-    """index.json of a split folder, with the fields that every reader relies on."""
+    """index.json of a split folder, checked for the fields that readers rely on."""
     path = folder / "index.json"
     try:
         index = json.loads(path.read_text())
     except FileNotFoundError:
-        raise InputError(f"{folder}: no index.json: not a split, or its preparation did not finish "
+        raise InputError(f"{folder}: no index.json: this is not a split, or its preparation did not finish "
                          "(run the same command again)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); prepare the split again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        found = index.get("format") if isinstance(index, dict) else type(index).__name__
-        raise InputError(f"{path}: format is {str(found)[:60]!r}, not {FORMAT!r}; prepare the split with this version")
+        shown = index.get("format") if isinstance(index, dict) else type(index).__name__
+        raise InputError(f"{path}: format is {str(shown)[:60]!r}, not {FORMAT!r}; prepare the split with this version")
     if missing := {*INDEX, "protocol"} - set(index):
         raise InputError(f"{path}: lacks {sorted(missing)[0]!r}; prepare the split again")
     wrong = [key for key, kind in INDEX.items() if not fits(index[key], kind)]
@@ -155,17 +156,17 @@ def read_index(folder: Path) -> dict:
     wrong += ["protocol"] * (not (index["protocol"] is None or fits_protocol(index["protocol"])))
     wrong += ["provenance"] * ("provenance" not in wrong and not fits(index["provenance"].get("data_set", []), [str]))
     if not wrong:
-        sound = {"domain": index["domain"] in DOMAINS, "size": 0 < index["size"] <= MAX_SIZE,
+        valid = {"domain": index["domain"] in DOMAINS, "size": 0 < index["size"] <= MAX_SIZE,
                  "names": len(index["names"]) == len(index["classes"]),
                  "columns": {*index["columns"]} <= {"shard", "offset", "length", "label", "hash", *OPTIONAL, *TABLES}}
-        wrong = [key for key, good in sound.items() if not good]
+        wrong = [key for key, good in valid.items() if not good]
     if wrong:
-        raise InputError(f"{path}: {wrong[0]!r} is not what it should be; prepare the split again")
+        raise InputError(f"{path}: {wrong[0]!r} is not valid; prepare the split again")
     index["provenance"].setdefault("data_set", [index["provenance"]["source"]])  # splits of older versions
     return index
 
 
-# what readers rely on: a type, a list of such things, or an object with at least these fields
+# what readers rely on: a type, a list of one kind, or an object with at least these fields
 INDEX = {
     "domain": str, "split": str, "size": int, "samples": int, "classes": [str], "names": [str], "columns": [str],
     "shards": [{"file": str, "bytes": int, "samples": int, "sha256": str}], "provenance": {"source": str, "plan": str},
@@ -173,7 +174,7 @@ INDEX = {
 
 
 def fits(value: object, kind: type | list | dict) -> bool:
-    """Whether a value from a JSON file is of a kind; a number also has to be one that an array can hold."""
+    """Whether a value from a JSON file is of a kind, as in INDEX; an int must also fit an array of int64."""
     if isinstance(kind, dict):
         return isinstance(value, dict) and all(key in value and fits(value[key], kind[key]) for key in kind)
     if kind == [str]:  # there may be millions of classes
@@ -184,7 +185,7 @@ def fits(value: object, kind: type | list | dict) -> bool:
 
 
 def fits_protocol(protocol: object) -> bool:
-    """Whether a protocol has a name, and the fields that an evaluation by it reads are of their kinds."""
+    """Whether a protocol has a name and the fields that its evaluation reads, each of the right kind."""
     if not fits(protocol, {"name": str}):
         return False
     needed = {"verification": {"folds": int}, "classification": {"reference": str},
@@ -196,116 +197,118 @@ def fits_protocol(protocol: object) -> bool:
             and all(fits(group, [str]) for group in protocol.get("groups", {}).values()))
 
 
-SHARD = re.compile(r"(\.\./(?!\.)[^/\0]+/)?shard-\d{6}\.tar")  # a split's own, or, where it is merged, a neighbour's
-OPEN_FILES: OrderedDict[tuple[object, int], int] = OrderedDict()  # (split's key, shard) -> descriptor, last used last
+SHARD = re.compile(r"(\.\./(?!\.)[^/\0]+/)?shard-\d{6}\.tar")  # its own or, if the split is merged, a neighbour's
+OPEN_FILES: OrderedDict[tuple[object, int], int] = OrderedDict()  # (Split.key, shard) -> descriptor, last used last
 
 
 class Split:
-    """A split folder, for reading in any order.
+    """A split folder, readable in any order.
 
-    Attributes: folder, index (index.json), domain, name, size (pixels), classes and names (one of each per label),
-    labels (int64 [M], -1: unlabelled), protocol (dict or None).
+    Attributes: folder, index (index.json), domain, name, size (pixels), classes and names (by label), labels (int64
+    [M], -1: unlabelled), protocol (dict or None for training).
 
     Raises:
-        InputError: the folder is no split, or its parts disagree (the contents are checked by `verify_split`).
+        InputError: the folder is not a split, or its files disagree (`verify_split` checks their contents).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.index = Path(folder), read_index(Path(folder))
-        self.key = object()  # its own in OPEN_FILES: a split at the same path may be another one
+        self.key = object()  # unique in OPEN_FILES: another split may take the same path later
         self.domain, self.name, self.size = self.index["domain"], self.index["split"], self.index["size"]
         self.classes, self.names, self.protocol = (self.index[key] for key in ("classes", "names", "protocol"))
         self.shard, self.offset, self.length, self.labels = (
             np.asarray(self.column(name)) for name in ("shard", "offset", "length", "label")
-        )  # still mapped, but plain arrays: to look one number up in a memmap takes a microsecond
-        again = "prepare the split again, or find what differs with `python -m data_prep verify`"
+        )  # views of the maps as plain arrays: one lookup in a memmap takes a microsecond
+        again = "prepare the split again, or find the difference with `python -m data_prep verify`"
         sizes = np.array([shard["bytes"] for shard in self.index["shards"]], dtype=np.int64)
         parts = {part["split"] for part in self.index.get("merged", [])}
         for shard in self.index["shards"]:
             if not SHARD.fullmatch(shard["file"]):
-                raise InputError(f"{self.folder}/index.json: {shard['file'][:80]!r} is no name of a shard; {again}")
+                raise InputError(f"{self.folder}/index.json: {shard['file'][:80]!r} is not a shard's name; {again}")
             path = self.folder / shard["file"]
             if path.is_symlink() or (shard["file"].startswith("../") and shard["file"].split("/")[1] not in parts):
-                raise InputError(f"{path}: a link, or another split's shard: refused; put the file itself there, or "
-                                 f"{again}")
+                raise InputError(f"{path}: a link, or another split's shard: refused; replace it by the file itself, "
+                                 f"or {again}")
             if not path.is_file():
                 raise InputError(f"{path}: missing; {again}")
             if path.stat().st_size != shard["bytes"]:
-                raise InputError(f"{path}: {path.stat().st_size} bytes, its index says {shard['bytes']}: truncated or "
-                                 f"replaced; {again}")
+                raise InputError(f"{path}: {path.stat().st_size} bytes, but the index says {shard['bytes']}: truncated "
+                                 f"or replaced; {again}")
         if sum(shard["samples"] for shard in self.index["shards"]) != len(self):
             raise InputError(f"{self.folder}/index.json: its shards do not add up to {len(self)} samples; {again}")
-        # in this form no sum can overflow
+        # written without a sum, which could overflow
         if len(self) and (not 0 <= self.shard.min() <= self.shard.max() < len(sizes) or self.offset.min() < 512
                           or self.length.min() < 1 or (self.length > sizes[self.shard] - self.offset).any()):
-            raise InputError(f"{self.folder}/index: rows that lie outside the shards; {again}")
+            raise InputError(f"{self.folder}/index: has rows outside the shards; {again}")
         if len(self) and not -1 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise InputError(f"{self.folder}/index/label.npy: labels outside -1..{len(self.classes) - 1}; {again}")
-        # a reader allocates what the index says; several, as one may be damaged
-        sides = {jpeg_sides(self.jpeg(row)[1]) for row in range(min(len(self), 4))} - {None}
+        # readers allocate memory for the size in the index; some images of the sample may be damaged
+        rows = np.unique(np.linspace(0, len(self) - 1, min(len(self), 4), dtype=int)).tolist()
+        sides = Counter(jpeg_sides(self.jpeg(row)[1]) for row in rows)
         for place in [place for place in OPEN_FILES if place[0] is self.key]:  # most splits are only looked at
             os.close(OPEN_FILES.pop(place))
-        if sides and (self.size, self.size) not in sides:
-            raise InputError(f"{self.folder}/index.json: size is {self.size}, its first images have "
-                             f"{'x'.join(map(str, min(sides)))} pixels; {again}")
+        sides.pop(None, None)
+        if rows and 2 * sides[self.size, self.size] <= sides.total():
+            shown = "x".join(map(str, max(sides, key=sides.get))) + " pixels" if sides.total() else "no readable size"
+            raise InputError(f"{self.folder}/index.json: size is {self.size}, its images have {shown}; {again}")
 
     def __len__(self) -> int:
         return self.index["samples"]
 
-    def __reduce__(self):  # a loader process opens the folder itself instead of receiving copies of the columns
+    def __reduce__(self):  # a loader process opens the folder instead of receiving copies of the columns
         return Split, (self.folder,)
 
     def column(self, name: str) -> np.ndarray:
-        """One row a sample (those of TABLES: one row a pair or template), memory-mapped."""
+        """A column, memory-mapped: one row per sample (of TABLES: per pair or template)."""
         path = self.folder / "index" / f"{name}.npy"
         try:
             column = np.load(path, mmap_mode="r", allow_pickle=False)
-            found = f"{column.dtype} {list(column.shape)}"
-        except Exception as error:  # NumPy raises OSError, ValueError, EOFError, SyntaxError, TokenError, ... by damage
+            content = f"{column.dtype} {list(column.shape)}"
+        except Exception as error:  # by damage: OSError, ValueError, EOFError, SyntaxError, TokenError, ...
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: column {name!r} cannot be read ({reason}); prepare the split again") from error
         kind = column_type(name)
         width = TABLES[name].count(",") + 1 if name in TABLES else None
         if column.dtype != kind or column.shape != ((*column.shape[:1], width) if width else (len(self),)):
-            wanted = f"[rows, {width}]: {TABLES[name]}" if width else f"[{len(self)}], one a sample"
-            raise InputError(f"{path}: holds {found}, want {kind} {wanted}; prepare the split again")
+            wanted = f"[rows, {width}]: {TABLES[name]}" if width else f"[{len(self)}], one per sample"
+            raise InputError(f"{path}: holds {content}, want {kind} {wanted}; prepare the split again")
         if name == "quality" and not np.isfinite(column).all():
-            raise InputError(f"{path}: numbers that are no quality; prepare the split again")
+            raise InputError(f"{path}: not all numbers are finite; prepare the split again")
         if name == "pairs" and len(column) and not 0 <= column[:, :2].min() <= column[:, :2].max() < len(self):
             raise InputError(f"{path}: pairs name rows outside 0..{len(self) - 1}; prepare the split again")
         return column
 
     @property
     def hashed(self) -> bool:
-        """Whether it has the column `hash`, which splits of older versions lack."""
+        """Whether the split has the column `hash`, which older versions did not write."""
         return "hash" in self.index["columns"]
 
     @cached_property
     def copies(self) -> int:
-        """How many images come before in the split; those that could not be read (hash 0) are none."""
+        """Number of images that repeat an earlier one of the split; unreadable images (hash 0) do not count."""
         hashes = self.column("hash") if self.hashed else np.empty(0)
         return int((hashes != 0).sum()) - len(np.setdiff1d(hashes, 0))
 
     @cached_property
     def missing(self) -> np.ndarray:
-        """Listed images that could not be read when the split was prepared, bool [M]: they count as misses."""
+        """Which listed images could not be read when the split was prepared, bool [M]; they count as misses."""
         return self.column("hash") == 0 if (self.protocol or {}).get("misses") else np.zeros(len(self), dtype=bool)
 
     def optional(self, name: str) -> np.ndarray:
-        """As `column`, but -1 for every sample where the source had no such column."""
+        """As `column`, but -1 for every sample if the source had no such column."""
         return self.column(name) if name in self.index["columns"] else np.full(len(self), -1)
 
     @cached_property
     def counts(self) -> np.ndarray:
-        """Images of each class, int64 [C]."""
+        """Number of images of each class, int64 [C]."""
         return np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
 
     def open_shard(self, shard: int) -> int:
-        """The file descriptor of a shard; those of all splits that were not used for longest are closed for it."""
+        """The file descriptor of a shard; too many open ones are closed, least recently used first."""
         if (place := (self.key, shard)) in OPEN_FILES:
             OPEN_FILES.move_to_end(place)
         else:
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: none
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # -1: unlimited
             most = OPEN_SHARDS if limit < 0 else min(OPEN_SHARDS, limit // 4)
             while len(OPEN_FILES) >= max(most, 1):
                 os.close(OPEN_FILES.popitem(last=False)[1])
@@ -319,22 +322,22 @@ class Split:
         return block[:100].split(b".")[0].decode("ascii", "replace"), block[tarfile.BLOCKSIZE :]
 
     def fields(self, row: int) -> dict:
-        """The JSON of a sample, which lies behind its JPEG; InputError where there is none."""
+        """The JSON of a sample, which follows its JPEG in the tar; InputError if it cannot be read."""
         file, end = self.open_shard(int(self.shard[row])), int(self.offset[row] + self.length[row])
         head = -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        block = os.pread(file, 16 * tarfile.BLOCKSIZE, head)  # more than any of ours takes
+        block = os.pread(file, 16 * tarfile.BLOCKSIZE, head)  # more than our JSON takes
         try:
             info = tarfile.TarInfo.frombuf(block[: tarfile.BLOCKSIZE], "utf-8", "strict")
             return dict(json.loads(block[tarfile.BLOCKSIZE : tarfile.BLOCKSIZE + info.size]))
         except (tarfile.HeaderError, TypeError, ValueError, RecursionError) as error:
-            raise InputError(f"{self.folder}: row {row} has no readable JSON; find what is damaged with `python -m "
+            raise InputError(f"{self.folder}: row {row} has no readable JSON; find the damage with `python -m "
                              "data_prep verify`") from error
 
     def image(self, row: int):
-        """A sample as a uint8 tensor [3, size, size], RGB; in memory its channels are last, as the decoder leaves them.
+        """A sample as a uint8 tensor [3, size, size], RGB, with channels last in memory, as the decoder returns it.
 
         Raises:
-            BadImage: it cannot be decoded or has another size.
+            BadImage: it cannot be decoded, or its header declares another size (checked before decoding).
         """
         if self.protocol and self.protocol.get("misses") and self.missing[row]:
             raise BadImage(f"{self.jpeg(row)[0]}: could not be read when the split was prepared")
@@ -355,7 +358,7 @@ class Split:
 @cache
 def decoder() -> Callable:
     """The function from JPEG bytes to a uint8 tensor [3, H, W], RGB."""
-    import torch  # here, because it takes seconds, and sources are listed and read without it
+    import torch  # imported late: it takes seconds, and listing and reading sources does without
     from torchvision.io import ImageReadMode, decode_jpeg
 
     return lambda data: decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), mode=ImageReadMode.RGB)
@@ -367,60 +370,59 @@ def siblings(folder: Path) -> list[Split]:
 
 
 def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> dict[str, dict[str, Split]]:
-    """The splits of a data root, by domain (in the house order) and name.
+    """The splits of a data root, by domain (in the order of DOMAINS) and name; only matching ones are opened.
 
-    `name`: of the split wanted, or * for all; what is not wanted is not opened. InputError where there are none, or one
-    is damaged or lies in another's place.
+    `name`: of a split, or * for all. InputError if there is none, or one is damaged or lies in another's folder.
     """
     paths = {domain: sorted(root.glob(f"{domain}/{name}/index.json")) for domain in domains}
-    found = {domain: {path.parent.name: Split(path.parent) for path in paths[domain]} for domain in domains}
-    for domain, splits in found.items():
+    root_splits = {domain: {path.parent.name: Split(path.parent) for path in paths[domain]} for domain in domains}
+    for domain, splits in root_splits.items():
         for folder_name, split in splits.items():
             if (split.domain, split.name) != (domain, folder_name):
-                raise InputError(f"{split.folder} holds the split {split.domain}/{split.name}: move it back to its "
-                                 "place, or prepare the images again with this --out")
-    if not any(found.values()):
-        raise InputError(f"{root}: no shards there; give the data root with --data, draw the demo corpus with `python "
-                         f"-m data_prep demo --out {root}`, or prepare images: `python -m data_prep SOURCE --src PATH "
+                raise InputError(f"{split.folder} holds the split {split.domain}/{split.name}: move it back, "
+                                 "or prepare the images again with this --out")
+    if not any(root_splits.values()):
+        raise InputError(f"{root}: no shards; give the data root with --data, draw the demo corpus with `python -m "
+                         f"data_prep demo --out {root}`, or prepare images: `python -m data_prep SOURCE --src PATH "
                          f"--out {root}/<domain>/<split>`")
-    return {domain: splits for domain, splits in found.items() if splits}
+    return {domain: splits for domain, splits in root_splits.items() if splits}
 
 
 def ordered_tests(splits: Iterable[Split], ood: bool = False) -> list[Split]:
-    """The test splits of a domain in the order in which one of them stands for all; a training split is none of them.
+    """The test splits among the splits of a domain; where one is to stand for all, it is the first.
 
-    First those whose classes are the training split's own (reference `train`, or none), then by name. `ood`: those out
-    of distribution instead of those in distribution.
+    Those with the classes of the training split (reference `train` or none) come first, then the order is by name.
+    `ood`: return the splits out of distribution instead of those in distribution.
     """
     tests = [split for split in splits if split.protocol and bool(split.protocol.get("ood")) == ood]
     return sorted(tests, key=lambda split: (split.protocol.get("reference", "train") != "train", split.name))
 
 
 def named_splits(root: dict[str, dict[str, Split]], names: str, where: str) -> list[Split]:
-    """The test splits that --splits names as `domain/split,...`; `where` is the name of the data root."""
+    """The test splits that --splits names as `domain/split,...`; `where`: the data root, for messages."""
     everything = {f"{domain}/{name}": split for domain in root for name, split in root[domain].items()}
     for name in names.split(","):
         if name not in everything:
             raise InputError(f"--splits: {where} has no split {name!r}; it has {', '.join(everything)}")
         if not everything[name].protocol:
-            raise InputError(f"--splits: {name} is a training split: it has no protocol to be scored by")
+            raise InputError(f"--splits: {name} is a training split: no protocol scores it")
     return [everything[name] for name in dict.fromkeys(names.split(","))]
 
 
 # ---------------------------------------------------------------- checking
 
 
-open_split = lru_cache(maxsize=1)(Split)  # once a worker: with millions of classes reading the index takes seconds
+open_split = lru_cache(maxsize=1)(Split)  # cached per worker: an index with millions of classes takes seconds
 
 
 def fingerprint(split: Split) -> str:
-    """What was prepared and how, in a few letters: the source and the hash of its plan."""
+    """A short identifier of a split: its source and the first letters of the hash of its plan."""
     provenance = split.index["provenance"]
     return f"{provenance['source']} {provenance['plan'][:8]}"
 
 
 def matched_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """`count` pairs of one identity and as many of two, [2 count, 2] rows, drawn at random (labels -1 left out)."""
+    """`count` random pairs of the same identity, then as many of different ones, rows [2 count, 2]; no label -1."""
     rng = np.random.default_rng(seed)
     order = np.argsort(labels, kind="stable")
     order = order[labels[order] >= 0]
@@ -439,7 +441,7 @@ def matched_pairs(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def open_training(data: str, domains: list[str]) -> list[Split]:
-    """The training split of each domain of a data root; InputError where it is missing or lacks labels."""
+    """The training split of each domain of a data root; InputError if one is missing or lacks labels."""
     root, splits = open_root(Path(data), domains, "train"), []
     for domain in domains:
         if "train" not in root.get(domain, {}):
@@ -450,7 +452,7 @@ def open_training(data: str, domains: list[str]) -> list[Split]:
         if not len(split) or (split.labels < 0).any():
             raise InputError(f"{split.folder}: a training split needs images with labels; prepare it with --part train")
         if len(split.classes) < 2:
-            raise InputError(f"{split.folder}: one class, {split.classes[0][:60]!r}, has nothing to be told from: "
-                             "prepare it again with --src the folder that holds the class folders")
+            raise InputError(f"{split.folder}: only one class, {split.classes[0][:60]!r}: prepare it again with --src "
+                             "the folder that holds the class folders")
         splits.append(split)
     return splits

@@ -1,6 +1,6 @@
-"""Loader processes: how they start, end and fail, and the memory that they and a run's images need.
+"""Loader processes: their start, end and failures, and the memory that they and a run's images need.
 
-What they load is in data_prep/stream.py.
+data_prep/stream.py defines what they load.
 """
 
 import atexit
@@ -29,25 +29,24 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 
 def local_ranks() -> int:
-    """Processes that torchrun started on this machine."""
+    """Number of processes that torchrun started on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 LOADERS = min(16, max(CORES // local_ranks() - 1, 1))  # default number of loader processes
 
 SHARED = Path("/dev/shm")
-SHARED_MEMORY = 1 << 30  # where it is smaller, a loader process that dies has probably filled it
-AHEAD = 4  # items that a loader process makes ahead
+SHARED_MEMORY = 1 << 30  # if it is smaller, a loader process that died has probably filled it
+AHEAD = 4  # items that a loader process prepares ahead
 
 # ---------------------------------------------------------------- memory
 
 
 def image_memory(*shape: int) -> torch.Tensor:
-    """An empty uint8 tensor for a batch of images, where it costs least.
+    """An uninitialised uint8 tensor for a batch of images.
 
-    A loader process takes it from the memory that it shares with its parent, else the batch would be copied there. Any
-    other process takes it from NumPy, which asks for large pages: a third of the time at 224 pixels went into small
-    ones.
+    In a loader process it lies in memory shared with the parent, which saves a copy. Elsewhere NumPy allocates it, in
+    large pages: at 224 pixels, small ones took a third of the time.
     """
     if torch.utils.data.get_worker_info() is None:
         return torch.from_numpy(np.empty(shape, dtype=np.uint8))
@@ -56,11 +55,11 @@ def image_memory(*shape: int) -> torch.Tensor:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is left on a device."""
+    """Free memory of a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with contextlib.suppress(OSError, IndexError, ValueError):  # what Linux would give back counts as free
+    with contextlib.suppress(OSError, IndexError, ValueError):  # caches that Linux would release count as free
         free[0] = int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0]) << 10
     with contextlib.suppress(OSError, ValueError):  # a limit of the job's own (SLURM, a container)
         group = Path("/sys/fs/cgroup") / Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
@@ -69,7 +68,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def too_large(splits: list[Split], device: torch.device) -> str:
-    """Why the decoded images of the splits do not fit the memory of a device; "" where they do."""
+    """Why the decoded images of the splits do not fit in the memory of a device; "" if they do."""
     need, have = sum(len(split) * 3 * split.size**2 for split in splits), free_bytes(device)
     copies = 1 if device.type == "cuda" else local_ranks()
     each = f" for each of {copies} processes here" * (copies > 1)
@@ -78,7 +77,7 @@ def too_large(splits: list[Split], device: torch.device) -> str:
 
 
 def batch_too_large(splits: list[Split], images: int, image_size: int) -> str:
-    """Why so many images at a time do not fit the memory, as decoded bytes and as the network's float32; "" if so."""
+    """Why a batch does not fit in memory, as decoded bytes and as the network's float32; "" if it does."""
     need = images * 3 * (max(split.size for split in splits) ** 2 + 4 * image_size**2)
     have = free_bytes(torch.device("cpu"))
     return f"{images:,} images at a time take {need / 2**30:,.1f} GiB and {have / 2**30:,.1f} GiB are free" \
@@ -86,10 +85,10 @@ def batch_too_large(splits: list[Split], images: int, image_size: int) -> str:
 
 
 def enough_loaders(workers: int, item_bytes: int) -> int:
-    """So many loader processes, or the fewer that the shared memory holds the images of.
+    """The number of loader processes, reduced to those whose images fit in shared memory.
 
     Raises:
-        InputError: it does not hold those of one.
+        InputError: the images of one process do not fit.
     """
     if not workers or not item_bytes or not SHARED.is_dir():
         return workers
@@ -101,7 +100,7 @@ def enough_loaders(workers: int, item_bytes: int) -> int:
         line = f"--workers {workers}: the images that they hold ready take {need:,} GiB of shared memory and " \
             f"{have * local_ranks() / 2**30:,.2f} GiB of {SHARED} are free"
         if fits < 1:
-            raise InputError(f"{line}, too little for one: take --workers 0, or {how}")
+            raise InputError(f"{line}, too little for one: use --workers 0, or {how}")
         say_once(f"  {line}: {fits} are started; {how}")
     return fits
 
@@ -115,38 +114,38 @@ def say_once(line: str) -> None:
 
 
 def start_loader(_: int) -> None:
-    """A loader process ends with its parent, however that ends, and leaves a first SIGTERM to it.
+    """Make a loader process end with its parent, in whatever way that ends, and ignore the first SIGTERM.
 
-    Terminals and schedulers signal the whole group, and the parent still has to end its step and to save.
+    Terminals and schedulers signal the whole group, and the parent has yet to finish its step and save.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nobody reads the pipe that it may be writing to
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it may hang, writing to a full pipe
     parent = multiprocessing.parent_process()
-    served = multiprocessing.get_start_method() == "forkserver"  # else later loaders hold the pipe that `is_alive` asks
+    served = multiprocessing.get_start_method() == "forkserver"  # its later children keep the pipe of `is_alive` open
     if not parent.is_alive() or (os.getppid() != parent.pid and not served):
         os._exit(1)
-    # what cannot be sent would be dropped, and the parent would wait for it for ever
+    # an item that cannot be sent would be dropped, and the parent would wait for it forever
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(
         lambda error, _: os._exit(getattr(error, "errno", None) or 1))
 
 
 def end_loaders() -> None:
-    """End every loader process at once: one that writes into a full pipe would not, and exiting would wait for it."""
+    """Kill all loader processes: one that writes to a full pipe would not end, and exiting would wait for it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
 
 
 def loader_error(error: Exception) -> Exception:
-    """One line about a loader process that failed or died; other errors stay what they are."""
+    """A one-line InputError if a loader process failed or died; other errors unchanged."""
     text = str(error).strip()
     last = text.splitlines()[-1] if text else ""
     if isinstance(error, InputError):
         return InputError(last.removeprefix(f"{InputError.__module__}.InputError: "))
     if "Too many open files" in text or f"exit code {errno.EMFILE}." in text:
-        return InputError("loading images: too many open files: raise the limit (`ulimit -n 4096`) or take --workers 0")
+        return InputError("loading images: too many open files: raise the limit (`ulimit -n 4096`) or use --workers 0")
     died = "DataLoader worker (pid" in text or isinstance(error, ConnectionError | EOFError)
     died |= "Pin memory thread exited" in text
     if not died and "shared memory" not in text and not isinstance(error, OSError | MemoryError):
@@ -154,18 +153,18 @@ def loader_error(error: Exception) -> Exception:
     small = SHARED.is_dir() and shutil.disk_usage(SHARED).total < SHARED_MEMORY
     if "shared memory" in text or (died and small):
         size = f", which holds {shutil.disk_usage(SHARED).total >> 20:,} MiB," if SHARED.is_dir() else ""
-        return InputError(f"loading images: the shared memory /dev/shm{size} is full: take --workers 0, or enlarge it "
+        return InputError(f"loading images: the shared memory /dev/shm{size} is full: use --workers 0, or enlarge it "
                           "(docker run --shm-size 8g, or --ipc=host)")
     if died:
-        return InputError("loading images: a loader process died (killed because memory is full, as a rule): lower "
-                          "--workers or --batch, or take --workers 0")
+        return InputError("loading images: a loader process died (usually killed because memory is full): lower "
+                          "--workers or --batch, or use --workers 0")
     return InputError(f"loading images: {last}")
 
 
 def watch_loaders() -> None:
-    """Let the death of a loader process end what the main one does, in one line.
+    """End the main process with one line if a loader process dies.
 
-    PyTorch raises wherever the main process is: it may be reading half a message, whose other half never comes.
+    PyTorch's handler raises, but wherever the main process is: it may wait for the rest of a message.
     """
     raises = signal.getsignal(signal.SIGCHLD)
     if raises in (signal.SIG_DFL, signal.SIG_IGN, None) or getattr(raises, "named", False):
@@ -183,30 +182,30 @@ def watch_loaders() -> None:
 
 
 def as_it_is(item):
-    """No conversion: the loader's own would turn row numbers into tensors."""
+    """The item unchanged: the default conversion would turn row numbers into tensors."""
     return item
 
 
 @contextlib.contextmanager
 def in_one_line() -> Iterator[None]:
-    """Inside, a loader process that fails or dies is bad input."""
+    """Turn the failure of a loader process inside the block into a one-line InputError."""
     try:
         yield
     except Exception as error:
         if (line := loader_error(error)) is error:
             raise
-        end_loaders()  # what they say from now on is no news
+        end_loaders()  # before they print more errors
         raise line from error
 
 
 def load(dataset: torch.utils.data.Dataset, first: int, workers: int, pin: bool) -> Iterator:
-    """The items of a data set from number `first` on, decoded ahead by worker processes.
+    """The items of a data set from number `first` on, decoded ahead by loader processes.
 
     Args:
-        dataset: its `item_bytes` are those of an item, which lie in shared memory.
+        dataset: has `item_bytes`, the bytes of an item in shared memory.
 
     Raises:
-        InputError: a worker died, or had no memory or files left.
+        InputError: a loader process died, or ran out of memory or files.
     """
     workers = enough_loaders(workers, getattr(dataset, "item_bytes", 0))
     with in_one_line():
@@ -217,7 +216,7 @@ def load(dataset: torch.utils.data.Dataset, first: int, workers: int, pin: bool)
     if workers:
         watch_loaders()
         atexit.unregister(end_loaders)
-        atexit.register(end_loaders)  # after the iterator's own hooks, so that it comes before them
+        atexit.register(end_loaders)  # registered after the iterator's hooks, so that it runs before them
 
     def draw() -> Iterator:
         with in_one_line():
@@ -232,11 +231,11 @@ END = object()
 
 
 def one_ahead(items: Iterator, device: torch.device) -> Iterator:
-    """The same items, each made in a thread while the one before it is in use; an error comes where it would have.
+    """The same items, each made in a thread while the previous one is in use; errors are raised in their places.
 
-    The thread ends with this iterator, or with the process, after the item that it is making.
+    The thread ends with this iterator, or with the process, after finishing its item.
     """
-    prepare = (torch.cuda.set_device, (device,)) if device.type == "cuda" else ()  # threads start on the first GPU
+    prepare = (torch.cuda.set_device, (device,)) if device.type == "cuda" else ()  # a thread starts on the first GPU
     with ThreadPoolExecutor(1, "one-ahead", *prepare) as pool:
         following = pool.submit(next, items, END)
         while (item := following.result()) is not END:

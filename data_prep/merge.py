@@ -1,7 +1,7 @@
-"""Several training splits of a domain as one: a label space over all of them and an index over their own shards.
+"""Merging training splits of a domain: one label space and an index over their shards.
 
 A merged split holds no images: its shard table names the shards of its neighbours, `../<split>/shard-000000.tar`, so
-the data root can be moved as a whole and its parts cannot be renamed. What its parts are stands under "merged".
+that the data root can be moved as a whole, but its parts cannot be renamed. The field "merged" lists the parts.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ import numpy as np
 from data_prep import InputError, lock_folder, progress, write_json
 from data_prep.format import FORMAT, VERSION, Split
 
-NUMBERED = ("camera", "clothes", "template", "media")  # columns whose numbers mean something in their own split alone
+NUMBERED = ("camera", "clothes", "template", "media")  # columns whose numbers are only valid within their split
 
 
 def person_of(split: Split) -> list[str | None]:
-    """For every class, the identity across domains that its source proves; None where it proves none."""
+    """For every class, the identity across domains that its source proves, or None."""
     labels, first = np.unique(split.labels, return_index=True)
     people: list[str | None] = [None] * len(split.classes)
     rows = [(label, row) for label, row in zip(labels.tolist(), first.tolist(), strict=True) if label >= 0]
@@ -34,13 +34,13 @@ def person_of(split: Split) -> list[str | None]:
 def join_classes(splits: list[Split], same_names: bool) -> tuple[list[str], list[str], list[np.ndarray]]:
     """One label space over the classes of several splits.
 
-    Two classes are one where their sources prove the same person, or, with `same_names`, where their names are equal.
-    A class keeps its name where no other has it; else the name of its split comes before it.
+    Two classes become one if their sources prove the same person or, with `same_names`, if their names are equal. A
+    class keeps its name if it is unique; otherwise the name of its split precedes it.
 
     Returns:
         Class names, sorted; names for prompts; and for every split the new label of each of its classes, int64 [C].
     """
-    groups: dict[tuple, list[tuple[int, int]]] = defaultdict(list)  # what makes a class one -> (split, label) of it
+    groups: dict[tuple, list[tuple[int, int]]] = defaultdict(list)  # key of a joint class -> its (split, label)
     for s, split in enumerate(splits):
         for label, (name, person) in enumerate(zip(split.classes, person_of(split), strict=True)):
             key = ("person", person) if person else ("name", name) if same_names else (s, label)
@@ -61,7 +61,7 @@ def join_classes(splits: list[Split], same_names: bool) -> tuple[list[str], list
     prompts, labels = [], [np.zeros(len(split.classes), dtype=np.int64) for split in splits]
     for new, key in enumerate(order):
         s, label = groups[key][0]
-        # a name of its own is kept; where the class is named after itself, the new name is as good
+        # keep a readable name; if there is only the class name, use the new one
         prompts.append(splits[s].names[label] if splits[s].names[label] != splits[s].classes[label] else classes[new])
         for s, label in groups[key]:
             labels[s][label] = new
@@ -69,16 +69,16 @@ def join_classes(splits: list[Split], same_names: bool) -> tuple[list[str], list
 
 
 def check_parts(folder: Path, parts: list[Path], same_names: bool) -> list[Split]:
-    """The splits to be merged, opened; InputError where they cannot be."""
+    """The opened splits to merge; InputError if they cannot be merged."""
     parts = [Path(os.path.abspath(part)) for part in parts]
     if len(set(parts)) < 2 or len(set(parts)) < len(parts):
-        raise InputError("want two splits or more, each once")
+        raise InputError("want at least two different splits")
     splits = [Split(part) for part in parts]
     for part, split in zip(parts, splits, strict=True):
         where = f"{split.domain}/{split.name}"
         if part.parent != folder.parent or part == folder or split.name != part.name:
             raise InputError(f"{part}: --out {folder} and its parts must lie side by side in DATA/<domain>, each in "
-                             "its own place")
+                             "the folder of its name")
         if "merged" in split.index:
             raise InputError(f"{where} is merged itself: name its parts, "
                              + ", ".join(entry["split"] for entry in split.index["merged"]))
@@ -95,7 +95,7 @@ def check_parts(folder: Path, parts: list[Path], same_names: bool) -> list[Split
 
 
 def merged(folder: Path, splits: list[Split], same_names: bool) -> tuple[dict, dict[str, np.ndarray]]:
-    """Index and columns of the merged split; a function of its parts."""
+    """Index and columns of the merged split, determined by its parts."""
     classes, names, labels = join_classes(splits, same_names)
     columns: dict[str, np.ndarray] = {}
     shards = np.array([len(split.index["shards"]) for split in splits])
@@ -103,21 +103,21 @@ def merged(folder: Path, splits: list[Split], same_names: bool) -> tuple[dict, d
                                        zip(splits, np.cumsum(shards) - shards, strict=True)])
     columns["offset"] = np.concatenate([split.offset for split in splits])
     columns["length"] = np.concatenate([split.length for split in splits])
-    columns["label"] = np.concatenate([np.append(new, -1)[split.labels]  # label -1 finds the last entry: it stays -1
+    columns["label"] = np.concatenate([np.append(new, -1)[split.labels]  # label -1 takes the last entry and stays -1
                                        for split, new in zip(splits, labels, strict=True)])
     for name in sorted(set().union(*(split.index["columns"] for split in splits)) - set(columns)):
         if name == "hash" and not all(split.hashed for split in splits):
             continue
         values, first = [], 0
         for split in splits:
-            found = np.asarray(split.optional(name))
-            values.append(np.where(found >= 0, found + first, found) if name in NUMBERED else found)
+            column = np.asarray(split.optional(name))
+            values.append(np.where(column >= 0, column + first, column) if name in NUMBERED else column)
             first = max(first, int(values[-1].max(initial=-1)) + 1) if name in NUMBERED else 0
         columns[name] = np.concatenate(values)
 
     def agreed(key: str):
-        found = {json.dumps(split.index[key]) for split in splits}
-        return splits[0].index[key] if len(found) == 1 else "mixed"
+        values = {json.dumps(split.index[key]) for split in splits}
+        return splits[0].index[key] if len(values) == 1 else "mixed"
 
     data_sets = [name for split in splits for name in split.index["provenance"]["data_set"]]
     parts = [{"split": split.name, "samples": len(split), "shards": len(split.index["shards"]),
@@ -138,12 +138,12 @@ def merged(folder: Path, splits: list[Split], same_names: bool) -> tuple[dict, d
 
 
 def merge_splits(folder: Path, parts: list[Path], same_names: bool) -> list[Split]:
-    """Write a merged split of the split folders beside it; returns these.
+    """Write a merged split of the split folders beside it, replacing an older merged one; returns the parts.
 
-    A merged split that is there already is written anew. `same_names`: objects: classes of equal names are one class.
-    InputError where they cannot be merged, or the folder holds images of its own.
+    `same_names`: of objects, merges classes with equal names. InputError if the parts cannot be merged, or the folder
+    holds something else.
     """
-    folder = Path(os.path.abspath(folder))  # as it was typed: the domain may be a link to another disk
+    folder = Path(os.path.abspath(folder))  # links stay: the domain may be a link to another disk
     splits = check_parts(folder, parts, same_names)
     if folder.exists() and any(folder.iterdir()) and not is_merged(folder):
         raise InputError(f"{folder} already holds something else: remove it or choose another --out")
@@ -159,5 +159,5 @@ def merge_splits(folder: Path, parts: list[Path], same_names: bool) -> list[Spli
 
 
 def is_merged(folder: Path) -> bool:
-    """Whether a folder is a merged split, or an unfinished one: it has no shards of its own."""
+    """Whether a folder is a merged split, maybe an unfinished one: it has an index but no shards."""
     return not any(folder.glob("*.tar")) and not (folder / ".parts").exists() and (folder / "index").is_dir()

@@ -1,4 +1,4 @@
-"""The images of a source before they are read: held compactly, and chosen by identity, by list and by content."""
+"""The images of a source before they are read: stored compactly, and selected by identity, list and content."""
 
 import csv
 import hashlib
@@ -15,25 +15,25 @@ import numpy as np
 from data_prep import InputError, progress, writing
 from data_prep.format import Record, Source, as_text
 
-GO_ON = "what is done stays done, and the same command goes on from there"
+GO_ON = "finished shards are kept, and the same command continues"
 
 
 class Records(Sequence):
-    """A sequence of records of any length, read once from an iterable; each is made anew whenever it is asked for.
+    """A sequence of records of any length, filled once from an iterable; indexing unpickles a record.
 
-    They lie pickled in a nameless file on the disk that the shards go to; 20 bytes of each stay in memory, and every
-    identity once. Forty million Record objects would take tens of gigabytes.
+    The pickles lie in a temporary file on the disk of the shards; memory holds 20 bytes per record and every identity
+    once. Forty million Record objects would take tens of gigabytes.
 
     Attributes: identities (each once, in order of appearance), identity (int32 [N], place in `identities`, -1: none),
     role (int8 [N], -1: none).
     """
 
     def __init__(self, records: Iterable[Record], folder: Path) -> None:
-        """Take the records, in source order; the file lies on the disk of `folder`, or of its nearest parent."""
+        """Store the records, in source order, in a file on the disk of `folder` or of its nearest existing parent."""
         place = next((place for place in (folder, *folder.parents) if place.is_dir()), None)
         start, identity, role, numbers = array("q", [0]), array("i"), array("b"), {None: -1}
         with writing(folder, GO_ON, "--out"):
-            # no name: nothing is left behind, however the process ends; it lives as long as this object
+            # without a name, so that it vanishes with this object, however the process ends
             self.file = tempfile.TemporaryFile(dir=place)  # noqa: SIM115
         for record in progress(records, desc="list the source", unit="img"):
             if record.identity is not None and (name := as_text(record.identity)) != record.identity:
@@ -53,12 +53,12 @@ class Records(Sequence):
         return len(self.start)
 
     def __getitem__(self, place: int) -> Record:
-        # our own file, which nobody else can reach: no pickle of a stranger is ever loaded here
+        # safe to unpickle: only this process can write to the file
         record = pickle.loads(os.pread(self.file.fileno(), int(self.length[place]), int(self.start[place])))
         return replace(record, identity=self.names.get(record.identity)) if self.names else record
 
     def take(self, keep: np.ndarray) -> "Records":
-        """The records at these places (or where this mask is true), of the same file."""
+        """The records at these places (or where this mask is true); shares the file."""
         part = object.__new__(Records)
         part.file, part.identities, part.names = self.file, self.identities, self.names
         part.start, part.length, part.identity, part.role = (
@@ -67,7 +67,7 @@ class Records(Sequence):
         return part
 
     def rename(self, names: dict[str, str]) -> "Records":
-        """The same records under other identities; `names` has all that are there."""
+        """The same records under other identities; `names` maps every identity that occurs."""
         part = self.take(slice(None))
         part.names = names
         part.identities = list(dict.fromkeys(names[name] for name in self.identities if name in names))
@@ -77,23 +77,24 @@ class Records(Sequence):
         return part
 
     def labels(self) -> tuple[list[str], np.ndarray]:
-        """The identities that are left, sorted, and for every record its place among them, int32 [N], -1: none."""
-        there = np.unique(self.identity[self.identity >= 0])
-        classes = sorted(self.identities[i] for i in there)
+        """The identities that occur, sorted, and the place of each record's among them, int32 [N], -1: none."""
+        present = np.unique(self.identity[self.identity >= 0])
+        classes = sorted(self.identities[i] for i in present)
         place = {name: i for i, name in enumerate(classes)}
         label = np.full(len(self.identities) + 1, -1, dtype=np.int32)  # the last entry serves identity -1
-        label[there] = [place[self.identities[i]] for i in there]
+        label[present] = [place[self.identities[i]] for i in present]
         return classes, label[self.identity]
 
 
 def restrict(source: Source, keep: np.ndarray, reason: str | None, named: bool = False) -> Source:
-    """The source without the records where `keep` is false, which are counted (or `named`) as skipped for this reason.
+    """The source without the records where `keep` is false.
 
-    Pairs keep their order: an end that is gone becomes -1, and the writer leaves such pairs out and counts them.
+    These are counted (with `named`, also named) as skipped for this reason, if there is one. Pairs keep their order; a
+    removed end becomes -1, and the writer leaves such pairs out and counts them.
     """
     if keep.all():
         return source
-    before = np.cumsum(keep) - keep  # records that are kept before each place
+    before = np.cumsum(keep) - keep  # number of kept records before each place
     pairs = source.pairs
     if len(pairs):
         pairs = np.array(pairs)
@@ -110,9 +111,9 @@ def restrict(source: Source, keep: np.ndarray, reason: str | None, named: bool =
 
 
 def random_order(n: int, blocks: list[int], seed: int) -> np.ndarray:
-    """The places 0..n-1 in a seeded random order; blocks, where there are any, stay whole and move as such.
+    """The places 0..n-1 in a seeded random order; if there are blocks, only the order of the blocks is random.
 
-    The reader shuffles within a window of several shards, so the order inside a block does not matter.
+    Readers shuffle within a window of several shards, so the order inside a block does not matter.
     """
     if not blocks:
         return np.random.default_rng(seed).permutation(n)
@@ -121,13 +122,14 @@ def random_order(n: int, blocks: list[int], seed: int) -> np.ndarray:
 
 
 def draw(seed: int, identity: str) -> float:
-    """A number 0..1 that belongs to an identity, whatever else its set holds and however it was filtered."""
+    """A random number in 0..1 that depends on the seed and the identity alone, not on the other identities."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{identity}".encode(errors="surrogateescape")).digest()[:8]) / 2**64
 
 
 def listed_lines(path: Path, option: str) -> list[tuple[int, str]]:
-    """The lines of a list that an option names, UTF-8 with or without a byte order mark, which are not blank: (number,
-    line). Names are composed as those of a source are, see `as_text`.
+    """(number, line) of the non-blank lines of a list that an option names, UTF-8 with or without a byte order mark.
+
+    Names are composed as those of a source are, see `as_text`.
     """
     try:
         lines = as_text(path.read_bytes().decode("utf-8-sig")).splitlines()
@@ -137,7 +139,7 @@ def listed_lines(path: Path, option: str) -> list[tuple[int, str]]:
 
 
 def split_lines(lines: list[tuple[int, str]], where: str, mark: str | None) -> list[tuple[int, list[str]]]:
-    """The fields of every line, stripped: between commas as in CSV, or between tabs, or, for None, between blanks."""
+    """The stripped fields of every line, separated by `mark`: a comma (as in CSV), a tab, or None for white space."""
     try:
         rows = [(number, next(csv.reader([line], strict=True)) if mark == "," else line.split(mark))
                 for number, line in lines]
@@ -147,10 +149,10 @@ def split_lines(lines: list[tuple[int, str]], where: str, mark: str | None) -> l
 
 
 def in_list(records: Records, path: Path) -> np.ndarray:
-    """Which records a list names, by their own name or their identity, bool [N]."""
+    """Which records a list names, by their identity or their name, bool [N]."""
     listed = {line.strip(): number for number, line in listed_lines(path, "--list")}
     if not listed:
-        raise InputError(f"--list {path}: no names in it; want one identity or image name a line")
+        raise InputError(f"--list {path}: is empty; want one identity or image name per line")
     by_identity = np.array([*(name in listed for name in records.identities), False])
     by_name = np.zeros(len(records), dtype=bool)
     unknown = listed.keys() - set(records.identities)
@@ -167,14 +169,14 @@ def in_list(records: Records, path: Path) -> np.ndarray:
 
 
 def report_unknown(option: str, path: Path, unknown: set[str]) -> None:
-    """Say which folders an option's list names in vain."""
+    """Print the folders in an option's list that the source lacks."""
     if unknown:
         print(f"  {option} {path}: {len(unknown):,} of its folders are not in the source: "
               + ", ".join(sorted(unknown)[:10]) + ", ..." * (len(unknown) > 10))
 
 
 def read_classes(path: Path) -> dict[str, str]:
-    """`folder,class` lines, as CSV or with tabs: the class of each folder."""
+    """The class of each folder, from `folder,class` lines, CSV or with tabs."""
     lines = listed_lines(path, "--classes")
     rows = split_lines(lines, f"--classes {path}", "\t" if lines and "\t" in lines[0][1] else ",")
     classes: dict[str, str] = {}
@@ -182,12 +184,12 @@ def read_classes(path: Path) -> dict[str, str]:
         if len(row) != 2 or not all(row):
             raise InputError(f"--classes {path}, line {number}: want folder,class, found {','.join(row)[:60]!r}")
         if classes.setdefault(row[0], row[1]) != row[1]:
-            raise InputError(f"--classes {path}, line {number}: {row[0][:60]!r} is {classes[row[0]][:60]!r} further up")
+            raise InputError(f"--classes {path}, line {number}: {row[0][:60]!r} is {classes[row[0]][:60]!r} above")
     return classes
 
 
 def group_classes(source: Source, path: Path) -> Source:
-    """The source by the coarser classes of --classes; folders that the file does not name are left out."""
+    """The source with the coarser classes of --classes; folders that the file does not name are left out."""
     classes = read_classes(path)
     known = set(source.records.identities)
     if (first := next(iter(classes), "")) not in known and list(classes.values()).count(classes.get(first)) == 1:
@@ -203,7 +205,7 @@ def group_classes(source: Source, path: Path) -> Source:
 
 
 def rank_in_group(group: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
-    """For every record, how many of the same group (those `counted`; default: all) come before it, int64 [N]."""
+    """For every record, the number of earlier ones of its group, int64 [N]; `counted`: which ones count."""
     order = np.argsort(group, kind="stable")
     ordered = group[order]
     number = np.arange(len(group)) if counted is None else np.cumsum(counted[order]) - counted[order]
@@ -214,27 +216,29 @@ def rank_in_group(group: np.ndarray, counted: np.ndarray | None = None) -> np.nd
 
 def select(source: Source, train: bool, seed: int, *, listed: Path | None = None, holdout: float | None = None,
            min_images: int | None = None, max_classes: int | None = None) -> Source:
-    """The part of a source, of a `Records`, that the options ask for; they act in the order of the arguments.
+    """The part of a source (with `Records`) that the options select; they act in the order of the arguments.
 
-    Records without an identity (distractors) pass all of them but the list. InputError where nothing is left.
+    Records without an identity (distractors) are only subject to the list. InputError if nothing is left.
 
     Args:
-        train, seed: the side of `holdout` that is wanted, and the seed of `holdout` and `max_classes`.
-        listed: file of identities or image names, one a line.
-        holdout: share 0..1 of the identities that belong to the test split. Each identity's side is a function of its
-            name and the seed alone, so that two commands never share one, whatever their other filters.
-        min_images: identities with fewer are left out.
-        max_classes: so many identities are kept; of a larger number these are among the kept ones.
+        train: the side of `holdout` to keep.
+        seed: of `holdout` and `max_classes`.
+        listed: file of identities or image names, one per line.
+        holdout: share 0..1 of the identities that belong to test splits. An identity's side depends on its name and the
+            seed alone, so that training and test splits share none, whatever their other filters.
+        min_images: leave out identities with fewer images.
+        max_classes: number of identities to keep; a larger number keeps the same ones and more.
     """
+
     def keep(chosen: np.ndarray, reason: str, option: str) -> None:
         nonlocal source
         left = chosen & (source.records.identity >= 0)
         if not left.any():
-            raise InputError(f"{option}: none of the {len(source.records):,} images is left; ease it")
+            raise InputError(f"{option}: none of the {len(source.records):,} images is left; relax it")
         source = restrict(source, chosen, reason)
 
     def of_identity(chosen: Iterator[bool]) -> np.ndarray:
-        return np.array([*chosen, True])[source.records.identity]  # the last entry serves records without identity
+        return np.array([*chosen, True])[source.records.identity]  # the last entry serves records without an identity
 
     if listed is not None:
         keep(in_list(source.records, listed), "not in --list", f"--list {listed}")
@@ -255,7 +259,7 @@ def select(source: Source, train: bool, seed: int, *, listed: Path | None = None
 
 
 def first_copies(hashes: np.ndarray, elsewhere: np.ndarray | None = None) -> np.ndarray:
-    """Which images come first with their content and are not among those elsewhere, bool [N]; hash 0 always stays.
+    """Which images are the first with their content and not among `elsewhere`, bool [N]; hash 0 is always kept.
 
     `hashes`: of the images in source order, uint64 [N]; `elsewhere`: of images that must not appear here, uint64 [M].
     """

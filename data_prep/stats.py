@@ -1,4 +1,4 @@
-"""What a split looks like in numbers: images per class, file sizes, JPEG quality, sharpness; JSON and a figure."""
+"""Statistics of a split: images per class, file sizes, JPEG quality, sharpness; as JSON and as a plot."""
 
 import io
 from functools import cache
@@ -13,7 +13,7 @@ from data_prep.format import ROLES, BadImage, Split
 
 @cache
 def table_sums() -> np.ndarray:
-    """Sum of the luminance table of each quality 1..100, as the encoder writes it; in any order it tells a quality."""
+    """Sum of the encoder's luminance table for each quality 1..100; a sum does not depend on the table's order."""
     sums = []
     for quality in range(1, 101):
         Image.new("L", (8, 8)).save(out := io.BytesIO(), "JPEG", quality=quality)
@@ -22,11 +22,11 @@ def table_sums() -> np.ndarray:
 
 
 def jpeg_quality(data: bytes) -> int | None:
-    """The quality 1..100 whose table is nearest to that of a JPEG; None where it has none that can be read."""
+    """The quality 1..100 whose luminance table is closest to a JPEG's; None if the JPEG has no readable table."""
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             table = image.quantization[0]
-    except Exception:  # as wherever Pillow reads a stranger's file
+    except Exception:  # Pillow raises many kinds of errors on damaged files
         return None
     return int(np.abs(table_sums() - sum(table)).argmin()) + 1
 
@@ -43,20 +43,20 @@ def sharpness(image: np.ndarray) -> float:
 
 
 def spread(values: np.ndarray) -> dict[str, float]:
-    """Least, quartiles, largest and mean."""
-    points = np.percentile(values, [0, 25, 50, 75, 100])
-    found = dict(zip(("min", "p25", "median", "p75", "max"), points.tolist(), strict=True)) | {"mean": values.mean()}
-    return {name: round(float(value), 3) for name, value in found.items()}
+    """Minimum, quartiles, maximum and mean."""
+    points = np.percentile(values, [0, 25, 50, 75, 100]).tolist()
+    names = ("min", "p25", "median", "p75", "max", "mean")
+    return {name: round(float(value), 3) for name, value in zip(names, [*points, values.mean()], strict=True)}
 
 
 def split_stats(split: Split, sample: int, seed: int) -> tuple[dict, dict[str, np.ndarray]]:
-    """Statistics of a split, and the values behind them, for the figure.
+    """Statistics of a split, and the underlying values for the plot.
 
     Args:
-        sample: images that are decoded for quality and sharpness, drawn by `seed`; counts and sizes are of all.
+        sample: number of random images (by `seed`) to decode for quality and sharpness; the rest covers all images.
     """
     if not len(split):
-        raise InputError(f"{split.folder}: no images in it")
+        raise InputError(f"{split.folder}: has no images")
     rows = np.sort(np.random.default_rng(seed).permutation(len(split))[:sample])
     quality, sharp, bad = [], [], 0
     for row in rows.tolist():
@@ -70,12 +70,12 @@ def split_stats(split: Split, sample: int, seed: int) -> tuple[dict, dict[str, n
               "JPEG quality": np.array([q for q in quality if q is not None]), "sharpness": np.array(sharp)}
     if "quality" in split.index["columns"]:
         values["detector's quality"] = np.asarray(split.column("quality"))
-    values = {name: found for name, found in values.items() if len(found)}
+    values = {name: numbers for name, numbers in values.items() if len(numbers)}
     stats = {
         "split": f"{split.domain}/{split.name}", "images": len(split), "classes": len(split.classes),
         "unlabelled": int((split.labels < 0).sum()), "classes with one image": int((split.counts == 1).sum()),
         "pixels": split.size, "bytes": sum(shard["bytes"] for shard in split.index["shards"]),
-        **{name: spread(found) for name, found in values.items()},
+        **{name: spread(numbers) for name, numbers in values.items()},
         "decoded": {"images": len(rows), "seed": seed, "unreadable": bad},
         "skipped": split.index.get("skipped", {}),
     }
@@ -92,18 +92,18 @@ def split_stats(split: Split, sample: int, seed: int) -> tuple[dict, dict[str, n
 
 
 def draw_stats(path: Path, title: str, values: dict[str, np.ndarray]) -> None:
-    """One histogram a statistic."""
+    """Draw a histogram of each statistic."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(values), figsize=(3.2 * len(values), 2.8), constrained_layout=True)
-    for axis, (name, found) in zip(np.atleast_1d(axes), values.items(), strict=True):
-        low, high = found.min(), found.max()
-        if low == high:  # a bar over the whole panel would say nothing
-            of = "classes" if name == "images per class" else "images"
-            axis.text(0.5, 0.5, f"{low:,.6g} in all\n{len(found):,} {of}", ha="center", va="center",
+    for axis, (name, numbers) in zip(np.atleast_1d(axes), values.items(), strict=True):
+        low, high = numbers.min(), numbers.max()
+        if low == high:  # a histogram would be a single bar
+            unit = "classes" if name == "images per class" else "images"
+            axis.text(0.5, 0.5, f"{low:,.6g} in all\n{len(numbers):,} {unit}", ha="center", va="center",
                       transform=axis.transAxes)
             axis.set(title=name, xticks=[], yticks=[])
             axis.title.set_fontsize(10)
@@ -111,12 +111,12 @@ def draw_stats(path: Path, title: str, values: dict[str, np.ndarray]) -> None:
         if name == "images per class" and high > 20 * max(low, 1):  # a few classes with most of the images
             axis.set_xscale("log")
             bins = np.geomspace(max(low, 1), high, 31)
-        elif found.dtype.kind == "f":
+        elif numbers.dtype.kind == "f":
             bins = np.linspace(low, high, 31)
         else:
             bins = np.arange(low, high + 2, max((high - low) // 30, 1)) - 0.5
-        axis.hist(found, bins=bins, color="#4477aa")
-        axis.axvline(np.median(found), color="#cc6677", linewidth=1.2)
+        axis.hist(numbers, bins=bins, color="#4477aa")
+        axis.axvline(np.median(numbers), color="#cc6677", linewidth=1.2)
         axis.set_title(name, fontsize=10)
         axis.set_ylabel("classes" if name == "images per class" else "images", fontsize=8)
         axis.tick_params(labelsize=8)

@@ -1,6 +1,6 @@
-"""The reading side of the shards: which image is seen when, and interleaved micro-batches of decoded images.
+"""Reading shards: the order of the images, and interleaved micro-batches of decoded images.
 
-Everything here is a closed-form function of the seed and of running numbers, so neither the number of loader workers
+Everything is a closed-form function of the seed and of running numbers, so that neither the number of loader processes
 nor an interruption changes what a run sees.
 """
 
@@ -23,10 +23,10 @@ from kernels.gather import gather_interleaved
 
 
 class Order:
-    """The data order of one domain: sample number n of a run -> (epoch, row), a function of (seed, domain, n).
+    """The data order of one domain: number n of its samples in a run -> (epoch, row), a function of (seed, domain, n).
 
-    An epoch visits every row once: the shards are shuffled, then the rows inside windows of several shards, so that
-    reading stays mostly sequential on network disks.
+    An epoch visits every row once: shards are shuffled, then rows within windows of several shards, so that reading
+    from network disks stays mostly sequential.
     """
 
     def __init__(self, shard_sizes: list[int], seed: int, domain: int, window: int) -> None:
@@ -36,7 +36,7 @@ class Order:
         self.shards = functools.lru_cache(maxsize=2)(self._shards)
         self.rows = functools.lru_cache(maxsize=4)(self._rows)
 
-    def __reduce__(self):  # the caches do not travel to loader processes
+    def __reduce__(self):  # caches are not sent to loader processes
         return Order, self.arguments
 
     def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,7 +64,7 @@ def interleave(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Spread the domains evenly over a batch of counts[d] images each.
 
     Returns:
-        For every place: its domain and its running number inside that domain, int64 [B] each.
+        For every place, its domain and its number among the places of that domain, int64 [B] each.
     """
     domain = np.repeat(np.arange(len(counts)), counts)
     number = np.concatenate([np.arange(n) for n in counts])
@@ -73,16 +73,16 @@ def interleave(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def scramble(x: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, one to one, with no pattern left (the last step of SplitMix64, Steele et al. 2014)."""
+    """A bijection of uint64 that removes patterns: the last step of SplitMix64 (Steele et al. 2014)."""
     x = (x ^ (x >> 30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> 27)) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> 31)
 
 
 def uniforms(count: int, *key: int | np.ndarray) -> np.ndarray:
-    """Random numbers 0..1, float64 [N, count], row i a function of the i-th numbers of the key (int64 [N]) alone.
+    """Random numbers in 0..1, float64 [N, count]; row i depends on the i-th numbers of the key (int64 [N]) alone.
 
-    SplitMix64 from a state that the key is scrambled into: a generator a sample would cost more than its draws.
+    SplitMix64 from a state hashed from the key: a NumPy generator per sample would cost more than its draws.
     """
     gap, state = np.uint64(0x9E3779B97F4A7C15), np.zeros(1, dtype=np.uint64)
     for part in key:
@@ -91,11 +91,11 @@ def uniforms(count: int, *key: int | np.ndarray) -> np.ndarray:
 
 
 def random_boxes(u: np.ndarray, height: int, width: int, scale: float) -> np.ndarray:
-    """Crops [N, 4] (x0, y0, x1, y1) in pixels: area scale..1 of the image, aspect 3/4..4/3 where it fits (Inception).
+    """Crops [N, 4] (x0, y0, x1, y1) in pixels: area scale..1 of the image, aspect 3/4..4/3 if it fits (Inception).
 
     Args:
         u: uniform numbers [N, 4].
-        scale: 1: the whole image.
+        scale: least area of a crop, as a fraction; 1: the whole image.
     """
     area, aspect = scale + (1 - scale) * u[:, 0], np.exp(math.log(4 / 3) * (2 * u[:, 1] - 1) * (scale < 1))
     w, h = np.minimum(np.sqrt(area * aspect), 1) * width, np.minimum(np.sqrt(area / aspect), 1) * height
@@ -104,7 +104,7 @@ def random_boxes(u: np.ndarray, height: int, width: int, scale: float) -> np.nda
 
 
 def random_patches(u: np.ndarray, chance: float) -> np.ndarray:
-    """Where to erase [N, 4] (x0, y0, x1, y1), fractions of the image as the network sees it; empty but for `chance`.
+    """Patches to erase [N, 4] (x0, y0, x1, y1) in fractions of the augmented image; empty with probability 1 - chance.
 
     Args:
         u: uniform numbers [N, 5].
@@ -118,7 +118,7 @@ def random_patches(u: np.ndarray, chance: float) -> np.ndarray:
 
 
 def erase_patches(images: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-    """Normalised images [B, 3, S, S] with the mean colour (0) in `patches` [B, 4]; see `random_patch`."""
+    """Normalised images [B, 3, S, S] with the mean colour (0) in `patches` [B, 4] of `random_patches`."""
     size = images.shape[-1]
     center = (torch.arange(size, device=images.device) + 0.5) / size
     x0, y0, x1, y1 = patches.to(images.device, non_blocking=True)[:, :, None].unbind(1)
@@ -128,22 +128,22 @@ def erase_patches(images: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Chunk:
-    """A micro-batch, decoded: one bank of images per domain and, for every place, where its image lies."""
+    """A decoded micro-batch: one bank of images per domain and, for every place, the position of its image."""
 
     banks: list[torch.Tensor]  # K x uint8 [M_d, H_d, W_d, 3]
-    domain: torch.Tensor  # int64 [B], which bank
-    row: torch.Tensor  # int64 [B], which image of the bank
-    label: torch.Tensor  # int64 [B], counted from the domain's first class; -1: fills up the batch of a rank
+    domain: torch.Tensor  # int64 [B], index of the bank
+    row: torch.Tensor  # int64 [B], index in the bank
+    label: torch.Tensor  # int64 [B], counted from the domain's first class; -1: padding of a rank's batch
     boxes: torch.Tensor  # float32 [B, 4], pixels of the bank's images
     flip: torch.Tensor  # bool [B]
-    bad: list[str]  # what had to be replaced: "domain/split key: reason"
-    erase: torch.Tensor | None = None  # float32 [B, 4], patches of `erase_patches`; None: no domain has any
-    images: torch.Tensor | None = None  # [B, 3, S, S], where the finished batch was made with the chunk
-    begin: Callable | None = None  # what has to be called when a step begins with this chunk
-    copied: object = None  # CUDA event after which the banks lie on the device
+    bad: list[str]  # damaged images that were replaced: "domain/split key: reason"
+    erase: torch.Tensor | None = None  # float32 [B, 4], for `erase_patches`; None: no domain uses it
+    images: torch.Tensor | None = None  # [B, 3, S, S], if the loader process made the batch
+    begin: Callable | None = None  # to be called when a step begins with this chunk
+    copied: object = None  # CUDA event: the banks have arrived on the device
 
     def __getstate__(self) -> dict:
-        """From a loader process: only images as shared memory, which costs half a millisecond a tensor to open."""
+        """Send images alone through shared memory, whose opening costs half a millisecond per tensor."""
         return {name: value.numpy() if isinstance(value, torch.Tensor) and name != "images" else value
                 for name, value in vars(self).items()}
 
@@ -152,26 +152,26 @@ class Chunk:
                            for name, value in state.items()})
 
     def pin_memory(self) -> "Chunk":
-        """Called by the DataLoader where CUDA copies without waiting."""
+        """Called by the DataLoader, so that copies to the GPU are asynchronous."""
         tensors = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
         return replace(self, banks=[bank.pin_memory() for bank in self.banks], **tensors)
 
 
 class Stream(torch.utils.data.Dataset):
-    """The micro-batches of a run: number c is a pure function of (seed, c).
+    """The micro-batches of a run; number c is a pure function of (seed, c).
 
     Args:
         splits: the training split of each of the K domains.
-        plan: int64 [batches, K], images of each domain in each batch; every batch has the same sum.
+        plan: int64 [batches, K], numbers of images; every batch has the same sum.
         seed: of the order and of every per-sample draw (keyed by seed, domain, epoch, sample).
-        window: shards among which rows are shuffled.
-        micro_batch: at most so many images per chunk (None: the batch).
-        crop: least area of the random crop, 0..1, per domain.
-        erase: chance of an erased patch, per domain (None: none).
+        window: number of shards within which rows are shuffled.
+        micro_batch: largest number of images per chunk (None: the batch).
+        crop: least area of the random crop, 0..1, for each domain.
+        erase: probability of an erased patch for each domain (None: 0).
         severity: largest severity 0..1 of the degradation of face_lq in each batch [batches]; None: no degradation.
-        rank, world: this process takes the places rank, rank + world, ... of every batch.
-        readable: per domain [M_d] bool, which images somebody has decoded already: the chunks then come without banks
-            and name rows of the split. None: decode.
+        rank, world: of this process, which takes the places rank, rank + world, ... of every batch.
+        readable: for each domain, which images of the cache could be decoded, bool [M_d]: chunks have no banks then,
+            and `row` is the row in the split. None: decode.
     """
 
     def __init__(self, splits: list[Split], plan: np.ndarray, *, seed: int, window: int = 8,
@@ -184,7 +184,7 @@ class Stream(torch.utils.data.Dataset):
         most = math.ceil(int(plan[0].sum()) / world)
         self.micro = min(micro_batch or most, most)
         self.per_batch = math.ceil(most / self.micro)  # chunks
-        self.micro = math.ceil(most / self.per_batch)  # of one size, or nearly: compiled code fits one size
+        self.micro = math.ceil(most / self.per_batch)  # nearly equal sizes: compiled code is for one size
         self.starts = np.cumsum(plan, axis=0) - plan
         sizes = [[shard["samples"] for shard in split.index["shards"]] for split in splits]
         self.orders = [Order(n, seed, DOMAINS.index(s.domain), window) for n, s in zip(sizes, splits, strict=True)]
@@ -194,32 +194,32 @@ class Stream(torch.utils.data.Dataset):
 
     @property
     def item_bytes(self) -> int:
-        """Of the images of a chunk, at most."""
+        """Largest number of bytes of a chunk's images."""
         return 0 if self.readable else self.micro * 3 * max(split.size for split in self.splits) ** 2
 
     def __getitem__(self, c: int) -> Chunk:
         return self.chunk(c)
 
     def chunk(self, c: int, memory: Callable[[int], torch.Tensor] = image_memory) -> Chunk:
-        """Chunk c; its images are decoded into `memory`, a function from a number of bytes to them."""
+        """Chunk c, with images decoded into `memory(number of bytes)`."""
         batch, part = divmod(c, self.per_batch)
         domain, number = interleave(self.plan[batch])
         size = len(range(0, len(domain), self.world)[part * self.micro : (part + 1) * self.micro])
         places = np.arange(self.rank, len(domain), self.world)[part * self.micro : (part + 1) * self.micro]
-        # every rank gets as many as rank 0, so that collectives fit together; what is too much counts for nothing
+        # every rank gets as many as rank 0, so that collectives match; padding has label -1
         real, places = len(places), np.concatenate([places, np.zeros(size - len(places), dtype=np.int64)])
         domain, number = domain[places], number[places] + self.starts[batch][domain[places]]
         row, label, bad = np.empty_like(domain), np.empty_like(domain), []
-        # filled image by image: stacked at the end, the images would be read again from memory, and transposed
+        # filled image by image: stacking them at the end would copy and transpose them once more
         counts = np.bincount(domain[:0] if self.readable else domain, minlength=len(self.splits)).tolist()
         shapes = [(n, split.size, split.size, 3) for n, split in zip(counts, self.splits, strict=True)]
         parts = memory(sum(map(math.prod, shapes))).split([math.prod(shape) for shape in shapes])
         banks = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         boxes, flip, erase = np.empty((size, 4), np.float32), np.empty(size, bool), np.zeros((size, 4), np.float32)
         for d, split in enumerate(self.splits):
-            mine, house = np.flatnonzero(domain == d), DOMAINS.index(split.domain)
+            mine, domain_key = np.flatnonzero(domain == d), DOMAINS.index(split.domain)
             epoch, sample = self.orders[d](number[mine])
-            u = uniforms(11, self.seed, house, epoch, sample)
+            u = uniforms(11, self.seed, domain_key, epoch, sample)
             boxes[mine], flip[mine] = random_boxes(u[:, :4], split.size, split.size, self.crop[d]), u[:, 4] < 0.5
             if any(self.erase):
                 erase[mine] = random_patches(u[:, 5:10], self.erase[d])
@@ -229,7 +229,7 @@ class Stream(torch.utils.data.Dataset):
                 image, used = self.read(d, s, bad)
                 row[mine[i]], label[mine[i]] = used if self.readable else i, split.labels[used]
                 if strength:
-                    image, _ = degrade(image, strength, np.random.default_rng((self.seed, house, e, s)))
+                    image, _ = degrade(image, strength, np.random.default_rng((self.seed, domain_key, e, s)))
                 if image is not None:
                     banks[d][i] = image.permute(1, 2, 0)
         label[real:] = -1
@@ -237,7 +237,7 @@ class Stream(torch.utils.data.Dataset):
                      torch.from_numpy(erase) if any(self.erase) else None)
 
     def read(self, d: int, sample: int, bad: list[str]) -> tuple[torch.Tensor | None, int]:
-        """An image uint8 [3, H, W] and its row: the next readable one of the split where a file is damaged."""
+        """An image uint8 [3, H, W] (None if cached) and its row; the next readable one replaces a damaged one."""
         split = self.splits[d]
         for row in range(sample, sample + len(split)):
             if self.readable:
@@ -253,7 +253,7 @@ class Stream(torch.utils.data.Dataset):
 
 
 class Batches(torch.utils.data.Dataset):
-    """Whole images of a split in the order of `rows`, `batch` at a time, for embedding.
+    """Uncropped images of a split in the order of `rows`, `batch` at a time, for embedding.
 
     Item b is (rows int64 [n], images uint8 [n, 3, H, W]); unreadable images are left out.
     """
@@ -285,7 +285,7 @@ class Batches(torch.utils.data.Dataset):
 
 @dataclass(frozen=True)
 class Look:
-    """How a network wants its images."""
+    """The input format of a network."""
 
     image_size: int  # pixels
     mean: tuple[float, float, float]  # RGB, of images scaled to 0..1
@@ -302,11 +302,11 @@ def make_images(chunk: Chunk, look: Look, device: torch.device, dtype: torch.dty
 
 
 class FinishedImages(torch.utils.data.Dataset):
-    """The chunks of a stream with their finished images, for a step on the CPU: made by the loader processes."""
+    """The chunks of a stream with network inputs made by the loader processes, for training on the CPU."""
 
     def __init__(self, stream: Stream, cache: list[torch.Tensor] | None, look: Look) -> None:
         self.stream, self.cache, self.look = stream, cache, look
-        self.bytes = np.empty(0, dtype=np.uint8)  # of the images of a chunk, which stay here
+        self.bytes = np.empty(0, dtype=np.uint8)  # of the decoded images of a chunk, which stay in this process
 
     def __len__(self) -> int:
         return len(self.stream)
@@ -331,7 +331,7 @@ class FinishedImages(torch.utils.data.Dataset):
 
 
 def decode_split(split: Split, device: torch.device, workers: int, quiet: bool) -> tuple[torch.Tensor, np.ndarray]:
-    """Every image of a split, uint8 [M, S, S, 3] on the device, and which could be read, bool [M]."""
+    """All images of a split, uint8 [M, S, S, 3] on the device, and which could be decoded, bool [M]."""
     bank = torch.zeros(len(split), split.size, split.size, 3, dtype=torch.uint8, device=device)
     readable = np.zeros(len(split), dtype=bool)
     with progress(total=len(split), desc=f"cache {split.domain}", unit="img", disable=quiet) as bar:
@@ -343,7 +343,7 @@ def decode_split(split: Split, device: torch.device, workers: int, quiet: bool) 
 
 
 def from_cache(cache: list[torch.Tensor], chunk: Chunk, pin: bool) -> Chunk:
-    """The chunk with banks of the rows that it names, gathered once, where `pin` into memory that a GPU reads."""
+    """The chunk with banks gathered from the cache; `pin`: in page-locked memory."""
     banks, row = [], torch.empty_like(chunk.row)
     for d, bank in enumerate(cache):
         places = (chunk.domain == d).nonzero().flatten()
@@ -355,30 +355,31 @@ def from_cache(cache: list[torch.Tensor], chunk: Chunk, pin: bool) -> Chunk:
 
 # ---------------------------------------------------------------- the feed of a run
 
+
 class Feed:
-    """The micro-batches of a run's steps on the device: decoded ahead by loader processes, made into images there.
+    """The micro-batches of a run's steps as network inputs on the device, decoded ahead by loader processes.
 
     Args:
         stream: of this rank.
         batches_per_step: of the schedule.
-        look: how the network wants its images.
+        look: input format of the network.
         bf16: the network computes in bfloat16.
         cache: the decoded images of every split, for a stream with `readable`.
-        draw: gets a step and the labels and domains of its micro-batches, on the CPU; returns other labels, and what is
-            to be called when the step begins. It runs in a thread, a step ahead.
+        draw: (step, labels, domains of its micro-batches, on the CPU) -> (new labels, a function to call when the step
+            begins or None). It runs in a thread, a step ahead.
 
-    Attributes: passes (micro-batches of a step), bad (damaged images that were replaced).
+    Attributes: passes (micro-batches per step), bad (number of damaged images that were replaced).
     """
 
     def __init__(self, stream: Stream, batches_per_step: int, look: Look, device: torch.device, *, bf16: bool = False,
                  workers: int = 0, cache: list[torch.Tensor] | None = None, draw: Callable | None = None) -> None:
         self.stream, self.look, self.device, self.workers, self.cache = stream, look, device, workers, cache
-        self.dtype = torch.bfloat16 if bf16 else torch.float32  # what autocast would make of them
+        self.dtype = torch.bfloat16 if bf16 else torch.float32  # the dtype that autocast would convert to
         self.passes, self.bad, self.draw, self.chunks = stream.per_batch * batches_per_step, 0, draw, iter(())
 
     def start(self, step: int) -> None:
-        """Go on with a step."""
-        on_gpu = self.device.type == "cuda"  # there the device makes the images, of fewer bytes
+        """Start, or continue, with a step."""
+        on_gpu = self.device.type == "cuda"  # a GPU makes its inputs from uint8, which are fewer bytes to copy
         chunks = self.stream if on_gpu else FinishedImages(self.stream, self.cache, self.look)
         chunks = load(chunks, step * self.passes, self.workers, on_gpu)
         if self.draw:
@@ -388,7 +389,7 @@ class Feed:
         self.chunks = one_ahead(chunks, self.device) if self.draw or on_gpu else chunks
 
     def relabelled(self, chunks: Iterator[Chunk], step: int) -> Iterator[Chunk]:
-        """The chunks with the labels of `draw`, step by step."""
+        """The chunks with labels from `draw`."""
         while part := list(itertools.islice(chunks, self.passes)):
             labels, begin = self.draw(step, [chunk.label for chunk in part], [chunk.domain for chunk in part])
             part[0] = replace(part[0], begin=begin)
@@ -396,16 +397,16 @@ class Feed:
             step += 1
 
     def copied(self, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-        """The chunks with their banks on the device, copied on a stream of their own while it computes."""
-        own = torch.cuda.Stream(self.device)
+        """The chunks with their banks on the device, copied on a second CUDA stream during computation."""
+        copying = torch.cuda.Stream(self.device)
         for chunk in chunks:
             if self.cache and self.cache[0].device.type == "cuda":
                 yield replace(chunk, banks=self.cache)
                 continue
             chunk = from_cache(self.cache, chunk, True) if self.cache else chunk
-            with torch.cuda.stream(own):
+            with torch.cuda.stream(copying):
                 banks = [bank.to(self.device, non_blocking=True) for bank in chunk.banks]
-            yield replace(chunk, banks=banks, copied=own.record_event())
+            yield replace(chunk, banks=banks, copied=copying.record_event())
 
     def next_step(self) -> Iterator[tuple]:
         """The micro-batches of the next step, one by one: (images [B, 3, S, S], labels [B], domains [B])."""
@@ -416,7 +417,7 @@ class Feed:
         return self.finish(itertools.chain([first], part))
 
     def finish(self, part: Iterable[Chunk]) -> Iterator[tuple]:
-        """Chunks as they are wanted on the device."""
+        """Network inputs, labels and domains of chunks, on the device."""
         for chunk in part:
             for line in chunk.bad:
                 tqdm.write(f"damaged image replaced: {line}", file=sys.stderr)
@@ -425,6 +426,6 @@ class Feed:
                 now = torch.cuda.current_stream(self.device)
                 now.wait_event(chunk.copied)
                 for bank in chunk.banks:
-                    bank.record_stream(now)  # else the memory could be given away while it is read
+                    bank.record_stream(now)  # otherwise the memory could be reused while it is read
             images = make_images(chunk, self.look, self.device, self.dtype) if chunk.images is None else chunk.images
             yield images, *(v.to(self.device, non_blocking=True) for v in (chunk.label, chunk.domain))

@@ -1,4 +1,4 @@
-"""Checking a split: everything is read again and compared with what its index says."""
+"""Checking a split: read everything again and compare it with the index."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from data_prep.write import in_parallel
 
 
 def verify_shard(folder: Path, number: int) -> list[str]:
-    """What is wrong with one shard: hash, members, metadata, JPEGs."""
+    """Problems of one shard: hash, members, metadata, JPEGs."""
     split = open_split(folder)
     shard = split.index["shards"][number]
     path, problems = folder / shard["file"], []
@@ -26,9 +26,9 @@ def verify_shard(folder: Path, number: int) -> list[str]:
     columns = {name: split.column(name) for name in OPTIONAL if name in split.index["columns"]}
     try:
         with tarfile.open(path, "r:") as tar:
-            members = list(islice(tar, 2 * len(rows) + 1))  # those of a damaged tar may run in a circle
+            members = list(islice(tar, 2 * len(rows) + 1))  # a damaged tar may repeat members without end
             if len(members) != 2 * len(rows):
-                return [*problems, f"{path}: its members do not fit the {len(rows)} samples of the index"]
+                return [*problems, f"{path}: its members do not match the {len(rows)} samples of the index"]
             for row, image, meta in zip(rows, members[::2], members[1::2], strict=True):
                 key = image.name.removesuffix(".jpg")
                 if image.name != f"{key}.jpg" or meta.name != f"{key}.json" or not key.isdigit():
@@ -42,7 +42,7 @@ def verify_shard(folder: Path, number: int) -> list[str]:
                 expected = {"key": key, "domain": split.domain, "label": label,
                             "identity": split.classes[label] if label >= 0 else None}
                 expected |= {name: column[row].item() for name, column in columns.items() if column[row] >= 0}
-                if "role" not in fields:  # dealt when all images were written
+                if "role" not in fields:  # assigned after all images were written
                     expected.pop("role", None)
                 problems += [f"{path}: {meta.name}: {name} is {fields.get(name)!r}, the index says {value!r}"
                              for name, value in expected.items() if fields.get(name) != value]
@@ -53,13 +53,13 @@ def verify_shard(folder: Path, number: int) -> list[str]:
                     problems.append(f"{path}: {error}")
     except InputError as error:
         problems.append(error.message)
-    except Exception as error:  # tarfile raises TarError, ValueError, IndexError, OverflowError, ... by damage
+    except Exception as error:  # by damage: TarError, ValueError, IndexError, OverflowError, ...
         problems.append(f"{path}: not a readable tar ({' '.join(str(error).split())[:200]})")
     return problems
 
 
 def verify_protocol(split: Split) -> list[str]:
-    """What is wrong with the rows that a protocol names."""
+    """Problems of the rows that a protocol names."""
     name = (split.protocol or {}).get("name")
     problems = []
     if name == "verification":
@@ -79,9 +79,9 @@ def verify_protocol(split: Split) -> list[str]:
 
 
 def verify_templates(split: Split) -> list[str]:
-    """What is wrong with the templates of a split and the lists that name them.
+    """Problems of the templates of a split and of the lists that name them.
 
-    A listed template without images is no error: it failed to enrol, which an evaluation has to count against it.
+    A listed template without images is not one: an evaluation counts it as a failure to enrol.
     """
     templates, problems = split.optional("template"), []
     ids, first = np.unique(templates, return_index=True)
@@ -105,7 +105,7 @@ def verify_templates(split: Split) -> list[str]:
 
 
 def verify_split(folder: Path, workers: int = 1) -> list[str]:
-    """Re-read everything of a split; returns what is wrong, one line each (empty: nothing)."""
+    """Read all of a split again; returns its problems, one line each."""
     split = Split(folder)
     if "merged" in split.index:
         return verify_merged(split, workers)
@@ -114,25 +114,25 @@ def verify_split(folder: Path, workers: int = 1) -> list[str]:
     counts = [shard["samples"] for shard in split.index["shards"]]
     if not np.array_equal(split.shard, np.repeat(numbers, counts)):
         problems.append(f"{folder}/index/shard.npy: rows are not in the order of the shard table")
-    open_split.cache_clear()  # the folder may have changed since it was opened here; workers inherit what is open
+    open_split.cache_clear()  # the folder may have changed since it was opened; workers inherit the cache
     results = in_parallel(verify_shard, ((folder, number) for number in numbers), min(workers, len(numbers)), True)
-    for found in progress(results, desc=f"verify {folder}", total=len(numbers), unit="shard"):
-        problems += found
+    for of_shard in progress(results, desc=f"verify {folder}", total=len(numbers), unit="shard"):
+        problems += of_shard
     return problems
 
 
 def verify_merged(split: Split, workers: int) -> list[str]:
-    """What is wrong with a merged split: with its parts, or with what it says of them."""
+    """Problems of a merged split: of its parts, or of its index."""
     folder = Path(os.path.abspath(split.folder))
     try:
         parts = [folder.parent / Path(part["split"]).name for part in split.index["merged"]]
         same_names = split.index["provenance"]["options"]["same_names"] == "True"
     except (KeyError, TypeError) as error:
-        raise InputError(f"{folder}/index.json: does not say what was merged; merge the parts again") from error
-    splits = check_parts(folder, parts, same_names)  # first: a split that names itself would be verified without end
+        raise InputError(f"{folder}/index.json: lacks the parts that were merged; merge them again") from error
+    splits = check_parts(folder, parts, same_names)  # first: a split may name itself, without end
     problems = [problem for part in parts for problem in verify_split(part, workers)]
     index, columns = merged(folder, splits, same_names)
-    again = "differs from what its parts give: merge them again"
+    again = "does not follow from its parts: merge them again"
     problems += [f"{folder}/index.json: {key} {again}" for key in index if index[key] != split.index.get(key)]
     problems += [f"{folder}/index/{name}.npy: {again}" for name, values in columns.items()
                  if name not in split.index["columns"] or not np.array_equal(values, split.column(name))]

@@ -1,4 +1,4 @@
-"""Writing a split: images become JPEGs of one size in shards, in parallel, and a kill at any moment loses little."""
+"""Writing a split: images become JPEGs of one size in shards, in parallel and resumably."""
 
 import hashlib
 import io
@@ -41,34 +41,34 @@ from data_prep.format import (
 )
 from data_prep.records import GO_ON, Records, first_copies, random_order, rank_in_group, restrict
 
-# fork where it is safe and quick; named, because the default differs between systems and Python versions
+# fork where it is safe and quick; explicit, because the default depends on the system and the Python version
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 def open_image(data: bytes) -> tuple[Image.Image, bool]:
-    """A decoded image, and whether its EXIF data say that it is to be turned; BadImage where there is none."""
+    """A decoded image, and whether its EXIF data ask for a rotation; BadImage if it cannot be decoded."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged tags
+            warnings.simplefilter("ignore")  # about damaged tags
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=READABLE)
-            image.load()  # a truncated file ends here, not in training
+            image.load()  # a truncated file fails here, not in training
             return image, image.getexif().get(0x0112, 1) != 1
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadImage(f"more than {Image.MAX_IMAGE_PIXELS // 1_000_000} million pixels") from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ... by format
+    except Exception as error:  # by format: OSError, SyntaxError, ValueError, struct.error, ...
         raise BadImage("unreadable image") from error
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB, 8 bits a channel, on white where it is transparent.
+    """An image of any mode as RGB with 8 bits per channel, transparent parts on white.
 
-    Pillow's own conversion would cut deep pixels instead of scaling them, and show what lies under transparency.
+    Pillow's conversion would clip deeper pixels instead of scaling them and show the colours under transparency.
     """
     if image.mode.startswith(("I", "F")):
         pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
         top = pixels.max()
-        # floating-point pixels are in 0..1, or numbers as of 8 or 16 bits
+        # floating-point pixels are in 0..1, 0..255 or 0..65535
         white = 65535 if image.mode.startswith("I") or top > 255 else 255 if top > 1 else 1
         image = Image.fromarray(np.rint(pixels.clip(0, white) * (255 / white)).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
@@ -78,20 +78,20 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
-    """An image in one of the formats READABLE as a JPEG; a baseline JPEG that already fits is returned as it is.
+    """An image in one of the formats READABLE as a JPEG; a baseline JPEG that already fits is returned unchanged.
 
     Args:
         size: side in pixels.
         fit: "crop" (short side to `size`, centre crop), "squash" (ignore the aspect ratio) or "pad" (keep it, fill
             with the mean colour).
-        quality: of the JPEG, 1..100, where it has to be written anew; 100 keeps the chroma of every pixel, too.
+        quality: of the JPEG, 1..100, if the image is re-encoded; 100 also switches off chroma subsampling.
 
     Raises:
-        BadImage: no image, or a damaged one.
+        BadImage: not an image, or a damaged one.
     """
     image, turned = open_image(data)
     plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not image.info.get("progressive") and not turned
-    if plain and jpeg_sides(data) == image.size == (size, size):  # the first is what readers of the shard go by
+    if plain and jpeg_sides(data) == image.size == (size, size):  # readers of the shard rely on jpeg_sides
         return data
     image = as_rgb(ImageOps.exif_transpose(image) if turned else image)
     if fit == "crop":
@@ -102,17 +102,17 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
         mean = tuple(round(c) for c in np.asarray(image).reshape(-1, 3).mean(0))
         image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=mean)
     out = io.BytesIO()
-    image.save(out, "JPEG", quality=quality, subsampling=0 if quality == 100 else -1)  # -1: the encoder's own, 4:2:0
+    image.save(out, "JPEG", quality=quality, subsampling=0 if quality == 100 else -1)  # -1: the default, 4:2:0
     return out.getvalue()
 
 
 def content_hash(data: bytes) -> int:
-    """What tells whether two image files are the same: 64 bits, so that a mistake in 40 million images is unlikely."""
+    """Identifies the content of an image file; with 64 bits, a collision among 40 million images is unlikely."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8])
 
 
 def read_image(record: Record) -> tuple[bytes, dict]:
-    """The encoded image of a record and further fields of its JSON; BadImage where it cannot be had."""
+    """The encoded image of a record and further fields of its JSON; BadImage if it cannot be read."""
     try:
         data = record.read()
     except OSError as error:
@@ -122,23 +122,23 @@ def read_image(record: Record) -> tuple[bytes, dict]:
 
 @cache
 def placeholder(size: int) -> bytes:
-    """The JPEG of a listed image that could not be read: grey. Its hash in the index is 0, and no reader shows it."""
+    """The grey JPEG in place of an unreadable listed image. Its hash in the index is 0, and no reader returns it."""
     out = io.BytesIO()
     Image.new("L", (size, size), 128).save(out, "JPEG")
     return out.getvalue()
 
 
 def write_shard(part: Path, first: int, records: list[Record], labels: list[int], settings: dict) -> int:
-    """Write a shard, atomically, then its part of the index, .parts/<records of the split>/shard-000000.tar.json.
+    """Write a shard atomically, then its part of the index, .parts/<records of the split>/shard-000000.tar.json.
 
-    `first`: place of the first record in the written order. Returns how many records it took.
+    `first`: place of the first record in the written order. Returns the number of records, including skipped ones.
     """
     name, rows, skipped = part.stem, [], []
     with replacing(part.parents[2] / name, f".{os.getpid()}") as temporary:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
 
             def add(member: str, data: bytes) -> int:
-                info = tarfile.TarInfo(member)  # owner, time and mode keep their defaults: same input, same bytes
+                info = tarfile.TarInfo(member)  # default owner, time and mode: equal input gives equal bytes
                 info.size = len(data)
                 offset = tar.offset + tarfile.BLOCKSIZE
                 tar.addfile(info, io.BytesIO(data))
@@ -153,7 +153,7 @@ def write_shard(part: Path, first: int, records: list[Record], labels: list[int]
                     if not settings["listed"]:
                         continue
                     original, data, fields = None, placeholder(settings["size"]), {"unreadable": str(error)}
-                key = f"{place:09d}"  # the place in the source's order: a skipped image leaves a gap
+                key = f"{place:09d}"  # a skipped image leaves a gap
                 meta = {"key": key, "domain": settings["domain"], "label": label, "identity": record.identity,
                         "source": settings["source"]}
                 optional = {c: getattr(record, c) for c in ("person", *OPTIONAL) if getattr(record, c) is not None}
@@ -169,10 +169,10 @@ def write_shard(part: Path, first: int, records: list[Record], labels: list[int]
 
 
 def start_worker(parent: int) -> None:
-    """One thread a worker, which ends with its parent: a killed preparation must leave nobody who still writes."""
+    """Give a worker one thread, and end it with its parent: after a kill, no worker may go on writing."""
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts the whole group; the parent speaks for all
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; only the parent reports it
     torch.set_num_threads(1)
 
     def watch() -> None:
@@ -187,30 +187,30 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
                 seed: int = 0, shard_size: int = 2048, workers: int = 1, options: dict | None = None,
                 drop_duplicates: bool = False, max_images: int | None = None, data_set: list[str] | None = None
                 ) -> dict:
-    """Write a split folder; continues an unfinished one and leaves a complete one with the same plan as it is.
+    """Write a split folder; continues an unfinished one and leaves a complete one with the same plan unchanged.
 
-    Classes are numbered among those with an image that can be read (or that a list names).
+    Labels number the classes that have a readable (or listed) image.
 
     Args:
         folder: DATA/<domain>/<split>.
         source: records, protocol and pairs.
         source_name: as on the command line.
         size, fit, quality: see `fit_image`.
-        train: write in a random order by `seed` (else in source order).
-        shard_size: records a shard.
-        workers: processes.
+        train: write in a random order drawn with `seed` (otherwise in source order).
+        shard_size: records per shard.
+        workers: number of processes.
         options: recorded as provenance.
-        drop_duplicates: read every image first, and leave out those whose content came before in the source or, of a
-            training split, is in a finished test split of the domain.
+        drop_duplicates: read every image first, and leave out those whose content appeared earlier in the source or,
+            for a training split, in a finished test split of the domain.
         max_images: see `first_readable`.
-        data_set: names of the data sets that the images come from (default: `source_name`); of several, each image's
-            own stands in its JSON.
+        data_set: names of the data sets of the images (default: `source_name`); if there are several, each image's JSON
+            names its own.
 
     Returns:
         The index.
 
     Raises:
-        InputError: nothing to write, a folder that holds something else, or a disk that takes no more.
+        InputError: there is nothing to write, the folder holds something else, or the disk is full.
     """
     if not isinstance(source.records, Records):
         source = replace(source, records=Records(source.records, folder))
@@ -247,7 +247,7 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
 
 
 def plan_of(source: Source, choices: list) -> str:
-    """SHA-256 of all that decides what a split will hold: the choices, and what the source says of its images."""
+    """SHA-256 of everything that determines a split: the options and the source's description of its images."""
     plan = hashlib.sha256(json.dumps([*choices, source.protocol, source.pairs, sorted(source.names.items())]).encode())
     for record in source.records:
         optional = (getattr(record, name) for name in OPTIONAL)
@@ -258,15 +258,15 @@ def plan_of(source: Source, choices: list) -> str:
 
 
 def begin(folder: Path, plan: str) -> dict | None:
-    """The index of a split that is finished by this plan; else None, and `.parts` is ready to be gone on with."""
+    """The index of a split that was finished by this plan; otherwise None, and `.parts` is ready for writing."""
     parts = folder / ".parts"
     if (folder / "index.json").exists():
         index = read_index(folder)
         if index["provenance"]["plan"] != plan:
             raise InputError(f"{folder} already holds another split: remove it or choose another --out")
-        shutil.rmtree(parts, ignore_errors=True)  # of a kill after the last step
+        shutil.rmtree(parts, ignore_errors=True)  # left by a kill after the last step
     elif (parts / "plan").exists() and (parts / "plan").read_text() != plan:
-        raise InputError(f"{folder} holds an unfinished preparation with other options: finish that one or remove it")
+        raise InputError(f"{folder} holds an unfinished preparation with other options: finish it or remove it")
     else:
         index = None
         parts.mkdir(parents=True, exist_ok=True)
@@ -279,14 +279,14 @@ def begin(folder: Path, plan: str) -> dict | None:
 
 def write_images(folder: Path, source: Source, settings: dict, seed: int | None, shard_size: int, workers: int
                  ) -> tuple[dict, list[tuple[str, str]], list[str]]:
-    """Write shards and columns; what is finished stays as it is.
+    """Write shards and columns; finished ones stay.
 
-    A sample's label is in its JSON, too. So where no image of some class can be read, which only the writing tells, the
-    split is written a second time without that class; the parts of the first time stay until all is done. `seed`: of
-    the order; None: source order.
+    Only writing shows whether a class has a readable image, but labels, which each sample's JSON holds, must not number
+    one without. If there is one, the split is written again without it; the first parts stay until all is done.
+    `seed`: of the order; None: source order.
 
     Returns:
-        Fields of the index; name and reason of what could not be read; classes of which nothing could.
+        Fields of the index; name and reason of each unreadable image; classes without a readable image.
     """
     dropped, lost = [], []
     while True:
@@ -302,7 +302,7 @@ def write_images(folder: Path, source: Source, settings: dict, seed: int | None,
         lost += [classes[i] for i in empty]
         source = restrict(source, ~gone, None)
 
-    for path in set(folder.glob("shard-*.tar")) - {folder / shard["file"] for shard in table}:  # of the first time
+    for path in set(folder.glob("shard-*.tar")) - {folder / shard["file"] for shard in table}:  # of the first writing
         path.unlink()
     for name, rows in source.tables.items():
         np.save(folder / f"index/{name}.npy", rows)
@@ -311,7 +311,7 @@ def write_images(folder: Path, source: Source, settings: dict, seed: int | None,
         unreadable = protocol.get("unreadable", 0) + len(dropped) + len(bad) - misses
         protocol = protocol | {key: n for key, n in (("misses", misses), ("unreadable", unreadable)) if n}
     if len(source.pairs):
-        row_of = np.full(len(records) + 1, -1)  # the last entry serves ends that are gone already
+        row_of = np.full(len(records) + 1, -1)  # the last entry serves ends that are already gone (-1)
         row_of[order[place]] = np.arange(len(place))
         pairs = np.array(source.pairs)
         pairs[:, :2] = row_of[pairs[:, :2]]
@@ -332,7 +332,7 @@ def write_images(folder: Path, source: Source, settings: dict, seed: int | None,
 
 def write_shards(folder: Path, records: Records, labels: np.ndarray, order: np.ndarray, settings: dict, shard_size: int,
                  workers: int) -> tuple[list[dict], np.ndarray, list[tuple]]:
-    """Write the shards that are not there, and the columns of all; see `write_columns`."""
+    """Write the missing shards and the columns of all; see `write_columns`."""
     starts = range(0, len(records), shard_size)
     parts = [folder / f".parts/{len(records)}/shard-{number:06d}.tar.json" for number in range(len(starts))]
     parts[0].parent.mkdir(exist_ok=True)
@@ -354,8 +354,8 @@ def write_columns(folder: Path, parts: list[Path], listed: bool) -> tuple[list[d
     """Join the parts of all shards, one at a time, into index/*.npy.
 
     Returns:
-        The shard table; the place in the written order of every row, int64 [M]; place, name and reason of what could
-        not be read.
+        The shard table; the place of every row in the written order, int64 [M]; place, name and reason of each
+        unreadable image.
     """
     table, bad = [], []
     for part in map(read_json, parts):
@@ -364,7 +364,7 @@ def write_columns(folder: Path, parts: list[Path], listed: bool) -> tuple[list[d
     total = sum(shard["samples"] for shard in table)
     if not total or (listed and total == len(bad)):
         raise InputError(f"{folder}: none of the images can be read")
-    shutil.rmtree(folder / "index", ignore_errors=True)  # of a run that was interrupted here
+    shutil.rmtree(folder / "index", ignore_errors=True)  # left by an interruption at this point
     (folder / "index").mkdir()
 
     place, first, present = np.empty(total, dtype=np.int64), 0, set()
@@ -374,7 +374,7 @@ def write_columns(folder: Path, parts: list[Path], listed: bool) -> tuple[list[d
             files[name] = stack.enter_context(open(folder / "index" / f"{name}.npy", "wb"))
             header = {"descr": column_type(name).str, "fortran_order": False, "shape": (total,)}
             np.lib.format.write_array_header_1_0(files[name], header)
-        for number, part in enumerate(parts):  # appended, not mapped: a full disk is an error here, there a crash
+        for number, part in enumerate(parts):  # written, not mapped: a full disk raises an error instead of SIGBUS
             rows = read_json(part)["rows"]
             columns = dict(zip(("place", *list(files)[1:]), zip(*rows, strict=True), strict=False))
             columns["shard"] = [number] * len(rows)
@@ -394,9 +394,10 @@ def write_columns(folder: Path, parts: list[Path], listed: bool) -> tuple[list[d
 
 
 def write_skipped(folder: Path, before: Skipped, bad: list[tuple[str, str]], listed: bool) -> dict[str, int]:
-    """Name every file that was left out before or could not be read, and why, in skipped.csv; returns counts by reason.
+    """Write skipped.csv, the name and reason of every skipped file; returns counts by reason.
 
-    What was chosen to be left out (--list, --max-images, ...) has no names. `listed`: the others stay, as misses.
+    `before`: files left out before writing (those that an option left out are only counted). `bad`: unreadable images,
+    by name and reason; they stay in the split as misses if `listed`.
     """
     after = Skipped(before)
     for name, reason in bad:
@@ -410,13 +411,13 @@ def write_skipped(folder: Path, before: Skipped, bad: list[tuple[str, str]], lis
     return dict(+after)
 
 
-# ---------------------------------------------------------------- images that are looked at before they are written
+# ---------------------------------------------------------------- images that are read before they are written
 
 
 def remember(path: Path, compute: Callable[..., np.ndarray], *arguments) -> np.ndarray:
-    """The array that a function computes, kept in a file for a preparation that is continued.
+    """The array that a function computes, cached in a file until the preparation is finished.
 
-    So a test split that came after it began, or an image that was damaged meanwhile, changes no decision.
+    A continued preparation thus decides as before, even if a test split or a damaged image has appeared since.
     """
     if not path.exists():
         with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -425,7 +426,7 @@ def remember(path: Path, compute: Callable[..., np.ndarray], *arguments) -> np.n
 
 
 def hash_images(records: list[Record], decode: bool) -> list[int]:
-    """The content hash of each image; 0 where it cannot be read (or, if asked to, not be decoded)."""
+    """The content hash of each image; 0 if it cannot be read or, with `decode`, decoded."""
     hashes = []
     for record in records:
         try:
@@ -436,29 +437,29 @@ def hash_images(records: list[Record], decode: bool) -> list[int]:
     return hashes
 
 
-def look_at(records: Records, places: np.ndarray, decode: bool, workers: int) -> np.ndarray:
-    """`hash_images` of the records at these places, uint64."""
+def hash_places(records: Records, places: np.ndarray, decode: bool, workers: int) -> np.ndarray:
+    """`hash_images` of the records at these places, in parallel, uint64."""
     hashes, starts = np.zeros(len(places), dtype=np.uint64), range(0, len(places), 256)
     tasks = (([records[i] for i in places[start : start + 256]], decode) for start in starts)
-    with progress(total=len(places), desc="look at images", unit="img") as bar:
-        for start, found in zip(starts, in_parallel(hash_images, tasks, workers, in_order=True), strict=True):
-            hashes[start : start + 256] = found
-            bar.update(len(found))
+    with progress(total=len(places), desc="hash images", unit="img") as bar:
+        for start, values in zip(starts, in_parallel(hash_images, tasks, workers, in_order=True), strict=True):
+            hashes[start : start + 256] = values
+            bar.update(len(values))
     return hashes
 
 
 def unique_images(folder: Path, records: Records, train: bool, workers: int) -> np.ndarray:
     """Which records `drop_duplicates` keeps, bool [N]."""
-    hashes = look_at(records, np.arange(len(records)), False, workers)
+    hashes = hash_places(records, np.arange(len(records)), False, workers)
     tests = [split.column("hash") for split in siblings(folder) if train and split.protocol and split.hashed]
     return first_copies(hashes, np.concatenate(tests) if tests else None)
 
 
 def first_readable(source: Source, most: int, workers: int) -> np.ndarray:
-    """Which records --max-images keeps, bool [N]: of an identity the first so many that can be read.
+    """Which records --max-images keeps, bool [N]: the first `most` readable images of each identity.
 
-    In a test split they are counted in each role, and where roles are dealt the gallery's image comes on top. Those
-    before the last of them that cannot be read stay too: whoever writes them will name them.
+    In a test split images are counted per role; where roles are assigned later, one more is kept for the gallery.
+    Unreadable images between the kept ones stay, too: writing them reports them.
     """
     records, most = source.records, most + (source.deal is not None and not len(source.pairs))
     group, people = records.identity.astype(np.int64) * 8 + records.role, records.identity >= 0
@@ -467,14 +468,14 @@ def first_readable(source: Source, most: int, workers: int) -> np.ndarray:
         keep = (rank_in_group(group, good) < most) | ~people
         if not len(places := np.flatnonzero(keep & ~known)):
             return keep
-        good[places] = look_at(records, places, True, workers) > 0
+        good[places] = hash_places(records, places, True, workers) > 0
         known[places] = True
 
 
 def in_parallel(function: Callable, tasks: Iterable[tuple], workers: int, in_order: bool = False) -> Iterator:
-    """The results of function(*task) as they come, or in order; tasks are taken when a worker is about to be free.
+    """The results of function(*task) as they finish, or in order, computed in this process if there is one worker.
 
-    So memory does not grow with their number. Without a second worker everything happens in this process.
+    Tasks are drawn as workers become free, so that memory does not grow with their number.
     """
     if workers <= 1:
         yield from (function(*task) for task in tasks)
@@ -492,8 +493,8 @@ def in_parallel(function: Callable, tasks: Iterable[tuple], workers: int, in_ord
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in set(multiprocessing.active_children()) - others:
-                worker.terminate()  # nobody waits for their results any more
+                worker.terminate()  # their results are no longer wanted
             if isinstance(error, BrokenProcessPool):
                 raise InputError(f"one of {workers} workers was killed: out of memory? Take fewer --workers, or a "
-                                 "machine with more memory; what is done stays done") from error
+                                 "machine with more memory; finished shards are kept") from error
             raise

@@ -114,8 +114,8 @@ def score_unified(members: list[Member], draws: int, seed: int,
 
     The same person in another domain is a hit, but a copy of the probe's picture (`data_prep degrade`) is ignored.
     Listed images that could not be read are misses, as probes and as mates. By domain, over probes with a mate in their
-    own gallery: rank-1 alone and in the crowd, and the share whose nearest vector is of each domain; "rank-1 in D", over
-    probes with a mate in D, against D's gallery. Under "all": the average and the worst of the domains.
+    own gallery: rank-1 alone and in the crowd, and the share whose nearest vector is of each domain; "rank-1 in D":
+    over probes with a mate in D, against D's gallery. Under "all": the average and the worst of the domains.
     """
     searches = [[a.search(b, device) for b in members] for a in members]
     hits: dict[tuple[str, str], tuple[int, np.ndarray, np.ndarray]] = {}  # member, its scored probes, their values

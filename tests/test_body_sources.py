@@ -301,17 +301,17 @@ def test_a_listed_image_that_is_not_there_is_counted_and_paths_may_be_of_windows
     src = write_files(tmp_path / "src", edited(edited(persons_files(), "persons.csv", "img/", "img\\"), "img/r.jpg"))
     run_here("persons", "--src", src, "--out", tmp_path / "d/body/test", "--size", 16)
     assert "1: listed, but not in the source" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"of 6 of 6 entries the images are not in the source, such as 'img/"):
+    with pytest.raises(InputError, match=r"6 of 6 entries name images that the source lacks, such as 'img/"):
         run_here("persons", "--src", write_files(tmp_path / "none", {"persons.csv": PERSONS}), "--out",
                  tmp_path / "d/body/none")
 
 
 def test_validation_images_are_not_test_images(tmp_path):
     src = write_files(tmp_path / "src", msmt17_files(1))
-    with pytest.raises(InputError, match="--with-val adds to the training images"):
+    with pytest.raises(InputError, match="--with-val is for training splits"):
         run_here("msmt17", "--src", src, "--out", tmp_path / "d/body/test", "--with-val")
     for source in ("prcc", "deepchange"):
-        with pytest.raises(InputError, match="--val makes a test split"):
+        with pytest.raises(InputError, match="--val is for test splits"):
             run_here(source, "--src", src, "--out", tmp_path / "d/body/train", "--val")
 
 

@@ -244,7 +244,7 @@ def test_one_process_writes_a_run(demo_root, tmp_path):
     result = subprocess.run([sys.executable, "train.py", *ENDLESS, "--data", demo_root, "--out", run, "--resume"],
                             cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2 and f"process {process.pid} on" in result.stderr, result.stderr
-    assert "is writing it" in result.stderr and len(result.stderr.splitlines()) == 1
+    assert "is writing to it" in result.stderr and len(result.stderr.splitlines()) == 1
     process.kill()
     process.communicate()
     with lock_folder(run, "--out"):  # its lock ended with it
@@ -453,7 +453,7 @@ def test_a_small_dev_shm_is_named(demo_root, tmp_path):
                              tmp_path / "run", "--workers", "2"], cwd=ROOT, capture_output=True, text=True,
                             timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
-    assert "of /dev/shm are free, too little for one: take --workers 0" in result.stderr.splitlines()[-1]
+    assert "of /dev/shm are free, too little for one: use --workers 0" in result.stderr.splitlines()[-1]
     assert "--shm-size" in result.stderr and "--ipc=host" in result.stderr
 
 

@@ -135,7 +135,7 @@ def test_small_images_keep_what_they_show(size, options, quality, decibels, tmp_
     error = np.stack([split.image(row).permute(1, 2, 0).numpy() for row in range(2)]).astype(float) - pixels
     psnr = 10 * np.log10(255**2 / (error**2).mean())
     assert psnr > decibels if decibels else psnr < 35
-    assert ("becomes JPEG of quality 100, not 95" in capsys.readouterr().out) == (quality == 100)
+    assert ("re-encoded as JPEG of quality 100, not 95" in capsys.readouterr().out) == (quality == 100)
 
 
 @pytest.mark.parametrize("data", [b"", b"text", encode(picture(0))[:200], encode(picture(0), "PNG")[:-40]])
@@ -290,7 +290,7 @@ def damage_index(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage, words", [
-    (damage_truncate, "shard-000001.tar: 3000 bytes, its index says"), (damage_missing, "shard-000002.tar: missing"),
+    (damage_truncate, "shard-000001.tar: 3000 bytes, but the index"), (damage_missing, "shard-000002.tar: missing"),
     (damage_label_range, "labels outside -1..2"), (damage_column, "holds int64 [14], want int64 [15]"),
     (damage_pickle, "column 'label' cannot be read"), (damage_index, "index.json: cannot be read"),
 ])  # fmt: skip
@@ -528,10 +528,10 @@ def test_an_overlap_of_train_and_test_people_is_reported(tmp_path, capsys):
     (["folder", "--src", "{empty}", "--out", "{out}/object/train"], "holds no images"),
     (["folder", "--src", "{src}", "--out", "{out}/object/train", "--names", "{src}/no.txt"], "--names"),
     (["lfw", "--src", "{src}", "--out", "{out}/face_hq/test"], "needs --pairs"),
-    (["lfw", "--src", "{src}", "--out", "{out}/face_hq/train", "--pairs", "x"], "goes with a test split"),
+    (["lfw", "--src", "{src}", "--out", "{out}/face_hq/train", "--pairs", "x"], "is for test splits"),
     (["market", "--src", "{src}", "--out", "{out}/body/train"], "no folder bounding_box_train"),
-    (["folder", "--src", "{src}", "--out", "{out}/object/train", "--ood"], "how a test split of objects is scored"),
-    (["folder", "--src", "{src}", "--out", "{out}/body/test", "--reference", "x"], "how a test split of objects"),
+    (["folder", "--src", "{src}", "--out", "{out}/object/train", "--ood"], "are for test splits of objects"),
+    (["folder", "--src", "{src}", "--out", "{out}/body/test", "--reference", "x"], "are for test splits of objects"),
     (["verify", "{empty}"], "no index.json"), (["show", "{empty}"], "no index.json"),
     (["folder", "--src", "{src}"], "--out"), (["tiff"], "No such command"),
 ])  # fmt: skip

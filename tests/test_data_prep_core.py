@@ -274,7 +274,7 @@ def test_linked_folders_are_followed_and_dead_links_and_circles_counted(tmp_path
     (src / "owl/all").symlink_to(src)  # a circle
     split = prepared(src, tmp_path / "d/object/val")
     assert counts(split) == {"cat": 2, "dog": 3, "owl": 1}
-    assert split.index["skipped"] == {"dead link": 1, "link in a circle": 1}
+    assert split.index["skipped"] == {"dead link": 1, "circular link": 1}
     assert "owl/9.jpg,dead link" in (split.folder / "skipped.csv").read_text()
     (tmp_path / "linked").mkdir()
     for name in ("cat", "dog"):
@@ -308,15 +308,15 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, capsys):
     src = tmp_path / "src"
     for part in ("train", "val"):
         people(src / part, {"a": 2, "b": 2})
-    with pytest.raises(InputError, match="would be train, val, which are the parts of a data set: give one of them"):
+    with pytest.raises(InputError, match="would be train, val, which are parts of a data set: prepare each"):
         prepared(src, tmp_path / "d/object/train")
     vehicles = people(tmp_path / "vehicles", {"train": 2, "bus": 1})  # a train is a train
     assert counts(prepared(vehicles, tmp_path / "d/object/val")) == {"bus": 1, "train": 2}
     prepared(people(tmp_path / "one", {"a": 2}), tmp_path / "d/object/train")
-    assert "WARNING: one class, a, which cannot be trained on alone" in capsys.readouterr().out
+    assert "WARNING: only one class, a, which is too few for training" in capsys.readouterr().out
     message = script(ROOT / "train.py", *TINY, "--data", tmp_path / "d", "--domains", "object", "--out", tmp_path / "r",
                      check=2).stderr
-    assert "d/object/train: one class, 'a', has nothing to be told from" in message and len(message.splitlines()) == 1
+    assert "d/object/train: only one class, 'a': prepare it again" in message and len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize("sets, classes, archive", [(2, 2, False), (3, 4, False), (3, 2, True), (12, 13, False)])
@@ -329,17 +329,17 @@ def test_data_sets_side_by_side_are_no_classes(sets, classes, archive, tmp_path)
     if archive:  # in two folders around all, as people pack
         shutil.copytree(src, tmp_path / "pack/all/data")
         given = Path(shutil.make_archive(str(tmp_path / "all"), "zip", tmp_path / "pack"))
-    with pytest.raises(InputError, match=f"{sets} folders, set00, set01.* hold {sets * classes} folders of images, as "
-                                         "data sets side by side do: give one of them, --src") as error:
+    with pytest.raises(InputError, match=f"{sets} folders, set00, set01.* hold {sets * classes} folders of images, "
+                                         "like several data sets: prepare each .* first --src") as error:
         prepared(given, tmp_path / "d/object/train")
-    one = error.value.message.partition("--src ")[2].partition(" --src ")[2].partition(", and")[0]
+    one = error.value.message.partition("--src ")[2].partition(" --src ")[2].partition(" (`merge`")[0]
     assert one.endswith("/set00") and len(prepared(Path(one), tmp_path / "d/object/train")) == 2 * classes
     (tmp_path / "list").write_text("\n".join(f"set{k:02d}" for k in range(sets)))
     assert counts(prepared(given, tmp_path / "d/face_hq/train", "--list", tmp_path / "list")) == {
         f"set{k:02d}": 2 * classes for k in range(sets)}
     if classes > 2:
         shutil.copy(src / "set00/c0/0.jpg", src / "set00/preview.jpg")
-        with pytest.raises(InputError, match="as data sets side by side do"):
+        with pytest.raises(InputError, match="like several data sets"):
             prepared(src, tmp_path / "d/object/other")
 
 
@@ -347,7 +347,7 @@ def test_people_may_have_a_folder_a_video(tmp_path, capsys):
     for k in range(12):
         people(tmp_path / f"src/p{k:02d}", {"0": 2, "1": 1})
     assert len(prepared(tmp_path / "src", tmp_path / "d/face_hq/train").classes) == 12
-    assert "hold 24 folders of images: they are taken for 12 classes" in capsys.readouterr().out
+    assert "hold 24 folders of images: they are taken as 12 classes" in capsys.readouterr().out
     (tmp_path / "few/a").mkdir(parents=True)
     for k in range(2):
         people(tmp_path / f"few/p{k}", {"0": 2, "1": 1})
@@ -368,8 +368,8 @@ def test_a_domain_may_be_a_link_to_another_disk(tmp_path):
 def test_one_camera_is_told_at_preparation(tmp_path, capsys):
     src = listed_people(tmp_path)
     for name, text, line in (
-            ("some", LISTED.replace("g/a.jpg,ann,2", "g/a.jpg,ann,1"), "every mate of 1 of 3 probes is of the probe's"),
-            ("all", re.sub(r",[23],", ",1,", LISTED), "3 of 3 probes is of the probe's own camera")):
+            ("some", LISTED.replace("g/a.jpg,ann,2", "g/a.jpg,ann,1"), "all mates of 1 of 3 probes are from the"),
+            ("all", re.sub(r",[23],", ",1,", LISTED), "3 of 3 probes are from the probe's camera")):
         (src / "persons.csv").write_text(text)
         prepared(src, tmp_path / f"d/body/{name}", source="persons")
         shown = capsys.readouterr().out
@@ -390,7 +390,7 @@ def test_classes_gather_folders(head, mark, tmp_path, capsys):
 
 @pytest.mark.parametrize("text, words", [
     ("x,dog\ny,cat", "names none of the 2 class folders of the source"),
-    ("a,dog\na,cat", "line 2: 'a' is 'dog' further up"), ("a,dog,3", "line 1: want folder,class"),
+    ("a,dog\na,cat", "line 2: 'a' is 'dog' above"), ("a,dog,3", "line 1: want folder,class"),
 ])
 def test_bad_classes(text, words, tmp_path):
     (tmp_path / "c.csv").write_text(text)
@@ -401,10 +401,28 @@ def test_bad_classes(text, words, tmp_path):
 def test_a_size_that_the_images_do_not_have_and_foreign_shards_are_refused(tmp_path):
     a = prepared(people(tmp_path / "src", {"a": 2, "b": 2}), tmp_path / "d/object/a", "--part", "train").folder
     text = (a / "index.json").read_text()
-    for size, words in ((4096, "size is 4096, its first images have 24x24"), (65535, "'size' is not what it should")):
+    for size, words in ((4096, "size is 4096, its images have 24x24"), (65535, "'size' is not valid")):
         (a / "index.json").write_text(text.replace('"size": 24', f'"size": {size}'))
         with pytest.raises(InputError, match=words):
             Split(a)
+    shard = a / "shard-000000.tar"
+    good = shard.read_bytes()
+    (a / "index.json").write_text(text)
+    at = [good.find(b"\xff\xc0", int(offset)) + 5 for offset in Split(a).offset]
+    for forged, words in ((1, "size is 4096, its images have 24x24"), (4, "size is 4096, its images have no readable")):
+        data = bytearray(good)  # headers that declare the size of a forged index: nobody allocates 4096 x 4096 pixels
+        for place in at[:forged]:
+            data[place : place + 4] = b"\x10\0\x10\0"
+        shard.write_bytes(data)
+        (a / "index.json").write_text(text.replace('"size": 24', '"size": 4096'))
+        with pytest.raises(InputError, match=words):
+            Split(a)
+    (a / "index.json").write_text(text)  # headers alone: three of the images are good
+    data[at[1] : at[1] + 4] = data[at[2] : at[2] + 4] = data[at[3] : at[3] + 4] = good[at[0] : at[0] + 4]
+    shard.write_bytes(data)
+    with pytest.raises(BadImage, match="not a readable JPEG"):
+        Split(a).image(0)
+    shard.write_bytes(good)
     shutil.copytree(a, tmp_path / "d/object/b")
     (a / "index.json").write_text(text.replace("shard-000000.tar", "../b/shard-000000.tar"))
     with pytest.raises(InputError, match="a link, or another split's shard"):
@@ -669,7 +687,7 @@ def test_records_come_from_a_generator_and_are_read_once(tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--list", "{tmp}/none"], "--list {tmp}/none: cannot be read as text"),
-    (["--list", "{tmp}/empty"], "--list {tmp}/empty: no names in it"),
+    (["--list", "{tmp}/empty"], "--list {tmp}/empty: is empty"),
     (["--list", "{tmp}/unknown"], "line 2: 'c0/9.jpg' is neither an identity nor an image of the source"),
     (["--list", "{tmp}/binary"], "--list {tmp}/binary: cannot be read as text"),
     (["--min-images", "6"], "--min-images 6: none of the 15 images is left"),
@@ -687,7 +705,7 @@ def test_bad_selections(arguments, words, tmp_path):
 
 
 def test_holdout_is_for_people(tmp_path):
-    with pytest.raises(InputError, match="--holdout keeps people"):
+    with pytest.raises(InputError, match="--holdout separates the people"):
         prepared(class_folders(tmp_path / "src"), tmp_path / "d/object/train", "--holdout", 0.5)
 
 
@@ -717,8 +735,8 @@ def test_people_are_joined_where_a_source_proves_it_and_never_by_name(tmp_path, 
     b = made(root / "b", [("9", "x", 0), ("2", None, 2), ("4", "y", None)])
     run_here("merge", root / "a", root / "b", "--out", root / "train")
     out = capsys.readouterr().out
-    assert "7 images of 5 classes in the shards of a, b" in out and "1 classes are in several of them" in out
-    assert "1 names are in several of them and stay apart, as <split>/<name>" in out
+    assert "7 images of 5 classes in the shards of a, b" in out and "1 classes were merged into others" in out
+    assert "1 names occur in several splits and stay separate classes, <split>/<name>" in out
     split = Split(root / "train")
     assert split.classes == ["3", "4", "a/2", "b/2", "x"] and verify_split(split.folder, 1) == []
     assert sorted(p.name for p in split.folder.iterdir()) == ["index", "index.json"]  # no image was copied
@@ -741,7 +759,7 @@ def test_object_classes_of_equal_names_are_joined_on_request(tmp_path, capsys):
     run_here("merge", root / "a", root / "b", "--out", root / "train")
     split = Split(root / "train")
     assert split.classes == ["a/n2", "b/n2", "n1", "n3"] and split.names == ["a/n2", "goldfish", "tench", "n3"]
-    assert "(--same-names joins them)" in capsys.readouterr().out
+    assert "(--same-names merges them)" in capsys.readouterr().out
     run_here("merge", root / "a", root / "b", "--out", root / "train", "--same-names")
     split = Split(root / "train")
     assert split.classes == ["n1", "n2", "n3"] and split.counts.tolist() == [1, 2, 1]
@@ -755,7 +773,7 @@ def test_verify_notices_what_happened_to_the_parts_of_a_merged_split(tmp_path):
     run_here("merge", root / "a", root / "b", "--out", root / "train")
     labels = np.load(root / "train/index/label.npy")
     np.save(root / "train/index/label.npy", labels[::-1])
-    assert verify_split(root / "train") == [f"{root}/train/index/label.npy: differs from what its parts give: merge "
+    assert verify_split(root / "train") == [f"{root}/train/index/label.npy: does not follow from its parts: merge "
                                             "them again"]
     np.save(root / "train/index/label.npy", labels)
     (root / "b").rename(root / "c")
@@ -780,7 +798,7 @@ def test_a_model_is_trained_on_a_merged_split(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["{d}/body/a"], "want two splits or more"), (["{d}/body/a", "{d}/body/a"], "want two splits or more, each once"),
+    (["{d}/body/a"], "want at least two different"), (["{d}/body/a", "{d}/body/a"], "want at least two different"),
     (["{d}/body/a", "{d}/body/test"], "body/test is a test split"), (["{d}/body/a", "{d}/body/none"], "no index.json"),
     (["{d}/body/a", "{d}/object/o"], "must lie side by side"),
     (["{d}/body/a", "{d}/body/big"], "body/big has 24 pixels"),
@@ -808,7 +826,7 @@ def test_a_shard_table_cannot_name_other_files(name, tmp_path):
     index = json.loads((tmp_path / "body/a/index.json").read_text())
     index["shards"][0]["file"] = name
     (tmp_path / "body/a/index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="is no name of a shard"):
+    with pytest.raises(InputError, match="is not a shard's name"):
         Split(tmp_path / "body/a")
 
 
@@ -1025,7 +1043,7 @@ def test_the_ladder_is_drawn_from_sharp_to_poor(demo_root, tmp_path):
 @pytest.mark.parametrize("arguments, words", [
     ([], "want --src SPLIT --out DATA/face_lq/<split>, or --ladder"), (["--out", "{d}/face_lq/x"], "want --src SPLIT"),
     (["--src", "{d}", "--out", "{d}/face_lq/x"], "no index.json"), (["--src", "{hq}", "--out", "{d}/x"], "want DATA/"),
-    (["--src", "{hq}", "--out", "{hq}"], "is --src itself"), (["--ladder", "{d}/none/x.png"], "--ladder"),
+    (["--src", "{hq}", "--out", "{hq}"], "is the same split as --src"), (["--ladder", "{d}/none/x.png"], "--ladder"),
     (["--src", "{hq}", "--out", "{d}/face_lq/x", "--min-severity", "1", "--severity", ".5"], "is above --severity 0.5"),
     (["--ladder", "{d}/x.none"], "cannot be written"), (["--severity", "2"], "--severity"),
     (["--src", "{hq}", "--out", "{d}/object/x", "--shift", "all"], "--shift makes test splits of objects"),
@@ -1113,7 +1131,7 @@ def test_every_source_is_listed_with_its_layout_and_its_own_options(capsys):
                     "469,375 images, 23,124 templates, 15,658,489", "1,772 and 1,759 templates, 19,593 probes",
                     "12,936 training images; 3,368 queries, 15,913", "16,522, 2,228 and 17,661", "32,621", "17,896",
                     "A 3,384, B 3,543, C 3,873", "9,576", "75,083", "17,527 queries", "1,281,167 training and 50,000",
-                    "10,000 images, 10 of each", "7,500 images of 200", "30,000 images of 200", "50,889", "113 of its"):
+                    "10,000 images, 10 per", "7,500 images of 200", "30,000 images of 200", "50,889", "113 of 313"):
         assert numbers in text, numbers
     assert "list_{train,val,query,gallery}.txt" in text and "11,659 queries, 82,161 gallery images" in text
     assert "options: --pairs" in text and "--holdout" not in text and max(map(len, lines)) <= 120

@@ -436,7 +436,7 @@ def test_unreadable_test_images_are_counted(demo_root, tiny_run, tmp_path, capsy
     (["--run", "{none}"], "is no run"), ([], "give --run RUN, or --model NAME"),
     (["--run", "{run}", "--splits", "object/test"], "has no split 'object/test'; it has object/collage"),
     (["--run", "{run}", "--splits", "object/train"], "is a training split"),
-    (["--run", "{run}", "--data", "{none}"], "no shards there"),
+    (["--run", "{run}", "--data", "{none}"], "no shards"),
     (["--model", "resnet500"], "neither timm nor open_clip has"),
     (["--run", "{partial}"], "has not finished (no done.json)"),
     (["--run", "{run}", "--out", "x"], "--out describes an untouched backbone"),

@@ -185,8 +185,9 @@ def test_figures_of_an_earlier_evaluation_go(run):
     (["--run", "{run}", "--size", "large"], "--size describes an untouched backbone: leave it out with --run"),
     (["--backbone", "clip", "--no-foundation"], "--no-foundation describes how a run is scored: give --run RUN"),
     (["--backbone", "clip", "--allow-partial"], "--allow-partial describes how a run is scored: give --run RUN"),
-    (["--run", "{run}", "--cache", "{file}"], "--cache: {file} cannot be made a folder (File exists)"),
-    (["--run", "{run}", "--cache", "{file}/more"], "--cache: {file}/more cannot be made a folder (Not a directory)"),
+    (["--run", "{run}", "--cache", "{file}"], "--cache: {file} cannot be created as a folder (File exists)"),
+    (["--run", "{run}", "--cache", "{file}/more"],
+     "--cache: {file}/more cannot be created as a folder (Not a directory)"),
     (["--backbone", "clip", "--size", "tiny", "--weights", "none", "--data", "{data}", "--out", "{file}"],
      "--out {file}/eval: cannot be written (Not a directory)"),
 ])  # fmt: skip
@@ -282,7 +283,7 @@ def test_a_second_evaluation_of_a_run_is_refused_at_the_start(run):
         result = script("evaluate.py", "--run", run, *OPTIONS, check=2)
         again = script("evaluate.py", "leaks", "--run", run, *OPTIONS, check=2)
     for said in (result.stderr, again.stderr):
-        assert said.count("\n") == 1 and "is writing it: wait for that one" in said
+        assert said.count("\n") == 1 and "is writing to it: wait for it to end" in said
     assert not (run / "eval").exists()  # nothing was begun
 
 

@@ -72,7 +72,7 @@ def test_loader_processes_are_those_that_the_shared_memory_holds(monkeypatch, ca
     shared(monkeypatch, 0.0625)  # Docker's own
     with pytest.raises(InputError) as error:
         enough_loaders(15, item)
-    assert "too little for one: take --workers 0, or enlarge it (docker run --shm-size 18g" in error.value.message
+    assert "too little for one: use --workers 0, or enlarge it (docker run --shm-size 18g" in error.value.message
     assert "\n" not in error.value.message
 
 

@@ -210,6 +210,11 @@ def test_no_size_is_believed_that_a_header_only_announces():
     good = encode(picture(0, 24, 24))
     assert jpeg_sides(good) == (24, 24) and fit_image(good, 24, "squash", 90) == good
     assert jpeg_sides(with_sides(good, 65500, 3)) == (65500, 3) and jpeg_sides(good[:20]) is None
+    assert jpeg_sides(with_sides(good, 4000, 4000)) is None  # 31 kB would be the least
+    at = good.find(b"\xff\xc0")  # libjpeg skips a fill byte; read as a marker, it begins a segment of 48 KiB
+    gap = 0xC000 + 2 - 20 - 4  # up to the false header, which a comment holds
+    comment = b"\xff\xfe" + struct.pack(">H", gap + 21) + bytes(gap) + good[at : at + 19]
+    assert jpeg_sides(good[:at] + b"\xff" + with_sides(good, 90, 90)[at : at + 19] + comment + good[at + 19 :]) is None
     for stray in (b"\xff\x01", b"\xff\xd0", b"\0", b"\xff\xff"):  # two markers without length, a byte, a fill byte
         strange = good[:2] + stray + good[2:]
         assert jpeg_sides(strange) is None
@@ -425,10 +430,10 @@ def test_a_merged_split_that_names_itself_is_not_verified_without_end(tmp_path):
 
 @pytest.mark.parametrize("name, array, words", [
     ("label", np.array([{}] * 6, dtype=object), "column 'label' cannot be read"),
-    ("offset", np.array([512, -1, 512, 512, 512, 512]), "rows that lie outside the shards"),
-    ("length", np.full(6, (1 << 63) - 1), "rows that lie outside the shards"),
-    ("length", np.full(6, -5), "rows that lie outside the shards"), ("label", np.zeros(6), "holds float64 [6]"),
-    ("shard", np.zeros((6, 1), int), "holds int64 [6, 1]"), ("quality", np.full(6, np.nan), "numbers that are no"),
+    ("offset", np.array([512, -1, 512, 512, 512, 512]), "has rows outside the shards"),
+    ("length", np.full(6, (1 << 63) - 1), "has rows outside the shards"),
+    ("length", np.full(6, -5), "has rows outside the shards"), ("label", np.zeros(6), "holds float64 [6]"),
+    ("shard", np.zeros((6, 1), int), "holds int64 [6, 1]"), ("quality", np.full(6, np.nan), "not all numbers are"),
 ])  # fmt: skip
 def test_a_column_that_cannot_be_is_named(name, array, words, tmp_path):
     train = splits_in(tmp_path / "d")[0]

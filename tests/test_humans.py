@@ -133,7 +133,7 @@ def test_damaged_images_are_not_shown(demo_root, tmp_path):
 
 
 @pytest.mark.parametrize("place, words", [
-    ("face_hq/train", "a training split"), ("nowhere", "no shards there"), ("twice", "is named twice")])
+    ("face_hq/train", "a training split"), ("nowhere", "no shards"), ("twice", "is named twice")])
 def test_bad_places(place, words, demo_root, tmp_path):
     places = [demo_root, demo_root / "body/test"] if place == "twice" else [demo_root / place]
     options = [option for path in places for option in ("--src", path)]

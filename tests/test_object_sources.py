@@ -321,7 +321,7 @@ def test_parquet_rows_without_an_image_are_counted(tmp_path):
     pq.write_table(pq.read_table(path).set_column(0, "image", images), path)
     split = prepared("parquet", tmp_path / "src", tmp_path / "d/object/val")
     assert len(split) == 1 and split.index["skipped"] == {
-        "no image in its row": 1, "its row names a file that is not there": 1,
+        "no image in its row": 1, "its row names a missing file": 1,
         "its row names a file outside the source": 1}
 
 
@@ -355,7 +355,7 @@ def test_a_wrong_reference_is_told(tmp_path, capsys):
                  *options)
         return capsys.readouterr().out
 
-    assert "WARNING: --reference train: there is no object/train yet" in told()
+    assert "WARNING: --reference train: object/train, whose images classify this split, does not" in told()
     for name in ("train", "other"):
         run_here("folder", "--src", tmp_path / "src" / name, "--out", tmp_path / "d/object" / name, "--part", "train")
     shutil.rmtree(tmp_path / "d/object/val0")
@@ -436,7 +436,7 @@ def test_two_tars_in_one_file_are_refused(tmp_path):
     one = tar_of(tmp_path / "a.tar", samples(0, 1)).read_bytes()
     (tmp_path / "a.tar").write_bytes(one + one)
     for source, src in (("webdataset", tmp_path / "a.tar"), ("folder", tmp_path / "a.tar")):
-        with pytest.raises(InputError, match="or a second tar behind it"):
+        with pytest.raises(InputError, match="or a second tar after it"):
             run_here(source, "--src", src, "--out", tmp_path / "d/object/val")
 
 
@@ -496,7 +496,7 @@ def test_a_source_that_goes_away_ends_in_one_line_and_the_same_command_goes_on(t
     tar = tar_of(tmp_path / "a.tar", samples(0, 6))
     command = ["webdataset", "--src", tar, "--out", tmp_path / "d/object/val", "--size", 16, "--shard-size", 2]
     whole = tar.read_bytes()
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="the same command goes on later"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match="the same command later continues"):
         patch.setattr(data_prep.sources.webdataset, "read_part", cut_and_read)
         run_here(*command, "--workers", 1)
     assert not (tmp_path / "d/object/val/index.json").exists()
@@ -511,7 +511,7 @@ def test_a_server_without_ranges_ends_in_one_line(tmp_path, monkeypatch):
             raise ValueError("no range requests")  # as fsspec's HTTP files do
 
     monkeypatch.setattr(data_prep.sources.webdataset, "open_tar", lambda url: Broken(b"0" * 1024))
-    with pytest.raises(InputError, match=r"http://host/a.tar: neither .* can be read \(no range requests\)"):
+    with pytest.raises(InputError, match=r"http://host/a.tar: not a readable zip or plain tar \(no range requests\)"):
         run_here("webdataset", "--src", "http://host/a.tar", "--out", tmp_path / "d/object/val")
 
 
@@ -554,19 +554,19 @@ BAD = [
      "ILSVRC2012_val_00000001.JPEG: neither in a wnid folder nor"),
     ("imagenet", "val", replaced(KAGGLE, "LOC_val_solution.csv", "Id,Class\n"), "line 1: no column 'ImageId'"),
     ("imagenet-a", "a", {"n00000001/1.jpg": None}, "n00000001 is not one of the 1,000 classes"),
-    ("imagenet-a", "train", {f"{TENCH}/1.jpg": None}, "this is a test set, not to be trained on"),
+    ("imagenet-a", "train", {f"{TENCH}/1.jpg": None}, "this set is for testing only"),
     ("imagenet-v2", "v2", {f"v2/3/{i}.jpeg": None for i in range(20)}, "20 images in folder 3, ImageNet-V2 has 10"),
     ("imagenet-v2", "v2", {f"v2/{TENCH}/1.jpeg": None}, "name is not ImageNet-V2's"),
     ("objectnet", "on", {"images/banana/1.png": None}, "no mappings in it; ObjectNet has"),
     ("objectnet", "on", replaced(objectnet_files(), LABELS, "{"), "label.json: not JSON"),
     ("objectnet", "on", replaced(objectnet_files(), LABELS, "[1]"), "want a JSON object"),
-    ("objectnet", "on", replaced(objectnet_files(), f"{MAP}imagenet_to_label_2012_v2", "a\n"), "do not fit together"),
+    ("objectnet", "on", replaced(objectnet_files(), f"{MAP}imagenet_to_label_2012_v2", "a\n"), "do not match each"),
     ("objectnet", "on", replaced(objectnet_files(), f"{MAP}pytorch_to_imagenet_2012_id.json", None), "no mappings/pyt"),
     ("parquet", "val", {"a.txt": "x"}, "no parquet file like *val* or *test*; there are none at all"),
-    ("parquet", "val", {"train.parquet": b"PAR1"}, "there are train.parquet; --files PATTERN chooses"),
+    ("parquet", "val", {"train.parquet": b"PAR1"}, "there are train.parquet; --files PATTERN selects"),
     ("parquet", "val", {"val.parquet": b"PAR1 no PAR1"}, "val.parquet: not a readable parquet file"),
-    ("webdataset", "val", {"a.txt": "x"}, "no tar there; give a folder"),
-    ("webdataset", "val", {"a.tar": b"no tar at all" * 100}, "a.tar: neither a zip nor a plain tar that can be read"),
+    ("webdataset", "val", {"a.txt": "x"}, "no tar found; give a folder"),
+    ("webdataset", "val", {"a.tar": b"no tar at all" * 100}, "a.tar: not a readable zip or plain tar"),
 ]  # fmt: skip
 
 
@@ -582,9 +582,9 @@ def test_bad_input(source, name, files, words, tmp_path):
     (["--out", "{out}/object/val", "--image-column", "img"], "no column 'img'; it has image, label; --image-column"),
     (["--out", "{out}/object/val", "--label-column", "y"], "no column 'y'; it has image, label; --label-column"),
     (["--out", "{out}/object/val", "--image-column", "label"], "column 'label' is int64; want bytes"),
-    (["--out", "{out}/object/val", "--wnids"], "row group 0, row 1: label 1000, but --wnids wants 0..999"),
-    (["--out", "{out}/face_hq/val", "--ood"], "say how a test split of objects is scored"),
-    (["--out", "{out}/object/train", "--reference", "a", "--files", "val*"], "say how a test split of objects"),
+    (["--out", "{out}/object/val", "--wnids"], "row group 0, row 1: label 1000: want an ImageNet class number 0..999"),
+    (["--out", "{out}/face_hq/val", "--ood"], "are for test splits of objects"),
+    (["--out", "{out}/object/train", "--reference", "a", "--files", "val*"], "are for test splits of objects"),
 ])  # fmt: skip
 def test_bad_options(arguments, words, tmp_path):
     parquet_file(tmp_path / "src/val.parquet", [0, 1000])
@@ -615,7 +615,7 @@ def test_bad_tars(make, words, tmp_path):
 
 @pytest.mark.parametrize("src, words", [
     ("{tmp}/none.tar", "none.tar: cannot be opened"), ("{tmp}/none-{{3..1}}.tar", "counts backwards"),
-    ("{tmp}/none-{{0..999999999}}.tar", "more than 100,000 files"), ("{tmp}/*.tar", "no tar there"),
+    ("{tmp}/none-{{0..999999999}}.tar", "more than 100,000 files"), ("{tmp}/*.tar", "no tar found"),
     ("nosuch://host/a.tar", "nosuch://host/a.tar: cannot be opened"), ("memory://none.tar", "cannot be opened"),
 ])  # fmt: skip
 def test_bad_places_of_tars(src, words, tmp_path):

@@ -159,7 +159,7 @@ def test_single_gallery_shot_is_chosen_when_a_split_is_prepared(tmp_path):
         "general", "general single-gallery-shot in 10 draws a probe (mAP: all its images), seed 3"]
     x = unit(np.random.default_rng(0).normal(size=(24, 4)).astype(np.float32))
     assert score_gallery(x, split, 2, 0, "general single-gallery-shot")[0]["rank-1"].count == 4
-    with pytest.raises(InputError, match=r"^--single-gallery-shot is a way to score a test split"):
+    with pytest.raises(InputError, match=r"^--single-gallery-shot is for test splits"):
         cli.main([*arguments, str(tmp_path / "d/body/train")], standalone_mode=False)
     split.protocol["variants"] = ["general", "general double-shot"]
     with pytest.raises(InputError, match="not score by the rule 'general double-shot'; it knows general, ") as error:

@@ -579,7 +579,7 @@ def test_seeds_are_averaged_by_hand(tmp_path):
     ({"resampling": 1}, "resampled differently"), ({"people": np.arange(9)}, "10 samples in"),
     ("draws", "draws.npz: cannot be read"), ("rows", "results.json: missing"), ("twice", "a run is named twice"),
     ("splits", "no figure in common on these --splits"), ("one", "no figures of the foundation weights"),
-    ("out", "cannot be made a folder"),
+    ("out", "cannot be created as a folder"),
 ])  # fmt: skip
 def test_bad_comparisons(change, words, tmp_path):
     people = np.arange(10)

@@ -370,11 +370,11 @@ def test_real_labels_by_hand(tmp_path):
     assert real.value == pytest.approx(2 / 3) and real.count == 3  # 1 and 2 right, 3 not counted, 4 wrong
     assert real.chance == pytest.approx((1 + 2 + 1) / 3 / 2)
     for text, words in (("{}", "want a list"), ("[[0], [1000]]", "entry 1: want a list of class numbers"),
-                        ("[[true]]", "entry 0"), ("[" * 100_000, "not ReaL's"), ("[[0]]", "not named like")):
+                        ("[[true]]", "entry 0"), ("[" * 100_000, "not ReaL's"), ("[[0]]", "want a name like")):
         (tmp_path / "real.json").write_text(text)
         with pytest.raises(InputError, match=words):
             prepare("other", "--real", str(tmp_path / "real.json"))
-    with pytest.raises(InputError, match="leave it out of a training split"):
+    with pytest.raises(InputError, match="leave it out for a training split"):
         prepare("train", "--real", str(tmp_path / "real.json"))
 
 

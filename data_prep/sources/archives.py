@@ -1,7 +1,7 @@
-"""What a source is made of: its files by their relative names, in a folder or, read in place, in a zip or a plain tar.
+"""The files of a source by their relative names: in a folder, or in a zip or plain tar that is read in place.
 
-Nothing is ever extracted and no name from an archive becomes a path on disk: a member is a range of the archive's
-bytes. An archive hostile or damaged in structure is refused as a whole; one oversized or damaged file is skipped.
+Nothing is extracted, and no name from an archive becomes a path on disk: a member is a range of the archive's bytes. An
+archive with a hostile or damaged structure is refused as a whole; a single oversized or damaged file is skipped.
 """
 
 import os
@@ -20,8 +20,8 @@ from typing import BinaryIO
 from data_prep import InputError
 from data_prep.format import BadImage, Skipped, as_text
 
-MAX_BYTES = 1 << 29  # of one file: above every image and list of the field, far below a worker's memory
-MAX_RATIO, RATIO_FROM = 200, 1 << 24  # larger zip members that deflate better than this are bombs; images never do
+MAX_BYTES = 1 << 29  # of one file: more than any image or list needs, far less than a worker's memory
+MAX_RATIO, RATIO_FROM = 200, 1 << 24  # larger zip members that compress better than this are bombs; images never do
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -29,34 +29,34 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb
 class Member:
     """One file of a source."""
 
-    name: str  # relative to the source, with /
-    read: Callable[[], bytes]  # its bytes; picklable: it runs in a worker process; BadImage where it cannot be used
+    name: str  # relative to the source, parts separated by /
+    read: Callable[[], bytes]  # returns its bytes, or raises BadImage; picklable: called in a worker process
 
     @property
     def path(self) -> str:
-        """Where it lies, of a folder's file; its name may be spelled otherwise, see `as_text`."""
+        """Path on disk of a file in a folder; its spelling may differ from `name`, see `as_text`."""
         return self.read.args[0]
 
 
 def absent() -> bytes:
-    """Stands for the bytes of an image that a list names."""
+    """`Member.read` of a listed image that the source lacks."""
     raise BadImage("listed, but not in the source")
 
 
-# what people's machines leave beside images, besides hidden files and folders (._*, .DS_Store, .ipynb_checkpoints)
+# what systems leave beside images, in addition to hidden files and folders (._*, .DS_Store, .ipynb_checkpoints)
 LEFTOVERS = {"__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN"}
 
 
 def members(src: Path, skipped: Skipped | None = None) -> Iterator[Member]:
-    """Every file below src, sorted by name; not what machines leave beside images (hidden ones, LEFTOVERS).
+    """Every file below src, sorted by name, except hidden files and LEFTOVERS.
 
-    Of a folder only the names of one folder after the other are in memory, of an archive all names and offsets.
-    InputError where there is no such source, or an archive that must not or cannot be read.
+    Memory holds the names of one folder at a time, but all names and offsets of an archive. InputError if there is no
+    such source, or its archive is refused or cannot be read.
 
     Args:
-        src: a folder, a zip or a plain tar; SET.zip/inner/folder is a folder inside. Where an archive wraps everything
-            in one folder of folders, as most are packed, names count from below that folder.
-        skipped: where leftovers, dead links and links in a circle are to be named.
+        src: a folder, a zip or a plain tar; SET.zip/inner/folder is a folder inside. If an archive holds only one
+            folder, with folders in it, as most do, names are relative to that folder.
+        skipped: records leftovers, dead links and circular links.
     """
     if src.is_dir():
         return walk(str(src), skipped=skipped)
@@ -68,7 +68,7 @@ def members(src: Path, skipped: Skipped | None = None) -> Iterator[Member]:
     for name, where in listed:
         width = len(where)
         if not is_leftover(name, skipped):
-            place[name] = len(numbers)  # an archive that was appended to holds older versions first
+            place[name] = len(numbers)  # the last one counts: appending to an archive leaves older versions
             numbers.extend(where)
     inner, tops = src.relative_to(archive).as_posix(), {name.partition("/")[0] for name in place}
     prefix = f"{tops.pop()}/" if len(tops) == 1 and any(name.count("/") > 1 for name in place) else ""
@@ -76,40 +76,40 @@ def members(src: Path, skipped: Skipped | None = None) -> Iterator[Member]:
         prefix = next((start for start in (f"{inner}/", f"{prefix}{inner}/")
                        if any(name.startswith(start) for name in place)), None)
     if prefix is None:
-        raise InputError(f"--src {src}: {archive} has no folder {inner!r} inside")
+        raise InputError(f"--src {src}: {archive} contains no folder {inner!r}")
     return (Member(name[len(prefix):], partial(read, str(archive), *numbers[place[name] : place[name] + width]))
             for name in sorted(place) if name.startswith(prefix))
 
 
 def is_leftover(name: str, skipped: Skipped | None) -> bool:
-    """Whether a file is none of the data set's, by the names on its path; it goes to `skipped`."""
+    """Whether a file does not belong to the data set, by the names on its path; if so, records it in `skipped`."""
     leftover = any(part.startswith(".") or part in LEFTOVERS for part in name.split("/"))
-    if leftover and skipped is not None and Path(name).name != ".lock":  # of `lock_folder`, where --out lies in --src
+    if leftover and skipped is not None and Path(name).name != ".lock":  # `lock_folder` makes it if --out lies in --src
         skipped.add(name, "hidden, or left by the system")
     return leftover
 
 
 def walk(folder: str, prefix: str = "", skipped: Skipped | None = None, above: frozenset = frozenset()
          ) -> Iterator[Member]:
-    """The files below a folder, sorted by name; linked folders are entered, but for those that they lie in.
+    """The files below a folder, sorted by name; enters linked folders, unless a link leads to one of its parents.
 
-    `above`: the folders on the way here, by device and inode.
+    `above`: the parent folders, as (device, inode).
     """
     try:
-        here = os.stat(folder)
+        status = os.stat(folder)
         with os.scandir(folder) as entries:
-            # a folder sorts as its files' names do, which go on with /
-            found = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
+            # sort folders by the names of their files, which continue with /
+            names = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
     except OSError as error:
         raise InputError(f"--src {folder}: cannot be read ({error.strerror})") from error
-    if (here.st_dev, here.st_ino) in above:
+    if (status.st_dev, status.st_ino) in above:
         if skipped is not None:
-            skipped.add(prefix[:-1], "link in a circle")
+            skipped.add(prefix[:-1], "circular link")
         return
-    for name in found:
+    for name in names:
         path = os.path.join(folder, name)
         if name.endswith("/"):
-            yield from walk(path[:-1], prefix + name, skipped, above | {(here.st_dev, here.st_ino)})
+            yield from walk(path[:-1], prefix + name, skipped, above | {(status.st_dev, status.st_ino)})
         elif is_leftover(prefix + name, skipped):
             continue
         elif os.path.isfile(path):
@@ -119,8 +119,8 @@ def walk(folder: str, prefix: str = "", skipped: Skipped | None = None, above: f
 
 
 def safe_name(where: str, raw: str) -> str:
-    """A member's name with / between its parts; InputError where it points out of the archive or at nothing."""
-    name = raw.replace("\\", "/")  # some Windows tools pack it so
+    """A member's normalised name; InputError if it points outside the archive or is empty."""
+    name = raw.replace("\\", "/")  # as some Windows tools write it
     parts = name.split("/")
     if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in parts or not name.strip("./"):
         raise InputError(f"{where}: member {raw[:200]!r} points out of the archive: refused; get a clean copy")
@@ -128,7 +128,7 @@ def safe_name(where: str, raw: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What a library says is wrong, short enough for a message."""
+    """A library's error message in one short line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -136,7 +136,7 @@ def one_line(error: Exception) -> str:
 
 
 def read_file(path: str | Path) -> bytes:
-    """A whole file; closed again, so that workers hold none."""
+    """The bytes of a file, which is closed again."""
     with open(path, "rb") as file:
         check_size(os.fstat(file.fileno()).st_size)
         return file.read()
@@ -158,20 +158,20 @@ def read_part(url: str, offset: int, size: int) -> bytes:
         if len(data) != size:
             raise OSError(f"{len(data)} of {size} bytes")
     except Exception as error:  # every file system behind fsspec raises its own
-        # not a damaged image that may be left out: the network or the disk is gone
-        raise InputError(f"{url}: cannot be read ({one_line(error)}); the same command goes on later") from error
+        # not BadImage, which would be skipped: the network or the disk has failed
+        raise InputError(f"{url}: cannot be read ({one_line(error)}); the same command later continues") from error
     return data
 
 
 def inflate(path: Path | str, offset: int, packed: int, size: int, crc: int, method: int) -> bytes:
-    """A zip member by its local header; never produces more bytes than the directory of the zip announced."""
+    """A zip member, located by its local header; never inflates to more bytes than the zip's directory declares."""
     check_size(max(packed, size))
     with open(path, "rb") as file:
         file.seek(offset)
         head = file.read(30)
         if len(head) < 30 or not head.startswith(b"PK\3\4"):
             raise BadImage("damaged in its archive")
-        file.seek(sum(struct.unpack("<HH", head[26:])), os.SEEK_CUR)  # over the name and the extra field
+        file.seek(sum(struct.unpack("<HH", head[26:])), os.SEEK_CUR)  # skip the name and the extra field
         data = file.read(packed)
     if method == zipfile.ZIP_DEFLATED:
         try:
@@ -184,7 +184,7 @@ def inflate(path: Path | str, offset: int, packed: int, size: int, crc: int, met
 
 
 def check_size(length: int) -> None:
-    """BadImage where a file is too large to be held in memory by every worker."""
+    """BadImage if a file is too large for every worker to hold one."""
     if length > MAX_BYTES:
         raise BadImage(f"larger than {MAX_BYTES >> 20} MiB")
 
@@ -193,10 +193,10 @@ def check_size(length: int) -> None:
 
 
 def list_archive(path: Path) -> tuple[Callable[..., bytes], Iterator[tuple[str, tuple[int, ...]]]]:
-    """How a zip or a plain tar is read, told apart by content, and what it holds.
+    """A zip or plain tar, recognised by its content.
 
     Returns:
-        A function read(path, *numbers), and the name and the numbers of every regular file.
+        A function read(path, *numbers) -> bytes, and the name and the numbers of every regular file.
     """
     try:
         with open(path, "rb") as file:
@@ -205,8 +205,8 @@ def list_archive(path: Path) -> tuple[Callable[..., bytes], Iterator[tuple[str, 
         raise InputError(f"--src {path}: cannot be read ({error.strerror})") from error
     for magic, kind in COMPRESSED.items():
         if head.startswith(magic):
-            raise InputError(f"--src {path}: compressed with {kind}, in which single images cannot be reached without "
-                             "decompressing all before them: decompress it to a plain .tar first")
+            raise InputError(f"--src {path}: compressed with {kind}, so that single images cannot be read: decompress "
+                             "it to a plain .tar first")
     return (inflate, list_zip(path)) if head[:4] in (b"PK\3\4", b"PK\5\6") else (read_part, list_tar(path))
 
 
@@ -215,11 +215,11 @@ def list_zip(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-    except Exception as error:  # zipfile raises BadZipFile, ValueError, struct.error, UnicodeError, ... by damage
+    except Exception as error:  # by damage: BadZipFile, ValueError, struct.error, UnicodeError, ...
         raise InputError(f"--src {path}: damaged zip ({error}); get a clean copy") from error
     end, total = 0, path.stat().st_size
     for info in sorted(infos, key=lambda info: info.header_offset):
-        kind = info.external_attr >> 28  # the file type of a Unix mode; 0 where the packer noted none
+        kind = info.external_attr >> 28  # the file type of a Unix mode; 0: not recorded
         why = None
         if info.flag_bits & 1:
             why = "is encrypted"
@@ -232,7 +232,7 @@ def list_zip(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
         elif not 0 <= info.header_offset <= total - info.compress_size:
             why = "reaches beyond the end"
         elif info.header_offset < end:
-            why = "overlaps the one before it, as in a decompression bomb"
+            why = "overlaps the previous one, as in a decompression bomb"
         if why:
             raise InputError(f"--src {path}: member {info.filename!r} {why}: refused")
         end = info.header_offset + 30 + len(info.orig_filename) + info.compress_size  # at least: names are encoded
@@ -248,7 +248,7 @@ def list_tar(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 class Headers:
-    """What tarfile reads of a tar that is only listed: its headers, which must not be larger than memory."""
+    """A file through which tarfile lists a tar: refuses to read headers of absurd size into memory."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.seek, self.tell = file, file.seek, file.tell
@@ -260,19 +260,19 @@ class Headers:
 
 
 def walk_tar(file: BinaryIO, where: str) -> Iterator[tuple[str, tuple[int, int]]]:
-    """The files of a plain tar, from front to back: name, and offset and size.
+    """The files of a plain tar in their order: (name, (offset, size)).
 
-    InputError where it is none, a damaged one, or one with a member that must not be read. `file`: seekable; whoever
-    takes the names may read from it in between; `where` it lies, for messages.
+    `file` is seekable; the caller may read from it between two names. `where`: origin of the tar, for messages.
+    InputError if it is not a tar, is damaged, or has a member that must not be read.
     """
     try:
         total, before = file.seek(0, os.SEEK_END), -1
         file.seek(0)
         with tarfile.open(fileobj=Headers(file), mode="r:") as archive:
             while (info := archive.next()) is not None:
-                archive.members.clear()  # tarfile would keep them all, a kilobyte each
+                archive.members.clear()  # tarfile would keep all of them, 1 kB each
                 if info.offset <= before:
-                    raise tarfile.ReadError("its members run in a circle")
+                    raise tarfile.ReadError("its members repeat without end")
                 before = info.offset
                 if not 0 <= info.size <= total - info.offset_data:
                     raise tarfile.ReadError(f"{info.name[:200]!r} is cut off")
@@ -280,22 +280,22 @@ def walk_tar(file: BinaryIO, where: str) -> Iterator[tuple[str, tuple[int, int]]
                     raise InputError(f"{where}: member {info.name[:200]!r} {why}: refused")
                 if info.isreg():
                     yield safe_name(where, info.name), (info.offset_data, info.size)
-            # tarfile takes a damaged header for the end, and what was appended with `cat` does not exist for it
+            # tarfile takes a damaged header for the end and ignores a tar appended with `cat`
             file.seek(archive.offset)
             rest = file.read(1 << 16)
             if len(rest) < tarfile.BLOCKSIZE:
                 raise tarfile.ReadError("it is cut off")
             if rest.strip(b"\0"):
-                raise tarfile.ReadError(f"damaged header at byte {archive.offset}, or a second tar behind it")
+                raise tarfile.ReadError(f"damaged header at byte {archive.offset}, or a second tar after it")
     except InputError:
         raise
-    except Exception as error:  # tarfile raises TarError, ValueError, IndexError, RecursionError, ... by damage
-        raise InputError(f"{where}: neither a zip nor a plain tar that can be read ({one_line(error)}): is the "
-                         "download complete?") from error
+    except Exception as error:  # by damage: TarError, ValueError, IndexError, RecursionError, ...
+        raise InputError(f"{where}: not a readable zip or plain tar ({one_line(error)}): is the download "
+                         "complete?") from error
 
 
 def refusal(info: tarfile.TarInfo) -> str | None:
-    """Why a member of a tar must not be read; None where it may."""
+    """Why a member of a tar must not be read; None if it may be."""
     if info.issym() or info.islnk():
         return "is a link"
     if not (info.isdir() or info.isreg()):

@@ -1,14 +1,14 @@
-"""Sources of whole-body persons: Market-1501 and sets that use its names, MSMT17, sets with changes of clothes, CSV.
+"""Sources of bodies: Market-1501 and sets with its file names, MSMT17, sets with changes of clothes, CSV.
 
-All test splits are re-identification ("reid"): probes are searched in gallery and distractors, and gallery images of
-the probe's person and camera are ignored. Where a set has more published ways of scoring, its protocol lists them under
-"variants"; the first one is what that rule over the split's whole gallery gives. The others need the columns:
+All test splits are scored by re-identification ("reid"): probes are searched in gallery and distractors, and gallery
+images of the probe's person and camera are ignored. If a set has more published ways of scoring, its protocol lists
+them under "variants"; the first is this rule over the whole gallery. The others need the columns camera and clothes:
 
     general         the rule itself (Market-1501)
     cross-clothes   matches: same person, other camera, other clothes; ignored: same person, same camera or clothes
     same-clothes    matches: same person, other camera, same clothes; ignored: same person, same camera or other clothes
-    ... single-shot the gallery is one random image of each person, `draws` times, averaged (mAP means little there)
-    ... single-gallery-shot  the same with draws of its own for every probe, after what is ignored has left (CUHK03)
+    ... single-shot the gallery is one random image per person, averaged over `draws` (mAP means little there)
+    ... single-gallery-shot  the same, drawn for every probe separately after ignored images are removed (CUHK03)
 """
 
 import re
@@ -24,23 +24,23 @@ from data_prep.format import ROLES, Record, Skipped, Source
 from data_prep.sources.folders import OPEN_SET, strangers
 from data_prep.sources.lists import Files, below, check_found, find, images_of, read_lines, read_table
 
-VAL = click.option("--val", is_flag=True, help="Make the test split of the validation images instead.")
+VAL = click.option("--val", is_flag=True, help="Use the validation images for the test split.")
 MARKET_NAME = re.compile(r"[^/]+/(-1|\d+)_c(\d{1,9})[^/]*")
 
 
 def searched(read: Callable[..., Source]) -> Callable[..., Source]:
-    """A source of persons with the option --single-gallery-shot: its gallery is scored by CUHK03's first rule, too."""
+    """Decorator: give a source of bodies the option --single-gallery-shot."""
 
     @click.option("--single-gallery-shot", is_flag=True, default=None,
-                  help="Score a test split by CUHK03's rule too: one drawn gallery image of each person, drawn anew "
-                       "for every probe, ten times.")
+                  help="Also score a test split by CUHK03's rule: one random gallery image per person, drawn for "
+                       "every probe, ten times.")
     @wraps(read)
     def read_all(*arguments, single_gallery_shot: bool | None = None, **options) -> Source:
         source = read(*arguments, **options)
         if not single_gallery_shot:
             return source
         if source.protocol is None:
-            raise InputError("--single-gallery-shot is a way to score a test split: add --part test or leave it out")
+            raise InputError("--single-gallery-shot is for test splits: add --part test or leave it out")
         variants = source.protocol.get("variants", ["general"])
         return replace(source, protocol={"draws": 10} | source.protocol
                        | {"variants": [*variants, f"{variants[0]} single-gallery-shot"]})
@@ -52,16 +52,16 @@ def searched(read: Callable[..., Source]) -> Callable[..., Source]:
 def market(src: Path, domain: str, train: bool) -> Source:
     """Market-1501: `bounding_box_train`, or `query` and `bounding_box_test`; files `0002_c1s1_000451_03.jpg`.
 
-    Person -1 is junk and left out; person 0000 is a distractor: it stays in the gallery, as nobody's match. Cameras
+    Person -1 is junk and left out; images of person 0000 are distractors, gallery images without a match. Cameras
     count from 0. Expected: 12,936 training images; 3,368 queries, 15,913 in the gallery, 3,819 junk. DukeMTMC-reID,
     which its authors have withdrawn, has the same layout: 16,522, 2,228 and 17,661, no junk.
-    Source: the torchreid and fast-reid readers of the two.
+    Source: the readers of torchreid and fast-reid.
     """
     files, records = Files(src), []
     for folder, role in (("bounding_box_train", None),) if train else (("query", 0), ("bounding_box_test", 1)):
         if not any(name.startswith(f"{folder}/") for name in files):
-            raise InputError(f"--src {src}: no folder {folder}; Market-1501 has bounding_box_train, bounding_box_test "
-                             "and query")
+            raise InputError(f"--src {src}: contains no folder {folder}; Market-1501 has bounding_box_train, "
+                             "bounding_box_test and query")
         for match, member in images_of(files, MARKET_NAME, "Market-1501", (f"{folder}/",))[0]:
             distractor = match[1].strip("0") == ""
             if match[1] == "-1":
@@ -75,9 +75,9 @@ def market(src: Path, domain: str, train: bool) -> Source:
 
 
 def reid(src: Path, records: list[Record], train: bool, skipped: Skipped | None = None, **protocol) -> Source:
-    """The source of these records; InputError where a test split lacks probes or a gallery.
+    """The source of these records; InputError if a test split lacks probes or a gallery.
 
-    `skipped`: what did not fit among the files of a folder; None: a list names the images.
+    `skipped`: files of the folders that were left out; None: a list names the images.
     """
     check_found(zip(records), f"--src {src}")
     for role in (0, 1) if not train else ():
@@ -88,7 +88,7 @@ def reid(src: Path, records: list[Record], train: bool, skipped: Skipped | None 
 
 
 def number(values: Iterable) -> Callable[[object], int]:
-    """Numbers for cameras or clothes that have names: their rank among the sorted values."""
+    """Numbers for cameras or clothes with names: a function from a value to its place among the sorted ones."""
     return {value: i for i, value in enumerate(sorted(set(values)))}.__getitem__
 
 
@@ -96,17 +96,17 @@ MSMT17_NAME = re.compile(r"(?:.*/)?\d+_\d+_(\d{1,4})_[^/]*")
 
 
 @searched
-@click.option("--with-val", is_flag=True, help="Add list_val.txt to the training images.")
+@click.option("--with-val", is_flag=True, help="Add the images of list_val.txt to a training split.")
 def msmt17(src: Path, domain: str, train: bool, with_val: bool = False) -> Source:
     """MSMT17: `train`, `test` (V2: `mask_train_v2`, `mask_test_v2`) and `list_{train,val,query,gallery}.txt`.
 
     A line is `0000/0000_000_01_0303morning_0015_0.jpg 0`: path and person; the camera is the third number of the name.
-    30,248 training images of 1,041 people (32,621 with `list_val.txt`, which published numbers leave out), 11,659
-    queries, 82,161 gallery images of 3,060 other people. Both parts count their people from 0, so the part belongs to
-    the identity. Source: the torchreid and fast-reid readers of MSMT17.
+    Both parts number their people from 0, so the part belongs to the identity. Expected: 30,248 training images of
+    1,041 people (32,621 with `list_val.txt`, which published results leave out); 11,659 queries, 82,161 gallery images
+    of 3,060 others. Source: the readers of torchreid and fast-reid.
     """
     if with_val and not train:
-        raise InputError("--with-val adds to the training images: leave it out for a test split")
+        raise InputError("--with-val is for training splits: leave it out")
     part = "train" if train else "test"
     lists = [("train", None), ("val", None)][: 1 + with_val] if train else [("query", 0), ("gallery", 1)]
     files = below(src, "MSMT17 has train, test (V2: mask_train_v2, mask_test_v2) and "
@@ -126,9 +126,9 @@ def msmt17(src: Path, domain: str, train: bool, with_val: bool = False) -> Sourc
 
 
 def need_test(train: bool, val: bool) -> None:
-    """InputError where a set's validation images would become a training split."""
+    """InputError if --val is given for a training split."""
     if train and val:
-        raise InputError("--val makes a test split of the validation images: add --part test or leave it out")
+        raise InputError("--val is for test splits: add --part test or leave it out")
 
 
 PRCC_NAMES = {
@@ -141,15 +141,14 @@ PRCC_NAMES = {
 @searched
 @VAL
 @click.option("--variant", type=click.Choice(["cross-clothes", "same-clothes"]), default="cross-clothes",
-              help="Probes of a test split: camera C or camera B.")
+              help="Probes of a test split: camera C (cross-clothes) or B (same-clothes).")
 def prcc(src: Path, domain: str, train: bool, variant: str, val: bool) -> Source:
     """PRCC: `rgb/{train,val}/<person>/{A,B,C}_*.jpg` and `rgb/test/{A,B,C}/<person>/*.jpg`; A, B, C are the cameras.
 
-    A is the gallery; probes are C (cross-clothes) or B (same-clothes: A and B show one outfit), each a split of
-    its own. The whole gallery is searched (multi-shot, as in published comparisons); the set's own protocol
-    is single-shot. The validation images (--val) show the people of the training images. 17,896 training and 5,002
-    validation images of 150 people; A 3,384, B 3,543, C 3,873 images of 71 others.
-    Source: the reader of Simple-CCReID.
+    A is the gallery; probes are C (cross-clothes) or B (same-clothes: A and B show the same outfit), each in a separate
+    split. The whole gallery is searched (multi-shot, as in published comparisons); the set's original protocol is
+    single-shot. Expected: 17,896 training and 5,002 validation images (--val) of the same 150 people; A 3,384, B 3,543,
+    C 3,873 images of 71 others. Source: the reader of Simple-CCReID.
     """
     need_test(train, val)
     part = "train" if train else "val" if val else "test"
@@ -171,8 +170,8 @@ LTCC_NAME = re.compile(r"(?P<part>train|query|test)/(?P<person>\d+)_(?P<outfit>\
 def ltcc(src: Path, domain: str, train: bool) -> Source:
     """LTCC: `train`, `query`, `test` with `<person>_<outfit>_c<camera>_*.png`.
 
-    9,576 training images of 77 people; 493 queries, 7,050 gallery images of 75 others. General and cloth-changing
-    figures come from the same images. Source: the reader and the metric of Simple-CCReID.
+    The same images are scored as general and cloth-changing. Expected: 9,576 training images of 77 people; 493 queries,
+    7,050 gallery images of 75 others. Source: the reader and the metric of Simple-CCReID.
     """
     parts = ("train",) if train else ("query", "test")
     files = below(src, "LTCC has train, query and test with <person>_<outfit>_c<camera>_*.png", parts[0])
@@ -193,10 +192,10 @@ DEEPCHANGE_LINE = re.compile(r"(?P<name>P(?P<person>\d{1,9})_C\d+_(?P<outfit>[^_
 def deepchange(src: Path, domain: str, train: bool, val: bool = False) -> Source:
     """DeepChange: `train-set`, `{test,val}-set-{query,gallery}`, each with its list `<folder>-bbox.txt`.
 
-    A line is `P<person>_C<camera>_<outfit>_*.jpg,<tracklet>`. The column camera holds the TRACKLET: by the set's own
-    rule a match of the probe's camera counts unless it is of the same tracklet. 75,083 training images of 450 people;
-    17,527 queries and 62,956 gallery images of 521 others; with --val 4,976 and 17,865 of 150 more.
-    Source: the reader of Simple-CCReID.
+    A line is `P<person>_C<camera>_<outfit>_*.jpg,<tracklet>`. The column camera holds the TRACKLET: in this set, a
+    match from the probe's camera counts unless it is from the same tracklet. Expected: 75,083 training images of 450
+    people; 17,527 queries and 62,956 gallery images of 521 others; with --val 4,976 and 17,865 of 150 more. Source: the
+    reader of Simple-CCReID.
     """
     need_test(train, val)
     part = "val" if val else "test"
@@ -220,20 +219,19 @@ def deepchange(src: Path, domain: str, train: bool, val: bool = False) -> Source
 
 
 @searched
-@click.option("--table", metavar="NAME", default="persons.csv", help="Of the CSV, inside the source.")
+@click.option("--table", metavar="NAME", default="persons.csv", help="Name of the CSV inside the source.")
 @OPEN_SET
 def persons(src: Path, domain: str, train: bool, table: str, open_set: float | None = None,
             seed: int = 0) -> Source:
-    """Any set of persons: a CSV `path,person,camera[,clothes][,role]` in the source, and the images that it names.
+    """Any set of bodies: a CSV `path,person,camera[,clothes][,role]` in the source, and the images that it names.
 
-    `role` is train, probe, gallery or distractor (a distractor needs no person and is nobody's match); rows without a
-    role are training images. Cameras and clothes may be any words. The test split is scored as Market-1501; with
-    `open_set`, all images of that share of its people become probes, and TPIR is scored, too.
+    `role` is train (the default), probe, gallery or distractor (no person needed, matches nobody). Cameras and clothes
+    may be any words. A test split is scored like Market-1501; with `--open-set`, all images of a share of its people
+    are probes, and TPIR is scored, too.
     """
     if open_set and train:
-        raise InputError("--open-set says who of a test split is not enrolled: add --part test or leave it out")
-    files = below(src, "the list of persons is a CSV path,person,camera[,clothes][,role]; --table names another one in "
-                       "the source", table)
+        raise InputError("--open-set is for test splits: add --part test or leave it out")
+    files = below(src, "want a CSV path,person,camera[,clothes][,role]; --table gives its name", table)
     rows, lines = [], {}
     for where, row in read_table(src, files, table, ("path", "person", "camera")):
         path, role = row["path"].replace("\\", "/").removeprefix("./"), row.get("role", "") or "train"

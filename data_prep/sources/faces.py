@@ -1,4 +1,4 @@
-"""Sources of faces: test sets of pairs (LFW and its relatives), of templates (IJB-B, IJB-C) and TinyFace."""
+"""Sources of faces: test sets of pairs (LFW and similar ones), of templates (IJB-B, IJB-C) and TinyFace."""
 
 import io
 import math
@@ -24,8 +24,8 @@ from data_prep.write import as_rgb, open_image
 def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, int]]:
     """Parse pairs.txt: ((name, image), (name, image), same, fold) of every pair.
 
-    Line 1 is `folds<TAB>n` (or `n`: one fold); then every fold has n lines `name i j` (same person) and n lines
-    `name1 i name2 j` (different people). Or the same as CSV under a line of column names, as Kaggle has it.
+    Line 1 is `folds<TAB>n` (or `n`: one fold); then each fold has n lines `name i j` (same person) and n lines
+    `name1 i name2 j` (different people). Kaggle's form is CSV with a header instead of line 1.
     """
     lines = listed_lines(path, "--pairs")
     first = lines[0][1] if lines else ""
@@ -41,7 +41,7 @@ def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, 
             raise InputError(f"--pairs {path}, line {number}: want `name i j` or `name1 i name2 j`, "
                              f"found {line[:60]!r}")
         same = int(len(words) == 3)
-        fold += bool(pairs) and same > pairs[-1][2]  # in CSV a fold begins where pairs of one person begin again
+        fold += bool(pairs) and same > pairs[-1][2]  # in CSV a fold begins where genuine pairs begin again
         names = words[0].strip(), words[0 if same else 2].strip()
         pairs.append(((names[0], int(words[1])), (names[1], int(words[-1])), same, fold))
     if comma:
@@ -54,35 +54,35 @@ def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, 
 
 
 def ten_folds(pairs: int) -> list[int]:
-    """The fold of each pair where a list gives none: ten consecutive parts, as scikit-learn's unshuffled KFold."""
+    """The fold of each pair if a list has none: ten consecutive parts, as in scikit-learn's KFold without shuffling."""
     return np.repeat(np.arange(10), [len(part) for part in np.array_split(np.arange(pairs), 10)]).tolist()
 
 
 def deal_folds(same: np.ndarray) -> np.ndarray:
-    """Ten consecutive folds of pairs; every tenth pair where a part would hold one kind alone."""
+    """Ten consecutive folds of pairs; every tenth pair instead, if a fold would lack genuine or impostor pairs."""
     folds = np.array(ten_folds(len(same)), dtype=np.int64)
     return folds if len(set(zip(folds.tolist(), same.tolist(), strict=True))) == 20 else np.arange(len(same)) % 10
 
 
-@click.option("--pairs", type=click.Path(path_type=Path), help="pairs.txt in the format of LFW.")
+@click.option("--pairs", type=click.Path(path_type=Path), help="pairs.txt of LFW or in its format.")
 def lfw(src: Path, domain: str, train: bool, pairs: Path | None = None) -> Source:
     """Labeled Faces in the Wild: person folders `<Name>/<Name>_0001.jpg` and, for a test split, its `pairs.txt`.
 
-    A test split is verified on the pairs, by fold. Expected: 13,233 images of 5,749 people; 6,000 pairs in 10 folds.
-    Source: Huang et al. 2007; facenet, `src/lfw.py`.
+    A test split is scored by verification on the pairs, by fold. Expected: 13,233 images of 5,749 people; 6,000 pairs
+    in 10 folds. Source: Huang et al. 2007; facenet, `src/lfw.py`.
     """
     skipped = Skipped()
     if train:
         if pairs is not None:
-            raise InputError("--pairs goes with a test split: add --part test or leave it out")
+            raise InputError("--pairs is for test splits: add --part test or leave it out")
         return Source((Record(file.read, file.name, name) for name, file in scan(src, skipped)), skipped=skipped)
     if pairs is None:
-        raise InputError("lfw: a test split needs --pairs pairs.txt; without one use the source `folder`, which is "
-                         "scored as identification")
+        raise InputError("lfw: a test split needs --pairs pairs.txt; without one use the source `folder`, whose "
+                         "test splits are scored as identification")
     records, place = [], {}
     for name, member in scan(src, skipped):
         path = PurePosixPath(member.name)
-        # only a picture in the person's own folder, at any depth; MTCNN's aligned ones end in _0
+        # only in a folder named after the person, at any depth; files aligned with MTCNN end in _0
         match = re.fullmatch(re.escape(path.parent.name) + r"_(\d+)(_0)?", path.stem)
         if match:
             name, key = path.parent.name, (path.parent.name, int(match[1]))
@@ -98,7 +98,7 @@ def lfw(src: Path, domain: str, train: bool, pairs: Path | None = None) -> Sourc
                 records.append(Record(absent, f"{name}/{name}_{number:04d}", name))
         listed.append((place[left], place[right], same, fold))
     if not listed:
-        raise InputError(f"--pairs {pairs}: no pairs there")
+        raise InputError(f"--pairs {pairs}: contains no pairs")
     check_found(((records[a], records[b]) for a, b, *_ in listed), f"--pairs {pairs}")
     return Source(records, {"name": "verification", "folds": max(fold for *_, fold in listed) + 1}, listed, skipped)
 
@@ -107,15 +107,15 @@ def lfw(src: Path, domain: str, train: bool, pairs: Path | None = None) -> Sourc
 
 
 FLAGS = {"1": 1, "true": 1, "0": 0, "-1": 0, "false": 0}
-# (left, right, same, fold or None, where it stands)
+# (left, right, same, fold or None, position in the list for messages)
 Pair = tuple[str, str, int, int | None, str]
 
 
 def list_pairs(path: Path) -> list[Pair]:
-    """The pairs of a list in one of the usual styles, told apart by the first line.
+    """The pairs of a list in one of the usual formats, recognised by the first line.
 
     `left,right,same[,fold]`, with a header or not; `same left right` (the `*_ann.txt` of AgeDB-30, CALFW, CPLFW);
-    `name same`, two lines a pair (CALFW's and CPLFW's own lists). Fields are separated by commas, tabs or blanks.
+    `name same`, two lines per pair (the original lists of CALFW and CPLFW). Separators are commas, tabs or blanks.
     """
     lines, flags = listed_lines(path, "--pairs"), FLAGS
     mark = next((mark for mark in (",", "\t") if lines and mark in lines[0][1]), None)
@@ -125,9 +125,9 @@ def list_pairs(path: Path) -> list[Pair]:
     first = rows[0][1] if rows else []
     if len(first) == 2:
         if len(rows) % 2:
-            raise InputError(f"--pairs {path}: {len(rows)} lines of `name same`: want two for every pair")
+            raise InputError(f"--pairs {path}: {len(rows)} lines of `name same`: want two per pair")
         rows = [(number, [*a[:-1], *b]) for (number, a), (_, b) in zip(rows[::2], rows[1::2], strict=True)]
-        flags = {str(fold): 1 for fold in range(2, 11)} | FLAGS  # CALFW gives genuine pairs their fold instead of 1
+        flags = {str(fold): 1 for fold in range(2, 11)} | FLAGS  # CALFW has the fold of a genuine pair instead of 1
     elif len(first) == 3 and first[0].lower() in flags and first[2].lower() not in flags:
         rows = [(number, [*row[1:], row[0]]) for number, row in rows]
     pairs = []
@@ -144,7 +144,7 @@ def list_pairs(path: Path) -> list[Pair]:
 def cfp_pairs(src: Path, files: dict[str, Member], kind: str) -> list[Pair]:
     """The pairs of Celebrities in Frontal-Profile: `Protocol/Split/FP/01/same.txt` has lines `i,j`.
 
-    They count from 1 in `Protocol/Pair_list_F.txt` and, for FP on the right, `Pair_list_P.txt`: `1 ../Data/...`.
+    i and j number, from 1, the lines `1 ../Data/...` of `Protocol/Pair_list_F.txt` and, for j of FP, `Pair_list_P.txt`.
     """
     names = {}
     for side in "FP":
@@ -163,8 +163,8 @@ def cfp_pairs(src: Path, files: dict[str, Member], kind: str) -> list[Pair]:
 
 
 def join(count: int, links: Iterable[tuple[int, int]]) -> list[int]:
-    """For each of `count` items the first item that it is linked with, directly or through others."""
-    from scipy.sparse import coo_array  # here, because it takes a second
+    """For each of `count` items, the first one in its connected component of `links`."""
+    from scipy.sparse import coo_array  # imported late: it takes a second
     from scipy.sparse.csgraph import connected_components
 
     a, b = np.array(list(links), dtype=np.int64).reshape(-1, 2).T
@@ -174,10 +174,9 @@ def join(count: int, links: Iterable[tuple[int, int]]) -> list[int]:
 
 
 def name_people(names: list[str], pairs: list[tuple[int, int, int, int]]) -> list[str]:
-    """The person on each image: by folder or file name if these agree with all pairs, else as the pairs link them.
+    """The person on each image: from folder or file names if these agree with all pairs, otherwise as pairs link them.
 
-    Folders are tried from the outermost on; file names as AgeDB (`7_Name_35_f.jpg`) and LFW (`Name_0001.jpg`) have
-    them.
+    Tries folders from the outermost inwards, then file names as in AgeDB (`7_Name_35_f.jpg`) and LFW (`Name_0001.jpg`).
     """
     folders, stems = [name.split("/")[:-1] for name in names], [PurePosixPath(name).stem for name in names]
     guesses = [["/".join(parts[: depth + 1]) for parts in folders] for depth in range(min(map(len, folders)))]
@@ -189,29 +188,30 @@ def name_people(names: list[str], pairs: list[tuple[int, int, int, int]]) -> lis
     linked = join(len(names), ((a, b) for a, b, same, _ in pairs if same))
     if wrong := [(a, b) for a, b, same, _ in pairs if not same and linked[a] == linked[b]]:
         raise InputError(f"--pairs: {names[wrong[0][0]]!r} and {names[wrong[0][1]]!r} are one person by some lines and "
-                         "two by another: correct the list")
+                         "different people by another: correct the list")
     return [names[i] for i in linked]
 
 
-@click.option("--pairs", type=click.Path(path_type=Path), required=True, metavar="FILE|FP|FF", help="List of pairs.")
+@click.option("--pairs", type=click.Path(path_type=Path), required=True, metavar="FILE|FP|FF",
+              help="List of pairs; FP or FF: the lists of CFP.")
 def pairs(src: Path, domain: str, train: bool, pairs: Path) -> Source:
     """Images with a list of pairs: AgeDB-30, CALFW, CPLFW, CFP-FP, CFP-FF, or your own `left,right,same[,fold]`.
 
-    `--pairs` is the list, as CSV or in the styles of those sets, with names relative to --src; or FP or FF, where --src
-    is CFP itself (`Data/Images/001/frontal/01.jpg`, `Protocol/Split/...`). Without folds, pairs are scored in ten
-    consecutive parts, or dealt into ten where a part would hold one kind alone. Only listed images are written.
+    `--pairs` is the list, as CSV or in the formats of those sets, with names relative to --src; or FP or FF, if --src
+    is CFP itself (`Data/Images/001/frontal/01.jpg`, `Protocol/Split/...`). Without folds, ten consecutive parts are the
+    folds, or every tenth pair if a part would lack genuine or impostor pairs. Only listed images are written.
     Expected: AgeDB-30, CALFW, CPLFW 6,000 pairs, CFP-FP and CFP-FF 7,000 each.
     Source: Moschoglou et al. 2017; Zheng et al. 2017, 2018; Sengupta et al. 2016.
     """
     if train:
-        raise InputError("pairs: a list of pairs makes a test split: add --part test")
+        raise InputError("pairs: a list of pairs is a test split: add --part test")
     files = Files(src)
     if str(pairs) in ("FF", "FP") and any(name.startswith(f"Protocol/Split/{pairs}/") for name in files):
         listed = cfp_pairs(src, files, str(pairs))
     else:
         listed = list_pairs(pairs)
     if not listed:
-        raise InputError(f"--pairs {pairs}: no pairs there")
+        raise InputError(f"--pairs {pairs}: contains no pairs")
     rows, place = [], {}
     for left, right, same, fold, where in listed:
         ends = [find(files, name, where).name for name in (left, right)]
@@ -234,8 +234,8 @@ def pairs(src: Path, domain: str, train: bool, pairs: Path) -> Source:
 def tinyface(src: Path, domain: str, train: bool) -> Source:
     """TinyFace: `Training_Set/<id>/*.jpg`; `Testing_Set/{Probe,Gallery_Match,Gallery_Distractor}/*.jpg`.
 
-    The person of a probe or match is the number before the first _ of its file name; distractors are nobody's match. A
-    test split is scored as closed-set identification, distractors in the gallery. Expected: 7,804 training images of
+    The person of a probe or match is the number before the first _ of its file name; distractors match nobody. A test
+    split is scored as closed-set identification, with distractors in the gallery. Expected: 7,804 training images of
     2,570 people; 3,728 probes, 4,443 matches, 153,428 distractors.
     Source: Cheng et al. 2018; AdaFace, `validation_lq/tinyface_helper.py`.
     """
@@ -243,32 +243,32 @@ def tinyface(src: Path, domain: str, train: bool) -> Source:
     pattern = (r"Training_Set/(?P<person>[^/]+)/.+" if train else
                r"Testing_Set/(?P<kind>Gallery_Distractor/.+|(Probe|Gallery_Match)/(?P<person>\d+)_.*)")
     folders = ("Training_Set/",) if train else tuple(f"Testing_Set/{kind}/" for kind in kinds)
-    found, skipped = images_of(Files(src), re.compile(pattern), "TinyFace", folders)
+    matches, skipped = images_of(Files(src), re.compile(pattern), "TinyFace", folders)
     records = [Record(member.read, member.name, m["person"],
-                      role=None if train else kinds.index(m["kind"].partition("/")[0])) for m, member in found]
+                      role=None if train else kinds.index(m["kind"].partition("/")[0])) for m, member in matches]
     if not records or (not train and {record.role for record in records} < {0, 1}):
-        raise InputError(f"--src {src}: no images of TinyFace; want Training_Set/<id>/ and Testing_Set/ with Probe, "
-                         "Gallery_Match and Gallery_Distractor")
+        raise InputError(f"--src {src}: no images of TinyFace in it; want Training_Set/<id>/ and Testing_Set/ with "
+                         "Probe, Gallery_Match and Gallery_Distractor")
     return Source(records, None if train else {"name": "identification"}, skipped=skipped)
 
 
 # ---------------------------------------------------------------- templates
 
 
-# where the eyes, the tip of the nose and the corners of the mouth come to lie in an aligned face of 112 x 112 pixels
+# positions of eyes, tip of the nose and corners of the mouth in an aligned face of 112 x 112 pixels
 LANDMARKS = np.array([38.2946 + 51.6963j, 73.5318 + 51.5014j, 56.0252 + 71.7366j, 41.5493 + 92.3655j,
                       70.7299 + 92.2041j])  # as x + i y
 
 
 def align(read: Callable[[], bytes], points: tuple[float, ...]) -> bytes:
-    """A face as an aligned image of 112 x 112 pixels, black where the picture ends.
+    """A face aligned to 112 x 112 pixels, black outside the picture.
 
-    The similarity that fits best: least squares of w = s z + t over the points z, as complex numbers x + i y.
+    The similarity transform is the least-squares fit of w = s z + t over the points z, as complex numbers x + i y.
     Source: insightface, `face_align.py`.
 
     Args:
-        read: the bytes of the picture.
-        points: x and y of five landmarks, in pixels (0 is the centre of the first).
+        read: returns the encoded picture.
+        points: x and y of five landmarks, in pixels (0: centre of the first pixel).
     """
     image, _ = open_image(read())
     z = np.array(points[::2]) + 1j * np.array(points[1::2])
@@ -277,7 +277,7 @@ def align(read: Callable[[], bytes], points: tuple[float, ...]) -> bytes:
     s = (centred.conj() * LANDMARKS).sum() / spread if spread > 0 else 0.0
     if not (np.isfinite(s) and abs(s) > 1e-6):
         raise BadImage("landmarks that are no face")
-    half = 0.5 + 0.5j  # Pillow counts from the corner of the first pixel
+    half = 0.5 + 0.5j  # Pillow's 0 is the corner of the first pixel
     back, shift = 1 / s, z.mean() - (LANDMARKS.mean() + half) / s + half
     turn = (back.real, -back.imag, shift.real, back.imag, back.real, shift.imag)
     out = io.BytesIO()
@@ -286,7 +286,7 @@ def align(read: Callable[[], bytes], points: tuple[float, ...]) -> bytes:
 
 
 def whole(text: str) -> int:
-    """A number of a list, 0 to 2³¹ - 1: -1 stands for a missing one in the columns."""
+    """An integer of a list, 0 to 2³¹ - 1: in the columns, -1 means no value."""
     if not 0 <= (value := int(text)) < 1 << 31:
         raise ValueError(text)
     return value
@@ -300,7 +300,7 @@ def number(text: str) -> float:
 
 def read_numbers(src: Path, files: dict[str, Member], name: str, kinds: tuple[Callable, ...], mark: str | None = None
                  ) -> Iterator[tuple]:
-    """The first fields of every line of a list, each of its kind; between marks other than blanks under a header."""
+    """The first fields of every line of a list, parsed by `kinds`; with a `mark` as separator, there is a header."""
     for place, (where, line) in enumerate(read_lines(src, files, name)):
         if place or not mark:
             fields = line.split(mark)[: len(kinds)]
@@ -312,7 +312,7 @@ def read_numbers(src: Path, files: dict[str, Member], name: str, kinds: tuple[Ca
 
 
 def read_template_pairs(member: Member) -> np.ndarray:
-    """`template template same` lines, int64 [P, 3]; IJB-C has 15 million, too many to become tuples."""
+    """`template template same` lines, int64 [P, 3]; an array, because IJB-C has 15 million."""
     try:
         data = member.read() or b"nothing"
         pairs = np.loadtxt(io.BytesIO(data), dtype=np.int64, ndmin=2, comments=None)
@@ -324,7 +324,7 @@ def read_template_pairs(member: Member) -> np.ndarray:
 
 
 def template_people(templates: set[int], genuine: list[list[int]], subjects: dict[int, int]) -> dict[int, str]:
-    """The person of each template: its subject in the 1:N lists, else that of one it is paired with, or its own."""
+    """The person of each template: its subject in the 1:N lists, that of a template it is paired with, or a new one."""
     ids = sorted(templates | {template for pair in genuine for template in pair})
     place = {template: i for i, template in enumerate(ids)}
     linked = join(len(ids), ((place[a], place[b]) for a, b in genuine))
@@ -335,23 +335,23 @@ def template_people(templates: set[int], genuine: list[list[int]], subjects: dic
 
 
 def ijb(src: Path, domain: str, train: bool) -> Source:
-    """IJB-B and IJB-C as InsightFace packs them: `loose_crop/<n>.jpg` or `aligned/<n>.jpg`, and `meta/ijbc_*.txt`.
+    """IJB-B and IJB-C as packed by InsightFace: `loose_crop/<n>.jpg` or `aligned/<n>.jpg`, and `meta/ijbc_*.txt`.
 
-    Loose crops are aligned by their five landmarks. Every image has its template, its media and the detector's score
-    (column `quality`). The lists `template_pairs`, `template_gallery` and `template_probes` of the split hold the 1:1
-    protocol and, where `meta` has it, the 1:N protocol. Expected: IJB-B 227,630 images, 12,115 templates, 8,010,270
+    Loose crops are aligned by their five landmarks. Every image has a template, a media number and the detector's score
+    (column `quality`). The lists `template_pairs`, `template_gallery` and `template_probes` hold the 1:1 protocol and,
+    if `meta` has it, the 1:N protocol. Expected: IJB-B 227,630 images, 12,115 templates, 8,010,270
     pairs; IJB-C 469,375 images, 23,124 templates, 15,658,489 pairs, galleries of 1,772 and 1,759 templates, 19,593
     probes.
     Source: insightface, `_evaluation_/ijb/ijb_evals.py`.
     """
     if train:
-        raise InputError("ijb: a set of templates is a test split: add --part test")
+        raise InputError("ijb: IJB-B and IJB-C are test splits: add --part test")
     files = Files(src)
-    found = [re.fullmatch(r"(meta/\w+_)face_tid_mid\.txt", name) for name in files]
-    stem = next((match[1] for match in found if match), None)
+    matches = [re.fullmatch(r"(meta/\w+_)face_tid_mid\.txt", name) for name in files]
+    stem = next((match[1] for match in matches if match), None)
     if stem is None or f"{stem}template_pair_label.txt" not in files:
         raise InputError(f"--src {src}: no meta/ijbc_face_tid_mid.txt and meta/ijbc_template_pair_label.txt (or ijbb): "
-                         "IJB-B and IJB-C are two sources, each a folder of its own")
+                         "prepare IJB-B and IJB-C separately, each from its own folder")
     images = list(read_numbers(src, files, f"{stem}face_tid_mid.txt", (str, whole, whole)))
     landmarks = f"{stem}name_5pts_score.txt"
     faces = {name: rest for name, *rest in read_numbers(src, files, landmarks, (str, *[number] * 11))
@@ -362,7 +362,7 @@ def ijb(src: Path, domain: str, train: bool) -> Source:
     lists = {kind: [dict(read_numbers(src, files, name, (whole, whole), ",")) for name in sorted(files)
                     if re.fullmatch(rf"{stem}1N_{kind}\.csv", name)] for kind in (r"gallery_[GS]\d", "probe_mixed")}
     galleries, probes = lists.values()
-    subjects = {template: subject for found in galleries + probes for template, subject in found.items()}
+    subjects = {template: subject for table in galleries + probes for template, subject in table.items()}
     missing = sum(f"{crops}/{name}" not in files for name, _, _ in images)
     if 2 * missing > len(images):
         raise InputError(f"{stem}face_tid_mid.txt: {missing:,} of {len(images):,} images are not in {crops}: "
@@ -376,15 +376,15 @@ def ijb(src: Path, domain: str, train: bool) -> Source:
                 yield Record(absent, f"{crops}/{name}", people[template], template=template, media=media)
                 continue
             if crops == "loose_crop" and name not in faces:
-                raise InputError(f"{stem}name_5pts_score.txt: no landmarks for {name!r}, without which a loose crop "
-                                 "cannot be aligned")
+                raise InputError(f"{stem}name_5pts_score.txt: no landmarks for {name!r}, which aligning a loose crop "
+                                 "needs")
             *points, score = faces.get(name, (None,))
             read = partial(align, member.read, tuple(points)) if crops == "loose_crop" else member.read
             yield Record(read, member.name, people[template], template=template, media=media, quality=score)
 
     tables = {"template_pairs": pairs}
     if galleries and probes:
-        tables["template_gallery"] = np.array([(t, g) for g, found in enumerate(galleries) for t in sorted(found)])
-        tables["template_probes"] = np.array([[t] for found in probes for t in sorted(found)])
+        tables["template_gallery"] = np.array([(t, g) for g, table in enumerate(galleries) for t in sorted(table)])
+        tables["template_probes"] = np.array([[t] for table in probes for t in sorted(table)])
     protocol = {"name": "templates", "pairs": len(pairs), "galleries": len(galleries) if probes else 0}
     return Source(records(), protocol, tables=tables, listed=True)

@@ -1,4 +1,4 @@
-"""Sources of class folders: one folder a class or person, images anywhere below it (ImageFolder layout)."""
+"""Sources of class folders: one folder per class or person, with images at any depth (ImageFolder layout)."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -16,23 +16,23 @@ from data_prep.records import Records, draw, listed_lines, rank_in_group
 from data_prep.sources.archives import Member, is_leftover, members
 
 REFERENCE = click.option("--reference", metavar="SPLIT",
-                         help="Objects: split whose images classify a test split, by class means and neighbours "
+                         help="Objects: split whose class means and nearest neighbours classify a test split "
                               "(default: train).")
 OOD = click.option("--ood", is_flag=True,
-                   help="Objects: mark a test split as out of distribution, for its retention.")
+                   help="Objects: mark a test split as out of distribution, so that its retention is scored.")
 OPEN_SET = click.option("--open-set", type=Number(0, 1, min_open=True, max_open=True), metavar="SHARE",
-                        help="People: leave this share of a test split's identities out of the gallery; their images "
-                             "are probes without a mate, which TPIR@FPIR needs. By --seed and name.")
+                        help="People: share of a test split's identities, chosen by name and --seed, without gallery "
+                             "images; their images are probes without a mate, as TPIR@FPIR needs.")
 
 
 @cache
 def image_suffixes() -> frozenset[str]:
-    """Lower-case file endings of the formats that are read, with their dot."""
+    """Lower-case file extensions of the readable formats, with the dot."""
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in READABLE)
 
 
 def is_image(member: Member, skipped: Skipped) -> bool:
-    """Whether a file is an image by its name; if not, it goes to `skipped`."""
+    """Whether a file is an image by its extension; if not, records it in `skipped`."""
     image = PurePosixPath(member.name).suffix.lower() in image_suffixes()
     if not image:
         skipped.add(member.name, "not an image by its name")
@@ -40,7 +40,7 @@ def is_image(member: Member, skipped: Skipped) -> bool:
 
 
 def unwrap(src: Path) -> Path:
-    """The folder of class folders: src, or what lies in it alone, folder in folder, as many sets are packed."""
+    """The folder of the class folders: src, or the innermost of nested single folders, as many sets have them."""
     while src.is_dir():
         inside = [path for path in src.iterdir() if not is_leftover(path.name, None)]
         folders = [path for path in inside if path.is_dir()]
@@ -53,11 +53,11 @@ def unwrap(src: Path) -> Path:
 
 
 def scan(src: Path, skipped: Skipped) -> Iterator[tuple[str, Member]]:
-    """All images below src as (class folder, file), sorted; files left out go to `skipped`."""
+    """All images below src as (class folder, file), sorted; records other files in `skipped`."""
     if (inner := unwrap(src)) != src:
-        print(f"  class folders are those of {inner}")
+        print(f"  using the class folders in {inner}")
     images, start = (member for member in members(inner, skipped) if is_image(member, skipped)), 0
-    if not src.is_dir():  # an archive may wrap more than `members` unwraps
+    if not src.is_dir():  # `members` unwraps only one level of an archive
         images = list(images)
         while len({member.name[start:].partition("/")[0] for member in images}) == 1 and any(
                 member.name.count("/", start) > 1 for member in images):
@@ -74,17 +74,17 @@ SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testi
 
 
 def check_classes(records: Records, src: Path) -> None:
-    """InputError where what would be classes are the parts of a data set, or data sets side by side.
+    """InputError if the class folders look like parts of a data set (train, val), or like several data sets.
 
-    The latter by a sample of the images: nearly all lie in folders below their class's, of which every class has
-    several, and the classes are few, or fewer than such folders of a class (people may have a folder a video).
+    They look like data sets if, in a sample, nearly all images lie in subfolders, every class has several of these, and
+    there are few classes, or fewer than subfolders per class (people may have one folder per video).
     """
     names, first = records.identities, records[0]
     where = f"{unwrap(src)}{f'/{first.name}'.partition(f'/{first.identity}/')[0]}"
     parts = sorted(name for name in names if name.lower() in SPLIT_NAMES)
-    if len(parts) > 1 or len(parts) == len(names) == 1:  # one among others may be a railway's
-        raise InputError(f"--src {src}: its classes would be {', '.join(parts)}, which are the parts of a data set: "
-                         f"give one of them, --src {where}/{parts[0]}, and each its own --out")
+    if len(parts) > 1 or len(parts) == len(names) == 1:  # a single `train` among others may be a class
+        raise InputError(f"--src {src}: its classes would be {', '.join(parts)}, which are parts of a data set: "
+                         f"prepare each with its own --out, first --src {where}/{parts[0]}")
     inner = defaultdict(Counter)  # class -> folder below it -> images
     for i in np.unique(np.linspace(0, len(records) - 1, min(len(records), 4096), dtype=int)):
         record = records[i]
@@ -95,23 +95,23 @@ def check_classes(records: Records, src: Path) -> None:
         return
     text = f"{len(inner):,} folders, {', '.join(list(inner)[:3])}{', ...' * (len(inner) > 3)}, hold {count:,} folders"
     if len(inner) > 10 and count < len(inner) ** 2:
-        print(f"  note: {text} of images: they are taken for {len(inner):,} classes")
+        print(f"  note: {text} of images: they are taken as {len(inner):,} classes")
         return
-    raise InputError(f"--src {src}: {text} of images, as data sets side by side do: give one of them, --src "
-                     f"{where}/{first.identity}, and each its own --out (`merge` joins them); if these {len(inner):,} "
-                     "are the classes, name them in --list FILE")
+    raise InputError(f"--src {src}: {text} of images, like several data sets: prepare each with its own --out, "
+                     f"first --src {where}/{first.identity} (`merge` merges them); if these {len(inner):,} are the "
+                     "classes, name them in --list FILE")
 
 
 def strangers(names: list[str], share: float, seed: int) -> np.ndarray:
-    """Which identities are not enrolled, bool [C]: so many of all, each by its name and the seed alone."""
+    """Which identities are not enrolled, bool [C]: about this share, each by its name and the seed alone."""
     return np.array([draw(seed, f"open set\0{name}") < share for name in names], dtype=bool)
 
 
 def deal_roles(labels: np.ndarray, names: list[str], open_set: float = 0.0, seed: int = 0) -> np.ndarray:
-    """Roles of a search: an identity's first image is the gallery, later ones probes, a lone one a distractor.
+    """Roles for identification: an identity's first image is gallery, later ones are probes, a single one a distractor.
 
-    All images of the strangers (`open_set`: their share among the names, chosen by `seed`) are probes. `labels`: of the
-    images that could be read, in source order, int64 [M].
+    `labels`: of the readable images in source order, int64 [M]; `names`: of the identities; `open_set`: share of them,
+    drawn with `seed`, that is not enrolled: all of their images are probes.
     """
     several = np.bincount(labels, minlength=len(names)) > 1
     roles = np.where(rank_in_group(labels) > 0, 0, np.where(several[labels], 1, 2))
@@ -120,12 +120,12 @@ def deal_roles(labels: np.ndarray, names: list[str], open_set: float = 0.0, seed
 
 def labelled(records: Iterable[Record], domain: str, train: bool, skipped: Skipped, names: dict[str, str],
              reference: str | None = None, ood: bool = False, **protocol) -> Source:
-    """Labelled images as a split: for training, or scored as classification (objects) or identification (people).
+    """A source of labelled images: for training, or scored as classification (objects) or identification (people).
 
-    `records` may be an iterator that fills `skipped` and `names` as it goes.
+    `records` may be an iterator that fills `skipped` and `names`.
     """
     if (ood or reference) and (train or domain != "object"):
-        raise InputError("--reference and --ood say how a test split of objects is scored: leave them out here")
+        raise InputError("--reference and --ood are for test splits of objects: leave them out")
     if train:
         return Source(records, skipped=skipped, names=names)
     if domain == "object":
@@ -135,7 +135,7 @@ def labelled(records: Iterable[Record], domain: str, train: bool, skipped: Skipp
 
 
 def read_names(path: Path | None) -> dict[str, str]:
-    """`folder<TAB>name` lines: the names that people and prompts use for class folders."""
+    """Readable names of class folders, also for prompts, from `folder<TAB>name` lines."""
     names = {}
     for number, line in listed_lines(path, "--names") if path else ():
         folder, tab, name = line.partition("\t")
@@ -153,13 +153,13 @@ def folder(src: Path, domain: str, train: bool, names: Path | None = None, refer
            ood: bool = False, open_set: float | None = None, seed: int = 0) -> Source:
     """Class folders: `<class or person>/**/image`.
 
-    A test split is scored as classification (objects; class means and neighbours come from the split `reference` of
-    the same domain; `ood` marks a split as out of distribution) or as identification (faces and bodies: of the images
-    that can be read, a person's first is the gallery, the others are probes; people with a single one are distractors;
-    with `open_set`, that share of the people has no image in the gallery, and all of theirs are probes).
+    A test split of objects is scored as classification, by class means and neighbours from the split `--reference` of
+    its domain; `--ood` marks it as out of distribution. One of faces or bodies is scored as identification: a person's
+    first readable image is the gallery, the others are probes; people with one image are distractors; `--open-set`:
+    a share of the people is not enrolled, and all of their images are probes.
     """
     if open_set and (train or domain == "object"):
-        raise InputError("--open-set says which people of a test split are not enrolled: leave it out here")
+        raise InputError("--open-set is for test splits of people: leave it out")
     skipped = Skipped()
     records = (Record(member.read, member.name, name) for name, member in scan(src, skipped))
     source = labelled(records, domain, train, skipped, read_names(names), reference, ood)

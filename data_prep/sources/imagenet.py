@@ -1,7 +1,7 @@
 """Sources of objects: ImageNet and the test sets that share its classes.
 
-An ImageNet class is its wnid, whatever a set calls it, so a test set of some of the classes is scored among those. Its
-number, where a set uses numbers, is the rank of the wnid among the sorted thousand.
+Wnids name the classes of all sets, so that a test set is scored among the classes that it has. A class number is the
+place of the wnid among the sorted thousand.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ from data_prep.sources.folders import REFERENCE, labelled
 from data_prep.sources.lists import Files, below, images_of, match_images, place_of, read_json, read_lines, read_table
 from data_prep.write import as_rgb, open_image
 
-LARGEST_LABELS = 2**24  # bytes of a list of labels; ReaL's has 630,000
+LARGEST_LABELS = 2**24  # bytes of ReaL's real.json, which has 630,000
 
 
 @cache
 def imagenet_classes() -> dict[str, str]:
-    """The thousand classes of ImageNet-1k in their order: wnid -> name for people and prompts (open_clip's choice)."""
-    from open_clip import IMAGENET_CLASSNAMES  # here, because both packages take seconds to import
+    """The classes of ImageNet-1k in order: wnid -> readable name, also for prompts (as in open_clip)."""
+    from open_clip import IMAGENET_CLASSNAMES  # imported late: both packages take seconds
     from timm.data import ImageNetInfo
 
     return dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES, strict=True))
@@ -44,18 +44,18 @@ def imagenet_wnids() -> list[str]:
 
 
 def need_objects(domain: str, train: bool = False) -> None:
-    """InputError where a set of objects is to be written as people, or a test set as a training split."""
+    """InputError if objects would be written as people, or a test set (`train`) as a training split."""
     if domain != "object":
         raise InputError(f"these are objects, not {domain}: write them to DATA/object/<split>")
     if train:
-        raise InputError("this is a test set, not to be trained on: write it to another <split>, or add --part test")
+        raise InputError("this set is for testing only: write it to another <split>, or add --part test")
 
 
 KAGGLE_LISTS = ("LOC_val_solution.csv", "LOC_synset_mapping.txt")
 
 
 def read_real(path: Path) -> list[list[str]]:
-    """ReaL's labels: the wnids that are right for the validation images 1..50000, of some none.
+    """ReaL's labels: the correct wnids of the validation images 1..50000; some have none.
 
     Source: Beyer et al. 2020, real.json: a list of lists of class numbers.
     """
@@ -74,24 +74,24 @@ def read_real(path: Path) -> list[list[str]]:
     return [[wnids[k] for k in row] for row in table]
 
 
-def with_real(read: Callable[[], bytes], wnids: list[str]) -> tuple[bytes, dict]:
-    """An image and, for its JSON, the classes that ReaL finds in it."""
-    return read(), {"real": wnids}
+def with_fields(read: Callable[[], bytes], fields: dict) -> tuple[bytes, dict]:
+    """An image and further fields for its JSON."""
+    return read(), fields
 
 
 @REFERENCE
 @click.option("--real", type=click.Path(path_type=Path), metavar="FILE",
-              help="A validation split: real.json with the labels of ReaL.")
+              help="real.json: adds the labels of ReaL to a validation split.")
 def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, real: Path | None = None) -> Source:
     """ImageNet-1k: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`, or Kaggle's `ILSVRC/Data/CLS-LOC/{train,val}`.
 
-    Kaggle's `val` is flat; its classes stand in `LOC_val_solution.csv` beside `ILSVRC`. 1,281,167 training and 50,000
-    validation images of 1,000 classes; any subset of them is taken as it is. --real adds the labels of ReaL, of which
-    an image may have several, or none. Source: the image-net.org and Kaggle layouts.
+    Kaggle's `val` is flat; `LOC_val_solution.csv` beside `ILSVRC` has its classes. Expected: 1,281,167 training and
+    50,000 validation images of 1,000 classes; subsets are accepted. --real adds the labels of ReaL, of which an image
+    may have several or none. Source: the image-net.org and Kaggle layouts.
     """
     need_objects(domain)
     if real and train:
-        raise InputError("--real: these are labels of the validation images: leave it out of a training split")
+        raise InputError("--real has labels of validation images: leave it out for a training split")
     part = "train" if train else "val"
     top, folder = place_of(src, "ImageNet has train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or ILSVRC/Data/CLS-LOC",
                            f"ILSVRC/Data/CLS-LOC/{part}", part)
@@ -118,23 +118,23 @@ def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, 
                 raise InputError(f"{src}/{member.name}: neither in a wnid folder nor in {solution}")
             if not wnid:
                 raise InputError(f"--src {src}: images of {part} are not in wnid folders; put {KAGGLE_LISTS[0]} beside "
-                                 f"{folder.partition('/')[0]}, which says their classes")
+                                 f"{folder.partition('/')[0]} to give their classes")
             if real:
                 number = re.fullmatch(r"ILSVRC2012_val_(\d{8})", m["image"])
                 if not number or not 1 <= int(number[1]) <= len(labels):
-                    raise InputError(f"--real {real}: {member.name}: not named like ILSVRC2012_val_00000001, up to the "
-                                     f"{len(labels):,} images of the list")
-                read = partial(with_real, read, labels[int(number[1]) - 1])
+                    raise InputError(f"--real {real}: {member.name}: want a name like ILSVRC2012_val_00000001, up to "
+                                     f"{len(labels):,}, the images of the list")
+                read = partial(with_fields, read, {"real": labels[int(number[1]) - 1]})
             yield Record(read, member.name, wnid)
 
     return labelled(records(), domain, train, skipped, names | imagenet_classes(), reference, **extra)
 
 
 def wnid_folders(src: Path, domain: str, train: bool, reference: str | None, kind: str, classes: int) -> Source:
-    """A test set in wnid folders, `<wnid>/<image>`, of at most so many classes."""
+    """A test set in wnid folders, `<wnid>/<image>`, with at most `classes` classes."""
     need_objects(domain, train)
-    found, skipped = images_of(Files(src), re.compile(r"(?:.*/)?(n\d{8})/[^/]+"), kind)
-    records = [Record(member.read, member.name, m[1]) for m, member in found]
+    matches, skipped = images_of(Files(src), re.compile(r"(?:.*/)?(n\d{8})/[^/]+"), kind)
+    records = [Record(member.read, member.name, m[1]) for m, member in matches]
     if unknown := sorted({record.identity for record in records} - set(imagenet_wnids())):
         raise InputError(f"--src {src}: {unknown[0]} is not one of the 1,000 classes of ImageNet-1k")
     if (n := len({record.identity for record in records})) > classes:
@@ -146,7 +146,7 @@ def wnid_folders(src: Path, domain: str, train: bool, reference: str | None, kin
 def imagenet_a(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
     """ImageNet-A (natural adversarial examples): `imagenet-a/<wnid>/*.jpg`.
 
-    7,500 images of 200 classes; out of distribution. Source: Hendrycks et al., CVPR 2021.
+    Scored as out of distribution. Expected: 7,500 images of 200 classes. Source: Hendrycks et al., CVPR 2021.
     """
     return wnid_folders(src, domain, train, reference, "ImageNet-A", 200)
 
@@ -155,7 +155,7 @@ def imagenet_a(src: Path, domain: str, train: bool, reference: str | None = None
 def imagenet_r(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
     """ImageNet-R (renditions): `imagenet-r/<wnid>/*`.
 
-    30,000 images of 200 classes; out of distribution. Source: Hendrycks et al., ICCV 2021.
+    Scored as out of distribution. Expected: 30,000 images of 200 classes. Source: Hendrycks et al., ICCV 2021.
     """
     return wnid_folders(src, domain, train, reference, "ImageNet-R", 200)
 
@@ -164,7 +164,7 @@ def imagenet_r(src: Path, domain: str, train: bool, reference: str | None = None
 def imagenet_sketch(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
     """ImageNet-Sketch: `sketch/<wnid>/*`.
 
-    About 50,000 images (50,889) of 1,000 classes; out of distribution. Source: Wang et al., NeurIPS 2019.
+    Scored as out of distribution. Expected: 50,889 images of 1,000 classes. Source: Wang et al., NeurIPS 2019.
     """
     return wnid_folders(src, domain, train, reference, "ImageNet-Sketch", 1000)
 
@@ -173,9 +173,9 @@ def imagenet_sketch(src: Path, domain: str, train: bool, reference: str | None =
 def imagenet_v2(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
     """ImageNet-V2: `imagenetv2-matched-frequency-format-val/<0..999>/*.jpeg`, or another of its variants.
 
-    10,000 images, 10 of each class; out of distribution. The folder's name is the number of the class (sorted as words,
-    as ImageFolder does, 10 would become class 2 and 100 class 3). Source: Recht et al., ICML 2019, and issues 4, 6 and
-    10 of its repository.
+    Scored as out of distribution. Expected: 10,000 images, 10 per class. Folder names are class numbers (ImageFolder
+    would sort them as words: 10 would become class 2 and 100 class 3). Source: Recht et al., ICML 2019, and issues 4, 6
+    and 10 of its repository.
     """
     need_objects(domain, train)
     wnids = imagenet_wnids()
@@ -184,7 +184,7 @@ def imagenet_v2(src: Path, domain: str, train: bool, reference: str | None = Non
     for wnid, n in Counter(record.identity for record in records).items():
         if n != 10:
             raise InputError(f"--src {src}: {n} images in folder {wnids.index(wnid)}, ImageNet-V2 has 10 in each: give "
-                             "the folder of one variant, whole")
+                             "the whole folder of one variant")
     return labelled(records, domain, train, skipped, imagenet_classes(), reference, ood=True)
 
 
@@ -192,7 +192,7 @@ def inside_border(read: Callable[[], bytes], border: int) -> bytes:
     """An image without its outermost pixels, as PNG."""
     image, _ = open_image(read())
     if min(image.size) <= 2 * border:
-        raise BadImage("nothing inside its border")
+        raise BadImage("too small for its border")
     out = io.BytesIO()
     image = as_rgb(image).crop((border, border, image.width - border, image.height - border))
     image.save(out, "PNG", compress_level=0)  # decoded again at once
@@ -201,12 +201,12 @@ def inside_border(read: Callable[[], bytes], border: int) -> bytes:
 
 @REFERENCE
 def objectnet(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
-    """ObjectNet: `images/<folder>/*.png` and, in `mappings`, the four files that lead from its folders to ImageNet.
+    """ObjectNet: `images/<folder>/*.png` and, in `mappings`, the four files that map its folders to ImageNet classes.
 
-    The 113 of its 313 classes that ImageNet has, 18,574 of 50,000 images; out of distribution; its licence forbids
-    training on it. The red border of 2 pixels is cut off. A class may stand for several of ImageNet's: it is named by
-    the first, and "groups" in the protocol lists them all (the best of them counts). Source: Barbu et al., NeurIPS
-    2019; the reader of wise-ft.
+    Scored as out of distribution; the licence forbids training on it. The red border of 2 pixels is removed. A class
+    may correspond to several of ImageNet: it has the name of the first, and "groups" in the protocol lists all (the
+    best one counts). Expected: the 113 of 313 classes that ImageNet has, 18,574 of 50,000 images. Source: Barbu et al.,
+    NeurIPS 2019; the reader of wise-ft.
     """
     need_objects(domain, train)
     files = below(src, "ObjectNet has images/<folder>/*.png and mappings/*.json", "mappings")
@@ -220,14 +220,14 @@ def objectnet(src: Path, domain: str, train: bool, reference: str | None = None)
         groups = {folder: sorted(wnid_of[name] for name in label_names[label].split("; "))
                   for folder, label in folder_label.items() if label in label_names}
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{src}/mappings: the four files do not fit together ({error}): restore them from the data "
-                         "set") from error
-    found, skipped = images_of(files, re.compile(r"images/([^/]+)/[^/]+"), "ObjectNet", ("images/",))
-    for m, member in found:
+        raise InputError(f"{src}/mappings: the four files do not match each other ({error}): restore them from the "
+                         "data set") from error
+    matches, skipped = images_of(files, re.compile(r"images/([^/]+)/[^/]+"), "ObjectNet", ("images/",))
+    for m, member in matches:
         if m[1] not in groups:
             skipped.add(member.name, "class that ImageNet lacks")
     records = [Record(partial(inside_border, member.read, 2), member.name, groups[m[1]][0])
-               for m, member in found if m[1] in groups]
+               for m, member in matches if m[1] in groups]
     names = {group[0]: folder_label[folder] for folder, group in groups.items()}
     several = {group[0]: group for group in groups.values() if len(group) > 1}
     return labelled(records, domain, train, skipped, names, reference, ood=True, groups=several)

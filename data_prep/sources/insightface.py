@@ -1,4 +1,4 @@
-"""Sources in InsightFace's two containers: RecordIO training sets and pickled verification sets, read without MXNet."""
+"""Sources in InsightFace's formats, RecordIO training sets and pickled verification sets, read without MXNet."""
 
 import io
 import os
@@ -23,14 +23,14 @@ from data_prep.sources.folders import labelled
 
 MAGIC = struct.pack("<I", 0xCED7230A)
 PART = struct.Struct("<4sI")  # magic, kind << 29 | length
-HEADER = struct.Struct("<IfQQ")  # flag, label, two ids; flag > 0: so many float32 labels follow instead
+HEADER = struct.Struct("<IfQQ")  # flag, label, two ids; flag > 0: that many float32 labels follow instead
 
 
 def read_payload(file: int, offset: int) -> bytes:
     """One record of an open RecordIO file.
 
-    A writer splits a payload at every aligned occurrence of the magic number and drops that, so a reader puts it back
-    between the parts (kinds: 0 whole, 1 first, 2 middle, 3 last). Source: dmlc-core's recordio.h.
+    Writers split a payload at every aligned magic number and drop it, so readers insert it between the parts (kinds: 0
+    whole, 1 first, 2 middle, 3 last). Source: dmlc-core's recordio.h.
     """
     parts, total, kinds = [], 0, (0, 1)
     while True:
@@ -50,7 +50,7 @@ def read_payload(file: int, offset: int) -> bytes:
 
 
 def split_payload(payload: bytes, length: int) -> tuple[tuple[float, ...], int]:
-    """The labels (the first two at most) of a payload of `length` bytes, and where its image begins."""
+    """The labels (at most two) of a payload of `length` bytes, and the offset of its image."""
     if len(payload) < HEADER.size:
         raise BadImage("damaged record")
     count, label, *_ = HEADER.unpack_from(payload)
@@ -62,7 +62,7 @@ def split_payload(payload: bytes, length: int) -> tuple[tuple[float, ...], int]:
 
 
 def peek(file: int, offset: int) -> tuple[tuple[float, ...], bool]:
-    """The labels (the first two at most) of a record, and whether it holds an image; the image itself is not read."""
+    """The labels (at most two) of a record, and whether it holds an image, which is not read."""
     block = os.pread(file, PART.size + HEADER.size + 8, offset)
     magic, word = PART.unpack_from(block) if len(block) > PART.size else (b"", 0)
     if magic == MAGIC and word < 1 << 29:
@@ -87,23 +87,23 @@ def read_record(path: Path, offset: int) -> bytes:
 def read_offsets(rec: Path) -> Iterator[tuple[int, int]]:
     """(key, offset) of all records in the order of keys, from the .idx.
 
-    Without one, or where it repeats a key for another record, they are numbered as they lie.
+    Without an .idx, or if it gives several records the same key, keys number the records in file order.
     """
     idx, total = rec.with_suffix(".idx"), rec.stat().st_size
     if idx.exists():
-        keys, offsets = array("q"), array("q")  # a dictionary of 42 million would take gigabytes
+        keys, offsets = array("q"), array("q")  # a dictionary of 42 million entries would take gigabytes
         with open(idx, "rb") as lines:
             for number, line in enumerate(lines, 1):
                 match = re.fullmatch(rb"(\d{1,18})\s+(\d{1,18})\s*", line)
                 if not match or int(match[2]) >= total:
-                    raise InputError(f"{idx}, line {number}: want `key<TAB>offset` with an offset inside {rec.name}, "
+                    raise InputError(f"{idx}, line {number}: want `key<TAB>offset` with an offset within {rec.name}, "
                                      f"found {line[:60]!r}; do the two files belong together?")
                 keys.append(int(match[1]))
                 offsets.append(int(match[2]))
         ids, starts = np.frombuffer(keys or b"", dtype=np.int64), np.frombuffer(offsets or b"", dtype=np.int64)
-        first = np.unique(starts, return_index=True)[1]  # one of each record, in the order of the file
-        if repeats := len(np.unique(ids[first])) < len(first):  # written from a list with one number for all images
-            print(f"  note: {idx} gives one key to several records: they are numbered as they lie in {rec.name}")
+        first = np.unique(starts, return_index=True)[1]  # each record once, in file order
+        if repeats := len(np.unique(ids[first])) < len(first):  # im2rec from a list that numbers all images alike
+            print(f"  note: {idx} gives several records the same key: they are numbered in the order of {rec.name}")
         for n, place in enumerate(first if repeats else first[np.argsort(ids[first])]):
             yield n if repeats else int(ids[place]), int(starts[place])
         if len(first):
@@ -127,19 +127,18 @@ def read_offsets(rec: Path) -> Iterator[tuple[int, int]]:
 def recordio(src: Path, domain: str, train: bool) -> Source:
     """InsightFace RecordIO: `train.rec`, `train.idx` and `property` in a folder, or the .rec file itself.
 
-    Every record with image bytes is an image of the person in its own header, which reads all three layouts that are
-    about: with a record 0 that announces (images + 1, images + 1 + people) and one record without image per person
-    (MS1MV2, MS1MV3, Glint, CASIA), all images (WebFace, im2rec, shuffled), and RecBuilder's. Without the .idx the file
-    is read from end to end. A test split is scored as closed-set identification. Expected: CASIA 501,195 images of
-    10,572 people, MS1MV2 5,822,653 of 85,742, WebFace4M 4,235,242 of 205,990, WebFace12M 12,720,066 of 617,970,
-    WebFace42M 42,474,557 of 2,059,906.
-    Source: insightface, `arcface_torch/dataset.py`, `rec2shufrec.py`, `rec_builder.py`.
+    Every record with image bytes is an image of the person in its header. This covers the three layouts in use: a
+    record 0 that declares (images + 1, images + 1 + people) and one record without image per person (MS1MV2, MS1MV3,
+    Glint, CASIA); images only (WebFace, im2rec, shuffled); and RecBuilder's. Without the .idx, the whole file is read.
+    A test split is scored as closed-set identification. Expected: CASIA 501,195 images of 10,572 people, MS1MV2
+    5,822,653 of 85,742, WebFace4M 4,235,242 of 205,990, WebFace12M 12,720,066 of 617,970, WebFace42M 42,474,557 of
+    2,059,906. Source: insightface, `arcface_torch/dataset.py`, `rec2shufrec.py`, `rec_builder.py`.
     """
-    found = [path for path in src.glob("*.rec") if not is_leftover(path.name, None)] if src.is_dir() else [src]
-    rec = next((path for path in found if path.name == "train.rec"), found[0] if len(found) == 1 else None)
+    paths = [path for path in src.glob("*.rec") if not is_leftover(path.name, None)] if src.is_dir() else [src]
+    rec = next((path for path in paths if path.name == "train.rec"), paths[0] if len(paths) == 1 else None)
     if rec is None or not rec.is_file():
         raise InputError(f"--src {src}: want a folder with train.rec (and train.idx, property), or one .rec file")
-    keys, offsets, people, skipped, announced = array("q"), array("q"), array("q"), Skipped(), ()
+    keys, offsets, people, skipped, declared = array("q"), array("q"), array("q"), Skipped(), ()
     file = os.open(rec, os.O_RDONLY)
     try:
         for key, offset in read_offsets(rec):
@@ -149,9 +148,9 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
                 skipped.add(f"{rec.name}:{key}", str(error))
                 continue
             if not image:
-                announced = announced or (labels if key == 0 else (0, 0))
+                declared = declared or (labels if key == 0 else (0, 0))
             elif not (labels[0].is_integer() and 0 <= labels[0] < 2**62):
-                skipped.add(f"{rec.name}:{key}", "its label is no whole number")
+                skipped.add(f"{rec.name}:{key}", "its label is not an integer")
             else:
                 people.append(int(labels[0]))
                 keys.append(key)
@@ -159,9 +158,9 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
     finally:
         os.close(file)
     images = len(keys) + sum(skipped.values())
-    if len(announced) == 2 and announced[1] > announced[0] > images + 1:
-        raise InputError(f"{rec}: its first record announces {announced[0] - 1:,.0f} images, {images:,} are there: "
-                         "is the download complete?")
+    if len(declared) == 2 and declared[1] > declared[0] > images + 1:
+        raise InputError(f"{rec}: its first record declares {declared[0] - 1:,.0f} images, but {images:,} exist: is "
+                         "the download complete?")
     note = src / "property" if src.is_dir() else src.with_name("property")
     classes = re.match(rb"(\d{1,9}),\d+,\d+", note.read_bytes()[:99]) if note.is_file() else None
     if classes and int(classes[1]) != len(set(people)):
@@ -175,7 +174,7 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
 
 
 class Stand:
-    """What takes the place of a NumPy object in a verification set: whatever it was built from, its bytes are kept."""
+    """Stands in for a NumPy object of a verification set: keeps only the bytes that it is built from."""
 
     def __init__(self, *built_from) -> None:
         self.data = next((part for part in built_from if isinstance(part, bytes)), b"")
@@ -186,7 +185,7 @@ class Stand:
 
 
 class Opcodes(dict):
-    """What the opcodes of a verification set do; a set of 7,000 pairs needs less than a tenth of the limit."""
+    """The permitted opcodes and their number, `limit`; a set of 7,000 pairs needs less than a tenth."""
 
     names = (
         "PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 STRING "
@@ -198,7 +197,7 @@ class Opcodes(dict):
     def __init__(self, limit: int = 5_000_000) -> None:
         super().__init__({code: pickle._Unpickler.dispatch[code]
                           for code in (getattr(pickle, name)[0] for name in self.names.split())})
-        # a bytearray is as good as bytes, and must not be allocated before its content is seen
+        # read a bytearray as bytes: its own method allocates the declared size before reading
         self[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8
         self.left = limit
 
@@ -210,11 +209,11 @@ class Opcodes(dict):
 
 
 class Unpickler(pickle._Unpickler):
-    """Reads lists, tuples, bytes, strings, numbers and NumPy arrays of bytes, and nothing else.
+    """Reads only lists, tuples, bytes, strings, numbers and NumPy arrays of bytes.
 
-    No object of a library is ever built: the few names that such files refer to are answered by stand-ins, all others
-    are refused. It is the unpickler in Python that is restricted here, not the one in C, because that one allocates
-    whatever a file of some bytes asks for. Without dictionaries and sets nothing is hashed and no attribute is set.
+    No library object is ever built: the few names in such files resolve to stand-ins, all others are refused. This
+    restricts the unpickler in Python, because the one in C allocates any size that a small file declares. Without
+    dictionaries and sets, nothing is hashed and no attribute is set.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -223,12 +222,12 @@ class Unpickler(pickle._Unpickler):
         self.budget = len(data)
 
     def encode(self, text: str | bytes = b"", *_) -> bytes:
-        """`_codecs.encode(text, "latin1")`, as Python 3 writes bytes for Python 2."""
+        """`_codecs.encode(text, "latin1")`, which is how Python 3 writes bytes for Python 2."""
         if isinstance(text, bytes):
             return text
-        self.budget -= len(text)  # each text once: a short file must not multiply one text into many
+        self.budget -= len(text)  # a short file must not multiply one text into many
         if not isinstance(text, str) or self.budget < 0:
-            raise pickle.UnpicklingError("text that repeats")
+            raise pickle.UnpicklingError("repeated text")
         return text.encode("latin1")
 
     def find_class(self, module: str | bytes, name: str | bytes) -> Callable:
@@ -244,21 +243,20 @@ class Unpickler(pickle._Unpickler):
 
 
 def unpickle(path: Path):
-    """The content of a verification set; InputError for anything that such a file has no need of."""
+    """The content of a verification set; InputError for any other kind of content."""
     try:
         return Unpickler(read_file(path)).load()
-    except Exception as error:  # damage ends in UnpicklingError, EOFError, ValueError, TypeError, IndexError, ...
-        raise InputError(f"--src {path}: not a verification set of images and booleans ({str(error)[:80]}): not read "
-                         "any further, nothing in it was run") from error
+    except Exception as error:  # by damage: UnpicklingError, EOFError, ValueError, TypeError, IndexError, ...
+        raise InputError(f"--src {path}: not a verification set of images and booleans ({str(error)[:80]}): refused, "
+                         "and nothing in it was executed") from error
 
 
 def bin(src: Path, domain: str, train: bool) -> Source:
     """InsightFace verification set: `lfw.bin`, `cfp_fp.bin`, `agedb_30.bin`, ...: pickled images and same/different.
 
-    Pair p is images 2p and 2p + 1. Pairs are scored in 10 folds, in their order. The file names no people: images of
-    one genuine pair count as a person of their own, every other image as another. Expected: lfw, calfw, cplfw, agedb_30
-    6,000 pairs, cfp_fp and cfp_ff 7,000.
-    Source: insightface, `arcface_torch/eval/verification.py`.
+    Pair p is images 2p and 2p + 1; ten consecutive parts are the folds. The file names no people: each genuine pair
+    becomes a person, and so does each image of an impostor pair. Expected: lfw, calfw, cplfw, agedb_30 6,000 pairs,
+    cfp_fp and cfp_ff 7,000. Source: insightface, `arcface_torch/eval/verification.py`.
     """
     if train:
         raise InputError("bin: a verification set is a test split: add --part test")
@@ -267,7 +265,7 @@ def bin(src: Path, domain: str, train: bool) -> Source:
     content = unpickle(src)
     images, same = content if isinstance(content, (tuple, list)) and len(content) == 2 else (None, None)
     images = images.data if isinstance(images, Stand) else images
-    same = list(same.data) if isinstance(same, Stand) else same  # an array of booleans
+    same = list(same.data) if isinstance(same, Stand) else same  # a NumPy array of booleans
     if not (isinstance(images, (list, tuple)) and isinstance(same, (list, tuple)) and len(images) == 2 * len(same)):
         raise InputError(f"--src {src}: want 2 P images and P booleans; is this a verification set?")
     records, pairs = [], []
@@ -276,7 +274,7 @@ def bin(src: Path, domain: str, train: bool) -> Source:
         for i in (2 * p, 2 * p + 1):
             image = images[i].data if isinstance(images[i], Stand) else images[i]
             person = f"{src.stem}-{p:05d}" + ("" if genuine else "ab"[i % 2])
-            image = image if isinstance(image, bytes) else b""  # counted as unreadable when the shard is written
+            image = image if isinstance(image, bytes) else b""  # empty: skipped as unreadable when the shard is written
             records.append(Record(partial(bytes, image), f"{src.name}:{i}", person))
         pairs.append((2 * p, 2 * p + 1, genuine, fold))
     return Source(records, {"name": "verification", "folds": min(10, len(same))}, pairs)

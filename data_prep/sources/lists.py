@@ -1,7 +1,6 @@
-"""What a source says of its images: where the set begins below --src, file names, and lists in text, CSV and JSON.
+"""Helpers of sources: where a data set begins below --src, patterns of file names, and lists in text, CSV and JSON.
 
-A name in a list is looked up among the members of the source and is never made a path: what climbs out of the source or
-is absolute is simply not there.
+A name in a list is looked up among the members of the source and never becomes a path on disk.
 """
 
 import csv
@@ -18,11 +17,10 @@ from data_prep.sources.folders import is_image
 
 
 def place_of(src: Path, layout: str, *landmarks: str) -> tuple[str, str]:
-    """Where a data set begins below src: what comes before its names, and the landmark that tells.
+    """Where a data set begins below src: the prefix of its names, and the landmark (file or folder) found there.
 
-    Data sets are unpacked with and without the folders they were packed in, so a landmark (a file or a folder) may lie
-    at any depth; the first landmark that there is counts, at its highest place. InputError where there is none;
-    `layout` says what should be.
+    Data sets are unpacked with or without their outer folders, so a landmark may lie at any depth. The first of the
+    landmarks that occurs counts, where it is highest. InputError, with the expected `layout`, if none occurs.
     """
     tops = {landmark: set() for landmark in landmarks}
     for file in members(src):
@@ -36,7 +34,7 @@ def place_of(src: Path, layout: str, *landmarks: str) -> tuple[str, str]:
 
 
 class Files(dict[str, Member]):
-    """The members of a source, by their names in the data set, which begins below `top`; `skipped`: see `members`."""
+    """The members of a source by their names below the prefix `top`; `skipped`: see `members`."""
 
     def __init__(self, src: Path, top: str = "") -> None:
         self.skipped = Skipped()
@@ -45,13 +43,13 @@ class Files(dict[str, Member]):
 
 
 def below(src: Path, layout: str, *landmarks: str) -> Files:
-    """The files of the data set that a landmark tells; see `place_of`."""
+    """The files of the data set that contains a landmark; see `place_of`."""
     return Files(src, place_of(src, layout, *landmarks)[0])
 
 
 def match_images(files: Iterable[tuple[str, Member]], pattern: re.Pattern, kind: str, skipped: Skipped,
                  folders: tuple[str, ...] = ("",)) -> Iterator[tuple[re.Match, Member]]:
-    """The images in these folders whose whole name fits the pattern; others go to `skipped`."""
+    """The images in these folders whose full name matches the pattern; records others in `skipped`."""
     for name, member in files:
         if not name.startswith(folders) or not is_image(member, skipped):
             continue
@@ -63,7 +61,7 @@ def match_images(files: Iterable[tuple[str, Member]], pattern: re.Pattern, kind:
 
 def images_of(files: Files, pattern: re.Pattern, kind: str, folders: tuple[str, ...] = ("",)
               ) -> tuple[list[tuple[re.Match, Member]], Skipped]:
-    """As `match_images`, all at once, and what was left out."""
+    """`match_images` as a list, and the skipped files."""
     return list(match_images(files.items(), pattern, kind, files.skipped, folders)), files.skipped
 
 
@@ -89,7 +87,7 @@ def read_json(src: Path, files: dict[str, Member], name: str) -> dict[str, objec
 
 
 def read_lines(src: Path, files: dict[str, Member], name: str) -> Iterator[tuple[str, str]]:
-    """The lines of a list file that are not blank, each with where it stands, for messages."""
+    """The non-blank lines of a list file, each after its position for messages."""
     for number, line in enumerate(read_text(src, files, name).splitlines(), 1):
         if line.strip():
             yield f"{src}/{name}, line {number}", line.strip()
@@ -97,7 +95,7 @@ def read_lines(src: Path, files: dict[str, Member], name: str) -> Iterator[tuple
 
 def read_table(src: Path, files: dict[str, Member], name: str, columns: tuple[str, ...]
                ) -> Iterator[tuple[str, dict[str, str]]]:
-    """The rows of a CSV with a header that has at least `columns`, each with where it stands."""
+    """The rows of a CSV whose header has at least `columns`, each after its position for messages."""
     reader = csv.DictReader(read_text(src, files, name).splitlines(), strict=True)
     try:
         header = [column.strip() for column in reader.fieldnames or []]
@@ -108,16 +106,16 @@ def read_table(src: Path, files: dict[str, Member], name: str, columns: tuple[st
         for row in reader:
             where = f"{src}/{name}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise InputError(f"{where}: want {len(header)} values, one a column")
+                raise InputError(f"{where}: want {len(header)} values, one per column")
             yield where, {column: value.strip() for column, value in row.items()}
     except csv.Error as error:
         raise InputError(f"{src}/{name}, line {reader.line_num}: not CSV ({error})") from error
 
 
 def find(files: dict[str, Member], name: str, where: str) -> Member:
-    """The member that a list names, in any spelling; where there is none, one that cannot be read: a miss.
+    """The member that a list names, in any Unicode form; if the source lacks it, one that cannot be read (a miss).
 
-    InputError where the name leads out of the source; `where` the list says it.
+    InputError if the name leads out of the source; `where`: position in the list, for the message.
     """
     name = as_text(posixpath.normpath(name.replace("\\", "/")))
     if name.startswith(("/", "../")):
@@ -127,10 +125,10 @@ def find(files: dict[str, Member], name: str, where: str) -> Member:
 
 
 def check_found(listed: Iterable[tuple[Record, ...]], where: str) -> None:
-    """InputError where more than half of what a list names (images, or pairs of them) lacks an image in the source."""
+    """InputError if the source lacks images of more than half of a list's entries (images, or pairs of them)."""
     count, missing = 0, []
     for count, records in enumerate(listed, 1):  # noqa: B007
         missing += [record.name for record in records if record.read is absent][:1]
     if 2 * len(missing) > count:
-        raise InputError(f"{where}: of {len(missing):,} of {count:,} entries the images are not in the source, such as "
+        raise InputError(f"{where}: {len(missing):,} of {count:,} entries name images that the source lacks, such as "
                          f"{missing[0][:80]!r}: do the list and the images belong together?")

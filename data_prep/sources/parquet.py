@@ -1,4 +1,4 @@
-"""Source of Hugging Face parquet: images and labels as columns."""
+"""Source of Hugging Face parquet files: images and labels as columns."""
 
 import json
 import os
@@ -17,37 +17,37 @@ from data_prep.sources.folders import OOD, REFERENCE, labelled
 from data_prep.sources.imagenet import imagenet_classes, imagenet_wnids
 
 WNIDS = click.option("--wnids", is_flag=True,
-                     help="Labels are the numbers 0..999 of ImageNet's classes: write wnids.")
-RUN = 128  # rows that stay together in a training split: read singly, each would cost the reading of its row group
+                     help="Labels are ImageNet class numbers 0..999: convert them to wnids.")
+RUN = 128  # rows that stay together in a training split: reading a single row costs reading its row group
 
 
 def class_of(label: object, wnids: bool, where: str) -> str | None:
-    """The identity that a label field means: words as they are, numbers padded so that they sort; None: no label."""
+    """The identity of a label: words unchanged, numbers zero-padded, so that they sort; None: no label."""
     if isinstance(label, str) and label.strip():
         return label.strip()
-    if isinstance(label, float) and label.is_integer():  # of a table whose labels have gaps
+    if isinstance(label, float) and label.is_integer():  # as in a table with missing labels
         label = int(label)
     if not isinstance(label, int) or label < 0:
         return None
     if not wnids:
         return f"{label:07d}"
     if label >= len(imagenet_wnids()):
-        raise InputError(f"{where}: label {label}, but --wnids wants 0..999, the numbers of ImageNet's classes")
+        raise InputError(f"{where}: label {label}: want an ImageNet class number 0..999 with --wnids")
     return imagenet_wnids()[label]
 
 
 @lru_cache(maxsize=1)
 def row_group(path: str, column: str, group: int):
-    """The images of one row group of a parquet file, an Arrow column: all that a worker holds of the file."""
+    """The images of one row group of a parquet file, an Arrow column; a worker caches only the last one."""
     from pyarrow.parquet import ParquetFile
 
-    # no threads of Arrow's own: its pools do not survive the fork into a worker
+    # without Arrow's threads: its pools do not survive the fork into a worker
     with ParquetFile(path, pre_buffer=False) as file:
         return file.read_row_group(group, columns=[column], use_threads=False).column(0)
 
 
 def parquet_image(path: str, column: str, group: int, row: int, src: str) -> bytes:
-    """The encoded image of one row, or of the file that it names, beside the parquet file or below src."""
+    """The encoded image in one row, or in the file that the row names, relative to the parquet file or to src."""
     try:
         image = row_group(path, column, group)[row].as_py()
     except Exception as error:  # as in parquet_labels
@@ -61,14 +61,14 @@ def parquet_image(path: str, column: str, group: int, row: int, src: str) -> byt
     if name.startswith("/") or ".." in name.split("/"):
         raise BadImage("its row names a file outside the source")
     folders = (os.path.dirname(path), src)
-    there = next((file for folder in folders if os.path.isfile(file := os.path.join(folder, name))), None)
-    if there is None:
-        raise BadImage("its row names a file that is not there")
-    return read_file(there)
+    file = next((file for folder in folders if os.path.isfile(file := os.path.join(folder, name))), None)
+    if file is None:
+        raise BadImage("its row names a missing file")
+    return read_file(file)
 
 
 @click.option("--files", metavar="PATTERN",
-              help="Of the files' names (default: *train*; for a test split *val*, else *test*).")
+              help="File names to read (default: *train*; for a test split *val*, else *test*).")
 @click.option("--image-column", metavar="NAME", default="image", help="Column of the images.")
 @click.option("--label-column", metavar="NAME", default="label", help="Column of the labels.")
 @WNIDS
@@ -78,10 +78,10 @@ def parquet(src: Path, domain: str, train: bool, files: str | None, image_column
             reference: str | None, ood: bool) -> Source:
     """Hugging Face parquet: files like `data/train-00000-of-00294.parquet` with images and labels as columns.
 
-    --src is their folder, or one file. An image is a struct with `bytes` or `path`, or one of the two; a label is a
-    number (below 0: none) or a word. The names of numbered classes come from the schema's metadata, where the
-    `datasets` library puts them. Row groups are read one at a time, and a training split is shuffled by runs of 128
-    rows. imagenet-1k: 1,281,167 and 50,000 images (--wnids).
+    --src is their folder or one file. An image is a struct with `bytes` or `path`, or one of the two; a label is a
+    number (negative: none) or a word. Names of numbered classes are read from the schema's metadata of the `datasets`
+    library. A training split is shuffled by runs of 128 rows, because row groups are read as a whole. Expected:
+    imagenet-1k (--wnids) 1,281,167 and 50,000 images.
     """
     names, skipped, blocks = {}, Skipped(), []
     if src.is_file() and src.suffix == ".parquet":
@@ -89,8 +89,7 @@ def parquet(src: Path, domain: str, train: bool, files: str | None, image_column
     elif src.is_dir():
         chosen = choose_files(src, [files] if files else ["*train*"] if train else ["*val*", "*test*"], skipped)
     else:
-        raise InputError(f"--src {src}: want a .parquet file or the folder that holds them (they are not read in "
-                         "archives)")
+        raise InputError(f"--src {src}: want a .parquet file or a folder of them (archives are not read)")
 
     def records() -> Iterator[Record]:
         count = 0
@@ -113,18 +112,18 @@ def parquet(src: Path, domain: str, train: bool, files: str | None, image_column
 
 
 def choose_files(src: Path, patterns: list[str], skipped: Skipped) -> dict[str, str]:
-    """The parquet files below src whose names fit the first pattern that any fits: name -> path."""
+    """The parquet files below src that match the first pattern with a match: name -> path."""
     listed = {file.name: file.path for file in members(src, skipped) if file.name.endswith(".parquet")}
     for pattern in patterns:
         if chosen := {name: path for name, path in listed.items() if fnmatch(PurePosixPath(name).name, pattern)}:
             return chosen
     first = ", ".join(list(listed)[:3]) + ", ..." * (len(listed) > 3)
-    there = f"there are {first}" if listed else "there are none at all"
-    raise InputError(f"--src {src}: no parquet file like {' or '.join(patterns)}; {there}; --files PATTERN chooses")
+    existing = f"there are {first}" if listed else "there are none at all"
+    raise InputError(f"--src {src}: no parquet file like {' or '.join(patterns)}; {existing}; --files PATTERN selects")
 
 
 def parquet_labels(path: Path, image: str, label: str, names: dict[str, str]) -> Iterator[list]:
-    """For every row group the labels; names of numbered classes go to `names`."""
+    """Yield the labels of every row group; adds the names of numbered classes to `names`."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -135,7 +134,7 @@ def parquet_labels(path: Path, image: str, label: str, names: dict[str, str]) ->
             for option, column in (("image", image), ("label", label)):
                 if column not in types:
                     raise InputError(f"{path}: no column {column!r}; it has {', '.join(types)[:200]}; "
-                                     f"--{option}-column names another")
+                                     f"--{option}-column selects another")
             kind = types[image]
             if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_string(kind)
                     or (pa.types.is_struct(kind) and {"bytes", "path"} & {field.name for field in kind})):
@@ -146,7 +145,7 @@ def parquet_labels(path: Path, image: str, label: str, names: dict[str, str]) ->
                 yield file.read_row_group(group, columns=[label], use_threads=False).column(0).to_pylist()
     except InputError:
         raise
-    except Exception as error:  # Arrow raises its own errors and Python's alike
+    except Exception as error:  # Arrow raises its own errors and Python's
         raise InputError(f"{path}: not a readable parquet file ({one_line(error)})") from error
 
 

@@ -1,4 +1,4 @@
-"""Stimuli that people have named in a forced choice of categories, as the model-vs-human toolbox keeps them."""
+"""Stimuli of forced-choice experiments with people, in the layout of the model-vs-human toolbox."""
 
 import re
 from functools import partial
@@ -8,18 +8,18 @@ from data_prep import InputError
 from data_prep.format import Record, Skipped, Source
 from data_prep.records import read_classes
 from data_prep.sources.folders import REFERENCE, image_suffixes, scan
-from data_prep.sources.imagenet import need_objects
+from data_prep.sources.imagenet import need_objects, with_fields
 
 CATEGORIES = ("airplane", "bear", "bicycle", "bird", "boat", "bottle", "car", "cat", "chair", "clock", "dog",
-              "elephant", "keyboard", "knife", "oven", "truck")  # what people choose among in the toolbox's experiments
-CUES = re.compile(r"([a-z]+)\d+-([a-z]+)\d+")  # cat7-elephant1: the shape of a cat, the texture of an elephant
+              "elephant", "keyboard", "knife", "oven", "truck")  # the choices in the toolbox's experiments
+CUES = re.compile(r"([a-z]+)\d+-([a-z]+)\d+")  # cat7-elephant1: a cat's shape, an elephant's texture
 
 
 def stimulus_of(image: str) -> str:
-    """What identifies a stimulus in trials and among files: the last part of its name, in lower case.
+    """The key of a stimulus in trials and files: the last part of its name, lower case, no folder or extension.
 
-    `0001_edg_s01_0_oven_00_oven10.png` is `oven10`: what comes before depends on the trial and the observer. A picture
-    of ImageNet keeps its class (`n04111531_14126`). Folders and the image's ending do not count.
+    `0001_edg_s01_0_oven_00_oven10.png` is `oven10`: the parts before it depend on trial and observer. A picture of
+    ImageNet keeps its class (`n04111531_14126`).
     """
     path = PurePosixPath(image.strip().replace("\\", "/").casefold())
     parts = (path.stem if path.suffix in image_suffixes() else path.name).split("_")
@@ -27,38 +27,35 @@ def stimulus_of(image: str) -> str:
 
 
 def category_of(folder: str, image: str) -> str:
-    """The category of a stimulus: its folder or, in the toolbox's folders of sessions, the fifth part of its name."""
+    """The category of a stimulus: its folder or, in the toolbox's session folders, the fifth part of its name."""
     parts = PurePosixPath(image).name.split("_")
     return (parts[4] if len(parts) > 5 and folder.casefold() not in CATEGORIES else folder).casefold()
 
 
-def with_fields(read, fields: dict) -> tuple[bytes, dict]:
-    """An image and what the sample's JSON is to say of it."""
-    return read(), fields
-
-
 def gather(path: Path | None, categories: list[str]) -> dict[str, list[str]]:
-    """The classes of each category, by `folder,category` lines; {} without a file."""
-    of_class = read_classes(path) if path else {}
-    if of_class and (first := next(iter(of_class.items())))[1] not in categories:
-        of_class.pop(first[0])  # a header
-    if unknown := [name for name in of_class.values() if name not in categories]:
-        raise InputError(f"--classes {path}: {unknown[0][:60]!r} is no category of the stimuli; those are "
-                         + ", ".join(categories))
-    return {category: [name for name, of in of_class.items() if of == category]
-            for category in dict.fromkeys(of_class.values())}
+    """The classes of each category, from `folder,category` lines; {} without a file."""
+    category_of_class = read_classes(path) if path else {}
+    if category_of_class and (first := next(iter(category_of_class.items())))[1] not in categories:
+        category_of_class.pop(first[0])  # a header
+    groups: dict[str, list[str]] = {}
+    for name, category in category_of_class.items():
+        if category not in categories:
+            raise InputError(f"--classes {path}: {category[:60]!r} is not a category of the stimuli; those are "
+                             + ", ".join(categories))
+        groups.setdefault(category, []).append(name)
+    return groups
 
 
 @REFERENCE
 def stimuli(src: Path, domain: str, train: bool, reference: str | None = None, classes: Path | None = None) -> Source:
-    """Stimuli of an experiment in which people chose a category: `<category>/<stimulus>.png`, one set or condition.
+    """Stimuli for which people chose a category: `<category>/<stimulus>.png`, one experimental condition.
 
-    Also the toolbox's folders of sessions, `session-1/0001_cop_dnn_c05_dog_10_n02085620_7.png`. Of cue conflicts such
-    as `cat/cat7-elephant1.png` the folder is the shape; the texture is recorded. `--classes categories.csv` says which
-    classes of the reference, and of training, belong to a category (`n02123045,cat` lines); without it they are the
-    categories themselves. A model chooses among the categories that the reference has. Scored as forced choice, out
-    of distribution; `evaluate.py --humans` sets the answers of people beside it. Source: Geirhos et al., NeurIPS 2018
-    and ICLR 2019; github bethgelab/model-vs-human. Edges and silhouettes: 160 stimuli each, cue conflict 1,280.
+    Also reads the toolbox's session folders, `session-1/0001_cop_dnn_c05_dog_10_n02085620_7.png`. For cue conflicts
+    such as `cat/cat7-elephant1.png`, the folder is the shape; the texture is recorded. `--classes categories.csv`
+    assigns classes of the reference and of training to categories (`n02123045,cat` lines); without it, each category is
+    a class. A model chooses among the categories of the reference. Scored as forced choice, out of distribution;
+    `evaluate.py --humans` compares with people's answers. Expected: edges and silhouettes 160 stimuli each, cue
+    conflict 1,280. Source: Geirhos et al., NeurIPS 2018 and ICLR 2019; github bethgelab/model-vs-human.
     """
     need_objects(domain, train)
     skipped, files = Skipped(), {}

@@ -1,4 +1,4 @@
-"""Source of WebDataset tars: neighbours in a tar whose names agree are one sample."""
+"""Source of WebDataset tars: consecutive files with the same key are one sample."""
 
 import glob
 import json
@@ -33,12 +33,12 @@ def expand(pattern: str) -> list[str]:
         values = (f"{i:0{len(brace[1])}d}" for i in range(int(brace[1]), int(brace[2]) + 1))
     else:
         raise InputError(f"--src {pattern[:80]}: {brace[0]} counts backwards")
-    found: list[str] = []
+    expanded: list[str] = []
     for value in values:
-        found += expand(pattern[: brace.start()] + value + pattern[brace.end() :])
-        if len(found) > MOST_TARS:
+        expanded += expand(pattern[: brace.start()] + value + pattern[brace.end() :])
+        if len(expanded) > MOST_TARS:
             raise InputError(f"--src {pattern[:80]}: more than {MOST_TARS:,} files")
-    return found
+    return expanded
 
 
 def open_tar(url: str) -> BinaryIO:
@@ -46,17 +46,17 @@ def open_tar(url: str) -> BinaryIO:
     import fsspec
 
     try:
-        # fsspec would take brackets and stars in the path of a file for a pattern
+        # fsspec would expand brackets and stars in a local path
         file = fsspec.open(url, "rb").open() if "://" in url else open(url, "rb")  # noqa: SIM115
         if not file.seekable():
-            raise OSError("it cannot be read in parts: download it first")
+            raise OSError("not seekable: download it first")
         return file
     except Exception as error:  # every file system behind fsspec raises its own
         raise InputError(f"{url}: cannot be opened ({one_line(error)})") from error
 
 
 def read_at(file: BinaryIO, where: str, offset: int, size: int) -> bytes:
-    """A piece of an open file; fewer bytes where it ends."""
+    """A part of an open file; fewer bytes at its end."""
     try:
         file.seek(offset)
         return file.read(size)
@@ -65,32 +65,32 @@ def read_at(file: BinaryIO, where: str, offset: int, size: int) -> bytes:
 
 
 def list_tars(src: str, skipped: Skipped) -> list[str]:
-    """The tars that --src means: those of a folder, or of a path or URL with braces, * and ?."""
+    """The tars of --src: those in a folder, or a path or URL with braces, * and ?."""
     if "://" in src:
-        found = expand(src)
+        tars = expand(src)
     elif Path(src).is_dir():
-        found = [file.path for file in members(Path(src), skipped) if file.name.endswith(".tar")]
-    else:  # what is there under its very name is no pattern, whatever signs it holds
+        tars = [file.path for file in members(Path(src), skipped) if file.name.endswith(".tar")]
+    else:  # the part of a path that exists is no pattern, even with special characters
         top = next(path for path in (Path(src), *Path(src).parents) if path.exists())
-        found = [str(top / name) for pattern in expand(str(Path(src).relative_to(top)))
-                 for name in (sorted(glob.glob(pattern, root_dir=top)) if glob.has_magic(pattern) else [pattern])]
-    if not found:
-        raise InputError(f"--src {src}: no tar there; give a folder, a tar, a pattern like 'a-{{000..146}}.tar' or "
+        tars = [str(top / name) for pattern in expand(str(Path(src).relative_to(top)))
+                for name in (sorted(glob.glob(pattern, root_dir=top)) if glob.has_magic(pattern) else [pattern])]
+    if not tars:
+        raise InputError(f"--src {src}: no tar found; give a folder, a tar, a pattern like 'a-{{000..146}}.tar' or "
                          "a URL")
-    return found
+    return tars
 
 
-@click.option("--label-key", metavar="NAME", default="label", help="Of the label in .json, where there is no .cls.")
+@click.option("--label-key", metavar="NAME", default="label", help="Key of the label in .json, if there is no .cls.")
 @WNIDS
 @OOD
 @REFERENCE
 def webdataset(src: str, domain: str, train: bool, label_key: str, wnids: bool, reference: str | None,
                ood: bool) -> Source:
-    """WebDataset tars: `<key>.jpg` (or .png, .webp, ...) with `<key>.cls`, or with `<key>.json` that holds the label.
+    """WebDataset tars: `<key>.jpg` (or .png, .webp, ...) with the label in `<key>.cls` or `<key>.json`.
 
-    --src is a folder of tars, one tar, a pattern like `train-{000..146}.tar` or `train-*.tar`, or a URL that fsspec
-    opens (read twice: once for the labels, then image by image). A label is a number (below 0: none) or a word. Source:
-    the format of the webdataset library.
+    --src is a folder of tars, one tar, a pattern like `train-{000..146}.tar` or `train-*.tar`, or a URL for fsspec
+    (read twice: once for the labels, then image by image). A label is a number (negative: none) or a word. Source: the
+    format of the webdataset library.
     """
     skipped, endings = Skipped(), image_suffixes()
     urls = list_tars(src, skipped)
@@ -114,7 +114,7 @@ def webdataset(src: str, domain: str, train: bool, label_key: str, wnids: bool, 
 
 
 def field_label(file: BinaryIO, where: str, fields: dict[str, tuple[int, int]], key: str) -> object:
-    """The label of a sample, from its .cls or its .json; None where it has none that can be read."""
+    """The label of a sample, from its .cls or its .json; None if neither has a readable one."""
     for field in ("cls", "json"):
         if field not in fields or fields[field][1] > LARGEST_FIELD:
             continue
@@ -131,26 +131,25 @@ def field_label(file: BinaryIO, where: str, fields: dict[str, tuple[int, int]], 
 
 def tar_samples(files: Iterable[tuple[str, tuple[int, int]]], endings: frozenset[str], skipped: Skipped
                 ) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """Key and fields (ending -> offset, size) of every sample: neighbours in the tar whose names agree to a dot.
+    """Key and fields (extension -> offset, size) of every sample: consecutive files whose names agree up to a dot.
 
-    By the format that is the first dot of the name, so that `7.seg.png` is a field of `7.jpg`. But names with dots of
-    their own, such as `img.v1.7.jpg` and `img.v1.7.cls`, are samples, too, and where a field comes again the next
-    sample of the same key begins.
+    In the format, that is the first dot, so that `7.seg.png` is a field of `7.jpg`. But keys may contain dots, as in
+    `img.v1.7.jpg` and `img.v1.7.cls`, and a repeated field begins another sample of the same key.
     """
     parts = ((PurePosixPath(name), place) for name, place in files if not is_leftover(name, skipped))
 
-    def has_image(again: list[dict]) -> bool:
-        return any(f".{ending}" in endings for fields in again for ending in fields)
+    def has_image(repeats: list[dict]) -> bool:
+        return any(f".{ending}" in endings for fields in repeats for ending in fields)
 
     for (folder, _), group in groupby(parts, lambda part: (part[0].parent, part[0].name.partition(".")[0])):
-        samples: dict[str, list[dict]] = {}  # by the name to its last dot
+        samples: dict[str, list[dict]] = {}  # by the name up to its last dot
         for path, place in group:
-            again, ending = samples.setdefault(path.stem, [{}]), path.suffix[1:].lower()
-            if ending in again[-1]:
-                again.append({})
-            again[-1][ending] = place
-        for stem, again in samples.items():
+            repeats, ending = samples.setdefault(path.stem, [{}]), path.suffix[1:].lower()
+            if ending in repeats[-1]:
+                repeats.append({})
+            repeats[-1][ending] = place
+        for stem, repeats in samples.items():
             part_of = any(has_image(samples.get(stem[:n], [])) for n, sign in enumerate(stem) if sign == ".")
-            for fields in again:
+            for fields in repeats:
                 if not part_of or (has_image([fields]) and {"cls", "json"} & fields.keys()):
                     yield str(folder / stem), fields
