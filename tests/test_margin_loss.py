@@ -145,6 +145,13 @@ def test_gradcheck_of_every_branch(angle, m):
     assert torch.autograd.gradcheck(lambda c: margin_target(c, m, additive, "exact"), cos)
 
 
+def test_rounding_at_the_ends_of_the_cosine():
+    """A cosine past 1 is no NaN, and without an angular margin φ is the cosine to the last bit."""
+    cos, zero, half = torch.tensor([1 + 2**-22, -1 - 2**-22, 1 - 2**-20]), torch.zeros(3), torch.full((3,), 0.5)
+    assert margin_target(cos, half, zero, "exact").isfinite().all()
+    assert margin_target(cos, zero, zero, "exact").tolist() == [1, -1, 1 - 2**-20]
+
+
 def test_straight_through_changes_the_gradient_alone():
     cos = torch.tensor([-0.99, 0.2, 0.9999], requires_grad=True)
     m, zero = torch.full((3,), 0.5), torch.zeros(3)
@@ -268,6 +275,12 @@ def test_sampled_classes_hold_every_label_and_little_else():
     assert len(rows.unique()) == len(rows) == 180 and (rows[50:150].diff() > 0).all()
     again, other = (sample_classes(labels, domains, ranges, step=step, **draw)[0] for step in (7, 8))
     assert torch.equal(rows, again) and not torch.equal(rows, other)
+    other = sample_classes(labels, domains, ranges, step=7, **draw | {"seed": 2})[0]
+    assert not torch.equal(rows, other)
+    assert sample_classes(labels, domains, ranges, step=7, **draw | {"minimum": 200})[2][2] == (150, 180)
+    nobody = torch.tensor([-1])  # two domains of one size draw different classes
+    pair = sample_classes(nobody, torch.tensor([0]), [(0, 500), (500, 1000)], step=7, **draw)[0]
+    assert len(pair) == 100 and not torch.equal(pair[:50], pair[50:] - 500)
     whole = sample_classes(labels, domains, ranges, fraction=1.0, seed=1, step=0)
     assert torch.equal(whole[0], torch.arange(1250)) and torch.equal(whole[1], labels)
     with pytest.raises(ValueError, match="fraction=0"):
