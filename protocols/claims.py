@@ -235,15 +235,16 @@ def claim_generalisation(imic: list[Group], least: float) -> Claim:
 def find_fallen(other: Group, early: dict[tuple, Estimate], experts: list[Group], delta: float) -> dict[tuple, str]:
     """The earlier tasks that a sequential run lost, and the evidence; by domain and split.
 
-    A task is lost that ends delta below the untouched backbone or the run's own best stage, or `margin` below the
-    expert matched in exposure. Intervals by Bonferroni over the earlier tasks.
+    A task is lost that ends delta below the untouched backbone or the run's own best stage (on any split of the domain
+    that --eval-every looked at), or `margin` below the expert matched in exposure. Intervals by Bonferroni over the
+    earlier tasks.
     """
     gains, top, fallen = other.leads(other, "tuned", "foundation"), 1 - 0.025 / max(len(early), 1), {}
     for key in early:
         evidence = []
         if key in gains and gains[key].quantile(top) <= -delta:
             evidence.append("the untouched backbone")
-        if other.lost.get("/".join(key), 0) >= delta:
+        if max((loss for split, loss in other.lost.items() if split.split("/")[0] == key[0]), default=0) >= delta:
             evidence.append("its best stage")
         for expert in experts:
             if (expert.start == other.start and expert.config["domains"] == [key[0]]

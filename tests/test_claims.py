@@ -149,6 +149,7 @@ def test_a_sequential_run_that_forgot_nothing_decides_nothing():
 
 def test_what_shows_that_something_was_forgotten():
     assert forgetting({"object": 0.55}, lost={"object/test": 0.02}).verdict == HOLDS
+    assert forgetting({"object": 0.55}, lost={"object/valid": 0.02}).verdict == HOLDS  # --eval-every looked elsewhere
     assert forgetting({"object": 0.55}, lost={"object/test": 0.005}).verdict == NOTHING
     assert forgetting({"object": 0.55}, lost={"body/test": 0.3}).verdict == NOTHING
     expert = [measured("x", "expert", values={"object": 0.6})]
