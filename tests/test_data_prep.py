@@ -406,7 +406,7 @@ def test_pairs_of_a_damaged_image_are_left_out_and_counted(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, words", [
-    (PAIRS.replace("P_0", "P_7").replace("P_3", "P_7"), "of 3 of 4 entries"),
+    (PAIRS.replace("P_0", "P_7").replace("P_3", "P_7"), ": 3 of 4 entries"),
     (PAIRS.replace("P_", "Q_"), "such as 'Q_0/Q_0_0001'"),
     ("", "line 1: want"), ("pairs\n" + PAIRS, "line 1: want"), ("10\t300\n", "announces 10 folds"),
     (PAIRS.replace("P_2\t2\t1", "P_2\t2"), "line 4: want `name i j`"),

@@ -316,7 +316,7 @@ BAD = [
     ("train export --run {run} --to onnx --out {tmp}/x.pt", "want a file that ends in .onnx"),
     ("train export --run {run} --to onnx --out {tmp}/there.onnx", "exists: remove it, or choose another --out"),
     ("train export --run {run} --to safetensors --out {tmp}/fine.png/x.safetensors", "fine.png'); name a folder"),
-    ("train --lr 1 export --run {run} --to onnx", "--lr before export: give options after the command's name"),
+    ("train --lr 1 export --run {run} --to onnx", "--lr before export: give options after the sub-command"),
     ("train exprot --run {run}", "No such command 'exprot'"),
     ("evaluate embed --run {run}", "Missing argument 'IMAGE...|FOLDER'"),
     ("evaluate embed {tmp}/fine.png", "whose embeddings? give --run RUN"),

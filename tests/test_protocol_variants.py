@@ -162,7 +162,7 @@ def test_single_gallery_shot_is_chosen_when_a_split_is_prepared(tmp_path):
     with pytest.raises(InputError, match=r"^--single-gallery-shot is for test splits"):
         cli.main([*arguments, str(tmp_path / "d/body/train")], standalone_mode=False)
     split.protocol["variants"] = ["general", "general double-shot"]
-    with pytest.raises(InputError, match="not score by the rule 'general double-shot'; it knows general, ") as error:
+    with pytest.raises(InputError, match="has no rule 'general double-shot'; it has general, ") as error:
         variants_of(split)
     assert "\n" not in error.value.message
 
