@@ -38,7 +38,7 @@ common="--weights $2 --image-size $SIDE --batch 64 --head-lr 1e-3 --layer-decay 
     --crop-scale object=0.5,face_hq=0.9,face_lq=0.9,body=0.7 --loss cosface:m=0.2,s=32;object=softmax:s=30
     --cache ram --workers 0 --eval-every $((IMAGES / 64 / 4)) --splits ${valid%,} ${TRAIN:-}"
 export DATA=$1 MODEL=${MODEL:-tf_efficientnet_lite0} DOMAINS IMAGES JOBS OMP_NUM_THREADS
-export EVALUATE="--no-flip --splits $tests ${EVALUATE:-}" ANALYZE=${ANALYZE:-}
+export EVALUATE="--no-flip --splits $tests ${EVALUATE:-}" ANALYZE=${ANALYZE:---no-flip}
 
 runs() {  # at rate $1 with the variables $2...; grid.sh is silent on what is complete
     env OUT="$OUT/lr-$1" TRAIN="$common --lr $1" "${@:2}" scripts/grid.sh
