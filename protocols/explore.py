@@ -269,7 +269,7 @@ def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np
     `unseen_sources`.
     """
     rng, result = np.random.default_rng(seed), {}
-    for task, rows in zip(progress(tasks, desc="sources", unit="task"), fits, strict=True):
+    for task, rows in zip(tasks, fits, strict=True):
         sources = gather_sources(task, rows, others[task.domain], n, rng)
         people = {name: np.concatenate([who for *_, who in parts]) for name, parts in sources.items()}
         held_out = hold_out(list(people.values()), rng)
@@ -281,7 +281,7 @@ def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np
                                           f"too few identities of {', '.join(few)} to fit on some and test others")
             continue
         ids, spaces = [people[name][halves[name]] for name in usable], {}
-        for space, of in features.items():
+        for space, of in progress(list(features.items()), desc=f"sources of {task.domain}", unit="space"):
             x = [np.concatenate([of(split, part) for split, part, _ in sources[name]]) for name in usable]
             fit = [part[~halves[name]] for name, part in zip(usable, x, strict=True)]
             test = [part[halves[name]] for name, part in zip(usable, x, strict=True)]
