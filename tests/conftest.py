@@ -1,8 +1,13 @@
 """Fixtures shared by the whole-script tests: a small demo corpus and one small finished run on it."""
 
+import functools
+import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -24,13 +29,30 @@ TINY = ["--backbone", "clip", "--size", "tiny", "--weights", "none", "--image-si
         "--batch", "16", "--images", "64", "--lr", "1e-3", "--layer-decay", "1", "--device", "cpu"]
 
 
-def script(*arguments, check: int | None = 0, **options) -> subprocess.CompletedProcess:
+@functools.cache
+def server() -> subprocess.Popen:
+    """The process whose forks run the scripts of this test process; it ends with the pipe to it."""
+    libraries = ["torch", "torchvision.io", "timm", "open_clip", "scipy.stats", "sklearn.linear_model", "matplotlib.pyplot"]
+    return subprocess.Popen([sys.executable, ROOT / "tests/server.py", *libraries], stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, text=True, bufsize=1, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def script(*arguments, check: int | None = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     """Run a script of the project as a user would; `check` is the exit code to expect (None: any)."""
-    result = subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, **{"cwd": ROOT} | options,
-    )
-    assert check is None or result.returncode == check, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
+    arguments = [str(argument) for argument in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        output = [Path(folder, name) for name in ("stdout", "stderr")]
+        for file in output:
+            file.touch()
+        request = {"arguments": arguments, "cwd": str(cwd), "environment": os.environ | {"OMP_NUM_THREADS": "1"},
+                   "stdout": str(output[0]), "stderr": str(output[1])}
+        print(json.dumps(request), file=server().stdin)
+        limit = threading.Timer(300, os.kill, [int(server().stdout.readline()), signal.SIGKILL])
+        limit.start()
+        code = int(server().stdout.readline())
+        limit.cancel()
+        result = subprocess.CompletedProcess(arguments, code, *(file.read_text() for file in output))
+    assert check is None or code == check, f"exit {code}\n{result.stdout}\n{result.stderr}"
     return result
 
 
