@@ -147,6 +147,11 @@ def from_json(value: Any, kind: Any, where: str = "") -> Any:
     return value
 
 
+def margin(expert: float, delta: float) -> float:
+    """Margin of non-inferiority: delta, but at most a tenth of the error of an expert above 0.9 (saturated)."""
+    return delta if expert <= 0.9 else min(delta, 0.1 * (1 - expert))
+
+
 def mark(identities: int) -> str:
     """The sign behind an interval of so few identities or classes that it is too narrow."""
     return "†" if 0 < identities < FEW else ""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from data_prep import DOMAINS
-from protocols.bootstrap import Estimate, average, interval, mark, needed, show
-from protocols.results import HEADLINE, RUN_ROLES, Group, Measured, Row, as_many, group_runs, margin
+from protocols.bootstrap import Estimate, average, interval, margin, mark, needed, show
+from protocols.results import HEADLINE, RUN_ROLES, Group, Measured, Row, group_runs
 
 HOLDS, FAILS, WIDE = "holds", "fails", "not measured (intervals too wide to decide)"
 ORDER = ("fails", "not measured", "holds, but", "holds")  # of verdicts, the weakest first
@@ -126,6 +126,11 @@ def claim_backbones(imic: list[Group], families: list[str], delta: float) -> Cla
     return make_claim(f"Works on {', '.join(families)}",
                       f"lead over the untouched backbone above 0 (objects: above -{100 * delta:g} points), paired",
                       findings, missing)
+
+
+def as_many(seen: int, wanted: int) -> bool:
+    """Whether an expert saw as many images as it should, within a quarter."""
+    return 0.75 <= seen / max(wanted, 1) <= 1.25
 
 
 def kinds_of_match(group: Group, expert: Group, domain: str) -> list[str]:
@@ -330,14 +335,14 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
     for group in imic:
 
         def accuracy(space: str, group=group) -> dict | None:
-            return group.analysed(lambda a: a["separability"] and getattr(
-                a["separability"].spaces.get(space), "logistic", None))
+            return group.analysed(
+                lambda a: a.separability and getattr(a.separability.spaces.get(space), "logistic", None))
 
         value = accuracy("tuned")
         if value is None:
             missing.append(group.not_analysed())
             continue
-        few = min(count for run in group.runs for count in run.analysis["separability"].identities.values())
+        few = min(count for run in group.runs for count in run.analysis.separability.identities.values())
         finding = Finding(f"{group.name} balanced accuracy", *value.values(),
                           decide(value["low"], value["high"], least), ".1f", threshold=least, identities=few)
         findings.append(finding)
@@ -347,8 +352,7 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
                     "pixels canon": "pixel statistics in one format",
                     "foundation canon": "the untouched backbone in one format"}
         for key, name in controls.items():
-            lead = group.analysed(lambda a, key=key: getattr(
-                a["separability"].spaces.get(key), "lead_of_tuned", None))
+            lead = group.analysed(lambda a, key=key: getattr(a.separability.spaces.get(key), "lead_of_tuned", None))
             if lead is None:
                 unknown = True
                 continue
@@ -363,9 +367,9 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
             findings.append(Finding("in one format", *plain.values(), "", ".1f", identities=few))
             limits += ["not in one format"] if not plain["low"] > least else []
         unseen = []
-        for row in group.runs[0].analysis["separability"].unseen_sources:
+        for row in group.runs[0].analysis.separability.unseen_sources:
             recall = group.analysed(lambda a, row=row: next(
-                (r.spaces.get("tuned") for r in a["separability"].unseen_sources
+                (r.spaces.get("tuned") for r in a.separability.unseen_sources
                  if (r.domain, r.source) == (row.domain, row.source)), None))
             if recall is not None:
                 unseen.append(Finding(f"unseen source {row.domain}/{row.source}", *recall.values(), "", ".1f",
@@ -377,7 +381,7 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
                 finding.verdict = f"holds, but {' and '.join(limits)}"
             elif unknown:
                 finding.verdict = "not measured (no matched-format control; call analyze.py --run RUN --canon 32)"
-        if thin := only(set.intersection(*(set(run.analysis["domains"]) for run in group.runs))):
+        if thin := only(set.intersection(*(set(run.analysis.domains) for run in group.runs))):
             finding.verdict, finding.threshold, missing = "", None, missing + thin
     return make_claim("The tasks are linearly separable (beyond format)",
                       f"balanced accuracy of the four tasks above {100 * least:g} %, in one format and on unseen "
@@ -389,7 +393,7 @@ def claim_components(imic: list[Group], least: float) -> Claim:
     """Fewer than 100 components of any task keep every other task's score, and more than other subspaces do."""
     findings, further = [], []
     for group in imic:
-        transfers = [run.analysis["transfer"]["tuned"] for run in group.runs if run.analysis]
+        transfers = [run.analysis.transfer for run in group.runs if run.analysis]
         across = [(p.fit, p.test) for p in transfers[0].pairs if p.fit != p.test] if transfers else []
         if not across or len(transfers) < len(group.runs):
             further.append(group.not_analysed())

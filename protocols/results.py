@@ -207,6 +207,11 @@ class Scored:
         return self.folder.resolve().name.encode("utf-8", "backslashreplace").decode()
 
     @property
+    def resampled(self) -> tuple[int, int]:
+        """Seed and number of the resamplings."""
+        return self.seed, len(next(iter(self.rows.values()))[1])
+
+    @property
     def recipe(self) -> str:
         """Equal for runs that differ only in their seed; a backbone without a run equals only itself."""
         free = FREE_ON_RESUME | {"seed", "argv", "git_commit", "versions", "weights", "weights_sha256"}
@@ -261,16 +266,6 @@ def start_of(config: dict) -> tuple:
     return *(config.get(key) for key in ("backbone", "size", "model", "image_size", "embed_dim")), weights_of(config)
 
 
-def as_many(seen: int, wanted: int) -> bool:
-    """Whether an expert saw as many images as it should, within a quarter."""
-    return 0.75 <= seen / max(wanted, 1) <= 1.25
-
-
-def margin(expert: float, delta: float) -> float:
-    """Margin of non-inferiority: delta, but at most a tenth of the error of an expert above 0.9 (saturated)."""
-    return delta if expert <= 0.9 else min(delta, 0.1 * (1 - expert))
-
-
 @dataclass
 class Stages:
     """Scores after each stage of a sequential run: what later tasks did to earlier ones."""
@@ -315,13 +310,22 @@ RUN_ROLES = ("unified", "expert", "sequential")  # of a run, for `analyze.py cla
 
 
 @dataclass
+class Analysed:
+    """What the claims need of RUN/analysis/analysis.json."""
+
+    domains: list[str]
+    transfer: Transfer | None  # of the tuned weights
+    separability: Separability | None  # None: of one task
+
+
+@dataclass
 class Measured:
     """A run with its results."""
 
     name: str
     config: dict
     scored: dict[str, Scored]  # by weights: "tuned", "foundation"
-    analysis: dict | None
+    analysis: Analysed | None
     lost: dict[str, float] = field(default_factory=dict)  # AUC from the best stage to the end, by "domain/split"
 
     @property
@@ -331,27 +335,22 @@ class Measured:
         return name if self.config["weights"] != "none" else f"{name} from a random start"
 
 
-def draws_of(scored: Scored) -> int:
-    """Number of resamplings."""
-    return len(next(iter(scored.rows.values()))[1])
-
-
-def read_analysis(path: Path) -> dict:
+def read_analysis(path: Path) -> Analysed:
     """RUN/analysis/analysis.json; InputError if it lacks what the claims need."""
     known, run = read_json(path), path.parent.parent
     if (of := known.get("weights_sha256")) and (now := hash_file(run / "model.safetensors")) and of != now:
         raise InputError(f"of other weights than model.safetensors: run analyze.py on {run} again")
     try:
-        transfer = from_json(known["transfer"]["tuned"], Transfer)
-        apart = from_json(known["separability"], Separability | None)
-        domains = {*from_json(known["domains"], list[str], "domains")}
-        if not domains.union(*((pair.fit, pair.test) for pair in transfer.pairs)) <= {*DOMAINS}:
+        analysis = from_json({"domains": known["domains"], "transfer": known["transfer"]["tuned"],
+                              "separability": known["separability"]}, Analysed)
+        domains, apart = {*analysis.domains}, analysis.separability
+        if not domains.union(*((pair.fit, pair.test) for pair in analysis.transfer.pairs)) <= {*DOMAINS}:
             raise ValueError("a task is unknown")
         if apart and not ("tuned" in apart.spaces and domains <= {*apart.identities}):
             raise ValueError("separability: a domain, or the tuned space, is missing")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"of another version or damaged: {error}; run analyze.py on {run} again") from None
-    return known | {"transfer": {"tuned": transfer}, "separability": apart}
+    return analysis
 
 
 def read_lost(home: Path, config: dict) -> dict[str, float]:
@@ -410,7 +409,7 @@ def read_runs(folder: Path) -> list[Measured]:
             print(f"left out: {home} ({error.format_message()})")
     if not runs:
         raise InputError(f"{folder}: no evaluated run in it; train runs below it and call evaluate.py on each")
-    if len({(table.seed, draws_of(table)) for run in runs for table in run.scored.values()}) > 1:
+    if len({table.resampled for run in runs for table in run.scored.values()}) > 1:
         print("the runs were resampled differently, so that some cannot be paired: call evaluate.py on all of them "
               "with the same --seed and --bootstrap")
     return runs
@@ -457,7 +456,7 @@ class Group:
     def rows(self, weights: str, wanted: Callable[[Row], bool]) -> dict[tuple, Estimate]:
         """Figures that all seeds have, as means over the seeds, by Row.key."""
         tables = [run.scored[weights] for run in self.runs if weights in run.scored]
-        if len(tables) < len(self.runs) or len({(t.seed, draws_of(t)) for t in tables}) > 1:
+        if len(tables) < len(self.runs) or len({table.resampled for table in tables}) > 1:
             return {}
         return {key: aggregate(tables, key) for key, (row, _) in tables[0].rows.items()
                 if wanted(row) and all(key in table.rows for table in tables)}
@@ -471,18 +470,17 @@ class Group:
     def leads(self, other: "Group", mine: str = "tuned", theirs: str = "tuned") -> dict[tuple, Estimate]:
         """By domain and split, how far this group is above another, paired by person; none if resampled differently."""
         a, b = self.headline(mine), other.headline(theirs)
-        seeds = [group.runs[0].scored[weights].seed for group, weights in ((self, mine), (other, theirs))
-                 if weights in group.runs[0].scored]
-        return {key[:2]: minus(a[key], b[key]) for key in a
-                if key in b and len(set(seeds)) == 1 and len(a[key].draws) == len(b[key].draws)}
+        alike = {group.runs[0].scored[weights].resampled for group, weights in ((self, mine), (other, theirs))
+                 if weights in group.runs[0].scored}
+        return {key[:2]: minus(a[key], b[key]) for key in a if key in b and len(alike) == 1}
 
-    def analysed(self, of: Callable[[dict], dict | None]) -> dict | None:
+    def analysed(self, of: Callable[[Analysed], dict | None]) -> dict | None:
         """A figure {"value", "low", "high"} of the analyses, averaged over the seeds; None where one lacks it."""
         return average([of(run.analysis) if run.analysis else None for run in self.runs])
 
     def unfinished(self, space: str) -> str:
         """A remark where the logistic regression of a space did not converge."""
-        spaces = [run.analysis["separability"].spaces[space] for run in self.runs]
+        spaces = [run.analysis.separability.spaces[space] for run in self.runs]
         return "" if all(result.converged.get("logistic") for result in spaces) else "the fit did not converge"
 
     def not_analysed(self) -> str:

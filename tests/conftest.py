@@ -32,7 +32,7 @@ TINY = ["--backbone", "clip", "--size", "tiny", "--weights", "none", "--image-si
 @functools.cache
 def server() -> subprocess.Popen:
     """The process whose forks run the scripts of this test process; it ends with the pipe to it."""
-    libraries = ["torch", "torchvision.io", "timm", "open_clip", "scipy.stats", "sklearn.linear_model", "matplotlib.pyplot"]
+    libraries = ["torch", "torchvision.io", "timm", "open_clip", "scipy.stats", "sklearn.svm", "matplotlib.pyplot"]
     return subprocess.Popen([sys.executable, ROOT / "tests/server.py", *libraries], stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, text=True, bufsize=1, env=os.environ | {"OMP_NUM_THREADS": "1"})
 

@@ -23,7 +23,18 @@ from protocols.claims import (
     claim_separable,
     make_table,
 )
-from protocols.results import Group, Measured, Pair, Row, Scored, Separability, Space, Transfer, group_runs
+from protocols.results import (
+    Analysed,
+    Group,
+    Measured,
+    Pair,
+    Row,
+    Scored,
+    Separability,
+    Space,
+    Transfer,
+    group_runs,
+)
 from protocols.separability import pixel_statistics
 from protocols.tasks import choose_pairs, make_task
 from tests.conftest import script
@@ -302,7 +313,7 @@ def separable(tuned, **leads):
         spaces[name.replace("_", " ")] = space_of(figure(tuned - lead), figure(lead))
         if name.endswith("canon"):
             spaces["tuned canon"] = space_of(figure(tuned))
-    return {"domains": DOMAINS, "separability": Separability(9, 0.25, spaces, dict.fromkeys(DOMAINS, 100), [])}
+    return Analysed([*DOMAINS], None, Separability(9, 0.25, spaces, dict.fromkeys(DOMAINS, 100), []))
 
 
 ABOVE = {"pixels": 0.1, "foundation": 0.02, "pixels_canon": 0.3, "foundation_canon": 0.02}
@@ -323,9 +334,9 @@ def test_claim_separable(tuned, leads, verdict):
 
 def test_claims_without_an_analysis():
     """The run that lacks it is named: another one stands below with a verdict of its own."""
-    whole = components(0.99) | {"separability": separable(0.99, **ABOVE)["separability"]}
+    whole = replace(components(0.99), separability=separable(0.99, **ABOVE).separability)
     for analysis, words in ((None, "a: not analysed; call analyze.py --run RUN on it"),
-                            ({"separability": None, "transfer": {"tuned": Transfer([], [], 0, True, 0, 0)}},
+                            (Analysed(["body"], Transfer([], [], 0, True, 0, 0), None),
                              "a: analysed on one task only")):
         groups = alone(measured("a", values=ALL, analysis=analysis), measured("b", values=ALL, analysis=whole))
         for claim in (claim_separable(groups, 0.95), claim_components(groups, 0.95)):
@@ -343,8 +354,7 @@ def components(kept, random=0.2, foundation=0.2, dim=768, k=99, images=None, tas
     across = own | {"kept": kept, "low": kept - 0.02, "high": kept + 0.02, "k95": figure(40.0), "k99": figure(70.0),
                     "over_random": figure(random), "over_foundation": figure(foundation)} | more
     pairs = [Pair(**(own if a == b else across) | {"fit": a, "test": b}) for a in tasks for b in tasks]
-    return {"domains": list(tasks), "separability": None, "transfer": {
-        "tuned": Transfer(pairs, [], images or 5 * dim, True, dim, dim)}}
+    return Analysed([*tasks], Transfer(pairs, [], images or 5 * dim, True, dim, dim), None)
 
 
 @pytest.mark.parametrize("analysis, verdict", [
@@ -362,7 +372,7 @@ def test_claim_components(analysis, verdict):
     claim = claim_components(alone(run), 0.95)
     assert claim.verdict == verdict
     assert "object for body" in claim.measured and "few images" not in claim.measured
-    analysis["transfer"]["tuned"].pairs[1].kept = None
+    analysis.transfer.pairs[1].kept = None
     if "100" not in verdict:
         claim = claim_components(alone(run), 0.95)
         assert claim.verdict.startswith("not measured (the full space is not above chance: object for face_hq")

@@ -29,6 +29,7 @@ from protocols.claims import (
     make_table,
 )
 from protocols.results import (
+    Analysed,
     Group,
     Measured,
     Row,
@@ -69,13 +70,17 @@ def table_of(*runs: Measured) -> dict[str, Claim]:
     return {claim.claim.split()[0]: claim for claim in make_table(list(runs), 0.01, 0.95, 0.95, 0.95)[:7]}
 
 
-def components_of(*analyses: dict) -> Claim:
+def whole_analysis(kept: float, **more) -> Analysed:
+    return replace(components(kept, **more), separability=separable(0.99, **ABOVE).separability)
+
+
+def components_of(*analyses: Analysed) -> Claim:
     """The claim about components, from seeds of one recipe."""
     runs = [measured(f"a{i}", values=ALL, analysis=a, seed=i, lr="a") for i, a in enumerate(analyses)]
     return claim_components([Group(runs)], 0.95)
 
 
-def separable_of(analysis: dict) -> Claim:
+def separable_of(analysis: Analysed) -> Claim:
     return claim_separable(alone(measured("a", values=ALL, analysis=analysis)), 0.95)
 
 
@@ -89,13 +94,13 @@ def test_components_need_all_twelve_pairs(kept, verdict):
     assert two.verdict == "not measured (only tasks object, body)"
     assert (two.value, two.threshold) == (None, None) and "object for body" in two.measured
     eleven = components(kept)
-    eleven["transfer"]["tuned"].pairs.pop(1)
+    eleven.transfer.pairs.pop(1)
     assert components_of(eleven).verdict == "not measured (only 11 of 12 pairs of tasks)"
 
 
 @pytest.mark.parametrize("accuracy", [0.99, 0.5])
 def test_separability_needs_all_four_tasks(accuracy):
-    two = separable_of(separable(accuracy, **ABOVE) | {"domains": ["object", "body"]})
+    two = separable_of(replace(separable(accuracy, **ABOVE), domains=["object", "body"]))
     assert two.verdict == "not measured (only tasks object, body)" and two.value is None
 
 
@@ -113,7 +118,7 @@ def test_backbones_are_those_that_were_measured():
 
 
 def test_runs_of_four_tasks_decide_and_others_are_told():
-    whole = measured("a", analysis=components(0.99) | separable(0.99, **ABOVE), **GOOD)
+    whole = measured("a", analysis=whole_analysis(0.99), **GOOD)
     thin = measured("two", analysis=components(0.5, tasks=["object", "body"]), **TWO)
     alone_, both = table_of(whole), table_of(whole, thin)
     for name in ("Works", "Fewer", "The", "Sequential"):
@@ -294,8 +299,8 @@ def test_beyond_format_needs_one_format_and_unseen_sources():
     def run(canon=0.99, **recalls):
         analysis = separable(0.99, **ABOVE)
         figure = {"value": canon, "low": canon - 0.005, "high": canon + 0.005}
-        analysis["separability"].spaces["tuned canon"] = space_of(figure)
-        analysis["separability"].unseen_sources = [
+        analysis.separability.spaces["tuned canon"] = space_of(figure)
+        analysis.separability.unseen_sources = [
             UnseenSource("body", name, 100, 100, {"tuned": {"value": r, "low": r - 0.01, "high": r + 0.01}})
             for name, r in recalls.items()]
         return separable_of(analysis)
@@ -307,9 +312,9 @@ def test_beyond_format_needs_one_format_and_unseen_sources():
 
 
 def test_few_identities_and_unfinished_fits_are_marked(tmp_path):
-    few = components(0.99, identities=12) | {"separability": separable(0.99, **ABOVE)["separability"]}
-    few["separability"].identities["body"] = 9
-    few["separability"].spaces["pixels"].converged["logistic"] = False
+    few = whole_analysis(0.99, identities=12)
+    few.separability.identities["body"] = 9
+    few.separability.spaces["pixels"].converged["logistic"] = False
     table = table_of(measured("a", analysis=few, **GOOD))
     assert "object for body, k = 99 of 768 99.0 [97.0, 101.0]† (k95" in table["Fewer"].measured
     assert "balanced accuracy 99.0 [98.5, 99.5]†" in table["The"].decided_by
@@ -430,17 +435,16 @@ def test_no_sentence_is_read_back(analysed, tiny_run, demo_root, tmp_path):
 
 def test_separability_is_written_and_read_back_whole(tmp_path):
     """And what is not of its type is named: the field, with its place and value."""
-    analysis = components(0.99) | separable(0.99, **ABOVE)
+    analysis = whole_analysis(0.99)
     figure = {"value": 0.75, "low": 0.5, "high": 1.0}
-    analysis["separability"].spaces["tuned"].pairwise["object/body"] = figure
-    analysis["separability"].unseen_sources.append(
+    analysis.separability.spaces["tuned"].pairwise["object/body"] = figure
+    analysis.separability.unseen_sources.append(
         UnseenSource("body", "x", 7, 5, {"tuned": figure | {"recall": 0.25, "converged": False}}))
-    analysis["separability"].sources |= {"object": Sources("only one source: x"), "body": Sources(
+    analysis.separability.sources |= {"object": Sources("only one source: x"), "body": Sources(
         None, {"x": 7, "y": 8}, {"x": 5, "y": 6}, 0.5, {"tuned": {"lda": figure}})}
     path = tmp_path / "a/analysis/analysis.json"
     path.parent.mkdir(parents=True)
-    written = analysis | {"transfer": {"tuned": asdict(analysis["transfer"]["tuned"])},
-                          "separability": asdict(analysis["separability"])}
+    written = asdict(analysis) | {"transfer": {"tuned": asdict(analysis.transfer)}}
     write_json(path, written)
     assert read_analysis(path) == analysis
     for change, words in (

@@ -22,10 +22,10 @@ import evaluate
 from data_prep import InputError, read_lines
 from data_prep.__main__ import cli
 from data_prep.format import Split
-from protocols.bootstrap import bootstrap_counts, intervals, weighted_mean
+from protocols.bootstrap import bootstrap_counts, intervals, margin, weighted_mean
 from protocols.humans import RATING_COLUMNS, Rating, find_row, read_ratings, score_humans
 from protocols.pairs import SCORE_BINS, score_verification
-from protocols.results import Row, margin, read_stages
+from protocols.results import Row, read_stages
 from reports.rows import rows_of, write_draws, write_rows
 from reports.tables import (
     beside,

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, literal, make_folder, write_csv, write_json
-from protocols.bootstrap import FEW_NOTE, mark, minus
-from protocols.results import D_PRIMES, Row, Scored, aggregate, as_many, margin, read_rows, read_scored, start_of
+from protocols.bootstrap import FEW_NOTE, margin, mark, minus
+from protocols.claims import as_many
+from protocols.results import D_PRIMES, Row, Scored, aggregate, read_rows, read_scored, start_of
 from reports.plots import COLOURS
 from reports.tables import new_figure, save_figure, write_text
 
