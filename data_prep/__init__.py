@@ -330,8 +330,9 @@ def lock_folder(folder: Path, option: str) -> Iterator[None]:
                 holder = os.pread(file, 300, 0).decode() or "another process"
                 raise InputError(f"{option} {folder}: {holder} is writing to it: wait for it to end, or choose "
                                  f"another {option}") from None
-        os.ftruncate(file, 0)
-        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        with writing(folder, ANOTHER, option):
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         # the previous holder may have deleted the file: a lock on a deleted file protects nothing
         if not path.exists() or not os.path.samestat(os.fstat(file), path.stat()):
             raise InputError(f"{option} {folder}: the process that wrote to it has just ended: run the command again")
@@ -347,7 +348,6 @@ def lock_folder(folder: Path, option: str) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- files
-
 
 ANOTHER = "choose another, or remove what is in the way"
 

@@ -216,11 +216,11 @@ class Embedder:
 
     def join_parts(self, split: Split, folder: Path, path: Path) -> None:
         """Write the whole array, part by part: a million embeddings are gigabytes."""
-        x = np.lib.format.open_memmap(path, "w+", np.float32, (len(split), self.model.dim))
-        for start, file in self.parts_of(split, folder).items():
-            part = np.load(file, allow_pickle=False)
-            x[start : start + len(part)] = part
-        x.flush()
+        with open(path, "wb") as file:  # not mapped: a full disk raises here and would crash there
+            np.lib.format.write_array_header_1_0(file, {
+                "descr": "<f4", "fortran_order": False, "shape": (len(split), self.model.dim)})
+            for part in self.parts_of(split, folder).values():
+                file.write(np.load(part, allow_pickle=False).data)
 
 
 # ---------------------------------------------------------------- options

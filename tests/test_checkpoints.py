@@ -24,7 +24,7 @@ from data_prep.loaders import start_loader
 from models.adapt import RunningAverage
 from models.head import HeadSettings, Loss, MarginHead
 from models.runs import load_run, load_tuned, save_weights
-from tests.conftest import ROOT, TINY, assert_gone
+from tests.conftest import ROOT, TINY, assert_gone, script
 from tests.test_recipes import stop_at
 from tests.test_train import (
     LONG,
@@ -489,6 +489,18 @@ def test_a_disk_that_fills_up(uninterrupted, demo_root, small_disk):
     assert step < 60 and not (run / "done.json").exists()
     run_here(*LONG, "--data", demo_root, "--out", run, "--resume")
     assert_same_weights(uninterrupted, run)
+
+
+def test_an_evaluation_on_a_full_disk(tiny_run, small_disk):
+    """Whatever is written first is refused in one line; a hole in a mapped file would end the process instead."""
+    shutil.copytree(tiny_run, run := small_disk / "run", ignore=shutil.ignore_patterns("eval", "last", "analysis"))
+    for kibibytes in (0, 8, 100, 400):
+        with open(small_disk / "filler", "wb") as file:
+            file.write(bytes(shutil.disk_usage(small_disk).free - (kibibytes << 10)))
+        err = script("evaluate.py", "--run", run, "--bootstrap", "2", "--workers", "0", check=2).stderr
+        assert "Traceback" not in err and str(small_disk) in err.splitlines()[-1], err
+        (small_disk / "filler").unlink()
+    script("evaluate.py", "--run", run, "--bootstrap", "2", "--workers", "0")
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "state.pt"])
