@@ -270,6 +270,26 @@ def true_in_real(split: Split) -> np.ndarray | None:
     return right
 
 
+def rank_classes(x: np.ndarray, truth: np.ndarray, w: np.ndarray, b: np.ndarray,
+                 members: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The class that linear weights rank first, and how many they rank above the true one: int64 [M] each.
+
+    Args:
+        x, truth: embeddings [M, D] and true classes.
+        w, b: weights [R, D] and biases [R].
+        members: rows of w of each class, which counts by the best of them.
+    """
+    flat, starts = np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
+    first, before = np.empty((2, len(x)), dtype=np.int64)
+    for start in range(0, len(x), 1024):
+        part = slice(start, start + 1024)
+        scores = np.maximum.reduceat(x[part] @ w[flat].T + b[flat], starts, axis=1)
+        right = scores[np.arange(len(scores)), truth[part], None]
+        lower = np.arange(len(members)) < truth[part, None]
+        first[part], before[part] = scores.argmax(1), ((scores > right) | ((scores == right) & lower)).sum(1)
+    return first, before
+
+
 def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarray, Split], head: np.ndarray | None,
                          head_classes: list[str], draws: int, seed: int, groups: dict[str, list[str]] | None = None,
                          linear: dict[str, tuple[np.ndarray, np.ndarray]] | None = None,
@@ -322,17 +342,9 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
         place_in_head = {name: i for i, name in enumerate(head_classes)}
         at = np.array([place_in_head.get(name, -1) for name in other.classes])
         linear["head"] = (unit(head)[at], np.where(at < 0, -np.inf, 0))
-    flat, starts = np.concatenate(members), np.cumsum([0, *map(len, members[:-1])])
     for name, (w, b) in linear.items():
-        if np.isfinite(b[flat]).all():
-            before, answers[name] = np.empty((2, len(x)), dtype=np.int64)  # before: classes ranked above the truth
-            for start in range(0, len(x), 1024):
-                part = slice(start, start + 1024)
-                scores = np.maximum.reduceat(x[part] @ w[flat].T + b[flat], starts, axis=1)  # the best of each group
-                right = scores[np.arange(len(scores)), truth[part], None]
-                lower = np.arange(len(classes)) < truth[part, None]
-                before[part] = ((scores > right) | ((scores == right) & lower)).sum(1)
-                answers[name][part] = scores.argmax(1)
+        if np.isfinite(b[np.concatenate(members)]).all():
+            answers[name], before = rank_classes(x, truth, w, b, members)
             hits |= {(name, "top-1"): before < 1, (name, "top-5"): before < 5}
     chances = {key: min((5 if key[1] == "top-5" else 1) / len(classes), 1) for key in hits}
     everywhere = np.ones(len(x), dtype=bool)

@@ -8,7 +8,7 @@ import io
 import math
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,6 +195,28 @@ def read_humans(given: tuple[str, ...], splits: dict[str, Split]) -> tuple[list[
             {name: read_trials(files, splits[name]) for name, files in trials.items()})
 
 
+def who_counts(used: Collection[tuple[str, str]],
+               names: list[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The rated splits of each domain, and the raters that count for each split, domain of several, and everything.
+
+    Args:
+        used: splits and raters who saw pairs of both kinds there.
+        names: of the splits, in order.
+    """
+    of = {name: sorted(rater for split, rater in used if split == name) for name in names}
+    domains: dict[str, list[str]] = {}
+    for name in filter(of.get, names):
+        domains.setdefault(name.split("/")[0], []).append(name)
+
+    def of_all(members: Iterable[str]) -> list[str]:
+        return sorted(set.intersection(*(set(of[name]) for name in members)))
+
+    raters = of | {domain: of_all(members) for domain, members in domains.items() if len(members) > 1}
+    if len(domains) > 1:
+        raters["everything"] = of_all(name for members in domains.values() for name in members)
+    return domains, raters
+
+
 def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: dict[str, np.ndarray], draws: int,
                  seed: int) -> dict[str, dict[str, Estimate]]:
     """AUC of each rater and of the model on exactly the trials of that rater; ties count half.
@@ -232,15 +254,7 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
         raise InputError("--humans: no rater has rated both a pair of one identity and one of two in a split: nothing "
                          "to score")
     seen = {key: tuple((ratings[i].left, ratings[i].right) for i in rated) for key, rated in used.items()}
-    domains: dict[str, list[str]] = {}
-    for name in names:
-        if any(split == name for split, _ in used):
-            domains.setdefault(name.split("/")[0], []).append(name)
-    raters = {name: sorted(rater for split, rater in used if split == name) for name in names}
-    raters |= {domain: sorted(set.intersection(*(set(raters[name]) for name in members)))
-               for domain, members in domains.items() if len(members) > 1}
-    if len(domains) > 1:
-        raters["everything"] = sorted(set.intersection(*(set(raters[n]) for part in domains.values() for n in part)))
+    domains, raters = who_counts(used, list(names))
 
     def auc(values: np.ndarray, rated: np.ndarray, weights: np.ndarray | None) -> float:
         far, tar = roc(values[rated], same[rated], None if weights is None else weights[rated])
@@ -277,7 +291,7 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
     estimates = intervals(lambda counts: whole if counts is None else missing | statistic(counts),
                           bootstrap_counts(np.arange(len(people)), draws, seed))
     who = {name: np.unique(np.concatenate([np.append(a[i], b[i]) for (split, _), i in used.items() if split == name]))
-           for name in names if any(split == name for split, _ in used)}
+           for members in domains.values() for name in members}
     shown = {name: {pair for (split, _), pairs in seen.items() if split == name for pair in pairs} for name in names}
     figures: dict[str, dict[str, Estimate]] = {}
     for (place, readout, metric), figure in estimates.items():
