@@ -336,11 +336,15 @@ def ramp_up(progress: float, fraction: float) -> float:
     return min(progress / fraction, 1.0) if fraction > 0 else 1.0
 
 
-def rate(step: int, steps: int, warmup: float) -> float:
-    """Factor on every learning rate: linear warm-up over a fraction of the steps, then a cosine to MIN_RATE."""
-    rising = (step + 1) / max(warmup * steps, 1.0)
+def rate(step: int, steps: int, warmup: float, stages: int = 1) -> float:
+    """Factor on every learning rate: linear warm-up over a fraction of the steps, then a cosine to MIN_RATE.
+
+    Each of the `stages` has its own, as in fine-tuning on one task after another.
+    """
+    step -= math.ceil(min(step * stages // steps, stages - 1) * steps / stages)  # counted from the start of its stage
+    steps /= stages
     falling = MIN_RATE + (1 - MIN_RATE) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
-    return min(rising, 1.0) * falling
+    return min((step + 1) / max(warmup * steps, 1.0), 1.0) * falling
 
 
 # ---------------------------------------------------------------- model and optimiser
@@ -419,6 +423,10 @@ class Job:
     def steps(self) -> int:
         return len(self.plan)
 
+    def rate(self, step: int) -> float:
+        stages = len(self.splits) if self.options.schedule == "sequential" else 1
+        return rate(step, self.steps, self.options.warmup, stages)
+
     @property
     def bf16(self) -> bool:
         return uses_bf16(self.options.precision, self.device)
@@ -484,7 +492,7 @@ def set_rates_and_seed(job: Job, step: int) -> None:
     torch.default_generator.manual_seed(key)  # torch.manual_seed formats a stack trace per absent GPU backend
     if job.device.type == "cuda":
         torch.cuda.manual_seed(key)
-    factor = rate(step, job.steps, job.options.warmup)
+    factor = job.rate(step)
     for group in job.optimizer.param_groups:
         group["lr"] = factor * group["scale"]
 
@@ -562,7 +570,7 @@ def run_steps(job: Job) -> int:
 
 def rates_of(job: Job, step: int) -> dict:
     """Learning rates and curriculum of a step, for its line of the log."""
-    factor, options = rate(step, job.steps, job.options.warmup), job.options
+    factor, options = job.rate(step), job.options
     return {"lr": factor * options.lr, "head_lr": factor * options.head_lr,
             "margin": ramp_up(step / job.steps, options.margin_ramp),
             "backbone": step >= round(options.head_warmup * job.steps)} | (job.hook.figures() if job.hook else {})
