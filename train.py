@@ -71,11 +71,11 @@ class Options:
     degrade: tuple[float, float] | None = option(
         "data", None, SEVERITY, "Degrade the sharp crops of face_lq/train online. SEVERITY[@RAMP]: full severity, and "
         "the fraction of training over which it is reached (no value: 1@0.3).", is_flag=False, flag_value="1@0.3")
-    cache: str = option("data", "none", click.Choice(["none", "ram", "gpu"]), "Decode every image once, keep it.")
+    cache: str = option("data", "none", click.Choice(["none", "ram", "gpu"]), "Decode every image once and keep it.")
     workers: int = option("data", LOADERS, click.IntRange(0, 1024), "Number of data loader processes.")
 
-    backbone: str | None = option("model", None, click.Choice(list(BACKBONES)), "Backbone family; where weights "
-                                  "are loaded, its recipe sets options that are not given.")
+    backbone: str | None = option("model", None, click.Choice(list(BACKBONES)), "Backbone family; if weights are "
+                                  "loaded, its recipe sets the options that are not given.")
     size: str = option("model", "large", click.Choice(SIZES), "Size within the family.")
     model: str | None = option("model", None, str, "Any timm or open_clip NAME (or NAME/TAG) instead of --backbone.")
     weights: str = option("model", "pretrained", str, "'pretrained' (downloads), 'none' (random), FILE or FILE:NAME.")
@@ -105,9 +105,9 @@ class Options:
         "adaface or combined, per domain, e.g. face_hq=arcface:m=0.5,s=64;body=cosface; s: scale, e: smoothing, w: "
         "weight of the domain.")
     coupling: str = option("loss", "domain", click.Choice(["domain", "sample", "pcgrad"]), "Loss of a step: mean over "
-                           "domains of their mean losses, or mean over samples; pcgrad: as domain, without the part of "
-                           "a gradient that opposes another domain's (schedule A).")
-    negatives: str = option("loss", "own", click.Choice(["own", "all"]), "Softmax over own domain's classes, or all.")
+                           "domains of their mean losses, or mean over samples; pcgrad: as domain, with projection of "
+                           "conflicting gradients (schedule A).")
+    negatives: str = option("loss", "own", click.Choice(["own", "all"]), "Softmax over the domain's classes, or all.")
     sample_classes: float | dict[str, float] = option(
         "loss", "1", one_or_per_domain(1e-6, 1), "Partial FC: fraction of the class weights drawn in each step; one "
         f"number applies to domains of {MANY_CLASSES:,} classes or more; 1: all.")
@@ -117,20 +117,20 @@ class Options:
     margin_ramp: float = option("loss", 0.1, Number(0, 1), "Margins grow from 0 over this fraction of training.")
     head_init: str = option("loss", "means", click.Choice(["means", "text", "text-frozen", "random"]), "Initial "
                             "class weights: class means; CLIP text embeddings of objects (text-frozen: not trained).")
-    head_warmup: float = option("loss", 0.02, Number(0, 1), "Train only class weights in this first fraction of steps.")
-    shard_head: bool = option("loss", False, bool, "torchrun: every process holds a slice of the class weights.")
+    head_warmup: float = option("loss", 0.02, Number(0, 1), "Initial fraction of steps that trains only class weights.")
+    shard_head: bool = option("loss", False, bool, "Each process (torchrun) holds a slice of the class weights.")
 
     lr: float = option("optimiser", 2e-5, Number(0), "Peak learning rate of the backbone's top layer.")
     head_lr: float = option("optimiser", 1e-3, Number(0, infinite=True), "Peak learning rate of the class weights.")
-    layer_decay: float = option("optimiser", 0.8, Number(0, 1), "Factor on the learning rate per layer downwards.")
+    layer_decay: float = option("optimiser", 0.8, Number(0, 1), "Factor on the learning rate per layer below the top.")
     weight_decay: float = option("optimiser", 0.05, Number(0), "AdamW weight decay of the backbone's matrices.")
     warmup: float = option("optimiser", 0.05, Number(0, 1), "Fraction of the steps over which the learning rate rises.")
-    ema: float = option("optimiser", 0.0, Number(0, 1, max_open=True), "EMA decay; exports the average; 0: off.")
+    ema: float = option("optimiser", 0.0, Number(0, 1, max_open=True), "EMA decay; the average is saved; 0: off.")
     seed: int = option("optimiser", 0, click.IntRange(0, 2**62 - 1), "Seed of weights, data order, augmentation.")
 
     device: str = option("machine", "auto", str, "auto, cpu or cuda; under torchrun each process takes its own GPU.")
     precision: str = option("machine", "auto", click.Choice(["auto", "fp32", "bf16"]), "auto: bf16 if the GPU has it.")
-    compile: bool = option("machine", False, bool, "torch.compile: a start of minutes, then faster steps.")
+    compile: bool = option("machine", False, bool, "torch.compile: takes minutes, then steps are faster.")
     grad_checkpointing: bool = option("machine", False, bool, "Recompute activations in backward: less memory, slower.")
 
     out: str | None = option("logging", None, str, "Run folder (default: runs/{backbone}-{size}-{schedule}-{domains}-"
@@ -141,8 +141,8 @@ class Options:
                              "2,000 fixed images per domain; 0: never.")
     splits: str | None = option("logging", None, str, "domain/split,... for --eval-every (default: one per domain).")
     save_every: int = option("logging", 500, click.IntRange(1), "Steps between checkpoints.")
-    keep: int = option("logging", 0, click.IntRange(0), "Newest checkpoints to keep in RUN/checkpoints, one per "
-                       "--eval-every (else --save-every); the best by --eval-every stays, too.")
+    keep: int = option("logging", 0, click.IntRange(0), "Number of newest checkpoints kept in RUN/checkpoints, one "
+                       "per --eval-every (else --save-every), besides the best by --eval-every.")
     conflict_every: int = option("logging", 0, click.IntRange(0), "Steps between measured gradient conflicts; 0: off.")
 
     @property
@@ -160,7 +160,7 @@ def settle_options(context: click.Context, values: dict) -> tuple[Options, dict[
     sources = {name: context.get_parameter_source(name) for name in values}
     given = {name: source.name if source else "DEFAULT" for name, source in sources.items()}
     for name, rival in (("images", "epochs"), ("epochs", "images"), ("backbone", "model"), ("model", "backbone")):
-        if given[name] == "COMMANDLINE" and given[rival] == "DEFAULT_MAP":  # what --config says in another way
+        if given[name] == "COMMANDLINE" and given[rival] == "DEFAULT_MAP":  # replaces the other form in --config
             values[rival] = None
     recipe: dict[str, float] = {}
     if values["backbone"] and values["weights"] != "none":
@@ -169,8 +169,8 @@ def settle_options(context: click.Context, values: dict) -> tuple[Options, dict[
     recipe = {name: value for name, value in recipe.items() if given[name] == "DEFAULT"}
     options = Options(**values | recipe)
     for name, idle, why in (("size", options.model and not options.backbone, "is a size of --backbone"),
-                            ("mix", options.schedule != "B", "sets the shares of schedule B; others have equal ones"),
-                            ("mix_ramp", options.schedule != "B", "moves the shares of schedule B"),
+                            ("mix", options.schedule != "B", "sets the shares of schedule B; others have equal shares"),
+                            ("mix_ramp", options.schedule != "B", "changes the shares of schedule B"),
                             ("replay", options.schedule != "sequential", "mixes the batches of --schedule sequential"),
                             ("splits", not options.eval_every, "chooses the splits of --eval-every")):
         if given[name] == "COMMANDLINE" and idle:
@@ -190,7 +190,7 @@ def check_options(options: Options) -> None:
         options.weights = os.path.abspath(options.weights)  # runs are also read from other working directories
     if not options.model and not options.backbone:
         raise InputError("which backbone? give --backbone clip|eva02|dinov3 or --model NAME (of timm or open_clip)")
-    # scripts pass the same options to many runs: one without effect is no error
+    # not an error, because scripts pass the same options to many runs
     if options.conflict_every and (len(domains) == 1 or not (options.schedule in ("A", "B") or options.replay)):
         print("  --conflict-every is off: every step has a single domain, so no gradients conflict")
         options.conflict_every = 0
@@ -203,9 +203,9 @@ def check_options(options: Options) -> None:
         (options.head_init == "text-frozen" and "object" not in domains,
          "--head-init text-frozen freezes the object classes, but object is not among --domains"),
         (options.degrade and options.cache != "none",
-         "--degrade changes the images in every pass, --cache keeps them as first decoded: give one of them"),
+         "--degrade changes the images in every pass, but --cache stores them once: give one of them"),
         (options.cache == "gpu" and pick_device(options.device).type != "cuda",
-         "--cache gpu needs a CUDA device: take --cache ram"),
+         "--cache gpu needs a CUDA device: use --cache ram"),
         (options.coupling == "pcgrad" and options.schedule != "A",
          "--coupling pcgrad needs one backward pass per domain: use --schedule A"),
         (options.shard_head and options.negatives == "all",
@@ -213,7 +213,7 @@ def check_options(options: Options) -> None:
         (options.retain and (options.coupling == "pcgrad" or options.conflict_every),
          "--retain excludes --coupling pcgrad and --conflict-every: give one of them"),
         (options.retain and options.retain.l2sp and options.lora,
-         "--retain l2sp acts on the network's weights, which --lora freezes: take features=W"),
+         "--retain l2sp acts on the network's weights, which --lora freezes: use features=W"),
         (options.degrade and "face_lq" not in domains, "--degrade acts on face_lq, which is not among --domains"),
         (isinstance(options.mix, float) and options.mix > 1, "--mix: one number is a temperature: want 0 to 1"),
     ):
@@ -231,7 +231,7 @@ def check_options(options: Options) -> None:
 
 
 class Schedule(NamedTuple):
-    """A schedule is three numbers; `plan_batches` derives the images of each domain in each batch."""
+    """Input of `plan_batches`, which derives the images of each domain in each batch."""
 
     domains_per_batch: int
     images_per_batch: int
@@ -243,41 +243,35 @@ def make_schedule(name: str, num_domains: int, batch: int) -> Schedule:
     if name == "A":
         if batch % num_domains:
             raise InputError(f"--batch {batch} cannot be divided among {num_domains} domains by schedule A: "
-                             f"take {max(batch // num_domains, 1) * num_domains}")
+                             f"use {max(batch // num_domains, 1) * num_domains}")
         return Schedule(1, batch // num_domains, num_domains)
     return Schedule(num_domains if name == "B" else 1, batch, 1)
 
 
 def shares_at(progress: float, shares: np.ndarray, ramp: tuple[int, float, float, float] | None) -> np.ndarray:
-    """Shares [K] of schedule B after a fraction `progress` of training, with the --mix-ramp applied.
-
-    The ramp is (domain number, first share, last share, fraction of training); the others are rescaled to sum to 1.
-    """
+    """Shares [K] of schedule B after `progress` of training; ramp: domain number, first and last share, fraction."""
     if ramp is None:
         return shares
     k, first, last, fraction = ramp
-    moving = first + (last - first) * min(progress / fraction, 1.0)
-    rest = np.where(np.arange(len(shares)) == k, 0.0, shares)
-    mixed = rest / rest.sum() * (1.0 - moving)
-    mixed[k] = moving
+    ramped = first + (last - first) * min(progress / fraction, 1.0)
+    others = np.where(np.arange(len(shares)) == k, 0.0, shares)
+    mixed = others / others.sum() * (1.0 - ramped)  # rescaled, so that all shares sum to 1
+    mixed[k] = ramped
     return mixed
 
 
 def blend_counts(shares: Iterable[np.ndarray], batch: int) -> np.ndarray:
-    """Images per batch and domain [batches, K], replayed from batch 0 so that the long-run shares are exact.
-
-    Remainders are carried from batch to batch; the places of a batch go to the domains of largest credit.
-    """
+    """Images per batch and domain [batches, K]. Remainders carry over, so that the long-run shares are exact."""
     counts, credit = [], 0.0
     for share in shares:
         credit = credit + batch * share
-        places = np.floor(np.maximum(credit, 0.0)).astype(np.int64)
-        while (left := batch - places.sum()) != 0:
-            # while a ramp changes a share by less than one image per batch, the floors can sum to one place too many
-            k = np.argmax(credit - places) if left > 0 else np.argmin(np.where(places > 0, credit - places, np.inf))
-            places[k] += np.sign(left)
-        credit = credit - places
-        counts.append(places)
+        images = np.floor(np.maximum(credit, 0.0)).astype(np.int64)
+        while (missing := batch - images.sum()) != 0:
+            # while a ramp changes a share by less than one image per batch, the floors can sum to one image too many
+            k = np.argmax(credit - images) if missing > 0 else np.argmin(np.where(images > 0, credit - images, np.inf))
+            images[k] += np.sign(missing)
+        credit = credit - images
+        counts.append(images)
     return np.array(counts)
 
 
@@ -303,11 +297,11 @@ def plan_batches(options: Options, splits: list[Split]) -> np.ndarray:
 
 
 def stage_shares(seen: list[int], K: int, replay: float) -> np.ndarray:
-    """Shares [K] in a stage of `sequential`: the last domain of `seen`, and --replay of those before, equally."""
-    *before, now = seen
+    """Shares [K] in a stage of `sequential`: --replay is divided among earlier domains; the last has the rest."""
+    *earlier, current = seen
     shares = np.zeros(K)
-    shares[before] = replay / max(len(before), 1)
-    shares[now] = 1 - shares.sum()
+    shares[earlier] = replay / max(len(earlier), 1)
+    shares[current] = 1 - shares.sum()
     return shares
 
 
@@ -323,8 +317,8 @@ def blend_shares(options: Options, sizes: np.ndarray) -> tuple[np.ndarray, tuple
         ramp = (options.trained.index(options.mix_ramp.domain), *options.mix_ramp[1:])
         if shares.sum() - shares[ramp[0]] <= 0:
             raise InputError("--mix-ramp needs another domain with a share above 0")
-    for when in (0.0, 1.0):
-        for name, share in zip(options.trained, shares_at(when, shares, ramp), strict=True):
+    for end in (0.0, 1.0):
+        for name, share in zip(options.trained, shares_at(end, shares, ramp), strict=True):
             if share and options.batch * share < 1:
                 raise InputError(f"--batch {options.batch} gives {name} {options.batch * share:.2f} images: "
                                  f"raise --batch to {math.ceil(1 / share)} or set its share with --mix")
@@ -337,11 +331,8 @@ def ramp_up(progress: float, fraction: float) -> float:
 
 
 def rate(step: int, steps: int, warmup: float, stages: int = 1) -> float:
-    """Factor on every learning rate: linear warm-up over a fraction of the steps, then a cosine to MIN_RATE.
-
-    Each of the `stages` has its own, as in fine-tuning on one task after another.
-    """
-    step -= math.ceil(min(step * stages // steps, stages - 1) * steps / stages)  # counted from the start of its stage
+    """Factor on the learning rates: in each stage, linear warm-up over a fraction of it, then cosine to MIN_RATE."""
+    step -= math.ceil(min(step * stages // steps, stages - 1) * steps / stages)  # from the start of the stage
     steps /= stages
     falling = MIN_RATE + (1 - MIN_RATE) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
     return min((step + 1) / max(warmup * steps, 1.0), 1.0) * falling
@@ -398,7 +389,7 @@ def head_settings(options: Options, splits: list[Split]) -> HeadSettings:
 
 @dataclass
 class Job:
-    """A run in memory: everything that its steps read and change."""
+    """The state of a run: everything that its steps read and change."""
 
     options: Options
     folder: Path
@@ -410,12 +401,12 @@ class Job:
     model: Backbone
     head: MarginHead
     optimizer: LayerwiseAdamW
-    health: Tensor  # int64 [2] on the device: steps that were not finite, of these the last ones in a row
+    health: Tensor  # int64 [2] on the device: number of non-finite steps, and length of the current streak of them
     tally: Tally = field(default_factory=Tally)
     average: RunningAverage | None = None  # --ema, of `parameters`
     hook: Any = None  # takes over the backward passes of some steps, e.g. tools.conflicts.DomainGradients
     fixed: list[Split] = field(default_factory=list)  # test splits of --eval-every
-    first: int = 0  # the next step
+    first: int = 0  # step at which this process starts
     saved: int | None = None  # the step that the checkpoint in `last` starts from
     begun: float = field(default_factory=time.monotonic)  # monotonic time from which `tally.seconds` counts
 
@@ -461,8 +452,8 @@ def take_step(job: Job, forward: nn.Module, batches: Iterable[tuple], step: int,
         hook.begin()
     with head.drawn(job.optimizer):
         for number, (images, labels, domains) in enumerate(batches):
-            ranks_add_up = number == passes - 1 and not (hook and hook.sums_ranks)
-            with contextlib.nullcontext() if ranks_add_up or ranks.world == 1 or not tune_backbone else \
+            sum_over_ranks = number == passes - 1 and not (hook and hook.sums_ranks)
+            with contextlib.nullcontext() if sum_over_ranks or ranks.world == 1 or not tune_backbone else \
                     forward.no_sync():
                 with torch.set_grad_enabled(tune_backbone):
                     x = forward(images)
@@ -538,7 +529,7 @@ def run_steps(job: Job) -> int:
         tally.seconds, done = time.monotonic() - job.begun, step + 1
         ending = ranks.any(bool(stop)) and done < steps
         saving = ending or done % options.save_every == 0 or done == steps
-        if done % options.log_every == 0 or saving:  # a resumed run then averages over the same steps
+        if done % options.log_every == 0 or saving:  # at checkpoints, so that a resumed run averages alike
             record = log.write(window, done, rates_of(job, step), job.health, feed.bad)
             log.check_health(done, job.health)
             bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}", img_s=f"{record['images_per_second']:.0f}")
@@ -569,7 +560,7 @@ def run_steps(job: Job) -> int:
 
 
 def rates_of(job: Job, step: int) -> dict:
-    """Learning rates and curriculum of a step, for its line of the log."""
+    """Learning rates and margin of a step, for log.jsonl."""
     factor, options = job.rate(step), job.options
     return {"lr": factor * options.lr, "head_lr": factor * options.head_lr,
             "margin": ramp_up(step / job.steps, options.margin_ramp),
@@ -589,7 +580,7 @@ def make_forward(job: Job) -> nn.Module:
     if job.options.compile:
         if job.hook:
             torch._functorch.config.donated_buffer = False  # the hook retains the graph
-        forward.compile(dynamic=False)  # micro-batches have one size, but for the last
+        forward.compile(dynamic=False)  # only the last micro-batch may be smaller
     if job.ranks.world > 1:
         forward = nn.parallel.DistributedDataParallel(
             forward, device_ids=[job.device] if job.device.type == "cuda" else None, broadcast_buffers=False)
@@ -655,7 +646,7 @@ def probe(job: Job, count: int = 2000) -> dict[str, float]:
 
 
 def look_at_fixed_images(job: Job, board: Any, step: int) -> None:
-    """--eval-every: append the AUCs to probe.jsonl; warn of a task that has fallen below its initial AUC."""
+    """Quick evaluation: append the AUCs to probe.jsonl, and warn if one is more than 0.01 below its initial value."""
     if job.ranks.rank == 0:
         job.model.eval()
         with averaged(job):
@@ -669,7 +660,7 @@ def look_at_fixed_images(job: Job, board: Any, step: int) -> None:
         for name, score in scores.items():
             if score < start.get(name, 0) - 0.01:
                 tqdm.write(f"WARNING: step {step}: {name} has fallen below its start: same/different AUC {score:.3f}, "
-                           f"was {start[name]:.3f}", file=sys.stderr)
+                           f"initially {start[name]:.3f}", file=sys.stderr)
     job.ranks.wait()
 
 
@@ -690,9 +681,9 @@ def export_weights(job: Job, folder: Path) -> None:
 
 
 def save_checkpoint(job: Job, step: int) -> None:
-    """Write the weights, then last/state.pt: all that step `step` starts from, for any number of ranks.
+    """Write the weights, then last/state.pt: the state before step `step`, for any number of ranks.
 
-    In this order, a run killed in between repeats the steps since the previous state and ends with both.
+    In this order, a run killed between the two repeats the steps since the previous state, then writes both.
     """
     head, optimizer = job.head, job.optimizer.state_dict()
     last = max(optimizer["state"], default=None)  # the class weights: last group, last number
@@ -719,7 +710,7 @@ def keep_checkpoint(job: Job, step: int) -> None:
 
 
 def load_checkpoint(job: Job) -> None:
-    """Restore what save_checkpoint wrote."""
+    """Restore the state that `save_checkpoint` wrote."""
     head, average = job.head, job.average
     shapes = [p.shape for p in job.parameters[:-1]] + [torch.Size([sum(head.class_counts), job.model.dim])]
     check = functools.partial(runs.misfit, steps=job.steps, model=job.model.state_dict(), shapes=shapes,
@@ -744,11 +735,11 @@ def load_checkpoint(job: Job) -> None:
     job.begun -= job.tally.seconds
 
 
-# ---------------------------------------------------------------- from options to a run
+# ---------------------------------------------------------------- setting up a run
 
 
 def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
-    """From options to a run in memory, or None where it is complete. Refuses before it builds anything."""
+    """Build the run that the options describe, or continue it; None if it is complete. Checks come first."""
     begun, splits = time.monotonic(), open_training(options.data, options.trained)
     plan, folder, texts = plan_batches(options, splits), Path(options.out), as_texts(options)
     if (context := click.get_current_context(silent=True)) and not int(os.environ.get("RANK", 0)):
@@ -789,7 +780,7 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
 
 
 def check_memory(options: Options, splits: list[Split], image_size: int, device: torch.device, ranks: Ranks) -> None:
-    """Refuse a batch, a --cache or loader processes that the memory does not hold; fewer of these may be started."""
+    """Refuse a batch or --cache that does not fit in memory; reduce the number of loader processes to what fits."""
     images = min(options.micro_batch or options.batch, -(-options.batch // ranks.world))
     if why := batch_too_large(splits, images, image_size):
         raise InputError(f"--batch {options.batch}: {why}: lower --micro-batch or --batch")
@@ -803,7 +794,7 @@ def check_memory(options: Options, splits: list[Split], image_size: int, device:
 
 
 def start_or_resume(job: Job) -> Job:
-    """Fill the weights of a run, from its last checkpoint or (class weights) from --head-init."""
+    """Load the last checkpoint, or initialise the class weights by --head-init."""
     options, head, folder = job.options, job.head, job.folder
     if options.ema:
         job.average = RunningAverage(job.parameters, options.ema)
@@ -828,7 +819,7 @@ def start_or_resume(job: Job) -> Job:
 
 
 def open_board(job: Job, feed: Feed) -> Any:
-    """TensorBoard's writer; a run that starts also draws samples.png."""
+    """TensorBoard's writer; a new run also draws samples.png."""
     from torch.utils.tensorboard import SummaryWriter
 
     if not job.first:
@@ -840,7 +831,7 @@ def open_board(job: Job, feed: Feed) -> Any:
 # ---------------------------------------------------------------- command line
 
 CONFIG = click.option("--config", is_eager=True, expose_value=False, callback=replay_config, metavar="FILE",
-                      help="Replay a run's config.json; options given here win over it.")
+                      help="Replay a run's config.json; options given here override it.")
 DEBUG = click.option("--debug", is_flag=True, expose_value=False, hidden=True,
                      help="Show the traceback of an input error.")
 
@@ -863,17 +854,17 @@ def main(context: click.Context, **values) -> int | None:
         raise InputError(f"the GPU's memory is full ({str(error).partition('. ')[0]}): lower --micro-batch, or add "
                          "--grad-checkpointing; continue with --resume") from error
     if job and job.ranks.world > 1:
-        context.close()  # its lock
+        context.close()  # releases the lock
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)  # gloo's threads sometimes abort an interpreter that shuts down
     return code
 
 
-@main.command(help="""Time of a training step and of its parts: real data, one batch on the device, the bare backbone.
+@main.command(help="""Time a training step and its parts: real data, one batch on the device, the bare backbone.
 Takes the options of training.""")
 @CONFIG
 @add_options(Options, leave_out=("out", "resume", "epochs", "images"))
-@click.option("--rounds", type=click.IntRange(1), default=4, help="Rounds; each times every kind of step.")
+@click.option("--rounds", type=click.IntRange(1), default=4, help="Rounds; each kind of step is timed in every round.")
 @click.option("--count", type=click.IntRange(1), default=8, help="Steps per kind and round.")
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="File for the result, as JSON.")
 @DEBUG
@@ -889,7 +880,7 @@ def bench(context: click.Context, rounds: int, count: int, path: Path | None, **
 @click.option("--run", metavar="RUN", required=True, help="Folder of a finished run.")
 @click.option("--to", type=click.Choice(["safetensors", "onnx"]), required=True, help="File format.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE",
-              help="File to write; the card is written beside it (default: RUN/export/NAME.FORM).")
+              help="File to write; the card is written beside it (default: RUN/export/NAME.FORMAT).")
 @click.option("--tolerance", type=Number(0), default=1e-4,
               help="Largest accepted difference in a component of a unit embedding; above it, exit code 1.")
 @click.option("--wise-ft", type=Number(0, 1), default=1.0, metavar="ALPHA",

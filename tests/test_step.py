@@ -140,7 +140,7 @@ def test_a_cut_line_of_a_log_is_left_out(tmp_path):
     (("--epochs", "inf"), "inf is not in the range 0<x<=1000000000.0"),
     (("--lr", "nan"), "nan is not a finite number"),
     (("--schedule", "A", "--mix", "0"), "--mix sets the shares of schedule B"),
-    (("--schedule", "alternate", "--mix-ramp", "object:1->0.5"), "--mix-ramp moves the shares of schedule B"),
+    (("--schedule", "alternate", "--mix-ramp", "object:1->0.5"), "--mix-ramp changes the shares of schedule B"),
     (("--device", "cuda:99"), "--device cuda"),
 ])
 def test_what_means_nothing_is_refused(demo_root, tmp_path, options, words):
