@@ -1,4 +1,4 @@
-"""Training a backbone: LoRA, stochastic depth, averaged weights (EMA), penalties on forgetting, bfloat16.
+"""Training of a backbone: LoRA, stochastic depth, averaged weights (EMA), penalties on forgetting, bfloat16.
 
 Copy with it: models/backbones.py.
 """
@@ -48,7 +48,7 @@ def add_low_rank(model: Backbone, rank: int) -> None:
         module = model.net.get_submodule(path)
         nn.utils.parametrize.register_parametrization(module, weight, LowRank(getattr(module, weight), rank))
     if not names:
-        raise InputError(f"--lora {rank}: this network has no attention projections; take a transformer")
+        raise InputError(f"--lora {rank}: this network has no attention projections; use a transformer")
 
 
 def add_drop_path(model: Backbone, rate: float) -> None:
@@ -59,23 +59,23 @@ def add_drop_path(model: Backbone, rate: float) -> None:
     from timm.layers import DropPath
 
     tower = model.net.visual if model.library == "open_clip" else model.net
-    ends = ("drop_path", "drop_path1", "drop_path2", "ls_1", "ls_2")
-    blocks = [(module, [end for end in ends if isinstance(getattr(module, end, None), nn.Identity | DropPath)])
+    names = ("drop_path", "drop_path1", "drop_path2", "ls_1", "ls_2")
+    blocks = [(module, [name for name in names if isinstance(getattr(module, name, None), nn.Identity | DropPath)])
               for module in tower.modules()]
-    blocks = [(module, places) for module, places in blocks if places]
+    blocks = [(module, branches) for module, branches in blocks if branches]
     if not blocks:
         raise InputError(f"--drop-path {rate:g}: this network has no residual branches to drop: leave it out")
-    for (module, places), probability in zip(blocks, np.linspace(0, rate, len(blocks)).tolist(), strict=True):
-        for end in places:
-            setattr(module, end, DropPath(probability))
+    for (module, branches), probability in zip(blocks, np.linspace(0, rate, len(blocks)).tolist(), strict=True):
+        for name in branches:
+            setattr(module, name, DropPath(probability))
 
 
 class LayerwiseAdamW(torch.optim.AdamW):
-    """torch's fused AdamW to the bit, in a third of its time on the CPU: layer-wise rates make dozens of groups.
+    """torch's fused AdamW, bit-identical, in a third of its time on a CPU with dozens of layer-wise groups.
 
-    The kernel has one learning rate a call, so a call a group remains. What else a step does, it does once.
+    The kernel takes one learning rate per call and is called per group; all else is done once for all groups.
 
-    Attributes: found_inf, float32 scalar on the device: where it is 1 the step is left out, without asking the CPU.
+    Attributes: found_inf, float32 scalar on the device: if 1, the step is skipped, without synchronisation.
     """
 
     found_inf: torch.Tensor
@@ -89,14 +89,14 @@ class LayerwiseAdamW(torch.optim.AdamW):
                                  exp_avg_sq=torch.zeros_like(p))
         columns = ("exp_avg", "exp_avg_sq", "step")
         states = [[[self.state[p][name] for p in parameters] for name in columns] for _, parameters in groups]
-        every = [one for *_, steps in states for one in steps]
-        torch._foreach_add_(every, 1)
+        counters = [step for *_, steps in states for step in steps]
+        torch._foreach_add_(counters, 1)
         for (group, parameters), (first, second, steps) in zip(groups, states, strict=True):
             if parameters:
                 torch._fused_adamw_(parameters, [p.grad for p in parameters], first, second, [], steps, lr=group["lr"],
                                     beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], amsgrad=False,
                                     weight_decay=group["weight_decay"], maximize=False, found_inf=self.found_inf)
-        torch._foreach_sub_(every, [self.found_inf] * len(every))
+        torch._foreach_sub_(counters, [self.found_inf] * len(counters))
 
 
 class RunningAverage:
@@ -112,10 +112,10 @@ class RunningAverage:
     @torch.no_grad()
     def update(self, t: torch.Tensor, taken: torch.Tensor) -> None:
         """After step t (from 1, skipped steps not counted); `taken`: 0 where this step was skipped."""
-        pull = (1 - ((1 + t) / (10 + t)).clamp(max=self.decay)) * taken
-        away = torch._foreach_sub([p.detach() for p in self.parameters], self.values)
-        torch._foreach_mul_(away, pull.to(away[0].dtype))
-        torch._foreach_add_(self.values, away)
+        rate = (1 - ((1 + t) / (10 + t)).clamp(max=self.decay)) * taken
+        change = torch._foreach_sub([p.detach() for p in self.parameters], self.values)
+        torch._foreach_mul_(change, rate.to(change[0].dtype))
+        torch._foreach_add_(self.values, change)
 
     @contextlib.contextmanager
     def swapped_in(self) -> Iterator[None]:
@@ -132,7 +132,7 @@ class RunningAverage:
 
 
 class RetainWeights(NamedTuple):
-    """Weights of the penalties that hold a backbone near the untouched one; 0: none."""
+    """Weights of the penalties on the distance to the untouched backbone; 0: off."""
 
     l2sp: float = 0.0
     features: float = 0.0
@@ -155,7 +155,7 @@ RETAIN_TYPE = Parsed("penalties", parse_retain, lambda weights: ",".join(
 
 
 class Retention:
-    """A hook into the step of train.py: penalties that hold the backbone near the untouched one (--retain).
+    """A hook into the step of train.py: penalties on the distance to the untouched backbone (--retain).
 
     l2sp adds W/2 |θ - θ₀|² over the trained weights θ of the network (arXiv 1802.01483, eq. 3, with the factor on new
     layers left to AdamW). features adds W mean_i (1 - cos(x_i, x⁰_i)) over the images i of a step, with x⁰ the
@@ -176,7 +176,7 @@ class Retention:
         self.weights, self.world, self.device = weights, world, next(model.parameters()).device
         self.trained = [p for p in model.net.parameters() if p.requires_grad] if weights.l2sp else []
         self.start = [p.detach().clone() for p in self.trained]
-        self.turned, self.images = torch.zeros((), device=self.device), 0
+        self.distance, self.images = torch.zeros((), device=self.device), 0
         self.untouched = AutocastModel(copy.deepcopy(model).eval().requires_grad_(False), bf16, self.device) \
             if weights.features else None
 
@@ -186,7 +186,7 @@ class Retention:
 
     def begin(self) -> None:
         """Before the first micro-batch of a step."""
-        self.turned, self.images = torch.zeros((), device=self.device), 0  # sum of 1 - cos, over this rank's images
+        self.distance, self.images = torch.zeros((), device=self.device), 0  # Σ (1 - cos) over this rank's images
 
     def backward(self, result: Any, images: torch.Tensor, batch: tuple, present: list[int]) -> None:
         """Replaces `result.loss.backward()`; `batch`: arguments of the head."""
@@ -195,9 +195,9 @@ class Retention:
         if self.untouched:
             with torch.no_grad():
                 target = self.untouched(images).to(x)
-            turned = (1 - nn.functional.cosine_similarity(x.to(loss), target.to(loss))).sum()
-            loss = loss + self.weights.features * self.world * turned / counts.sum()
-            self.turned, self.images = self.turned + turned.detach(), self.images + len(x)
+            distance = (1 - nn.functional.cosine_similarity(x.to(loss), target.to(loss))).sum()
+            loss = loss + self.weights.features * self.world * distance / counts.sum()
+            self.distance, self.images = self.distance + distance.detach(), self.images + len(x)
         loss.backward()
 
     @torch.no_grad()
@@ -211,12 +211,12 @@ class Retention:
         """For a line of the log: |θ - θ₀|, and the mean 1 - cos of the last step's images of this process."""
         moved = [p.detach() - start for p, start in zip(self.trained, self.start, strict=True)]
         return ({"retain/weights": float(nn.utils.get_total_norm(moved))} if moved else {}) | (
-            {"retain/features": float(self.turned) / self.images} if self.untouched and self.images else {})
+            {"retain/features": float(self.distance) / self.images} if self.untouched and self.images else {})
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Whether the backbone computes in bfloat16; "auto": where CUDA has it."""
-    # GPUs before Ampere emulate bf16: slower than float32 and no more exact
+    """Whether the backbone computes in bfloat16; "auto": on GPUs that support it."""
+    # GPUs before Ampere emulate bf16: slower than float32, and not more precise
     return precision == "bf16" or (precision == "auto" and device.type == "cuda" and
                                    torch.cuda.is_bf16_supported(including_emulation=False))
 

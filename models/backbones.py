@@ -50,7 +50,7 @@ BACKBONES = {
 }
 IMAGE_SIZE = {"clip": 224, "eva02": 224, "dinov3": 256}  # pixels, without --image-size
 # Optimiser options of each backbone where weights are loaded, unless the command line or --config gives them. Losses
-# and augmentations are left out, so that a grid compares backbones on the same task. The defaults hold what all share:
+# and augmentations are left out, so that a grid compares backbones on the same task. The defaults are common to all:
 # AdamW, class weights at 1e-3 (arcface_torch's ViTs), gradients clipped at 1, a cosine to 1 % after 5 % of warm-up.
 RECIPES = {
     "clip": {
@@ -73,12 +73,12 @@ RECIPES = {
         "drop_path": 0.1,  # EVA-02: 0.15, DeiT III: 0.2 and more, both with more epochs
         "weight_decay": 0.05,  # EVA-02's; DeiT III: 0.1
     },
-    # With --lora, over the backbone's own: FRoundation (CLIP and DINOv2 on faces, batch 512); so few parameters need no
-    # stochastic depth.
+    # With --lora, overrides the backbone's recipe: FRoundation (CLIP and DINOv2 on faces, batch 512); with so few
+    # parameters, no stochastic depth is needed.
     "lora": {"lr": 1e-4, "layer_decay": 1.0, "drop_path": 0.0},
 }
 # For the demo and the tests, without published weights. Its image tower is a ConvNeXt, as in OpenCLIP's convnext
-# models, because a transformer learns next to nothing from scratch in the minutes of a demo.
+# models, because a transformer learns almost nothing from scratch in the minutes of a demo.
 TINY_CLIP = {
     "embed_dim": 64,
     "vision_cfg": {"timm_model_name": "test_convnext", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64},
@@ -131,9 +131,9 @@ class Backbone(nn.Module):
             import timm
 
             settings = timm.data.resolve_model_data_config(net)
-        with torch.no_grad():  # libraries name the width differently: measure it
-            probe = torch.zeros(1, 3, image_size, image_size)
-            width = (net.eval().encode_image(probe) if library == "open_clip" else net.eval()(probe)).shape[1]
+        with torch.no_grad():  # the width is measured, because its name depends on the library
+            image = torch.zeros(1, 3, image_size, image_size)
+            width = (net.eval().encode_image(image) if library == "open_clip" else net.eval()(image)).shape[1]
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
         self.interpolation = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
         self.dim = embed_dim or width
@@ -223,9 +223,9 @@ def build_network(library: str, name: str, image_size: int | None, **pretrained)
 def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], path: Path | str) -> None:
     """Load a state dict strictly; position embeddings are resampled, classifiers left out."""
     expected = {key: tuple(value.shape) for key, value in net.state_dict().items()}
-    given = state
+    original = state
     try:
-        given = state = from_transformers(strip_prefixes(state, expected), expected)
+        original = state = from_transformers(strip_prefixes(state, expected), expected)
         if library == "open_clip":
             from open_clip.model import resize_pos_embed
 
@@ -241,13 +241,13 @@ def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], p
         # some exports drop BatchNorm's step counters, which frozen statistics do not use
         state = {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")} | state
     except (KeyError, RuntimeError, AttributeError, IndexError, ValueError):
-        state = given  # unknown keys broke the library's conversion: name them below
+        state = original  # unknown keys broke the library's conversion; they are reported below
     shapes = {key: tuple(value.shape) for key, value in state.items()}
-    missing, foreign = [key for key in expected if key not in shapes], [key for key in shapes if key not in expected]
+    missing, unknown = [key for key in expected if key not in shapes], [key for key in shapes if key not in expected]
     wrong = [f"{k} is {shapes[k]}, not {expected[k]}" for k in expected if k in shapes and expected[k] != shapes[k]]
-    if missing or foreign or wrong:
+    if missing or unknown or wrong:
         lists = [f"{what} {', '.join(keys[:3])}" + f" and {len(keys) - 3} more" * (len(keys) > 3)
-                 for what, keys in (("the file lacks", missing), ("the network lacks", foreign)) if keys]
+                 for what, keys in (("the file lacks", missing), ("the network lacks", unknown)) if keys]
         raise InputError(f"--weights {path}: not the weights of this architecture: {'; '.join([*lists, *wrong[:3]])}"
                          + f" and {len(wrong) - 3} more shapes" * (len(wrong) > 3))
     net.load_state_dict(state)
@@ -262,7 +262,7 @@ def load_backbone(network: Network) -> Backbone:
     library, name, tag = resolve_backbone(network)
     size = network.image_size or (None if network.model else IMAGE_SIZE[network.backbone])
     torch.manual_seed(network.seed)
-    logging.disable(logging.ERROR)  # the hub clients' warnings about errors that end here in one line
+    logging.disable(logging.ERROR)  # of the hub clients: errors are reported below in one line
     try:
         if network.weights == "pretrained":
             net = download_network(network, library, name, size, tag)
@@ -278,8 +278,8 @@ def load_backbone(network: Network) -> Backbone:
             size = size[0] if isinstance(size, tuple) else size
         return Backbone(net, library, name, network.embed_dim, size)
     except (AssertionError, ValueError, RuntimeError) as error:
-        what = f"--image-size {network.image_size}" if network.image_size else f"input size {size}"
-        raise InputError(f"{what} does not fit {name}: {str(error).splitlines()[0]}") from error
+        setting = f"--image-size {network.image_size}" if network.image_size else f"input size {size}"
+        raise InputError(f"{setting} does not fit {name}: {str(error).splitlines()[0]}") from error
     finally:
         logging.disable(logging.NOTSET)
 
@@ -287,9 +287,9 @@ def load_backbone(network: Network) -> Backbone:
 def download_network(network: Network, library: str, name: str, size: int | None, tag: str | None) -> nn.Module:
     """The network with its published weights, from the hub or its cache."""
     if tag is None:
-        which = network.model or f"{network.backbone} {network.size}"
-        more = " or, for OpenCLIP's, --model NAME/TAG" if library == "open_clip" and network.model else ""
-        raise InputError(f"{which} has no weights to download: give --weights none or --weights FILE{more}")
+        choice = network.model or f"{network.backbone} {network.size}"
+        hint = " or, for OpenCLIP's, --model NAME/TAG" if library == "open_clip" and network.model else ""
+        raise InputError(f"{choice} has no weights to download: give --weights none or --weights FILE{hint}")
     try:
         fail_fast_offline()
         return build_network(library, name, size, pretrained=tag or True)
@@ -298,13 +298,13 @@ def download_network(network: Network, library: str, name: str, size: int | None
         if not client and not isinstance(error, OSError) and not str(error).startswith("Failed to download"):
             raise
         raise InputError(
-            f"the weights of {name} cannot be downloaded ({str(error).splitlines()[0][:120]}): fetch them on a "
-            "machine with network and give --weights FILE, or start at random with --weights none"
+            f"the weights of {name} cannot be downloaded ({str(error).splitlines()[0][:120]}): download them on "
+            "another machine and give --weights FILE, or use random weights with --weights none"
         ) from error
 
 
 def fail_fast_offline() -> None:
-    """Without network, read the hub's cache at once, instead of after a minute of retries and warnings."""
+    """Without a network, read the hub's cache at once instead of after a minute of retries and warnings."""
     import huggingface_hub.constants as hub
 
     if {"https", "all"} & urllib.request.getproxies().keys():  # the proxy resolves names

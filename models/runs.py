@@ -43,7 +43,7 @@ from data_prep.format import MAX_SIZE, Split, fits
 from models.backbones import BACKBONES, Backbone, Network, fill_weights, library_state, load_backbone
 from models.weights import damaged, read_tensors, write_tensors
 
-LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # of a run, one record a line, each with its step
+LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # one record per line, each with its step
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
 
 
@@ -70,8 +70,8 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    control: object = None  # gloo group, for what the CPUs tell each other while the GPUs work
-    draws: object = None  # another, for the thread that draws classes a step ahead
+    control: object = None  # gloo group, for communication between CPUs while the GPUs compute
+    draws: object = None  # a second one, for the thread that draws classes one step ahead
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place, on its device."""
@@ -93,18 +93,18 @@ class Ranks:
 
 
 def watch_parent(parent: int) -> None:
-    """End a rank whose torchrun was killed, by SIGTERM, so that a run saves first."""
+    """If torchrun is killed, send this rank SIGTERM, so that a run is saved first."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(120)  # within a collective that others have left, the signal is never handled
+    time.sleep(120)  # in a collective that other ranks have left, the signal is never handled
     os._exit(128 + signal.SIGTERM)
 
 
 def end_rank(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """The last words of a rank: one line where a peer was lost. It ends at once: gloo's threads may hang an exit."""
+    """Report an uncaught error, a lost peer in one line, and exit at once: gloo's threads may block a normal exit."""
     if kind is RuntimeError and "peer" in str(error) and "--debug" not in sys.argv:
-        print("error: another process of this job has ended, and says why if it could; what was saved is intact: run "
+        print("error: another process of this job has ended (see its message, if any); saved files are intact: run "
               "the command again (train.py: with --resume)", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
@@ -133,7 +133,7 @@ def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
     sys.excepthook = end_rank
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     ranks = Ranks(torch.distributed.get_rank(), world, *(torch.distributed.new_group(backend="gloo") for _ in range(2)))
-    if ranks.rank:  # one voice
+    if ranks.rank:  # only rank 0 prints
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return ranks, device
 
@@ -190,14 +190,14 @@ CONFIG = {
     "embed_dim": int, "seed": int, "domains": [str], "data": str, "schedule": str, "counts": {}, "steps": int,
     "shards": {}, "versions": {}, "git_commit": (str, None),
 }
-LATER = {"sources": {}, "degrade": None}  # what former versions did not write, and what it was then
+NEWER = {"sources": {}, "degrade": None}  # fields that earlier versions did not write, with their values
 SOURCE = {"source": str, "images": int, "size": int}  # of "sources", see `describe_sources`
 
 
 def read_config(folder: Path) -> dict:
     """`join_config` of a run; InputError where a field that later stages read is missing or of another type."""
     path = folder / "config.json"
-    config = LATER | join_config(path)
+    config = NEWER | join_config(path)
     if missing := CONFIG.keys() - config.keys():
         raise InputError(f"{path} lacks {min(missing)!r}: restore it, or train the run again")
     wrong = [key for key, kinds in CONFIG.items()
@@ -205,7 +205,7 @@ def read_config(folder: Path) -> dict:
                         for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))]
     if not wrong:
         order, domains, sources = config["order"], config["domains"], config["sources"]
-        sound = {
+        valid = {
             "domains": sorted(set(order)) == sorted(order) and set(order) <= set(DOMAINS),
             "counts": all(fits(config["counts"].get(name), int) for name in domains),
             "shards": all(fits(config["shards"].get(name), str) for name in domains),
@@ -213,10 +213,10 @@ def read_config(folder: Path) -> dict:
             "embed_dim": config["embed_dim"] <= 1 << 16,
             "backbone": config["model"] or config["size"] in BACKBONES.get(config["backbone"], {}),
             "sources": fits(sources, {}) and all(fits(source, SOURCE) for source in sources.values()),
-            "degrade": not config["degrade"] or (  # False, of former versions
+            "degrade": not config["degrade"] or (  # False in earlier versions
                 fits(config["degrade"], str) and unit_number(config["degrade"].partition("@")[0]) is not None),
         }
-        wrong = [key for key, good in sound.items() if not good]
+        wrong = [key for key, ok in valid.items() if not ok]
     if wrong:
         raise InputError(f"{path}: {wrong[0]} is {str(config[wrong[0]])[:60]!r}: restore it, or train the run again")
     return config
@@ -229,7 +229,7 @@ def find_run(folder: Path, options: dict, splits: list[Split]) -> str:
         options: of this start, as in config.json.
 
     Raises:
-        InputError: it may not be continued with these options and splits.
+        InputError: the run cannot be continued with these options and splits.
     """
     if not (folder / "config.json").exists():
         return "nothing"
@@ -325,8 +325,8 @@ def load_foundation(run: Run) -> Backbone:
     """The untouched backbone of a run, without the linear layer of --embed-dim, in eval mode."""
     path, expected = Path(str(run.config.get("weights"))), run.config.get("weights_sha256")
     if expected and hash_file(path) not in (None, expected):
-        raise InputError(f"{path}: not the file that {run.folder} started from (its SHA-256 differs): restore that, or "
-                         "leave the untouched backbone out with --no-foundation")
+        raise InputError(f"{path}: not the file that {run.folder} started from (its SHA-256 differs): restore it, or "
+                         "leave out the untouched backbone with --no-foundation")
     return load_backbone(Network.of(run.config, embed_dim=0)).eval()
 
 
@@ -335,7 +335,7 @@ def load_foundation(run: Run) -> Backbone:
 
 def misfit(state: object, steps: int, model: dict[str, torch.Tensor], shapes: list[torch.Size], averaged: bool,
            statistics: torch.Tensor | None) -> str:
-    """The entry of a state file that does not fit the run, or "": the optimiser would read beyond a short tensor.
+    """Why a state file does not fit the run, or "". Unchecked, the optimiser would read past the end of a tensor.
 
     `shapes`: of the trained parameters, the whole class weights last; `averaged`: whether the run has --ema.
     """
@@ -351,7 +351,7 @@ def misfit(state: object, steps: int, model: dict[str, torch.Tensor], shapes: li
             tensor(values[key], value.shape, value.dtype) for key, value in like.items())
 
     moments = state["optimizer"].get("state") if isinstance(state["optimizer"], dict) else None
-    sound = {
+    valid = {
         "step": type(state["step"]) is int and 0 <= state["step"] <= steps,
         "model": tensors(state["model"], model),
         "head": tensor(state["head"], shapes[-1]),
@@ -366,7 +366,7 @@ def misfit(state: object, steps: int, model: dict[str, torch.Tensor], shapes: li
                                    and all(map(tensor, state["ema"], shapes))),
         "norms": statistics is None or tensor(state["norms"], statistics.shape, torch.float64),
     }
-    return next((f"{key} is not what this run saves" for key, good in sound.items() if not good), "")
+    return next((f"{key} is not what this run saves" for key, ok in valid.items() if not ok), "")
 
 
 def read_state(path: Path, checksum: bool, mapped: bool, check: Callable[[object], str]) -> dict:
@@ -427,12 +427,12 @@ def keep_checkpoint(run: Path, step: int, counts: dict[str, int], keep: int, exp
 def drop_checkpoints(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and the best by mean AUC of --eval-every; link `best` to that."""
     steps, link = kept_steps(run), run / "checkpoints" / "best"
-    scores = {look["step"]: np.mean([*look["auc"].values()]) for look in read_lines(run / "probe.jsonl") if look["auc"]}
+    scores = {line["step"]: np.mean([*line["auc"].values()]) for line in read_lines(run / "probe.jsonl") if line["auc"]}
     best = max((step for step in steps if step in scores), key=scores.get, default=None)
     if best is not None:
-        (fresh := link.with_suffix(".tmp")).unlink(missing_ok=True)
-        fresh.symlink_to(steps[best].name)
-        os.replace(fresh, link)
+        (new_link := link.with_suffix(".tmp")).unlink(missing_ok=True)
+        new_link.symlink_to(steps[best].name)
+        os.replace(new_link, link)
     for step in [step for step in list(steps)[:-keep] if step != best]:
         shutil.rmtree(steps[step])
 
@@ -445,8 +445,8 @@ def forget_after(folder: Path, step: int) -> None:
             with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a truncated line
                 lines += [line] if json.loads(line)["step"] <= step else []
         write_atomically(log, lambda path, lines=lines: path.write_bytes(b"".join(line + b"\n" for line in lines)))
-    for late in [place for number, place in kept_steps(folder).items() if number > step]:
-        shutil.rmtree(late)
+    for later in [kept for number, kept in kept_steps(folder).items() if number > step]:
+        shutil.rmtree(later)
 
 
 class StopRequest:

@@ -1,4 +1,4 @@
-"""Files of weights: foreign ones, read without running code in them and converted; those of a run, with a checksum.
+"""Weight files: those of others, read without executing code and converted; those of a run, with a checksum.
 
 Copy with it: data_prep/__init__.py.
 """
@@ -83,9 +83,9 @@ def is_torchscript(path: Path) -> bool:
 
 
 def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a TorchScript archive by name; its code is not read."""
+    """The tensors of a TorchScript archive, by name; its code is not read."""
 
-    class Module:  # stands for every class of the archive
+    class Module:  # in place of every class in the archive
         pass
 
     class Tensors(pickle.Unpickler):
@@ -186,11 +186,11 @@ def strip_prefixes(state: dict[str, torch.Tensor], expected: Collection[str]) ->
 
 
 def from_openai(state: dict[str, torch.Tensor], net: nn.Module, path: Path) -> dict[str, torch.Tensor]:
-    """Remove the settings that OpenAI's archives store as tensors; other weights are unchanged."""
+    """Remove the settings that OpenAI's archives store as tensors; weights from other sources are unchanged."""
     if "input_resolution" not in state:
         return state
     if not any(type(module).__name__ == "QuickGELU" for module in net.modules()):
-        raise InputError(f"--weights {path}: OpenAI's weights were trained with QuickGELU: take --backbone clip, or "
+        raise InputError(f"--weights {path}: OpenAI's weights were trained with QuickGELU: use --backbone clip, or "
                          "the --model whose name ends in -quickgelu")
     settings = ("input_resolution", "context_length", "vocab_size", "attn_mask")
     return {key: value for key, value in state.items() if key.rpartition(".")[2] not in settings}
@@ -201,11 +201,11 @@ def from_openai(state: dict[str, torch.Tensor], net: nn.Module, path: Path) -> d
 
 def digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
     """SHA-256 of tensors on the CPU, their names, dtypes and shapes, and their metadata."""
-    about = {key: [str(value.dtype), list(value.shape)] for key, value in sorted(tensors.items())}
-    whole = hashlib.sha256(json.dumps([about, metadata], sort_keys=True).encode())
-    for key in about:
-        whole.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
+    header = {key: [str(value.dtype), list(value.shape)] for key, value in sorted(tensors.items())}
+    sha256 = hashlib.sha256(json.dumps([header, metadata], sort_keys=True).encode())
+    for key in header:
+        sha256.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha256.hexdigest()
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **metadata: str) -> None:
@@ -224,7 +224,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except Exception as error:  # safetensors raises its own type
         raise damaged(path, str(error)) from error
     if (expected := metadata.pop("sha256", None)) and digest(tensors, metadata) != expected:
-        raise damaged(path, "its contents are not what was written: the SHA-256 differs")
+        raise damaged(path, "its contents have changed: the SHA-256 differs")
     if wrong := [key for key, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise damaged(path, f"{wrong[0]} holds non-finite numbers")
     return tensors, metadata

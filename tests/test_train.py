@@ -657,7 +657,7 @@ def test_an_archive_of_torchscript_is_read_and_not_run(tmp_path, monkeypatch):
     other = small_clip()
     models.backbones.fill_weights(other, "open_clip", state, "clip.pt")
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in net.state_dict().items())
-    with pytest.raises(InputError, match="trained with QuickGELU: take --backbone clip"):
+    with pytest.raises(InputError, match="trained with QuickGELU: use --backbone clip"):
         models.backbones.fill_weights(open_clip.CLIP(16, {"layers": 1, "width": 16, "head_width": 16, "image_size": 32},
                                               {"layers": 1, "width": 16, "heads": 1}), "open_clip", state, "clip.pt")
     with zipfile.ZipFile(tmp_path / "clip.pt") as whole, zipfile.ZipFile(tmp_path / "evil.pt", "w") as evil:
