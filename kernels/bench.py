@@ -2,8 +2,8 @@
 Copy with it: kernels/.
 
 A row holds median, 20th and 80th percentile of the time, peak memory beyond inputs and gradients, and two ceilings
-measured in the same run: TFLOP/s of a matrix product and GB/s of a copy. Its floor is the larger of the operations at
-the first and the fewest possible bytes at the second.
+measured in the same run: TFLOP/s of a matrix product and GB/s of a copy. Its floor is the larger of two times: of the
+operations at the first rate and of the fewest possible bytes at the second.
 """
 
 import csv
@@ -75,7 +75,7 @@ def peak_memory(run: Callable, device: torch.device) -> float:
     def status(field: str) -> float:
         return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
-    ctypes.CDLL(None).malloc_trim(0)  # else memory freed by earlier calls is reused unseen (glibc)
+    ctypes.CDLL(None).malloc_trim(0)  # or memory freed by earlier calls would be reused without being counted (glibc)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (Linux)
     before = status("VmRSS")
     run()
@@ -206,7 +206,7 @@ def margin_rows(device, N, C, D, name, table, seconds, ceiling) -> Iterator[dict
                 "phase": phase, "extra_MiB": max(extra, 0.0), "tflops": flops / times["median_ms"] / 1e9,
                 "gbs": least / times["median_ms"] / 1e6,
                 "floor_ms": max(flops / ceiling["ceiling_tflops"] / 1e9, least / ceiling["ceiling_gbs"] / 1e6)}
-        graph.clear()  # of the last timed forward pass
+        graph.clear()  # drops the graph of the last timed forward pass
         clear()
 
 
@@ -249,7 +249,7 @@ def gather_rows(device, B, S, seconds, ceiling) -> Iterator[dict]:
                 function(*batch)
 
         run = all_batches
-        if impl == "triton":  # without launch overhead; plain PyTorch synchronises, which no graph can capture
+        if impl == "triton":  # no launch overhead; plain PyTorch synchronises, so it cannot be captured
             all_batches()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -265,7 +265,7 @@ def gather_rows(device, B, S, seconds, ceiling) -> Iterator[dict]:
 
 
 def planned(N: int, C: int, D: int, name: str) -> float:
-    """Allowed MiB of a bf16 call beyond inputs and gradients: its plan, a tenth more, and the temporaries of dx."""
+    """Allowed MiB of a bf16 call beyond inputs and gradients: 1.1 times its plan, and the temporaries of dx."""
     plan = make_plan(N, D, tuple(layout(name, N, C)[0]), torch.bfloat16, torch.float32, "high", 132)
     return 1.1 * plan.workspace(C) / 2**20 + 4 * N * D * 4 / 2**20 + 2  # four tensors of the size of dx
 
@@ -315,8 +315,8 @@ def cli() -> None:
 
 
 PATH = click.option("--csv", "path", type=click.Path(path_type=Path), help="CSV file to write.")
-SECONDS = click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.5, help="Of each measurement.")
-DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Device.")
+SECONDS = click.option("--seconds", type=click.FloatRange(0, min_open=True), default=0.5, help="Per measurement.")
+DEVICE = click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: GPU if any.")
 
 
 def begin(device: str) -> tuple[torch.device, dict]:
@@ -337,9 +337,9 @@ def begin(device: str) -> tuple[torch.device, dict]:
 @DEVICE
 @SECONDS
 @click.option("--compile/--no-compile", "with_compile", help="Also compare with torch.compile.")
-@click.option("--samples", multiple=True, type=int, help="Samples N (default: 256 1024 4096; on a CPU 256).")
+@click.option("--samples", multiple=True, type=int, help="Samples N (default: 256 1024 4096; CPU: 256).")
 @click.option("--classes", multiple=True, type=int, help="Classes C (default: 1k 10k 100k 600k 2.2M; CPU: to 100k).")
-@click.option("--width", "widths", multiple=True, type=int, help="Width D (default: 384 768 1024; on a CPU 384).")
+@click.option("--width", "widths", multiple=True, type=int, help="Width D (default: 384 768 1024; CPU: 384).")
 @click.option("--layout", "layouts", multiple=True, type=click.Choice(LAYOUTS), default=LAYOUTS,
               help="One domain, four equal ones, or four of realistic shares.")
 def margin(path, device, seconds, with_compile, samples, classes, widths, layouts) -> None:
@@ -357,8 +357,8 @@ def margin(path, device, seconds, with_compile, samples, classes, widths, layout
 @PATH
 @DEVICE
 @SECONDS
-@click.option("--batch", "batches", multiple=True, type=int, help="Images B (default: 64 256 1024; on a CPU 64).")
-@click.option("--size", "sizes", multiple=True, type=int, help="Pixels S (default: 112 224 448; on a CPU 112 224).")
+@click.option("--batch", "batches", multiple=True, type=int, help="Images B (default: 64 256 1024; CPU: 64).")
+@click.option("--size", "sizes", multiple=True, type=int, help="Pixels S (default: 112 224 448; CPU: 112 224).")
 def gather(path, device, seconds, batches, sizes) -> None:
     device, source = begin(device)
     gpu, ceiling = device.type == "cuda", ceilings(device)
@@ -370,7 +370,7 @@ def gather(path, device, seconds, batches, sizes) -> None:
 @cli.command("compile", help="Compile every launch of the Triton kernels, without a GPU: registers, spills, overlap.")
 @PATH
 @click.option("--arch", "archs", multiple=True, type=click.Choice(["80", "90"]), default=["80", "90"],
-              help="Compute capability, x 10.")
+              help="Compute capability x 10.")
 def compile_(path, archs) -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # read at the import of the kernels
     rows = [row for arch in archs for row in compile_kernels(int(arch))]

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-NO_ERROR = 2**31 - 1  # value of a flag in FLAGS
+NO_ERROR = 2**31 - 1  # value of an entry of FLAGS without an error
 
 # ---------------------------------------------------------------- reference
 
@@ -20,15 +20,15 @@ def filter_weights(x: Tensor, interpolation: str) -> Tensor:
     x = x.abs()
     if interpolation == "bilinear":
         return (1 - x).clamp(min=0)
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    inner, outer = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, inner, torch.where(x < 2, outer, 0.0))
 
 
 def resample_weights(low: Tensor, high: Tensor, length: int, size: int, interpolation: str) -> Tensor:
     """Weights [b, size, length] that resample the interval low..high [b] of `length` pixels.
 
-    Pixel i covers i..i+1. In a reduction, the filter is widened by its factor (antialiasing). Pixels that the interval
-    does not touch get no weight: for a whole-pixel box this equals cropping first.
+    Pixel i covers i..i+1. When downsampling, the filter is widened by the factor (antialiasing). Pixels outside the
+    interval have weight 0: for a box of whole pixels, this equals cropping first.
     """
     step = ((high - low) / size)[:, None, None]
     centre = low[:, None, None] + (torch.arange(size, device=low.device)[:, None] + 0.5) * step
@@ -68,7 +68,7 @@ def gather_interleaved_reference(
             with torch.autocast(device.type, enabled=False):  # a caller's autocast must not lower the precision
                 x = torch.bmm(across, x.flatten(2)).unflatten(2, (H, 3))  # [n, size, H, 3]
                 x = torch.bmm(down, x.transpose(1, 2).flatten(2))  # [n, size, size * 3]
-            x = x.clamp(0, 255)  # the cubic overshoots
+            x = x.clamp(0, 255)  # the cubic filter overshoots
         else:
             x = x.to(work)
             x = (x if flip is None else torch.where(mirror[..., None], x.flip(2), x)).flatten(2)
@@ -125,10 +125,10 @@ def raise_pending() -> None:
     loop synchronises anyway, e.g. to read its metrics.
     """
     for flag in FLAGS.values():
-        place = int(flag)
-        if place != NO_ERROR:
+        output = int(flag)
+        if output != NO_ERROR:
             flag.fill_(NO_ERROR)
-            raise IndexError(f"output {place} of a batch: its row, domain or box is not within the banks; the image "
+            raise IndexError(f"output {output} of a batch: its row, domain or box is not within the banks; the image "
                              "is NaN")
 
 
@@ -154,7 +154,7 @@ def gather_interleaved(
         banks: K tensors uint8 [M_d, H_d, W_d, 3], RGB, on one device; sizes may differ.
         domain: int64 [B], the bank of every output image. domain, row, boxes and flip lie on the banks' device or on
             the CPU (checked there, then copied to the banks' device without synchronisation).
-        row: int64 [B], its row in that bank.
+        row: int64 [B], the row of every output image in its bank.
         size: output side S in pixels.
         mean: 3 numbers, per channel, of images scaled to 0..1.
         std: 3 numbers, likewise.
@@ -180,7 +180,7 @@ def gather_interleaved(
     check_shapes(banks, domain, row, boxes, flip, size, interpolation, dtype)
     device, obstacle = banks[0].device, triton_obstacle(banks, dtype)
     if impl == "triton" and obstacle:
-        raise NotImplementedError(f"gather_interleaved: impl='triton' was asked for, but {obstacle}; use impl='auto'")
+        raise NotImplementedError(f"gather_interleaved: impl='triton' is not possible: {obstacle}; use impl='auto'")
     triton = impl == "triton" or (impl == "auto" and banks[0].is_cuda and not obstacle)
     if domain.device.type == "cpu" or not triton:
         check_places(banks, domain, row, boxes)
@@ -192,6 +192,6 @@ def gather_interleaved(
     from .gather_triton import gather  # Triton may be absent
 
     if device not in FLAGS:
-        with torch.inference_mode(False):  # training cannot modify an inference tensor
+        with torch.inference_mode(False):  # an inference tensor could not be modified in training
             FLAGS[device] = torch.full((1,), NO_ERROR, dtype=torch.int32, device=device)
     return gather(banks, domain, row, size, mean, std, boxes, flip, interpolation, dtype, channels_last, FLAGS[device])

@@ -2,7 +2,7 @@
 Copy with it: nothing; kernels/gather.py calls it.
 
 The kernel reads uint8 and writes the finished batch in one pass. For a row, domain or box outside the banks, the output
-image is NaN and `flag` takes its number: a device assert would end the process.
+image is NaN and `flag` records its number: a device assert would end the process.
 """
 
 import torch
@@ -19,7 +19,7 @@ TILE = (4, 256)  # lines, and values of the 3 S of a line, per program: 8 per th
 def find_image(b, banks, sizes, domain, row):
     """Pointer to the image of output b, its height and width, and whether it exists.
 
-    `sizes` holds 2 n + 3 for every number n: Triton compiles another kernel where an integer is 1 or divisible by 16,
+    `sizes` holds 2 n + 3 for every number n, because Triton recompiles a kernel if an integer is 1 or divisible by 16,
     and the number of images in a bank changes from step to step.
     """
     d = tl.load(domain + b)
@@ -41,8 +41,8 @@ def filter_weight(x, CUBIC: tl.constexpr):
     x = tl.abs(x)
     if not CUBIC:
         return tl.maximum(1 - x, 0.0)
-    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return tl.where(x < 1, near, tl.where(x < 2, far, 0.0))
+    inner, outer = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return tl.where(x < 1, inner, tl.where(x < 2, outer, 0.0))
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def resample_images(
     if BOXES:
         x0, y0 = tl.load(boxes + 4 * b), tl.load(boxes + 4 * b + 1)
         x1, y1 = tl.load(boxes + 4 * b + 2), tl.load(boxes + 4 * b + 3)
-        # else an invalid box would set the length of the loops below
+        # an invalid box must not determine the length of the loops below
         valid = valid & (x0 >= 0) & (y0 >= 0) & (x1 > x0) & (y1 > y0) & (x1 <= width) & (y1 <= height)
         x0, y0 = tl.where(valid, x0, 0.0), tl.where(valid, y0, 0.0)
         x1, y1 = tl.where(valid, x1, 1.0), tl.where(valid, y1, 1.0)
@@ -106,7 +106,7 @@ def resample_images(
             part += weight_y[:, None] * tl.load(place, mask=used, other=0).to(tl.float32)
         value += weight_x[None, :] * part
     value = value / (tl.where(sum_y != 0, sum_y, 1.0)[:, None] * tl.where(sum_x != 0, sum_x, 1.0)[None, :])
-    value = tl.minimum(tl.maximum(value, 0.0), 255.0)  # the cubic overshoots
+    value = tl.minimum(tl.maximum(value, 0.0), 255.0)  # the cubic filter overshoots
     value = value * tl.where(channel == 0, f0, tl.where(channel == 1, f1, f2))[None, :]
     value = value + tl.where(channel == 0, s0, tl.where(channel == 1, s1, s2))[None, :]
     value = tl.where(valid, value, float("nan")).to(out.dtype.element_ty)
@@ -123,7 +123,7 @@ def resample_images(
 
 def gather(banks: list[Tensor], domain: Tensor, row: Tensor, size: int, mean, std, boxes: Tensor | None,
            flip: Tensor | None, interpolation: str, dtype: torch.dtype, channels_last: bool, flag: Tensor) -> Tensor:
-    """`gather.gather_interleaved` for tensors on one device; `flag` int32 [1] takes the first invalid output."""
+    """`gather.gather_interleaved` for tensors on one device; `flag` int32 [1] records the first invalid output."""
     B = len(domain)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(B, 3, size, size, dtype=dtype, device=banks[0].device, memory_format=layout)

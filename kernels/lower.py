@@ -23,8 +23,8 @@ def compile_kernels(arch: int, cases: dict[str, tuple] = CASES, gathers: tuple =
     """One row per kernel and launch, compiled by ptxas for an architecture.
 
     Args:
-        cases: of the margin loss.
-        gathers: images in each bank of the gather; an empty bank is 1 x 1.
+        cases: calls of the margin loss, as CASES.
+        gathers: number of images in each bank of the gather; images of an empty bank are 1 x 1.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -57,7 +57,7 @@ def compile_kernels(arch: int, cases: dict[str, tuple] = CASES, gathers: tuple =
                 "arch": f"sm_{arch}", "case": current["case"], "kernel": kernel.__name__, "hash": built.hash[:8],
                 "warps": warps, "registers": registers, "spill_bytes": spills, "shared_bytes": shared,
                 "blocks_per_SM": blocks, "tensor_cores": unit,
-                # loads of the next step run under the products: asynchronous copies, one wgmma left pending
+                # loads of the next step overlap with the products: asynchronous copies, one wgmma pending
                 "overlap": built.asm["ttgir"].count("async_copy_global_to_local") >= 2 and (
                     unit != "wgmma" or "pendings = 1" in built.asm["ttgir"]),
                 "store_bytes": max((int(v or 1) * int(bits) // 8 for v, bits in re.findall(

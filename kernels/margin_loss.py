@@ -24,7 +24,7 @@ TRITON_DOMAINS = 64  # one program counts all domains
 
 
 class MarginLoss(NamedTuple):
-    """What `margin_loss` returns; everything but `loss` is detached."""
+    """The result of `margin_loss`; all fields but `loss` are detached."""
 
     loss: Tensor  # scalar
     per_domain: Tensor  # [K] sum of the domain's losses / n_d, unweighted; NaN without a valid sample in this call
@@ -35,9 +35,9 @@ class MarginLoss(NamedTuple):
 class Shard(NamedTuple):
     """The slice of every domain's classes that this rank holds, and how statistics are merged over ranks.
 
-    Every rank calls `margin_loss` with the samples of ALL ranks and with its own rows of the class weights. All ranks
-    get the same loss and `correct`; each gets the gradient of its rows and a part of the embeddings' gradient, which is
-    the sum of these parts.
+    Every rank calls `margin_loss` with the samples of ALL ranks and its own rows of the class weights. All ranks get
+    the same loss and `correct`; each gets the gradient of its rows and its part of the embeddings' gradient, which is
+    summed over ranks.
     """
 
     start: tuple[int, ...]  # [K] number, among the domain's classes, of the first class of this rank
@@ -194,7 +194,7 @@ def margin_loss_reference(
     active = (num_valid > 0).sum().clamp(min=1) if num_domains is None else num_domains
     denominator = active * count if reduction == "domain" else count.sum().expand(K)
 
-    # an empty sum in the graph: without a valid sample, loss and gradients are 0
+    # an empty sum in the graph, so that without a valid sample, loss and gradients are 0
     loss = embeddings[:0].to(dtype).sum() + weight[:0].to(dtype).sum()
     rows_of, parts = [], []
     directions, classes = unit(embeddings.to(dtype)), unit(weight.to(dtype))
@@ -221,7 +221,7 @@ def margin_loss_reference(
     sums = torch.stack([losses[domain_of == k].sum() for k in range(K)]) if K else losses
     factor = torch.where(num_valid > 0, w_d / torch.where(num_valid > 0, denominator, 1), 0)
     loss = loss + (factor * sums).sum()
-    # an invalid label makes loss and gradients NaN, so that no step is taken (on a CPU: refused before)
+    # an invalid label makes loss and gradients NaN, so that no step is taken (on a CPU, it was refused above)
     loss = loss * torch.where(((labels != -1) & ~valid).any(), math.nan, 1.0)
     target_cos = torch.full((N,), math.nan, dtype=dtype, device=device).index_put((rows,), cos.detach())
     correct = torch.zeros(N, dtype=torch.bool, device=device).index_put((rows,), cos.detach() > best)
@@ -235,7 +235,7 @@ def sample_classes(
     labels: Tensor, domains: Tensor, class_ranges: list[tuple[int, int]], fraction: float | list[float], *, seed: int,
     step: int, minimum: int = 10_000,
 ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
-    """The class rows of a step for Partial FC: in every large domain, the classes of its samples and random others.
+    """The class rows of a step for Partial FC: in each large domain, the classes of its samples and random others.
 
     The returned values go into `margin_loss(x, weight[rows], labels, domains, ranges)`; other rows get no gradient. The
     draw depends only on (seed, step, domain) and the labels, without synchronisation.
@@ -248,10 +248,10 @@ def sample_classes(
             class is among them.
         seed: of the run.
         step: of the optimiser.
-        minimum: domains with fewer classes take part with all of them.
+        minimum: in domains with fewer classes, all are used.
 
     Returns:
-        rows int64 [C'] of the whole weight, ascending in every domain; labels [N] and class_ranges that count in them.
+        rows int64 [C'] of the whole weight, ascending in every domain; labels [N] and class_ranges that refer to them.
 
     Raises:
         ValueError: a fraction outside (0, 1].
@@ -340,7 +340,7 @@ def best_impl(impl: str, embeddings: Tensor, weight: Tensor, K: int) -> str:
     elif K > TRITON_DOMAINS:
         obstacle = f"it takes up to {TRITON_DOMAINS} domains, not {K}"
     if impl == "triton" and obstacle:
-        raise NotImplementedError(f"margin_loss: impl='triton' was asked for, but {obstacle}; use impl='auto'")
+        raise NotImplementedError(f"margin_loss: impl='triton' is not possible: {obstacle}; use impl='auto'")
     return "torch" if impl == "torch" or obstacle else "triton"
 
 

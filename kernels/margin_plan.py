@@ -23,7 +23,7 @@ class Launch(NamedTuple):
     stages: int
 
 
-# By operand and samples per domain; from arithmetic and compilation (`kernels.bench compile`), not from measurements:
+# By dtype and samples per domain; from arithmetic and compilation (`kernels.bench compile`), not from measurements:
 # see RESULTS.md.
 LAUNCH = {
     ("bf16", 512): Launch(256, 128, 128, width=64, columns=128, step=64, warps=8, class_warps=8, stages=3),
@@ -33,15 +33,15 @@ LAUNCH = {
     ("fp32", 64): Launch(64, 64, 64, width=32, columns=64, step=32, warps=4, class_warps=4, stages=3),
     ("fp32", 16): Launch(16, 16, 64, width=32, columns=64, step=16, warps=4, class_warps=4, stages=3),
 }
-STRIP = 1024  # fewest classes per strip: 8 bytes per sample for 1024 logits
-CHUNK_BYTES = 16 << 20  # of P, which is written once, read D / columns times, and should stay in the L2 cache
-CHUNK = 1024  # fewest classes per chunk
-COPY_BYTES = 512 << 20  # of a whole copy of W; a larger one is made in windows, forward and backward
-WINDOW_BYTES = 256 << 20  # of a window
+STRIP = 1024  # smallest number of classes per strip: 8 bytes per sample for 1024 logits
+CHUNK_BYTES = 16 << 20  # size of P, which is written once, read D / columns times, and should stay in the L2 cache
+CHUNK = 1024  # smallest number of classes per chunk
+COPY_BYTES = 512 << 20  # largest whole copy of W; a larger one is made in windows, forward and backward
+WINDOW_BYTES = 256 << 20  # size of a window
 
 
 class Plan(NamedTuple):
-    """Sizes of a call. Only the GPU knows the number of samples of a domain, so they are for the worst case."""
+    """Sizes of a call, for the worst case, because only the GPU knows the number of samples of each domain."""
 
     launch: Launch
     K: int
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
 
 
 def disjoint_groups(ranges: tuple) -> list[list[tuple[int, int]]]:
-    """Distinct ranges in groups without overlap: one group where ranges are disjoint or equal."""
+    """Distinct ranges in groups without overlap: one group if all ranges are disjoint or equal."""
     groups: list[list[tuple]] = []
     for span in dict.fromkeys(r for r in ranges if r[0] < r[1]):
         group = next((t for t in groups if all(span[1] <= a or b <= span[0] for a, b in t)), None)
@@ -83,9 +83,9 @@ def disjoint_groups(ranges: tuple) -> list[list[tuple[int, int]]]:
     return groups
 
 
-def near_equal(count: int, most: int, unit: int) -> int:
-    """Size, a multiple of `unit` and about `most` at most, of near-equal parts of `count`."""
-    parts = max(ceil(count / max(most, 1)), 1)
+def near_equal(count: int, largest: int, unit: int) -> int:
+    """Size of near-equal parts of `count`: a multiple of `unit`, not much above `largest`."""
+    parts = max(ceil(count / max(largest, 1)), 1)
     return max(ceil(count / (parts * unit)), 1) * unit
 
 

@@ -36,7 +36,7 @@ TINY = tl.constexpr(1e-12)  # as in margin_loss.py
 NORM, SCALE, ANGULAR, ADDITIVE, TARGET, LSE, NEGATIVE, SHIFT, POSITIVE = (tl.constexpr(row) for row in range(9))
 
 # ---------------------------------------------------------------- kernels: forward
-# do_not_specialize: else a value that is 1 or divisible by 16 in some calls compiles another kernel
+# do_not_specialize: otherwise, a value that is 1 or divisible by 16 in some calls causes recompilation
 
 
 @triton.jit
