@@ -1,9 +1,9 @@
-"""Speed of writing and reading shards, beside what decoding and encoding alone allow on the same cores.
+"""Speed of writing and reading shards, compared with decoding and encoding alone on the same cores.
 
-Every contender runs in `workers` processes of its own, each with its share of the images, and delivers decoded images
-with their labels to the process that decoded them. They take turns of a fraction of a second, so that a busy minute of
-the machine hits them all, and a goal is judged by the median of the ratios of turns that followed each other. Pictures
-are drawn here: some with a photograph's spectrum and at least its bytes, by which goals are judged, and smooth ones.
+Every contender runs in `workers` processes of its own, each with its part of the images, which it decodes and consumes
+with their labels. Contenders alternate in turns of a fraction of a second, so that other load on the machine affects
+all of them, and goals are judged by the median ratio of consecutive turns. Pictures are synthetic: some with the
+spectrum of photographs and at least their bytes, by which goals are judged, and smooth ones.
 """
 
 import io
@@ -29,7 +29,7 @@ from data_prep.stream import Batches, Order, Stream
 from data_prep.write import PROCESSES, fit_image, write_split
 
 BATCH = 64
-DISTINCT = 200  # pictures that are drawn; a corpus repeats them
+DISTINCT = 200  # distinct pictures; a corpus repeats them
 CLASSES = 50
 
 
@@ -40,7 +40,7 @@ def draw_smooth(size: int, i: int) -> np.ndarray:
 
 
 def draw_photograph(size: int, i: int) -> np.ndarray:
-    """Light and colour whose amplitudes fall as 1 / frequency, as those of natural images do [size, size, 3].
+    """Light and colour whose amplitudes fall as 1 / frequency, as in natural images [size, size, 3].
 
     Source: Field, J. Opt. Soc. Am. A 4, 2379 (1987).
     """
@@ -64,17 +64,17 @@ def draw_pictures(draw: Callable, size: int) -> list[bytes]:
     return pictures
 
 
-# ---------------------------------------------------------------- contenders: they yield how many images came, for ever
+# ---------------------------------------------------------------- contenders: endless iterators of numbers of images
 
 
 def shuffled(split: Split, part: int, parts: int) -> np.ndarray:
-    """A process's share of the rows, in the order of training."""
+    """The rows of one process, in the order of training."""
     order = Order([shard["samples"] for shard in split.index["shards"]], 0, 0, 8)
     return order(np.arange(part, len(split), parts))[1]
 
 
 def decode_only(folder: Path, part: int, parts: int) -> Iterator[int]:
-    """The ceiling: JPEGs in memory, decoded and dropped."""
+    """The ceiling of reading: JPEGs in memory, decoded and discarded."""
     split = Split(folder)
     data = [bytearray(split.jpeg(row)[1]) for row in shuffled(split, part, parts)]
     decode = decoder()
@@ -96,7 +96,7 @@ def our_images(folder: Path, part: int, parts: int) -> Iterator[int]:
 
 
 def our_batches(folder: Path, part: int, parts: int) -> Iterator[int]:
-    """Shuffled batches in one tensor, as embeddings are computed."""
+    """Shuffled batches in one tensor, as for computing embeddings."""
     split = Split(folder)
     batches = Batches(split, shuffled(split, part, parts), BATCH)
     while True:
@@ -107,7 +107,7 @@ def our_batches(folder: Path, part: int, parts: int) -> Iterator[int]:
 
 
 def our_stream(folder: Path, part: int, parts: int) -> Iterator[int]:
-    """Training batches: shuffled, in one tensor, with the draws of crop and mirror."""
+    """Training batches: shuffled, in one tensor, with random crops and flips."""
     split = Split(folder)
     steps = max(len(split) // BATCH, parts)
     stream = Stream([split], np.full((steps, 1), BATCH), seed=0, crop=[0.8])
@@ -118,7 +118,7 @@ def our_stream(folder: Path, part: int, parts: int) -> Iterator[int]:
 
 
 def library(folder: Path, part: int, parts: int, batched: bool) -> Iterator[int]:
-    """The `webdataset` library with the same decoder, shuffled in the way that it recommends."""
+    """The `webdataset` library with the same decoder, shuffled as it recommends."""
     import webdataset
 
     shards = [str(path) for path in sorted(folder.glob("shard-*.tar"))][part::parts]
@@ -133,7 +133,7 @@ def library(folder: Path, part: int, parts: int, batched: bool) -> Iterator[int]
 
 
 def decode_and_encode(files: list[Path], size: int, part: int, parts: int) -> Iterator[int]:
-    """The ceiling of preparing: images in memory, decoded, resized, encoded and dropped."""
+    """The ceiling of preparing: images in memory, decoded, resized, encoded and discarded."""
     data = [path.read_bytes() for path in files[part::parts]]
     while True:
         for image in data:
@@ -151,7 +151,7 @@ READERS: dict[str, Callable] = {
 
 
 def take_turns(contender: Callable, part: int, parts: int, seconds: float, pipe) -> None:
-    """In a process of its own: at every word from the parent, run for some seconds and send images a second."""
+    """Run in a process of its own: at every message, read for `seconds` and send back images per second."""
     torch.set_num_threads(1)
     images = contender(part=part, parts=parts)
     begin = time.perf_counter()
@@ -167,14 +167,14 @@ def take_turns(contender: Callable, part: int, parts: int, seconds: float, pipe)
 
 @contextmanager
 def contestants(contenders: dict[str, Callable], workers: int, seconds: float) -> Iterator[Callable[[str], float]]:
-    """Processes of every contender, ready to run; gives the function from a name to its images a second in a turn."""
+    """Start the processes of every contender; yields a function from a name to images per second in one turn."""
     pipes: dict[str, list] = {name: [] for name in contenders}
     processes = []
 
-    def ask(name: str, word: bool = True) -> float:
+    def take_turn(name: str) -> float:
         try:
             for pipe in pipes[name]:
-                pipe.send(word)
+                pipe.send(True)
             return sum(pipe.recv() for pipe in pipes[name])
         except (EOFError, OSError) as error:
             raise InputError(f"bench: a process of {name!r} ended early (out of memory?)") from error
@@ -182,19 +182,19 @@ def contestants(contenders: dict[str, Callable], workers: int, seconds: float) -
     try:
         for name, contender in contenders.items():
             for part in range(workers):
-                ours, theirs = PROCESSES.Pipe()
-                process = PROCESSES.Process(target=take_turns, args=(contender, part, workers, seconds, theirs),
+                parent, child = PROCESSES.Pipe()
+                process = PROCESSES.Process(target=take_turns, args=(contender, part, workers, seconds, child),
                                             daemon=True)
                 process.start()
-                theirs.close()  # so that its end is noticed here
+                child.close()  # so that the end of the process raises EOFError here
                 processes.append(process)
-                pipes[name].append(ours)
+                pipes[name].append(parent)
             for pipe in pipes[name]:
                 try:
                     pipe.recv()  # ready
                 except EOFError as error:
                     raise InputError(f"bench: a process of {name!r} ended early (out of memory?)") from error
-        yield ask
+        yield take_turn
     finally:
         for process in processes:
             process.kill()
@@ -202,7 +202,7 @@ def contestants(contenders: dict[str, Callable], workers: int, seconds: float) -
 
 
 def preparing(folder: Path, files: list[Path], size: int, workers: int) -> float:
-    """Images a second of a whole preparation."""
+    """Images per second of a complete preparation."""
     records = [Record(partial(Path.read_bytes, path), path.name, f"{i % CLASSES:03d}") for i, path in enumerate(files)]
     begin = time.perf_counter()
     write_split(folder, Source(records), source_name="bench", size=size, fit="squash", quality=95, train=True,
@@ -212,27 +212,27 @@ def preparing(folder: Path, files: list[Path], size: int, workers: int) -> float
 
 def bench_size(scratch: Path, size: int, images: int, prepared: int, rounds: int, seconds: float, workers: int
                ) -> dict[str, dict[str, list[float]]]:
-    """Images a second of every contender in every round: {kind of KINDS: {contender: [...]}, "write": {...}}."""
-    chosen, found = dict(READERS), {}
+    """Images per second of every contender in every round: {kind of KINDS: {contender: [...]}, "write": {...}}."""
+    readers, rates = dict(READERS), {}
     try:
         version("webdataset")
     except PackageNotFoundError:
         print("webdataset is not installed (it is in requirements-dev.txt): measured without it")
-        chosen = {name: reader for name, reader in chosen.items() if not name.startswith("webdataset")}
+        readers = {name: reader for name, reader in readers.items() if not name.startswith("webdataset")}
     for kind, draw in KINDS.items():
         pictures = draw_pictures(draw, size)
         print(f"{kind}, {size} px: {sum(map(len, pictures)) / DISTINCT / size**2:.2f} bytes a pixel")
         split = scratch / f"{size}, {kind}/face_hq/train"
         records = [Record(partial(bytes, pictures[i % DISTINCT]), str(i), f"{i % CLASSES:03d}") for i in range(images)]
-        # at least eight shards a process, for the library deals shards to processes
+        # at least eight shards per process, because the library distributes shards over processes
         write_split(split, Source(records), source_name="bench", size=size, fit="squash", quality=95, train=True,
                     shard_size=max(images // (8 * workers), 1))
-        read: dict[str, list[float]] = {name: [] for name in chosen}
-        with contestants({name: partial(reader, split) for name, reader in chosen.items()}, workers, seconds) as turn:
+        read: dict[str, list[float]] = {name: [] for name in readers}
+        with contestants({name: partial(reader, split) for name, reader in readers.items()}, workers, seconds) as turn:
             for _ in progress(range(4 * rounds), desc=f"{kind} {size} px", unit="round"):
                 for name in read:
                     read[name].append(turn(name))
-        found[kind] = read
+        rates[kind] = read
     large = draw_pictures(draw_photograph, size * 3 // 2)
     files = [scratch / f"{size}-{i:05d}.jpg" for i in range(prepared)]
     for i, path in enumerate(files):
@@ -246,11 +246,11 @@ def bench_size(scratch: Path, size: int, images: int, prepared: int, rounds: int
                 write[f"decode and encode, {n} workers"].append(turn(""))
             folder = scratch / f"{size}-{number}-{n}/face_hq/train"
             write[f"prepare, {n} workers"].append(preparing(folder, files, size, n))
-    return found | {"write": write}
+    return rates | {"write": write}
 
 
 def machine() -> dict[str, object]:
-    """Where it was measured."""
+    """The machine of the measurement."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -261,9 +261,9 @@ def machine() -> dict[str, object]:
             "python": platform.python_version(), **versions}
 
 
-def goals(size: int, found: dict[str, dict[str, list[float]]], workers: int) -> list[tuple[str, float, float]]:
-    """(what, measured ratio, goal) of one size."""
-    read, write = found["read"], found["write"]
+def goals(size: int, rates: dict[str, dict[str, list[float]]], workers: int) -> list[tuple[str, float, float]]:
+    """(title, measured ratio, goal) of every goal at one size."""
+    read, write = rates["read"], rates["write"]
 
     def ratio(a: list[float], b: list[float]) -> float:
         return float(np.median(np.array(a) / b))
@@ -274,7 +274,7 @@ def goals(size: int, found: dict[str, dict[str, list[float]]], workers: int) -> 
             judged.append((f"reader / webdataset, {kind}", ratio(read[f"ours, {kind}"], read[f"webdataset, {kind}"]),
                            1.3 if size <= 112 else 1.1))
     if workers == 2:
-        # what the cores themselves give: below 2 where something else runs on them
+        # the speed-up that the cores allow: below 2 if other programs run
         cores = ratio(write["decode and encode, 2 workers"], write["decode and encode, 1 workers"])
         judged.append((f"prepare, 2 workers / 1 (decode and encode: {cores:.2f})",
                        ratio(write["prepare, 2 workers"], write["prepare, 1 workers"]), 1.8))
@@ -288,18 +288,18 @@ def run_bench(sizes: tuple[int, ...], images: int, prepared: int, rounds: int, s
     print(", ".join(f"{key} {value}" for key, value in result["machine"].items()))
     for size in sizes:
         with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            found = bench_size(Path(folder), size, images, prepared, rounds, seconds, workers)
-        for title in found:
+            rates = bench_size(Path(folder), size, images, prepared, rounds, seconds, workers)
+        for title in rates:
             ceiling = f"decode and encode, {workers} workers" if title == "write" else "decode only"
             print(f"\n{title}, {size} px" + f", {workers} processes, shuffled" * (title != "write"))
             print(f"  {'':28s}{'images/s':>10s}{'p20':>9s}{'p80':>9s}{'of ceiling':>12s}")
-            for name, rates in found[title].items():
-                low, median, high = np.percentile(rates, (20, 50, 80)).tolist()
-                share = float(np.median(np.array(rates) / found[title][ceiling]))
+            for name, values in rates[title].items():
+                low, median, high = np.percentile(values, (20, 50, 80)).tolist()
+                share = float(np.median(np.array(values) / rates[title][ceiling]))
                 print(f"  {name:28s}{median:10,.0f}{low:9,.0f}{high:9,.0f}{share:12.2f}")
-        verdicts = goals(size, found, workers)
+        verdicts = goals(size, rates, workers)
         print("".join(f"\n  {what}: {ratio:.2f} (goal {goal}) {'met' if ratio >= goal else 'MISSED'}"
                       for what, ratio, goal in verdicts))
-        result["sizes"][size] = found | {"goals": [
+        result["sizes"][size] = rates | {"goals": [
             {"what": what, "ratio": round(ratio, 3), "goal": goal} for what, ratio, goal in verdicts]}
     return result

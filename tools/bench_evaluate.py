@@ -1,7 +1,7 @@
-"""The large cases of evaluate.py, timed beside plainer ways: `python evaluate.py bench --help`.
+"""Times of the large cases of evaluate.py beside plain implementations: `python evaluate.py bench --help`.
 
-Every measurement has a process of its own, so that its peak of memory is its own too; the ways of a case take turns, so
-that a busy machine slows them alike. What the ways find has to agree, or the command ends with an error.
+Every measurement runs in a process of its own, so that peak memory is its own; the implementations ("ways") of a case
+alternate, so that other load slows them alike. If their results differ, the command ends with an error.
 """
 
 import multiprocessing
@@ -30,17 +30,17 @@ D = 512  # width of the embeddings
 
 
 def memory() -> tuple[float, float]:
-    """MiB that this process holds, and the most that it ever held."""
+    """Resident memory of this process and its peak, in MiB."""
     try:
         status = Path("/proc/self/status").read_text()
         return tuple(int(status.partition(f"{key}:")[2].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
-    except (OSError, IndexError):  # no Linux: the peak alone is known
+    except (OSError, IndexError):  # not Linux: only the peak is known
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if platform.system() == "Darwin" else 2**10)
         return peak, peak
 
 
 def make_embeddings(rng: np.random.Generator, identity: np.ndarray, spread: float) -> np.ndarray:
-    """Unit vectors float32 [n, D] around a centre for each identity, made block by block; -1: around none."""
+    """Unit vectors float32 [n, D] around a centre for each identity, in blocks; identity -1 has no centre."""
     centres = rng.standard_normal((max(identity.max() + 1, 1), D), dtype=np.float32)
     x = np.empty((len(identity), D), dtype=np.float32)
     for start in range(0, len(x), 1 << 14):
@@ -71,9 +71,9 @@ def reid_here(x: np.ndarray, split: SimpleNamespace, **_) -> dict[str, float]:
 
 def reid_plain(x: np.ndarray, split: SimpleNamespace, cameras: np.ndarray, queries: int,
                published: bool = False) -> dict[str, float]:
-    """torchreid's definition in plain numpy: the whole matrix, ordered, then query by query.
+    """torchreid's definition in plain numpy: the whole matrix, sorted, then query by query.
 
-    published: divide by a comprehension over the gallery, as its eval_market1501 does.
+    published: compute precisions by a list comprehension over the gallery, as its eval_market1501 does.
     """
     q_ids, g_ids, q_cams, g_cams = (a for c in (split.labels, cameras) for a in (c[:queries], c[queries:]))
     indices = np.argsort(1 - x[:queries] @ x[queries:].T, axis=1)
@@ -82,15 +82,15 @@ def reid_plain(x: np.ndarray, split: SimpleNamespace, cameras: np.ndarray, queri
     for i in range(queries):
         order = indices[i]
         keep = ~((g_ids[order] == q_ids[i]) & (g_cams[order] == q_cams[i]))
-        found = matches[i][keep]
-        if found.any():
+        hits = matches[i][keep]
+        if hits.any():
             if published:
-                precision = np.asarray([count / (i + 1.0) for i, count in enumerate(found.cumsum())])
+                precision = np.asarray([count / (i + 1.0) for i, count in enumerate(hits.cumsum())])
             else:
-                precision = found.cumsum() / np.arange(1, len(found) + 1)
-            firsts.append(found[0])
-            aps.append((precision * found).sum() / found.sum())
-            inps.append(found.sum() / (np.flatnonzero(found)[-1] + 1))
+                precision = hits.cumsum() / np.arange(1, len(hits) + 1)
+            firsts.append(hits[0])
+            aps.append((precision * hits).sum() / hits.sum())
+            inps.append(hits.sum() / (np.flatnonzero(hits)[-1] + 1))
     return {"rank-1": float(np.mean(firsts)), "mAP": float(np.mean(aps)), "mINP": float(np.mean(inps))}
 
 
@@ -98,7 +98,7 @@ def reid_plain(x: np.ndarray, split: SimpleNamespace, cameras: np.ndarray, queri
 
 
 def make_ijbc(scale: float) -> dict:
-    """As many templates, people and pairs as IJB-C's 1:1 list has: 23,124, 3,531, 19,557 + 15,638,932."""
+    """As many templates, people and pairs as in IJB-C's 1:1 list: 23,124, 3,531, 19,557 + 15,638,932."""
     rng, count = np.random.default_rng(0), max(int(23_124 * scale), 200)
     identity = rng.integers(0, max(int(3531 * scale), 20), count)
     total = int(15_638_932 * scale)
@@ -115,7 +115,7 @@ def make_ijbc(scale: float) -> dict:
 
 
 def pairs_here(templates: Templates, pairs: np.ndarray) -> dict[str, float]:
-    """With 20 resamplings, which the other way does not have."""
+    """With 20 resamplings, unlike `pairs_sklearn`."""
     figures = score_template_pairs(templates, pairs, 20, 0)[0]["nearest"]
     return {name: figure.value for name, figure in figures.items()}
 
@@ -151,16 +151,16 @@ def curve_sklearn(scores: np.ndarray, same: np.ndarray) -> dict[str, float]:
 
 
 def make_search(probes: int, distractors: int, scale: float) -> dict:
-    """A mate for each probe, far down the gallery or not, and distractors."""
+    """One mate per probe, at low or high rank, and distractors."""
     rng, n, m = np.random.default_rng(0), int(probes * scale), int(distractors * scale)
     identity = np.concatenate([np.arange(n), np.arange(n), np.full(m, -1)])
     return {"x": make_embeddings(rng, identity, 2.5), "probes": n}
 
 
 def search_here(x: np.ndarray, probes: int) -> dict[str, float]:
-    found = search_gallery(x, np.arange(probes), np.arange(probes, len(x)),
+    ranks = search_gallery(x, np.arange(probes), np.arange(probes, len(x)),
                            lambda probe: (np.array([probe]), np.empty(0, int)))
-    return {f"rank-{k}": float((found.first <= k).mean()) for k in (1, 5, 20)}
+    return {f"rank-{k}": float((ranks.first <= k).mean()) for k in (1, 5, 20)}
 
 
 def search_plain(x: np.ndarray, probes: int) -> dict[str, float]:
@@ -174,7 +174,7 @@ def search_plain(x: np.ndarray, probes: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Case:
-    """A size, and the ways that manage it, ours first."""
+    """A problem size, and the implementations that can handle it, ours first."""
 
     title: str
     make: Callable[[float], dict]
@@ -200,7 +200,7 @@ CASES = {
 
 
 def measure(name: str, way: str, scale: float) -> dict:
-    """Seconds, of the clock and of all processors, and peak MiB of one way of a case: in all, and above its inputs."""
+    """Wall-clock and CPU seconds of one way of a case, and peak memory in MiB, in all and above the inputs."""
     inputs = CASES[name].make(scale)
     before, _ = memory()
     start, busy = time.perf_counter(), time.process_time()
@@ -212,27 +212,27 @@ def measure(name: str, way: str, scale: float) -> dict:
 
 
 def run_bench(names: list[str], scale: float, rounds: int) -> dict:
-    """All measurements of some cases; InputError where two ways of one disagree."""
+    """All measurements of the named cases; InputError if two ways of a case disagree."""
     context, result = multiprocessing.get_context("spawn"), {}
     for name in names:
-        case, found = CASES[name], {}
+        case, runs = CASES[name], {}
         for _ in range(rounds if len(case.ways) > 1 else 1):
             for way in case.ways:
                 with ProcessPoolExecutor(1, context) as pool:
-                    found.setdefault(way, []).append(pool.submit(measure, name, way, scale).result())
-                    print(f"  {name} {way}: {found[way][-1]['seconds']:.2f} s", file=sys.stderr)
-        ours = found["here"][0]["values"]
-        for way, measured in found.items():
+                    runs.setdefault(way, []).append(pool.submit(measure, name, way, scale).result())
+                    print(f"  {name} {way}: {runs[way][-1]['seconds']:.2f} s", file=sys.stderr)
+        ours = runs["here"][0]["values"]
+        for way, measured in runs.items():
             for key, value in measured[0]["values"].items():
                 if abs(value - ours[key]) > 2e-3:
                     raise InputError(f"{name}: {key} is {ours[key]:.6f} here and {value:.6f} by {way}")
-        middle = {way: {key: float(np.median([m[key] for m in measured])) for key in ("seconds", "cpu_seconds")}
-                  for way, measured in found.items()}
+        median = {way: {key: float(np.median([m[key] for m in measured])) for key in ("seconds", "cpu_seconds")}
+                  for way, measured in runs.items()}
         result[name] = {"case": case.title, "ways": {
-            way: {**middle[way], "times_here": middle[way]["seconds"] / middle["here"]["seconds"],
-                  "cpu_times_here": middle[way]["cpu_seconds"] / max(middle["here"]["cpu_seconds"], 1e-9),
+            way: {**median[way], "times_here": median[way]["seconds"] / median["here"]["seconds"],
+                  "cpu_times_here": median[way]["cpu_seconds"] / max(median["here"]["cpu_seconds"], 1e-9),
                   **{key: max(m[key] for m in measured) for key in ("peak_MiB", "above_inputs_MiB")},
-                  "values": measured[0]["values"]} for way, measured in found.items()}}
+                  "values": measured[0]["values"]} for way, measured in runs.items()}}
     threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
     return {"machine": platform.processor() or platform.machine(), "threads": int(threads), "numpy": np.__version__,
             "scale": scale, "rounds": rounds, "cases": result}
@@ -241,14 +241,14 @@ def run_bench(names: list[str], scale: float, rounds: int) -> dict:
 def bench(names: list[str], scale: float, rounds: int, path: Path | None) -> int:
     """Measure, print the table and write the JSON."""
     result = run_bench(names, scale, rounds)
-    print(f"{result['threads']} threads, sizes x {scale:g}; seconds of the clock and of all processors (fairer on a "
-          "busy\nmachine), each also in multiples of ours; peak memory in all, and above the inputs")
+    print(f"{result['threads']} threads, sizes x {scale:g}; wall-clock and CPU seconds (fairer on a busy machine), "
+          "each\nalso in multiples of ours; peak memory, in all and above the inputs")
     for case in result["cases"].values():
-        for way, found in case["ways"].items():
-            times = (f"{found[key]:8.2f} s {found[ratio]:6.1f} x" for key, ratio in (("seconds", "times_here"),
-                                                                                     ("cpu_seconds", "cpu_times_here")))
-            print(f"{case['case']:36s} {way:13s} {' '.join(times)} {found['peak_MiB']:8,.0f} MiB "
-                  f"{found['above_inputs_MiB']:8,.0f} MiB")
+        for way, row in case["ways"].items():
+            times = (f"{row[key]:8.2f} s {row[ratio]:6.1f} x" for key, ratio in (("seconds", "times_here"),
+                                                                                 ("cpu_seconds", "cpu_times_here")))
+            print(f"{case['case']:36s} {way:13s} {' '.join(times)} {row['peak_MiB']:8,.0f} MiB "
+                  f"{row['above_inputs_MiB']:8,.0f} MiB")
     if path:
         write_json(path, result)
     return 0

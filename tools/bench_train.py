@@ -26,7 +26,7 @@ def bench_steps(train: ModuleType, job, rounds: int, count: int) -> dict[str, li
 
     The bare step is forward, sum of the embeddings, backward and optimiser on the same images. The kinds alternate:
     `rounds` rounds of `count` steps each. The first steps of a round, whose batches the loader has prefetched, are not
-    counted. On a GPU the steps of a round are timed together, because they overlap as in training.
+    counted. On a GPU, the steps of a round are timed together, because they overlap as in training.
     """
     feed, log = train.make_feed(job), TrainingLog(
         job.folder, {s.domain: len(s) for s in job.splits}, job.plan, job.ranks, job.tally)
@@ -83,13 +83,13 @@ def bench_run(train: ModuleType, options, rounds: int, count: int, path: Path | 
     from kernels.bench import ceilings, peak_memory
 
     with tempfile.TemporaryDirectory() as folder:
-        store = 4 * max(options.workers, 1) + 2
-        options.out, options.images = folder + "/run", options.batch * 4 * (rounds + 1) * (count + store)
+        prefetched = 4 * max(options.workers, 1) + 2
+        options.out, options.images = folder + "/run", options.batch * 4 * (rounds + 1) * (count + prefetched)
         job, times = train.set_up(options, {}), {}
         memory = peak_memory(lambda: times.update(bench_steps(train, job, rounds, count)), job.device)
         size = min(options.micro_batch or options.batch, job.plan[0][0].sum())
         if options.grad_checkpointing:
-            job.model.net.set_grad_checkpointing(False)  # recomputation does not count
+            job.model.net.set_grad_checkpointing(False)  # recomputed operations do not count
         with FlopCounterMode(display=False) as counter:
             job.model(torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)).sum().backward()
         with torch.no_grad():
