@@ -1,4 +1,4 @@
-"""Runs beside each other and against experts: paired intervals, seeds, non-inferiority."""
+"""Comparison of runs, with each other and with experts: paired intervals, seeds, non-inferiority."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,28 +16,28 @@ from reports.tables import new_figure, save_figure, write_text
 def unlike_figures(a: Scored, b: Scored) -> dict[tuple[str, str, str], str]:
     """Why a figure that both runs have cannot be compared, by domain, split, metric.
 
-    InputError where the resamplings of the runs do not pair.
+    InputError if the resamplings of the runs are not paired.
     """
     if a.seed != b.seed or len(next(iter(a.rows.values()))[1]) != len(next(iter(b.rows.values()))[1]):
         raise InputError(f"{a.folder} and {b.folder} were resampled differently: run evaluate.py on both with the same "
                          "--seed and --bootstrap")
-    found, both = {}, {key[:3] for key in a.rows} & {key[:3] for key in b.rows}
+    reasons, both = {}, {key[:3] for key in a.rows} & {key[:3] for key in b.rows}
     for one, other in ((a, b), (b, a)):
         for key in one.rows:
             if key[:3] in both and key not in other.rows:
-                found.setdefault(key[:3], {})[one.folder] = one.rows[key][0].protocol
-    found = {key: ", ".join(f"only {folder} has it by the protocol '{protocol}'" for folder, protocol in by.items())
-             + ": score both on the same splits with the same options" for key, by in found.items()}
+                reasons.setdefault(key[:3], {})[one.folder] = one.rows[key][0].protocol
+    reasons = {key: ", ".join(f"only {folder} has it by the protocol '{name}'" for folder, name in protocols.items())
+               + ": score both on the same splits with the same options" for key, protocols in reasons.items()}
     for key in [key for key in a.rows if key in b.rows]:
         counts = [scored.rows[key][0].count for scored in (a, b)]
         if counts[0] != counts[1]:
-            found[key[:3]] = (f"{counts[0]:,} samples in {a.folder}, {counts[1]:,} in {b.folder} (unreadable images?): "
-                              "run evaluate.py on both again")
-    return found
+            reasons[key[:3]] = (f"{counts[0]:,} samples in {a.folder}, {counts[1]:,} in {b.folder} (unreadable "
+                                "images?): run evaluate.py on both again")
+    return reasons
 
 
 def shared_figures(runs: list[Scored], splits: set[str]) -> list[tuple[str, str, str, str]]:
-    """The figures that all runs have, made in the same way; InputError where --splits names others, or none is left."""
+    """Keys of the figures that all runs have, computed alike; InputError if --splits names others or none is left."""
     first, *others = runs
     unlike = {key: why for other in others for key, why in unlike_figures(first, other).items()}
     unlike = {key: why for key, why in unlike.items() if not splits or "/".join(key[:2]) in splits}
@@ -54,13 +54,13 @@ def shared_figures(runs: list[Scored], splits: set[str]) -> list[tuple[str, str,
 
 
 def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
-    """One row for each figure that all runs have and each group: its mean over seeds, and its lead over the first.
+    """One row per shared figure and group: its mean over seeds, and its difference from the first group.
 
-    The interval of a difference resamples people, the same ones in both runs, so that what makes a set hard for all
-    cancels out. Seeds are not resampled: their standard deviation stands beside.
+    The interval of a difference resamples the same people in both runs, so that the difficulty of a set cancels out.
+    Seeds are not resampled: their standard deviation is a separate column.
     """
     keys = [key for key in shared_figures([scored for group in groups for scored in group], splits)
-            if groups[0][0].rows[key][0].readout not in ("rater", "people")]  # the same beside every run
+            if groups[0][0].rows[key][0].readout not in ("rater", "people")]  # the same for every run
     if not keys:
         raise InputError("the runs have no figure in common" + (" on these --splits" if splits else "")
                          + ": score them on the same splits")
@@ -69,7 +69,7 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
         reference = aggregate(groups[0], key)
         for group in groups:
             figure, values = aggregate(group, key), [scored.rows[key][0].value for scored in group]
-            with np.errstate(invalid="ignore"):  # a resampling without errors has an infinite d', of both
+            with np.errstate(invalid="ignore"):  # without errors in a resampling, both d' are infinite
                 lead = minus(figure, reference)
             spread = float(np.std(values, ddof=1)) if len(group) > 1 else None
             row, ends = group[0].rows[key][0], (lead.value, lead.low, lead.high)
@@ -83,17 +83,17 @@ def compare_groups(groups: list[list[Scored]], splits: set[str]) -> list[dict]:
 
 
 def identify(row: Row) -> dict:
-    """What a compared figure is of; "unit": what its values are multiplied by to be shown."""
+    """The columns that identify a figure; "unit": the factor by which its values are multiplied for display."""
     return {name: getattr(row, name) for name in ("domain", "split", "metric", "protocol", "unit")}
 
 
 def refuse_unshared(names: set[str], groups: list[list[Scored]], experts: bool) -> None:
-    """InputError where --splits names what not all runs have; of experts each is asked for its own domains alone."""
+    """InputError if --splits names a split that a run lacks; an expert needs only those of its own domains."""
     first, *others = [set.intersection(*({"/".join(key[:2]) for key in one.rows} for one in group))
                       for group in groups]
     if experts:
-        others = [set.union(*({name for name in found if name.split("/")[0] in group[0].config.get("domains", [])}
-                              for found, group in zip(others, groups[1:], strict=True)))]
+        others = [set.union(*({name for name in scored if name.split("/")[0] in group[0].config.get("domains", [])}
+                              for scored, group in zip(others, groups[1:], strict=True)))]
     shared = set.intersection(first, *others)
     if unknown := sorted(names - shared):
         raise InputError(f"the runs have no figure in common on these --splits: {', '.join(unknown)}; they share "
@@ -101,27 +101,27 @@ def refuse_unshared(names: set[str], groups: list[list[Scored]], experts: bool) 
 
 
 def find_expertise(run: Scored, expert: Scored) -> str:
-    """The domain that an expert was trained on; InputError where the two cannot be held against each other."""
-    known = expert.config.get("domains", [])
-    if len(known) != 1:
-        raise InputError(f"{expert.folder} is no expert: it was trained on {', '.join(known) or 'nothing known'}; "
+    """The domain that an expert was trained on; InputError if the two runs are not comparable."""
+    domains = expert.config.get("domains", [])
+    if len(domains) != 1:
+        raise InputError(f"{expert.folder} is no expert: it was trained on {', '.join(domains) or 'unknown domains'}; "
                          f"train one with --domains {DOMAINS[1]}, or leave --experts out")
-    domain = known[0]
+    domain = domains[0]
     if domain not in run.config.get("domains", []):
         raise InputError(f"{run.folder} was not trained on {domain}, the task of the expert {expert.folder}: leave it "
                          "out")
     if start_of(run.config) != start_of(expert.config):
         raise InputError(f"{expert.folder} starts from another backbone, weights or input size than {run.folder}: "
                          "train the expert like the run")
-    own, theirs = (one.config.get("counts", {}).get(domain, 0) for one in (run, expert))
-    if not as_many(theirs, own):
-        raise InputError(f"{expert.folder} saw {theirs:,} images of {domain}, {run.folder} {own:,}: not the same "
-                         f"number (within a quarter); train the expert with --images {own}")
+    count, expert_count = (one.config.get("counts", {}).get(domain, 0) for one in (run, expert))
+    if not as_many(expert_count, count):
+        raise InputError(f"{expert.folder} saw {expert_count:,} images of {domain}, {run.folder} {count:,}: not the "
+                         f"same number (within a quarter); train the expert with --images {count}")
     return domain
 
 
 def is_share(row: Row) -> bool:
-    """Whether a figure is a share that is better when higher, and told nowhere else."""
+    """Whether a figure is a share, is better when higher, and repeats or compares no other row."""
     return (row.kind not in ("retention", "gap", "clean", "unified", "human trials", "human choices")
             and row.measure not in (*D_PRIMES, "eer", "accuracy sd"))
 
@@ -130,28 +130,28 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
     """Non-inferiority of a run (or the mean of its seeds) to its own experts, each on the splits of its domain.
 
     Non-inferior: the lower end of the paired 95 % interval of run - expert lies above -margin; inferior: its upper end
-    lies below; else undecided. (The lower end of a two-sided interval: a test at 2.5 %.) Metrics are those that are
-    shares and better when higher: no d', EER, retention, gap to clean images, or spread over folds. What
-    clean images of a shifted split score is told of the split that they are of.
+    lies below; else undecided. (The lower end of a two-sided interval: a test at 2.5 %.) Metrics are shares that are
+    better when higher: no d', EER, retention, gap to clean images, or spread over folds. Scores on the clean images of
+    a shifted split count for the split that contains these images.
     """
     table = []
     for group in groups:
-        domain, kept = find_expertise(runs[0], group[0]), []
+        domain, scored = find_expertise(runs[0], group[0]), []
         for one in [*runs, *group]:
             shared = {key: pair for key, pair in one.rows.items() if key[0] == domain and is_share(pair[0])}
-            kept.append(replace(one, rows=shared))
-        if any(not one.rows for one in kept):
+            scored.append(replace(one, rows=shared))
+        if any(not one.rows for one in scored):
             raise InputError(f"{group[0].folder} and {runs[0].folder}: no figures of {domain}: run evaluate.py on both")
-        ours, theirs = kept[: len(runs)], kept[len(runs) :]
-        for key in shared_figures(kept, splits):
-            row = ours[0].rows[key][0]
-            run, expert = aggregate(ours, key), aggregate(theirs, key)
+        unified, experts = scored[: len(runs)], scored[len(runs) :]
+        for key in shared_figures(scored, splits):
+            row = unified[0].rows[key][0]
+            run, expert = aggregate(unified, key), aggregate(experts, key)
             lead, allowed = minus(run, expert), margin(expert.value, delta)
             verdict = ("non-inferior" if lead.low > -allowed or lead.low >= 0 else
                        "inferior" if lead.high < -allowed else "undecided")
-            named = [" ".join(one.name for one in some) for some in (ours, theirs)]
+            names = [" ".join(one.name for one in seeds) for seeds in (unified, experts)]
             table.append(identify(row) | {
-                "run": named[0], "expert": named[1], "value": run.value, "expert_value": expert.value,
+                "run": names[0], "expert": names[1], "value": run.value, "expert_value": expert.value,
                 "difference": lead.value, "low": lead.low, "high": lead.high, "delta": allowed, "verdict": verdict,
                 "headline": row.headline, "count": run.count, "identities": row.identities})
     if not table:
@@ -160,7 +160,7 @@ def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[
 
 
 def show_experts(table: list[dict], domains: list[str]) -> str:
-    """The rows of `compare_experts` as Markdown; headlines first, then what they say together."""
+    """The rows of `compare_experts` as Markdown, headlines first, and the joint verdict of the headlines."""
     lines = ["Percent; differences run - expert, paired by person, with 95 % intervals. Non-inferior: the whole "
              "interval above -δ, which is --delta and, for an expert above 90 %, at most a tenth of its error."
              + f" {FEW_NOTE}." * any(mark(row["identities"]) for row in table), "",
@@ -175,9 +175,9 @@ def show_experts(table: list[dict], domains: list[str]) -> str:
                  f"**{row['verdict']}**" if row["headline"] else row["verdict"], expert, protocol]
         lines.append(f"| {' | '.join(cells)} |")
     verdicts = {row["verdict"] for row in table if row["headline"]}
-    said = "inferior" if "inferior" in verdicts else "undecided" if "undecided" in verdicts else "non-inferior"
+    joint = "inferior" if "inferior" in verdicts else "undecided" if "undecided" in verdicts else "non-inferior"
     without = [domain for domain in domains if domain not in {row["domain"] for row in table}]
-    lines += ["", f"On the headlines together: {said}"
+    lines += ["", f"On the headlines together: {joint}"
               + (f"; no expert of {', '.join(without)} was given" if without else " on every task") + "."]
     return "\n".join(lines) + "\n"
 
@@ -205,9 +205,9 @@ def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None
     panels: dict[tuple[str, str], list[dict]] = {}
     for row in table:
         if row["headline"] or not any(row["headline"] for row in table):
-            known = panels.setdefault((row["domain"], row["split"]), [])
-            if (row["runs"], row["weights"]) not in [(one["runs"], one["weights"]) for one in known]:
-                known.append(row)  # the customary rule is first
+            panel = panels.setdefault((row["domain"], row["split"]), [])
+            if (row["runs"], row["weights"]) not in [(one["runs"], one["weights"]) for one in panel]:
+                panel.append(row)  # the customary rule is first
     before = {(row.domain, row.split, row.metric): row.value for row in untouched}
     names = [row["runs"].split() for row in next(iter(panels.values()))]
     labels = [(f"{group[0].rpartition('-s')[0] or group[0]}, {len(group)} seeds" if len(group) > 1 else group[0])
@@ -243,8 +243,8 @@ def show_comparison(table: list[dict]) -> str:
     def show(row: dict, *names: str, sign: str = "") -> list[str]:
         return [f"{row[name] * row['unit']:{sign}.1f}" for name in names]
 
-    lines = ["Percent (d-prime: as it is) with 95 % intervals. Differences to the first run or group of seeds, paired "
-             "by person; in bold where the interval leaves out 0. Seed SD: between runs that differ in the seed alone."
+    lines = ["Percent (d-prime: as it is) with 95 % intervals. Differences from the first run or group of seeds, "
+             "paired by person; in bold where the interval excludes 0. Seed SD: over runs that differ only in the seed."
              + f" {FEW_NOTE}." * any(mark(row["identities"]) for row in table),
              "",
              "| split | metric | runs | value | seed SD | difference | count | protocol |",
@@ -298,6 +298,6 @@ def write_comparison(runs: tuple[Path, ...], weights: str | None, splits: set[st
     write_json(out / "comparison.json", table)
     write_csv(out / "comparison.csv", table)
     write_text(out / "comparison.md", text)
-    if not experts:  # every figure is in the files; a terminal gets those that stand for their protocols
+    if not experts:  # all figures are in the files; the terminal shows the headlines
         text = show_comparison([row for row in table if row["headline"]] or table)
     print(text + f"written: {out}/comparison.md, .csv, .json and .png")

@@ -67,14 +67,14 @@ def project_conflicts(by_domain: list[list[Tensor]], seed: int, step: int) -> li
 
 
 class DomainGradients:
-    """Takes the backward passes of a step domain by domain, to log their conflicts or to apply PCGrad.
+    """Runs the backward passes of a step domain by domain, to log conflicts or to apply PCGrad.
 
     Args:
         pcgrad: apply PCGrad (--coupling pcgrad).
         every: steps between lines of conflict.jsonl (--conflict-every); 0: none.
     """
 
-    sums_ranks = True  # of each domain's gradient, so that DDP must not
+    sums_ranks = True  # sums each domain's gradient over the ranks, so that DDP must not
 
     def __init__(self, model: Backbone, head: MarginHead, domains: list[str], folder: Path, *, pcgrad: bool, every: int,
                  seed: int) -> None:
@@ -87,7 +87,7 @@ class DomainGradients:
         return self.every > 0 and step % self.every == 0
 
     def acts(self, step: int) -> bool:
-        """Whether the hook takes the backward passes of the step."""
+        """Whether the hook runs the backward passes of the step."""
         return self.pcgrad or self.logs(step)
 
     def begin(self) -> None:
@@ -108,7 +108,7 @@ class DomainGradients:
         for k, gradients in enumerate(self.by_domain):
             if not gradients:  # no image in this step
                 self.by_domain[k] = gradients = [torch.zeros_like(p) for _, p in named]
-            if ranks.world > 1:  # one large sum: each small one would wait for the network
+            if ranks.world > 1:  # one large sum: many small ones would each wait for the network
                 whole = ranks.sum(torch.cat([gradient.flatten() for gradient in gradients])) / ranks.world
                 parts = whole.split([gradient.numel() for gradient in gradients])
                 for part, gradient in zip(parts, gradients, strict=True):
@@ -121,7 +121,7 @@ class DomainGradients:
             self.write(step, [name for name, _ in named])
 
     def figures(self) -> dict[str, float]:
-        """For a line of log.jsonl: none, conflict.jsonl has them."""
+        """Figures for log.jsonl: none, because conflict.jsonl holds them."""
         return {}
 
     def write(self, step: int, names: list[str]) -> None:

@@ -104,8 +104,8 @@ def to_onnx(model: Backbone, path: Path) -> tuple[str, Callable]:
             program = torch.onnx.export(FromPixels(model).eval(), (example,), dynamo=True, verbose=False,
                                         input_names=["pixels"], output_names=["embeddings"],
                                         dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:  # of many types
-        raise InputError(f"--to onnx: this network cannot be traced ({type(error).__name__}): take --to safetensors; "
+    except Exception as error:  # many types
+        raise InputError(f"--to onnx: this network cannot be traced ({type(error).__name__}): use --to safetensors; "
                          "--debug shows the reason") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -149,7 +149,7 @@ def export_run(run: Run, form: str, out: Path | None, tolerance: float, alpha: f
     """`train.py export`: write model and card into a scratch folder, and move them if the model passes the check.
 
     Args:
-        alpha: of `interpolate_weights`; 1: fine-tuned weights only.
+        alpha: see `interpolate_weights`; 1: fine-tuned weights only.
 
     Returns:
         The exit code.
@@ -179,7 +179,7 @@ def export_run(run: Run, form: str, out: Path | None, tolerance: float, alpha: f
             for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == out.name):  # the model last
                 os.replace(file, out.with_name(file.name))
     except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error}); name a folder that is writable and "
+        raise InputError(f"--out {out}: cannot be written ({error}); choose a folder that is writable and "
                          "has room") from error
     print(f"{out}: {check}; model card: {card.name}")
     return 0

@@ -1,4 +1,4 @@
-"""Test images that training images nearly repeat, and the figures without them."""
+"""Test images with near-duplicates among the training images, and the figures without them."""
 
 from dataclasses import asdict
 from itertools import chain
@@ -19,16 +19,16 @@ LEAK = ("split", "row", "key", "identity", "cosine", "train_split", "train_key",
 
 def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
                threshold: float) -> tuple[list[dict], list[tuple[Tile, Tile]]]:
-    """The images of test splits whose nearest training image, of any domain, is as near as the threshold.
+    """The test images whose cosine to the nearest training image, of any domain, reaches the threshold.
 
     Returns:
-        A row for each, the nearest first, and the two images of each, to draw.
+        One row per leak, nearest first, and the pair of images of each, to draw.
     """
-    nearest: dict = {}  # by test split, row: cosine, training split, its row
+    nearest: dict = {}  # (test split, row) -> cosine, training split, its row
     for source in training:
         y = embed(source)
         for split in splits:
-            rows, cosines = (found[:, 0] for found in nearest_rows(embed(split), y, device=embed.device))
+            rows, cosines = (ranked[:, 0] for ranked in nearest_rows(embed(split), y, device=embed.device))
             for row in np.flatnonzero(cosines >= threshold):
                 key = (f"{split.domain}/{split.name}", int(row))
                 if key not in nearest or cosines[row] > nearest[key][0]:
@@ -49,31 +49,31 @@ def find_leaks(embed: Embedder, splits: list[Split], training: list[Split],
 
 def score_without(embed: Embedder, splits: list[Split], root: dict, run: Run, draws: int, seed: int, flip: bool,
                   without: dict[str, list[int]], how: str) -> tuple[list[Row], list[Row]]:
-    """The rows of the splits that leaks touch, of all images and without the leaked ones.
+    """The rows of the affected splits, for all images and without the leaked ones.
 
-    Touched is also a shifted split of whose clean images some leaked, for its gaps.
+    A shifted split is also affected, in its gaps, if some of its clean images leaked.
 
     Args:
         splits: test splits.
         without: leaked rows by "domain/split".
-        how: the leaks were found, for the protocol.
+        how: threshold and backbone by which leaks were found, for the protocol.
     """
     def count(split: Split | None, left_out: dict) -> int:
         return len(left_out.get(f"{split.domain}/{split.name}", [])) if split else 0
 
     by_name, tables = {f"{split.domain}/{split.name}": split for split in splits}, ([], [])
     clean = {name: clean_of(split, splits) for name, split in by_name.items()}
-    touched = [split for name, split in by_name.items() if count(split, without) + count(clean[name], without)]
+    affected = [split for name, split in by_name.items() if count(split, without) + count(clean[name], without)]
     for table, left_out in zip(tables, ({}, without), strict=True):
-        figures, _ = score(embed, touched, root, run, draws, seed, Readouts({}, 0, []), left_out, splits)
-        for row, _ in make_rows(run.folder.name, touched, {"tuned": figures}, flip):
+        figures, _ = score(embed, affected, root, run, draws, seed, Readouts({}, 0, []), left_out, splits)
+        for row, _ in make_rows(run.folder.name, affected, {"tuned": figures}, flip):
             name = f"{row.domain}/{row.split}"
-            own = count(by_name[name], left_out)
-            others = count(clean[name], left_out) if row.kind in ("gap", "clean") else 0
-            if own or others:
-                leaked = f"without {own} leaked" + f" and {others} of the clean" * (others > 0) + f" {how}"
-                row.protocol, row.lacks = f"{row.protocol}, {leaked}", ", ".join(filter(None, [row.lacks, leaked]))
-            if own or others or table is tables[0]:  # what lacks nothing is told once
+            leaked = count(by_name[name], left_out)
+            clean_leaked = count(clean[name], left_out) if row.kind in ("gap", "clean") else 0
+            if leaked or clean_leaked:
+                note = f"without {leaked} leaked" + f" and {clean_leaked} of the clean" * (clean_leaked > 0) + f" {how}"
+                row.protocol, row.lacks = f"{row.protocol}, {note}", ", ".join(filter(None, [row.lacks, note]))
+            if leaked or clean_leaked or table is tables[0]:  # unaffected rows are listed once
                 table.append(row)
     return tables
 
@@ -87,27 +87,27 @@ def write_leaks(run: Run, splits: list[Split], root: dict, data: str, options: S
     out = run.folder / "eval"
     training = [root[domain]["train"] for domain in run.config["domains"] if "train" in root.get(domain, {})]
     if not training:
-        raise InputError(f"{data}: none of the run's training splits is there: name the data root that holds them")
+        raise InputError(f"{data}: none of the run's training splits is in it: pass the data root that holds them")
 
     def embedder(weights: str) -> Embedder:
         load = load_foundation if weights == "foundation" else load_tuned
         return make_embedder(lambda: load(run), weights, out, options)
 
-    found, images = find_leaks(embedder(by), splits, training, threshold)
-    for name in ("leaks.json", "leaks-sheet.png"):  # of other leaks than leaks.csv will list
+    leaks, images = find_leaks(embedder(by), splits, training, threshold)
+    for name in ("leaks.json", "leaks-sheet.png"):  # from an earlier search
         (out / name).unlink(missing_ok=True)
-    write_csv(out / "leaks.csv", found, LEAK)
-    if not found:
+    write_csv(out / "leaks.csv", leaks, LEAK)
+    if not leaks:
         print(f"no test image has a training image at a cosine of {threshold:g} or more")
         return
     without: dict[str, list[int]] = {}
-    for leak in found:
+    for leak in leaks:
         without.setdefault(leak["split"], []).append(leak["row"])
-    if options.sheet:  # the nearest 96, four pairs a line
+    if options.sheet:  # the nearest 96, four pairs per line
         draw_sheet(out / "leaks-sheet.png", [[tile for pair in images[i : i + 4] for tile in (*pair, None)]
                                              for i in range(0, min(len(images), 96), 4)],
                    [f"The nearest pairs, by the {by} backbone: red: test image, with its cosine; black: "
-                    "the training image that it repeats"])
+                    "its nearest training image"])
     tables = score_without(embedder("tuned"), splits, root, run, options.bootstrap, options.seed,
                            options.flip, without, f"at {threshold:g} by {by}")
     write_json(out / "leaks.json", [asdict(row) for row in chain(*tables)])

@@ -19,7 +19,7 @@ from protocols.embed import EmbedOptions
 
 @dataclass
 class Pictures:
-    """Image files that are read as a split is, so that `embed_rows` takes either: each becomes what its shard held."""
+    """Image files with the interface of a split for `embed_rows`; each is fitted and encoded as in a shard."""
 
     paths: list[Path]
     size: int  # pixels
@@ -27,7 +27,7 @@ class Pictures:
     quality: int
 
     def image(self, row: int) -> torch.Tensor:
-        """uint8 [3, size, size], RGB; BadImage where the file is none or is damaged."""
+        """uint8 [3, size, size], RGB; BadImage if the file is not an image or is damaged."""
         try:
             data = fit_image(self.paths[row].read_bytes(), self.size, self.fit, self.quality)
             return decoder()(bytearray(data))
@@ -36,16 +36,16 @@ class Pictures:
 
 
 def find_pictures(places: tuple[Path, ...]) -> list[Path]:
-    """The files named, and every image (by its name) below the folders named; each once."""
+    """The given files, and every image (by file name) below the given folders, without repetition."""
     pictures, skipped = [], Skipped()
     for place in places:
         if not place.exists():
-            raise InputError(f"{place}: no such file or folder; name pictures, or a folder that holds some")
+            raise InputError(f"{place}: no such file or folder; give pictures, or folders of pictures")
         inside = [place]
-        if place.is_dir():  # the path, not the name, which may be spelled otherwise
+        if place.is_dir():  # the path on disk, whose spelling may differ from the name
             inside = [Path(file.path) for file in members(place, skipped) if is_image(file, skipped)]
         if not inside:
-            raise InputError(f"{place}: holds no images (looked for names that end in .jpg, .png and the like)")
+            raise InputError(f"{place}: holds no images (no names that end in .jpg, .png or the like)")
         pictures += inside
     for reason, count in skipped.items():
         print(f"  {count:,} files left out: {reason}")
@@ -56,22 +56,22 @@ def find_fitting(run: Run, domain: str | None) -> dict:
     """Size, fit and JPEG quality of the shards that a domain of a run was trained on."""
     domain = domain or run.config["domains"][0]
     if domain not in run.config["domains"]:
-        raise InputError(f"--domain {domain}: the run was trained on {', '.join(run.config['domains'])}: take the one "
+        raise InputError(f"--domain {domain}: the run was trained on {', '.join(run.config['domains'])}: use the one "
                          "whose images are prepared like yours")
-    known = run.config.get("sources") or describe_sources(open_training(run.config["data"], run.config["domains"]))
+    sources = run.config.get("sources") or describe_sources(open_training(run.config["data"], run.config["domains"]))
     try:
-        found = {key: known[domain][key] for key in ("size", "fit", "quality")}
-        if not (found["size"] <= MAX_SIZE and found["fit"] in FITS and fits(found["quality"], int)):
-            raise TypeError(found)
+        fitting = {key: sources[domain][key] for key in ("size", "fit", "quality")}
+        if not (fitting["size"] <= MAX_SIZE and fitting["fit"] in FITS and fits(fitting["quality"], int)):
+            raise TypeError(fitting)
     except (KeyError, TypeError) as error:
-        raise InputError(f"{run.folder}/config.json: its sources do not say how {domain} was fitted ({error!r}): "
+        raise InputError(f"{run.folder}/config.json: its sources do not record how {domain} was fitted ({error!r}): "
                          "restore it") from None
-    print(f"fitted as {domain}: {found['size']} px, {found['fit']}")
-    return found
+    print(f"fitted as {domain}: {fitting['size']} px, {fitting['fit']}")
+    return fitting
 
 
 def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
-    """`files` [M] and `embeddings` [M, D] as .npz, or a .csv with a line a file."""
+    """`files` [M] and `embeddings` [M, D] as .npz, or .csv with one line per file."""
     if path.suffix == ".csv":
         write_csv(path, [{"file": name} | {f"e{i}": f"{value:.9g}" for i, value in enumerate(row)}
                          for name, row in zip(names, x, strict=True)])
@@ -85,13 +85,13 @@ def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
 
 
 def embed_pictures(places: tuple[Path, ...], run: Run, domain: str | None, out: Path, options: EmbedOptions) -> None:
-    """`evaluate.py embed`: write the embeddings of the pictures named, and those in the folders named, to `out`."""
-    paths, where = find_pictures(places), pick_device(options.device)
+    """`evaluate.py embed`: write the embeddings of the given pictures and of those in the given folders to `out`."""
+    paths, device = find_pictures(places), pick_device(options.device)
     files = Pictures(paths, **find_fitting(run, domain))
-    model = load_tuned(run).to(where)
+    model = load_tuned(run).to(device)
     rows, parts = [], []
     with progress(total=len(paths), desc="embed", unit="img") as bar:
-        for good, x in embed_rows(model, files, np.arange(len(paths)), where, options.batch, options.workers,
+        for good, x in embed_rows(model, files, np.arange(len(paths)), device, options.batch, options.workers,
                                   options.flip):
             rows += good.tolist()
             parts.append(torch.nn.functional.normalize(x, dim=1).cpu().numpy())
