@@ -32,7 +32,7 @@ def test_the_rate_is_chosen_by_the_experts_alone(tmp_path):
                          "| 2e-3 | 90.0 | 70.0 | 80.0 |"]
     write_expert(tmp_path / "lr-1e-3", "object", 1.0)
     write_expert(tmp_path / "lr-1e-3", "body", 1.0, finished=False)
-    with pytest.raises(InputError, match=r"lr-1e-3: no finished expert with a look at body/valid: run"):
+    with pytest.raises(InputError, match=r"lr-1e-3: no finished expert with a quick evaluation of body/valid: run"):
         study.choose_rate(tmp_path)
     with pytest.raises(InputError, match="no folder lr-RATE in it"):
         study.choose_rate(tmp_path / "lr-1e-3")

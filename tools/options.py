@@ -60,7 +60,7 @@ def table(options: dict[str, tuple[str, str, str]]) -> Iterator[str]:
 
 
 def describe(program: str, group: click.Group) -> Iterator[str]:
-    """The section of a program: its options, then its sub-commands; equal options are listed once."""
+    """The section of a program: its options, then its sub-commands; identical options are listed once."""
     known = options_of(group)
     yield from ("", f"## {program}", "", " ".join((group.help or "").split("\n\n")[0].split()), *table(known))
     sources = [command for command in group.commands.values() if any(p.name == "part" for p in command.params)]

@@ -1,4 +1,4 @@
-"""The study of scripts/study.sh as a dose-response: which learning rate decides, and gain against what was kept.
+"""The dose-response study of scripts/study.sh: choice of the learning rate, and gain against retention.
 
     python -m tools.study choose OUT     # the learning rate at which conclusions are drawn
     python -m tools.study report OUT     # study.csv, study.md, study.png
@@ -22,10 +22,10 @@ KEPT = ("seen", "unseen", "shifts", "shapes")  # object classes of training, oth
 
 
 def doses(out: Path) -> list[Path]:
-    """The folders of runs, by learning rate."""
+    """The folders of runs, in order of learning rate."""
     folders = [path for path in out.glob("lr-*") if path.is_dir()]
     if not folders:
-        raise InputError(f"{out}: no folder lr-RATE in it; scripts/study.sh makes them")
+        raise InputError(f"{out}: no folder lr-RATE in it; scripts/study.sh creates them")
     try:
         return sorted(folders, key=lambda path: float(path.name[3:]))
     except ValueError:
@@ -39,25 +39,25 @@ def expert_scores(folder: Path) -> dict[str, float]:
     """Same/different AUC of DOMAIN/valid at the end of that domain's experts, averaged over them."""
     scores: dict[str, list[float]] = {}
     for path in sorted(folder.glob("*-images-s*/probe.jsonl")):
-        domains, looks = join_config(path.parent / "config.json")["domains"], read_lines(path)
-        score = looks[-1].get("auc", {}).get(f"{domains[0]}/{VALID}") if looks and len(domains) == 1 else None
+        domains, lines = join_config(path.parent / "config.json")["domains"], read_lines(path)
+        score = lines[-1].get("auc", {}).get(f"{domains[0]}/{VALID}") if lines and len(domains) == 1 else None
         if isinstance(score, float) and (path.parent / "done.json").exists():
             scores.setdefault(domains[0], []).append(score)
-    return {domain: float(np.mean(found)) for domain, found in scores.items()}
+    return {domain: float(np.mean(values)) for domain, values in scores.items()}
 
 
 def choose_rate(out: Path) -> tuple[str, list[str]]:
-    """The rate whose experts score best on validation identities, mean over the domains; and the lines that show it.
+    """The rate whose experts score best on validation identities, mean over the domains; and a table of the scores.
 
-    No run of several tasks is looked at, so that the choice does not depend on what the study is to decide.
+    Runs of several tasks are not used, so that the choice is independent of the comparisons that the study makes.
     """
     tables = {folder.name[3:]: expert_scores(folder) for folder in doses(out)}
     domains = [domain for domain in DOMAINS if any(domain in scores for scores in tables.values())]
     for rate, scores in tables.items():
         if not domains or (missing := [domain for domain in domains if domain not in scores]):
             task = missing[0] if domains else "DOMAIN"
-            raise InputError(f"{out}/lr-{rate}: no finished expert with a look at {task}/{VALID}: run scripts/study.sh "
-                             "again")
+            raise InputError(f"{out}/lr-{rate}: no finished expert with a quick evaluation of {task}/{VALID}: run "
+                             "scripts/study.sh again")
     means = {rate: float(np.mean(list(scores.values()))) for rate, scores in tables.items()}
     best = max(means, key=means.get)
     lines = [f"| learning rate | {' | '.join(domains)} | mean |", "| --- |" + " --- |" * (len(domains) + 1)]
@@ -72,7 +72,7 @@ def choose_rate(out: Path) -> tuple[str, list[str]]:
 
 @dataclass
 class Point:
-    """A recipe at a dose: percentage points gained over the untouched backbone, and percent kept."""
+    """A recipe at a dose: gain over the untouched backbone, and retention, as fractions."""
 
     rate: str
     recipe: str  # the schedule with its variant, or an expert's domain
@@ -82,11 +82,11 @@ class Point:
     kept: dict[str, Estimate]  # KEPT -> retention of object classification
 
 
-def mean_of(found: list[Estimate]) -> Estimate | None:
+def mean_of(estimates: list[Estimate]) -> Estimate | None:
     """Mean of estimates, and of their resamplings."""
-    if not found:
+    if not estimates:
         return None
-    return Estimate(float(np.mean([one.value for one in found])), np.mean([one.draws for one in found], axis=0))
+    return Estimate(float(np.mean([one.value for one in estimates])), np.mean([one.draws for one in estimates], axis=0))
 
 
 def recipe_of(name: str) -> str:
@@ -96,15 +96,15 @@ def recipe_of(name: str) -> str:
 
 
 def find_splits(groups: list[Group]) -> tuple[set[str], set[str]]:
-    """Splits of objects: with classes that runs of several tasks were not trained on; of stimuli of a forced choice."""
+    """Object splits with classes absent from the training of runs of several tasks; those of a forced choice."""
     rows = [row for group in groups for row, _ in group.runs[0].scored["tuned"].rows.values()]
     return {row.split for row in rows if row.unseen}, {row.split for row in rows if row.kind == "choice"}
 
 
 def make_point(rate: str, group: Group, unseen: set[str], stimuli: set[str]) -> Point:
-    """What a group of seeds gained and kept; `unseen`, `stimuli`: as `find_splits`.
+    """Gain and retention of a group of seeds; `unseen`, `stimuli`: as `find_splits`.
 
-    Splits of fewer than FEW classes do not count among what was kept: their intervals would be all that is seen.
+    Splits of fewer than FEW classes are excluded from retention, because their wide intervals would hide all else.
     """
     tasks = {"/".join(key): lead for key, lead in group.leads(group, "tuned", "foundation").items()}
     rows = group.rows("tuned", lambda row: row.kind == "retention" and row.domain == "object" and (
@@ -116,7 +116,7 @@ def make_point(rate: str, group: Group, unseen: set[str], stimuli: set[str]) -> 
             continue
         kind = ("shapes" if row.split in stimuli else "shifts" if row.ood else "unseen" if row.split in unseen
                 else "seen")
-        if row.unseen or row.split not in by_kind.get(kind, {}):  # unseen classes alone, where scored
+        if row.unseen or row.split not in by_kind.get(kind, {}):  # only unseen classes, where scored
             by_kind.setdefault(kind, {})[row.split] = figure
     kept = {kind: mean_of(list(by_kind[kind].values())) for kind in KEPT if kind in by_kind}
     by_domain = [mean_of([lead for name, lead in tasks.items() if name.split("/")[0] == domain])
@@ -134,17 +134,17 @@ def stage_lines(folder: Path) -> list[str]:
             continue
         for task, scores in zip(stages.tasks, np.array(stages.scores).T, strict=True):
             domain = task.split("/")[0]
-            own = stages.names.index(domain) if domain in stages.names else None
-            if own is None or domain == config["order"][-1]:
+            stage = stages.names.index(domain) if domain in stages.names else None
+            if stage is None or domain == config["order"][-1]:
                 continue
-            start, after, end = (100 * scores[at] for at in (0, own, -1))
+            start, after, end = (100 * scores[i] for i in (0, stage, -1))
             lines.append(f"| {folder.name[3:]} | {path.parent.name} | {task} | {start:.1f} | {after:.1f} | {end:.1f} | "
                          f"{end - after:+.1f} |")
     return lines
 
 
 def show(estimate: Estimate | None, form: str) -> str:
-    """A percentage with its interval; empty where there is none."""
+    """A percentage with its interval; empty without an estimate."""
     if estimate is None:
         return ""
     return f"{100 * estimate.value:{form}} [{100 * estimate.low:{form}}, {100 * estimate.high:{form}}]"
@@ -170,7 +170,7 @@ def report_lines(points: list[Point], rule: list[str], stages: list[str]) -> lis
 
 
 def write_table(path: Path, points: list[Point]) -> None:
-    """study.csv: a line a point and quantity."""
+    """study.csv: one line per point and quantity."""
     with path.open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["rate", "recipe", "seeds", "quantity", "value", "low", "high"])
@@ -182,7 +182,7 @@ def write_table(path: Path, points: list[Point]) -> None:
 
 
 def draw(path: Path, points: list[Point], chosen: str) -> None:
-    """One point a recipe and rate, one colour a recipe, its rates joined by a line; the chosen rate with intervals."""
+    """One point per recipe and rate, one colour and line per recipe; intervals at the chosen rate."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -194,13 +194,13 @@ def draw(path: Path, points: list[Point], chosen: str) -> None:
     figure, axes = plt.subplots(rows, 2, figsize=(11, 4.4 * rows), squeeze=False, sharex=True, layout="constrained")
     for axis, kind in zip(axes.flat, kinds, strict=False):
         for number, recipe in enumerate(recipes):
-            doses_of = [point for point in shown if point.recipe == recipe and kind in point.kept]
+            series = [point for point in shown if point.recipe == recipe and kind in point.kept]
             x, y = ([100 * one.value for one in ends] for ends in
-                    ([p.gain for p in doses_of], [p.kept[kind] for p in doses_of]))
+                    ([p.gain for p in series], [p.kept[kind] for p in series]))
             colour = plt.get_cmap("tab10")(number % 10)
             axis.plot(x, y, "-", color=colour, lw=1, alpha=0.7)
             axis.scatter(x, y, s=[25 + 25 * i for i in range(len(x))], color=colour, label=recipe, zorder=3)
-            for point in doses_of:
+            for point in series:
                 if point.rate == chosen:
                     gain, kept = point.gain, point.kept[kind]
                     axis.errorbar(100 * gain.value, 100 * kept.value, color=colour, lw=0.8, capsize=2,
@@ -242,8 +242,8 @@ def choose(out: Path) -> None:
 def report(out: Path) -> None:
     chosen, rule = choose_rate(out)
     groups = {folder.name[3:]: group_runs(read_runs(folder)) for folder in doses(out)}
-    splits = find_splits([group for some in groups.values() for group in some])
-    points = [make_point(rate, group, *splits) for rate, some in groups.items() for group in some]
+    splits = find_splits([group for at_rate in groups.values() for group in at_rate])
+    points = [make_point(rate, group, *splits) for rate, at_rate in groups.items() for group in at_rate]
     stages = [line for folder in doses(out) for line in stage_lines(folder)]
     lines = report_lines(points, rule, stages)
     (out / "study.md").write_text("\n".join(lines) + "\n")

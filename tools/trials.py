@@ -1,7 +1,7 @@
-"""Same/different trials for people: balanced pairs of test images, an offline page to rate them on, ratings.
+"""Same/different trials for people: balanced pairs of test images, and an offline page for rating them.
 
-Ratings are a CSV with the columns of RATING_COLUMNS, -3 (sure: different) to +3 (sure: same); they may come from any
-other software that shows the pairs of trials.csv.
+Ratings are a CSV with the columns RATING_COLUMNS, from -3 (surely different) to +3 (surely the same); other software
+that shows the pairs of trials.csv may also produce them.
 """
 
 import base64
@@ -26,19 +26,19 @@ PAGE = Path(__file__).with_name("trials.html")
 
 def draw_pairs(labels: np.ndarray, camera: np.ndarray, template: np.ndarray, count: int,
                seed: int | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of one identity and as many of two, identities in turn, no image twice where there are enough.
+    """Genuine and impostor pairs in equal numbers, cycling through identities; no image twice if there are enough.
 
-    Both kinds are drawn across cameras (and templates) wherever the split has them: if only the pairs of one person
-    could share a camera, the background would answer.
+    Both kinds are drawn across cameras (and templates) where the split has them: otherwise, the background of a pair
+    from one camera could reveal the answer.
 
     Args:
-        labels: [M]; -1 is never drawn.
+        labels: [M]; images of label -1 are never drawn.
         camera, template: [M], -1 where there is none.
-        count: pairs wanted, half of each kind.
-        seed: of every draw.
+        count: number of pairs, half of each kind.
+        seed: of the random draws.
 
     Returns:
-        Rows int64 [n, 2] and whether they are of one identity, bool [n]; n <= count, balanced.
+        Rows int64 [n, 2] and whether they are genuine, bool [n]; n <= count, balanced.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(np.flatnonzero(labels >= 0))
@@ -47,7 +47,7 @@ def draw_pairs(labels: np.ndarray, camera: np.ndarray, template: np.ndarray, cou
     used, drawn = np.zeros(len(labels), dtype=int), set()
 
     def find(a_rows: np.ndarray, b_rows: np.ndarray, most: float) -> tuple[int, int] | None:
-        """The least used new pair of two lists of rows whose images were shown at most so often, together."""
+        """The least used new pair from two lists of rows, with at most `most` earlier uses of its images together."""
         best, cost = None, most + 1
         for a in a_rows[np.argsort(used[a_rows], kind="stable")][:32]:
             b = b_rows[(b_rows != a) & ((camera[b_rows] != camera[a]) | (camera[a] < 0))
@@ -60,24 +60,24 @@ def draw_pairs(labels: np.ndarray, camera: np.ndarray, template: np.ndarray, cou
         return best
 
     def draw(same: bool) -> list[tuple[int, int]]:
-        turns, pairs = rng.random(len(rows_of)), []  # an identity waits by the number of its pairs; ties at random
-        for most in (0, math.inf):  # images that were not shown yet, as long as there are any
+        turns, pairs = rng.random(len(rows_of)), []  # number of pairs of each identity; ties are broken at random
+        for most in (0, math.inf):  # unused images first
             waiting = np.where([same and len(rows) < 2 for rows in rows_of], np.inf, turns)
             while len(pairs) < count // 2 and np.isfinite(waiting).any():
                 i, *others = np.argsort(waiting)
                 others = [i] if same else [j for j in others[:64] if np.isfinite(waiting[j])]
-                found = None
+                pair = None
                 for j in others:
-                    if found := find(rows_of[i], rows_of[j], most):
+                    if pair := find(rows_of[i], rows_of[j], most):
                         break
-                if not found:
+                if not pair:
                     waiting[i] = np.inf
                     continue
                 for k in {i, j}:
                     waiting[k], turns[k] = waiting[k] + 1, turns[k] + 1
-                used[list(found)] += 1
-                drawn.add((min(found), max(found)))
-                pairs.append(found if rng.random() < 0.5 else found[::-1])
+                used[list(pair)] += 1
+                drawn.add((min(pair), max(pair)))
+                pairs.append(pair if rng.random() < 0.5 else pair[::-1])
         return pairs
 
     genuine, impostor = draw(True), draw(False)
@@ -86,7 +86,7 @@ def draw_pairs(labels: np.ndarray, camera: np.ndarray, template: np.ndarray, cou
 
 
 def readable(split: Split, row: int) -> bool:
-    """Whether the JPEG of a row can be shown."""
+    """Whether the image of a row can be decoded."""
     try:
         split.image(row)
         return True
@@ -95,7 +95,7 @@ def readable(split: Split, row: int) -> bool:
 
 
 def draw_trials(split: Split, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`draw_pairs` of a split's images that can be read; InputError where they give no pair of each kind."""
+    """`draw_pairs` from the readable images of a split; InputError if they give no pair of each kind."""
     labels = np.array(split.labels)
     while True:
         name = int.from_bytes(hashlib.sha256(f"{split.domain}/{split.name}".encode()).digest()[:4])
@@ -103,36 +103,36 @@ def draw_trials(split: Split, count: int, seed: int) -> tuple[np.ndarray, np.nda
         bad = [row for row in np.unique(pairs) if not readable(split, int(row))]
         if not bad:
             break
-        labels[bad] = -1  # a damaged image: drawn anew without it
+        labels[bad] = -1  # draw again without damaged images
     if not len(pairs):
-        raise InputError(f"{split.folder}: no pairs of one identity and of two to show: it needs two identities, "
-                         "one of them with two images (of two cameras, where it has cameras)")
+        raise InputError(f"{split.folder}: no genuine and impostor pairs: it needs two identities, "
+                         "one of them with two images (from two cameras, if it has cameras)")
     return pairs, same
 
 
 def find_test_splits(places: list[Path]) -> list[Split]:
-    """The splits named, or of a data root the first in-distribution test split of each domain."""
-    found = []
+    """The given splits, and the first in-distribution test split of each domain of the given data roots."""
+    chosen = []
     for place in places:
         if (place / "index.json").exists():
-            found.append(Split(place))
-            if found[-1].protocol is None:
-                raise InputError(f"{place}: a training split; models have seen it: name a test split")
+            chosen.append(Split(place))
+            if chosen[-1].protocol is None:
+                raise InputError(f"{place}: a training split, which models have seen: give a test split")
             continue
         for splits in open_root(place).values():
-            found += ordered_tests(splits.values())[:1]
-    if not found:
+            chosen += ordered_tests(splits.values())[:1]
+    if not chosen:
         raise InputError(f"{places[0]}: no test split: prepare one, `python -m data_prep SOURCE ... --part test`")
-    names = [f"{split.domain}/{split.name}" for split in found]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"--src: {twice[0]} is named twice: take one of them")
-    return found
+    names = [f"{split.domain}/{split.name}" for split in chosen]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"--src: {repeated[0]} is named twice: give it once")
+    return chosen
 
 
 def write_trials(splits: list[Split], out: Path, count: int, seed: int) -> dict[str, int]:
     """Write out/index.html and out/trials.csv; returns the number of trials by split.
 
-    The page holds the pictures, and no label: nobody who rates is told what is right.
+    The page holds the pictures but no labels, so that raters cannot find the answers in it.
     """
     trials, images, counts = [], {}, {}
     for split in splits:
@@ -147,7 +147,7 @@ def write_trials(splits: list[Split], out: Path, count: int, seed: int) -> dict[
                 keys.append(key)
             trials.append({"split": name, "left_key": keys[0], "right_key": keys[1],
                            "question": QUESTION[split.domain]})
-    # half of a list is of one identity: in the order in which it was drawn it would be its own answer
+    # shuffled, because draw_pairs lists all genuine pairs first, which would reveal the answers
     trials = [trials[i] for i in np.random.default_rng(seed).permutation(len(trials))]
     listed = [{column: trial[column] for column in RATING_COLUMNS[:3]} for trial in trials]
     name = hashlib.sha256(json.dumps([list(row.values()) for row in listed]).encode()).hexdigest()[:12]
