@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A grid of runs: for every backbone and seed, the four schedules and two experts per domain, matched to a unified
-# run in images ("images": as many in all, of one domain) or in exposure ("exposure": as many of their domain). Each cell is
-# trained, evaluated and, if unified, analysed; complete cells are skipped. SCHEDULE+NAME is a schedule
-# with the options of VARIANT_NAME, e.g. sequential+replay.
+# A grid of runs: for every backbone and seed, the four schedules and two experts per domain, matched to a unified run in
+# "images" (the same number in all) or in "exposure" (the same number of their domain). Each cell is trained, evaluated
+# and, if unified, analysed; complete cells are skipped. SCHEDULE+NAME is a schedule with the options of VARIANT_NAME,
+# e.g. sequential+replay.
 #   scripts/grid.sh             every cell, one after another, then the summary
 #   scripts/grid.sh list        number and run folder of every cell
 #   scripts/grid.sh summary     the scores of all evaluated cells and the verdicts on the abstract's claims
-# CELL=N (or a SLURM array, see scripts/slurm.sbatch) selects one cell. Exit code 75: stopped with a checkpoint; run the
-# command again. Other environment variables have their defaults below. A first trial, ten minutes on a CPU:
+# CELL=N (or a SLURM array, see scripts/slurm.sbatch) selects one cell. Exit code 75: stopped with a checkpoint; repeat the
+# command. Other environment variables and their defaults are below. A first trial, ten minutes on a CPU:
 #   python -m data_prep demo --out demo/data
 #   export DATA=demo/data OUT=demo/grid BACKBONES=clip SIZE=tiny SEEDS=0 IMAGES=12800 ANALYZE="--components 24"
 #   export TRAIN="--weights none --image-size 64 --batch 64 --lr 3e-3 --head-lr 1e-2 --layer-decay 1
@@ -20,14 +20,14 @@ cd "$(dirname "$0")/.."
 : "${MODEL:=}"                    # any timm or open_clip model instead of BACKBONES and SIZE (--weights: in TRAIN)
 : "${DOMAINS:=object face_hq face_lq body}"  # in the order of the sequential run
 : "${SCHEDULES:=A B sequential alternate}" "${MATCH:=images exposure}"
-: "${IMAGES:=2000000}"            # of a unified run, all domains together
+: "${IMAGES:=2000000}"            # of a unified run, over all domains
 : "${EXPOSURE:=A}"                # exposure of experts: that of A (equal shares, as in sequential and alternate) or B
 : "${LAUNCH:=python}"             # e.g. "torchrun --standalone --nproc-per-node=8"
 : "${TRAIN:=}" "${EVALUATE:=}" "${ANALYZE:=}"  # more options for train.py, evaluate.py, analyze.py (none: no analysis)
 : "${SEQUENTIAL:=}"               # more options for the sequential cells, e.g. "--eval-every N" for their task matrix
 : "${VARIANT_replay:=--replay 0.1}" "${VARIANT_l2sp:=--retain l2sp=0.01}" "${VARIANT_features:=--retain features=1}"
 : "${VARIANT_lora:=--lora 8}" "${VARIANT_reversed:=--domains $(printf '%s\n' $DOMAINS | tac | paste -sd,)}"
-: "${JOBS:=1}"                    # cells at once, each a process of its own
+: "${JOBS:=1}"                    # number of cells run at once, each in its own process
 : "${CELL:=${SLURM_ARRAY_TASK_ID:-}}"
 
 [ -z "$MODEL" ] || BACKBONES=$MODEL
@@ -49,7 +49,7 @@ exposure() {  # images of domain $3 in the unified run of backbone $1, seed $2
     python -c 'import json, sys; print(json.load(open(sys.argv[1]))["facts"]["counts"][sys.argv[2]])' "$config" "$3"
 }
 
-run_cell() {  # called where `set -e` is off: every step handles its own failure
+run_cell() {  # called with `set -e` off: every step handles its own failure
     local run variant options images=$IMAGES code=0 network=(--backbone "$1" --size "$SIZE")
     [ -z "$MODEL" ] || network=(--model "$MODEL")
     run=$(folder "$@")
@@ -134,7 +134,7 @@ case ${1:-} in
 esac
 if [ -z "$CELL" ] && [ "$JOBS" -gt 1 ]; then  # cells that are incomplete after this are retried below
     export "${!VARIANT_@}" BACKBONES SEEDS DOMAINS SCHEDULES MATCH IMAGES EXPOSURE LAUNCH TRAIN EVALUATE ANALYZE SEQUENTIAL DATA OUT SIZE MODEL
-    # xargs stops at an exit code of 255: after one cell was asked to stop, no other is started
+    # xargs stops at exit code 255: after a cell was stopped, no other is started
     printf '%s\n' "${!grid[@]}" | xargs -P "$JOBS" -I{} bash -c 'CELL={} "$0" || { [ $? != 75 ] || exit 255; }' "$0" ||
         exit 75
 fi

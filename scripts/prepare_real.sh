@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Prepare real data sets, in the layouts below, into one data root:
+# Prepare real data sets, in the layouts below, as one data root:
 #   scripts/prepare_real.sh SOURCE DATA_ROOT [SIZE] [OBJECT_SIZE]
-#   SOURCE/face_hq/{train,test}/<Name>/<Name>_0001.jpg and face_hq/pairs.txt (LFW format); face_lq the same
+#   SOURCE/face_hq/{train,test}/<Name>/<Name>_0001.jpg and face_hq/pairs.txt (LFW format); face_lq likewise
 #   SOURCE/body/{bounding_box_train,bounding_box_test,query} (Market-1501 names)
 #   SOURCE/object/{train,val}/<class>/*, object/classes.txt (folder<TAB>name)
 #   SOURCE/ood_pacs/{photo,art_painting,cartoon,sketch}/<class>/*
@@ -46,14 +46,14 @@ objects train train train
 objects train valid valid --reference valid
 objects val train val
 objects val valid unseen --reference valid
-# shifts of many classes, on which retention has narrow intervals; and shapes without texture
+# shifts over many classes, for narrow intervals of retention; and shapes without texture
 shifts=gaussian_noise-3,gaussian_blur-3,contrast-3,brightness-3,pixelate-3,jpeg_compression-3
 prepare degrade --src "$data/object/val" --out "$data/object/val" --shift "$shifts"
 for kind in edges silhouettes; do
     prepare stimuli --src "$src/humans/$kind" --classes "$src/humans/categories.csv" --size "$size" \
         --out "$data/object/$kind"
 done
-# class means and neighbours come from the photographs, on which the others are the shift
+# class means and neighbours come from the photographs, relative to which the others are shifted
 prepare folder --src "$src/ood_pacs/photo" --size "$size" --reference pacs-photo --ood --out "$data/object/pacs-photo"
 for kind in art_painting cartoon sketch; do
     prepare folder --src "$src/ood_pacs/$kind" --size "$size" --reference pacs-photo --ood --out "$data/object/pacs-$kind"
