@@ -337,10 +337,7 @@ def ramp_up(progress: float, fraction: float) -> float:
 
 
 def rate(step: int, steps: int, warmup: float, stages: int = 1) -> float:
-    """Factor on every learning rate: linear warm-up over a fraction of the steps, then a cosine to MIN_RATE.
-
-    Each of the `stages` has its own, as in fine-tuning on one task after another.
-    """
+    """Factor on every learning rate: in each stage, linear warm-up over a fraction of it, then a cosine to MIN_RATE."""
     step -= math.ceil(min(step * stages // steps, stages - 1) * steps / stages)  # counted from the start of its stage
     steps /= stages
     falling = MIN_RATE + (1 - MIN_RATE) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
@@ -811,7 +808,6 @@ def start_or_resume(job: Job) -> Job:
         job.hook = Retention(job.model, options.retain, job.bf16, job.ranks.world)
     elif options.coupling == "pcgrad" or options.conflict_every:
         from tools.conflicts import DomainGradients
-
         job.hook = DomainGradients(job.model, head, options.trained, folder, pcgrad=options.coupling == "pcgrad",
                                    every=options.conflict_every, seed=options.seed)
     if (folder / "last" / "state.pt").exists():
@@ -830,7 +826,6 @@ def start_or_resume(job: Job) -> Job:
 def open_board(job: Job, feed: Feed) -> Any:
     """TensorBoard's writer; a run that starts also draws samples.png."""
     from torch.utils.tensorboard import SummaryWriter
-
     if not job.first:
         draw_samples(job.folder / "samples.png", feed.stream, feed.look, feed.cache)
     with writing(job.folder / "tensorboard"):
@@ -880,7 +875,6 @@ Takes the options of training.""")
 @click.pass_context
 def bench(context: click.Context, rounds: int, count: int, path: Path | None, **values) -> int:
     from tools.bench_train import bench_run
-
     options, _ = settle_options(context, {"out": None, "resume": False, "epochs": None, "images": None} | values)
     return bench_run(sys.modules[__name__], options, rounds, count, path)
 
@@ -898,7 +892,6 @@ def bench(context: click.Context, rounds: int, count: int, path: Path | None, **
 @DEBUG
 def export(run: str, to: str, out: Path | None, tolerance: float, wise_ft: float, allow_partial: bool) -> int:
     from tools.export import export_run
-
     return export_run(runs.load_run(Path(run), allow_partial), to, out, tolerance, wise_ft)
 
 
