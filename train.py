@@ -331,8 +331,8 @@ def ramp_up(progress: float, fraction: float) -> float:
 
 
 def rate(step: int, steps: int, warmup: float, stages: int = 1) -> float:
-    """Factor on the learning rates: in each stage, linear warm-up over a fraction of it, then cosine to MIN_RATE."""
-    step -= math.ceil(min(step * stages // steps, stages - 1) * steps / stages)  # from the start of the stage
+    """Factor on every learning rate: in each stage, linear warm-up over a fraction of it, then a cosine to MIN_RATE."""
+    step -= math.ceil(min(step * stages // steps, stages - 1) * steps / stages)  # counted from the start of its stage
     steps /= stages
     falling = MIN_RATE + (1 - MIN_RATE) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
     return min((step + 1) / max(warmup * steps, 1.0), 1.0) * falling
@@ -802,7 +802,6 @@ def start_or_resume(job: Job) -> Job:
         job.hook = Retention(job.model, options.retain, job.bf16, job.ranks.world)
     elif options.coupling == "pcgrad" or options.conflict_every:
         from tools.conflicts import DomainGradients
-
         job.hook = DomainGradients(job.model, head, options.trained, folder, pcgrad=options.coupling == "pcgrad",
                                    every=options.conflict_every, seed=options.seed)
     if (folder / "last" / "state.pt").exists():
@@ -871,7 +870,6 @@ Takes the options of training.""")
 @click.pass_context
 def bench(context: click.Context, rounds: int, count: int, path: Path | None, **values) -> int:
     from tools.bench_train import bench_run
-
     options, _ = settle_options(context, {"out": None, "resume": False, "epochs": None, "images": None} | values)
     return bench_run(sys.modules[__name__], options, rounds, count, path)
 
@@ -889,7 +887,6 @@ def bench(context: click.Context, rounds: int, count: int, path: Path | None, **
 @DEBUG
 def export(run: str, to: str, out: Path | None, tolerance: float, wise_ft: float, allow_partial: bool) -> int:
     from tools.export import export_run
-
     return export_run(runs.load_run(Path(run), allow_partial), to, out, tolerance, wise_ft)
 
 

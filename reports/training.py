@@ -48,9 +48,10 @@ def describe_run(options: Any, recipe: dict[str, float], splits: list[Split], pl
         over = f" over {share:g} of the classes per step" if share < 1 else ""
         print(f"  {split.domain:8s} {len(split):9,d} images of {len(split.classes):7,d} classes: {seen:10,d} drawn, "
               f"{passes:.1f} passes; {show_loss(loss)}{over}{warning}")
+    stages = " in every stage" * (options.schedule == "sequential")
     print(f"  learning rate {options.lr:g} at the top of the backbone, x {options.layer_decay:g} per layer downwards, "
-          f"class weights {options.head_lr:g}; warm-up {options.warmup:.0%}, cosine to x {last_rate:g}; not scaled "
-          "with the batch or the number of processes")
+          f"class weights {options.head_lr:g}; warm-up {options.warmup:.0%}, cosine to x {last_rate:g}{stages}; not "
+          "scaled with the batch or the number of processes")
     if isinstance(options.sample_classes, float) and options.sample_classes < min(shares):
         print(f"  --sample-classes: no domain has {MANY_CLASSES:,} classes, so all are used; to draw fewer, name the "
               "domains: object=1,...")

@@ -169,6 +169,11 @@ def test_crops_stay_inside_and_keep_their_area():
 def test_rates_and_ramps_in_closed_form():
     assert rate(0, 100, 0.1) == pytest.approx(0.1) and rate(50, 100, 0.1) == pytest.approx(0.01 + 0.99 / 2)
     assert rate(100, 100, 0.1) == pytest.approx(0.01) and rate(0, 100, 0.0) == 1
+    # in 3 stages of 10 steps, which start at steps 0, 4 and 7
+    stage = 10 / 3
+    assert [rate(step, 10, 0.0, 3) for step in range(10)] == pytest.approx(
+        [0.01 + 0.99 * (1 + np.cos(np.pi * i / stage)) / 2 for i in (0, 1, 2, 3, 0, 1, 2, 0, 1, 2)])
+    assert rate(4, 10, 0.9, 3) == pytest.approx(1 / (0.9 * stage))
     assert [ramp_up(p, 0.5) for p in (0, 0.25, 0.5, 1)] == [0, 0.5, 1, 1] and ramp_up(0.0, 0.0) == 1
 
 
