@@ -315,7 +315,7 @@ BAD = [
     ("train export --run {tmp}/scored --to onnx", "results.json: cannot be read"),
     ("train export --run {run} --to onnx --out {tmp}/x.pt", "want a file that ends in .onnx"),
     ("train export --run {run} --to onnx --out {tmp}/there.onnx", "exists: remove it, or choose another --out"),
-    ("train export --run {run} --to safetensors --out {tmp}/fine.png/x.safetensors", "fine.png'); name a folder"),
+    ("train export --run {run} --to safetensors --out {tmp}/fine.png/x.safetensors", "fine.png'); choose a folder"),
     ("train --lr 1 export --run {run} --to onnx", "--lr before export: give options after the sub-command"),
     ("train exprot --run {run}", "No such command 'exprot'"),
     ("evaluate embed --run {run}", "Missing argument 'IMAGE...|FOLDER'"),

@@ -79,7 +79,7 @@ def test_replay_mixes_the_domains_before():
 @pytest.mark.parametrize("wrong, why", [
     (["--retain", "features=1", "--schedule", "A", "--coupling", "pcgrad"], "--retain excludes"),
     (["--retain", "features=1", "--conflict-every", "2"], "--retain excludes"),
-    (["--retain", "l2sp=1", "--lora", "2"], "take features=W"),
+    (["--retain", "l2sp=1", "--lora", "2"], "use features=W"),
     (["--retain", "both"], "want l2sp=W, features=W"),
     (["--replay", "0.1", "--schedule", "B"], "--replay mixes the batches of --schedule sequential"),
 ])  # fmt: skip

@@ -107,7 +107,7 @@ def test_plan_of_every_schedule():
     assert (plan("alternate", 5).sum((1, 2)) == 64).all() and (plan("sequential", 8).sum((1, 2)) == 64).all()
     assert plan("alternate", 5)[:, 0].argmax(1).tolist() == [0, 1, 2, 3, 0]
     assert plan("sequential", 8)[:, 0].argmax(1).tolist() == [3, 3, 0, 0, 2, 2, 1, 1]  # in the order of --domains
-    with pytest.raises(InputError, match=r"62 cannot be divided among 4 domains .* take 60"):
+    with pytest.raises(InputError, match=r"62 cannot be divided among 4 domains .* use 60"):
         make_schedule("A", 4, 62)
 
 
