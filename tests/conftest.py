@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,13 @@ def tiny_run(demo_root, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "clip-tiny-B"
     script("train.py", *TINY, "--schedule", "B", "--data", demo_root, "--out", run)
     return run
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """A copy of the tiny run, not yet evaluated."""
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval", "analysis"))
+    return tmp_path / "run"
 
 
 @pytest.fixture(scope="session")
