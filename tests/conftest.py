@@ -1,8 +1,9 @@
-"""Fixtures shared by the whole-script tests: a small demo corpus and one small finished run on it."""
+"""Fixtures shared by the whole-script tests: a small demo corpus, one small finished run on it and a longer one."""
 
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # 4 steps of CLIP in miniature: enough for a whole run in seconds
 TINY = ["--backbone", "clip", "--size", "tiny", "--weights", "none", "--image-size", "32", "--workers", "0",
         "--batch", "16", "--images", "64", "--lr", "1e-3", "--layer-decay", "1", "--device", "cpu"]
+LONG = [*TINY, "--images", "960", "--save-every", "5", "--log-every", "5", "--domains", "object,body"]
 
 
 @functools.cache
@@ -136,8 +138,23 @@ def tiny_run(demo_root, tmp_path_factory) -> Path:
     return run
 
 
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """A copy of the tiny run, not yet evaluated."""
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval", "analysis"))
+    return tmp_path / "run"
+
+
 @pytest.fixture(scope="session")
 def analysed(tiny_run) -> subprocess.CompletedProcess:
     """What analyze.py said about `tiny_run`, which evaluate.py has scored before."""
     script("evaluate.py", "--run", tiny_run, "--bootstrap", "20", "--workers", "0")
     return script("analyze.py", "--run", tiny_run, "--bootstrap", "20", "--components", "16", "--workers", "0")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(demo_root, tmp_path_factory) -> Path:
+    """LONG from start to end."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    script("train.py", *LONG, "--data", demo_root, "--out", run)
+    return run

@@ -1,4 +1,4 @@
-"""The script analyze.py, and the verdicts of the claims table. (Its measures: test_subspaces.py.)"""
+"""The script analyze.py, and the verdicts of the claims table. (Measures: test_subspaces.py, test_separability.py.)"""
 
 import csv
 import json

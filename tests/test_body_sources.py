@@ -115,6 +115,27 @@ def persons_files() -> dict:
 # ---------------------------------------------------------------- every layout
 
 
+def test_market_rules(tmp_path):
+    names = {"bounding_box_train": ["0002_c1s1_000451_03.jpg", "0007_c3s1_000001_01.jpg"],
+             "query": ["0003_c1s1_000001_00.jpg", "0005_c2s1_000001_00.jpg"],
+             "bounding_box_test": ["0003_c6s1_000009_00.jpg", "0005_c2s2_000001_01.jpg", "-1_c4s1_000001_00.jpg",
+                                   "0000_c5s1_000001_00.jpg", "Thumbs.db", "readme.jpg"]}
+    for folder, files in names.items():
+        (tmp_path / "src" / folder).mkdir(parents=True)
+        for i, name in enumerate(files):
+            (tmp_path / "src" / folder / name).write_bytes(encode(picture(i, 16, 32)))
+    for part in ("train", "test"):
+        run_here("market", "--src", tmp_path / "src", "--out", tmp_path / "d/body" / part, "--size", 32)
+    split = Split(tmp_path / "d/body/test")
+    assert split.classes == ["0003", "0005"] and split.protocol == {"name": "reid"}
+    # query first, then the gallery by name: the distractor 0000 has no label, junk -1 is gone
+    assert split.labels.tolist() == [0, 1, -1, 0, 1] and split.column("role").tolist() == [0, 0, 2, 1, 1]
+    assert split.column("camera").tolist() == [0, 1, 4, 5, 1]
+    assert split.index["skipped"] == {"not an image by its name": 1, "name is not Market-1501's": 1,
+                                      "junk (person -1)": 1}
+    assert Split(tmp_path / "d/body/train").classes == ["0002", "0007"] and verify_split(split.folder) == []
+
+
 def test_market_reads_the_names_of_dukemtmc(tmp_path):
     names = ["query/0005_c2_f0046985.jpg", "bounding_box_test/0005_c1_f0044158.jpg",
              "bounding_box_test/0006_c8_f0044159.jpg", "bounding_box_train/0002_c1_f0044158.jpg"]

@@ -24,20 +24,10 @@ from data_prep.loaders import start_loader
 from models.adapt import RunningAverage
 from models.head import HeadSettings, Loss, MarginHead
 from models.runs import load_run, load_tuned, save_weights
-from tests.conftest import ROOT, TINY, assert_gone, script
-from tests.test_recipes import stop_at
-from tests.test_train import (
-    LONG,
-    assert_same_weights,
-    log_of,
-    run_here,
-    start,
-    uninterrupted,
-    wait_for_step,
-    weights_of,
-)
+from tests.conftest import LONG, ROOT, TINY, assert_gone, script
+from tests.test_interrupted_training import start, stop_at, wait_for_step
+from tests.test_train import assert_same_weights, log_of, run_here, weights_of
 
-__all__ = ["uninterrupted"]  # the fixture: LONG from start to end
 SHORT = [*TINY, "--images", "160", "--save-every", "2", "--domains", "object,body"]  # 10 steps
 
 

@@ -11,14 +11,22 @@ import pytest
 import torch
 
 import protocols.classify
-import protocols.pairs
 import protocols.templates
 from data_prep import InputError
 from protocols.bootstrap import bootstrap_counts
 from protocols.classify import class_means, fit_probe, nearest_mean, nearest_neighbours, score_classification
-from protocols.pairs import roc, score_verification, tar_at_far
+from protocols.pairs import (
+    d_prime,
+    equal_error_rate,
+    fold_accuracy,
+    grid_accuracy,
+    roc,
+    score_pairs,
+    score_verification,
+    tar_at_far,
+)
 from protocols.results import Row, Scored
-from protocols.search import score_gallery
+from protocols.search import score_gallery, search_gallery
 from protocols.templates import (
     collect_scores,
     pool_templates,
@@ -29,7 +37,7 @@ from protocols.templates import (
 )
 from reports.rows import clean_of, score
 from tests.test_evaluate import FakeSplit, unit
-from tests.test_protocols import FakeTemplates
+from tests.test_templates import FakeTemplates, tail_of
 from tools.compare import compare_experts
 
 
@@ -341,3 +349,94 @@ def test_a_probe_of_one_image_a_class_is_fitted_without_a_choice():
         (gradient,) = torch.autograd.grad(loss + 0.25 * (v[:, :3] ** 2).sum(), v)
         v = (v - 0.3 * gradient).detach().requires_grad_()
     np.testing.assert_allclose(y @ w.T + b, (z @ v[:, :3].T + v[:, 3]).detach().numpy(), atol=2e-3)
+
+
+# ---------------------------------------------------------------- adversarial cases
+
+
+def test_everything_alike_is_no_better_than_chance():
+    """All scores equal: AUC a half, nobody first, EER a half, and TAR at a small FAR nothing."""
+    scores, same = np.full(1000, 0.25), np.arange(1000) % 2 == 0
+    far, tar = roc(scores, same)
+    assert far.tolist() == [0, 1] and np.trapezoid(tar, far) == 0.5 and tar_at_far(far, tar, 0.1) == 0
+    assert equal_error_rate(far, tar) == 0.5 and np.isnan(d_prime(scores, same))
+    assert fold_accuracy(scores, same, np.arange(1000) // 100) == 0.5
+    assert grid_accuracy(scores, same, np.arange(1000) // 100)["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("mates", [3, 20])  # counted one by one, and by one sort
+def test_ties_with_impostors_count_against_every_mate(mates):
+    x = np.zeros((1 + 2 * mates, 4), dtype=np.float32)
+    x[:, 0] = 1  # mates and impostors score alike
+    gallery = np.arange(1, len(x))
+    found = search_gallery(x, np.array([0]), gallery, lambda p: (np.arange(mates), []))
+    assert found.ranks[0].tolist() == list(range(mates + 1, 2 * mates + 1)) and found.wrong[0] == 1
+    x[mates + 1 :, 0], x[mates + 1 :, 1] = 0.6, 0.8  # now they score lower
+    found = search_gallery(x, np.array([0]), gallery, lambda p: (np.arange(mates), []))
+    assert found.ranks[0].tolist() == list(range(1, mates + 1)) and found.wrong[0] == pytest.approx(0.6)
+
+
+def literal_torchreid(x, ids, cams, queries):
+    """eval_market1501 of torchreid's metrics/rank.py, its loop kept as it is."""
+    distmat, q, g = 1 - x[:queries] @ x[queries:].T, slice(0, queries), slice(queries, None)
+    indices = np.argsort(distmat, axis=1, kind="stable")
+    all_cmc, all_ap = [], []
+    for q_idx in range(queries):
+        order = indices[q_idx]
+        remove = (ids[g][order] == ids[q][q_idx]) & (cams[g][order] == cams[q][q_idx])
+        raw_cmc = (ids[g][order] == ids[q][q_idx]).astype(int)[~remove]
+        if not np.any(raw_cmc):
+            continue  # the query's identity does not appear in the gallery
+        cmc = raw_cmc.cumsum()
+        cmc[cmc > 1] = 1
+        all_cmc.append(cmc[:10])
+        tmp = [value / (i + 1.0) for i, value in enumerate(raw_cmc.cumsum())]
+        all_ap.append((np.asarray(tmp) * raw_cmc).sum() / raw_cmc.sum())
+    return np.mean(all_cmc, axis=0), np.mean(all_ap), len(all_ap)
+
+
+@pytest.mark.parametrize("people", [4, 60])  # many mates a query, and few
+def test_queries_without_mates_are_skipped_as_torchreid_does(people):
+    rng = np.random.default_rng(people)
+    ids, cams = rng.integers(0, people, 260), rng.integers(0, 3, 260)
+    ids[:5] = people + np.arange(5)  # identities absent from the gallery
+    ids[5], cams[60:][ids[60:] == 1] = 1, 0
+    cams[5] = 0  # and one whose every image was taken by the query's own camera
+    roles = (np.arange(260) >= 60).astype(int)
+    x = unit(rng.normal(size=(people + 5, 6))[ids] + rng.normal(size=(260, 6)))
+    found, curve = score_gallery(x, FakeSplit(ids, {"name": "reid"}, role=roles, camera=cams), 3, 0)
+    cmc, ap, counted = literal_torchreid(x, ids, cams, 60)
+    assert counted <= 54 and found["mAP"].count == counted and found["mAP"].value == pytest.approx(ap)
+    np.testing.assert_allclose(curve["cmc"][:10], cmc)
+
+
+def test_one_image_has_nothing_to_be_scored_by():
+    x = np.ones((1, 3)) / np.sqrt(3)
+    assert score_pairs(x, np.array([0]), 2, 0) == {}
+    with pytest.raises(InputError, match="none of 1 probes can be scored: the gallery does not show the person"):
+        score_gallery(x, FakeSplit([0], {"name": "identification"}, role=np.array([0])), 2, 0)
+    with pytest.raises(InputError, match="all genuine or all impostors"):
+        score_verification(x, FakeSplit([0], {"name": "verification", "folds": 10},
+                                        pairs=np.array([[0, 0, 1, 0]])), 2, 0)
+
+
+def test_gaussian_scores_have_the_rates_that_theory_gives():
+    """Impostors N(0, 1), genuine N(d', 1): TAR at FAR f is Φ(d' - Φ⁻¹(1 - f)), and AUC is Φ(d' / √2)."""
+    from scipy.stats import norm
+
+    rng, n, d = np.random.default_rng(0), 1_000_000, 2.0
+    same = np.arange(2 * n) < n
+    scores = (rng.normal(size=2 * n) + d * same).astype(np.float32)
+    far, tar = roc(scores, same)
+    assert np.trapezoid(tar, far) == pytest.approx(norm.cdf(d / np.sqrt(2)), abs=0.001)
+    assert d_prime(scores, same) == pytest.approx(d, abs=0.005)
+    assert equal_error_rate(far, tar) == pytest.approx(norm.cdf(-d / 2), abs=0.001)
+    tail = tail_of(scores, same, 0.1)
+    ends = np.append(tail.start[1:], len(tail.pairs)) - 1
+    accepted = same[tail.pairs]
+    tail_far, tail_tar = np.cumsum(~accepted)[ends] / n, np.cumsum(accepted)[ends] / n
+    for f in (0.1, 1e-2, 1e-3, 1e-4):
+        expected = norm.cdf(d - norm.isf(f))
+        assert tar_at_far(far, tar, f) == pytest.approx(expected, abs=0.01)
+        assert tar_at_far(tail_far, tail_tar, f) == tar_at_far(far, tar, f)
+        assert tar_at_nearest_far(tail_far, tail_tar, f) == pytest.approx(expected, abs=0.01)

@@ -1,6 +1,6 @@
 """Damaged images inside every kind of source, and damaged splits: a line of bad input or a counted image, never more.
 
-Sources' own lists and containers are damaged in the tests of those sources.
+Sources' own lists and containers are damaged in the tests of those sources; those of objects, in several files, here.
 """
 
 import io
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import click
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -29,11 +31,14 @@ from data_prep.write import fit_image, write_split
 from protocols.classify import score_classification
 from protocols.pairs import score_verification
 from protocols.search import score_gallery, variants_of
-from tests.conftest import TINY, mutated, script
-from tests.test_body_sources import LTCC, PRCC, deepchange_files, msmt17_files, persons_files
+from tests.conftest import TINY, mutated, prepare_mutated, script
+from tests.test_body_sources import LTCC, PRCC, deepchange_files, msmt17_files, persons_files, write_files
 from tests.test_data_prep import PAIRS, encode, picture, run_here
-from tests.test_face_sources import classic, write_ijb, write_rec
-from tests.test_object_sources import FOLDERS, GOLDFISH, HEN, IMAGE, KAGGLE, objectnet_files, pa, pq, samples, tar_of
+from tests.test_face_sources import write_ijb
+from tests.test_insightface import classic, write_rec
+from tests.test_object_sources import FOLDERS, GOLDFISH, HEN, KAGGLE, MAP, objectnet_files
+from tests.test_parquet import IMAGE, parquet_file
+from tests.test_webdataset import samples, tar_of
 
 SECONDS, GIGABYTE = 20, 1 << 20  # the latter as getrusage counts, in KiB
 
@@ -223,6 +228,23 @@ def test_no_size_is_believed_that_a_header_only_announces():
         except BadImage:
             continue
         assert jpeg_sides(fitted) == (24, 24) and fitted != strange
+
+
+# ---------------------------------------------------------------- mutated files
+
+
+@pytest.mark.parametrize("source, name, cases", [("webdataset", "a.tar", 200), ("parquet", "val.parquet", 200),
+                                                 ("imagenet", "LOC_val_solution.csv", 60),
+                                                 ("objectnet", f"{MAP}objectnet_to_imagenet_1k.json", 60)])  # fmt: skip
+def test_mutated_files_end_in_one_line_and_touch_nothing_else(source, name, cases, tmp_path, monkeypatch):
+    src = tmp_path / "b" / "src"
+    write_files(src, {"imagenet": KAGGLE, "objectnet": objectnet_files()}.get(source, {"keep.txt": "x"}))
+    if source == "webdataset":
+        tar_of(src / name, samples(0, 5))
+    elif source == "parquet":
+        parquet_file(src / name, [0, 1, 2, 1, 0], names=["a", "b", "c"])
+    monkeypatch.chdir(src)
+    assert 5 < prepare_mutated(source, src, name, cases, "object/val") < cases  # the loop meets both good and bad files
 
 
 # ---------------------------------------------------------------- damaged splits

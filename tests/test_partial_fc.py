@@ -17,7 +17,7 @@ from models.runs import Ranks
 from tests.conftest import TINY, script
 from tests.test_coupling import options_of
 from tests.test_distributed import PLANS, C, K, assert_near, deal, dealt, in_whole, make, torchrun
-from tests.test_recipes import stop_at
+from tests.test_interrupted_training import stop_at
 from tests.test_schedule import LOSSES, make_head, step_gradients
 from tests.test_train import assert_same_weights, run_here
 

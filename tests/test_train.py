@@ -1,41 +1,30 @@
-"""train.py as its users run it: on small shards, interrupted, resumed, misused."""
+"""train.py as its users run it: on small shards, and misused. (Killed and resumed: test_interrupted_training.py.)"""
 
 import json
-import os
 import pickle
-import random
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import click
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import data_prep.__main__
 import data_prep.loaders
 import models.backbones
 import models.head
-import models.weights
 import reports.training
 import train
-from data_prep import DOMAINS, InputError, write_atomically
+from data_prep import DOMAINS, InputError
 from data_prep.format import open_root
 from data_prep.stream import Stream
 from models import backbones
 from models.adapt import uses_bf16
 from models.backbones import Network, load_backbone
-from models.head import HeadSettings, Loss, MarginHead, starting_weights
-from models.runs import STOPPED, Ranks, load_foundation, load_run, load_tuned
-from tests.conftest import ROOT, TINY, script
+from models.head import starting_weights
+from models.runs import load_foundation, load_run, load_tuned
+from tests.conftest import TINY, script
 
 TINY_CLIP = Network("clip", "tiny", weights="none", image_size=32)
 
@@ -56,11 +45,6 @@ def weights_of(run: Path) -> dict[str, torch.Tensor]:
 def assert_same_weights(a: Path, b: Path) -> None:
     x, y = weights_of(a), weights_of(b)
     assert x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
-
-
-def httpx_error() -> Exception:
-    """An error of the hub's client, which is no OSError."""
-    return type("ConnectError", (Exception,), {"__module__": "httpx2"})("connection refused")
 
 
 # ---------------------------------------------------------------- a run
@@ -214,124 +198,70 @@ def test_degradation_grows_with_its_ramp(demo_root):
     assert difference(0, severity=growing) == 0 < difference(5, severity=growing) < difference(19, severity=growing)
 
 
-# ---------------------------------------------------------------- interruption
-
-
-LONG = [*TINY, "--images", "960", "--save-every", "5", "--log-every", "5", "--domains", "object,body"]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(demo_root, tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    script("train.py", *LONG, "--data", demo_root, "--out", run)
-    return run
-
-
-def start(*arguments) -> subprocess.Popen:
-    command = [sys.executable, "train.py", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.time() + 120
-    while time.time() < deadline and process.poll() is None:
-        if (run / "log.jsonl").exists() and any(r["step"] >= step for r in log_of_partial(run)):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} never came: {process.communicate()}")
-
-
-def log_of_partial(run: Path) -> list[dict]:
-    lines = (run / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def test_kill_9_and_resume_gives_the_same_weights_bit_for_bit(uninterrupted, demo_root, tmp_path):
-    run, dice = tmp_path / "run", random.Random(0)
-    for step in (5, 20, 40):
-        process = start(*LONG, "--data", demo_root, "--out", run, "--resume")
-        wait_for_step(run, step, process)
-        time.sleep(dice.random() * 0.3)
-        process.kill()
-        process.communicate()
-        assert not (run / "done.json").exists()
-    script("train.py", *LONG, "--data", demo_root, "--out", run, "--resume", "--workers", "1")
-    assert_same_weights(uninterrupted, run)
-    assert [r["step"] for r in log_of(run)] == [r["step"] for r in log_of(uninterrupted)]
-    again = script("train.py", *LONG, "--data", demo_root, "--out", run, "--resume")
-    assert "complete" in again.stdout
-
-
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "STOP"])
-def test_asked_to_stop_it_saves_exits_75_and_resumes_exactly(how, uninterrupted, demo_root, tmp_path):
-    run = tmp_path / "run"
-    process = start(*LONG, "--data", demo_root, "--out", run)
-    wait_for_step(run, 10, process)
-    if how == "STOP":
-        (run / "STOP").touch()
-    else:
-        process.send_signal(getattr(signal, how))
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == STOPPED and "--resume" in out, err
-    assert not (run / "done.json").exists()
-    with pytest.raises(InputError, match="has not finished"):
-        load_run(run)
-    assert load_run(run, allow_partial=True).head.shape[1] == 64
-    script("train.py", *LONG, "--data", demo_root, "--out", run, "--resume")
-    assert_same_weights(uninterrupted, run)
-
-
-def test_sigterm_to_the_whole_group_saves_too(uninterrupted, demo_root, tmp_path):
-    """Schedulers signal loader processes as well; they must not take the run down with them."""
-    run = tmp_path / "run"
-    process = start(*LONG, "--workers", "2", "--data", demo_root, "--out", run)
-    wait_for_step(run, 10, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == STOPPED and "Traceback" not in err, out + err
-    script("train.py", *LONG, "--data", demo_root, "--out", run, "--resume")
-    assert_same_weights(uninterrupted, run)
-
-
-def test_killed_between_the_last_checkpoint_and_done(tiny_run, demo_root, tmp_path):
-    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval", "analysis"))
-    (tmp_path / "run/done.json").unlink()
-    run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--resume")  # and a moved run may be resumed
-    assert (tmp_path / "run/done.json").exists()
-    assert_same_weights(tiny_run, tmp_path / "run")
-
-
-def test_weights_are_never_older_than_the_state(tmp_path, monkeypatch):
-    """Killed while a checkpoint is written: what resume continues from must not be ahead of the weights."""
-    order = []
-    for module in (models.weights, train):
-        monkeypatch.setattr(module, "write_atomically", lambda path, write: order.append(path.name))
-    model = SimpleNamespace(state_dict=dict, net=SimpleNamespace(state_dict=dict), project=None)
-    optimizer = SimpleNamespace(state_dict=lambda: {"state": {}})
-    job = SimpleNamespace(folder=tmp_path, ranks=Ranks(), optimizer=optimizer, average=None, model=model, splits=[],
-                          head=MarginHead([2], 2, HeadSettings([Loss(1.0)])), tally=reports.training.Tally(),
-                          health=None)
-    train.save_checkpoint(job, 3)
-    assert order == ["model.safetensors", "head.safetensors", "state.pt"]
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path):
-    path = tmp_path / "state"
-    path.write_text("old")
-
-    def full_disk(temporary):
-        temporary.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(InputError, match=r"cannot be written .*No space left.* what was saved before is intact"):
-        write_atomically(path, full_disk)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
 def test_weights_are_as_readable_as_other_files(tiny_run):
     modes = {path.name: path.stat().st_mode for path in tiny_run.iterdir() if path.is_file()}
     assert modes["model.safetensors"] == modes["head.safetensors"] == modes["config.json"]
+
+
+@pytest.mark.parametrize("family", ["eva02", "dinov3"])
+def test_the_other_families_take_a_step(family, demo_root, tmp_path):
+    side = {"eva02": 28, "dinov3": 32}[family]  # two by two patches
+    model = ["--backbone", family, "--size", "tiny", "--weights", "none", "--image-size", side]
+    run_here(*model, "--data", demo_root, "--domains", "face_hq,body", "--out", tmp_path / "run", "--batch", 4,
+             "--images", 4, "--workers", 0, "--head-init", "random", "--head-warmup", 0)
+    run = load_run(tmp_path / "run")
+    before, after = (load(run).net.state_dict() for load in (load_foundation, load_tuned))
+    assert run.head.shape[1] == 192 and sum(not torch.equal(before[key], after[key]) for key in before) > 50
+
+
+def test_bf16_is_taken_where_it_is_not_emulated(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not uses_bf16("auto", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    assert uses_bf16("auto", torch.device("cuda")) and not uses_bf16("fp32", torch.device("cuda"))
+
+
+def test_a_last_batch_of_one_image(demo_root, monkeypatch):
+    monkeypatch.setattr(models.head, "MEAN_IMAGES", 3)
+    split = open_root(demo_root)["object"]["train"]
+    assert 3 * len(split.classes) % 11 == 1
+    head = starting_weights(load_backbone(TINY_CLIP), [split], "means", seed=0, batch=11, workers=0)
+    assert head.shape == (len(split.classes), 64)
+
+
+# ---------------------------------------------------------------- loader processes
+
+
+def test_loader_processes_can_be_spawned(demo_root):
+    """On macOS, Windows and Python 3.14 the stream travels to the workers as a pickle."""
+    split = open_root(demo_root)["body"]["train"]
+    stream = Stream([split], np.full((3, 1), 5), seed=0, crop=[0.5])
+    again, chunk = pickle.loads(pickle.dumps(stream))[2], stream[2]
+    assert torch.equal(again.banks[0], chunk.banks[0]) and torch.equal(again.boxes, chunk.boxes)
+
+
+class Unreadable(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        if i:
+            raise InputError("data/body/train: no readable image")
+        return torch.zeros(1)
+
+
+def test_bad_input_in_a_loader_process_stays_one_line():
+    items = data_prep.loaders.load(Unreadable(), 0, 1, False)
+    assert len(next(items)) == 1
+    with pytest.raises(InputError) as error:
+        next(items)
+    assert error.value.message == "data/body/train: no readable image"
+    for text, words in (("DataLoader worker (pid 3) exited unexpectedly with exit code 24. Details", "ulimit -n"),
+                        ("unable to allocate shared memory(shm) for file </torch_3>: No space left", "--shm-size"),
+                        ("Pin memory thread exited unexpectedly", "a loader process died")):
+        assert words in data_prep.loaders.loader_error(RuntimeError(text)).message
+    defect = RuntimeError("size mismatch")
+    assert data_prep.loaders.loader_error(defect) is defect
 
 
 # ---------------------------------------------------------------- bad input
@@ -391,290 +321,6 @@ def test_bad_input_is_refused_in_one_line(arguments, words, demo_root, tmp_path)
         run_here(*arguments, "--data", demo_root, "--out", tmp_path / "run")
     assert words in error.value.format_message() and "\n" not in error.value.format_message()
     assert not (tmp_path / "run").exists()  # refused before any work
-
-
-@pytest.mark.parametrize("family", ["eva02", "dinov3"])
-def test_the_other_families_take_a_step(family, demo_root, tmp_path):
-    side = {"eva02": 28, "dinov3": 32}[family]  # two by two patches
-    model = ["--backbone", family, "--size", "tiny", "--weights", "none", "--image-size", side]
-    run_here(*model, "--data", demo_root, "--domains", "face_hq,body", "--out", tmp_path / "run", "--batch", 4,
-             "--images", 4, "--workers", 0, "--head-init", "random", "--head-warmup", 0)
-    run = load_run(tmp_path / "run")
-    before, after = (load(run).net.state_dict() for load in (load_foundation, load_tuned))
-    assert run.head.shape[1] == 192 and sum(not torch.equal(before[key], after[key]) for key in before) > 50
-
-
-def test_the_width_is_what_comes_out():
-    model = load_backbone(Network(None, model="mobilenetv3_small_050", weights="none", image_size=64))
-    assert model.dim == model.eval()(torch.zeros(1, 3, 64, 64)).shape[1] != model.net.num_features
-
-
-def test_the_activation_is_the_one_that_the_weights_were_trained_with():
-    import open_clip
-
-    for name, tag in open_clip.list_pretrained():
-        resolved = models.backbones.resolve_backbone(Network(None, model=f"{name}/{tag}"))[1]
-        if open_clip.get_pretrained_cfg(name, tag).get("quick_gelu"):
-            assert open_clip.get_model_config(resolved)["quick_gelu"], (name, tag)
-        else:
-            assert resolved == name
-    library, name, _ = models.backbones.resolve_backbone(Network(None, model="ViT-B-32/openai"))
-    net = models.backbones.build_network(library, name, 32)
-    assert type(net.visual.transformer.resblocks[0].mlp.gelu) is open_clip.transformer.QuickGELU
-    with pytest.raises(InputError, match="no weights 'opnai' for ViT-B-32; it has openai, laion400m_e31"):
-        models.backbones.resolve_backbone(Network(None, model="ViT-B-32/opnai"))
-
-
-@pytest.mark.parametrize("error, is_one", [
-    (OSError("no route to host"), True), (RuntimeError("Failed to download weights for tag 'openai': down"), True),
-    (httpx_error(), True), (KeyError("a defect"), False), (RuntimeError("CUDA error: misaligned address"), False),
-])  # fmt: skip
-def test_only_a_failed_download_is_called_one(error, is_one, monkeypatch):
-    def fails(*_, **__):
-        raise error
-
-    monkeypatch.setattr(models.backbones, "build_network", fails)
-    monkeypatch.setattr(models.backbones, "fail_fast_offline", lambda: None)
-    with pytest.raises(InputError if is_one else type(error)) as raised:
-        models.backbones.download_network(Network(None, model="test_vit"), "timm", "test_vit", None, "")
-    assert ("cannot be downloaded" in str(raised.value)) == is_one
-
-
-def test_a_proxy_resolves_names(monkeypatch):
-    import huggingface_hub.constants as hub
-
-    def no_dns(*_):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(models.backbones.socket, "getaddrinfo", no_dns)
-    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    for proxy, offline in (("http://proxy:3128", False), (None, True)):
-        monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("https_proxy", proxy) if proxy else monkeypatch.delenv("https_proxy")
-        models.backbones.fail_fast_offline()
-        assert offline == hub.HF_HUB_OFFLINE
-
-
-def test_bf16_is_taken_where_it_is_not_emulated(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert not uses_bf16("auto", torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert uses_bf16("auto", torch.device("cuda")) and not uses_bf16("fp32", torch.device("cuda"))
-
-
-def test_a_last_batch_of_one_image(demo_root, monkeypatch):
-    monkeypatch.setattr(models.head, "MEAN_IMAGES", 3)
-    split = open_root(demo_root)["object"]["train"]
-    assert 3 * len(split.classes) % 11 == 1
-    head = starting_weights(load_backbone(TINY_CLIP), [split], "means", seed=0, batch=11, workers=0)
-    assert head.shape == (len(split.classes), 64)
-
-
-def test_loader_processes_can_be_spawned(demo_root):
-    """On macOS, Windows and Python 3.14 the stream travels to the workers as a pickle."""
-    split = open_root(demo_root)["body"]["train"]
-    stream = Stream([split], np.full((3, 1), 5), seed=0, crop=[0.5])
-    again, chunk = pickle.loads(pickle.dumps(stream))[2], stream[2]
-    assert torch.equal(again.banks[0], chunk.banks[0]) and torch.equal(again.boxes, chunk.boxes)
-
-
-class Unreadable(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 2
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        if i:
-            raise InputError("data/body/train: no readable image")
-        return torch.zeros(1)
-
-
-def test_bad_input_in_a_loader_process_stays_one_line():
-    items = data_prep.loaders.load(Unreadable(), 0, 1, False)
-    assert len(next(items)) == 1
-    with pytest.raises(InputError) as error:
-        next(items)
-    assert error.value.message == "data/body/train: no readable image"
-    for text, words in (("DataLoader worker (pid 3) exited unexpectedly with exit code 24. Details", "ulimit -n"),
-                        ("unable to allocate shared memory(shm) for file </torch_3>: No space left", "--shm-size"),
-                        ("Pin memory thread exited unexpectedly", "a loader process died")):
-        assert words in data_prep.loaders.loader_error(RuntimeError(text)).message
-    defect = RuntimeError("size mismatch")
-    assert data_prep.loaders.loader_error(defect) is defect
-
-
-def test_weights_of_another_architecture_name_the_keys(demo_root, tmp_path):
-    clip = models.backbones.build_network("open_clip", "tiny", 32).state_dict()
-    save_file({"stem.weight": torch.zeros(3)}, tmp_path / "wrong.safetensors")
-    save_file({**clip, "visual.head.proj.weight": torch.zeros(3, 3)}, tmp_path / "shape.safetensors")
-
-    def load(name: str):
-        load_backbone(Network("clip", "tiny", weights=str(tmp_path / name), image_size=32))
-
-    with pytest.raises(InputError, match=r"lacks positional_embedding, .* more; the network lacks stem.weight$"):
-        load("wrong.safetensors")
-    with pytest.raises(InputError, match=r"visual.head.proj.weight is \(3, 3\), not \(64, 64\)"):
-        load("shape.safetensors")
-    torch.save({"weight": print}, tmp_path / "pickle.pt")
-    with pytest.raises(InputError, match="not a file of plain tensors"):
-        load("pickle.pt")
-
-
-SAVED = {  # how training scripts save one and the same state dict, and what it has to be called
-    "plain": lambda s: s, "ddp": lambda s: prefixed(s, "module."), "compiled": lambda s: prefixed(s, "_orig_mod."),
-    "both": lambda s: prefixed(s, "module._orig_mod."), "other way": lambda s: prefixed(s, "_orig_mod.module."),
-    "timm": lambda s: {"epoch": 3, "state_dict": s, "optimizer": {"state": {0: {"m": s["cls_token"]}}}, "args": None},
-    "model": lambda s: {"model": s}, "net": lambda s: {"net": s}, "only one": lambda s: {"model_ema": s},
-    "lightning": lambda s: {"state_dict": prefixed(s, "model.") | {"loss.weight": torch.zeros(2)}, "epoch": 1},
-    "backbone": lambda s: prefixed(s, "backbone."), "half": lambda s: {key: v.half() for key, v in s.items()},
-    "dino:teacher": lambda s: {"student": {}, "teacher": prefixed(s, "backbone.") | {"head.w": torch.zeros(2)}},
-    "two:model_ema": lambda s: {"model": {key: v + 1 for key, v in s.items()}, "model_ema": s},
-    "beside": lambda s: s | {"epoch": 3},
-}
-
-
-def prefixed(state: dict, prefix: str) -> dict:
-    return {prefix + key: value for key, value in state.items()}
-
-
-def test_weights_load_however_they_were_saved(tmp_path):
-    import argparse
-
-    import timm
-
-    net = timm.create_model("test_vit", num_classes=0, img_size=32)
-    state = net.state_dict()
-
-    def loads(name: str, tolerance: float = 0.0) -> None:
-        other = timm.create_model("test_vit", num_classes=0, img_size=32)
-        models.backbones.fill_weights(other, "timm", models.weights.read_weights(str(tmp_path / name)), name)
-        for key, value in other.state_dict().items():
-            assert (value - state[key]).abs().max() <= tolerance, (name, key)
-
-    for name, form in SAVED.items():
-        torch.save(form(state), tmp_path / name.partition(":")[0])
-        loads(name, 1e-3 if name == "half" else 0.0)
-    save_file(prefixed(state, "_orig_mod."), tmp_path / "tensors.pt")  # a name says nothing of what is in the file
-    torch.save(state, tmp_path / "pickle.safetensors")
-    loads("tensors.pt"), loads("pickle.safetensors")
-    torch.save({"teacher": state, "student": state}, tmp_path / "pair")
-    torch.save({"state_dict": state, "args": argparse.Namespace(a=1)}, tmp_path / "namespace")
-    for name, words in (("pair", r"several sets of weights: give --weights pair:teacher \(or student\)"),
-                        ("pair:ema", "no weights 'ema'; it has teacher, student"),
-                        ("namespace", r"holds argparse.Namespace, which could run code\); .* weights_only=False")):
-        with pytest.raises(InputError, match=words) as error:
-            models.weights.read_weights(str(tmp_path / name))
-        assert "\n" not in error.value.message
-
-
-def small_clip():
-    import open_clip
-
-    vision = open_clip.CLIPVisionCfg(layers=2, width=32, head_width=16, patch_size=16, image_size=32)
-    text = open_clip.CLIPTextCfg(context_length=8, vocab_size=20, width=24, heads=2, layers=2)
-    return open_clip.CLIP(16, vision, text, quick_gelu=True)
-
-
-def test_weights_of_transformers_are_recognised():
-    import timm
-
-    net = small_clip()
-    state, theirs = net.state_dict(), {}
-    for tower, prefix, blocks in (("vision_model", "visual.", 2), ("text_model", "", 2)):
-        for i in range(blocks):
-            at, to = f"{prefix}transformer.resblocks.{i}.", f"{tower}.encoder.layers.{i}."
-            for kind in ("weight", "bias"):
-                for part, value in zip("qkv", state[f"{at}attn.in_proj_{kind}"].chunk(3), strict=True):
-                    theirs[f"{to}self_attn.{part}_proj.{kind}"] = value
-                for a, b in (("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
-                             ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")):
-                    theirs[f"{to}{b}.{kind}"] = state[f"{at}{a}.{kind}"]
-    for a, b in (("visual.class_embedding", "vision_model.embeddings.class_embedding"),
-                 ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
-                 ("visual.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
-                 ("visual.ln_pre.weight", "vision_model.pre_layrnorm.weight"), ("logit_scale", "logit_scale"),
-                 ("visual.ln_pre.bias", "vision_model.pre_layrnorm.bias"),
-                 ("visual.ln_post.weight", "vision_model.post_layernorm.weight"),
-                 ("visual.ln_post.bias", "vision_model.post_layernorm.bias"),
-                 ("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
-                 ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
-                 ("ln_final.weight", "text_model.final_layer_norm.weight"),
-                 ("ln_final.bias", "text_model.final_layer_norm.bias")):
-        theirs[b] = state[a]
-    theirs |= {"visual_projection.weight": state["visual.proj"].T, "text_projection.weight": state["text_projection"].T,
-               "vision_model.embeddings.position_ids": torch.arange(5)[None]}
-    other = small_clip()
-    models.backbones.fill_weights(other, "open_clip", theirs, "clip")
-    assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
-
-    for name in ("vit_tiny_patch16_dinov3_qkvb", "vit_small_patch16_dinov3"):
-        net = timm.create_model(name, num_classes=0, img_size=32)
-        for bias in (p for key, p in net.named_parameters() if key.endswith("bias")):
-            torch.nn.init.normal_(bias)
-        state, theirs = net.state_dict(), {"embeddings.mask_token": torch.zeros(1)}
-        for key, value in state.items():
-            key = key.replace("blocks.", "layer.").replace("cls_token", "embeddings.cls_token")
-            key = key.replace("reg_token", "embeddings.register_tokens")
-            key = key.replace("patch_embed.proj", "embeddings.patch_embeddings").replace("mlp.fc1", "mlp.up_proj")
-            key = key.replace("gamma_1", "layer_scale1.lambda1").replace("gamma_2", "layer_scale2.lambda1")
-            key = key.replace("mlp.fc2", "mlp.down_proj").replace("attn.proj", "attention.o_proj")
-            if key.endswith("attn.qkv.weight"):
-                at, parts = key.removesuffix("attn.qkv.weight"), zip("qkv", value.chunk(3), strict=True)
-                theirs |= {f"{at}attention.{part}_proj.weight": part_value for part, part_value in parts}
-                if "qkvb" not in name:  # published with biases that are all 0
-                    theirs |= {f"{at}attention.{part}_proj.bias": torch.zeros(len(value) // 3) for part in "qv"}
-            else:
-                theirs[re.sub(r"attn\.([qv])_bias", r"attention.\1_proj.bias", key)] = value
-        other = timm.create_model(name, num_classes=0, img_size=32)
-        models.backbones.fill_weights(other, "timm", theirs, name)
-        assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
-
-
-def test_an_archive_of_torchscript_is_read_and_not_run(tmp_path, monkeypatch):
-    """As OpenAI published CLIP: half precision, its settings as tensors."""
-    import open_clip
-
-    class Image(torch.nn.Module):
-        def __init__(self, net):
-            super().__init__()
-            self.net = net
-            for name, child in net.named_children():
-                self.add_module(name, child)
-            for name, value in net._parameters.items():
-                self.register_parameter(name, value)
-            for name in ("input_resolution", "context_length", "vocab_size"):
-                self.register_buffer(name, torch.tensor(32))
-            del self.net
-
-        def forward(self, images):
-            return self.visual(images) * self.logit_scale + self.ln_final.weight.sum()
-
-    net = small_clip()
-    torch.jit.trace(Image(net).half().float(), torch.zeros(1, 3, 32, 32)).save(str(tmp_path / "clip.pt"))
-    monkeypatch.setattr(torch.jit, "load", None)
-    state = models.weights.read_weights(str(tmp_path / "clip.pt"))
-    assert {"visual.conv1.weight", "input_resolution", "logit_scale"} <= state.keys()
-    other = small_clip()
-    models.backbones.fill_weights(other, "open_clip", state, "clip.pt")
-    assert all(torch.equal(value, other.state_dict()[key]) for key, value in net.state_dict().items())
-    with pytest.raises(InputError, match="trained with QuickGELU: use --backbone clip"):
-        models.backbones.fill_weights(open_clip.CLIP(16, {"layers": 1, "width": 16, "head_width": 16, "image_size": 32},
-                                              {"layers": 1, "width": 16, "heads": 1}), "open_clip", state, "clip.pt")
-    with zipfile.ZipFile(tmp_path / "clip.pt") as whole, zipfile.ZipFile(tmp_path / "evil.pt", "w") as evil:
-        for name in whole.namelist():
-            data = whole.read(name)
-            evil.writestr(name, b"cos\nsystem\n(S'touch evil'\ntR." if name.endswith("/data.pkl") else data)
-    with pytest.raises(InputError, match=r"holds os.system, which could run code"):
-        models.weights.read_weights(str(tmp_path / "evil.pt"))
-
-
-def test_position_embeddings_resample(tmp_path):
-    small = load_backbone(Network(None, model="vit_tiny_patch16_224", weights="none", image_size=32))
-    save_file(small.net.state_dict(), tmp_path / "vit.safetensors")
-    large = load_backbone(Network(None, model="vit_tiny_patch16_224", weights=str(tmp_path / "vit.safetensors"),
-                                  image_size=64))
-    assert large.net.pos_embed.shape[1] == 17 and torch.equal(large.net.blocks[0].mlp.fc1.weight,
-                                                              small.net.blocks[0].mlp.fc1.weight)
 
 
 @pytest.mark.parametrize("name", ["config.json", "head.safetensors", "model.safetensors", "last/state.pt"])
