@@ -91,7 +91,8 @@ class Options:
     batch: int = option("schedule", 256, click.IntRange(1, 1 << 36), "Images per optimiser step.")
     micro_batch: int | None = option("schedule", None, click.IntRange(1), "Largest number of images per forward pass.")
     images: int | None = option("schedule", None, click.IntRange(1, 1 << 48), "Length of the run, in images.")
-    epochs: float | None = option("schedule", None, Number(0, 1e9, min_open=True), "Or passes over the largest domain.")
+    epochs: float | None = option("schedule", None, Number(0, 1e9, min_open=True), "Or passes over the largest domain "
+                                   "(neither given: 10 passes).")
     mix: float | dict[str, float] = option(
         "schedule", "0.5", one_or_per_domain(0, 1e12), "Shares of schedule B: one number T for shares ∝ (images)^T (0: "
         "equal, 1: proportional), or object=1,face_hq=2,...")
