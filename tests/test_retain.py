@@ -137,4 +137,4 @@ def test_ranks_share_the_penalty():
         model.zero_grad()
     for alone, shared in zip(*found, strict=True):
         torch.testing.assert_close(2 * alone, shared)
-    assert Ranks().world == 1 and np.isfinite(float(hooks[0].turned))
+    assert Ranks().world == 1 and np.isfinite(float(hooks[0].distance))
