@@ -24,7 +24,8 @@ def table(path) -> list[dict]:
 def test_every_launch_of_the_table_compiles_without_spills(tmp_path):
     """And loads run under the products: copies are asynchronous, one wgmma is left open while they are waited for."""
     # not by `script`, whose server has imported Triton for its interpreter
-    subprocess.run([sys.executable, "-m", "kernels.bench", "compile", "--csv", tmp_path / "out.csv"], cwd=ROOT, check=True)
+    command = ["-m", "kernels.bench", "compile", "--csv", tmp_path / "out.csv"]
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     rows = table(tmp_path / "out.csv")
     for arch, limits in LIMITS.items():
         mine = [row for row in rows if row["arch"] == f"sm_{arch}"]
