@@ -27,7 +27,7 @@ demo: $(READY)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" scripts/demo.sh $(DEMO)
 
 test: $(READY)
-	$(PY) -m pytest -n auto --dist loadfile
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -238,7 +238,7 @@ def test_the_study_says_what_it_needs():
     for data in (ROOT / "docs", "a b"):
         result = subprocess.run([ROOT / "scripts/study.sh", data, "x"], capture_output=True, text=True,
                                 env=environment(), timeout=30)
-        assert result.returncode == 2 and "no object/train there" in result.stderr
+        assert result.returncode == 2 and "no object/train in it" in result.stderr
 
 
 def test_the_study_looks_at_its_weights_first(tmp_path):
