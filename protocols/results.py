@@ -314,7 +314,7 @@ class Analysed:
     """What the claims need of RUN/analysis/analysis.json."""
 
     domains: list[str]
-    transfer: Transfer | None  # of the tuned weights
+    transfer: Transfer  # of the tuned weights
     separability: Separability | None  # None: of one task
 
 

@@ -485,6 +485,7 @@ def test_separability_is_written_and_read_back_whole(tmp_path):
     (other_weights("analysis"), "analysis.json (of other weights than model.safetensors: run analyze.py on"),
     (change_analysis(lambda a: a["transfer"]["tuned"]["pairs"][3].pop("kept")), "analysis.json (of another version"),
     (change_analysis(lambda a: a["transfer"].update(tuned=[])), "analysis.json (of another version"),
+    (change_analysis(lambda a: a["transfer"].update(tuned=None)), "analysis.json (of another version"),
     (change_analysis(lambda a: a["separability"]["spaces"].pop("tuned")), "analysis.json (of another version"),
     (change_analysis(lambda a: a.pop("domains")), "analysis.json (of another version"),
 ])  # fmt: skip
