@@ -75,6 +75,12 @@ def to_bytes(x: Tensor) -> Tensor:
     return x.round().clamp_(0, 255).to(torch.uint8)
 
 
+@lru_cache(maxsize=32)
+def noise_pool(size: int) -> Tensor:
+    """Standard normal noise [size], of which images take stretches: drawing it anew costs as much as a JPEG."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
 FIELD = 28  # cells of the turbulence grid along a side: 4 pixels each in an image of 112
 # downsampling; the last two do not filter first, which leaves the aliasing of cheap cameras
 DOWN = ({"mode": "bilinear", "antialias": True}, {"mode": "bicubic", "antialias": True}, {"mode": "area"},
@@ -97,7 +103,7 @@ def degrade(image: Tensor, severity: float, rng: np.random.Generator) -> tuple[T
     from torchvision.io import decode_jpeg, encode_jpeg
 
     use, strength = rng.random(10), rng.random(12)  # all at once, so that operations do not affect each other's draws
-    normal = partial(torch.randn, generator=torch.Generator().manual_seed(int(rng.integers(1 << 63))))
+    key = int(rng.integers(1 << 63))
     if severity <= 0:
         return image, {}
     H, W = image.shape[1:]
@@ -121,7 +127,8 @@ def degrade(image: Tensor, severity: float, rng: np.random.Generator) -> tuple[T
     sigma, angle, length, direction = (0.0, 0.0), 0.0, 0.0, 0.0
     if turbulent:
         tilt = draw("turbulence", 0.5 * severity, 2.5 * severity, strength[5]) * unit
-        x = warp(x, normal(2, FIELD, FIELD), tilt, draw("turbulence_sigma", 4, 12, strength[6]) * FIELD / 112)
+        field = torch.randn(2, FIELD, FIELD, generator=torch.Generator().manual_seed(key))
+        x = warp(x, field, tilt, draw("turbulence_sigma", 4, 12, strength[6]) * FIELD / 112)
         sigma = (draw("turbulence_blur", 0.1, max(2 * severity, 0.2), strength[7]) * unit,) * 2
     if use[0] < 0.7:
         wide = draw("blur", 0.1, max(2.5 * severity, 0.2), strength[0]) * unit
@@ -134,7 +141,9 @@ def degrade(image: Tensor, severity: float, rng: np.random.Generator) -> tuple[T
         x = blur(x, sigma, angle, length, direction)
     small = (x if first == side else F.interpolate(x[None], size=side, **down)[0]).clamp(0, 255)
     if use[4] < 0.5:
-        noise = normal(small.shape)
+        n = small.numel()
+        pool = noise_pool(1 << (4 * n).bit_length())
+        noise = pool[(start := key % (len(pool) - n)) : start + n].view(small.shape)
         if use[5] < 0.5:
             small.add_(noise, alpha=draw("noise", 0, 20 * severity, strength[9]))
         else:  # shot noise: variance proportional to intensity

@@ -281,7 +281,8 @@ def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np
                                           f"too few identities of {', '.join(few)} to fit on some and test others")
             continue
         ids, spaces = [people[name][halves[name]] for name in usable], {}
-        for space, of in progress(list(features.items()), desc=f"sources of {task.domain}", unit="space"):
+        bar = progress(total=len(features) * len(CLASSIFIERS), desc=f"sources of {task.domain}", unit="fit")
+        for space, of in features.items():
             x = [np.concatenate([of(split, part) for split, part, _ in sources[name]]) for name in usable]
             fit = [part[~halves[name]] for name, part in zip(usable, x, strict=True)]
             test = [part[halves[name]] for name, part in zip(usable, x, strict=True)]
@@ -289,6 +290,8 @@ def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np
             for model in CLASSIFIERS:
                 right = [answer == i for i, answer in enumerate(predict(model, fit, test))]
                 spaces[space][model] = show(balanced_accuracy(right, ids, draws, seed))
+                bar.update()
+        bar.close()
         result[task.domain] = Sources(None, {name: len(people[name]) for name in usable},
                                       {name: len(np.unique(people[name])) for name in usable}, 1 / len(usable), spaces)
     return result
