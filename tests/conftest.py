@@ -1,5 +1,6 @@
 """Fixtures shared by the whole-script tests: a small demo corpus, one small finished run on it and a longer one."""
 
+import fcntl
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -122,20 +124,35 @@ def prepare_mutated(source: str, src: Path, name: str, cases: int, split: str) -
     return refused
 
 
+def built_once(tmp_path_factory, name: str, build: Callable[[Path], None]) -> Path:
+    """A folder that the first test process to need it builds for all; who changes it copies it."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with open(f"{place}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.fstat(lock.fileno()).st_size:
+            build(place)
+            lock.write("built")
+    return place
+
+
 @pytest.fixture(scope="session")
 def demo_root(tmp_path_factory) -> Path:
     """A data root with every split of the demo corpus, a tenth of its usual size."""
-    root = tmp_path_factory.mktemp("demo") / "data"
-    script("-m", "data_prep", "demo", "--out", root, "--scale", "0.1", "--workers", "1")
-    return root
+    return built_once(tmp_path_factory, "demo-data", lambda place: script(
+        "-m", "data_prep", "demo", "--out", place, "--scale", "0.1", "--workers", "1"))
 
 
 @pytest.fixture(scope="session")
-def tiny_run(demo_root, tmp_path_factory) -> Path:
+def built_run(demo_root, tmp_path_factory) -> Path:
+    return built_once(tmp_path_factory, "built-run", lambda place: script(
+        "train.py", *TINY, "--schedule", "B", "--data", demo_root, "--out", place))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(built_run, tmp_path_factory) -> Path:
     """A finished run of schedule B on all four domains of `demo_root` (its scores mean nothing)."""
-    run = tmp_path_factory.mktemp("runs") / "clip-tiny-B"
-    script("train.py", *TINY, "--schedule", "B", "--data", demo_root, "--out", run)
-    return run
+    return shutil.copytree(built_run, tmp_path_factory.mktemp("runs") / "clip-tiny-B")
 
 
 @pytest.fixture
@@ -146,10 +163,17 @@ def run(tiny_run, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def analysed(tiny_run) -> subprocess.CompletedProcess:
-    """What analyze.py said about `tiny_run`, which evaluate.py has scored before."""
-    script("evaluate.py", "--run", tiny_run, "--bootstrap", "20", "--workers", "0")
-    return script("analyze.py", "--run", tiny_run, "--bootstrap", "20", "--components", "16", "--workers", "0")
+def analysed(tiny_run, built_run, tmp_path_factory) -> str:
+    """What analyze.py printed about `tiny_run`, which evaluate.py has scored before."""
+    def build(place: Path) -> None:
+        run = shutil.copytree(built_run, place / tiny_run.name)
+        script("evaluate.py", "--run", run, "--bootstrap", "20", "--workers", "0")
+        said = script("analyze.py", "--run", run, "--bootstrap", "20", "--components", "16", "--workers", "0").stdout
+        (place / "said.txt").write_text(said)
+
+    place = built_once(tmp_path_factory, "analysed", build)
+    shutil.copytree(place, tiny_run.parent, dirs_exist_ok=True)
+    return (tiny_run.parent / "said.txt").read_text()
 
 
 @pytest.fixture(scope="module")
