@@ -824,8 +824,9 @@ def open_board(job: Job, feed: Feed) -> Any:
 
     if not job.first:
         draw_samples(job.folder / "samples.png", feed.stream, feed.look, feed.cache)
-    with writing(job.folder / "tensorboard"):
-        return SummaryWriter(str(job.folder / "tensorboard"), purge_step=job.first)
+    path = job.folder / "tensorboard"
+    with writing(path), writing(path, "the path is not UTF-8: PYTHONUTF8=1, or rename it", errors=UnicodeEncodeError):
+        return SummaryWriter(str(path), purge_step=job.first)
 
 
 # ---------------------------------------------------------------- command line

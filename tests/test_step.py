@@ -182,3 +182,9 @@ def test_a_run_of_one_domain_says_that_nothing_conflicts(demo_root, tmp_path, ca
     said = capsys.readouterr().out
     assert "no gradients conflict" in said and "one process holds all class weights" in said
     assert not (tmp_path / "run/conflict.jsonl").exists()
+
+
+def test_a_path_that_is_no_utf8_is_one_line(demo_root, tmp_path):
+    """As in a locale of ASCII without Python's UTF-8 mode: TensorBoard cannot write there."""
+    error = script("train.py", *TINY, "--data", demo_root, "--out", tmp_path / "t\udce9", check=2).stderr
+    assert "the path is not UTF-8" in error.splitlines()[-1] and "Traceback" not in error
