@@ -81,16 +81,16 @@ def test_a_run_is_replayed_with_its_losses(demo_root, tmp_path):
 
 
 def test_adaptive_margins_by_hand():
-    """Lengths 8, 9, 11, 12 were seen: mean 10, std √2.5 = 1.5811. h = 0.5, m = 0.4.
+    """Lengths 9.2, 9.6, 10.4, 10.8 were seen: mean 10, std √0.4 = 0.63246. h = 0.5, m = 0.4.
 
-    length 11.5811: z = 0.5 · 1.5811 / 1.5821 = 0.49968; length 2: z = -1 (clipped); m_ang = -m z, m_add = m + m z.
+    length 10.63246: z = 0.5 · 0.63246 / 0.63346 = 0.49921; length 2: z = -1 (clipped); m_ang = -m z, m_add = m + m z.
     """
-    seen = torch.tensor([8.0, 9, 11, 12], dtype=torch.float64)
+    seen = torch.tensor([9.2, 9.6, 10.4, 10.8], dtype=torch.float64)
     statistics = torch.stack([torch.ones(4), seen, seen**2], 1).sum(0).expand(2, 3)
-    length = torch.tensor([10 + 2.5**0.5, 2.0], dtype=torch.float64)
+    length = torch.tensor([10 + 0.4**0.5, 2.0], dtype=torch.float64)
     m, h = torch.full((2,), 0.4, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
     found = adaptive_margins(length, torch.zeros(2), m, h, statistics)
-    z = torch.tensor([0.5 * 2.5**0.5 / (2.5**0.5 + 1e-3), -1.0], dtype=torch.float64)
+    z = torch.tensor([0.5 * 0.4**0.5 / (0.4**0.5 + 1e-3), -1.0], dtype=torch.float64)
     torch.testing.assert_close(found["sample_margin_angular"], -0.4 * z)
     torch.testing.assert_close(found["sample_margin_additive"], 0.4 + 0.4 * z)
     off = adaptive_margins(length, torch.full((2,), 0.1), m, 0 * h, statistics)
