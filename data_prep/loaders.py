@@ -95,10 +95,10 @@ def enough_loaders(workers: int, item_bytes: int) -> int:
     have = min(shutil.disk_usage(SHARED).free, free_bytes(torch.device("cpu"))) // local_ranks()
     fits = min((have // item_bytes - 2) // AHEAD, workers)  # one is in use, one is on its way
     if fits < workers:
-        need = -(-item_bytes * (AHEAD * workers + 2) * local_ranks() // 2**30)
-        how = f"enlarge it (docker run --shm-size {need}g, or --ipc=host)"
-        line = f"--workers {workers}: the images that they hold ready take {need:,} GiB of shared memory and " \
-            f"{have * local_ranks() / 2**30:,.2f} GiB of {SHARED} are free"
+        need = item_bytes * (AHEAD * workers + 2) * local_ranks()
+        how = f"enlarge it (docker run --shm-size {-(-need // 2**30)}g, or --ipc=host)"
+        line = f"--workers {workers}: the images that they hold ready take {need / 2**30:,.2f} GiB of shared memory " \
+            f"and {have * local_ranks() / 2**30:,.2f} GiB of {SHARED} are free"
         if fits < 1:
             raise InputError(f"{line}, too little for one: use --workers 0, or {how}")
         say_once(f"  {line}: {fits} are started; {how}")

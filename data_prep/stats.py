@@ -103,7 +103,7 @@ def draw_stats(path: Path, title: str, values: dict[str, np.ndarray]) -> None:
         low, high = numbers.min(), numbers.max()
         if low == high:  # a histogram would be a single bar
             unit = "classes" if name == "images per class" else "images"
-            axis.text(0.5, 0.5, f"{low:,.6g} in all\n{len(numbers):,} {unit}", ha="center", va="center",
+            axis.text(0.5, 0.5, f"all {len(numbers):,} {unit}:\n{low:,.6g}", ha="center", va="center",
                       transform=axis.transAxes)
             axis.set(title=name, xticks=[], yticks=[])
             axis.title.set_fontsize(10)

@@ -186,12 +186,18 @@ def resolve_backbone(network: Network) -> tuple[str, str, str | None]:
         return BACKBONES[network.backbone][network.size]
     name, _, tag = network.model.partition("/")
     if timm.is_model(name):
-        return "timm", name, ""
+        try:
+            notes = timm.get_pretrained_cfg(name).notes or ()
+        except RuntimeError as error:
+            tags = ", ".join(timm.list_pretrained(name.partition(".")[0]))
+            raise InputError(f"--model: timm has no weights {name!r}; it has {tags or 'none'}") from error
+        # the activation depends on the tag
+        quick = any("QuickGELU" in note for note in notes) and "_quickgelu_" not in name
+        return "timm", name.replace("_clip_", "_clip_quickgelu_") if quick else name, ""
     if name in open_clip.list_models():
         if tag and not (settings := open_clip.get_pretrained_cfg(name, tag)):
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
             raise InputError(f"--model: open_clip has no weights {tag!r} for {name}; it has {tags or 'none'}")
-        # the activation depends on the tag
         quick = tag and settings.get("quick_gelu") and not open_clip.get_model_config(name).get("quick_gelu")
         return "open_clip", name + "-quickgelu" * bool(quick), tag or None
     close = difflib.get_close_matches(name, [*timm.list_models(), *open_clip.list_models()], n=3)

@@ -170,6 +170,14 @@ def interval(figure: dict | None, form: str = ".1f") -> str:
     return f"{ends[0]} [{ends[1]}, {ends[2]}]"
 
 
+def group_seeds(runs: list[tuple[str, int | None]]) -> list[list[int]]:
+    """Indices of runs, (recipe, seed), that are averaged: of one recipe, each seed once; repetitions stand apart."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for i, run in enumerate(runs):
+        groups.setdefault((run[0], runs[:i].count(run)), []).append(i)
+    return list(groups.values())
+
+
 def average(figures: list[dict | None]) -> dict | None:
     """The mean of a figure {"value", "low", "high"} over seeds; None where one lacks it."""
     if any(figure is None or None in figure.values() for figure in figures):

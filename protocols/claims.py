@@ -85,8 +85,9 @@ def join(verdicts: list[str]) -> str:
 
 def for_information(findings: list[Finding]) -> list[Finding]:
     """The same findings, without a verdict."""
-    return [replace(f, verdict="", threshold=None, note=", ".join(filter(None, [f.note, "for information"])))
-            for f in findings]
+    return [replace(f, verdict="", threshold=None, note=", ".join(
+        filter(None, [f.note.removesuffix("for information").removesuffix(", "), "for information"])))
+        for f in findings]
 
 
 def only(tasks: Iterable[str]) -> list[str]:

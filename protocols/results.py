@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import DOMAINS, FREE_ON_RESUME, InputError, hash_file, join_config, read_json, read_lines, weights_of
-from protocols.bootstrap import Estimate, average, from_json, minus
+from protocols.bootstrap import Estimate, average, from_json, group_seeds, minus
 
 # what stands for a protocol in summaries, by kind: readout (one that untouched backbones have too) and measure
 HEADLINE = {"verification": ("", "auc"), "templates": ("", "tar@far=0.0001"), "reid": ("", "rank-1"),
@@ -492,7 +492,5 @@ class Group:
 
 def group_runs(runs: list[Measured]) -> list[Group]:
     """Runs of one recipe and different seeds together, in the order of the first."""
-    groups: dict[str, list[Measured]] = {}
-    for run in runs:
-        groups.setdefault(next(iter(run.scored.values())).recipe, []).append(run)
-    return [Group(members) for members in groups.values()]
+    recipes = [(next(iter(run.scored.values())).recipe, run.config.get("seed")) for run in runs]
+    return [Group([runs[i] for i in members]) for members in group_seeds(recipes)]

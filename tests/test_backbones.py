@@ -36,6 +36,22 @@ def test_the_activation_is_the_one_that_the_weights_were_trained_with():
         models.backbones.resolve_backbone(Network(None, model="ViT-B-32/opnai"))
 
 
+def test_timms_activation_is_the_one_that_the_weights_were_trained_with():
+    import timm
+
+    for name in timm.list_pretrained():
+        library, resolved, _ = models.backbones.resolve_backbone(Network(None, model=name))
+        quick = "natively QuickGELU" in str(timm.get_pretrained_cfg(name).notes)
+        assert library == "timm" and timm.is_model(resolved) and ("quickgelu" in resolved or not quick)
+        assert quick or resolved == name
+        assert timm.get_pretrained_cfg(resolved).tag == timm.get_pretrained_cfg(name).tag
+    _, name, _ = models.backbones.resolve_backbone(Network(None, model="vit_base_patch32_clip_224.openai"))
+    activation = models.backbones.build_network("timm", name, 32).blocks[0].mlp.act
+    assert "QuickGELU" in type(activation).__name__
+    with pytest.raises(InputError, match=r"timm has no weights 'resnet18\.foo'; it has resnet18\.a1_in1k"):
+        models.backbones.resolve_backbone(Network(None, model="resnet18.foo"))
+
+
 def httpx_error() -> Exception:
     """An error of the hub's client, which is no OSError."""
     return type("ConnectError", (Exception,), {"__module__": "httpx2"})("connection refused")

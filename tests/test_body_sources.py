@@ -124,8 +124,11 @@ def test_market_rules(tmp_path):
         (tmp_path / "src" / folder).mkdir(parents=True)
         for i, name in enumerate(files):
             (tmp_path / "src" / folder / name).write_bytes(encode(picture(i, 16, 32)))
+    (tmp_path / "src/bounding_box_train").rename(tmp_path / "elsewhere")
+    (tmp_path / "src/bounding_box_train").symlink_to(tmp_path / "elsewhere")
     for part in ("train", "test"):
         run_here("market", "--src", tmp_path / "src", "--out", tmp_path / "d/body" / part, "--size", 32)
+    assert len(Split(tmp_path / "d/body/train")) == 2
     split = Split(tmp_path / "d/body/test")
     assert split.classes == ["0003", "0005"] and split.protocol == {"name": "reid"}
     # query first, then the gallery by name: the distractor 0000 has no label, junk -1 is gone

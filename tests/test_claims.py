@@ -125,6 +125,7 @@ def test_runs_of_four_tasks_decide_and_others_are_told():
         assert both[name].verdict == alone_[name].verdict
         assert "two" not in alone_[name].measured
     assert "two: object for body" in both["Fewer"].measured and "for information" in both["Fewer"].measured
+    assert not any("for information, for information" in claim.measured for claim in both.values())
     assert (both["Fewer"].value, both["Fewer"].low) == (0.99, 0.97)
     assert {c.verdict for c in table_of(thin).values()} == {"not measured (only tasks object, body)"}
 

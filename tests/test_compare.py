@@ -70,6 +70,15 @@ def test_seeds_are_averaged_by_hand(tmp_path):
     assert [y["difference"], y["difference_low"], y["difference_high"]] == pytest.approx([0.3] * 3, abs=1e-6)
 
 
+def test_a_repetition_of_a_seed_is_no_further_seed(tmp_path):
+    people, ones = np.arange(10), np.ones(10)
+    runs = [write_run(tmp_path / "x", 0.5 * ones, people, 0), write_run(tmp_path / "copy", 0.5 * ones, people, 0),
+            write_run(tmp_path / "x-s1", 0.7 * ones, people, 1)]
+    x, copy = compared(tmp_path, *runs)
+    assert [(row["runs"], row["seeds"]) for row in (x, copy)] == [("x x-s1", 2), ("copy", 1)]
+    assert copy["seed_sd"] is None and copy["difference"] == pytest.approx(-0.1)
+
+
 def test_compare_as_a_script(tiny_run, tmp_path):
     """One run alone: against its own untouched backbone."""
     shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("eval"))

@@ -248,6 +248,12 @@ def test_pictures_are_found_under_any_spelling_and_what_is_left_out_is_counted(t
         Image.new("RGB", (8, 8)).save(tmp_path / other, "PNG")
     (tmp_path / "gone.png").symlink_to("/nowhere/gone.png")
     assert find_pictures((tmp_path, tmp_path / name)) == [tmp_path / name]
+    link = tmp_path.parent / f"{tmp_path.name}-link" / "pictures"
+    link.parent.mkdir()
+    link.symlink_to(tmp_path)  # a folder that lies elsewhere
+    assert find_pictures((link.parent,)) == [link / name]
+    capsys.readouterr()
+    find_pictures((tmp_path,))
     told = capsys.readouterr().out
     assert "2 files left out: hidden, or left by the system" in told and "1 files left out: dead link" in told
     assert "1 files left out: not an image by its name" in told

@@ -66,7 +66,7 @@ def test_loader_processes_are_those_that_the_shared_memory_holds(monkeypatch, ca
     assert enough_loaders(15, item) == enough_loaders(15, item) == 6  # (4 / 0.1436 - 2) / 4
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and all(word in lines[0] for word in (
-        "--workers 15", "take 9 GiB", "4.00 GiB of /dev/shm are free: 6 are started", "--shm-size 9g", "--ipc=host"))
+        "--workers 15", "take 8.90 GiB", "4.00 GiB of /dev/shm are free: 6 are started", "--shm-size 9g", "--ipc=host"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert enough_loaders(15, item) == 2
     shared(monkeypatch, 0.0625)  # Docker's own

@@ -159,3 +159,18 @@ def test_places_that_cannot_be_written_are_named_at_once(place, reason, tmp_path
     with pytest.raises(InputError) as error:
         run_here("folder", "--src", tmp_path / "none", "--out", tmp_path / place)
     assert str(error.value).startswith(f"--out {tmp_path / place}") and reason in str(error.value)
+
+
+def test_a_place_that_is_read_only_is_named_at_once(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid():
+        disk.chmod(0o500)
+    elif subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk]).returncode:
+        pytest.skip("root may write everywhere, and here it may not mount")
+    try:
+        with pytest.raises(InputError, match=r"^--out .*: cannot be written \((Read-only file|Permission denied)"):
+            run_here("folder", "--src", tmp_path / "none", "--out", disk / "object/train")
+    finally:
+        if not os.geteuid():
+            subprocess.run(["umount", disk], check=True)

@@ -38,7 +38,7 @@ def test_one_value_is_told_and_fills_no_panel(tmp_path, monkeypatch):
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
     draw_stats(tmp_path / "stats.png", "a set", {"images per class": np.array([3, 3]), "sharpness": np.array([1.0, 2])})
     one, several = pyplot.gcf().axes
-    assert [text.get_text() for text in one.texts] == ["3 in all\n2 classes"] and not one.patches
+    assert [text.get_text() for text in one.texts] == ["all 2 classes:\n3"] and not one.patches
     assert sum(bar.get_height() for bar in several.patches) == 2 and not several.texts
     monkeypatch.undo()
     pyplot.close("all")

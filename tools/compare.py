@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, literal, make_folder, write_csv, write_json
-from protocols.bootstrap import FEW_NOTE, margin, mark, minus
+from protocols.bootstrap import FEW_NOTE, group_seeds, margin, mark, minus
 from protocols.claims import as_many
 from protocols.results import D_PRIMES, Row, Scored, aggregate, read_rows, read_scored, start_of
 from reports.plots import COLOURS
@@ -279,10 +279,8 @@ def write_comparison(runs: tuple[Path, ...], weights: str | None, splits: set[st
         scored = [read_scored(runs[0], which) for which in ("foundation", "tuned")]
     else:
         scored = [read_scored(folder, weights) for folder in runs]
-    groups: dict[str, list[Scored]] = {}
-    for one in scored:
-        groups.setdefault(one.recipe, []).append(one)
-    first, *others = groups.values()
+    first, *others = [[scored[i] for i in members]
+                      for members in group_seeds([(one.recipe, one.config.get("seed")) for one in scored])]
     if experts and not others:
         raise InputError("--experts: want RUN and at least one expert of its domains")
     refuse_unshared(splits, [first, *others], experts)
