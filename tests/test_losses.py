@@ -98,11 +98,12 @@ def test_adaptive_margins_by_hand():
     assert torch.equal(off["sample_margin_additive"], m)
 
 
-@pytest.mark.parametrize("samples", [0, 1])
-def test_a_single_sample_has_no_deviation(samples):
-    statistics = torch.tensor([[samples, 9.0 * samples, 81.0 * samples]], dtype=torch.float64)
+@pytest.mark.parametrize("seen, z", [([], 0), ([9.0], 0), ([9.0, 11.0], 1)])
+def test_a_single_sample_has_no_deviation(seen, z):
+    statistics = torch.tensor([[len(seen), sum(seen), sum(length**2 for length in seen)]], dtype=torch.float64)
     found = adaptive_margins(torch.tensor([20.0]), torch.zeros(1), torch.full((1,), 0.4), torch.ones(1), statistics)
-    assert float(found["sample_margin_additive"]) == pytest.approx(0.4) and float(found["sample_margin_angular"]) == 0
+    assert float(found["sample_margin_additive"]) == pytest.approx(0.4 + 0.4 * z)
+    assert float(found["sample_margin_angular"]) == pytest.approx(-0.4 * z)
 
 
 def test_statistics_are_decayed_sums_and_skipped_steps_leave_them():
@@ -110,7 +111,8 @@ def test_statistics_are_decayed_sums_and_skipped_steps_leave_them():
     step = torch.tensor([[3.0, 30.0, 310.0], [0, 0, 0]], dtype=torch.float64)
     head.learn_lengths(step, torch.tensor(1.0))
     assert head.statistics.tolist() == step.tolist()
-    head.learn_lengths(step * float("nan"), torch.tensor(0.0))
+    for skipped in (step, step * float("nan")):
+        head.learn_lengths(skipped, torch.tensor(0.0))
     head.learn_lengths(torch.tensor([[0.0] * 3, [1.0, 5.0, 25.0]], dtype=torch.float64), torch.tensor(1.0))
     # the domain that was not drawn keeps what it had
     assert head.statistics.tolist() == [[3.0, 30.0, 310.0], [1.0, 5.0, 25.0]]
