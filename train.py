@@ -639,6 +639,8 @@ def probe(job: Job, count: int = 2000) -> dict[str, float]:
             continue
         parts = list(embed_rows(job.model, split, rows, job.device, job.options.micro_batch or 64, job.options.workers))
         used, x = np.concatenate([r for r, _ in parts]), F.normalize(torch.cat([x for _, x in parts]), dim=1)
+        finite = x.isfinite().all(1)  # a run that diverges is ended by its losses
+        used, x = used[finite.cpu().numpy()], x[finite]
         pairs = matched_pairs(split.labels[used], 5000, seed=0)
         if len(pairs):
             same, score = np.arange(len(pairs)) < len(pairs) // 2, (x[pairs[:, 0]] * x[pairs[:, 1]]).sum(1)

@@ -292,21 +292,22 @@ def refuse_options(context: click.Context) -> None:
 
 
 def replay_config(context: click.Context, _parameter, path: str | None) -> None:
-    """Callback of --config FILE: options of a run's config.json become defaults, which the command line overrides."""
+    """Callback of --config FILE: options of a run's config.json, as text, become defaults; the command line wins."""
     if path is None:
         return
     try:
-        values = json.loads(Path(path).read_text())["options"]
-        unknown = sorted(set(values) - {parameter.name for parameter in context.find_root().command.params})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        values = json.loads(Path(path).read_text())["options"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"--config {path}: not a readable JSON file of options; take the config.json of a run of this "
                          "version") from error
-    if unknown:
-        raise InputError(f"--config {path}: no option {unknown[0]!r}")
-    for key, value in values.items():
+    known, context.default_map = {parameter.name for parameter in context.find_root().command.params}, {}
+    for key, value in values:
+        if key not in known:
+            raise InputError(f"--config {path}: no option {key!r}")
         if isinstance(value, list | dict):
             raise InputError(f"--config {path}: {key} is {value}: want text as on the command line")
-    context.default_map = {key: value for key, value in values.items() if key not in ("out", "resume")}
+        if key not in ("out", "resume"):
+            context.default_map[key] = value if value is None else str(value)
 
 
 @contextmanager
@@ -434,8 +435,7 @@ def write_csv(path: Path, table: list[dict], columns: tuple[str, ...] = ()) -> N
     writer = csv.DictWriter(out, columns or list(table[0]))
     writer.writeheader()
     writer.writerows({key: plain(value) for key, value in row.items()} for row in table)
-    data = out.getvalue().encode(errors="backslashreplace")
-    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+    write_atomically(path, lambda temporary: temporary.write_bytes(out.getvalue().encode(errors="backslashreplace")))
 
 
 def append(path: Path, record: dict) -> None:

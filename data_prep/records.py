@@ -7,6 +7,7 @@ import pickle
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,19 @@ from data_prep import InputError, progress, writing
 from data_prep.format import Record, Source, as_text
 
 GO_ON = "finished shards are kept, and the same command continues"
+
+
+@contextmanager
+def continuing(parts: Path) -> Iterator[None]:
+    """In the block a preparation may continue from files in `parts`; InputError if these are damaged."""
+    continued = parts.exists()
+    try:
+        yield
+    except (AttributeError, EOFError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        if not continued:
+            raise
+        raise InputError(f"{parts}: damaged ({type(error).__name__}: {error}): remove it, and the same command starts "
+                         "anew") from error
 
 
 class Records(Sequence):

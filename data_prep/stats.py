@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_prep import InputError
+from data_prep import InputError, write_atomically
 from data_prep.format import ROLES, BadImage, Split
 
 
@@ -120,6 +120,6 @@ def draw_stats(path: Path, title: str, values: dict[str, np.ndarray]) -> None:
         axis.set_title(name, fontsize=10)
         axis.set_ylabel("classes" if name == "images per class" else "images", fontsize=8)
         axis.tick_params(labelsize=8)
-    figure.suptitle(f"{title} (line: median)", fontsize=10)
-    figure.savefig(path, dpi=150)
+    figure.suptitle(f"{title} (line: median)", fontsize=10, parse_math=False)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
     plt.close(figure)

@@ -39,7 +39,7 @@ from data_prep.format import (
     read_index,
     siblings,
 )
-from data_prep.records import GO_ON, Records, first_copies, random_order, rank_in_group, restrict
+from data_prep.records import GO_ON, Records, continuing, first_copies, random_order, rank_in_group, restrict
 
 # fork where it is safe and quick; explicit, because the default depends on the system and the Python version
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -223,7 +223,7 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
     choices = [train, seed, shard_size, source.deal is not None, *(["drop duplicates"] if drop_duplicates else []),
                *([f"max images {max_images}"] if max_images else [])]
     plan = plan_of(source, [FORMAT, VERSION, source_name, settings, *choices])
-    with writing(folder, GO_ON, "--out"):
+    with writing(folder, GO_ON, "--out"), continuing(folder / ".parts"):
         if (index := begin(folder, plan)) is not None:
             print(f"{folder}: complete")
             return index

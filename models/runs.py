@@ -43,7 +43,9 @@ from data_prep.format import MAX_SIZE, Split, fits
 from models.backbones import BACKBONES, Backbone, Network, fill_weights, library_state, load_backbone
 from models.weights import damaged, read_tensors, write_tensors
 
-LOGS = ("log.jsonl", "probe.jsonl", "conflict.jsonl")  # one record per line, each with its step
+# one record per line: its step and other numbers, and these tables by domain, split or pair of domains
+LOGS = {"log.jsonl": {}, "probe.jsonl": {"auc": float},
+        "conflict.jsonl": {"norm": float | None, "cosine": float | None, "cosine_by_layer": list}}
 STOPPED = 75  # exit code of a run that was stopped with a checkpoint (EX_TEMPFAIL: a scheduler may requeue it)
 
 
@@ -344,11 +346,21 @@ def misfit(state: object, steps: int, model: dict[str, torch.Tensor], shapes: li
         return f"lacks {missing[0]}" if isinstance(state, dict) else "no dictionary"
 
     def tensor(value: object, shape: torch.Size, kind: torch.dtype = torch.float32) -> bool:
-        return isinstance(value, torch.Tensor) and value.shape == shape and value.dtype == kind
+        return isinstance(value, torch.Tensor) and value.shape == shape and value.dtype == kind and \
+            value.layout == torch.strided and value.device.type == "cpu"  # neither sparse nor without data
 
     def tensors(values: object, like: dict[str, torch.Tensor]) -> bool:
         return isinstance(values, dict) and values.keys() == like.keys() and all(
-            tensor(values[key], value.shape, value.dtype) for key, value in like.items())
+            tensor(values[key], value.shape, value.dtype) and values[key].isfinite().all()
+            for key, value in like.items())
+
+    def fits_tally(tally: object) -> bool:  # as reports.training.Tally; earlier versions lack some
+        if not isinstance(tally, dict) or {"skipped", "bad", "seconds"} - tally.keys():
+            return False
+        numbers = [tally.get(key) or 0 for key in ("skipped", "bad", "seconds", "logged", "collapsed_at")]
+        start = tally.get("start", {})
+        return all(isinstance(number, int | float) and 0 <= number < 1 << 62 for number in numbers) \
+            and isinstance(start, dict) and all(isinstance(score, float) for score in start.values())
 
     moments = state["optimizer"].get("state") if isinstance(state["optimizer"], dict) else None
     valid = {
@@ -359,9 +371,9 @@ def misfit(state: object, steps: int, model: dict[str, torch.Tensor], shapes: li
             i in range(len(shapes)) and isinstance(moment, dict) and moment.keys() == {"step", "exp_avg", "exp_avg_sq"}
             and tensor(moment["step"], torch.Size()) and tensor(moment["exp_avg"], shapes[i])
             and tensor(moment["exp_avg_sq"], shapes[i]) for i, moment in moments.items()),
-        "tally": isinstance(state["tally"], dict) and state["tally"].keys() >= {"skipped", "bad", "seconds"}
-        and all(isinstance(state["tally"][key], int | float) for key in ("skipped", "bad", "seconds")),
-        "health": tensor(state["health"], torch.Size([2]), torch.int64),
+        "tally": fits_tally(state["tally"]),
+        "health": tensor(state["health"], torch.Size([2]), torch.int64)
+        and 0 <= state["health"][1] <= state["health"][0] <= state["step"],
         "ema": not averaged or (isinstance(state["ema"], list) and len(state["ema"]) == len(shapes)
                                    and all(map(tensor, state["ema"], shapes))),
         "norms": statistics is None or tensor(state["norms"], statistics.shape, torch.float64),
@@ -393,7 +405,7 @@ def kept_steps(run: Path) -> dict[int, Path]:
     """Step -> folder of the checkpoints of --keep."""
     folders = ((folder.name.removeprefix("step-"), folder) for folder in (run / "checkpoints").glob("step-*")
              if folder.is_dir() and not folder.is_symlink())
-    return dict(sorted((int(step), folder) for step, folder in folders if step.isdigit()))
+    return dict(sorted((int(step), folder) for step, folder in folders if step.isdecimal()))
 
 
 def keep_checkpoint(run: Path, step: int, counts: dict[str, int], keep: int, export: Callable[[Path], None],
@@ -437,13 +449,21 @@ def drop_checkpoints(run: Path, keep: int) -> None:
         shutil.rmtree(steps[step])
 
 
+def fits_log(record: object, tables: dict[str, type]) -> bool:
+    """Whether a record is one that a run writes to a log with these tables; a damaged line may hold anything."""
+    return isinstance(record, dict) and type(record.get("step")) is int and tables.keys() <= record.keys() and all(
+        isinstance(value, int | float | None) if key not in tables else isinstance(value, dict) and all(
+            re.split("[/~]", name)[0] in DOMAINS and isinstance(one, tables[key]) for name, one in value.items())
+        for key, value in record.items())
+
+
 def forget_after(folder: Path, step: int) -> None:
-    """Remove log lines and checkpoints of steps after `step`, from which a run continues."""
-    for log in (folder / name for name in LOGS if (folder / name).exists()):
+    """Remove log lines and checkpoints of steps after `step`, from which a run continues, and damaged lines."""
+    for log, tables in ((folder / name, tables) for name, tables in LOGS.items() if (folder / name).exists()):
         lines = []
         for line in log.read_bytes().splitlines():
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):  # a truncated line
-                lines += [line] if json.loads(line)["step"] <= step else []
+            with contextlib.suppress(ValueError, RecursionError):  # a truncated line
+                lines += [line] if fits_log(record := json.loads(line), tables) and record["step"] <= step else []
         write_atomically(log, lambda path, lines=lines: path.write_bytes(b"".join(line + b"\n" for line in lines)))
     for later in [kept for number, kept in kept_steps(folder).items() if number > step]:
         shutil.rmtree(later)

@@ -93,7 +93,7 @@ def draw_accuracy(ax, key: str, by_weights: dict[str, Figures]) -> None:
         ax.bar(x, 100 * row.value, 0.38, yerr=np.maximum(error, 0), capsize=3, color=COLOURS[name], label=name)
         ax.plot([x - 0.25, x + 0.25], [100 * row.chance] * 2, "k:", lw=1, label="chance")
     ax.plot(np.linspace(-0.15, 0.15, len(each)) if len(each) > 1 else [0], each, "k.", ms=5, label="one observer")
-    ax.set_xticks(range(1 + len(readouts)), ["people", *readouts])
+    ax.set_xticks(range(1 + len(readouts)), ["people", *readouts], parse_math=False)
     ax.set(ylim=(0, 100), ylabel="accuracy, percent, 95 % interval")
     ax.set_title(f"{key}: {bars[0][2].count} stimuli", parse_math=False)
     marks = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # each label once

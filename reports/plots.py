@@ -55,7 +55,8 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
                 for kind, colour in (("different", "#D55E00"), ("same", "#009E73")):
                     share = by_split[key][kind] / by_split[key][kind].sum()
                     ax.stairs(share, SCORE_BINS, fill=True, alpha=0.5, color=colour, label=kind)
-                ax.set(title=f"{key}, {weights}", ylabel="share of the pairs")
+                ax.set_title(f"{key}, {weights}", parse_math=False)
+                ax.set_ylabel("share of the pairs")
                 ax.legend(fontsize=8)
         for ax in axes[-1]:
             ax.set_xlabel("cosine")
@@ -108,7 +109,8 @@ def draw_bars(path: Path, rows: list[Row], splits: list[Split],
             ax.plot(i + 0.43, 100 * one.value, "*" if one.kind == "human" else "D", ms=9 if one.kind == "human" else 5,
                     color=colour, mfc=colour if same else "none", clip_on=False,
                     label=f"published {one.kind}" + ", other protocol" * (not same))
-    ax.set_xticks(range(len(groups)), [title.replace(" top", "\ntop") for title, *_ in groups], fontsize=8)
+    ax.set_xticks(range(len(groups)), [title.replace(" top", "\ntop") for title, *_ in groups], fontsize=8,
+                  parse_math=False)
     ax.set(xlim=(-0.6, len(groups) - 0.4), ylim=(0, 100), ylabel="percent, 95 % interval")
     marks = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # each label once
     ax.legend(marks.values(), marks.keys(), ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0),

@@ -217,7 +217,8 @@ def draw_stages(path: Path, stages: Stages) -> None:
             if not math.isnan(score):
                 ax.text(j, i, f"{100 * score:.1f}", ha="center", va="center", fontsize=9,
                         color="white" if score < 0.8 else "black")
-    ax.set_xticks(range(len(stages.tasks)), [task.replace("/", "\n") for task in stages.tasks], fontsize=8)
+    ax.set_xticks(range(len(stages.tasks)), [task.replace("/", "\n") for task in stages.tasks], fontsize=8,
+                  parse_math=False)
     ax.set_yticks(range(len(stages.names)), [name if name == "start" else f"after {name}" for name in stages.names],
                   fontsize=8)
     figure.colorbar(image, label="same/different AUC")

@@ -217,7 +217,7 @@ def draw_samples(path: Path, stream: Stream, look: Look, cache: list[Tensor] | N
         images = make_images(chunk, look, torch.device("cpu"))
         for ax, b in zip(axes[d], (chunk.domain == d).nonzero().flatten().tolist(), strict=False):
             ax.imshow((images[b] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
-            ax.set_title(split.names[int(chunk.label[b])][:16], fontsize=7)
+            ax.set_title(split.names[int(chunk.label[b])][:16], fontsize=7, parse_math=False)
         axes[d][0].text(-0.15, 0.5, split.domain, transform=axes[d][0].transAxes, rotation=90, va="center", ha="right")
     save_figure(figure, path, bbox_inches="tight")
 
@@ -294,7 +294,9 @@ def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[st
         ax.set(xlabel="optimiser step")
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for ax in axes[0][:: len(keys)]:  # below the panel, where no curve runs
-        ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2, frameon=False)
+        legend = ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2, frameon=False)
+        for text in legend.get_texts():  # names of splits
+            text.set_parse_math(False)
     figure.tight_layout()
     save_figure(figure, path)
 

@@ -86,9 +86,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from data_prep import join_config
+from data_prep import join_config, literal
 from protocols.results import read_rows
 from reports.rows import headlines
+from reports.tables import write_text
 
 out, values = Path(sys.argv[1]), defaultdict(lambda: defaultdict(list))
 for path in sorted(out.glob("*/eval/results.json")):
@@ -102,13 +103,13 @@ for path in sorted(out.glob("*/eval/results.json")):
 if not values:
     sys.exit(f"error: {out}: no evaluated run yet")
 columns = list(dict.fromkeys(column for scores in values.values() for column in scores))
-lines = ["Percent; over several seeds: mean (minimum, maximum).", "", f"| | {' | '.join(columns)} |",
+lines = ["Percent; over several seeds: mean (minimum, maximum).", "", f"| | {' | '.join(map(literal, columns))} |",
          "| --- |" + " --- |" * len(columns)]
 for cell, scores in values.items():
     shown = [f"{sum(v) / len(v):.1f}" + (f" ({min(v):.1f}, {max(v):.1f})" if min(v) < max(v) else "") if v else ""
              for v in (scores[column] for column in columns)]
-    lines.append(f"| {cell} | {' | '.join(shown)} |")
-(out / "summary.md").write_text("\n".join(lines) + "\n")
+    lines.append(f"| {literal(cell)} | {' | '.join(shown)} |")
+write_text(out / "summary.md", "\n".join(lines) + "\n")
 print("\n".join(lines))
 PYTHON
     python analyze.py claims "$OUT"

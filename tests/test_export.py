@@ -176,8 +176,17 @@ def test_the_card_says_what_the_model_is_made_of(tiny_run, demo_root, tmp_path):
 
     hostile = tmp_path / "<img src=x onerror=alert(1)>"
     run.rename(hostile)
-    export("--run", hostile, "--to", "safetensors", "--out", tmp_path / "hostile.safetensors")
-    assert (tmp_path / "hostile.safetensors.md").read_text().startswith("# \\<img src=x onerror=alert(1)\\>\n")
+    config = json.loads(whole := (hostile / "config.json").read_text())
+    config["facts"] |= {"git_commit": hostile.name, "versions": {"torch": hostile.name}}
+    config["facts"]["sources"]["body"].pop("fit")
+    config["facts"]["sources"]["object"]["fit"] = config["facts"]["shards"]["other"] = [hostile.name]
+    (hostile / "config.json").write_text(json.dumps(config))
+    export("--run", hostile, "--to", "safetensors", "--out", tmp_path / "`<img src=x>`.safetensors")
+    card = (tmp_path / "`<img src=x>`.safetensors.md").read_text()
+    assert card.startswith("# \\<img src=x onerror=alert(1)\\>\n")
+    assert "- \\`\\<img src=x\\>\\`.safetensors: sha256" in card
+    assert "<img" not in re.sub("```.*?```", "", card, flags=re.DOTALL).replace("\\<img", "")
+    (hostile / "config.json").write_text(whole)
     hostile.rename(run)
 
     (run / "eval").mkdir()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import data_prep.write
 from data_prep import InputError
 from data_prep.format import Split
 from data_prep.verify import verify_split
@@ -39,6 +40,27 @@ def test_ctrl_c_leaves_what_is_done(tmp_path):
     script(*command)
     assert verify_split(out) == []
     shutil.rmtree(out)
+
+
+def test_what_a_preparation_continues_from_may_be_damaged(tmp_path, monkeypatch):
+    src = class_folders(tmp_path / "src", classes=2, images=4, width=16, height=16)
+    half = tmp_path / "half/object/train"
+    arguments = ["folder", "--src", src, "--size", "16", "--workers", "1", "--drop-duplicates", "--out"]
+    with monkeypatch.context() as patch, pytest.raises(KeyError, match="a defect"):  # itself it is no damage
+        patch.setattr(data_prep.write, "write_columns", lambda *_: {}["a defect"])
+        run_here(*arguments, half)
+    for number, (name, damage) in enumerate((("plan", b"\xff"), ("unique.npy", b"\x93NUMPY"), ("unique.npy", b"x"),
+                                             ("8/shard-000000.tar.json", b"{}"),
+                                             ("8/shard-000000.tar.json", b'{"table": {"samples": 1}, "rows": [[1, 2]], '
+                                                                         b'"skipped": []}'))):
+        out = shutil.copytree(half, tmp_path / f"{number}/object/train")
+        assert (out / ".parts" / name).exists()
+        (out / ".parts" / name).write_bytes(damage)
+        with pytest.raises(InputError, match=r"\.parts: damaged .*: remove it, and the same command starts anew"):
+            run_here(*arguments, out)
+        shutil.rmtree(out / ".parts")
+        run_here(*arguments, out)
+        assert verify_split(out) == []
 
 
 def test_a_killed_preparation_with_filters_continues_to_the_same_bytes(tmp_path):

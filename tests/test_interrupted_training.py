@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -140,3 +141,52 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(InputError, match=r"cannot be written .*No space left.* what was saved before is intact"):
         write_atomically(path, full_disk)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------- full disks
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 60 MB: four checkpoints."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", place]).returncode:
+        pytest.skip("only root may mount a small disk; the limit on the size of files is tested without")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def assert_one_line(err: str, words: str) -> None:
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and re.search(words, lines[0]) and "intact" in lines[0] and "Traceback" not in err, err
+
+
+def test_a_disk_that_fills_up(uninterrupted, demo_root, small_disk):
+    """Whatever is written first is refused: the run ends in one line, and goes on where there is room again."""
+    run = small_disk / "run"
+    process = start(*LONG, "--data", demo_root, "--out", run)
+    wait_for_step(run, 5, process)
+    with open(small_disk / "filler", "wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(1 << 12))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, out + err
+    assert_one_line(err, r"No space left on device|; 0 MiB free there")
+    (small_disk / "filler").unlink()
+    step = torch.load(run / "last/state.pt", weights_only=True)["step"] if (run / "last/state.pt").exists() else 0
+    assert step < 60 and not (run / "done.json").exists()
+    run_here(*LONG, "--data", demo_root, "--out", run, "--resume")
+    assert_same_weights(uninterrupted, run)
+
+
+def test_an_evaluation_on_a_full_disk(tiny_run, small_disk):
+    """Whatever is written first is refused in one line; a hole in a mapped file would end the process instead."""
+    shutil.copytree(tiny_run, run := small_disk / "run", ignore=shutil.ignore_patterns("eval", "last", "analysis"))
+    for kibibytes in (0, 8, 100, 400):
+        with open(small_disk / "filler", "wb") as file:
+            file.write(bytes(shutil.disk_usage(small_disk).free - (kibibytes << 10)))
+        err = script("evaluate.py", "--run", run, "--bootstrap", "2", "--workers", "0", check=2).stderr
+        assert "Traceback" not in err and str(small_disk) in err.splitlines()[-1], err
+        (small_disk / "filler").unlink()
+    script("evaluate.py", "--run", run, "--bootstrap", "2", "--workers", "0")

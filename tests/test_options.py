@@ -141,7 +141,8 @@ def test_prompts_without_objects_are_class_means(demo_root, tmp_path, capsys):
     ('{"options": {"loss": {"body": "arcface"}}}', "want text as on the command line"),
     ('{"options": {"mix": [1]}}', "mix is [1]: want text"),
     ('{"options": {"domains": ["body"]}}', "domains is ['body']: want text"),
-    ('{"options": {"weight_decay": NaN}}', "not a finite number"),
+    ('{"options": {"weight_decay": NaN}}', "not a finite number"), ("[" * 100_000, "not a readable JSON file"),
+    ('{"options": {"seed": 1e400}}', "'inf' is not a valid integer"), ('{"options": {"keep": 1.7}}', "not a valid int"),
 ])  # fmt: skip
 def test_a_bad_config_is_one_line(text, words, demo_root, tmp_path):
     (tmp_path / "config.json").write_text(text)

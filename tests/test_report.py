@@ -5,10 +5,12 @@ import csv
 import html
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 
+import train
 from data_prep import InputError, literal, read_lines
 from data_prep.format import Split
 from protocols.humans import RATING_COLUMNS
@@ -16,6 +18,7 @@ from protocols.pairs import SCORE_BINS, score_verification
 from protocols.results import Row, read_stages
 from reports.tables import beside, datasets_of, draw_stages, read_published, show_published, show_stages, to_html
 from tests.conftest import TINY, script
+from tests.test_data_prep import run_here as data_prep_here
 from tests.test_evaluate import run_here
 from tests.test_evaluate_inputs import OPTIONS
 from tests.test_humans import vectors
@@ -195,3 +198,20 @@ def test_names_of_raters_are_text_in_the_report(run, demo_root, tmp_path, capsys
     assert "<" not in cell and html.unescape(cell) == f"AUC of rater {ODD}"
     ratings("Zoë O'Neill-Ø")
     assert "AUC of rater Zoë O'Neill-Ø |" in (run / "eval/report.md").read_text()
+
+
+def test_dollar_signs_in_names_are_no_mathematics(demo_root, tmp_path):
+    """In every figure with names of classes and splits; what stands between them cannot be parsed."""
+    odd, data, run = "$\\x$", tmp_path / "data", tmp_path / "run"
+    for domain, name in (("object", "train"), ("object", "val"), ("face_hq", "test")):
+        folder = shutil.copytree(demo_root / domain / name, data / domain / (name if name == "train" else odd))
+        index = json.loads((folder / "index.json").read_text())
+        index |= {"split": folder.name, "names": [odd] * len(index["names"])}
+        (folder / "index.json").write_text(json.dumps(index))
+        data_prep_here("stats", folder)
+    train.main.main([*map(str, (*TINY, "--data", data, "--out", run, "--domains", "object", "--schedule", "sequential",
+                                "--eval-every", 2))], standalone_mode=False)
+    run_here("--run", run, *OPTIONS)
+    run_here("compare", run, "--out", tmp_path / "compared")
+    drawn = {"samples.png", "curves.png", "eval/bars.png", "eval/scores.png", "eval/roc.png", "eval/stages.png"}
+    assert all((run / name).exists() for name in drawn) and (tmp_path / "compared/comparison.png").exists()

@@ -134,6 +134,14 @@ def test_a_cut_line_of_a_log_is_left_out(tmp_path):
     log.write_text('{"step": 2, "auc": {}}\n{"step": 4, "auc": {"object/val": 0.5}\n')
     forget_after(tmp_path, 4)
     assert log.read_text() == '{"step": 2, "auc": {}}\n'
+    for damaged in ('{"step": 3}', '{"step": 3, "auc": [1]}', '{"step": 3, "auc": {"object/val": "x"}}', '[]', "\xff",
+                    '{"step": 3, "auc": {"cars/val": 0.5}}', '{"step": "3", "auc": {}}', "[" * 10**5):
+        log.write_text(f'{{"step": 2, "auc": {{"body/test": 0.5}}}}\n{damaged}\n')
+        (tmp_path / "conflict.jsonl").write_text('{"step": 3}\n')
+        (tmp_path / "log.jsonl").write_text('{"step": 3, "loss": "x"}\n{"step": 4, "loss": 1, "collapsed_at": null}\n')
+        forget_after(tmp_path, 4)
+        assert log.read_text().count("\n") == 1 and not (tmp_path / "conflict.jsonl").read_text()
+        assert (tmp_path / "log.jsonl").read_text().count("\n") == 1
 
 
 @pytest.mark.parametrize("options, words", [

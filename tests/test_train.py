@@ -16,7 +16,7 @@ import models.backbones
 import models.head
 import reports.training
 import train
-from data_prep import DOMAINS, InputError
+from data_prep import DOMAINS, InputError, read_lines
 from data_prep.format import open_root
 from data_prep.stream import Stream
 from models import backbones
@@ -182,6 +182,10 @@ def test_collapse_is_named(demo_root, tmp_path, capsys, monkeypatch):
 def test_every_step_not_finite_stops_the_run(demo_root, tmp_path):
     with pytest.raises(InputError, match=r"1[1-9] steps in a row were not finite"):
         run_here(*TINY, "--data", demo_root, "--out", tmp_path / "run", "--head-lr", "inf", "--images", "320")
+    with pytest.raises(InputError, match=r"1[1-9] steps in a row were not finite"):  # weights without an AUC
+        run_here(*TINY, "--data", demo_root, "--out", tmp_path / "looks", "--lr", "1e38", "--images", "320",
+                 "--eval-every", "5")
+    assert read_lines(tmp_path / "looks/probe.jsonl")[-1]["auc"] == {}
 
 
 def test_degradation_grows_with_its_ramp(demo_root):

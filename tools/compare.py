@@ -225,7 +225,7 @@ def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None
                         color=DOMAIN_COLOURS.get(domain, "black"))
         if (domain, split, rows[0]["metric"]) in before:
             ax.axvline(scale * before[domain, split, rows[0]["metric"]], color=COLOURS["foundation"], lw=2, zorder=0)
-        ax.set_title(f"{domain}/{split}\n{rows[0]['metric']}", fontsize=9)
+        ax.set_title(f"{domain}/{split}\n{rows[0]['metric']}", fontsize=9, parse_math=False)
         ax.tick_params(labelsize=8)
         ax.grid(axis="x", lw=0.4)
     for ax in axes[:, 0]:

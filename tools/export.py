@@ -200,18 +200,19 @@ def write_card(run: Run, model: Backbone, files: list[Path], code: str, check: s
     if alpha < 1:
         lines += [f"WiSE-FT: {alpha:g} x fine-tuned + {1 - alpha:g} x untouched weights. The scores below are of the "
                   "fine-tuned weights; the interpolated ones were not evaluated.", ""]
-    lines += [f"- `{path.name}`: sha256 {hash_file(path)}" for path in files]
+    lines += [f"- {literal(path.name)}: sha256 {hash_file(path)}" for path in files]
     lines += ["", "## Data", "", "| domain | source | images | classes | drawn in training | passes | format |",
               "| --- | --- | --- | --- | --- | --- | --- |"]
     for domain, classes in run.classes.items():
         source, drawn = sources.get(domain, {}), config["counts"][domain]
         origin = [literal(source.get("source", "not recorded")), f"{source['images']:,}" if source else ""]
-        passes = [f"{drawn / source['images']:.1f}", f"{source['size']} px, {source['fit']}"] if source else ["", ""]
+        fit = literal(str(source.get("fit")))
+        passes = [f"{drawn / source['images']:.1f}", f"{source['size']} px, {fit}"] if source else ["", ""]
         lines.append(f"| {' | '.join([domain, *origin, f'{len(classes):,}', f'{drawn:,}', *passes])} |")
     lines += ["", "Shards (SHA-256 of their plan): "
-              + ", ".join(f"{domain} `{plan[:12]}`" for domain, plan in config["shards"].items()) + ".", "",
-              "## Training", "", f"Code: commit {config['git_commit'] or 'unknown'}, "
-              + ", ".join(f"{package} {number}" for package, number in config["versions"].items())
+              + ", ".join(f"{domain} {literal(config['shards'][domain][:12])}" for domain in run.classes) + ".", "",
+              "## Training", "", f"Code: commit {literal(config['git_commit'] or 'unknown')}, "
+              + literal(", ".join(f"{package} {number}" for package, number in config["versions"].items()))
               + f". Optimiser steps: {config['steps']:,}. Options:", "", "| option | value |", "| --- | --- |"]
     left_out = FREE_ON_RESUME | ({"size"} if config["model"] else set())
     for key, value in run.options.items():

@@ -6,16 +6,16 @@
 OUT holds a folder of runs for each learning rate of the backbone (the dose), OUT/lr-RATE.
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import numpy as np
 
-from data_prep import DOMAINS, InputError, join_config, read_lines, run_command, write_atomically
+from data_prep import DOMAINS, InputError, join_config, literal, read_lines, run_command, write_atomically, write_csv
 from protocols.bootstrap import FEW, Estimate
 from protocols.results import HEADLINE, Group, Stages, group_runs, read_runs, read_stages
+from reports.tables import write_text
 
 VALID = "valid"  # split of training identities that experts are compared on
 KEPT = ("seen", "unseen", "shifts", "shapes")  # object classes of training, other classes, out of distribution, stimuli
@@ -138,7 +138,8 @@ def stage_lines(folder: Path) -> list[str]:
             if stage is None or domain == config["order"][-1]:
                 continue
             start, after, end = (100 * scores[i] for i in (0, stage, -1))
-            lines.append(f"| {folder.name[3:]} | {path.parent.name} | {task} | {start:.1f} | {after:.1f} | {end:.1f} | "
+            run, task = literal(path.parent.name), literal(task)
+            lines.append(f"| {folder.name[3:]} | {run} | {task} | {start:.1f} | {after:.1f} | {end:.1f} | "
                          f"{end - after:+.1f} |")
     return lines
 
@@ -160,7 +161,7 @@ def report_lines(points: list[Point], rule: list[str], stages: list[str]) -> lis
              "| learning rate | recipe | seeds | gain | " + " | ".join(f"kept, {kind}" for kind in KEPT) + " |",
              "| --- |" + " --- |" * (3 + len(KEPT))]
     for point in points:
-        lines.append(f"| {point.rate} | {point.recipe} | {point.seeds} | {show(point.gain, '.1f')} | "
+        lines.append(f"| {point.rate} | {literal(point.recipe)} | {point.seeds} | {show(point.gain, '.1f')} | "
                      + " | ".join(show(point.kept.get(kind), ".0f") for kind in KEPT) + " |")
     if stages:
         lines += ["", "Earlier tasks of sequential runs (same/different AUC, %):", "",
@@ -171,14 +172,14 @@ def report_lines(points: list[Point], rule: list[str], stages: list[str]) -> lis
 
 def write_table(path: Path, points: list[Point]) -> None:
     """study.csv: one line per point and quantity."""
-    with path.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["rate", "recipe", "seeds", "quantity", "value", "low", "high"])
-        for point in points:
-            figures = {"gain": point.gain} | {f"gain {name}": lead for name, lead in point.tasks.items()}
-            for name, one in (figures | {f"kept {kind}": one for kind, one in point.kept.items()}).items():
-                if one is not None:
-                    table.writerow([point.rate, point.recipe, point.seeds, name, one.value, one.low, one.high])
+    columns, table = ("rate", "recipe", "seeds", "quantity", "value", "low", "high"), []
+    for point in points:
+        figures = {"gain": point.gain} | {f"gain {name}": lead for name, lead in point.tasks.items()}
+        for name, one in (figures | {f"kept {kind}": one for kind, one in point.kept.items()}).items():
+            if one is not None:
+                values = point.rate, point.recipe, point.seeds, name, one.value, one.low, one.high
+                table.append(dict(zip(columns, values, strict=True)))
+    write_csv(path, table, columns)
 
 
 def draw(path: Path, points: list[Point], chosen: str) -> None:
@@ -233,7 +234,7 @@ def main() -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 def choose(out: Path) -> None:
     best, lines = choose_rate(out)
-    (out / "rate.md").write_text("\n".join(lines) + "\n")
+    write_text(out / "rate.md", "\n".join(lines) + "\n")
     click.echo(best)
 
 
@@ -246,7 +247,7 @@ def report(out: Path) -> None:
     points = [make_point(rate, group, *splits) for rate, at_rate in groups.items() for group in at_rate]
     stages = [line for folder in doses(out) for line in stage_lines(folder)]
     lines = report_lines(points, rule, stages)
-    (out / "study.md").write_text("\n".join(lines) + "\n")
+    write_text(out / "study.md", "\n".join(lines) + "\n")
     write_table(out / "study.csv", points)
     draw(out / "study.png", points, chosen)
     print("\n".join(lines))
