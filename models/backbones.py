@@ -187,7 +187,7 @@ def resolve_backbone(network: Network) -> tuple[str, str, str | None]:
     name, _, tag = network.model.partition("/")
     if timm.is_model(name):
         try:
-            notes = timm.get_pretrained_cfg(name).notes or ()
+            notes = getattr(timm.get_pretrained_cfg(name), "notes", None) or ()  # a network of one's own has no such
         except RuntimeError as error:
             tags = ", ".join(timm.list_pretrained(name.partition(".")[0]))
             raise InputError(f"--model: timm has no weights {name!r}; it has {tags or 'none'}") from error

@@ -115,8 +115,10 @@ def test_a_killed_worker_and_a_terminated_parent_leave_nobody_behind(victim, tmp
         time.sleep(0.05)
     assert not any(map(lives, workers))
     if victim == "worker":
-        assert process.returncode == 2 and err.count("\n") == 1
-        assert err.startswith("error: one of 2 workers was killed: out of memory? Take fewer --workers")
+        line, _, rest = err.partition("\n")
+        assert process.returncode == 2
+        assert line.startswith("error: one of 2 workers was killed: out of memory? Take fewer --workers")
+        assert not rest or rest.endswith("Bad file descriptor\n")  # a thread of Python's pool may find its pipe closed
     else:
         assert process.returncode == -signal.SIGTERM and not err
     run_here(*command[2:], "--workers", "1")
