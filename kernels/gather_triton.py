@@ -25,7 +25,7 @@ def find_image(b, banks, sizes, domain, row):
     d = tl.load(domain + b)
     r = tl.load(row + b)
     image = banks[0]
-    height, width = (sizes[1] - 3) // 2 + 0 * b, (sizes[2] - 3) // 2 + 0 * b
+    height, width = 1 + 0 * b, 1 + 0 * b  # of the type of those below
     valid = (b < 0) & (b >= 0)
     for k in tl.static_range(len(banks)):
         if d == k:
