@@ -43,7 +43,7 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
                 ax.xaxis.get_major_locator().set_params(integer=True)
                 ax.set_xlim(0.5, max(len(by_split[key]["cmc"]) for by_split in curves.values()) + 0.5)
             ax.grid(alpha=0.3)
-            ax.legend(loc="lower right", fontsize=8)
+            ax.legend(fontsize=8)
         save_figure(folder / f"{name}.png", figure)
         drawn.append(({"roc": "ROC of the pairs", "cmc": "Identification rate by rank"}[name], f"{name}.png"))
 
