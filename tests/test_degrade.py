@@ -99,6 +99,17 @@ def test_degradation_works_at_the_small_size_and_looks_as_at_full_size():
         assert (10 * torch.log10(255**2 / error)).mean().item() == pytest.approx(expected, abs=0.8)
 
 
+def test_images_take_different_stretches_of_the_noise(monkeypatch):
+    """Noise that rises along the pool from 0 to 1: the brightness of a flat image says where its stretch lies."""
+    monkeypatch.setattr("data_prep.degrade.noise_pool", lambda size: torch.arange(size) / size)
+    flat, places = torch.full((3, 48, 48), 128, dtype=torch.uint8), []
+    for i in range(150):
+        soft, draws = degrade(flat, 0.8, np.random.default_rng(i))
+        if draws.get("noise", 0) > 5 and "log_gamma" not in draws:
+            places.append((soft.float().mean().item() - 128) / draws["noise"])
+    assert len(places) > 10 and min(places) < 0.3 and max(places) > 0.6
+
+
 def test_a_shift_is_what_its_numbers_say():
     image = sharp_face(96)
 
