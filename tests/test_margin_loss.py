@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.margin_loss import Shard, best_impl, margin_loss, margin_loss_reference, margin_target, sample_classes
+from kernels.margin_loss import (
+    Shard,
+    best_impl,
+    margin_loss,
+    margin_loss_reference,
+    margin_target,
+    merge_over,
+    sample_classes,
+)  # fmt: skip
 
 SIZES = [(1, 2, 3), (2, 5, 1), (17, 7, 8), (101, 13, 31)]
 
@@ -244,6 +252,31 @@ def test_overlapping_ranges_share_rows():
     shared = margin_loss(x, w, labels, half, [(0, 6), (2, 8)], scale=10.0)
     apart = margin_loss(x, torch.cat([w[0:6], w[2:8]]), labels, half, [(0, 6), (6, 12)], scale=10.0)
     assert float(shared.loss) == pytest.approx(float(apart.loss), rel=1e-12)
+
+
+def test_statistics_of_one_rank_are_merged_into_themselves():
+    """A domain of one class has no non-target on any rank: -inf stays, without NaN; inputs are not altered."""
+    group = torch.distributed.ProcessGroupGloo(torch.distributed.HashStore(), 0, 1)
+    x, w, labels, domains, ranges = case(40, 5, 6)
+    x.requires_grad_(), w.requires_grad_()
+    seen = []
+
+    def merge(*statistics, scale):
+        before = [value.clone() for value in statistics]
+        merged = merge_over(group)(*statistics, scale=scale)
+        for old, value, new in zip(before, statistics, merged, strict=True):
+            assert torch.equal(old, value) and torch.equal(old, new)
+        seen.append(before)
+        return merged
+
+    sizes = tuple(end - start for start, end in ranges)
+    options = {"scale": 20.0, "margin_additive": 0.2, "label_smoothing": 0.1}
+    whole = margin_loss(x, w, labels, domains, ranges, **options)
+    one = margin_loss(x, w, labels, domains, ranges, shard=Shard((0,) * len(ranges), sizes, merge), **options)
+    assert len(seen) == 1 and (seen[0][0] == -math.inf).any()
+    assert one.loss.item() == pytest.approx(whole.loss.item(), rel=1e-12)
+    for mine, truth in zip(torch.autograd.grad(one.loss, (x, w)), torch.autograd.grad(whole.loss, (x, w)), strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
