@@ -84,15 +84,12 @@ def webdataset(src: str, domain: str, train: bool, label_key: str, wnids: bool, 
         for url in urls:
             with open_tar(url) as file:
                 for key, fields in tar_samples(walk_tar(file, url), skipped):
-                    image = next((field for field in fields if f".{field}" in image_suffixes()), None)
-                    if image is None:
-                        skipped.add(f"{url}: {key}", "sample without an image")
-                        continue
-                    label = field_label(file, url, fields, label_key)
-                    if (identity := class_of(label, wnids, f"{url}: {key}")) is None:
-                        skipped.add(f"{url}: {key}", "no label")
+                    name, image = f"{url}: {key}", next((f for f in fields if f".{f}" in image_suffixes()), None)
+                    identity = class_of(field_label(file, url, fields, label_key), wnids, name)
+                    if image is None or identity is None:
+                        skipped.add(name, "no label" if image else "sample without an image")
                     else:
-                        yield Record(partial(read_part, url, *fields[image]), f"{url}: {key}", identity)
+                        yield Record(partial(read_part, url, *fields[image]), name, identity)
 
     return labelled(records(), domain, train, skipped, imagenet_classes() if wnids else {}, reference, ood)
 
