@@ -214,15 +214,16 @@ def data_set_name(src: Path | str) -> str:
 def prepare(read, only: str, src: Path | str, out: Path, part: str | None, size: int | None, fit: str | None,
             drop_duplicates: bool, max_images: int | None, data_set: str | None, **options) -> None:
     """Run a source function, select among its images and write the split."""
-    out, name, classes = split_folder(out), read.__name__.replace("_", "-"), options["classes"]
+    out, name = split_folder(out), read.__name__.replace("_", "-")
     domain, train = out.parts[-2], (part or ("train" if out.name == "train" else "test")) == "train"
     folders.check_scope(name, only, domain, train, options)
+    classes = options.pop("classes")
     if classes and options.get("real"):
         raise InputError("--real labels are ImageNet's own classes: leave out --classes")
     settings = {key: options.pop(key) for key in ("quality", "seed", "shard_size", "workers")}
     selection = {key: options.pop(key) for key in ("listed", "holdout", "min_images", "max_classes")}
     takes = inspect.signature(read).parameters
-    given = options | {"seed": settings["seed"]}
+    given = options | {"seed": settings["seed"], "classes": classes}
     source = read(src, domain, train, **{key: value for key, value in given.items() if key in takes})
     if classes and "classes" not in takes:
         source = group_classes(source, classes, out)
@@ -238,7 +239,8 @@ def prepare(read, only: str, src: Path | str, out: Path, part: str | None, size:
         size = face_size(source.records) if domain.startswith("face") and source.records else 256
     settings["quality"] = choose_quality(settings["quality"], size)
     images = len(source.records) + sum(source.skipped.values())
-    chosen = options | selection | {"max_images": max_images, "drop_duplicates": drop_duplicates or None}
+    chosen = options | selection | {"max_images": max_images, "classes": classes,
+                                    "drop_duplicates": drop_duplicates or None}
     index = write_split(out, source, source_name=name, size=size, fit=fit or FIT[domain], train=train,
                         options={key: str(value) for key, value in chosen.items() if value is not None},
                         drop_duplicates=drop_duplicates, max_images=max_images,
