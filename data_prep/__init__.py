@@ -355,7 +355,7 @@ ANOTHER = "choose another, or remove what is in the way"
 
 @contextmanager
 def writing(path: Path, then: str = "the last checkpoint is intact: make room, then continue with --resume",
-            option: str = "", errors: type[Exception] = OSError) -> Iterator[None]:
+            option: str = "", errors: type[Exception] | tuple[type[Exception], ...] = OSError) -> Iterator[None]:
     """Turn write errors inside the block into an InputError; `then`: advice, `option`: that named the path."""
     try:
         yield

@@ -11,6 +11,8 @@ import os
 import re
 import textwrap
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from data_prep import DOMAINS, InputError, Number, lock_folder, run_command
+from data_prep import ANOTHER, DOMAINS, InputError, Number, lock_folder, make_folder, run_command, write_json, writing
 from data_prep.degrade import choose_changes, degraded_split, draw_ladder
 from data_prep.demo import SIZE, demo_splits, draw_face
 from data_prep.format import FITS, MAX_SIZE, ROLES, BadImage, Split, as_text, siblings
@@ -71,10 +73,11 @@ SHARED = [  # options of every source
                  help="How images become square (default: crop objects, squash faces, pad bodies)."),
     click.option("--list", "listed", type=FOLDER, metavar="FILE",
                  help="File of the identities or image names to keep, one per line."),
-    click.option("--classes", type=FOLDER, metavar="FILE",
+    click.option("--classes", cls=folders.Only, only="splits of objects", type=FOLDER, metavar="FILE",
                  help="Objects: folder,class lines (CSV or tabs) that merge class folders into coarser classes; "
                       "folders without a line are left out."),
-    click.option("--holdout", type=Number(0, 1, min_open=True, max_open=True), metavar="SHARE",
+    click.option("--holdout", cls=folders.Only, only="splits of people", metavar="SHARE",
+                 type=Number(0, 1, min_open=True, max_open=True),
                  help="People: share of the identities reserved for test splits, chosen by identity and --seed: "
                       "training and test splits with equal values share no identity."),
     click.option("--min-images", type=click.IntRange(2), metavar="N", help="Leave out identities with fewer images."),
@@ -99,36 +102,34 @@ def face_size(records: Records) -> int:
     """The side in pixels if a sample of aligned faces has only one, else 112."""
     sides = set()
     for i in np.linspace(0, len(records) - 1, min(len(records), 16), dtype=int):
-        try:
+        with suppress(BadImage):
             sides.update(open_image(read_image(records[i])[0])[0].size)
-        except (OSError, BadImage):
-            continue
     return sides.pop() if len(sides) == 1 else 112
 
 
-def describe_missing(split: Split) -> list[str]:
+def describe_missing(split: Split) -> Iterator[str]:
     """What a split lacks compared with its source: unusable files, listed images that became misses, empty classes."""
-    lines, named = [], split.folder / "skipped.csv"
+    named = split.folder / "skipped.csv"
     if named.exists():
         with open(named, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            rows = [row for row in csv.reader(file)][1:]
-        lines.append(f"{named} names {len(rows):,} files that could not be used, first {rows[0][0]}: {rows[0][1]}")
+            _, first, *others = csv.reader(file)
+        yield f"{named} names {1 + len(others):,} files that could not be used, first {first[0]}: {first[1]}"
     if misses := int(split.missing.sum()):
-        lines.append(f"{misses:,} listed images could not be read; each counts as a miss")
+        yield f"{misses:,} listed images could not be read; each counts as a miss"
     if empty := split.index.get("unreadable_classes"):
-        lines.append(f"{len(empty):,} classes have no readable image and are left out: {', '.join(empty[:10])}"
-                     + ", ..." * (len(empty) > 10))
-    return lines
+        yield (f"{len(empty):,} classes have no readable image and are left out: {', '.join(empty[:10])}"
+               + ", ..." * (len(empty) > 10))
 
 
-def describe_mates(split: Split) -> list[str]:
+def describe_mates(split: Split) -> Iterator[str]:
     """Warnings on probes that re-identification cannot score and on a gallery without any mate."""
     if (split.protocol or {}).get("name") not in ("reid", "identification"):
-        return []
+        return
     roles, labels = split.optional("role"), np.array(split.labels)
     probes, gallery = np.flatnonzero(roles == ROLES.index("probe")), np.flatnonzero((roles > 0) & (labels >= 0))
     enrolled = np.isin(labels[probes], labels[gallery])
-    lines = [] if enrolled.any() else ["WARNING: no probe has a mate in the gallery: there is nothing to score"]
+    if not enrolled.any():
+        yield "WARNING: no probe has a mate in the gallery: there is nothing to score"
     if split.protocol["name"] == "reid":
         camera = split.optional("camera") + 1
         width = int(camera.max(initial=0)) + 1
@@ -136,10 +137,9 @@ def describe_mates(split: Split) -> list[str]:
         cameras = np.bincount(seen // width, minlength=len(split.classes))
         unscored = ((cameras[labels[probes]] == 1) & np.isin(labels[probes] * width + camera[probes], seen)).sum()
         if unscored:
-            lines.append(f"WARNING: all mates of {unscored:,} of {len(probes):,} probes are from the probe's camera, "
-                         "which re-identification ignores: these probes are not scored"
-                         + "; there is nothing to score" * bool(unscored == enrolled.sum()))
-    return lines
+            yield (f"WARNING: all mates of {unscored:,} of {len(probes):,} probes are from the probe's camera, which "
+                   "re-identification ignores: these probes are not scored"
+                   + "; there is nothing to score" * bool(unscored == enrolled.sum()))
 
 
 def report(folder: Path, index: dict, images: int) -> None:
@@ -153,23 +153,21 @@ def report(folder: Path, index: dict, images: int) -> None:
     if split.protocol is None and len(split.classes) == 1:
         print(f"  WARNING: only one class, {split.classes[0]}, which is too few for training: --src should be the "
               "folder that holds the class folders")
-    for line in describe_missing(split) + describe_mates(split):
+    for line in chain(describe_missing(split), describe_mates(split)):
         print(f"  {line}")
     if split.copies:
-        read = split.column("hash") != 0
-        label, labels = np.full(read.sum(), -1), split.labels[read]  # a label of each distinct image; all labels
-        image = np.unique(split.column("hash")[read], return_inverse=True)[1]
-        label[image] = labels
-        several = len(np.unique(image[label[image] != labels]))
+        order = np.argsort(split.column("hash"))
+        image, label = split.column("hash")[order], split.labels[order]
+        several = len(np.unique(image[1:][(image[1:] == image[:-1]) & (label[1:] != label[:-1]) & (image[1:] != 0)]))
         print(f"  {split.copies:,} images are copies of others in the split (--drop-duplicates)"
               + f"; {several:,} of the copied images have several labels" * (several > 0))
     others = {other.name: other for other in siblings(folder)}
     if reference := (split.protocol or {}).get("reference"):
-        if reference not in {**others, split.name: split}:
+        base = {**others, split.name: split}.get(reference)
+        if base is None:
             print(f"  WARNING: --reference {reference}: {split.domain}/{reference}, whose images classify this split, "
                   "does not exist: prepare it before evaluating, or prepare this one again with another --reference")
-        elif not ({*split.classes, *chain(*split.protocol.get("groups", {}).values())}
-                  & set(others.get(reference, split).classes)):
+        elif not {*split.classes, *chain(*split.protocol.get("groups", {}).values())} & set(base.classes):
             print(f"  WARNING: --reference {reference}: {split.domain}/{reference} has none of the classes, such as "
                   f"{split.classes[0]}")
     hashes = np.setdiff1d(split.column("hash"), 0)
@@ -192,8 +190,7 @@ def split_folder(out: Path) -> Path:
     """--out as an absolute path, locked until the command ends; InputError if it is not DATA/<domain>/<split>."""
     path = Path(os.path.abspath(out))  # links stay: a domain's folder may be a link to a larger disk
     if len(path.parts) < 3 or path.parts[-2] not in DOMAINS:
-        raise InputError(f"--out {out}: want DATA/<domain>/<split> with one of {', '.join(DOMAINS)}, "
-                         f"e.g. data/{DOMAINS[1]}/train")
+        raise InputError(f"--out {out}: want DATA/<domain>/<split>; the domains are {', '.join(DOMAINS)}")
     if as_text(path.name) != path.name:
         raise InputError(f"--out {out}: want a name in UTF-8, in composed form (NFC)")
     click.get_current_context().with_resource(lock_folder(path, "--out"))
@@ -214,30 +211,29 @@ def data_set_name(src: Path | str) -> str:
     return "unnamed"
 
 
-def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None, fit: str | None,
+def prepare(read, only: str, src: Path | str, out: Path, part: str | None, size: int | None, fit: str | None,
             drop_duplicates: bool, max_images: int | None, data_set: str | None, **options) -> None:
     """Run a source function, select among its images and write the split."""
-    out = split_folder(out)
+    out, name = split_folder(out), read.__name__.replace("_", "-")
     domain, train = out.parts[-2], (part or ("train" if out.name == "train" else "test")) == "train"
+    folders.check_scope(name, only, domain, train, options)
+    classes = options.pop("classes")
+    if classes and options.get("real"):
+        raise InputError("--real labels are ImageNet's own classes: leave out --classes")
     settings = {key: options.pop(key) for key in ("quality", "seed", "shard_size", "workers")}
-    classes, selection = options.pop("classes"), {key: options.pop(key) for key in SELECTION}
-    if classes and (domain != "object" or options.get("real")):
-        raise InputError("--classes merges classes of objects: leave it out for people" if domain != "object" else
-                         "--real labels are ImageNet's own classes: leave out --classes")
-    if selection["holdout"] and domain == "object":
-        raise InputError("--holdout separates the people of training and test splits; a test split of objects has "
-                         "the classes of its training split: leave it out")
+    selection = {key: options.pop(key) for key in ("listed", "holdout", "min_images", "max_classes")}
     takes = inspect.signature(read).parameters
-    shared = {"seed": settings["seed"], "classes": classes}
-    source = read(src, domain, train, **options, **{key: value for key, value in shared.items() if key in takes})
-    source = replace(source, records=Records(source.records, out))
+    given = options | {"seed": settings["seed"], "classes": classes}
+    source = read(src, domain, train, **{key: value for key, value in given.items() if key in takes})
+    if classes and "classes" not in takes:
+        source = group_classes(source, classes, out)
+    else:
+        source = replace(source, records=Records(source.records, out))
     if options.get("names"):
         report_unknown("--names", options["names"], set(source.names) - set(source.records.identities))
     if source.records:
         if read is folders.folder and not (classes or selection["listed"]):
             folders.check_classes(source.records, src)
-        if classes and "classes" not in takes:
-            source = group_classes(source, classes)
         source = select(source, train, settings["seed"], **selection)
     if size is None:
         size = face_size(source.records) if domain.startswith("face") and source.records else 256
@@ -245,44 +241,47 @@ def prepare(read, src: Path | str, out: Path, part: str | None, size: int | None
     images = len(source.records) + sum(source.skipped.values())
     chosen = options | selection | {"max_images": max_images, "classes": classes,
                                     "drop_duplicates": drop_duplicates or None}
-    index = write_split(out, source, source_name=read.__name__.replace("_", "-"), size=size, fit=fit or FIT[domain],
-                        train=train, options={key: str(value) for key, value in chosen.items() if value is not None},
+    index = write_split(out, source, source_name=name, size=size, fit=fit or FIT[domain], train=train,
+                        options={key: str(value) for key, value in chosen.items() if value is not None},
                         drop_duplicates=drop_duplicates, max_images=max_images,
                         data_set=[data_set or data_set_name(src)], **settings)
     report(out, index, images)
 
 
-SELECTION = ("listed", "holdout", "min_images", "max_classes")  # the arguments of `select`
-
-
-def add_source(read, src: click.ParamType | type = FOLDER):
+def add_source(read, only: str = "splits"):
     """Turn a source function into a command with its name, its docstring as help and its click options.
 
     Args:
         read: (src, domain, train, **options of the source) -> Source; it may also take `seed` and `classes`.
-        src: the type of --src.
+        only: the splits that it is for: "splits" of any kind, "test splits of objects" or the like.
     """
-    where = click.option("--src", type=src, required=True,
+    kind = str if inspect.signature(read).parameters["src"].annotation is str else FOLDER
+    where = click.option("--src", type=kind, required=True,
                          help="Data set: a folder, zip or plain tar (SET.zip/inner: a folder inside).")
 
     def command(**options) -> None:
-        prepare(read, **options)
+        prepare(read, only, **options)
 
     command.__click_params__ = list(getattr(read, "__click_params__", ()))
     cli.command(read.__name__.replace("_", "-"), help=read.__doc__)(apply_options([where, *SHARED], command))
     return read
 
 
-for source in (folders.folder, faces.lfw, faces.pairs, faces.ijb, faces.tinyface, insightface.recordio, insightface.bin,
-               bodies.market, bodies.msmt17, bodies.prcc, bodies.ltcc, bodies.deepchange, bodies.persons,
-               imagenet.imagenet, imagenet.imagenet_v2, imagenet.imagenet_a, imagenet.imagenet_r,
-               imagenet.imagenet_sketch, imagenet.objectnet, parquet.parquet, stimuli.stimuli):
-    add_source(source)
-add_source(webdataset.webdataset, src=str)
+for splits, *readers in (
+    ("splits", folders.folder, faces.lfw, faces.tinyface, insightface.recordio),
+    ("test splits", faces.pairs, faces.ijb, insightface.bin),
+    ("splits", bodies.market, bodies.msmt17, bodies.prcc, bodies.ltcc, bodies.deepchange, bodies.persons),
+    ("splits of objects", imagenet.imagenet),
+    ("test splits of objects", imagenet.imagenet_v2, imagenet.imagenet_a, imagenet.imagenet_r,
+     imagenet.imagenet_sketch, imagenet.objectnet, stimuli.stimuli),
+    ("splits", parquet.parquet, webdataset.webdataset),
+):
+    for reader in readers:
+        add_source(reader, splits)
 
 
 @cli.command(help="Draw the demo corpus: synthetic faces, degraded faces, bodies and objects.")
-@click.option("--out", type=click.Path(path_type=Path), default="data", help="Data root to write.")
+@click.option("--out", type=FOLDER, default="data", help="Data root to write.")
 @click.option("--scale", type=Number(0, min_open=True), default=1.0,
               help="Factor on the number of people and classes.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Random seed of all pictures.")
@@ -297,7 +296,7 @@ def demo(out: Path, scale: float, seed: int, workers: int) -> None:
 
 
 @cli.command(help="Check all of a split: hashes, members, JPEGs, labels, protocol; exit code 2 if anything is wrong.")
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=FOLDER)
 @WORKERS
 @DEBUG
 def verify(directory: Path, workers: int) -> None:
@@ -314,8 +313,8 @@ def verify(directory: Path, workers: int) -> None:
 
 
 @cli.command(help="Draw a contact sheet: one row per class, with its first images.")
-@click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="PNG to write (default: DIRECTORY/contact-sheet.png).")
+@click.argument("directory", type=FOLDER)
+@click.option("--out", type=FOLDER, help="PNG to write (default: DIRECTORY/contact-sheet.png).")
 @click.option("--rows", type=click.IntRange(1), default=8, help="Classes to show, evenly spaced in the list.")
 @click.option("--columns", type=click.IntRange(1), default=8, help="Images per class.")
 @DEBUG
@@ -337,10 +336,8 @@ def show(directory: Path, out: Path | None, rows: int, columns: int) -> None:
                 tile = Image.new("RGB", (side, side), "red")
             sheet.paste(tile, (c * (side + 2), top + text))
     out = out or directory / "contact-sheet.png"
-    try:
+    with writing(out, ANOTHER, "--out", (OSError, ValueError)):
         sheet.save(out)
-    except (OSError, ValueError) as error:
-        raise InputError(f"--out {out}: cannot be written ({error})") from error
     print(f"{out}: {len(chosen)} of {len(split.classes):,} classes")
 
 
@@ -354,14 +351,11 @@ def show(directory: Path, out: Path | None, rows: int, columns: int) -> None:
 def stats(directory: Path, out: Path | None, sample: int, seed: int) -> None:
     split, out = Split(directory), out or directory
     summary, values = split_stats(split, sample, seed)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "stats.json").write_text(json.dumps(summary, indent=1) + "\n")
-        draw_stats(out / "stats.png", f"{summary['split']}: {len(split):,} images of {len(split.classes):,} classes",
-                   values)
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from error
-    print(f"{directory}: {len(split):,} images of {len(split.classes):,} classes, {split.size} x {split.size} pixels")
+    make_folder(out, "--out")
+    write_json(out / "stats.json", summary, 1)
+    title = f"{len(split):,} images of {len(split.classes):,} classes"
+    draw_stats(out / "stats.png", f"{summary['split']}: {title}", values)
+    print(f"{directory}: {title}, {split.size} x {split.size} pixels")
     for name, line in summary.items():
         if isinstance(line, dict) and "median" in line:
             print(f"  {name:20s} median {line['median']:,.6g}, quartiles {line['p25']:,.6g} to {line['p75']:,.6g}, "
@@ -416,10 +410,8 @@ def degrade_command(src: Path | None, out: Path | None, shifts: str | None, seve
         else:
             drawn = [np.array(Image.open(io.BytesIO(draw_face(seed, person, 0)))) for person in range(4)]
             faces = [torch.from_numpy(face).permute(2, 0, 1) for face in drawn]
-        try:
+        with writing(ladder, ANOTHER, "--ladder", (OSError, ValueError)):
             draw_ladder(ladder, faces, seed)
-        except (OSError, ValueError) as error:
-            raise InputError(f"--ladder {ladder}: cannot be written ({error})") from error
         print(f"{ladder}: severities 0 to 1")
     if out is None:
         return
@@ -468,17 +460,16 @@ def trials(src: tuple[Path, ...], out: Path, pairs: int, seed: int) -> None:
 @click.option("--rounds", type=click.IntRange(1), default=5, help="Turns of a writer; readers get four times as many.")
 @click.option("--seconds", type=Number(0, min_open=True), default=0.5, help="Duration of a reader's turn.")
 @WORKERS
-@click.option("--scratch", type=FOLDER, help="Folder for shards, on the disk to measure (default: the system's).")
+@click.option("--scratch", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Folder for shards, on the disk to measure (default: the system's).")
 @click.option("--json", "file", type=FOLDER, metavar="FILE", help="File for all measurements.")
 @DEBUG
-def bench(file: Path | None, scratch: Path | None, **options) -> None:
+def bench(file: Path | None, **options) -> None:
     from tools.bench_data import run_bench  # imported late: no other command needs the reader
 
-    if scratch is not None and not scratch.is_dir():
-        raise InputError(f"--scratch {scratch}: no such folder")
     if file is not None and not file.resolve().parent.is_dir():
         raise InputError(f"--json {file}: no folder {file.resolve().parent}")
-    result = run_bench(scratch=scratch, **options)
+    result = run_bench(**options)
     if file is not None:
         file.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -490,8 +481,7 @@ def sources() -> None:
     for name, command in sorted(cli.commands.items()):
         if any(option.name == "part" for option in command.params):  # only sources have it
             print(name)
-            for line in textwrap.wrap(" ".join(command.help.split()), 114):
-                print(f"    {line}")
+            print(textwrap.fill(" ".join(command.help.split()), 118, initial_indent="    ", subsequent_indent="    "))
             if special := [option.opts[0] for option in command.params if option.name not in shared]:
                 print("    options: " + ", ".join(special))
 

@@ -77,8 +77,7 @@ def check_parts(folder: Path, parts: list[Path], same_names: bool) -> list[Split
     for part, split in zip(parts, splits, strict=True):
         where = f"{split.domain}/{split.name}"
         if part.parent != folder.parent or part == folder or split.name != part.name:
-            raise InputError(f"{part}: --out {folder} and its parts must lie side by side in DATA/<domain>, each in "
-                             "the folder of its name")
+            raise InputError(f"{part}: --out {folder} and its parts must lie side by side in folders of their names")
         if "merged" in split.index:
             raise InputError(f"{where} is merged itself: name its parts, "
                              + ", ".join(entry["split"] for entry in split.index["merged"]))
@@ -87,8 +86,7 @@ def check_parts(folder: Path, parts: list[Path], same_names: bool) -> list[Split
         if split.domain != splits[0].domain:
             raise InputError(f"{where} and {splits[0].domain}/{splits[0].name} are of two domains")
         if split.size != splits[0].size:
-            raise InputError(f"{where} has {split.size} pixels, {splits[0].name} {splits[0].size}: prepare one of them "
-                             "again with the --size of the other")
+            raise InputError(f"{where} has {split.size} pixels, {splits[0].name} {splits[0].size}: prepare them alike")
     if same_names and splits[0].domain != "object":
         raise InputError("--same-names is for objects: equal names of people from two sources prove nothing")
     return splits
@@ -145,7 +143,9 @@ def merge_splits(folder: Path, parts: list[Path], same_names: bool) -> list[Spli
     """
     folder = Path(os.path.abspath(folder))  # links stay: the domain may be a link to another disk
     splits = check_parts(folder, parts, same_names)
-    if folder.exists() and any(folder.iterdir()) and not is_merged(folder):
+    # an older merged split, maybe an unfinished one, has an index but no shards
+    older = (folder / "index").is_dir() and not any(folder.glob("*.tar")) and not (folder / ".parts").exists()
+    if folder.exists() and any(folder.iterdir()) and not older:
         raise InputError(f"{folder} already holds something else: remove it or choose another --out")
     index, columns = merged(folder, splits, same_names)
     with lock_folder(folder, "--out"):
@@ -156,8 +156,3 @@ def merge_splits(folder: Path, parts: list[Path], same_names: bool) -> list[Spli
             np.save(folder / "index" / f"{name}.npy", values)
         write_json(folder / "index.json", index, 1)
     return splits
-
-
-def is_merged(folder: Path) -> bool:
-    """Whether a folder is a merged split, maybe an unfinished one: it has an index but no shards."""
-    return not any(folder.glob("*.tar")) and not (folder / ".parts").exists() and (folder / "index").is_dir()

@@ -6,8 +6,9 @@ import os
 import pickle
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,22 @@ from data_prep import InputError, progress, writing
 from data_prep.format import Record, Source, as_text
 
 GO_ON = "finished shards are kept, and the same command continues"
+
+
+@contextmanager
+def reading(what: str, then: str = "") -> Iterator[None]:
+    """Turn whatever damaged input makes a library raise in the block into an InputError: `what` (the error) `then`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{what} ({one_line(error)}){then}") from error
+
+
+def one_line(error: Exception) -> str:
+    """A library's error message in one short line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @contextmanager
@@ -61,43 +78,29 @@ class Records(Sequence):
         ends = np.frombuffer(start, dtype=np.int64)
         self.start, self.length = ends[:-1], np.diff(ends).astype(np.int32)
         self.identity, self.role = np.frombuffer(identity, dtype=np.int32), np.frombuffer(role, dtype=np.int8)
-        self.identities, self.names = list(numbers)[1:], {}
+        self.identities = list(numbers)[1:]
 
     def __len__(self) -> int:
         return len(self.start)
 
     def __getitem__(self, place: int) -> Record:
         # safe to unpickle: only this process can write to the file
-        record = pickle.loads(os.pread(self.file.fileno(), int(self.length[place]), int(self.start[place])))
-        return replace(record, identity=self.names.get(record.identity)) if self.names else record
+        return pickle.loads(os.pread(self.file.fileno(), int(self.length[place]), int(self.start[place])))
 
     def take(self, keep: np.ndarray) -> "Records":
         """The records at these places (or where this mask is true); shares the file."""
-        part = object.__new__(Records)
-        part.file, part.identities, part.names = self.file, self.identities, self.names
+        part = copy(self)
         part.start, part.length, part.identity, part.role = (
-            column[keep] for column in (self.start, self.length, self.identity, self.role)
-        )
-        return part
-
-    def rename(self, names: dict[str, str]) -> "Records":
-        """The same records under other identities; `names` maps every identity that occurs."""
-        part = self.take(slice(None))
-        part.names = names
-        part.identities = list(dict.fromkeys(names[name] for name in self.identities if name in names))
-        place = {name: i for i, name in enumerate(part.identities)}
-        number = [place.get(names.get(name), -1) for name in self.identities]
-        part.identity = np.array([*number, -1], dtype=np.int32)[self.identity]
+            column[keep] for column in (self.start, self.length, self.identity, self.role))
         return part
 
     def labels(self) -> tuple[list[str], np.ndarray]:
         """The identities that occur, sorted, and the place of each record's among them, int32 [N], -1: none."""
         present = np.unique(self.identity[self.identity >= 0])
-        classes = sorted(self.identities[i] for i in present)
-        place = {name: i for i, name in enumerate(classes)}
+        by_name = np.array(sorted(present, key=self.identities.__getitem__), dtype=int)
         label = np.full(len(self.identities) + 1, -1, dtype=np.int32)  # the last entry serves identity -1
-        label[present] = [place[self.identities[i]] for i in present]
-        return classes, label[self.identity]
+        label[by_name] = np.arange(len(by_name))
+        return [self.identities[i] for i in by_name], label[self.identity]
 
 
 def restrict(source: Source, keep: np.ndarray, reason: str | None, named: bool = False) -> Source:
@@ -109,19 +112,17 @@ def restrict(source: Source, keep: np.ndarray, reason: str | None, named: bool =
     if keep.all():
         return source
     before = np.cumsum(keep) - keep  # number of kept records before each place
-    pairs = source.pairs
-    if len(pairs):
-        pairs = np.array(pairs)
-        ends = pairs[:, :2]
-        pairs[:, :2] = np.where((ends >= 0) & keep[ends], before[ends], -1)
-        pairs = pairs.tolist()
-    blocks = np.unique(before[source.blocks]) if source.blocks else np.array([], dtype=int)
+    pairs = np.array(source.pairs, dtype=np.int64).reshape(-1, 4)
+    ends = pairs[:, :2]
+    pairs[:, :2] = np.where((ends >= 0) & keep[ends], before[ends], -1)
+    blocks = np.unique(before[np.array(source.blocks, dtype=np.int64)])
     if named:
         for place in np.flatnonzero(~keep):
             source.skipped.add(source.records[place].name, reason)
     elif reason:
         source.skipped[reason] += int((~keep).sum())
-    return replace(source, records=source.records.take(keep), pairs=pairs, blocks=blocks[blocks < keep.sum()].tolist())
+    return replace(source, records=source.records.take(keep), pairs=pairs.tolist(),
+                   blocks=blocks[blocks < keep.sum()].tolist())
 
 
 def random_order(n: int, blocks: list[int], seed: int) -> np.ndarray:
@@ -140,31 +141,63 @@ def draw(seed: int, identity: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}\0{identity}".encode(errors="surrogateescape")).digest()[:8]) / 2**64
 
 
-def listed_lines(path: Path, option: str) -> list[tuple[int, str]]:
-    """(number, line) of the non-blank lines of a list that an option names, UTF-8 with or without a byte order mark.
+def read_text(read: Callable[[], bytes], where: str) -> str:
+    """A list as text, UTF-8 with or without a byte order mark; its names are composed as those of a source."""
+    with reading(f"{where}: cannot be read as text"):
+        return as_text(read().decode("utf-8-sig"))
 
-    Names are composed as those of a source are, see `as_text`.
+
+def read_lines(read: Callable[[], bytes], where: str) -> Iterator[tuple[str, str]]:
+    """The non-blank lines of a list, each after its position for messages."""
+    for number, line in enumerate(read_text(read, where).splitlines(), 1):
+        if line.strip():
+            yield f"{where}, line {number}", line.strip()
+
+
+def read_rows(path: Path, option: str) -> list[tuple[str, list[str]]]:
+    """The fields of each line of the list that an option names, after its position for messages.
+
+    They are separated by tabs, by commas (as in CSV) or by white space: the first of these that line 1 contains.
     """
-    try:
-        lines = as_text(path.read_bytes().decode("utf-8-sig")).splitlines()
-    except (OSError, ValueError) as error:
-        raise InputError(f"{option} {path}: cannot be read as text ({error})") from error
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    lines, rows = list(read_lines(path.read_bytes, f"{option} {path}")), []
+    mark = next((mark for mark in "\t," if lines and mark in lines[0][1]), None)
+    for where, line in lines:
+        with reading(f"{where}: cannot be read as CSV"):
+            fields = next(csv.reader([line], strict=True)) if mark == "," else line.split(mark)
+        rows.append((where, [field.strip() for field in fields]))
+    return rows
 
 
-def split_lines(lines: list[tuple[int, str]], where: str, mark: str | None) -> list[tuple[int, list[str]]]:
-    """The stripped fields of every line, separated by `mark`: a comma (as in CSV), a tab, or None for white space."""
+def read_table(read: Callable[[], bytes], where: str, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The rows of a CSV whose header has at least `columns`, each after its position for messages."""
+    reader = csv.DictReader(read_text(read, where).splitlines(), strict=True)
     try:
-        rows = [(number, next(csv.reader([line], strict=True)) if mark == "," else line.split(mark))
-                for number, line in lines]
+        header = reader.fieldnames = [column.strip() for column in reader.fieldnames or []]
+        if missing := [column for column in columns if column not in header]:
+            raise InputError(f"{where}, line 1: no column {missing[0]!r}; want {','.join(columns)}, "
+                             f"found {','.join(header)[:60]!r}")
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(f"{where}, line {reader.line_num}: want {len(header)} values, one per column")
+            yield f"{where}, line {reader.line_num}", {column: value.strip() for column, value in row.items()}
     except csv.Error as error:
-        raise InputError(f"{where}: cannot be read as CSV ({error})") from error
-    return [(number, [field.strip() for field in row]) for number, row in rows]
+        raise InputError(f"{where}, line {reader.line_num}: not CSV ({error})") from error
+
+
+def read_map(path: Path, option: str) -> dict[str, str]:
+    """The class (--classes) or readable name (--names) of each folder."""
+    values: dict[str, str] = {}
+    for where, row in read_rows(path, option):
+        if len(row) != 2 or not all(row):
+            raise InputError(f"{where}: want folder,class (--names: folder<TAB>name), found {' '.join(row)[:60]!r}")
+        if values.setdefault(*row) != row[1]:
+            raise InputError(f"{where}: {row[0][:60]!r} is {values[row[0]][:60]!r} above")
+    return values
 
 
 def in_list(records: Records, path: Path) -> np.ndarray:
     """Which records a list names, by their identity or their name, bool [N]."""
-    listed = {line.strip(): number for number, line in listed_lines(path, "--list")}
+    listed = {line: where for where, line in read_lines(path.read_bytes, f"--list {path}")}
     if not listed:
         raise InputError(f"--list {path}: is empty; want one identity or image name per line")
     by_identity = np.array([*(name in listed for name in records.identities), False])
@@ -175,10 +208,8 @@ def in_list(records: Records, path: Path) -> np.ndarray:
             if record.name in listed:
                 by_name[place] = True
                 unknown.discard(record.name)
-    if unknown:
-        name = min(unknown, key=listed.__getitem__)
-        raise InputError(f"--list {path}, line {listed[name]}: {name[:80]!r} is neither an identity nor an image of "
-                         "the source: do the list and --src belong together?")
+    if name := next((name for name in listed if name in unknown), None):
+        raise InputError(f"{listed[name]}: {name[:80]!r} is neither an identity nor an image of the source")
     return by_identity[records.identity] | by_name
 
 
@@ -189,33 +220,25 @@ def report_unknown(option: str, path: Path, unknown: set[str]) -> None:
               + ", ".join(sorted(unknown)[:10]) + ", ..." * (len(unknown) > 10))
 
 
-def read_classes(path: Path) -> dict[str, str]:
-    """The class of each folder, from `folder,class` lines, CSV or with tabs."""
-    lines = listed_lines(path, "--classes")
-    rows = split_lines(lines, f"--classes {path}", "\t" if lines and "\t" in lines[0][1] else ",")
-    classes: dict[str, str] = {}
-    for number, row in rows:
-        if len(row) != 2 or not all(row):
-            raise InputError(f"--classes {path}, line {number}: want folder,class, found {','.join(row)[:60]!r}")
-        if classes.setdefault(row[0], row[1]) != row[1]:
-            raise InputError(f"--classes {path}, line {number}: {row[0][:60]!r} is {classes[row[0]][:60]!r} above")
-    return classes
+def group_classes(source: Source, path: Path, folder: Path) -> Source:
+    """The source with the coarser classes of --classes, its `Records` stored on the disk of `folder`.
 
+    Folders that the file does not name are left out.
+    """
+    classes, known = read_map(path, "--classes"), set()
 
-def group_classes(source: Source, path: Path) -> Source:
-    """The source with the coarser classes of --classes; folders that the file does not name are left out."""
-    classes = read_classes(path)
-    known = set(source.records.identities)
-    if (first := next(iter(classes), "")) not in known and list(classes.values()).count(classes.get(first)) == 1:
-        classes.pop(first, None)  # a header
-    if not known & set(classes):
-        raise InputError(f"--classes {path}: names none of the {len(known):,} class folders of the source, such as "
-                         f"{min(known, default='')[:60]!r}")
-    report_unknown("--classes", path, set(classes) - known)
-    keep = np.array([*(name in classes for name in source.records.identities), False])[source.records.identity]
-    source = restrict(source, keep, "folder not in --classes")
+    def grouped(records: Iterable[Record]) -> Iterator[Record]:
+        for record in records:
+            known.add(name := as_text(record.identity))
+            yield replace(record, identity=classes.get(name))
+
     protocol = source.protocol and {key: value for key, value in source.protocol.items() if key != "groups"}
-    return replace(source, records=source.records.rename(classes), names={}, protocol=protocol)
+    source = replace(source, records=Records(grouped(source.records), folder), names={}, protocol=protocol)
+    if known and not known & set(classes):
+        raise InputError(f"--classes {path}: names none of the {len(known):,} class folders of the source, such as "
+                         f"{min(known)[:60]!r}")
+    report_unknown("--classes", path, {*[*classes][1:]} - known)  # line 1 may be a header
+    return restrict(source, source.records.identity >= 0, "folder not in --classes")
 
 
 def rank_in_group(group: np.ndarray, counted: np.ndarray | None = None) -> np.ndarray:
@@ -230,18 +253,11 @@ def rank_in_group(group: np.ndarray, counted: np.ndarray | None = None) -> np.nd
 
 def select(source: Source, train: bool, seed: int, *, listed: Path | None = None, holdout: float | None = None,
            min_images: int | None = None, max_classes: int | None = None) -> Source:
-    """The part of a source (with `Records`) that the options select; they act in the order of the arguments.
+    """The part of a source (with `Records`) that the options of these names select, one after the other.
 
-    Records without an identity (distractors) are only subject to the list. InputError if nothing is left.
-
-    Args:
-        train: the side of `holdout` to keep.
-        seed: of `holdout` and `max_classes`.
-        listed: file of identities or image names, one per line.
-        holdout: share 0..1 of the identities that belong to test splits. An identity's side depends on its name and the
-            seed alone, so that training and test splits share none, whatever their other filters.
-        min_images: leave out identities with fewer images.
-        max_classes: number of identities to keep; a larger number keeps the same ones and more.
+    Records without an identity (distractors) are only subject to the list. InputError if nothing is left. An identity's
+    side of `holdout` and its rank for `max_classes` depend on its name and the seed alone, so that training and test
+    splits share none, whatever their other filters, and a larger `max_classes` keeps the same ones and more.
     """
 
     def keep(chosen: np.ndarray, reason: str, option: str) -> None:

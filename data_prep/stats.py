@@ -32,11 +32,7 @@ def jpeg_quality(data: bytes) -> int | None:
 
 
 def sharpness(image: np.ndarray) -> float:
-    """Standard deviation of the 5-point Laplacian of the grey image (0..255).
-
-    Args:
-        image: uint8 [3, H, W], RGB.
-    """
+    """Standard deviation of the 5-point Laplacian of the grey image (0..255) of an RGB image, uint8 [3, H, W]."""
     grey = np.tensordot((0.299, 0.587, 0.114), image.astype(np.float64), 1)
     inner = grey[1:-1, 1:-1]
     return float((grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * inner).std())
@@ -52,8 +48,7 @@ def spread(values: np.ndarray) -> dict[str, float]:
 def split_stats(split: Split, sample: int, seed: int) -> tuple[dict, dict[str, np.ndarray]]:
     """Statistics of a split, and the underlying values for the plot.
 
-    Args:
-        sample: number of random images (by `seed`) to decode for quality and sharpness; the rest covers all images.
+    JPEG quality and sharpness are of a random `sample` of images, drawn by `seed`, which are decoded.
     """
     if not len(split):
         raise InputError(f"{split.folder}: has no images")
@@ -93,20 +88,16 @@ def split_stats(split: Split, sample: int, seed: int) -> tuple[dict, dict[str, n
 
 def draw_stats(path: Path, title: str, values: dict[str, np.ndarray]) -> None:
     """Draw a histogram of each statistic."""
-    import matplotlib
+    from matplotlib.figure import Figure  # imported late: it takes a second
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(values), figsize=(3.2 * len(values), 2.8), constrained_layout=True)
-    for axis, (name, numbers) in zip(np.atleast_1d(axes), values.items(), strict=True):
-        low, high = numbers.min(), numbers.max()
+    figure = Figure(figsize=(3.2 * len(values), 2.8), constrained_layout=True)
+    for axis, (name, numbers) in zip(np.atleast_1d(figure.subplots(1, len(values))), values.items(), strict=True):
+        low, high, unit = numbers.min(), numbers.max(), "classes" if name == "images per class" else "images"
+        axis.set_title(name, fontsize=10)
         if low == high:  # a histogram would be a single bar
-            unit = "classes" if name == "images per class" else "images"
             axis.text(0.5, 0.5, f"all {len(numbers):,} {unit}:\n{low:,.6g}", ha="center", va="center",
                       transform=axis.transAxes)
-            axis.set(title=name, xticks=[], yticks=[])
-            axis.title.set_fontsize(10)
+            axis.set(xticks=[], yticks=[])
             continue
         if name == "images per class" and high > 20 * max(low, 1):  # a few classes with most of the images
             axis.set_xscale("log")
@@ -117,9 +108,7 @@ def draw_stats(path: Path, title: str, values: dict[str, np.ndarray]) -> None:
             bins = np.arange(low, high + 2, max((high - low) // 30, 1)) - 0.5
         axis.hist(numbers, bins=bins, color="#4477aa")
         axis.axvline(np.median(numbers), color="#cc6677", linewidth=1.2)
-        axis.set_title(name, fontsize=10)
-        axis.set_ylabel("classes" if name == "images per class" else "images", fontsize=8)
+        axis.set_ylabel(unit, fontsize=8)
         axis.tick_params(labelsize=8)
     figure.suptitle(f"{title} (line: median)", fontsize=10, parse_math=False)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
-    plt.close(figure)

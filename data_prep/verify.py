@@ -1,16 +1,17 @@
 """Checking a split: read everything again and compare it with the index."""
 
-import hashlib
 import os
 import tarfile
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import InputError, progress
+from data_prep import InputError, hash_file, progress
 from data_prep.format import OPTIONAL, ROLES, BadImage, Split, open_split
 from data_prep.merge import check_parts, merged
+from data_prep.records import one_line, reading
 from data_prep.write import in_parallel
 
 
@@ -19,9 +20,8 @@ def verify_shard(folder: Path, number: int) -> list[str]:
     split = open_split(folder)
     shard = split.index["shards"][number]
     path, problems = folder / shard["file"], []
-    with open(path, "rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != shard["sha256"]:
-            problems.append(f"{path}: sha256 differs from the index")
+    if hash_file(path) != shard["sha256"]:
+        problems.append(f"{path}: sha256 differs from the index")
     rows = np.arange(*np.searchsorted(split.shard, (number, number + 1)))
     columns = {name: split.column(name) for name in OPTIONAL if name in split.index["columns"]}
     try:
@@ -54,54 +54,49 @@ def verify_shard(folder: Path, number: int) -> list[str]:
     except InputError as error:
         problems.append(error.message)
     except Exception as error:  # by damage: TarError, ValueError, IndexError, OverflowError, ...
-        problems.append(f"{path}: not a readable tar ({' '.join(str(error).split())[:200]})")
+        problems.append(f"{path}: not a readable tar ({one_line(error)})")
     return problems
 
 
-def verify_protocol(split: Split) -> list[str]:
+def verify_protocol(split: Split) -> Iterator[str]:
     """Problems of the rows that a protocol names."""
     name = (split.protocol or {}).get("name")
-    problems = []
     if name == "verification":
         pairs = split.column("pairs")
         if not len(pairs):
-            return [f"{split.folder}: verification needs pairs"]
-        a, b = split.labels[pairs[:, 0]], split.labels[pairs[:, 1]]
-        wrong = int(((a == b) != (pairs[:, 2] == 1)).sum())
-        problems += [f"{split.folder}: {wrong} pairs contradict the labels"] * (wrong > 0)
+            yield f"{split.folder}: verification needs pairs"
+        a, b = split.labels[pairs[:, :2]].T
+        if wrong := ((a == b) != (pairs[:, 2] == 1)).sum():
+            yield f"{split.folder}: {wrong} pairs contradict the labels"
     if name == "templates":
-        problems += verify_templates(split)
+        yield from verify_templates(split)
     if name in ("reid", "identification"):
-        roles = split.optional("role")
-        problems += [f"{split.folder}: {name} needs samples of role {role}" for i, role in enumerate(ROLES[:2])
-                     if not (roles == i).any()]
-    return problems
+        for i in (0, 1):
+            if not (split.optional("role") == i).any():
+                yield f"{split.folder}: {name} needs samples of role {ROLES[i]}"
 
 
-def verify_templates(split: Split) -> list[str]:
+def verify_templates(split: Split) -> Iterator[str]:
     """Problems of the templates of a split and of the lists that name them.
 
     A listed template without images is not one: an evaluation counts it as a failure to enrol.
     """
-    templates, problems = split.optional("template"), []
+    templates = split.optional("template")
     ids, first = np.unique(templates, return_index=True)
     if (split.labels != split.labels[first][np.searchsorted(ids, templates)]).any():
-        problems.append(f"{split.folder}: images of one template have several labels")
+        yield f"{split.folder}: images of one template have several labels"
     for name in ("template_pairs", "template_gallery", "template_probes"):
         if name in split.index["columns"]:
             table = split.column(name)
             if not len(table):
-                problems.append(f"{split.folder}: {name} is empty")
-                continue
-            place = np.searchsorted(ids, table[:, :2]).clip(max=len(ids) - 1)
-            known = (ids[place] == table[:, :2]).all(1)
-            if name == "template_pairs":
-                a, b = split.labels[first[place[known]]].T
-                wrong = int(((a == b) != (table[known, 2] == 1)).sum())
-                problems += [f"{split.folder}: {wrong} template pairs contradict the labels"] * (wrong > 0)
-            elif not (ids[place[:, 0]] == table[:, 0]).any():
-                problems.append(f"{split.folder}: {name} names no template of the split")
-    return problems
+                yield f"{split.folder}: {name} is empty"
+            elif name == "template_pairs":
+                table = table[np.isin(table[:, :2], ids).all(1)]
+                a, b = split.labels[first[np.searchsorted(ids, table[:, :2])]].T
+                if wrong := ((a == b) != (table[:, 2] == 1)).sum():
+                    yield f"{split.folder}: {wrong} template pairs contradict the labels"
+            elif not np.isin(table[:, 0], ids).any():
+                yield f"{split.folder}: {name} names no template of the split"
 
 
 def verify_split(folder: Path, workers: int = 1) -> list[str]:
@@ -110,7 +105,7 @@ def verify_split(folder: Path, workers: int = 1) -> list[str]:
     if "merged" in split.index:
         return verify_merged(split, workers)
     numbers = range(len(split.index["shards"]))
-    problems = verify_protocol(split)
+    problems = list(verify_protocol(split))
     counts = [shard["samples"] for shard in split.index["shards"]]
     if not np.array_equal(split.shard, np.repeat(numbers, counts)):
         problems.append(f"{folder}/index/shard.npy: rows are not in the order of the shard table")
@@ -124,11 +119,9 @@ def verify_split(folder: Path, workers: int = 1) -> list[str]:
 def verify_merged(split: Split, workers: int) -> list[str]:
     """Problems of a merged split: of its parts, or of its index."""
     folder = Path(os.path.abspath(split.folder))
-    try:
+    with reading(f"{folder}/index.json: lacks the parts that were merged", "; merge them again"):
         parts = [folder.parent / Path(part["split"]).name for part in split.index["merged"]]
         same_names = split.index["provenance"]["options"]["same_names"] == "True"
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder}/index.json: lacks the parts that were merged; merge them again") from error
     splits = check_parts(folder, parts, same_names)  # first: a split may name itself, without end
     problems = [problem for part in parts for problem in verify_split(part, workers)]
     index, columns = merged(folder, splits, same_names)

@@ -98,7 +98,7 @@ def test_the_toolbox_s_folders_of_sessions(tmp_path):
 @pytest.mark.parametrize("files, options, words", [
     ({"edges/cat/cat1.png": None, "lines/cat/cat1.png": None}, (), "both the stimulus 'cat1'"),
     ({"cat/cat1.png": None}, ("--classes", "dawg"), "'dawg' is not a category of the stimuli"),
-    ({"cat/cat1.png": None}, ("--part", "train"), "for testing only")])
+    ({"cat/cat1.png": None}, ("--part", "train"), "stimuli is for test splits of objects")])
 def test_bad_stimuli(files, options, words, tmp_path):
     write_files(tmp_path / "src", files)
     (tmp_path / "dawg").write_text("class,category\nn1,cat\nn2,dawg\n")

@@ -203,9 +203,9 @@ def test_every_source_is_listed_with_its_layout_and_its_own_options(capsys):
     (["folder", "--src", "{src}", "--out", "{out}/object/train", "--names", "{src}/no.txt"], "--names"),
     (["lfw", "--src", "{src}", "--out", "{out}/face_hq/test"], "needs --pairs"),
     (["lfw", "--src", "{src}", "--out", "{out}/face_hq/train", "--pairs", "x"], "is for test splits"),
-    (["market", "--src", "{src}", "--out", "{out}/body/train"], "no folder bounding_box_train"),
-    (["folder", "--src", "{src}", "--out", "{out}/object/train", "--ood"], "are for test splits of objects"),
-    (["folder", "--src", "{src}", "--out", "{out}/body/test", "--reference", "x"], "are for test splits of objects"),
+    (["market", "--src", "{src}", "--out", "{out}/body/train"], "no bounding_box_train in it; Market-1501 has"),
+    (["folder", "--src", "{src}", "--out", "{out}/object/train", "--ood"], "is for test splits of objects"),
+    (["folder", "--src", "{src}", "--out", "{out}/body/test", "--reference", "x"], "is for test splits of objects"),
     (["verify", "{empty}"], "no index.json"), (["show", "{empty}"], "no index.json"),
     (["folder", "--src", "{src}"], "--out"), (["tiff"], "No such command"),
 ])  # fmt: skip

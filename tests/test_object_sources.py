@@ -241,15 +241,15 @@ MAP = "objectnet-1.0/mappings/"
 LABELS = f"{MAP}folder_to_objectnet_label.json"
 BAD = [
     ("imagenet", "val", {"a.jpg": None}, "no ILSVRC/Data/CLS-LOC/val in it; ImageNet has"),
-    ("imagenet", "val", {"val/1.JPEG": None}, "are not in wnid folders; put LOC_val_solution.csv beside val"),
-    ("imagenet", "val", replaced(KAGGLE, "LOC_val_solution.csv", None), "put LOC_val_solution.csv beside ILSVRC"),
+    ("imagenet", "val", {"val/1.JPEG": None}, "val/1.JPEG: neither in a wnid folder nor in LOC_val_"),
+    ("imagenet", "val", replaced(KAGGLE, "LOC_val_solution.csv", None), "nor in LOC_val_solution.csv"),
     ("imagenet", "val", replaced(KAGGLE, "LOC_val_solution.csv", "ImageId,PredictionString\nx,../../evil 1\n"),
      "LOC_val_solution.csv, line 2: want a wnid"),
     ("imagenet", "val", replaced(KAGGLE, "LOC_val_solution.csv", f"ImageId,PredictionString\nx,{TENCH} 1\n"),
      "ILSVRC2012_val_00000001.JPEG: neither in a wnid folder nor"),
     ("imagenet", "val", replaced(KAGGLE, "LOC_val_solution.csv", "Id,Class\n"), "line 1: no column 'ImageId'"),
     ("imagenet-a", "a", {"n00000001/1.jpg": None}, "n00000001 is not one of the 1,000 classes"),
-    ("imagenet-a", "train", {f"{TENCH}/1.jpg": None}, "this set is for testing only"),
+    ("imagenet-a", "train", {f"{TENCH}/1.jpg": None}, "imagenet-a is for test splits of objects"),
     ("imagenet-v2", "v2", {f"v2/3/{i}.jpeg": None for i in range(20)}, "20 images in folder 3, ImageNet-V2 has 10"),
     ("imagenet-v2", "v2", {f"v2/{TENCH}/1.jpeg": None}, "name is not ImageNet-V2's"),
     ("objectnet", "on", {"images/banana/1.png": None}, "no mappings in it; ObjectNet has"),

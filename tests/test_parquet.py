@@ -142,8 +142,8 @@ def test_parquet_of_paths_and_of_labels_that_are_no_integers(kind, labels, class
     (["--out", "{out}/object/val", "--label-column", "y"], "no column 'y'; it has image, label; --label-column"),
     (["--out", "{out}/object/val", "--image-column", "label"], "column 'label' is int64; want bytes"),
     (["--out", "{out}/object/val", "--wnids"], "row group 0, row 1: label 1000: want an ImageNet class number 0..999"),
-    (["--out", "{out}/face_hq/val", "--ood"], "are for test splits of objects"),
-    (["--out", "{out}/object/train", "--reference", "a", "--files", "val*"], "are for test splits of objects"),
+    (["--out", "{out}/face_hq/val", "--ood"], "is for test splits of objects"),
+    (["--out", "{out}/object/train", "--reference", "a", "--files", "val*"], "is for test splits of objects"),
 ])  # fmt: skip
 def test_bad_options(arguments, words, tmp_path):
     parquet_file(tmp_path / "src/val.parquet", [0, 1000])

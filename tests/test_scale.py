@@ -354,7 +354,7 @@ def test_real_labels_by_hand(tmp_path):
         (tmp_path / "real.json").write_text(text)
         with pytest.raises(InputError, match=words):
             prepare("other", "--real", str(tmp_path / "real.json"))
-    with pytest.raises(InputError, match="leave it out for a training split"):
+    with pytest.raises(InputError, match="--real is for test splits"):
         prepare("train", "--real", str(tmp_path / "real.json"))
 
 

@@ -225,7 +225,7 @@ def test_bad_selections(arguments, words, tmp_path):
 
 
 def test_holdout_is_for_people(tmp_path):
-    with pytest.raises(InputError, match="--holdout separates the people"):
+    with pytest.raises(InputError, match="--holdout is for splits of people, not for training splits of objects"):
         prepared(class_folders(tmp_path / "src"), tmp_path / "d/object/train", "--holdout", 0.5)
 
 

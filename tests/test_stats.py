@@ -33,15 +33,14 @@ def test_statistics_have_known_answers(tmp_path, capsys):
 
 
 def test_one_value_is_told_and_fills_no_panel(tmp_path, monkeypatch):
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     draw_stats(tmp_path / "stats.png", "a set", {"images per class": np.array([3, 3]), "sharpness": np.array([1.0, 2])})
-    one, several = pyplot.gcf().axes
+    one, several = figures[0].axes
     assert [text.get_text() for text in one.texts] == ["all 2 classes:\n3"] and not one.patches
     assert sum(bar.get_height() for bar in several.patches) == 2 and not several.texts
-    monkeypatch.undo()
-    pyplot.close("all")
 
 
 @pytest.mark.parametrize("quality", [1, 25, 49, 50, 51, 77, 90, 100])

@@ -19,6 +19,7 @@ from typing import BinaryIO
 
 from data_prep import InputError
 from data_prep.format import BadImage, Skipped, as_text
+from data_prep.records import reading
 
 MAX_BYTES = 1 << 29  # of one file: more than any image or list needs, far less than a worker's memory
 MAX_RATIO, RATIO_FROM = 200, 1 << 24  # larger zip members that compress better than this are bombs; images never do
@@ -48,15 +49,11 @@ LEFTOVERS = {"__MACOSX", "@eaDir", "#recycle", "lost+found", "$RECYCLE.BIN"}
 
 
 def members(src: Path, skipped: Skipped | None = None) -> Iterator[Member]:
-    """Every file below src, sorted by name, except hidden files and LEFTOVERS.
+    """Every file below src, sorted by name, except hidden files and LEFTOVERS, which `skipped` records.
 
-    Memory holds the names of one folder at a time, but all names and offsets of an archive. InputError if there is no
-    such source, or its archive is refused or cannot be read.
-
-    Args:
-        src: a folder, a zip or a plain tar; SET.zip/inner/folder is a folder inside. If an archive holds only one
-            folder, with folders in it, as most do, names are relative to that folder.
-        skipped: records leftovers, dead links and circular links.
+    `src` is a folder, a zip or a plain tar; SET.zip/inner/folder is a folder inside. If an archive holds only one
+    folder, with folders in it, as most do, names are relative to that folder. Memory holds the names of one folder at a
+    time, but all names and offsets of an archive. InputError if there is no such source, or its archive is refused.
     """
     if src.is_dir():
         return walk(str(src), skipped=skipped)
@@ -95,13 +92,10 @@ def walk(folder: str, prefix: str = "", skipped: Skipped | None = None, above: f
 
     `above`: the parent folders, as (device, inode).
     """
-    try:
-        status = os.stat(folder)
-        with os.scandir(folder) as entries:
-            # sort folders by the names of their files, which continue with /
-            names = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
-    except OSError as error:
-        raise InputError(f"--src {folder}: cannot be read ({error.strerror})") from error
+    status = os.stat(folder)
+    with os.scandir(folder) as entries:
+        # sort folders by the names of their files, which continue with /
+        names = sorted(entry.name + "/" * entry.is_dir() for entry in entries)
     if (status.st_dev, status.st_ino) in above:
         if skipped is not None:
             skipped.add(prefix[:-1], "circular link")
@@ -118,20 +112,6 @@ def walk(folder: str, prefix: str = "", skipped: Skipped | None = None, above: f
             skipped.add(prefix + name, "dead link" if os.path.islink(path) else "not a regular file")
 
 
-def safe_name(where: str, raw: str) -> str:
-    """A member's normalised name; InputError if it points outside the archive or is empty."""
-    name = raw.replace("\\", "/")  # as some Windows tools write it
-    parts = name.split("/")
-    if name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in parts or not name.strip("./"):
-        raise InputError(f"{where}: member {raw[:200]!r} points out of the archive: refused; get a clean copy")
-    return as_text("/".join(part for part in parts if part not in ("", ".")))
-
-
-def one_line(error: Exception) -> str:
-    """A library's error message in one short line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
 # ---------------------------------------------------------------- reading, in worker processes
 
 
@@ -145,7 +125,8 @@ def read_file(path: str | Path) -> bytes:
 def read_part(url: str, offset: int, size: int) -> bytes:
     """A piece of a tar, on disk or behind a URL."""
     check_size(size)
-    try:
+    # no BadImage, which would be skipped: the network or the disk has failed
+    with reading(f"{url}: cannot be read", "; the same command later continues"):
         if "://" in url:
             import fsspec
 
@@ -157,28 +138,23 @@ def read_part(url: str, offset: int, size: int) -> bytes:
                 data = file.read(size)
         if len(data) != size:
             raise OSError(f"{len(data)} of {size} bytes")
-    except Exception as error:  # every file system behind fsspec raises its own
-        # not BadImage, which would be skipped: the network or the disk has failed
-        raise InputError(f"{url}: cannot be read ({one_line(error)}); the same command later continues") from error
     return data
 
 
 def inflate(path: Path | str, offset: int, packed: int, size: int, crc: int, method: int) -> bytes:
     """A zip member, located by its local header; never inflates to more bytes than the zip's directory declares."""
     check_size(max(packed, size))
-    with open(path, "rb") as file:
-        file.seek(offset)
-        head = file.read(30)
-        if len(head) < 30 or not head.startswith(b"PK\3\4"):
-            raise BadImage("damaged in its archive")
-        file.seek(sum(struct.unpack("<HH", head[26:])), os.SEEK_CUR)  # skip the name and the extra field
-        data = file.read(packed)
-    if method == zipfile.ZIP_DEFLATED:
-        try:
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            head = file.read(30)
+            file.seek(sum(struct.unpack("<HH", head[26:])), os.SEEK_CUR)  # skip the name and the extra field
+            data = file.read(packed)
+        if method == zipfile.ZIP_DEFLATED:
             data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size + 1)
-        except zlib.error as error:
-            raise BadImage("damaged in its archive") from error
-    if len(data) != size or zlib.crc32(data) != crc:
+    except (struct.error, zlib.error):
+        head = b""
+    if not head.startswith(b"PK\3\4") or len(data) != size or zlib.crc32(data) != crc:
         raise BadImage("damaged in its archive")
     return data
 
@@ -193,52 +169,47 @@ def check_size(length: int) -> None:
 
 
 def list_archive(path: Path) -> tuple[Callable[..., bytes], Iterator[tuple[str, tuple[int, ...]]]]:
-    """A zip or plain tar, recognised by its content.
-
-    Returns:
-        A function read(path, *numbers) -> bytes, and the name and the numbers of every regular file.
-    """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise InputError(f"--src {path}: cannot be read ({error.strerror})") from error
+    """Of a zip or plain tar: a function read(path, *numbers) -> bytes; name and numbers of every regular file."""
+    with open(path, "rb") as file:
+        head = file.read(512)
     for magic, kind in COMPRESSED.items():
         if head.startswith(magic):
-            raise InputError(f"--src {path}: compressed with {kind}, so that single images cannot be read: decompress "
-                             "it to a plain .tar first")
+            raise InputError(f"--src {path}: compressed with {kind}: decompress it to a plain .tar first")
     return (inflate, list_zip(path)) if head[:4] in (b"PK\3\4", b"PK\5\6") else (read_part, list_tar(path))
+
+
+def safe_name(where: str, raw: str, *refusals: tuple[bool, str]) -> str:
+    """The normalised name of a member; InputError if that points out of the archive, or one of the refusals applies."""
+    name = raw.replace("\\", "/")  # as some Windows tools write it
+    parts = name.split("/")
+    out = name.startswith("/") or re.match(r"[A-Za-z]:", name) or ".." in parts or not name.strip("./")
+    for applies, why in (*refusals, (out, "points out of the archive")):
+        if applies:
+            raise InputError(f"{where}: member {raw[:200]!r} {why}: refused; get a clean copy")
+    return as_text("/".join(part for part in parts if part not in ("", ".")))
 
 
 def list_zip(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The files of a zip, stored or deflated."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-    except Exception as error:  # by damage: BadZipFile, ValueError, struct.error, UnicodeError, ...
-        raise InputError(f"--src {path}: damaged zip ({error}); get a clean copy") from error
+    with reading(f"--src {path}: damaged zip", "; get a clean copy"), zipfile.ZipFile(path) as archive:
+        infos = archive.infolist()
     end, total = 0, path.stat().st_size
     for info in sorted(infos, key=lambda info: info.header_offset):
         kind = info.external_attr >> 28  # the file type of a Unix mode; 0: not recorded
-        why = None
-        if info.flag_bits & 1:
-            why = "is encrypted"
-        elif kind not in (0, 4, 8):
-            why = "is a link" if kind == 10 else "is a device"
-        elif info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            why = f"is packed with method {info.compress_type} (stored and deflated are read)"
-        elif info.file_size > max(RATIO_FROM, MAX_RATIO * info.compress_size):
-            why = f"is a decompression bomb ({info.compress_size} bytes become {info.file_size})"
-        elif not 0 <= info.header_offset <= total - info.compress_size:
-            why = "reaches beyond the end"
-        elif info.header_offset < end:
-            why = "overlaps the previous one, as in a decompression bomb"
-        if why:
-            raise InputError(f"--src {path}: member {info.filename!r} {why}: refused")
-        end = info.header_offset + 30 + len(info.orig_filename) + info.compress_size  # at least: names are encoded
-        if not info.filename.endswith("/"):
-            numbers = info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type
-            yield safe_name(f"--src {path}", info.filename), numbers
+        # at least: names are encoded
+        before, end = end, info.header_offset + 30 + len(info.orig_filename) + info.compress_size
+        if info.filename.endswith("/"):
+            continue
+        name = safe_name(
+            f"--src {path}", info.filename, (info.flag_bits & 1, "is encrypted"), (kind == 10, "is a link"),
+            (kind not in (0, 4, 8), "is a device"),
+            (info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
+             f"is packed with method {info.compress_type} (stored and deflated are read)"),
+            (info.file_size > max(RATIO_FROM, MAX_RATIO * info.compress_size),
+             f"is a decompression bomb ({info.compress_size} bytes become {info.file_size})"),
+            (not 0 <= info.header_offset <= total - info.compress_size, "reaches beyond the end"),
+            (info.header_offset < before, "overlaps the previous one, as in a decompression bomb"))
+        yield name, (info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type)
 
 
 def list_tar(path: Path) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -265,7 +236,7 @@ def walk_tar(file: BinaryIO, where: str) -> Iterator[tuple[str, tuple[int, int]]
     `file` is seekable; the caller may read from it between two names. `where`: origin of the tar, for messages.
     InputError if it is not a tar, is damaged, or has a member that must not be read.
     """
-    try:
+    with reading(f"{where}: not a readable zip or plain tar", ": is the download complete?"):
         total, before = file.seek(0, os.SEEK_END), -1
         file.seek(0)
         with tarfile.open(fileobj=Headers(file), mode="r:") as archive:
@@ -276,10 +247,10 @@ def walk_tar(file: BinaryIO, where: str) -> Iterator[tuple[str, tuple[int, int]]
                 before = info.offset
                 if not 0 <= info.size <= total - info.offset_data:
                     raise tarfile.ReadError(f"{info.name[:200]!r} is cut off")
-                if why := refusal(info):
-                    raise InputError(f"{where}: member {info.name[:200]!r} {why}: refused")
-                if info.isreg():
-                    yield safe_name(where, info.name), (info.offset_data, info.size)
+                if not info.isdir():
+                    name = safe_name(where, info.name, (info.issym() or info.islnk(), "is a link"),
+                                     (not info.isreg(), "is a device"), (info.issparse(), "is a sparse file"))
+                    yield name, (info.offset_data, info.size)
             # tarfile takes a damaged header for the end and ignores a tar appended with `cat`
             file.seek(archive.offset)
             rest = file.read(1 << 16)
@@ -287,17 +258,3 @@ def walk_tar(file: BinaryIO, where: str) -> Iterator[tuple[str, tuple[int, int]]
                 raise tarfile.ReadError("it is cut off")
             if rest.strip(b"\0"):
                 raise tarfile.ReadError(f"damaged header at byte {archive.offset}, or a second tar after it")
-    except InputError:
-        raise
-    except Exception as error:  # by damage: TarError, ValueError, IndexError, RecursionError, ...
-        raise InputError(f"{where}: not a readable zip or plain tar ({one_line(error)}): is the download "
-                         "complete?") from error
-
-
-def refusal(info: tarfile.TarInfo) -> str | None:
-    """Why a member of a tar must not be read; None if it may be."""
-    if info.issym() or info.islnk():
-        return "is a link"
-    if not (info.isdir() or info.isreg()):
-        return "is a device"
-    return "is a sparse file" if info.issparse() else None

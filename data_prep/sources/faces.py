@@ -1,9 +1,9 @@
 """Sources of faces: test sets of pairs (LFW and similar ones), of templates (IJB-B, IJB-C) and TinyFace."""
 
 import io
-import math
 import posixpath
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -14,10 +14,10 @@ from PIL import Image
 
 from data_prep import InputError
 from data_prep.format import BadImage, Record, Skipped, Source
-from data_prep.records import listed_lines, split_lines
+from data_prep.records import read_rows, reading
 from data_prep.sources.archives import Member, absent
-from data_prep.sources.folders import scan
-from data_prep.sources.lists import Files, check_found, find, images_of, read_lines
+from data_prep.sources.folders import Only, scan
+from data_prep.sources.lists import Files, check_found
 from data_prep.write import as_rgb, open_image
 
 
@@ -27,30 +27,35 @@ def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, 
     Line 1 is `folds<TAB>n` (or `n`: one fold); then each fold has n lines `name i j` (same person) and n lines
     `name1 i name2 j` (different people). Kaggle's form is CSV with a header instead of line 1.
     """
-    lines = listed_lines(path, "--pairs")
-    first = lines[0][1] if lines else ""
-    head, comma = first.split(), "," in first
-    if not comma and (len(head) not in (1, 2) or not all(re.fullmatch(r"[1-9]\d{0,8}", word) for word in head)):
-        raise InputError(f"--pairs {path}, line 1: want `folds<TAB>pairs per half`, found {first[:60]!r}")
+    rows = [(where, [word for word in row if word]) for where, row in read_rows(path, "--pairs")]  # empty: at ends
+    head = rows[0][1] if rows else []
+    counts = [int(word) for word in head if re.fullmatch(r"[1-9]\d{0,8}", word)]
+    official, header = 0 < len(head) == len(counts) < 3, len(head) > 2 and not counts
+    if not (official or header):
+        raise InputError(f"--pairs {path}, line 1: want `folds<TAB>pairs per half`, found {' '.join(head)[:60]!r}")
     pairs, fold = [], 0
-    for number, line in lines[1:]:
-        words = re.split(",|\t", line.rstrip(", \t")) if comma or "\t" in line.strip() else line.split()
-        if not line.strip(", \t"):
+    for where, words in rows[1:]:
+        if not words:
             continue
-        if len(words) not in (3, 4) or not all(re.fullmatch(r"\s*\d{1,9}\s*", word) for word in (words[1], words[-1])):
-            raise InputError(f"--pairs {path}, line {number}: want `name i j` or `name1 i name2 j`, "
-                             f"found {line[:60]!r}")
+        if len(words) not in (3, 4) or not all(re.fullmatch(r"\d{1,9}", word) for word in (words[1], words[-1])):
+            raise InputError(f"{where}: want `name i j` or `name1 i name2 j`, found {' '.join(words)[:60]!r}")
         same = int(len(words) == 3)
         fold += bool(pairs) and same > pairs[-1][2]  # in CSV a fold begins where genuine pairs begin again
-        names = words[0].strip(), words[0 if same else 2].strip()
-        pairs.append(((names[0], int(words[1])), (names[1], int(words[-1])), same, fold))
-    if comma:
+        pairs.append(((words[0], int(words[1])), (words[0 if same else 2], int(words[-1])), same, fold))
+    if header:
         return pairs
-    folds, half = (1, int(head[0])) if len(head) == 1 else map(int, head)
+    folds, half = (1, *counts)[-2:]
     if len(pairs) != 2 * folds * half:
-        raise InputError(f"--pairs {path}: line 1 announces {folds} folds of 2 x {half} pairs, "
-                         f"the file has {len(pairs)}")
+        raise InputError(f"--pairs {path}: line 1 announces {folds} folds of 2 x {half} pairs, there are {len(pairs)}")
     return [(left, right, same, place // (2 * half)) for place, (left, right, same, _) in enumerate(pairs)]
+
+
+def verification(records: list[Record], pairs: list[tuple[int, int, int, int]], where: str, **more) -> Source:
+    """The source that is scored by these pairs; InputError if there are none, or most are of images that it lacks."""
+    if not pairs:
+        raise InputError(f"{where}: contains no pairs")
+    check_found(((records[a], records[b]) for a, b, *_ in pairs), where)
+    return Source(records, {"name": "verification", "folds": len({fold for *_, fold in pairs})}, pairs, **more)
 
 
 def ten_folds(pairs: int) -> list[int]:
@@ -64,7 +69,8 @@ def deal_folds(same: np.ndarray) -> np.ndarray:
     return folds if len(set(zip(folds.tolist(), same.tolist(), strict=True))) == 20 else np.arange(len(same)) % 10
 
 
-@click.option("--pairs", type=click.Path(path_type=Path), help="pairs.txt of LFW or in its format.")
+@click.option("--pairs", cls=Only, only="test splits", type=click.Path(path_type=Path),
+              help="pairs.txt of LFW or in its format.")
 def lfw(src: Path, domain: str, train: bool, pairs: Path | None = None) -> Source:
     """Labeled Faces in the Wild: person folders `<Name>/<Name>_0001.jpg` and, for a test split, its `pairs.txt`.
 
@@ -73,12 +79,9 @@ def lfw(src: Path, domain: str, train: bool, pairs: Path | None = None) -> Sourc
     """
     skipped = Skipped()
     if train:
-        if pairs is not None:
-            raise InputError("--pairs is for test splits: add --part test or leave it out")
         return Source((Record(file.read, file.name, name) for name, file in scan(src, skipped)), skipped=skipped)
     if pairs is None:
-        raise InputError("lfw: a test split needs --pairs pairs.txt; without one use the source `folder`, whose "
-                         "test splits are scored as identification")
+        raise InputError("lfw: a test split needs --pairs pairs.txt; without one, use the source `folder`")
     records, place = [], {}
     for name, member in scan(src, skipped):
         path = PurePosixPath(member.name)
@@ -97,10 +100,7 @@ def lfw(src: Path, domain: str, train: bool, pairs: Path | None = None) -> Sourc
                 place[name, number] = len(records)
                 records.append(Record(absent, f"{name}/{name}_{number:04d}", name))
         listed.append((place[left], place[right], same, fold))
-    if not listed:
-        raise InputError(f"--pairs {pairs}: contains no pairs")
-    check_found(((records[a], records[b]) for a, b, *_ in listed), f"--pairs {pairs}")
-    return Source(records, {"name": "verification", "folds": max(fold for *_, fold in listed) + 1}, listed, skipped)
+    return verification(records, listed, f"--pairs {pairs}", skipped=skipped)
 
 
 # ---------------------------------------------------------------- lists of pairs
@@ -117,22 +117,19 @@ def list_pairs(path: Path) -> list[Pair]:
     `left,right,same[,fold]`, with a header or not; `same left right` (the `*_ann.txt` of AgeDB-30, CALFW, CPLFW);
     `name same`, two lines per pair (the original lists of CALFW and CPLFW). Separators are commas, tabs or blanks.
     """
-    lines, flags = listed_lines(path, "--pairs"), FLAGS
-    mark = next((mark for mark in (",", "\t") if lines and mark in lines[0][1]), None)
-    rows = split_lines(lines, f"--pairs {path}", mark)
+    rows, flags = read_rows(path, "--pairs"), FLAGS
     if rows and len(rows[0][1]) > 2 and not {rows[0][1][0].lower(), rows[0][1][2].lower()} & set(flags):
         del rows[0]  # the header
     first = rows[0][1] if rows else []
     if len(first) == 2:
         if len(rows) % 2:
             raise InputError(f"--pairs {path}: {len(rows)} lines of `name same`: want two per pair")
-        rows = [(number, [*a[:-1], *b]) for (number, a), (_, b) in zip(rows[::2], rows[1::2], strict=True)]
+        rows = [(where, [*a[:-1], *b]) for (where, a), (_, b) in zip(rows[::2], rows[1::2], strict=True)]
         flags = {str(fold): 1 for fold in range(2, 11)} | FLAGS  # CALFW has the fold of a genuine pair instead of 1
     elif len(first) == 3 and first[0].lower() in flags and first[2].lower() not in flags:
-        rows = [(number, [*row[1:], row[0]]) for number, row in rows]
+        rows = [(where, [*row[1:], row[0]]) for where, row in rows]
     pairs = []
-    for number, row in rows:
-        where = f"--pairs {path}, line {number}"
+    for where, row in rows:
         left, right, same, fold = (*row, "0")[:4] if len(row) in (3, 4) else ("", "", "", "")
         if same.lower() not in flags or not re.fullmatch(r"\d{1,9}", fold):
             raise InputError(f"{where}: want `left,right,same[,fold]`, `same left right` or `name same`, found "
@@ -141,7 +138,7 @@ def list_pairs(path: Path) -> list[Pair]:
     return pairs
 
 
-def cfp_pairs(src: Path, files: dict[str, Member], kind: str) -> list[Pair]:
+def cfp_pairs(files: Files, kind: str) -> list[Pair]:
     """The pairs of Celebrities in Frontal-Profile: `Protocol/Split/FP/01/same.txt` has lines `i,j`.
 
     i and j number, from 1, the lines `1 ../Data/...` of `Protocol/Pair_list_F.txt` and, for j of FP, `Pair_list_P.txt`.
@@ -149,11 +146,11 @@ def cfp_pairs(src: Path, files: dict[str, Member], kind: str) -> list[Pair]:
     names = {}
     for side in "FP":
         list_file = f"Protocol/Pair_list_{side}.txt"
-        rows = [line.split() for _, line in read_lines(src, files, list_file)] if list_file in files else []
+        rows = [line.split() for _, line in files.read_lines(list_file)] if list_file in files else []
         names[side] = {row[0]: posixpath.normpath(f"Protocol/{row[1]}") for row in rows if len(row) == 2}
     pairs = []
     for name in sorted(name for name in files if re.fullmatch(rf"Protocol/Split/{kind}/\d+/(same|diff)\.txt", name)):
-        for where, line in read_lines(src, files, name):
+        for where, line in files.read_lines(name):
             i, _, j = (word.strip() for word in line.partition(","))
             if i not in names["F"] or j not in names[kind[1]]:
                 raise InputError(f"{where}: want `i,j` of the lists Protocol/Pair_list_*.txt, found {line[:60]!r}")
@@ -179,7 +176,8 @@ def name_people(names: list[str], pairs: list[tuple[int, int, int, int]]) -> lis
     Tries folders from the outermost inwards, then file names as in AgeDB (`7_Name_35_f.jpg`) and LFW (`Name_0001.jpg`).
     """
     folders, stems = [name.split("/")[:-1] for name in names], [PurePosixPath(name).stem for name in names]
-    guesses = [["/".join(parts[: depth + 1]) for parts in folders] for depth in range(min(map(len, folders)))]
+    depths = range(1, min(map(len, folders), default=0) + 1)
+    guesses = [["/".join(parts[:depth]) for parts in folders] for depth in depths]
     for pattern in (r"\d+_(.+)_\d+_[mf]", r"(.+)_\d+"):
         guesses.append([match[1] if (match := re.fullmatch(pattern, stem)) else stem for stem in stems])
     for people in guesses:
@@ -203,29 +201,21 @@ def pairs(src: Path, domain: str, train: bool, pairs: Path) -> Source:
     Expected: AgeDB-30, CALFW, CPLFW 6,000 pairs, CFP-FP and CFP-FF 7,000 each.
     Source: Moschoglou et al. 2017; Zheng et al. 2017, 2018; Sengupta et al. 2016.
     """
-    if train:
-        raise InputError("pairs: a list of pairs is a test split: add --part test")
     files = Files(src)
     if str(pairs) in ("FF", "FP") and any(name.startswith(f"Protocol/Split/{pairs}/") for name in files):
-        listed = cfp_pairs(src, files, str(pairs))
+        listed = cfp_pairs(files, str(pairs))
     else:
         listed = list_pairs(pairs)
-    if not listed:
-        raise InputError(f"--pairs {pairs}: contains no pairs")
+    folds = {fold for *_, fold, _ in listed}
+    dealt = None in folds
+    fold_numbers = {} if dealt else {fold: number for number, fold in enumerate(sorted(folds))}
     rows, place = [], {}
     for left, right, same, fold, where in listed:
-        ends = [find(files, name, where).name for name in (left, right)]
-        rows.append((*(place.setdefault(name, len(place)) for name in ends), same, fold))
-    folds = [fold for *_, fold in rows]
-    dealt = None in folds
-    numbers = {fold: number for number, fold in enumerate(sorted(set(folds)))} if not dealt else dict.fromkeys(folds, 0)
-    rows = [(a, b, same, numbers[fold]) for a, b, same, fold in rows]
-    names = list(place)
-    records = [Record(find(files, name, "").read, name, person)
-               for name, person in zip(names, name_people(names, rows), strict=True)]
-    check_found(((records[a], records[b]) for a, b, *_ in rows), f"--pairs {pairs}")
-    return Source(records, {"name": "verification", "folds": len(set(numbers.values()))}, rows,
-                  deal=deal_folds if dealt else None)
+        ends = [files.find(name, where) for name in (left, right)]
+        rows.append((*(place.setdefault(end, len(place)) for end in ends), same, fold_numbers.get(fold, 0)))
+    people = name_people([member.name for member in place], rows)
+    records = [Record(member.read, member.name, person) for member, person in zip(place, people, strict=True)]
+    return verification(records, rows, f"--pairs {pairs}", deal=deal_folds if dealt else None)
 
 
 # ---------------------------------------------------------------- search among distractors
@@ -242,14 +232,15 @@ def tinyface(src: Path, domain: str, train: bool) -> Source:
     kinds = "Probe", "Gallery_Match", "Gallery_Distractor"
     pattern = (r"Training_Set/(?P<person>[^/]+)/.+" if train else
                r"Testing_Set/(?P<kind>Gallery_Distractor/.+|(Probe|Gallery_Match)/(?P<person>\d+)_.*)")
-    folders = ("Training_Set/",) if train else tuple(f"Testing_Set/{kind}/" for kind in kinds)
-    matches, skipped = images_of(Files(src), re.compile(pattern), "TinyFace", folders)
+    folders = "Training_Set/" if train else tuple(f"Testing_Set/{kind}/" for kind in kinds)
+    files = Files(src)
     records = [Record(member.read, member.name, m["person"],
-                      role=None if train else kinds.index(m["kind"].partition("/")[0])) for m, member in matches]
+                      role=None if train else kinds.index(m["kind"].partition("/")[0]))
+               for m, member in files.images(re.compile(pattern), "TinyFace", folders)]
     if not records or (not train and {record.role for record in records} < {0, 1}):
         raise InputError(f"--src {src}: no images of TinyFace in it; want Training_Set/<id>/ and Testing_Set/ with "
                          "Probe, Gallery_Match and Gallery_Distractor")
-    return Source(records, None if train else {"name": "identification"}, skipped=skipped)
+    return Source(records, None if train else {"name": "identification"}, skipped=files.skipped)
 
 
 # ---------------------------------------------------------------- templates
@@ -264,11 +255,7 @@ def align(read: Callable[[], bytes], points: tuple[float, ...]) -> bytes:
     """A face aligned to 112 x 112 pixels, black outside the picture.
 
     The similarity transform is the least-squares fit of w = s z + t over the points z, as complex numbers x + i y.
-    Source: insightface, `face_align.py`.
-
-    Args:
-        read: returns the encoded picture.
-        points: x and y of five landmarks, in pixels (0: centre of the first pixel).
+    `points`: x and y of five landmarks, in pixels (0: centre of the first pixel). Source: insightface, `face_align.py`.
     """
     image, _ = open_image(read())
     z = np.array(points[::2]) + 1j * np.array(points[1::2])
@@ -285,42 +272,19 @@ def align(read: Callable[[], bytes], points: tuple[float, ...]) -> bytes:
     return out.getvalue()
 
 
-def whole(text: str) -> int:
-    """An integer of a list, 0 to 2³¹ - 1: in the columns, -1 means no value."""
-    if not 0 <= (value := int(text)) < 1 << 31:
-        raise ValueError(text)
-    return value
+def read_columns(files: Files, name: str, kind: type, columns: tuple[int, ...], **layout) -> np.ndarray:
+    """Columns of a list, [rows, columns]: of str, of finite float, or of int from 0 (-1 means no value) to 2³¹ - 1.
 
-
-def number(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(text)
-    return value
-
-
-def read_numbers(src: Path, files: dict[str, Member], name: str, kinds: tuple[Callable, ...], mark: str | None = None
-                 ) -> Iterator[tuple]:
-    """The first fields of every line of a list, parsed by `kinds`; with a `mark` as separator, there is a header."""
-    for place, (where, line) in enumerate(read_lines(src, files, name)):
-        if place or not mark:
-            fields = line.split(mark)[: len(kinds)]
-            try:
-                yield tuple(kind(field) for kind, field in zip(kinds, fields, strict=True))
-            except ValueError as error:
-                wanted = " ".join(kind.__name__ for kind in kinds)
-                raise InputError(f"{where}: want {wanted}, found {line[:60]!r}") from error
-
-
-def read_template_pairs(member: Member) -> np.ndarray:
-    """`template template same` lines, int64 [P, 3]; an array, because IJB-C has 15 million."""
-    try:
-        data = member.read() or b"nothing"
-        pairs = np.loadtxt(io.BytesIO(data), dtype=np.int64, ndmin=2, comments=None)
-    except (ValueError, OSError, OverflowError, BadImage) as error:
-        raise InputError(f"{member.name}: want `template template same` lines ({error})") from error
-    if pairs.shape[1] != 3 or not np.isin(pairs[:, 2], (0, 1)).all():
-        raise InputError(f"{member.name}: want `template template same` lines, same 0 or 1")
-    return pairs
+    `layout`: further arguments of `np.loadtxt`. An array, because IJB-C has 15 million pairs.
+    """
+    what = f"{files.src}/{name}: want {kind.__name__} in the columns {columns}"
+    with reading(what), warnings.catch_warnings(action="ignore"):  # about blank lines
+        data = io.BytesIO(files[name].read() or b"nothing")
+        table = np.loadtxt(data, kind, comments=None, usecols=columns, ndmin=2, encoding="utf-8-sig", **layout)
+        least = 0 if kind is int else -(1 << 31)
+        if kind is not str and len(table) and not least <= table.min() <= table.max() < 1 << 31:
+            raise ValueError("a number out of range")
+        return table
 
 
 def template_people(templates: set[int], genuine: list[list[int]], subjects: dict[int, int]) -> dict[int, str]:
@@ -339,49 +303,45 @@ def ijb(src: Path, domain: str, train: bool) -> Source:
 
     Loose crops are aligned by their five landmarks. Every image has a template, a media number and the detector's score
     (column `quality`). The lists `template_pairs`, `template_gallery` and `template_probes` hold the 1:1 protocol and,
-    if `meta` has it, the 1:N protocol. Expected: IJB-B 227,630 images, 12,115 templates, 8,010,270
-    pairs; IJB-C 469,375 images, 23,124 templates, 15,658,489 pairs, galleries of 1,772 and 1,759 templates, 19,593
-    probes.
+    if `meta` has it, the 1:N protocol. Expected: IJB-B 227,630 images, 12,115 templates, 8,010,270 pairs; IJB-C 469,375
+    images, 23,124 templates, 15,658,489 pairs, galleries of 1,772 and 1,759 templates, 19,593 probes.
     Source: insightface, `_evaluation_/ijb/ijb_evals.py`.
     """
-    if train:
-        raise InputError("ijb: IJB-B and IJB-C are test splits: add --part test")
     files = Files(src)
     matches = [re.fullmatch(r"(meta/\w+_)face_tid_mid\.txt", name) for name in files]
     stem = next((match[1] for match in matches if match), None)
     if stem is None or f"{stem}template_pair_label.txt" not in files:
         raise InputError(f"--src {src}: no meta/ijbc_face_tid_mid.txt and meta/ijbc_template_pair_label.txt (or ijbb): "
                          "prepare IJB-B and IJB-C separately, each from its own folder")
-    images = list(read_numbers(src, files, f"{stem}face_tid_mid.txt", (str, whole, whole)))
-    landmarks = f"{stem}name_5pts_score.txt"
-    faces = {name: rest for name, *rest in read_numbers(src, files, landmarks, (str, *[number] * 11))
-             } if landmarks in files else {}
+    listed, landmarks, faces = f"{stem}face_tid_mid.txt", f"{stem}name_5pts_score.txt", {}
+    names, ids = read_columns(files, listed, str, (0,)), read_columns(files, listed, int, (1, 2))
+    images = [(name, *numbers) for name, numbers in zip(names[:, 0].tolist(), ids.tolist(), strict=True)]
+    if landmarks in files:
+        scores = read_columns(files, landmarks, float, tuple(range(1, 12))).tolist()
+        faces = dict(zip(read_columns(files, landmarks, str, (0,))[:, 0].tolist(), scores, strict=True))
     tops = {name.partition("/")[0] for name in files}
     crops = next((top for top in sorted(tops) if top.startswith("aligned")), "loose_crop")
-    pairs = read_template_pairs(files[f"{stem}template_pair_label.txt"])
-    lists = {kind: [dict(read_numbers(src, files, name, (whole, whole), ",")) for name in sorted(files)
-                    if re.fullmatch(rf"{stem}1N_{kind}\.csv", name)] for kind in (r"gallery_[GS]\d", "probe_mixed")}
-    galleries, probes = lists.values()
+    pairs = read_columns(files, f"{stem}template_pair_label.txt", int, (0, 1, 2))
+    if not np.isin(pairs[:, 2], (0, 1)).all():
+        raise InputError(f"{src}/{stem}template_pair_label.txt: want `template template same` lines, same 0 or 1")
+    galleries, probes = (
+        [dict(read_columns(files, name, int, (0, 1), delimiter=",", skiprows=1).tolist()) for name in sorted(files)
+         if re.fullmatch(rf"{stem}1N_{kind}\.csv", name)] for kind in (r"gallery_[GS]\d", "probe_mixed"))
     subjects = {template: subject for table in galleries + probes for template, subject in table.items()}
-    missing = sum(f"{crops}/{name}" not in files for name, _, _ in images)
-    if 2 * missing > len(images):
-        raise InputError(f"{stem}face_tid_mid.txt: {missing:,} of {len(images):,} images are not in {crops}: "
-                         "is the download complete?")
     people = template_people({t for _, t, _ in images}, pairs[pairs[:, 2] == 1, :2].tolist(), subjects)
 
     def records() -> Iterator[Record]:
         for name, template, media in images:
-            member = files.get(f"{crops}/{name}")
-            if member is None:
-                yield Record(absent, f"{crops}/{name}", people[template], template=template, media=media)
-                continue
-            if crops == "loose_crop" and name not in faces:
-                raise InputError(f"{stem}name_5pts_score.txt: no landmarks for {name!r}, which aligning a loose crop "
-                                 "needs")
-            *points, score = faces.get(name, (None,))
-            read = partial(align, member.read, tuple(points)) if crops == "loose_crop" else member.read
+            member = files.get(f"{crops}/{name}") or Member(f"{crops}/{name}", absent)
+            read, score = member.read, None
+            if read is not absent:
+                *points, score = faces.get(name, (None,))
+                if crops == "loose_crop" and not points:
+                    raise InputError(f"{src}/{landmarks}: no landmarks for {name!r}, which aligning a loose crop needs")
+                read = partial(align, read, tuple(points)) if crops == "loose_crop" else read
             yield Record(read, member.name, people[template], template=template, media=media, quality=score)
 
+    check_found(zip(records()), f"{src}/{listed}")
     tables = {"template_pairs": pairs}
     if galleries and probes:
         tables["template_gallery"] = np.array([(t, g) for g, table in enumerate(galleries) for t in sorted(table)])

@@ -12,15 +12,35 @@ from PIL import Image
 
 from data_prep import InputError, Number
 from data_prep.format import READABLE, Record, Skipped, Source
-from data_prep.records import Records, draw, listed_lines, rank_in_group
+from data_prep.records import Records, draw, rank_in_group, read_map
 from data_prep.sources.archives import Member, is_leftover, members
 
-REFERENCE = click.option("--reference", metavar="SPLIT",
+
+class Only(click.Option):
+    """An option for some splits only: `only` is "training splits", "test splits of people" or the like."""
+
+    def __init__(self, *names, only: str, **settings) -> None:
+        super().__init__(*names, **settings)
+        self.only = only
+
+
+def check_scope(source: str, only: str, domain: str, train: bool, options: dict) -> None:
+    """InputError if the source, or a given option of it, is not for splits of this part and domain; see `Only`."""
+    scopes = {option.opts[0]: option.only for option in click.get_current_context().command.params
+              if isinstance(option, Only) and options[option.name]}
+    split = f"{'training' if train else 'test'} splits of {'objects' if domain == 'object' else 'people'}"
+    for name, scope in ({source: only} | scopes).items():
+        if not set(scope.split()) <= set(split.split()):
+            raise InputError(f"{name} is for {scope}, not for {split}: leave it out, or choose another --out or --part")
+
+
+REFERENCE = click.option("--reference", cls=Only, only="test splits of objects", metavar="SPLIT",
                          help="Objects: split whose class means and nearest neighbours classify a test split "
                               "(default: train).")
-OOD = click.option("--ood", is_flag=True,
+OOD = click.option("--ood", cls=Only, only="test splits of objects", is_flag=True,
                    help="Objects: mark a test split as out of distribution, so that its retention is scored.")
-OPEN_SET = click.option("--open-set", type=Number(0, 1, min_open=True, max_open=True), metavar="SHARE",
+OPEN_SET = click.option("--open-set", cls=Only, only="test splits of people", metavar="SHARE",
+                        type=Number(0, 1, min_open=True, max_open=True),
                         help="People: share of a test split's identities, chosen by name and --seed, without gallery "
                              "images; their images are probes without a mate, as TPIR@FPIR needs.")
 
@@ -124,25 +144,12 @@ def labelled(records: Iterable[Record], domain: str, train: bool, skipped: Skipp
 
     `records` may be an iterator that fills `skipped` and `names`.
     """
-    if (ood or reference) and (train or domain != "object"):
-        raise InputError("--reference and --ood are for test splits of objects: leave them out")
     if train:
         return Source(records, skipped=skipped, names=names)
     if domain == "object":
         classification = {"name": "classification", "reference": reference or "train", "ood": ood, **protocol}
         return Source(records, classification, skipped=skipped, names=names)
     return Source(records, {"name": "identification"}, skipped=skipped, names=names, deal=deal_roles)
-
-
-def read_names(path: Path | None) -> dict[str, str]:
-    """Readable names of class folders, also for prompts, from `folder<TAB>name` lines."""
-    names = {}
-    for number, line in listed_lines(path, "--names") if path else ():
-        folder, tab, name = line.partition("\t")
-        if not tab:
-            raise InputError(f"--names {path}, line {number}: want folder<TAB>name, found {line[:60]!r}")
-        names[folder.strip()] = name.strip()
-    return names
 
 
 @click.option("--names", type=click.Path(path_type=Path), help="File of folder<TAB>name lines: names for prompts.")
@@ -158,11 +165,9 @@ def folder(src: Path, domain: str, train: bool, names: Path | None = None, refer
     first readable image is the gallery, the others are probes; people with one image are distractors; `--open-set`:
     a share of the people is not enrolled, and all of their images are probes.
     """
-    if open_set and (train or domain == "object"):
-        raise InputError("--open-set is for test splits of people: leave it out")
     skipped = Skipped()
     records = (Record(member.read, member.name, name) for name, member in scan(src, skipped))
-    source = labelled(records, domain, train, skipped, read_names(names), reference, ood)
+    source = labelled(records, domain, train, skipped, read_map(names, "--names") if names else {}, reference, ood)
     if open_set:
         source = replace(source, protocol=source.protocol | {"open_set": open_set, "seed": seed},
                          deal=partial(deal_roles, open_set=open_set, seed=seed))

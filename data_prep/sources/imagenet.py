@@ -17,12 +17,11 @@ import click
 
 from data_prep import InputError
 from data_prep.format import BadImage, Record, Skipped, Source
-from data_prep.sources.archives import members
-from data_prep.sources.folders import REFERENCE, labelled
-from data_prep.sources.lists import Files, below, images_of, match_images, place_of, read_json, read_lines, read_table
+from data_prep.records import read_table, reading
+from data_prep.sources.archives import members, read_file
+from data_prep.sources.folders import REFERENCE, Only, labelled
+from data_prep.sources.lists import Files, below, match_images, place_of
 from data_prep.write import as_rgb, open_image
-
-LARGEST_LABELS = 2**24  # bytes of ReaL's real.json, which has 630,000
 
 
 @cache
@@ -43,15 +42,7 @@ def imagenet_wnids() -> list[str]:
 # ---------------------------------------------------------------- ImageNet and its test sets
 
 
-def need_objects(domain: str, train: bool = False) -> None:
-    """InputError if objects would be written as people, or a test set (`train`) as a training split."""
-    if domain != "object":
-        raise InputError(f"these are objects, not {domain}: write them to DATA/object/<split>")
-    if train:
-        raise InputError("this set is for testing only: write it to another <split>, or add --part test")
-
-
-KAGGLE_LISTS = ("LOC_val_solution.csv", "LOC_synset_mapping.txt")
+SOLUTION = "LOC_val_solution.csv"  # Kaggle's classes of the validation images
 
 
 def read_real(path: Path) -> list[list[str]]:
@@ -59,12 +50,8 @@ def read_real(path: Path) -> list[list[str]]:
 
     Source: Beyer et al. 2020, real.json: a list of lists of class numbers.
     """
-    try:
-        if path.stat().st_size > LARGEST_LABELS:
-            raise ValueError(f"{path.stat().st_size:,} bytes")
-        table = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--real {path}: not ReaL's real.json ({error})") from error
+    with reading(f"--real {path}: not ReaL's real.json"):
+        table = json.loads(read_file(path))
     wnids = imagenet_wnids()
     if not isinstance(table, list) or not table:
         raise InputError(f"--real {path}: want a list with the class numbers of each validation image")
@@ -80,7 +67,7 @@ def with_fields(read: Callable[[], bytes], fields: dict) -> tuple[bytes, dict]:
 
 
 @REFERENCE
-@click.option("--real", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--real", cls=Only, only="test splits", type=click.Path(path_type=Path), metavar="FILE",
               help="real.json: adds the labels of ReaL to a validation split.")
 def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, real: Path | None = None) -> Source:
     """ImageNet-1k: `train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`, or Kaggle's `ILSVRC/Data/CLS-LOC/{train,val}`.
@@ -89,36 +76,25 @@ def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, 
     50,000 validation images of 1,000 classes; subsets are accepted. --real adds the labels of ReaL, of which an image
     may have several or none. Source: the image-net.org and Kaggle layouts.
     """
-    need_objects(domain)
-    if real and train:
-        raise InputError("--real has labels of validation images: leave it out for a training split")
     part = "train" if train else "val"
     top, folder = place_of(src, "ImageNet has train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or ILSVRC/Data/CLS-LOC",
                            f"ILSVRC/Data/CLS-LOC/{part}", part)
-    lists = {file.name[len(top):]: file for file in members(src) if file.name in (f"{top}{n}" for n in KAGGLE_LISTS)}
-    solution, mapping = (name if name in lists else None for name in KAGGLE_LISTS)
-    wnids, names, skipped = {}, {}, Skipped()
-    columns = ("ImageId", "PredictionString")
-    for where, row in read_table(src, lists, solution, columns) if solution and not train else ():
+    wnids, skipped, columns = {}, Skipped(), ("ImageId", "PredictionString")
+    solution = None if train else next((file for file in members(src) if file.name == f"{top}{SOLUTION}"), None)
+    for where, row in read_table(solution.read, f"{src}/{SOLUTION}", columns) if solution else ():
         wnids[row["ImageId"]] = row["PredictionString"].partition(" ")[0]
         if not re.fullmatch(r"n\d{8}", wnids[row["ImageId"]]):
             raise InputError(f"{where}: want a wnid like n01440764 first, found {row['PredictionString'][:40]!r}")
-    for _, line in read_lines(src, lists, mapping) if mapping else ():
-        wnid, _, names[wnid] = line.partition(" ")
     pattern = re.compile(rf"{folder}/(?:(?P<wnid>n\d{{8}})/)?(?P<image>[^/]+)\.\w+")
-    extra, labels = {}, read_real(real) if real else []
-    if real:
-        extra = {"real": hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16]}
+    labels = read_real(real) if real else []
+    extra = {"real": hashlib.sha256(json.dumps(labels).encode()).hexdigest()[:16]} if real else {}
 
     def records() -> Iterator[Record]:
         files = ((file.name[len(top):], file) for file in members(src, skipped) if file.name.startswith(top))
-        for m, member in match_images(files, pattern, "ImageNet", skipped, (f"{folder}/",)):
+        for m, member in match_images(files, pattern, "ImageNet", skipped, f"{folder}/"):
             wnid, read = m["wnid"] or wnids.get(m["image"]), member.read
-            if not wnid and solution:
-                raise InputError(f"{src}/{member.name}: neither in a wnid folder nor in {solution}")
             if not wnid:
-                raise InputError(f"--src {src}: images of {part} are not in wnid folders; put {KAGGLE_LISTS[0]} beside "
-                                 f"{folder.partition('/')[0]} to give their classes")
+                raise InputError(f"{src}/{member.name}: neither in a wnid folder nor in {top}{SOLUTION}")
             if real:
                 number = re.fullmatch(r"ILSVRC2012_val_(\d{8})", m["image"])
                 if not number or not 1 <= int(number[1]) <= len(labels):
@@ -127,46 +103,40 @@ def imagenet(src: Path, domain: str, train: bool, reference: str | None = None, 
                 read = partial(with_fields, read, {"real": labels[int(number[1]) - 1]})
             yield Record(read, member.name, wnid)
 
-    return labelled(records(), domain, train, skipped, names | imagenet_classes(), reference, **extra)
+    return labelled(records(), domain, train, skipped, imagenet_classes(), reference, **extra)
 
 
-def wnid_folders(src: Path, domain: str, train: bool, reference: str | None, kind: str, classes: int) -> Source:
-    """A test set in wnid folders, `<wnid>/<image>`, with at most `classes` classes."""
-    need_objects(domain, train)
-    matches, skipped = images_of(Files(src), re.compile(r"(?:.*/)?(n\d{8})/[^/]+"), kind)
-    records = [Record(member.read, member.name, m[1]) for m, member in matches]
-    if unknown := sorted({record.identity for record in records} - set(imagenet_wnids())):
-        raise InputError(f"--src {src}: {unknown[0]} is not one of the 1,000 classes of ImageNet-1k")
-    if (n := len({record.identity for record in records})) > classes:
-        raise InputError(f"--src {src}: {n:,} classes, but {kind} has {classes:,}")
-    return labelled(records, domain, train, skipped, imagenet_classes(), reference, ood=True)
+def wnid_folders(kind: str, classes: int, about: str) -> Callable[..., Source]:
+    """The source, described by `about`, of a test set in wnid folders, `<wnid>/<image>`, with at most `classes`."""
+
+    @REFERENCE
+    def read(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
+        files = Files(src)
+        records = [Record(member.read, member.name, m[1])
+                   for m, member in files.images(re.compile(r"(?:.*/)?(n\d{8})/[^/]+"), kind)]
+        wnids = {record.identity for record in records}
+        if unknown := sorted(wnids - set(imagenet_wnids())):
+            raise InputError(f"--src {src}: {unknown[0]} is not one of the 1,000 classes of ImageNet-1k")
+        if len(wnids) > classes:
+            raise InputError(f"--src {src}: {len(wnids):,} classes, but {kind} has {classes:,}")
+        return labelled(records, domain, train, files.skipped, imagenet_classes(), reference, ood=True)
+
+    read.__name__, read.__doc__ = kind.lower().replace("-", "_"), about
+    return read
 
 
-@REFERENCE
-def imagenet_a(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
-    """ImageNet-A (natural adversarial examples): `imagenet-a/<wnid>/*.jpg`.
+imagenet_a = wnid_folders("ImageNet-A", 200, """ImageNet-A (natural adversarial examples): `imagenet-a/<wnid>/*.jpg`.
 
     Scored as out of distribution. Expected: 7,500 images of 200 classes. Source: Hendrycks et al., CVPR 2021.
-    """
-    return wnid_folders(src, domain, train, reference, "ImageNet-A", 200)
-
-
-@REFERENCE
-def imagenet_r(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
-    """ImageNet-R (renditions): `imagenet-r/<wnid>/*`.
+    """)
+imagenet_r = wnid_folders("ImageNet-R", 200, """ImageNet-R (renditions): `imagenet-r/<wnid>/*`.
 
     Scored as out of distribution. Expected: 30,000 images of 200 classes. Source: Hendrycks et al., ICCV 2021.
-    """
-    return wnid_folders(src, domain, train, reference, "ImageNet-R", 200)
-
-
-@REFERENCE
-def imagenet_sketch(src: Path, domain: str, train: bool, reference: str | None = None) -> Source:
-    """ImageNet-Sketch: `sketch/<wnid>/*`.
+    """)
+imagenet_sketch = wnid_folders("ImageNet-Sketch", 1000, """ImageNet-Sketch: `sketch/<wnid>/*`.
 
     Scored as out of distribution. Expected: 50,889 images of 1,000 classes. Source: Wang et al., NeurIPS 2019.
-    """
-    return wnid_folders(src, domain, train, reference, "ImageNet-Sketch", 1000)
+    """)
 
 
 @REFERENCE
@@ -177,15 +147,15 @@ def imagenet_v2(src: Path, domain: str, train: bool, reference: str | None = Non
     would sort them as words: 10 would become class 2 and 100 class 3). Source: Recht et al., ICML 2019, and issues 4, 6
     and 10 of its repository.
     """
-    need_objects(domain, train)
     wnids = imagenet_wnids()
-    found, skipped = images_of(Files(src), re.compile(r"(?:.*/)?(\d{1,3})/[^/]+"), "ImageNet-V2")
-    records = [Record(member.read, member.name, wnids[int(m[1])]) for m, member in found]
+    files = Files(src)
+    records = [Record(member.read, member.name, wnids[int(m[1])])
+               for m, member in files.images(re.compile(r"(?:.*/)?(\d{1,3})/[^/]+"), "ImageNet-V2")]
     for wnid, n in Counter(record.identity for record in records).items():
         if n != 10:
             raise InputError(f"--src {src}: {n} images in folder {wnids.index(wnid)}, ImageNet-V2 has 10 in each: give "
                              "the whole folder of one variant")
-    return labelled(records, domain, train, skipped, imagenet_classes(), reference, ood=True)
+    return labelled(records, domain, train, files.skipped, imagenet_classes(), reference, ood=True)
 
 
 def inside_border(read: Callable[[], bytes], border: int) -> bytes:
@@ -208,26 +178,22 @@ def objectnet(src: Path, domain: str, train: bool, reference: str | None = None)
     best one counts). Expected: the 113 of 313 classes that ImageNet has, 18,574 of 50,000 images. Source: Barbu et al.,
     NeurIPS 2019; the reader of wise-ft.
     """
-    need_objects(domain, train)
     files = below(src, "ObjectNet has images/<folder>/*.png and mappings/*.json", "mappings")
-    folder_label = read_json(src, files, "mappings/folder_to_objectnet_label.json")
-    label_names = read_json(src, files, "mappings/objectnet_to_imagenet_1k.json")
-    number_line = read_json(src, files, "mappings/pytorch_to_imagenet_2012_id.json")
-    lines = [line for _, line in read_lines(src, files, "mappings/imagenet_to_label_2012_v2")]
+    folder_label = files.read_json("mappings/folder_to_objectnet_label.json")
+    label_names = files.read_json("mappings/objectnet_to_imagenet_1k.json")
+    number_line = files.read_json("mappings/pytorch_to_imagenet_2012_id.json")
+    lines = [line for _, line in files.read_lines("mappings/imagenet_to_label_2012_v2")]
     wnids = imagenet_wnids()
-    try:
+    with reading(f"{src}/mappings: the four files do not match each other", ": restore them from the data set"):
         wnid_of = {lines[line]: wnids[int(number)] for number, line in number_line.items()}
         groups = {folder: sorted(wnid_of[name] for name in label_names[label].split("; "))
                   for folder, label in folder_label.items() if label in label_names}
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{src}/mappings: the four files do not match each other ({error}): restore them from the "
-                         "data set") from error
-    matches, skipped = images_of(files, re.compile(r"images/([^/]+)/[^/]+"), "ObjectNet", ("images/",))
-    for m, member in matches:
-        if m[1] not in groups:
-            skipped.add(member.name, "class that ImageNet lacks")
-    records = [Record(partial(inside_border, member.read, 2), member.name, groups[m[1]][0])
-               for m, member in matches if m[1] in groups]
+    records = []
+    for m, member in files.images(re.compile(r"images/([^/]+)/[^/]+"), "ObjectNet", "images/"):
+        if m[1] in groups:
+            records.append(Record(partial(inside_border, member.read, 2), member.name, groups[m[1]][0]))
+        else:
+            files.skipped.add(member.name, "class that ImageNet lacks")
     names = {group[0]: folder_label[folder] for folder, group in groups.items()}
     several = {group[0]: group for group in groups.values() if len(group) > 1}
-    return labelled(records, domain, train, skipped, names, reference, ood=True, groups=several)
+    return labelled(records, domain, train, files.skipped, names, reference, ood=True, groups=several)

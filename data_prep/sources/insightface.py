@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 from array import array
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,8 +15,9 @@ import numpy as np
 
 from data_prep import InputError
 from data_prep.format import BadImage, Record, Skipped, Source
+from data_prep.records import reading
 from data_prep.sources.archives import check_size, is_leftover, read_file
-from data_prep.sources.faces import ten_folds
+from data_prep.sources.faces import ten_folds, verification
 from data_prep.sources.folders import labelled
 
 # ---------------------------------------------------------------- RecordIO
@@ -76,11 +78,8 @@ def peek(file: int, offset: int) -> tuple[tuple[float, ...], bool]:
 
 def read_record(path: Path, offset: int) -> bytes:
     """The encoded image of one record."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        payload = read_payload(file, offset)
-    finally:
-        os.close(file)
+    with open(path, "rb") as file:
+        payload = read_payload(file.fileno(), offset)
     return payload[split_payload(payload, len(payload))[1]:]
 
 
@@ -89,29 +88,24 @@ def read_offsets(rec: Path) -> Iterator[tuple[int, int]]:
 
     Without an .idx, or if it gives several records the same key, keys number the records in file order.
     """
-    idx, total = rec.with_suffix(".idx"), rec.stat().st_size
-    if idx.exists():
-        keys, offsets = array("q"), array("q")  # a dictionary of 42 million entries would take gigabytes
-        with open(idx, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                match = re.fullmatch(rb"(\d{1,18})\s+(\d{1,18})\s*", line)
-                if not match or int(match[2]) >= total:
-                    raise InputError(f"{idx}, line {number}: want `key<TAB>offset` with an offset within {rec.name}, "
-                                     f"found {line[:60]!r}; do the two files belong together?")
-                keys.append(int(match[1]))
-                offsets.append(int(match[2]))
-        ids, starts = np.frombuffer(keys or b"", dtype=np.int64), np.frombuffer(offsets or b"", dtype=np.int64)
+    idx = rec.with_suffix(".idx")
+    if idx.exists() and idx.stat().st_size:
+        what = f"{idx}: want `key<TAB>offset` lines, with offsets within {rec.name}"
+        with reading(what, "; do the two files belong together?"), warnings.catch_warnings(action="ignore"):
+            keys, starts = np.loadtxt(idx, dtype=np.int64, ndmin=2, comments=None).T
+            if (outside := (starts < 0) | (starts >= rec.stat().st_size)).any():
+                raise ValueError(f"line {outside.argmax() + 1}: {starts[outside][0]}")
         first = np.unique(starts, return_index=True)[1]  # each record once, in file order
-        if repeats := len(np.unique(ids[first])) < len(first):  # im2rec from a list that numbers all images alike
+        if repeats := len(np.unique(keys[first])) < len(first):  # im2rec from a list that numbers all images alike
             print(f"  note: {idx} gives several records the same key: they are numbered in the order of {rec.name}")
-        for n, place in enumerate(first if repeats else first[np.argsort(ids[first])]):
-            yield n if repeats else int(ids[place]), int(starts[place])
-        if len(first):
-            return
+        for n, place in enumerate(first if repeats else first[np.argsort(keys[first])]):
+            yield n if repeats else int(keys[place]), int(starts[place])
+        return
+    if idx.exists():
         print(f"  note: {idx} is empty: {rec.name} is read from end to end")
-    key, offset, file = 0, 0, os.open(rec, os.O_RDONLY)
-    try:
-        while len(block := os.pread(file, PART.size, offset)) == PART.size:
+    key, offset = 0, 0
+    with open(rec, "rb") as file:
+        while len(block := os.pread(file.fileno(), PART.size, offset)) == PART.size:
             magic, word = PART.unpack(block)
             if magic != MAGIC:
                 raise InputError(f"{rec}: no record at byte {offset}: damaged, or no RecordIO file")
@@ -120,8 +114,6 @@ def read_offsets(rec: Path) -> Iterator[tuple[int, int]]:
                 key += 1
             length = word & (1 << 29) - 1
             offset += PART.size + length + -length % 4
-    finally:
-        os.close(file)
 
 
 def recordio(src: Path, domain: str, train: bool) -> Source:
@@ -139,11 +131,10 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
     if rec is None or not rec.is_file():
         raise InputError(f"--src {src}: want a folder with train.rec (and train.idx, property), or one .rec file")
     keys, offsets, people, skipped, declared = array("q"), array("q"), array("q"), Skipped(), ()
-    file = os.open(rec, os.O_RDONLY)
-    try:
+    with open(rec, "rb") as file:
         for key, offset in read_offsets(rec):
             try:
-                labels, image = peek(file, offset)
+                labels, image = peek(file.fileno(), offset)
             except BadImage as error:
                 skipped.add(f"{rec.name}:{key}", str(error))
                 continue
@@ -155,13 +146,10 @@ def recordio(src: Path, domain: str, train: bool) -> Source:
                 people.append(int(labels[0]))
                 keys.append(key)
                 offsets.append(offset)
-    finally:
-        os.close(file)
     images = len(keys) + sum(skipped.values())
     if len(declared) == 2 and declared[1] > declared[0] > images + 1:
-        raise InputError(f"{rec}: its first record declares {declared[0] - 1:,.0f} images, but {images:,} exist: is "
-                         "the download complete?")
-    note = src / "property" if src.is_dir() else src.with_name("property")
+        raise InputError(f"{rec}: declares {declared[0] - 1:,.0f} images, but {images:,} exist: is it complete?")
+    note = rec.with_name("property")
     classes = re.match(rb"(\d{1,9}),\d+,\d+", note.read_bytes()[:99]) if note.is_file() else None
     if classes and int(classes[1]) != len(set(people)):
         print(f"  note: {note} says {int(classes[1]):,} people, the records name {len(set(people)):,}")
@@ -185,8 +173,9 @@ class Stand:
 
 
 class Opcodes(dict):
-    """The permitted opcodes and their number, `limit`; a set of 7,000 pairs needs less than a tenth."""
+    """The permitted opcodes, and how many of them may still be read; a set of 7,000 pairs needs less than a tenth."""
 
+    left = 5_000_000
     names = (
         "PROTO FRAME STOP MARK POP POP_MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 STRING "
         "BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
@@ -194,12 +183,11 @@ class Opcodes(dict):
         "BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE BUILD"
     )
 
-    def __init__(self, limit: int = 5_000_000) -> None:
+    def __init__(self) -> None:
         super().__init__({code: pickle._Unpickler.dispatch[code]
                           for code in (getattr(pickle, name)[0] for name in self.names.split())})
         # read a bytearray as bytes: its own method allocates the declared size before reading
         self[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8
-        self.left = limit
 
     def __getitem__(self, code: int) -> Callable:
         self.left -= 1
@@ -232,23 +220,13 @@ class Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str | bytes, name: str | bytes) -> Callable:
         module, name = (word.decode("latin1") if isinstance(word, bytes) else word for word in (module, name))
-        if (module, name) in {("_codecs", "encode"), ("builtins", "bytes"), ("builtins", "bytearray"),
-                              ("__builtin__", "bytes"), ("__builtin__", "bytearray")}:
+        if module in ("_codecs", "builtins", "__builtin__") and name in ("encode", "bytes", "bytearray"):
             return self.encode
         if re.fullmatch(r"numpy(\._?core\.(multiarray|numeric))?", module) and name in (
             "_reconstruct", "_frombuffer", "scalar", "ndarray", "dtype"
         ):  # fmt: skip
             return Stand
         raise pickle.UnpicklingError(f"it refers to {f'{module}.{name}'!r}")
-
-
-def unpickle(path: Path):
-    """The content of a verification set; InputError for any other kind of content."""
-    try:
-        return Unpickler(read_file(path)).load()
-    except Exception as error:  # by damage: UnpicklingError, EOFError, ValueError, TypeError, IndexError, ...
-        raise InputError(f"--src {path}: not a verification set of images and booleans ({str(error)[:80]}): refused, "
-                         "and nothing in it was executed") from error
 
 
 def bin(src: Path, domain: str, train: bool) -> Source:
@@ -258,11 +236,11 @@ def bin(src: Path, domain: str, train: bool) -> Source:
     becomes a person, and so does each image of an impostor pair. Expected: lfw, calfw, cplfw, agedb_30 6,000 pairs,
     cfp_fp and cfp_ff 7,000. Source: insightface, `arcface_torch/eval/verification.py`.
     """
-    if train:
-        raise InputError("bin: a verification set is a test split: add --part test")
     if not src.is_file():
         raise InputError(f"--src {src}: want a verification file such as lfw.bin")
-    content = unpickle(src)
+    with reading(f"--src {src}: not a verification set of images and booleans",
+                 ": refused, and nothing in it was executed"):
+        content = Unpickler(read_file(src)).load()
     images, same = content if isinstance(content, (tuple, list)) and len(content) == 2 else (None, None)
     images = images.data if isinstance(images, Stand) else images
     same = list(same.data) if isinstance(same, Stand) else same  # a NumPy array of booleans
@@ -277,4 +255,4 @@ def bin(src: Path, domain: str, train: bool) -> Source:
             image = image if isinstance(image, bytes) else b""  # empty: skipped as unreadable when the shard is written
             records.append(Record(partial(bytes, image), f"{src.name}:{i}", person))
         pairs.append((2 * p, 2 * p + 1, genuine, fold))
-    return Source(records, {"name": "verification", "folds": min(10, len(same))}, pairs)
+    return verification(records, pairs, f"--src {src}")

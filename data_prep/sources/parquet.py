@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from fnmatch import fnmatch
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 
@@ -12,7 +11,8 @@ import click
 
 from data_prep import InputError
 from data_prep.format import BadImage, Record, Skipped, Source, as_text
-from data_prep.sources.archives import members, one_line, read_file
+from data_prep.records import reading
+from data_prep.sources.archives import members, read_file
 from data_prep.sources.folders import OOD, REFERENCE, labelled
 from data_prep.sources.imagenet import imagenet_classes, imagenet_wnids
 
@@ -52,11 +52,11 @@ def parquet_image(path: str, column: str, group: int, row: int, src: str) -> byt
         image = row_group(path, column, group)[row].as_py()
     except Exception as error:  # as in parquet_labels
         raise BadImage("unreadable parquet rows") from error
-    data, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-    name = data if isinstance(data, str) else name
-    if data and data is not name:
-        return data
-    if not name:
+    if not isinstance(image, dict):
+        image = {"path" if isinstance(image, str) else "bytes": image}
+    if image.get("bytes"):
+        return image["bytes"]
+    if not (name := image.get("path")):
         raise BadImage("no image in its row")
     if name.startswith("/") or ".." in name.split("/"):
         raise BadImage("its row names a file outside the source")
@@ -115,11 +115,11 @@ def choose_files(src: Path, patterns: list[str], skipped: Skipped) -> dict[str, 
     """The parquet files below src that match the first pattern with a match: name -> path."""
     listed = {file.name: file.path for file in members(src, skipped) if file.name.endswith(".parquet")}
     for pattern in patterns:
-        if chosen := {name: path for name, path in listed.items() if fnmatch(PurePosixPath(name).name, pattern)}:
+        if chosen := {name: path for name, path in listed.items() if PurePosixPath(name).match(pattern)}:
             return chosen
-    first = ", ".join(list(listed)[:3]) + ", ..." * (len(listed) > 3)
-    existing = f"there are {first}" if listed else "there are none at all"
-    raise InputError(f"--src {src}: no parquet file like {' or '.join(patterns)}; {existing}; --files PATTERN selects")
+    existing = ", ".join(list(listed)[:3]) + ", ..." * (len(listed) > 3) or "none at all"
+    raise InputError(f"--src {src}: no parquet file like {' or '.join(patterns)}; there are {existing}; "
+                     "--files PATTERN selects")
 
 
 def parquet_labels(path: Path, image: str, label: str, names: dict[str, str]) -> Iterator[list]:
@@ -127,26 +127,20 @@ def parquet_labels(path: Path, image: str, label: str, names: dict[str, str]) ->
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    try:
-        with ParquetFile(path, pre_buffer=False) as file:
-            schema = file.schema_arrow
-            types = {field.name: field.type for field in schema}
-            for option, column in (("image", image), ("label", label)):
-                if column not in types:
-                    raise InputError(f"{path}: no column {column!r}; it has {', '.join(types)[:200]}; "
-                                     f"--{option}-column selects another")
-            kind = types[image]
-            if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_string(kind)
-                    or (pa.types.is_struct(kind) and {"bytes", "path"} & {field.name for field in kind})):
-                raise InputError(f"{path}: column {image!r} is {str(kind)[:60]}; want bytes, or a struct with bytes or "
-                                 "path")
-            names |= class_names(schema.metadata, label)
-            for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=[label], use_threads=False).column(0).to_pylist()
-    except InputError:
-        raise
-    except Exception as error:  # Arrow raises its own errors and Python's
-        raise InputError(f"{path}: not a readable parquet file ({one_line(error)})") from error
+    with reading(f"{path}: not a readable parquet file"), ParquetFile(path, pre_buffer=False) as file:
+        schema = file.schema_arrow
+        types = {field.name: field.type for field in schema}
+        for option, column in (("image", image), ("label", label)):
+            if column not in types:
+                raise InputError(f"{path}: no column {column!r}; it has {', '.join(types)[:200]}; "
+                                 f"--{option}-column selects another")
+        kind = types[image]
+        if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_string(kind)
+                or (pa.types.is_struct(kind) and {"bytes", "path"} & {field.name for field in kind})):
+            raise InputError(f"{path}: column {image!r} is {str(kind)[:60]}; want bytes or a struct with bytes or path")
+        names |= class_names(schema.metadata, label)
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=[label], use_threads=False).column(0).to_pylist()
 
 
 def class_names(metadata: dict[bytes, bytes] | None, column: str) -> dict[str, str]:

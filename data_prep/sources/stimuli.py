@@ -6,9 +6,9 @@ from pathlib import Path, PurePosixPath
 
 from data_prep import InputError
 from data_prep.format import Record, Skipped, Source
-from data_prep.records import read_classes
+from data_prep.records import read_map
 from data_prep.sources.folders import REFERENCE, image_suffixes, scan
-from data_prep.sources.imagenet import need_objects, with_fields
+from data_prep.sources.imagenet import with_fields
 
 CATEGORIES = ("airplane", "bear", "bicycle", "bird", "boat", "bottle", "car", "cat", "chair", "clock", "dog",
               "elephant", "keyboard", "knife", "oven", "truck")  # the choices in the toolbox's experiments
@@ -26,23 +26,15 @@ def stimulus_of(image: str) -> str:
     return "_".join(parts[-2:] if re.fullmatch(r"n\d{8}", parts[-2:][0]) else parts[-1:])
 
 
-def category_of(folder: str, image: str) -> str:
-    """The category of a stimulus: its folder or, in the toolbox's session folders, the fifth part of its name."""
-    parts = PurePosixPath(image).name.split("_")
-    return (parts[4] if len(parts) > 5 and folder.casefold() not in CATEGORIES else folder).casefold()
-
-
 def gather(path: Path | None, categories: list[str]) -> dict[str, list[str]]:
     """The classes of each category, from `folder,category` lines; {} without a file."""
-    category_of_class = read_classes(path) if path else {}
-    if category_of_class and (first := next(iter(category_of_class.items())))[1] not in categories:
-        category_of_class.pop(first[0])  # a header
     groups: dict[str, list[str]] = {}
-    for name, category in category_of_class.items():
-        if category not in categories:
+    for place, (name, category) in enumerate(read_map(path, "--classes").items() if path else ()):
+        if category in categories:
+            groups.setdefault(category, []).append(name)
+        elif place:  # line 1 may be a header
             raise InputError(f"--classes {path}: {category[:60]!r} is not a category of the stimuli; those are "
                              + ", ".join(categories))
-        groups.setdefault(category, []).append(name)
     return groups
 
 
@@ -57,14 +49,16 @@ def stimuli(src: Path, domain: str, train: bool, reference: str | None = None, c
     `evaluate.py --humans` compares with people's answers. Expected: edges and silhouettes 160 stimuli each, cue
     conflict 1,280. Source: Geirhos et al., NeurIPS 2018 and ICLR 2019; github bethgelab/model-vs-human.
     """
-    need_objects(domain, train)
     skipped, files = Skipped(), {}
     for folder, member in scan(src, skipped):
         stimulus = stimulus_of(member.name)
         if stimulus in files:
             raise InputError(f"--src {src}: {files[stimulus][1].name} and {member.name} are both the stimulus "
                              f"{stimulus!r}: give the folder of one set, whose folders are the categories")
-        files[stimulus] = category_of(folder, member.name), member
+        parts = PurePosixPath(member.name).name.split("_")
+        if len(parts) > 5 and folder.casefold() not in CATEGORIES:  # a session folder: its images name the category
+            folder = parts[4]
+        files[stimulus] = folder.casefold(), member
     present = {category for category, _ in files.values()}
     categories = sorted(present | {*CATEGORIES} if present <= {*CATEGORIES} else present)
     records = []

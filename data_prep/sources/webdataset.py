@@ -13,13 +13,15 @@ import click
 
 from data_prep import InputError
 from data_prep.format import Record, Skipped, Source
-from data_prep.sources.archives import is_leftover, members, one_line, read_part, walk_tar
+from data_prep.records import reading
+from data_prep.sources.archives import is_leftover, members, read_part, walk_tar
 from data_prep.sources.folders import OOD, REFERENCE, image_suffixes, labelled
 from data_prep.sources.imagenet import imagenet_classes
 from data_prep.sources.parquet import WNIDS, class_of
 
 MOST_TARS = 100_000
 LARGEST_FIELD = 2**20  # bytes
+Place = tuple[int, int]  # offset and size of a file in a tar
 
 
 def expand(pattern: str) -> list[str]:
@@ -27,14 +29,9 @@ def expand(pattern: str) -> list[str]:
     brace = re.search(r"\{(\d{1,9})\.\.(\d{1,9})\}|\{([^{}]*,[^{}]*)\}", pattern)
     if not brace:
         return [pattern]
-    if brace[3] is not None:
-        values = iter(brace[3].split(","))
-    elif int(brace[1]) <= int(brace[2]):
-        values = (f"{i:0{len(brace[1])}d}" for i in range(int(brace[1]), int(brace[2]) + 1))
-    else:
-        raise InputError(f"--src {pattern[:80]}: {brace[0]} counts backwards")
+    first, last, words = brace.groups()
     expanded: list[str] = []
-    for value in values:
+    for value in words.split(",") if words else (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)):
         expanded += expand(pattern[: brace.start()] + value + pattern[brace.end() :])
         if len(expanded) > MOST_TARS:
             raise InputError(f"--src {pattern[:80]}: more than {MOST_TARS:,} files")
@@ -45,23 +42,12 @@ def open_tar(url: str) -> BinaryIO:
     """A tar on disk or behind a URL, seekable."""
     import fsspec
 
-    try:
+    with reading(f"{url}: cannot be opened"):
         # fsspec would expand brackets and stars in a local path
         file = fsspec.open(url, "rb").open() if "://" in url else open(url, "rb")  # noqa: SIM115
         if not file.seekable():
             raise OSError("not seekable: download it first")
         return file
-    except Exception as error:  # every file system behind fsspec raises its own
-        raise InputError(f"{url}: cannot be opened ({one_line(error)})") from error
-
-
-def read_at(file: BinaryIO, where: str, offset: int, size: int) -> bytes:
-    """A part of an open file; fewer bytes at its end."""
-    try:
-        file.seek(offset)
-        return file.read(size)
-    except Exception as error:  # as above
-        raise InputError(f"{where}: cannot be read ({one_line(error)})") from error
 
 
 def list_tars(src: str, skipped: Skipped) -> list[str]:
@@ -75,8 +61,7 @@ def list_tars(src: str, skipped: Skipped) -> list[str]:
         tars = [str(top / name) for pattern in expand(str(Path(src).relative_to(top)))
                 for name in (sorted(glob.glob(pattern, root_dir=top)) if glob.has_magic(pattern) else [pattern])]
     if not tars:
-        raise InputError(f"--src {src}: no tar found; give a folder, a tar, a pattern like 'a-{{000..146}}.tar' or "
-                         "a URL")
+        raise InputError(f"--src {src}: no tar found; give a folder, a tar, a URL or a pattern like 'a-{{00..46}}.tar'")
     return tars
 
 
@@ -92,33 +77,31 @@ def webdataset(src: str, domain: str, train: bool, label_key: str, wnids: bool, 
     (read twice: once for the labels, then image by image). A label is a number (negative: none) or a word. Source: the
     format of the webdataset library.
     """
-    skipped, endings = Skipped(), image_suffixes()
+    skipped = Skipped()
     urls = list_tars(src, skipped)
 
     def records() -> Iterator[Record]:
         for url in urls:
             with open_tar(url) as file:
-                for key, fields in tar_samples(walk_tar(file, url), endings, skipped):
-                    image = next((field for field in fields if f".{field}" in endings), None)
-                    if image is None:
-                        skipped.add(f"{url}: {key}", "sample without an image")
-                        continue
-                    label = field_label(file, url, fields, label_key)
-                    if (identity := class_of(label, wnids, f"{url}: {key}")) is None:
-                        skipped.add(f"{url}: {key}", "no label")
+                for key, fields in tar_samples(walk_tar(file, url), skipped):
+                    name, image = f"{url}: {key}", next((f for f in fields if f".{f}" in image_suffixes()), None)
+                    identity = class_of(field_label(file, url, fields, label_key), wnids, name)
+                    if image is None or identity is None:
+                        skipped.add(name, "no label" if image else "sample without an image")
                     else:
-                        yield Record(partial(read_part, url, *fields[image]), f"{url}: {key}", identity)
+                        yield Record(partial(read_part, url, *fields[image]), name, identity)
 
-    names = imagenet_classes() if wnids else {}
-    return labelled(records(), domain, train, skipped, names, reference, ood)
+    return labelled(records(), domain, train, skipped, imagenet_classes() if wnids else {}, reference, ood)
 
 
-def field_label(file: BinaryIO, where: str, fields: dict[str, tuple[int, int]], key: str) -> object:
+def field_label(file: BinaryIO, where: str, fields: dict[str, Place], key: str) -> object:
     """The label of a sample, from its .cls or its .json; None if neither has a readable one."""
     for field in ("cls", "json"):
         if field not in fields or fields[field][1] > LARGEST_FIELD:
             continue
-        data = read_at(file, where, *fields[field])
+        with reading(f"{where}: cannot be read"):
+            file.seek(fields[field][0])
+            data = file.read(fields[field][1])
         try:
             text = data.decode().strip()
             if field == "cls":
@@ -129,8 +112,7 @@ def field_label(file: BinaryIO, where: str, fields: dict[str, tuple[int, int]], 
     return None
 
 
-def tar_samples(files: Iterable[tuple[str, tuple[int, int]]], endings: frozenset[str], skipped: Skipped
-                ) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+def tar_samples(files: Iterable[tuple[str, Place]], skipped: Skipped) -> Iterator[tuple[str, dict[str, Place]]]:
     """Key and fields (extension -> offset, size) of every sample: consecutive files whose names agree up to a dot.
 
     In the format, that is the first dot, so that `7.seg.png` is a field of `7.jpg`. But keys may contain dots, as in
@@ -139,7 +121,7 @@ def tar_samples(files: Iterable[tuple[str, tuple[int, int]]], endings: frozenset
     parts = ((PurePosixPath(name), place) for name, place in files if not is_leftover(name, skipped))
 
     def has_image(repeats: list[dict]) -> bool:
-        return any(f".{ending}" in endings for fields in repeats for ending in fields)
+        return any(f".{ending}" in image_suffixes() for fields in repeats for ending in fields)
 
     for (folder, _), group in groupby(parts, lambda part: (part[0].parent, part[0].name.partition(".")[0])):
         samples: dict[str, list[dict]] = {}  # by the name up to its last dot
