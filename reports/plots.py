@@ -136,8 +136,8 @@ def draw_sheet(path: Path, lines: list[list[Tile | None]], legend: list[str], si
     frame, text, gap = 3, 26, 12
     outer = side + 2 * frame
     wide, high, top = outer + 4, outer + text + 8, 15 * len(legend) + 6
-    width = max(sum(gap if tile is None else wide for tile in line) for line in lines)
-    width = max(width, *(int(font.getlength(line)) + 4 for line in legend))
+    width = max(*(sum(gap if tile is None else wide for tile in line) for line in lines),
+                *(int(font.getlength(line)) + 4 for line in legend))
     sheet = Image.new("RGB", (width, top + high * len(lines)), "white")
     draw = ImageDraw.Draw(sheet)
     for number, line in enumerate(legend):

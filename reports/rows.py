@@ -39,10 +39,8 @@ class ScoreOptions(EmbedOptions):
 
 def chance(split: Split, row: Row) -> float:
     """The expected value of a split's headline for random embeddings."""
-    if known := {"verification": 0.5, "templates": 1e-4}.get(split.protocol["name"]):
+    if known := {"verification": 0.5, "templates": 1e-4}.get(split.protocol["name"], row.chance):
         return known
-    if row.chance:
-        return row.chance
     roles = split.optional("role")
     probes, gallery = np.flatnonzero(roles == ROLES.index("probe")), np.flatnonzero(roles > 0)
     mates = gallery_rule(split, gallery, variants_of(split)[0])

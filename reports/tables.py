@@ -23,7 +23,7 @@ PUBLISHED = Path(__file__).parent.parent / "protocols" / "published"  # figures 
 
 @dataclass(frozen=True)
 class Published:
-    """A figure published by others."""
+    """A figure published by others; the fields after the first are the columns of the file."""
 
     kind: str  # "human" or "expert"
     dataset: str
@@ -44,20 +44,19 @@ class Published:
 
 def read_published(folder: Path = PUBLISHED) -> list[Published]:
     """The figures of people, then of experts; InputError names a line that is not one."""
-    figures = []
+    figures, flags = [], {"yes": True, "no": False}
     for kind in ("human", "expert"):
         path = folder / f"{kind}s.csv"
         with open(path, newline="", encoding="utf-8") as file:
             for line, row in enumerate(csv.DictReader(file), 2):
                 try:
-                    value, flags = float(row["value"]) / 100, {"yes": True, "no": False}
-                    requires = [part.split("=") for part in row["requires"].split(" & ") if part]
-                    if not 0 <= value <= 1 or row["domain"] not in DOMAINS or not row["source"]:
+                    requires = dict(part.split("=") for part in row["requires"].split(" & ") if part)
+                    figures.append(Published(kind, **row | {
+                        "value": float(row["value"]) / 100, "same_protocol": flags[row["same_protocol"]],
+                        "requires": {name: flags.get(wanted, wanted) for name, wanted in requires.items()}}))
+                    if not 0 <= figures[-1].value <= 1 or row["domain"] not in DOMAINS or not row["source"]:
                         raise ValueError("want percent, a domain and a source")
-                    figures.append(Published(kind, row["dataset"], row["domain"], row["metric"], row["protocol"], value,
-                                             row["who"], row["source"], flags[row["same_protocol"]],
-                                             {name: flags.get(wanted, wanted) for name, wanted in requires}))
-                except (KeyError, TypeError, ValueError) as error:
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
                     raise InputError(f"{path}, line {line}: not a published figure ({error!r})") from error
     return figures
 

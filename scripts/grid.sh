@@ -88,7 +88,7 @@ from pathlib import Path
 
 from data_prep import join_config, literal
 from protocols.results import read_rows
-from reports.rows import headlines
+from reports.rows import as_table, headlines
 from reports.tables import write_text
 
 out, values = Path(sys.argv[1]), defaultdict(lambda: defaultdict(list))
@@ -103,12 +103,9 @@ for path in sorted(out.glob("*/eval/results.json")):
 if not values:
     sys.exit(f"error: {out}: no evaluated run yet")
 columns = list(dict.fromkeys(column for scores in values.values() for column in scores))
-lines = ["Percent; over several seeds: mean (minimum, maximum).", "", f"| | {' | '.join(map(literal, columns))} |",
-         "| --- |" + " --- |" * len(columns)]
-for cell, scores in values.items():
-    shown = [f"{sum(v) / len(v):.1f}" + (f" ({min(v):.1f}, {max(v):.1f})" if min(v) < max(v) else "") if v else ""
-             for v in (scores[column] for column in columns)]
-    lines.append(f"| {literal(cell)} | {' | '.join(shown)} |")
+table = [[literal(cell), *(f"{sum(v) / len(v):.1f}" + f" ({min(v):.1f}, {max(v):.1f})" * (min(v) < max(v)) if v else ""
+                           for v in (scores[column] for column in columns))] for cell, scores in values.items()]
+lines = ["Percent; over several seeds: mean (minimum, maximum).", "", *as_table(["", *map(literal, columns)], table)]
 write_text(out / "summary.md", "\n".join(lines) + "\n")
 print("\n".join(lines))
 PYTHON

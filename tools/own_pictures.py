@@ -59,13 +59,10 @@ def find_fitting(run: Run, domain: str | None) -> dict:
         raise InputError(f"--domain {domain}: the run was trained on {', '.join(run.config['domains'])}: use the one "
                          "whose images are prepared like yours")
     sources = run.config.get("sources") or describe_sources(open_training(run.config["data"], run.config["domains"]))
-    try:
-        fitting = {key: sources[domain][key] for key in ("size", "fit", "quality")}
-        if not (fitting["size"] <= MAX_SIZE and fitting["fit"] in FITS and fits(fitting["quality"], int)):
-            raise TypeError(fitting)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{run.folder}/config.json: its sources do not record how {domain} was fitted ({error!r}): "
-                         "restore it") from None
+    fitting = {key: sources.get(domain, {}).get(key) for key in ("size", "fit", "quality")}
+    if not (fits(fitting, {"size": int, "quality": int}) and fitting["size"] <= MAX_SIZE and fitting["fit"] in FITS):
+        raise InputError(f"{run.folder}/config.json: its sources do not record how {domain} was fitted ({fitting}): "
+                         "restore it")
     print(f"fitted as {domain}: {fitting['size']} px, {fitting['fit']}")
     return fitting
 
