@@ -220,7 +220,7 @@ def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
              "head": "trained class weights", **{name: rule for name, (_, _, rule) in linear.items()}}
 
     def classify(x: np.ndarray, scored: Split, only: list[str] | None = None) -> dict[str, Estimate]:
-        itself = scored.folder == reference.folder  # without votes of left-out images, and the probe fitted to it
+        itself = scored.folder == reference.folder  # left-out images do not vote, nor is it scored by its own probe
         return score_classification(
             x, scored, (x if itself else y, reference), head, classes, draws, seed, split.protocol.get("groups"),
             {name: (w, b) for name, (w, b, _) in linear.items() if name != "probe" or not itself}, only, embed.device)

@@ -53,16 +53,15 @@ run_cell() {  # called with `set -e` off: every step handles its own failure
     local run variant options images=$IMAGES code=0 network=(--backbone "$1" --size "$SIZE")
     [ -z "$MODEL" ] || network=(--model "$MODEL")
     run=$(folder "$@")
-    case $3 in
-        *-exposure) images=$(exposure "$1" "$2" "${3%-*}") || return ;;
-    esac
-    case $3 in
-        *-*) options=(--domains "${3%-*}" --images "$images") ;;
-        *) options=(--schedule "${3%+*}" --domains "${DOMAINS// /,}" --images "$images") ;;
-    esac
-    [ "${3%+*}" != sequential ] || options+=($SEQUENTIAL)
-    variant=VARIANT_${3#*+}
-    [[ $3 != *+* ]] || options+=(${!variant})
+    if [[ $3 = *-* ]]; then  # an expert
+        [[ $3 != *-exposure ]] || images=$(exposure "$1" "$2" "${3%-*}") || return
+        options=(--domains "${3%-*}" --images "$images")
+    else
+        options=(--schedule "${3%+*}" --domains "${DOMAINS// /,}" --images "$images")
+        [ "${3%+*}" != sequential ] || options+=($SEQUENTIAL)
+        variant=VARIANT_${3#*+}
+        [[ $3 != *+* ]] || options+=(${!variant})
+    fi
     if [ ! -e "$run/done.json" ]; then
         rm -f "$run/STOP"
         $LAUNCH train.py "${network[@]}" --seed "$2" --data "$DATA" --out "$run" --resume \
@@ -73,11 +72,8 @@ run_cell() {  # called with `set -e` off: every step handles its own failure
     fi
     [ "$run/eval/results.json" -nt "$run/done.json" ] || python evaluate.py --run "$run" \
         --cache "$OUT/embeddings" $EVALUATE || return  # all cells share the embeddings of the untouched backbone
-    case $3 in
-        *-*) ;;  # an expert has one task
-        *) [ "$ANALYZE" = none ] || [ "$run/analysis/analysis.json" -nt "$run/eval/results.json" ] ||
-            python analyze.py --run "$run" --cache "$OUT/embeddings" $ANALYZE ;;
-    esac
+    [[ $3 = *-* || $ANALYZE = none || $run/analysis/analysis.json -nt $run/eval/results.json ]] ||  # an expert: one task
+        python analyze.py --run "$run" --cache "$OUT/embeddings" $ANALYZE
 }
 
 summarise() {

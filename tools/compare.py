@@ -14,37 +14,32 @@ from reports.rows import as_table
 from reports.tables import new_figure, save_figure, write_text
 
 
-def unlike_figures(a: Scored, b: Scored) -> dict[tuple[str, str, str], str]:
-    """Why a figure that both runs have cannot be compared, by domain, split, metric.
+def shared_figures(runs: list[Scored], splits: set[str]) -> list[tuple[str, str, str, tuple]]:
+    """Keys of the figures that all runs have, by the same protocols and on as many samples.
 
-    InputError if the resamplings of the runs are not paired.
+    InputError if the resamplings of the runs are not paired, or a figure of `splits`, or every one, differs otherwise.
     """
-    if a.resampled != b.resampled:
-        raise InputError(f"{a.folder} and {b.folder} were resampled differently: run evaluate.py on both with the same "
-                         "--seed and --bootstrap")
-    reasons, both = {}, {key[:3] for key in a.rows} & {key[:3] for key in b.rows}
-    for one, other in ((a, b), (b, a)):
-        for key in one.rows:
-            if key[:3] in both and key not in other.rows:
-                reasons.setdefault(key[:3], {})[one.folder] = one.rows[key][0].protocol
-    reasons = {key: ", ".join(f"only {folder} has it by the protocol '{name}'" for folder, name in protocols.items())
-               + ": score both on the same splits with the same options" for key, protocols in reasons.items()}
-    for key in [key for key in a.rows if key in b.rows]:
-        counts = [scored.rows[key][0].count for scored in (a, b)]
-        if counts[0] != counts[1]:
-            reasons[key[:3]] = (f"{counts[0]:,} samples in {a.folder}, {counts[1]:,} in {b.folder} (unreadable "
-                                "images?): run evaluate.py on both again")
-    return reasons
-
-
-def shared_figures(runs: list[Scored], splits: set[str]) -> list[tuple[str, str, str, str]]:
-    """Keys of the figures that all runs have, computed alike; InputError if a named split has others, or all are."""
     first, *others = runs
-    unlike = {key: why for other in others for key, why in unlike_figures(first, other).items()}
+    unlike: dict[tuple[str, str, str], list[str]] = {}  # why a figure cannot be compared, by domain, split, metric
+    for other in others:
+        if first.resampled != other.resampled:
+            raise InputError(f"{first.folder} and {other.folder} were resampled differently: run evaluate.py on both "
+                             "with the same --seed and --bootstrap")
+        both = {key[:3] for key in first.rows} & {key[:3] for key in other.rows}
+        for key in [key for key in {**first.rows, **other.rows} if key[:3] in both]:
+            rows = [(one.folder, one.rows[key][0]) for one in (first, other) if key in one.rows]
+            if len(rows) == 1:
+                why = [f"only {folder} has it by the protocol '{row.protocol}'" for folder, row in rows]
+            elif rows[0][1].count != rows[1][1].count:
+                why = [f"{row.count:,} samples in {folder} (unreadable images?)" for folder, row in rows]
+            else:
+                continue
+            unlike[key[:3]] = unlike.get(key[:3], []) + why
     keys = [key for key in first.rows if all(key in other.rows for other in others) and key[:3] not in unlike]
     by_split: dict[str, list[str]] = {}
-    for key, why in unlike.items():
-        by_split.setdefault("/".join(key[:2]), []).append(f"{key[2]}: {why}")
+    for (domain, split, metric), why in unlike.items():
+        by_split.setdefault(f"{domain}/{split}", []).append(f"{metric}: {', '.join(why)}: score all on the same splits "
+                                                            "with the same options")
     for name, reasons in by_split.items():
         if name in splits or not keys:
             raise InputError(f"{name} {reasons[0]}")

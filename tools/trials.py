@@ -19,9 +19,6 @@ from protocols.humans import RATING_COLUMNS
 PAGE = Path(__file__).with_name("trials.html")
 
 
-# ---------------------------------------------------------------- drawing
-
-
 def draw_pairs(labels: np.ndarray, camera: np.ndarray, template: np.ndarray, count: int,
                seed: int | tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Genuine and impostor pairs in equal numbers, cycling through identities; no image twice if there are enough.
