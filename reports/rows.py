@@ -106,7 +106,7 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
     figures, curves, fitted, failed, without = {}, {}, {}, {}, without or {}
     for split in splits:
         x, key, curve = embed.raw(split), f"{split.domain}/{split.name}", {}
-        bad = int((~np.isfinite(x[:, 0])).sum() - split.missing.sum())  # those are misses
+        bad = int((~np.isfinite(x[:, 0])).sum())
         x[without.get(key, [])] = np.nan
         try:
             if not np.isfinite(x[:, 0]).any():
@@ -125,8 +125,8 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
             continue
         figures[key] = by_rule | {f"random pairs, seed {seed}": score_pairs(x, split.labels, draws, seed)}
         curves[key] = curve
-        if bad > 0:
-            print(f"  {key}: {bad} unreadable images left out")
+        if bad and bad > split.missing.sum():  # those are misses
+            print(f"  {key}: {bad - split.missing.sum()} unreadable images left out")
     if failed and not figures:
         raise next(iter(failed.values()))
     for key, error in failed.items():
