@@ -1,5 +1,6 @@
 """The figures of an evaluation: ROC, CMC, score distributions, bars, sheets of pictures."""
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -127,13 +128,13 @@ def draw_groups(ax, groups: list[Bars], person: str) -> None:
 Tile = tuple[Split, int, str, str]  # split, row, colour of the frame, caption of one or two lines
 
 
-def draw_sheet(path: Path, lines: list[list[Tile | None]], legend: list[str], side: int = 96) -> None:
+def draw_sheet(path: Path, lines: list[list[Tile | None]], legend: list[str]) -> None:
     """Images in lines under a legend, each with caption and frame, as PNG; None: a gap."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
-    frame, text, gap = 3, 26, 12
+    side, frame, text, gap = 96, 3, 26, 12
     outer = side + 2 * frame
     wide, high, top = outer + 4, outer + text + 8, 15 * len(legend) + 6
     width = max(*(sum(gap if tile is None else wide for tile in line) for line in lines),
@@ -170,11 +171,10 @@ def class_of(split: Split, row: int) -> str:
     return split.names[split.labels[row]] if split.labels[row] >= 0 else "unknown"
 
 
-def draw_split(folder: Path, split: Split, embed: Embedder, root: dict, seed: int, probes: int = 12, top: int = 10
-               ) -> None:
+def draw_split(folder: Path, split: Split, embed: Embedder, root: dict, seed: int) -> None:
     """sheet-DOMAIN-SPLIT.png: examples behind the figures of a split, right and wrong ones framed green and red.
 
-    Drawn probes, each with the nearest images among those that its protocol scores it against (the gallery by the
+    A dozen probes, each with the ten nearest images among those that its protocol scores it against (the gallery by the
     customary rule; for classes the reference); for verification the hardest pairs; for templates none.
     """
     x, name, protocol = embed(split), f"{split.domain}/{split.name}, {embed.name} backbone", split.protocol["name"]
@@ -203,26 +203,22 @@ def draw_split(folder: Path, split: Split, embed: Embedder, root: dict, seed: in
         mates = gallery_rule(split, gallery, variant)
     queries = queries[np.isfinite(x[queries, 0])]
     lines: list[list[Tile | None]] = []
-    for probe in np.random.default_rng(seed).permutation(queries):
+    scored = (probe for probe in np.random.default_rng(seed).permutation(queries) if len(mates(probe)[0]))
+    for probe in islice(scored, 12):
         right, ignored = mates(probe)
-        if not len(right):  # not scored
-            continue
         scores = take_rows(y, gallery) @ x[probe]
         scores[ignored] = -np.inf
-        nearest = np.argsort(-scores, kind="stable")[: min(top, len(scores) - len(ignored))]
-        hits = np.isin(nearest, right)
+        nearest = np.argsort(-scores, kind="stable")[: min(10, len(scores) - len(ignored))]
         lines.append([(split, int(probe), "#000000", f"probe\n{class_of(split, probe)}"), None,
-                      *((other, int(gallery[place]), HIT if hit else MISS,
+                      *((other, int(gallery[place]), HIT if place in right else MISS,
                          f"{rank}: {scores[place]:.3f}\n{class_of(other, gallery[place])}")
-                        for rank, (place, hit) in enumerate(zip(nearest, hits, strict=True), 1))])
-        if len(lines) == probes:
-            break
+                        for rank, place in enumerate(nearest, 1))])
     if lines:
         draw_sheet(path, lines, [f"{name}: drawn probes (seed {seed}), each with the images nearest to it {rule}",
                                  "rank: cosine, class; green: the probe's class or person, red: another"])
 
 
-def draw_pairs(path: Path, split: Split, x: np.ndarray, name: str, lines: int = 4, wide: int = 5) -> None:
+def draw_pairs(path: Path, split: Split, x: np.ndarray, name: str) -> None:
     """The genuine pairs with the lowest scores, then the impostors with the highest."""
     pairs = np.array(split.column("pairs"))[:, :3]
     pairs = np.unique(np.column_stack([np.sort(pairs[:, :2], 1), pairs[:, 2]]), axis=0)  # a list may repeat pairs
@@ -230,10 +226,10 @@ def draw_pairs(path: Path, split: Split, x: np.ndarray, name: str, lines: int = 
     scores, same = (x[pairs[:, 0]] * x[pairs[:, 1]]).sum(1), pairs[:, 2] == 1
     drawn: list[list[Tile | None]] = []
     for kind, sign, colour in ((same, 1, HIT), (~same, -1, MISS)):
-        chosen = np.flatnonzero(kind)[np.argsort(sign * scores[kind], kind="stable")][: lines * wide]
-        for start in range(0, len(chosen), wide):
+        chosen = np.flatnonzero(kind)[np.argsort(sign * scores[kind], kind="stable")][:20]
+        for start in range(0, len(chosen), 5):
             line: list[Tile | None] = []
-            for i in chosen[start : start + wide]:
+            for i in chosen[start : start + 5]:
                 line += [(split, int(row), colour, f"{scores[i]:.3f}\n{class_of(split, row)}") for row in pairs[i, :2]]
                 line.append(None)
             drawn.append(line)

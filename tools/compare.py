@@ -175,30 +175,27 @@ def draw_experts(path: Path, table: list[dict]) -> None:
 
 def draw_comparison(path: Path, table: list[dict], untouched: list[Row]) -> None:
     """A panel for each headline: every run, or mean over seeds, with its interval; grey: the untouched backbone."""
-    panels: dict[tuple[str, str], list[dict]] = {}
-    for row in table:
-        if row["headline"] or not any(row["headline"] for row in table):
-            panel = panels.setdefault((row["domain"], row["split"]), [])
-            if (row["runs"], row["weights"]) not in [(one["runs"], one["weights"]) for one in panel]:
-                panel.append(row)  # the customary rule is first
-    before = {(row.domain, row.split, row.metric): row.value for row in untouched}
-    names = [row["runs"].split() for row in next(iter(panels.values()))]
-    labels = [(f"{group[0].rpartition('-s')[0] or group[0]}, {len(group)} seeds" if len(group) > 1 else group[0])
-              + (f" ({row['weights']})" if row["weights"] != "tuned" else "")
-              for group, row in zip(names, next(iter(panels.values())), strict=True)]
+    panels: dict[tuple[str, str], dict[tuple[str, str], dict]] = {}  # by domain and split, then by runs and weights
+    for row in [row for row in table if row["headline"]] or table:  # the customary rule is first
+        panels.setdefault((row["domain"], row["split"]), {}).setdefault((row["runs"], row["weights"]), row)
+    before, labels = {(row.domain, row.split, row.metric): row.value for row in untouched}, []
+    for runs, weights in next(iter(panels.values())):
+        first, *seeds = runs.split()
+        name = f"{first.rpartition('-s')[0] or first}, {1 + len(seeds)} seeds" if seeds else first
+        labels.append(name + f" ({weights})" * (weights != "tuned"))
     wide = min(len(panels), 4)
     high = -(-len(panels) // wide)
     figure, axes = new_figure(high, wide, (2 + 2.6 * wide, high * (0.9 + 0.24 * len(labels))), sharey=True,
                               layout="constrained")
-    for ax, ((domain, split), rows) in zip(axes.flat, panels.items(), strict=False):
-        scale = rows[0]["unit"]
-        for i, row in enumerate(rows):
+    for ax, ((domain, split), panel) in zip(axes.flat, panels.items(), strict=False):
+        for i, row in enumerate(panel.values()):
+            scale, metric = row["unit"], row["metric"]
             error = np.maximum([[row["value"] - row["low"]], [row["high"] - row["value"]]], 0)
             ax.errorbar(scale * row["value"], i, xerr=scale * error, fmt="o", ms=4, capsize=2,
                         color=DOMAIN_COLOURS.get(domain, "black"))
-        if (domain, split, rows[0]["metric"]) in before:
-            ax.axvline(scale * before[domain, split, rows[0]["metric"]], color=COLOURS["foundation"], lw=2, zorder=0)
-        ax.set_title(f"{domain}/{split}\n{rows[0]['metric']}", fontsize=9, parse_math=False)
+        if (domain, split, metric) in before:
+            ax.axvline(scale * before[domain, split, metric], color=COLOURS["foundation"], lw=2, zorder=0)
+        ax.set_title(f"{domain}/{split}\n{metric}", fontsize=9, parse_math=False)
         ax.tick_params(labelsize=8)
         ax.grid(axis="x", lw=0.4)
     for ax in axes[:, 0]:
