@@ -274,18 +274,13 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
     rows: Results = []
     for split in splits:
         key = f"{split.domain}/{split.name}"
-        by_weights = {weights: {rule: dict(by_metric) for rule, by_metric in scored[key].items()}
-                      for weights, scored in figures.items() if key in scored}
-        if len(by_weights) == 2:
-            for rule, before in by_weights["foundation"].items():  # what both have, so not the trained class weights
-                after = by_weights["tuned"].get(rule, {})
-                for metric in [m for m in before if m in after and math.isfinite(before[m].chance)
-                               and not before[m].kind]:
-                    if kept := retention(before[metric], after[metric], before[metric].chance):
-                        after[f"retention of {metric}"] = kept
-        for weights, by_rule in by_weights.items():
-            for rule, by_metric in by_rule.items():
-                rows += rows_of(by_metric, Row(
+        for weights, scored in figures.items():
+            untouched = figures.get("foundation", {}).get(key, {}) if weights == "tuned" else {}
+            for rule, by_metric in scored.get(key, {}).items():
+                kept = {f"retention of {metric}": retention(before, by_metric[metric], before.chance)
+                        for metric, before in untouched.get(rule, {}).items()  # it lacks the trained class weights
+                        if metric in by_metric and math.isfinite(before.chance) and not before.kind}
+                rows += rows_of(by_metric | {metric: figure for metric, figure in kept.items() if figure}, Row(
                     run, weights, split.domain, split.name, kind=split.protocol["name"], rule=rule, flip=flip,
                     images=f"set {fingerprint(split)}", lacks=", ".join(describe_losses(split.protocol)),
                     ood=bool(split.protocol.get("ood"))))
