@@ -81,9 +81,9 @@ def draw_choices(folder: Path, rows: list[Row], curves: dict[str, dict]) -> list
 
 def accuracy_bars(by_weights: dict[str, Figures]) -> list[Bars]:
     """The observers and their mean, then each readout before and after; each over its own chance."""
-    first, *_, last = [*by_weights.values()] * 2  # the tuned backbone has one readout more
-    people = first["people", "accuracy"][0]
-    groups = [("people", {"people": people}, people.chance, [row.value for row in first["observer", "accuracy"]], [])]
+    *_, last = by_weights.values()  # the tuned backbone has one readout more; people are the same
+    (people,), each = last["people", "accuracy"], [row.value for row in last["observer", "accuracy"]]
+    groups = [("people", {"people": people}, people.chance, each, [])]
     for readout in [readout for readout, measure in last if measure == "lead"]:
         pair = {weights: figures[readout, "accuracy"][0] for weights, figures in by_weights.items()
                 if (readout, "accuracy") in figures}

@@ -69,31 +69,28 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
     return drawn
 
 
-# title, figures by weights or of "people", chance, the value of each of these people, published figures
+# title, figures by weights or of "people", chance, the value of each of these people, figures of others
 Bars = tuple[str, dict[str, Row], float | None, list[float], list[Published]]
 
 
 def draw_bars(path: Path, rows: list[Row], splits: list[Split], published: list[Beside]) -> None:
     """Headlines and other published metrics, before and after; then the human trials with every rater as a point."""
-    by_name, pairs = {f"{split.domain}/{split.name}": split for split in splits}, {}
+    by_name, groups = {f"{split.domain}/{split.name}": split for split in splits}, {}
     for (domain, split), pair in headlines(rows).items():
         name, row = f"{domain}/{split}", next(iter(pair.values()))
-        pairs[name, row.metric] = pair, chance(by_name[name], row)
+        groups[name, row.metric] = (f"{name}\n{row.metric}", pair, chance(by_name[name], row), [], [])
     for one, name, row in published:
-        if row and (name, one.metric) not in pairs:
+        if row:
             pair = {other.weights: other for other in rows if other.key == row.key}
-            pairs[name, one.metric] = pair, 0.5 if one.metric == "accuracy" else None
-    groups = []
-    for (name, metric), (pair, level) in pairs.items():
-        others = [one for one, where, row in published if row and (where, one.metric) == (name, metric)]
-        groups.append((f"{name}\n{metric}", pair, level, [], others))
+            alone = (f"{name}\n{one.metric}", pair, 0.5 if one.metric == "accuracy" else None, [], [])
+            groups.setdefault((name, one.metric), alone)[-1].append(one)
     for (domain, split), by_weights in human_rows(rows).items():
         first = next(iter(by_weights.values()))
         pair = {weights: by_readout["model"][0] for weights, by_readout in by_weights.items()}
-        groups.append((f"{domain}/{split if domain != 'all' else ''}\nAUC on\nhuman trials",
-                       pair | {"people": first["people"][0]}, 0.5, [row.value for row in first["rater"]], []))
+        groups[domain, split] = (f"{domain}/{split if domain != 'all' else ''}\nAUC on\nhuman trials",
+                                 pair | {"people": first["people"][0]}, 0.5, [row.value for row in first["rater"]], [])
     figure, [[ax]] = new_figure(1, 1, (1.8 + 1.3 * len(groups), 4))
-    draw_groups(ax, groups, "one rater")
+    draw_groups(ax, list(groups.values()), "one rater")
     save_figure(path, figure)
 
 
@@ -131,7 +128,7 @@ Tile = tuple[Split, int, str, str]  # split, row, colour of the frame, caption o
 def draw_sheet(path: Path, lines: list[list[Tile | None]], legend: list[str]) -> None:
     """Images in lines under a legend, each with caption and frame, as PNG; None: a gap."""
     import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
 
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
     side, frame, text, gap = 96, 3, 26, 12
@@ -157,9 +154,8 @@ def draw_sheet(path: Path, lines: list[list[Tile | None]], legend: list[str]) ->
                 split, row, colour, caption = tile
                 for place, part in enumerate(caption.split("\n")):
                     draw.text((left, y + 12 * place), fitted(part), "black", font)
-                draw.rectangle((left, y + text, left + outer - 1, y + text + outer - 1), colour)
                 image = Image.fromarray(split.image(row).permute(1, 2, 0).numpy()).resize((side, side))
-                sheet.paste(image, (left + frame, y + text + frame))
+                sheet.paste(ImageOps.expand(image, frame, colour), (left, y + text))
             left += gap if tile is None else wide
     write_atomically(path, lambda temporary: sheet.save(temporary, "PNG"))
     people = {tile[0].domain for line in lines for tile in line if tile} != {"object"}

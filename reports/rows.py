@@ -392,4 +392,4 @@ def write_draws(folder: Path, results: Results, seed: int, weights: str | None =
     data = io.BytesIO()
     np.savez_compressed(data, draws=np.array([draws for _, draws in results], dtype=np.float32), seed=seed,
                         weights=weights or "")
-    write_atomically(folder / "draws.npz", lambda temporary: temporary.write_bytes(data.getvalue()))
+    write_atomically(folder / "draws.npz", lambda temporary: temporary.write_bytes(data.getbuffer()))

@@ -107,10 +107,9 @@ def is_share(row: Row) -> bool:
 def compare_experts(runs: list[Scored], groups: list[list[Scored]], splits: set[str], delta: float) -> list[dict]:
     """Non-inferiority of a run (or the mean of its seeds) to its own experts, each on the splits of its domain.
 
-    Non-inferior: the lower end of the paired 95 % interval of run - expert lies above -margin; inferior: its upper end
-    lies below; else undecided. (The lower end of a two-sided interval: a test at 2.5 %.) Metrics are shares that are
-    better when higher: no d', EER, retention, gap to clean images, or spread over folds. Scores on the clean images of
-    a shifted split count for the split that contains these images.
+    Non-inferior: the lower end of the paired 95 % interval of run - expert lies above -margin (a test at 2.5 %);
+    inferior: its upper end lies below; else undecided. Scores on the clean images of a shifted split count for the
+    split that contains these images.
     """
     table = []
     for group in groups:

@@ -1,5 +1,6 @@
 """Unit embeddings of a user's own pictures."""
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +73,10 @@ def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
     if path.suffix == ".csv":
         write_csv(path, [{"file": name} | {f"e{i}": f"{value:.9g}" for i, value in enumerate(row)}
                          for name, row in zip(names, x, strict=True)])
-        return
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # given a name, savez would add .npz
-            np.savez(file, files=np.array(names), embeddings=x)
-
-    write_atomically(path, write)
+    else:
+        data = io.BytesIO()
+        np.savez(data, files=np.array(names), embeddings=x)
+        write_atomically(path, lambda temporary: temporary.write_bytes(data.getbuffer()))
 
 
 def embed_pictures(places: tuple[Path, ...], run: Run, domain: str | None, out: Path, options: EmbedOptions) -> None:

@@ -24,13 +24,13 @@ KEPT = ("seen", "unseen", "shifts", "shapes")  # object classes of training, oth
 
 def doses(out: Path) -> list[Path]:
     """The folders of runs, in order of learning rate."""
-    folders = [path for path in out.glob("lr-*") if path.is_dir()]
-    if not folders:
-        raise InputError(f"{out}: no folder lr-RATE in it; scripts/study.sh creates them")
     try:
-        return sorted(folders, key=lambda path: float(path.name[3:]))
+        folders = sorted(filter(Path.is_dir, out.glob("lr-*")), key=lambda path: float(path.name[3:]))
     except ValueError:
         raise InputError(f"{out}: a folder lr-RATE whose RATE is no number") from None
+    if not folders:
+        raise InputError(f"{out}: no folder lr-RATE in it; scripts/study.sh creates them")
+    return folders
 
 
 # ---------------------------------------------------------------- the rule
