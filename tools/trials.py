@@ -141,8 +141,8 @@ def write_trials(splits: list[Split], out: Path, count: int, seed: int) -> dict[
     trials = [trials[i] for i in np.random.default_rng(seed).permutation(len(trials))]
     name = hashlib.sha256(json.dumps([trial[:3] for trial in trials]).encode()).hexdigest()[:12]
     columns = RATING_COLUMNS[:3]
-    data = {"id": name, "images": images,
-            "trials": [dict(zip((*columns, "question"), trial, strict=True)) for trial in trials]}
+    data = {"id": name, "trials": [dict(zip((*columns, "question"), trial, strict=True)) for trial in trials],
+            "images": images}
     page = PAGE.read_text().replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c"))
     make_folder(out, "--out")
     write_csv(out / "trials.csv", [dict(zip(columns, trial, strict=False)) for trial in trials])
