@@ -1,5 +1,6 @@
 """The figures of an evaluation: ROC, CMC, score distributions, bars, sheets of pictures."""
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,48 +12,50 @@ from protocols.pairs import SCORE_BINS
 from protocols.results import Row
 from protocols.search import gallery_rule, mates_in, take_rows, variants_of
 from reports.rows import chance, headlines
-from reports.tables import Published, human_rows, new_figure, save_figure
+from reports.tables import Beside, Published, human_rows, new_figure, save_figure
 
 HIT, MISS = "#009E73", "#D55E00"  # frames of what is right and wrong
 COLOURS = {"foundation": "#999999", "tuned": "#0072B2", "people": "#E69F00"}  # Okabe-Ito
 
 
+def panels_of(curves: dict[str, dict], kind: str) -> list[str]:
+    """The splits, "domain/split", that have a kind of curve."""
+    return [key for key, curve in next(iter(curves.values())).items() if kind in curve]
+
+
 def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits: list[Split],
-                 published: list[tuple[Published, str, Row | None]]) -> list[tuple[str, str]]:
+                 published: list[Beside]) -> list[tuple[str, str]]:
     """bars.png, roc.png (log FAR), cmc.png and scores.png, where there is something to draw: title and name of each."""
     drawn = [("Figures before and after, beside people and published experts", "bars.png")]
     draw_bars(folder / "bars.png", rows, splits, published)
-    for kind, name, x_label, y_label in (("far", "roc", "FAR", "TAR"), ("cmc", "cmc", "rank", "identification rate")):
-        panels = [key for key, curve in next(iter(curves.values())).items() if kind in curve]
-        if not panels:
+    for kind, name, title in (("far", "roc.png", "ROC of the pairs"),
+                              ("cmc", "cmc.png", "Identification rate by rank")):
+        if not (panels := panels_of(curves, kind)):
             continue
         figure, axes = new_figure(1, len(panels), (4.2 * len(panels), 3.6))
         for ax, key in zip(axes[0], panels, strict=True):
             for weights, by_split in curves.items():
-                curve = by_split[key]
+                curve, style = by_split[key], {"color": COLOURS[weights], "label": weights}
                 if kind == "far":
-                    far = np.maximum(curve["far"], 1e-7)
-                    ax.step(far, curve["tar"], where="post", color=COLOURS[weights], label=weights)
-                    least = min(f for f in curve["far"] if f > 0)
-                    ax.set(xscale="log", xlim=(max(least, 1e-6), 1))
+                    ax.step(np.maximum(curve["far"], 1e-7), curve["tar"], where="post", **style)
+                    least = min(far for far in curve["far"] if far > 0)
+                    ax.set(xscale="log", xlim=(max(least, 1e-6), 1), xlabel="FAR", ylabel="TAR")
                 else:
-                    ax.plot(np.arange(1, len(curve["cmc"]) + 1), curve["cmc"], color=COLOURS[weights], label=weights)
-            ax.set(xlabel=x_label, ylabel=y_label, ylim=(0, 1.01))
+                    ax.plot(np.arange(1, len(curve["cmc"]) + 1), curve["cmc"], **style)
+                    ax.set(xlim=(0.5, len(curve["cmc"]) + 0.5), xlabel="rank", ylabel="identification rate")
+                    ax.xaxis.get_major_locator().set_params(integer=True)  # however small the gallery
+            ax.set_ylim(0, 1.01)
             ax.set_title(key, parse_math=False)  # a split's name may hold dollar signs
-            if kind == "cmc":  # whole numbers, however small the gallery
-                ax.xaxis.get_major_locator().set_params(integer=True)
-                ax.set_xlim(0.5, max(len(by_split[key]["cmc"]) for by_split in curves.values()) + 0.5)
             ax.grid(alpha=0.3)
             ax.legend(fontsize=8)
-        save_figure(folder / f"{name}.png", figure)
-        drawn.append(({"roc": "ROC of the pairs", "cmc": "Identification rate by rank"}[name], f"{name}.png"))
+        save_figure(folder / name, figure)
+        drawn.append((title, name))
 
-    panels = [key for key, curve in next(iter(curves.values())).items() if "same" in curve]
-    if panels:
+    if panels := panels_of(curves, "same"):
         figure, axes = new_figure(len(curves), len(panels), (4.2 * len(panels), 2.6 * len(curves)), sharex=True)
         for line, (weights, by_split) in zip(axes, curves.items(), strict=True):
             for ax, key in zip(line, panels, strict=True):
-                for kind, colour in (("different", "#D55E00"), ("same", "#009E73")):
+                for kind, colour in (("different", MISS), ("same", HIT)):
                     share = by_split[key][kind] / by_split[key][kind].sum()
                     ax.stairs(share, SCORE_BINS, fill=True, alpha=0.5, color=colour, label=kind)
                 ax.set_title(f"{key}, {weights}", parse_math=False)
@@ -66,72 +69,73 @@ def draw_figures(folder: Path, rows: list[Row], curves: dict[str, dict], splits:
     return drawn
 
 
-def draw_bars(path: Path, rows: list[Row], splits: list[Split],
-              published: list[tuple[Published, str, Row | None]]) -> None:
+# title, figures by weights or of "people", chance, the value of each of these people, figures of others
+Bars = tuple[str, dict[str, Row], float | None, list[float], list[Published]]
+
+
+def draw_bars(path: Path, rows: list[Row], splits: list[Split], published: list[Beside]) -> None:
     """Headlines and other published metrics, before and after; then the human trials with every rater as a point."""
-    by_name = {f"{split.domain}/{split.name}": split for split in splits}
-    groups = [(f"{domain}\n{split}\n{next(iter(pair.values())).metric}", pair,
-               chance(by_name[f"{domain}/{split}"], next(iter(pair.values()))),
-               [one for one, name, row in published if row and name == f"{domain}/{split}"
-                and one.metric == next(iter(pair.values())).metric], [])
-              for (domain, split), pair in headlines(rows).items()]
+    by_name, groups = {f"{split.domain}/{split.name}": split for split in splits}, {}
+    for (domain, split), pair in headlines(rows).items():
+        name, row = f"{domain}/{split}", next(iter(pair.values()))
+        groups[name, row.metric] = (f"{name}\n{row.metric}", pair, chance(by_name[name], row), [], [])
     for one, name, row in published:
-        title = f"{name.replace('/', chr(10))}\n{one.metric}"
-        if row and title not in [group[0] for group in groups]:
-            like = [r for r in rows if r.key == row.key]
-            others = [p for p, where, r in published if r and where == name and p.metric == one.metric]
-            groups.append((title, {r.weights: r for r in like}, 0.5 if one.metric == "accuracy" else None, others, []))
+        if row:
+            pair = {other.weights: other for other in rows if other.key == row.key}
+            alone = (f"{name}\n{one.metric}", pair, 0.5 if one.metric == "accuracy" else None, [], [])
+            groups.setdefault((name, one.metric), alone)[-1].append(one)
     for (domain, split), by_weights in human_rows(rows).items():
         first = next(iter(by_weights.values()))
         pair = {weights: by_readout["model"][0] for weights, by_readout in by_weights.items()}
-        raters = [row.value for row in first["rater"]]
-        groups.append((f"{domain}\n{split if domain != 'all' else ''}\nAUC on\nhuman trials",
-                       pair | {"people": first["people"][0]}, 0.5, [], raters))
-
-    names = [weights for weights in COLOURS if any(weights in pair for _, pair, *_ in groups)]
+        groups[domain, split] = (f"{domain}/{split if domain != 'all' else ''}\nAUC on\nhuman trials",
+                                 pair | {"people": first["people"][0]}, 0.5, [row.value for row in first["rater"]], [])
     figure, [[ax]] = new_figure(1, 1, (1.8 + 1.3 * len(groups), 4))
-    for i, (_, pair, level, others, raters) in enumerate(groups):
-        present = [weights for weights in names if weights in pair]
+    draw_groups(ax, list(groups.values()), "one rater")
+    save_figure(path, figure)
+
+
+def draw_groups(ax, groups: list[Bars], person: str) -> None:
+    """Bars with intervals over the chance of each group; each person a point; published figures beside them."""
+    for i, (_, pair, level, each, published) in enumerate(groups):
+        present = [name for name in COLOURS if name in pair]
         width = 0.76 / max(len(present), 2)
-        for j, weights in enumerate(present):
-            row, x = pair[weights], i + (j - (len(present) - 1) / 2) * width
+        for j, name in enumerate(present):
+            row, x = pair[name], i + (j - (len(present) - 1) / 2) * width
             error = [[100 * (row.value - row.low)], [100 * (row.high - row.value)]]
-            ax.bar(x, 100 * row.value, width * 0.95, yerr=np.maximum(error, 0), capsize=3, color=COLOURS[weights],
-                   label=weights)
-            if weights == "people":
-                shift = np.linspace(-0.3, 0.3, len(raters)) * width if len(raters) > 1 else np.zeros(1)
-                ax.plot(x + shift, 100 * np.array(raters), "k.", ms=4, label="one rater", clip_on=False)
+            ax.bar(x, 100 * row.value, width * 0.95, yerr=np.maximum(error, 0), capsize=3, color=COLOURS[name],
+                   label=name)
+            if name == "people":
+                shift = np.linspace(-0.3, 0.3, len(each)) * width if len(each) > 1 else np.zeros(1)
+                ax.plot(x + shift, 100 * np.array(each), "k.", ms=4, label=person, clip_on=False)
         if level is not None:
             ax.plot([i - 0.45, i + 0.45], [100 * level] * 2, "k:", lw=1, label="chance")
-        for one in others:
+        for one in published:
             same = one.comparable(next(iter(pair.values())))
-            colour = COLOURS["people"] if one.kind == "human" else "#CC79A7"
-            ax.plot(i + 0.43, 100 * one.value, "*" if one.kind == "human" else "D", ms=9 if one.kind == "human" else 5,
-                    color=colour, mfc=colour if same else "none", clip_on=False,
-                    label=f"published {one.kind}" + ", other protocol" * (not same))
-    ax.set_xticks(range(len(groups)), [title.replace(" top", "\ntop") for title, *_ in groups], fontsize=8,
-                  parse_math=False)
+            marker, size, colour = ("*", 9, COLOURS["people"]) if one.kind == "human" else ("D", 5, "#CC79A7")
+            ax.plot(i + 0.43, 100 * one.value, marker, ms=size, color=colour, mfc=colour if same else "none",
+                    clip_on=False, label=f"published {one.kind}" + ", other protocol" * (not same))
+    ax.set_xticks(range(len(groups)), [title.replace("/", "\n").replace(" top", "\ntop") for title, *_ in groups],
+                  fontsize=8, parse_math=False)
     ax.set(xlim=(-0.6, len(groups) - 0.4), ylim=(0, 100), ylabel="percent, 95 % interval")
     marks = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))  # each label once
     ax.legend(marks.values(), marks.keys(), ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0),
               frameon=False)
-    save_figure(path, figure)
 
 
 Tile = tuple[Split, int, str, str]  # split, row, colour of the frame, caption of one or two lines
 
 
-def draw_sheet(path: Path, lines: list[list[Tile | None]], legend: list[str], side: int = 96) -> None:
+def draw_sheet(path: Path, lines: list[list[Tile | None]], legend: list[str]) -> None:
     """Images in lines under a legend, each with caption and frame, as PNG; None: a gap."""
     import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
 
     font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 10)
-    frame, text, gap = 3, 26, 12
+    side, frame, text, gap = 96, 3, 26, 12
     outer = side + 2 * frame
     wide, high, top = outer + 4, outer + text + 8, 15 * len(legend) + 6
-    width = max(sum(gap if tile is None else wide for tile in line) for line in lines)
-    width = max(width, *(int(font.getlength(line)) + 4 for line in legend))
+    width = max(*(sum(gap if tile is None else wide for tile in line) for line in lines),
+                *(int(font.getlength(line)) + 4 for line in legend))
     sheet = Image.new("RGB", (width, top + high * len(lines)), "white")
     draw = ImageDraw.Draw(sheet)
     for number, line in enumerate(legend):
@@ -150,9 +154,8 @@ def draw_sheet(path: Path, lines: list[list[Tile | None]], legend: list[str], si
                 split, row, colour, caption = tile
                 for place, part in enumerate(caption.split("\n")):
                     draw.text((left, y + 12 * place), fitted(part), "black", font)
-                draw.rectangle((left, y + text, left + outer - 1, y + text + outer - 1), colour)
                 image = Image.fromarray(split.image(row).permute(1, 2, 0).numpy()).resize((side, side))
-                sheet.paste(image, (left + frame, y + text + frame))
+                sheet.paste(ImageOps.expand(image, frame, colour), (left, y + text))
             left += gap if tile is None else wide
     write_atomically(path, lambda temporary: sheet.save(temporary, "PNG"))
     people = {tile[0].domain for line in lines for tile in line if tile} != {"object"}
@@ -164,11 +167,10 @@ def class_of(split: Split, row: int) -> str:
     return split.names[split.labels[row]] if split.labels[row] >= 0 else "unknown"
 
 
-def draw_split(folder: Path, split: Split, embed: Embedder, root: dict, seed: int, probes: int = 12, top: int = 10
-               ) -> None:
+def draw_split(folder: Path, split: Split, embed: Embedder, root: dict, seed: int) -> None:
     """sheet-DOMAIN-SPLIT.png: examples behind the figures of a split, right and wrong ones framed green and red.
 
-    Drawn probes, each with the nearest images among those that its protocol scores it against (the gallery by the
+    A dozen probes, each with the ten nearest images among those that its protocol scores it against (the gallery by the
     customary rule; for classes the reference); for verification the hardest pairs; for templates none.
     """
     x, name, protocol = embed(split), f"{split.domain}/{split.name}, {embed.name} backbone", split.protocol["name"]
@@ -197,26 +199,22 @@ def draw_split(folder: Path, split: Split, embed: Embedder, root: dict, seed: in
         mates = gallery_rule(split, gallery, variant)
     queries = queries[np.isfinite(x[queries, 0])]
     lines: list[list[Tile | None]] = []
-    for probe in np.random.default_rng(seed).permutation(queries):
+    scored = (probe for probe in np.random.default_rng(seed).permutation(queries) if len(mates(probe)[0]))
+    for probe in islice(scored, 12):
         right, ignored = mates(probe)
-        if not len(right):  # not scored
-            continue
         scores = take_rows(y, gallery) @ x[probe]
         scores[ignored] = -np.inf
-        nearest = np.argsort(-scores, kind="stable")[: min(top, len(scores) - len(ignored))]
-        hits = np.isin(nearest, right)
+        nearest = np.argsort(-scores, kind="stable")[: min(10, len(scores) - len(ignored))]
         lines.append([(split, int(probe), "#000000", f"probe\n{class_of(split, probe)}"), None,
-                      *((other, int(gallery[place]), HIT if hit else MISS,
+                      *((other, int(gallery[place]), HIT if place in right else MISS,
                          f"{rank}: {scores[place]:.3f}\n{class_of(other, gallery[place])}")
-                        for rank, (place, hit) in enumerate(zip(nearest, hits, strict=True), 1))])
-        if len(lines) == probes:
-            break
+                        for rank, place in enumerate(nearest, 1))])
     if lines:
         draw_sheet(path, lines, [f"{name}: drawn probes (seed {seed}), each with the images nearest to it {rule}",
                                  "rank: cosine, class; green: the probe's class or person, red: another"])
 
 
-def draw_pairs(path: Path, split: Split, x: np.ndarray, name: str, lines: int = 4, wide: int = 5) -> None:
+def draw_pairs(path: Path, split: Split, x: np.ndarray, name: str) -> None:
     """The genuine pairs with the lowest scores, then the impostors with the highest."""
     pairs = np.array(split.column("pairs"))[:, :3]
     pairs = np.unique(np.column_stack([np.sort(pairs[:, :2], 1), pairs[:, 2]]), axis=0)  # a list may repeat pairs
@@ -224,10 +222,10 @@ def draw_pairs(path: Path, split: Split, x: np.ndarray, name: str, lines: int = 
     scores, same = (x[pairs[:, 0]] * x[pairs[:, 1]]).sum(1), pairs[:, 2] == 1
     drawn: list[list[Tile | None]] = []
     for kind, sign, colour in ((same, 1, HIT), (~same, -1, MISS)):
-        chosen = np.flatnonzero(kind)[np.argsort(sign * scores[kind], kind="stable")][: lines * wide]
-        for start in range(0, len(chosen), wide):
+        chosen = np.flatnonzero(kind)[np.argsort(sign * scores[kind], kind="stable")][:20]
+        for start in range(0, len(chosen), 5):
             line: list[Tile | None] = []
-            for i in chosen[start : start + wide]:
+            for i in chosen[start : start + 5]:
                 line += [(split, int(row), colour, f"{scores[i]:.3f}\n{class_of(split, row)}") for row in pairs[i, :2]]
                 line.append(None)
             drawn.append(line)

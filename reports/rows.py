@@ -1,8 +1,10 @@
 """Rows of results: from splits to figures, results.json, results.csv and the lines of a report."""
 
 import hashlib
+import io
 import json
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,10 +39,8 @@ class ScoreOptions(EmbedOptions):
 
 def chance(split: Split, row: Row) -> float:
     """The expected value of a split's headline for random embeddings."""
-    if known := {"verification": 0.5, "templates": 1e-4}.get(split.protocol["name"]):
+    if known := {"verification": 0.5, "templates": 1e-4}.get(split.protocol["name"], row.chance):
         return known
-    if row.chance:
-        return row.chance
     roles = split.optional("role")
     probes, gallery = np.flatnonzero(roles == ROLES.index("probe")), np.flatnonzero(roles > 0)
     mates = gallery_rule(split, gallery, variants_of(split)[0])
@@ -70,32 +70,23 @@ def clean_of(split: Split, splits: list[Split]) -> Split | None:
         return not any(present.isdisjoint(group) for group in wanted)
 
     alike = [other for other in splits if other.domain == split.domain and other.folder != split.folder
-             and other.protocol["name"] == "classification" and covers(other)]
-    return next((other for other in alike if other.name == of),
-                next((other for other in alike if not other.protocol.get("ood")
-                      and other.protocol["reference"] == of), None))
+             and other.protocol["name"] == "classification" and covers(other) and (
+                 other.name == of or (not other.protocol.get("ood") and other.protocol["reference"] == of))]
+    return min(alike, key=lambda other: other.name != of, default=None)
 
 
-def scopes_of(split: Split, reference: Split, readouts: Readouts) -> list[tuple[list[str] | None, str]]:
-    """The scored parts of a classification split: all of it, and the classes that a run never saw, among themselves.
-
-    Returns:
-        Classes (None: all) and an addition to the rule of each.
-    """
-    seen, how = readouts.seen_classes(split, reference) if readouts.trained else ([], "")
+def unseen_scope(split: Split, reference: Split, readouts: Readouts) -> tuple[list[str], str]:
+    """The classes that a run was not trained on, which are scored apart, and an addition to the rule; [] if too few."""
+    seen, how = readouts.seen_classes(split, reference) if readouts.trained else (split.classes, "")
     unseen = [name for name in split.classes if name not in seen]
-    if not readouts.trained or len(unseen) < 2:
-        return [(None, "")]
     which = hashlib.sha256(json.dumps(unseen).encode()).hexdigest()[:8]
-    return [(None, ""), (unseen, f", open set of {len(unseen)} classes not trained on {how} {which}")]
+    return unseen * (len(unseen) > 1), f", open set of {len(unseen)} classes not trained on {how} {which}"
 
 
 def unsupported_fars(impostors: int) -> str:
     """A line on the FARs that so few impostor pairs do not support; "" if they support all."""
-    kept = [far for far in FARS if far * impostors >= 1]
-    lost = [np.format_float_scientific(far, trim="-", exp_digits=1) for far in FARS if far not in kept]
-    return f"{impostors:,} impostor pairs support no FAR{f' below {min(kept):g}' if kept else ''}: " \
-        f"{', '.join(lost)} {'are' if len(lost) > 1 else 'is'} left out" if lost else ""
+    lost = [np.format_float_scientific(far, trim="-", exp_digits=1) for far in FARS if far * impostors < 1]
+    return f"{impostors:,} impostor pairs support no FAR of {', '.join(lost)}: left out" if lost else ""
 
 
 def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, draws: int, seed: int,
@@ -112,17 +103,17 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
     Returns:
         By "domain/split": figures {rule: {metric: Estimate}}, the customary rule first, and curves to draw.
     """
-    figures, curves, fitted, failed = {}, {}, {}, {}
+    figures, curves, fitted, failed, without = {}, {}, {}, {}, without or {}
     for split in splits:
-        x, key = embed.raw(split), f"{split.domain}/{split.name}"
-        bad, left_out = int((~np.isfinite(x[:, 0])).sum()), (without or {}).get(key, [])
-        x[left_out] = np.nan
+        x, key, curve = embed.raw(split), f"{split.domain}/{split.name}", {}
+        bad = int((~np.isfinite(x[:, 0])).sum())
+        x[without.get(key, [])] = np.nan
         try:
             if not np.isfinite(x[:, 0]).any():
                 raise Unscorable(f"{split.folder}: no image left to score: all are unreadable or leaked")
             if split.protocol["name"] == "classification":
-                by_rule, curve = score_objects(embed, normalise(x), split, root, run, draws, seed, readouts, fitted,
-                                               without or {}, among or splits), {}
+                by_rule = score_objects(embed, normalise(x), split, root, run, draws, seed, readouts, fitted, without,
+                                        among or splits)
             elif split.protocol["name"] == "choice":
                 by_rule, decisions = score_choices(embed, normalise(x), split, root, run, draws, seed, readouts,
                                                    (trials or {}).get(key))
@@ -145,7 +136,7 @@ def score(embed: Embedder, splits: list[Split], root: dict, run: Run | None, dra
 
 def score_people(embed: Embedder, x: np.ndarray, split: Split, draws: int, seed: int) -> tuple[dict, dict]:
     """Figures by rule and curves of a split whose images are compared with each other. Normalises x in place."""
-    protocol, curve, by_rule = split.protocol["name"], {}, {}
+    protocol, name, by_rule, curve = split.protocol["name"], f"{split.domain}/{split.name}", {}, {}
     if protocol == "templates":
         by_rule, curve = score_templates(x, split, draws, seed, embed.device)
     normalise(x)
@@ -156,24 +147,23 @@ def score_people(embed: Embedder, x: np.ndarray, split: Split, draws: int, seed:
         for variant in variants_of(split):
             try:
                 figures, drawn = score_gallery(x, split, draws, seed, variant, embed.device)
+                by_rule[describe_variant(split, variant, seed)], curve = figures, curve or drawn
             except Unscorable as error:
                 failed.append(error)
-                continue
-            by_rule[describe_variant(split, variant, seed)], curve = figures, curve or drawn
         if not by_rule:
             raise failed[0]
         for error in failed:
-            say_once(f"  {split.domain}/{split.name}: {error.message}")
+            say_once(f"  {name}: {error.message}")
     elif not by_rule:
         raise InputError(f"{split.folder}: protocol {protocol!r} is unknown to this version")
     table = {"verification": "pairs", "templates": "template_pairs"}.get(protocol)
-    if table and table in split.index["columns"]:
+    if table in split.index["columns"]:
         pairs = split.column(table)
         impostor = pairs[:, 2] == 0
         if protocol == "verification":  # templates count even if not enrolled
             impostor &= np.isfinite(x[pairs[:, :2], 0]).all(1)
         if line := unsupported_fars(int(impostor.sum())):
-            say_once(f"  {split.domain}/{split.name}: {line}")
+            say_once(f"  {name}: {line}")
     return by_rule, curve
 
 
@@ -183,6 +173,14 @@ def head_of(run: Run | None, domain: str) -> tuple[np.ndarray | None, list[str]]
         return None, []
     start, end = run.class_ranges[domain]
     return run.head[start:end].numpy(), run.classes[domain]
+
+
+def group_by_rule(figures: Iterable[tuple[str, str, Estimate]]) -> dict[str, dict[str, Estimate]]:
+    """{rule: {metric: figure}} of (rule, metric, figure)."""
+    by_rule: dict[str, dict[str, Estimate]] = {}
+    for rule, metric, figure in figures:
+        by_rule.setdefault(rule, {})[metric] = figure
+    return by_rule
 
 
 def score_choices(embed: Embedder, x: np.ndarray, split: Split, root: dict, run: Run | None, draws: int, seed: int,
@@ -198,15 +196,11 @@ def score_choices(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
                   "head": "mean of a category's trained class weights",
                   **{readout: f"zero-shot by prompts {name}" for name, (readout, _) in texts.items()}}
     figures, decisions = score_choice(models, among, split, np.isfinite(x[:, 0]), trials, draws, seed)
-    by_rule: dict[str, dict[str, Estimate]] = {}
     if trials:
         answers = hashlib.sha256(repr((trials.observers, trials.answers.tolist())).encode()).hexdigest()[:8]
         beside = f"{len(trials.observers)} observers {answers}, reference {fingerprint(reference)}"
-    for scope, by_metric in figures.items():
-        for metric, figure in by_metric.items():
-            rule = f"{scope}, {beside if figure.kind else by_readout[figure.readout]}"
-            by_rule.setdefault(rule, {})[metric] = figure
-    return by_rule, decisions
+    return group_by_rule((f"{scope}, {beside if figure.kind else by_readout[figure.readout]}", metric, figure)
+                         for scope, by_metric in figures.items() for metric, figure in by_metric.items()), decisions
 
 
 def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run: Run | None, draws: int, seed: int,
@@ -216,48 +210,40 @@ def score_objects(embed: Embedder, x: np.ndarray, split: Split, root: dict, run:
 
     `fitted`: the readouts of each reference, so far.
     """
-    key, by_rule = f"{split.domain}/{split.name}", {}
     reference, (head, classes) = root[split.domain][split.protocol["reference"]], head_of(run, split.domain)
     y = embed(reference)
     if reference.name not in fitted:
         fitted[reference.name] = readouts.fit(embed, y, reference, seed)
-    if reference.folder == split.folder:  # the same rows; those of another split stay
-        y[without.get(key, [])] = np.nan
-    linear = {name: parts for name, parts in fitted[reference.name].items()
-              if name != "probe" or reference.folder != split.folder}  # not of the images that it was fitted to
-    by_readout = {"nearest-mean": f"nearest class mean, reference {fingerprint(reference)}",
-                  "knn": f"20 neighbours at T 0.07, reference {fingerprint(reference)}",
-                  "head": "trained class weights", **{name: rule for name, (_, _, rule) in linear.items()}}
-    for only, which in scopes_of(split, reference, readouts):
-        by_metric = score_classification(
-            x, split, (y, reference), head, classes, draws, seed, split.protocol.get("groups"),
-            {name: (w, b) for name, (w, b, _) in linear.items()}, only, embed.device)
-        rules = {metric: by_readout[figure.readout] for metric, figure in by_metric.items()}
-        for metric, figure in by_metric.items():
-            unseen = only is not None
-            by_rule.setdefault(rules[metric] + which, {})["unseen-class " * unseen + metric] = replace(
-                figure, unseen=unseen)
-        if only is None and (clean := clean_of(split, among)):
-            z = embed(clean)
-            z[without.get(f"{clean.domain}/{clean.name}", [])] = np.nan
-            if not np.isfinite(z[:, 0]).any():
-                continue
-            itself = reference.folder == clean.folder  # left-out images do not vote for the others
-            before = score_classification(
-                z, clean, (z if itself else y, reference), head, classes, draws, seed,
-                split.protocol.get("groups"), {name: (w, b) for name, (w, b, _) in linear.items()
-                                               if name != "probe" or not itself}, split.classes, embed.device)
-            same = f"clean is {clean.name} {fingerprint(clean)} by the same classes"
-            for metric in [metric for metric in by_metric if metric in before]:
-                by_rule.setdefault(f"{same}, {rules[metric]}", {}).update({
-                    f"gap of {metric}": gap(before[metric], by_metric[metric], seed),
-                    f"clean {metric}": replace(before[metric], chance=math.nan, kind="clean")})  # not to be retained
-        if only is not None:
-            labels = np.where(np.isin(split.labels, [split.classes.index(name) for name in only]), split.labels, -1)
-            by_rule[f"random pairs, seed {seed}{which}"] = {
-                f"unseen-class {metric}": replace(figure, unseen=True)
-                for metric, figure in score_pairs(x, labels, draws, seed).items()}
-    return by_rule
+    linear = fitted[reference.name]
+    rules = {"nearest-mean": f"nearest class mean, reference {fingerprint(reference)}",
+             "knn": f"20 neighbours at T 0.07, reference {fingerprint(reference)}",
+             "head": "trained class weights", **{name: rule for name, (_, _, rule) in linear.items()}}
+
+    def classify(x: np.ndarray, scored: Split, only: list[str] | None = None) -> dict[str, Estimate]:
+        itself = scored.folder == reference.folder  # left-out images do not vote, nor is it scored by its own probe
+        return score_classification(
+            x, scored, (x if itself else y, reference), head, classes, draws, seed, split.protocol.get("groups"),
+            {name: (w, b) for name, (w, b, _) in linear.items() if name != "probe" or not itself}, only, embed.device)
+
+    by_metric = classify(x, split)
+    figures = [(rules[figure.readout], metric, figure) for metric, figure in by_metric.items()]
+    if clean := clean_of(split, among):
+        z = embed(clean)
+        z[without.get(f"{clean.domain}/{clean.name}", [])] = np.nan
+        before = classify(z, clean, split.classes) if np.isfinite(z[:, 0]).any() else {}
+        same = f"clean is {clean.name} {fingerprint(clean)} by the same classes"
+        for metric in [metric for metric in by_metric if metric in before]:  # the clean figure is not to be retained
+            rule = f"{same}, {rules[by_metric[metric].readout]}"
+            figures += [(rule, f"gap of {metric}", gap(before[metric], by_metric[metric], seed)),
+                        (rule, f"clean {metric}", replace(before[metric], chance=math.nan, kind="clean"))]
+    unseen, which = unseen_scope(split, reference, readouts)
+    if unseen:
+        labels = np.where(np.isin(split.labels, [split.classes.index(name) for name in unseen]), split.labels, -1)
+        apart = [(rules[figure.readout], metric, figure) for metric, figure in classify(x, split, unseen).items()]
+        apart += [(f"random pairs, seed {seed}", *one) for one in score_pairs(x, labels, draws, seed).items()]
+        figures += [(rule + which, f"unseen-class {metric}", replace(figure, unseen=True))
+                    for rule, metric, figure in apart]
+    return group_by_rule(figures)
 
 
 def check_references(splits: list[Split], root: dict[str, dict[str, Split]]) -> None:
@@ -288,18 +274,13 @@ def make_rows(run: str, splits: list[Split], figures: dict[str, dict], flip: boo
     rows: Results = []
     for split in splits:
         key = f"{split.domain}/{split.name}"
-        by_weights = {weights: {rule: dict(by_metric) for rule, by_metric in scored[key].items()}
-                      for weights, scored in figures.items() if key in scored}
-        if len(by_weights) == 2:
-            for rule, before in by_weights["foundation"].items():  # what both have, so not the trained class weights
-                after = by_weights["tuned"].get(rule, {})
-                for metric in [m for m in before if m in after and math.isfinite(before[m].chance)
-                               and not before[m].kind]:
-                    if kept := retention(before[metric], after[metric], before[metric].chance):
-                        after[f"retention of {metric}"] = kept
-        for weights, by_rule in by_weights.items():
-            for rule, by_metric in by_rule.items():
-                rows += rows_of(by_metric, Row(
+        for weights, scored in figures.items():
+            untouched = figures.get("foundation", {}).get(key, {}) if weights == "tuned" else {}
+            for rule, by_metric in scored.get(key, {}).items():
+                kept = {f"retention of {metric}": retention(before, by_metric[metric], before.chance)
+                        for metric, before in untouched.get(rule, {}).items()  # it lacks the trained class weights
+                        if metric in by_metric and math.isfinite(before.chance) and not before.kind}
+                rows += rows_of(by_metric | {metric: figure for metric, figure in kept.items() if figure}, Row(
                     run, weights, split.domain, split.name, kind=split.protocol["name"], rule=rule, flip=flip,
                     images=f"set {fingerprint(split)}", lacks=", ".join(describe_losses(split.protocol)),
                     ood=bool(split.protocol.get("ood"))))
@@ -356,39 +337,44 @@ def show_value(row: Row) -> str:
     return f"{value} [{low}, {high}]" + mark(row.identities)
 
 
+def as_table(columns: Sequence[str], rows: Iterable[Iterable[object]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(map(str, cells))} |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
+def before_and_after(pair: dict[str, Row]) -> list[str]:
+    """A figure of the untouched and of the tuned backbone; "" where there is none."""
+    return [show_value(pair[weights]) if weights in pair else "" for weights in ("foundation", "tuned")]
+
+
 def make_report(rows: list[Row], splits: list[Split], flip: bool, middle: list[str]) -> list[str]:
     """The lines of report.md: the headline of every split before and after, `middle`, then every figure."""
-    by_name = {(split.domain, split.name): split for split in splits}
-    lines = [f"# {literal(rows[0].run)}", "",
-             "Percent (d-prime: as it is) with 95 % bootstrap intervals, resampled by identity. Cosine similarity; "
-             f"embeddings of the image{' plus its mirror image' if flip else ''}. Foundation: the untouched backbone."
-             + f" {FEW_NOTE}." * any(mark(row.identities) for row in rows),
-             "",
-             "| split | metric | chance | foundation | tuned | change |", "| --- | --- | --- | --- | --- | --- |"]
+    by_name, table = {(split.domain, split.name): split for split in splits}, []
     for key, pair in headlines(rows).items():
-        split, row = by_name[key], next(iter(pair.values()))
-        both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
+        row = next(iter(pair.values()))
         change = f"{100 * (pair['tuned'].value - pair['foundation'].value):+.1f}" if len(pair) == 2 else ""
-        label = literal("/".join(key)) + " (out of distribution)" * row.ood
-        level = f"{100 * chance(split, row):.1f}"
-        lines.append(f"| {label} | {row.metric} | {level} | {both[0]} | {both[1]} | {change} |")
-    return [*lines, *middle, "", "## All figures", "",
-            "Two figures of a metric are comparable where their protocols are equal.", "", *tabulate(rows)]
+        table.append([literal("/".join(key)) + " (out of distribution)" * row.ood, row.metric,
+                      f"{100 * chance(by_name[key], row):.1f}", *before_and_after(pair), change])
+    return [f"# {literal(rows[0].run)}", "",
+            "Percent (d-prime: as it is) with 95 % bootstrap intervals, resampled by identity. Cosine similarity; "
+            f"embeddings of the image{' plus its mirror image' if flip else ''}. Foundation: the untouched backbone."
+            + f" {FEW_NOTE}." * any(mark(row.identities) for row in rows), "",
+            *as_table(("split", "metric", "chance", "foundation", "tuned", "change"), table), *middle, "",
+            "## All figures", "", "Two figures of a metric are comparable where their protocols are equal.", "",
+            *tabulate(rows)]
 
 
 def tabulate(rows: list[Row]) -> list[str]:
     """The lines of a table of all figures, before and after."""
-    lines = ["| split | metric | foundation | tuned | count | protocol |", "| --- | --- | --- | --- | --- | --- |"]
-    pairs: dict = {}
+    pairs, table = {}, []
     for row in rows:
         pairs.setdefault(row.key, {})[row.weights] = row
     for pair in pairs.values():
-        both = [show_value(pair[w]) if w in pair else "" for w in ("foundation", "tuned")]
         row = next(iter(pair.values()))
         # names of raters, sources and files of prompts may contain what ends a cell, or markup
         name, metric, protocol = map(literal, (f"{row.domain}/{row.split}", row.metric, row.protocol))
-        lines.append(f"| {name} | {metric} | {both[0]} | {both[1]} | {row.count:,} | {protocol} |")
-    return lines
+        table.append([name, metric, *before_and_after(pair), f"{row.count:,}", protocol])
+    return as_table(("split", "metric", "foundation", "tuned", "count", "protocol"), table)
 
 
 def write_rows(folder: Path, rows: list[Row]) -> None:
@@ -403,10 +389,7 @@ def write_draws(folder: Path, results: Results, seed: int, weights: str | None =
 
     `weights`: SHA-256 of the model.safetensors that they are of, where there is one.
     """
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, draws=np.array([draws for _, draws in results], dtype=np.float32), seed=seed,
-                                weights=weights or "")
-
-    write_atomically(folder / "draws.npz", write)
+    data = io.BytesIO()
+    np.savez_compressed(data, draws=np.array([draws for _, draws in results], dtype=np.float32), seed=seed,
+                        weights=weights or "")
+    write_atomically(folder / "draws.npz", lambda temporary: temporary.write_bytes(data.getbuffer()))

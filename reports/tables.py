@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_prep import DOMAINS, InputError, literal, write_atomically
 from protocols.results import Row, Stages
-from reports.rows import show_value
+from reports.rows import as_table, show_value
 
 PUBLISHED = Path(__file__).parent.parent / "protocols" / "published"  # figures whose source was checked
 
@@ -23,7 +23,7 @@ PUBLISHED = Path(__file__).parent.parent / "protocols" / "published"  # figures 
 
 @dataclass(frozen=True)
 class Published:
-    """A figure published by others."""
+    """A figure published by others; the fields after the first are the columns of the file."""
 
     kind: str  # "human" or "expert"
     dataset: str
@@ -44,20 +44,19 @@ class Published:
 
 def read_published(folder: Path = PUBLISHED) -> list[Published]:
     """The figures of people, then of experts; InputError names a line that is not one."""
-    figures = []
+    figures, flags = [], {"yes": True, "no": False}
     for kind in ("human", "expert"):
         path = folder / f"{kind}s.csv"
         with open(path, newline="", encoding="utf-8") as file:
             for line, row in enumerate(csv.DictReader(file), 2):
                 try:
-                    value, flags = float(row["value"]) / 100, {"yes": True, "no": False}
-                    requires = [part.split("=") for part in row["requires"].split(" & ") if part]
-                    if not 0 <= value <= 1 or row["domain"] not in DOMAINS or not row["source"]:
+                    requires = dict(part.split("=") for part in row["requires"].split(" & ") if part)
+                    figures.append(Published(kind, **row | {
+                        "value": float(row["value"]) / 100, "same_protocol": flags[row["same_protocol"]],
+                        "requires": {name: flags.get(wanted, wanted) for name, wanted in requires.items()}}))
+                    if not 0 <= figures[-1].value <= 1 or row["domain"] not in DOMAINS or not row["source"]:
                         raise ValueError("want percent, a domain and a source")
-                    figures.append(Published(kind, row["dataset"], row["domain"], row["metric"], row["protocol"], value,
-                                             row["who"], row["source"], flags[row["same_protocol"]],
-                                             {name: flags.get(wanted, wanted) for name, wanted in requires}))
-                except (KeyError, TypeError, ValueError) as error:
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
                     raise InputError(f"{path}, line {line}: not a published figure ({error!r})") from error
     return figures
 
@@ -73,41 +72,38 @@ def datasets_of(names: list[str], given: tuple[str, ...], published: list[Publis
     Names of data sets are plain; splits not named after one with published figures are absent.
     """
     known = {(row.domain, plain(row.dataset)) for row in published}
-    by_split = {name: plain(name.split("/")[1]) for name in names
-                if (name.split("/")[0], plain(name.split("/")[1])) in known}
+    by_split = {name: plain(name.split("/")[1]) for name in names}
     for word in given:
         name, sign, dataset = word.partition("=")
         if not sign or name not in names:
             raise InputError(f"--published {word}: want SPLIT=DATASET with a split that is scored: {', '.join(names)}")
-        domain = name.split("/")[0]
-        if not dataset:
-            by_split.pop(name, None)
-        elif (domain, plain(dataset)) not in known:
+        domain, by_split[name] = name.split("/")[0], plain(dataset)
+        if dataset and (domain, plain(dataset)) not in known:
             sets = sorted({row.dataset for row in published if row.domain == domain})
             raise InputError(f"--published {word}: nothing is published of {dataset!r} as {domain}; there is "
                              f"{', '.join(sets) or 'nothing'}")
-        else:
-            by_split[name] = plain(dataset)
-    return by_split
+    return {name: dataset for name, dataset in by_split.items() if (name.split("/")[0], dataset) in known}
 
 
-def beside(rows: list, datasets: dict[str, str], published: list[Published]) -> list[tuple[Published, str, object]]:
-    """Each published figure of the run's data sets: with the split, and the run's row to put beside it or None.
+Beside = tuple[Published, str, Row | None]  # a published figure, the split, and the run's row to put beside it
+
+
+def beside(rows: list[Row], datasets: dict[str, str], published: list[Published]) -> list[Beside]:
+    """Each published figure of the run's data sets.
 
     The row has the same metric; tuned rows come first, then those of the same protocol.
     """
     pairs = []
     for name, dataset in datasets.items():
         for one in published:
-            if (one.domain, plain(one.dataset)) != (name.split("/")[0], dataset):
-                continue
-            measured = [row for row in rows if f"{row.domain}/{row.split}" == name and row.metric == one.metric]
-            measured.sort(key=lambda row: (row.weights != "tuned", not one.comparable(row)))
-            pairs.append((one, name, measured[0] if measured else None))
+            if (one.domain, plain(one.dataset)) == (name.split("/")[0], dataset):
+                measured = [row for row in rows if f"{row.domain}/{row.split}" == name and row.metric == one.metric]
+                pairs.append((one, name, min(measured, default=None, key=lambda row, one=one: (
+                    row.weights != "tuned", not one.comparable(row)))))
     return pairs
 
 
-def show_published(pairs: list[tuple[Published, str, object]]) -> list[str]:
+def show_published(pairs: list[Beside]) -> list[str]:
     """Lines of report.md; none if nothing is published of the run's data sets."""
     if not pairs:
         return []
@@ -115,15 +111,13 @@ def show_published(pairs: list[tuple[Published, str, object]]) -> list[str]:
              "For your own experts see `evaluate.py compare RUN --experts`. Where protocols differ, they may explain "
              "a difference."]
     for kind, title in (("human", "People"), ("expert", "Experts")):
-        chosen = [one for one in pairs if one[0].kind == kind]
-        if chosen:
-            lines += ["", f"### {title}", "", "| split | metric | this run | published | who | same protocol | how | "
-                      "source |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-        for one, name, row in sorted(chosen, key=lambda one: (one[1], one[0].metric, -one[0].value)):
-            this = f"{100 * row.value:.1f} ({row.weights})" if row else "not computed"
-            same = "yes" if one.comparable(row) else "no"
-            lines.append(f"| {literal(name)} | {one.metric} | {this} | {100 * one.value:.2f} | {one.who} | {same} | "
-                         f"{one.protocol} | {one.source} |")
+        table = [(literal(name), one.metric, f"{100 * row.value:.1f} ({row.weights})" if row else "not computed",
+                  f"{100 * one.value:.2f}", one.who, "yes" if one.comparable(row) else "no", one.protocol, one.source)
+                 for one, name, row in sorted(pairs, key=lambda pair: (pair[1], pair[0].metric, -pair[0].value))
+                 if one.kind == kind]
+        if table:
+            lines += ["", f"### {title}", "", *as_table(
+                ("split", "metric", "this run", "published", "who", "same protocol", "how", "source"), table)]
     return lines
 
 
@@ -152,19 +146,18 @@ def show_humans(rows: list[Row]) -> list[str]:
         return []
     lines = ["", "## Human trials", "", "People and model on identical pairs: AUC of the ratings (-3 to +3) and of the "
              "cosine, chance 50. Intervals resample identities, not raters. All splits: the mean over those of a "
-             "domain; everything: over domains; both of raters who rated them all.", "",
-             "| split | pairs | raters | people: mean (range) | weights | model | model minus people | beaten | |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+             "domain; everything: over domains; both of raters who rated them all.", ""]
+    table = []
     for (domain, split), by_weights in by_split.items():
         for weights, by_readout in by_weights.items():
             (model,), (people,), (lead,), (beaten,) = (by_readout[r] for r in ("model", "people", "lead", "beaten"))
             each = [row.value for row in by_readout["rater"]]
             name = "everything" if domain == "all" else literal(f"{domain}/{split}")
             reach = f"{100 * min(each):.1f} to {100 * max(each):.1f}"
-            lines.append(f"| {name} | {people.count} | {len(each)} | {show_value(people)} ({reach}) | {weights} "
-                         f"| {show_value(model)} | {show_value(lead)} | {100 * beaten.value:.0f} % "
-                         f"| {human_verdict(lead)} |")
-    return lines
+            table.append((name, people.count, len(each), f"{show_value(people)} ({reach})", weights, show_value(model),
+                          show_value(lead), f"{100 * beaten.value:.0f} %", human_verdict(lead)))
+    return lines + as_table(("split", "pairs", "raters", "people: mean (range)", "weights", "model",
+                             "model minus people", "beaten", "verdict"), table)
 
 
 # ---------------------------------------------------------------- stages of a sequential run
@@ -172,22 +165,20 @@ def show_humans(rows: list[Row]) -> list[str]:
 
 def show_stages(stages: Stages | None, config: dict) -> list[str]:
     """The stage x task matrix as lines of report.md."""
-    lines = ["", "## Stages of the sequential run", ""]
-    count = len(config["order"] or config["domains"])
+    count, title = len(config["order"] or config["domains"]), ["", "## Stages of the sequential run", ""]
     if stages is None:
-        return [*lines, "The stage x task matrix needs scores after each stage: train with `--eval-every "
+        return [*title, "The stage x task matrix needs scores after each stage: train with `--eval-every "
                 f"{max(config['steps'] // count, 1)}` (the steps of a stage)."]
-    lines += ["Same/different AUC of fixed images after each stage (percent; chance 50), and the loss from the "
-              "best stage to the end.", "", f"| after | step | {' | '.join(map(literal, stages.tasks))} |",
-              f"| --- | --- |{' --- |' * len(stages.tasks)}"]
-    for name, step, end, scores in zip(stages.names, stages.steps, stages.ends, stages.scores, strict=True):
-        seen = f"{step:,}" if step == end else f"{step:,} of {end:,}"
-        cells = " | ".join("" if math.isnan(score) else f"{100 * score:.1f}" for score in scores)
-        lines.append(f"| {literal(name)} | {seen} | {cells} |")
-    lines.append("| lost | | " + " | ".join("" if math.isnan(x) else f"{100 * x:.1f}" for x in stages.lost) + " |")
-    if len(stages.names) <= count:
-        lines += ["", f"Not every stage was evaluated: take an --eval-every that divides {config['steps'] // count}."]
-    return lines
+
+    def percent(scores: list[float]) -> list[str]:
+        return ["" if math.isnan(score) else f"{100 * score:.1f}" for score in scores]
+
+    table = [(literal(name), f"{step:,}" if step == end else f"{step:,} of {end:,}", *percent(scores))
+             for name, step, end, scores in zip(stages.names, stages.steps, stages.ends, stages.scores, strict=True)]
+    missing = ["", f"Not every stage was evaluated: take an --eval-every that divides {config['steps'] // count}."]
+    return [*title, "Same/different AUC of fixed images after each stage (percent; chance 50), and the loss from the "
+            "best stage to the end.", "", *as_table(("after", "step", *map(literal, stages.tasks)), [
+                *table, ("lost", "", *percent(stages.lost))]), *missing * (len(stages.names) <= count)]
 
 
 def new_figure(rows: int, columns: int, size: tuple[float, float], **options):

@@ -53,16 +53,15 @@ run_cell() {  # called with `set -e` off: every step handles its own failure
     local run variant options images=$IMAGES code=0 network=(--backbone "$1" --size "$SIZE")
     [ -z "$MODEL" ] || network=(--model "$MODEL")
     run=$(folder "$@")
-    case $3 in
-        *-exposure) images=$(exposure "$1" "$2" "${3%-*}") || return ;;
-    esac
-    case $3 in
-        *-*) options=(--domains "${3%-*}" --images "$images") ;;
-        *) options=(--schedule "${3%+*}" --domains "${DOMAINS// /,}" --images "$images") ;;
-    esac
-    [ "${3%+*}" != sequential ] || options+=($SEQUENTIAL)
-    variant=VARIANT_${3#*+}
-    [[ $3 != *+* ]] || options+=(${!variant})
+    if [[ $3 = *-* ]]; then  # an expert
+        [[ $3 != *-exposure ]] || images=$(exposure "$1" "$2" "${3%-*}") || return
+        options=(--domains "${3%-*}" --images "$images")
+    else
+        options=(--schedule "${3%+*}" --domains "${DOMAINS// /,}" --images "$images")
+        [ "${3%+*}" != sequential ] || options+=($SEQUENTIAL)
+        variant=VARIANT_${3#*+}
+        [[ $3 != *+* ]] || options+=(${!variant})
+    fi
     if [ ! -e "$run/done.json" ]; then
         rm -f "$run/STOP"
         $LAUNCH train.py "${network[@]}" --seed "$2" --data "$DATA" --out "$run" --resume \
@@ -73,11 +72,8 @@ run_cell() {  # called with `set -e` off: every step handles its own failure
     fi
     [ "$run/eval/results.json" -nt "$run/done.json" ] || python evaluate.py --run "$run" \
         --cache "$OUT/embeddings" $EVALUATE || return  # all cells share the embeddings of the untouched backbone
-    case $3 in
-        *-*) ;;  # an expert has one task
-        *) [ "$ANALYZE" = none ] || [ "$run/analysis/analysis.json" -nt "$run/eval/results.json" ] ||
-            python analyze.py --run "$run" --cache "$OUT/embeddings" $ANALYZE ;;
-    esac
+    [[ $3 = *-* || $ANALYZE = none || $run/analysis/analysis.json -nt $run/eval/results.json ]] ||  # an expert: one task
+        python analyze.py --run "$run" --cache "$OUT/embeddings" $ANALYZE
 }
 
 summarise() {
@@ -88,7 +84,7 @@ from pathlib import Path
 
 from data_prep import join_config, literal
 from protocols.results import read_rows
-from reports.rows import headlines
+from reports.rows import as_table, headlines
 from reports.tables import write_text
 
 out, values = Path(sys.argv[1]), defaultdict(lambda: defaultdict(list))
@@ -103,12 +99,9 @@ for path in sorted(out.glob("*/eval/results.json")):
 if not values:
     sys.exit(f"error: {out}: no evaluated run yet")
 columns = list(dict.fromkeys(column for scores in values.values() for column in scores))
-lines = ["Percent; over several seeds: mean (minimum, maximum).", "", f"| | {' | '.join(map(literal, columns))} |",
-         "| --- |" + " --- |" * len(columns)]
-for cell, scores in values.items():
-    shown = [f"{sum(v) / len(v):.1f}" + (f" ({min(v):.1f}, {max(v):.1f})" if min(v) < max(v) else "") if v else ""
-             for v in (scores[column] for column in columns)]
-    lines.append(f"| {literal(cell)} | {' | '.join(shown)} |")
+table = [[literal(cell), *(f"{sum(v) / len(v):.1f}" + f" ({min(v):.1f}, {max(v):.1f})" * (min(v) < max(v)) if v else ""
+                           for v in (scores[column] for column in columns))] for cell, scores in values.items()]
+lines = ["Percent; over several seeds: mean (minimum, maximum).", "", *as_table(["", *map(literal, columns)], table)]
 write_text(out / "summary.md", "\n".join(lines) + "\n")
 print("\n".join(lines))
 PYTHON

@@ -13,11 +13,10 @@ import pytest
 import evaluate
 from data_prep import InputError, hash_file
 from protocols.bootstrap import bootstrap_counts, intervals, weighted_mean
-from protocols.results import Row, Scored
+from protocols.results import Row
 from reports.rows import rows_of, write_draws, write_rows
 from tests.conftest import script
 from tests.test_evaluate import run_here
-from tools.compare import refuse_unshared
 
 
 def write_run(folder, values, people, seed=0, images="set x", config=None, resampling=0):
@@ -126,20 +125,6 @@ def test_compare_takes_what_the_runs_share(tmp_path, capsys):
     assert "body/other: 1 figures left out; rank-1: only " in capsys.readouterr().out
     with pytest.raises(InputError, match=r"body/other rank-1: only .* by the protocol 'reid, general, set a, flip'"):
         run_here("compare", *runs, "--out", tmp_path / "c", "--splits", "body/other")
-
-
-def test_experts_are_asked_for_their_own_domains():
-    def scored(domains, *names):
-        found = {(*name.split("/"), "rank-1", "protocol"): None for name in names}
-        return [Scored(None, {"domains": domains}, 0, found)]
-
-    run = scored(["face_hq", "body"], "face_hq/test", "body/test", "body/market")
-    experts = [scored(["face_hq"], "face_hq/test", "body/test"), scored(["body"], "body/test", "face_hq/other")]
-    refuse_unshared({"face_hq/test", "body/test"}, [run, *experts], True)
-    for name, groups in (("body/market", [run, *experts]), ("face_hq/other", [run, *experts]),
-                         ("body/test", [run, experts[0]])):
-        with pytest.raises(InputError, match=f"--splits: {name}; they share"):
-            refuse_unshared({name}, groups, True)
 
 
 def test_results_of_other_weights_are_refused_and_a_copy_is_not(tmp_path):

@@ -22,7 +22,7 @@ from protocols.bootstrap import normalise, say_once
 from protocols.classify import Readouts, fit_probe
 from protocols.pairs import FARS
 from protocols.results import Row, Scored, start_of
-from reports.rows import scopes_of, score, show_value, unsupported_fars
+from reports.rows import score, show_value, unseen_scope, unsupported_fars
 from tests.conftest import script
 from tests.test_evaluate import run_here
 
@@ -231,7 +231,7 @@ def test_a_class_is_seen_by_its_wordnet_id_name_or_images(demo_root, tmp_path):
     assert readouts.seen_classes(test, test) == ({"polar bear", "dog", "n03126707"}, "by name and images")
     assert readouts.seen_classes(test, own)[0] == {"polar bear", "dog", "n03126707", "n02012849", "0001"}
     assert Readouts({}, 0, training.classes).seen_classes(test, own) == ({"polar bear", "n03126707"}, "by name")
-    (_, rule) = scopes_of(test, test, readouts)[1]
+    _, rule = unseen_scope(test, test, readouts)
     assert rule.startswith(", open set of 3 classes not trained on by name and images ")
 
 
@@ -252,10 +252,10 @@ def test_a_wrong_reference_is_told_before_anything_is_embedded(demo_root, run, t
 
 
 @pytest.mark.parametrize("impostors, line", [
-    (3000, "3,000 impostor pairs support no FAR below 0.001: 1e-4, 1e-5, 1e-6 are left out"),
-    (1000, "1,000 impostor pairs support no FAR below 0.001: 1e-4, 1e-5, 1e-6 are left out"),
-    (999_999, "999,999 impostor pairs support no FAR below 1e-05: 1e-6 is left out"), (1_000_000, ""),
-    (9, "9 impostor pairs support no FAR: 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6 are left out"),
+    (3000, "3,000 impostor pairs support no FAR of 1e-4, 1e-5, 1e-6: left out"),
+    (1000, "1,000 impostor pairs support no FAR of 1e-4, 1e-5, 1e-6: left out"),
+    (999_999, "999,999 impostor pairs support no FAR of 1e-6: left out"), (1_000_000, ""),
+    (9, "9 impostor pairs support no FAR of 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6: left out"),
 ])  # fmt: skip
 def test_unsupported_fars_are_told(impostors, line):
     assert unsupported_fars(impostors) == line

@@ -111,6 +111,20 @@ def test_experts_that_do_not_match_are_refused(config, words, tmp_path):
         compared(tmp_path / "c", run, expert, "--experts")
 
 
+def test_experts_are_asked_for_their_own_domains(tmp_path):
+    people, ones = np.arange(50), np.ones(50)
+    run = write_scored(tmp_path / "run", ALL, {"face_hq": ones, "body": ones, "object": ones}, people)
+    face = write_scored(tmp_path / "face", one("face_hq"), {"face_hq": ones, "body": ones, "object": ones}, people)
+    body = write_scored(tmp_path / "body", one("body"), {"body": ones, "face_lq": ones}, people)
+    table = compared(tmp_path / "c", run, face, body, "--experts", "--splits", "face_hq/test,body/test")
+    assert [(row["domain"], row["expert"]) for row in table] == [("face_hq", "face"), ("body", "body")]
+    assert [row["domain"] for row in compared(tmp_path / "c", run, face, body, "--experts", "--splits", "body/test")
+            ] == ["body"]
+    for name, experts in (("object/test", (face, body)), ("face_lq/test", (face, body)), ("body/test", (face,))):
+        with pytest.raises(InputError, match=f"--splits: {name}; they share"):
+            compared(tmp_path / "c", run, *experts, "--experts", "--splits", name)
+
+
 @pytest.mark.parametrize("options, words", [
     (["--delta", "0.02"], "give --experts too"), (["--experts", "--weights", "foundation"], "leave it out"),
     (["--experts"], "want RUN and at least one expert")])

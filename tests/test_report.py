@@ -93,7 +93,7 @@ def test_stages_of_a_sequential_run_by_hand(tmp_path):
     assert stages.ends == [0, 4, 7, 10] and stages.tasks == ["body/test", "object/val"]
     assert np.array(stages.scores)[:, 0] == pytest.approx([0.5, 0.9, 0.8, 0.6])
     text = "\n".join(show_stages(stages, config))
-    assert "| object | 6 of 7 | 80.0 | 60.0 |" in text and "| lost | | 30.0 | 0.0 |" in text
+    assert "| object | 6 of 7 | 80.0 | 60.0 |" in text and "| lost |  | 30.0 | 0.0 |" in text
     draw_stages(tmp_path / "stages.png", stages)
     assert (tmp_path / "stages.png").stat().st_size > 5000
 

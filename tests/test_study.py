@@ -55,11 +55,12 @@ def test_gain_and_what_was_kept_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "read_runs", lambda folder: runs)
     study.report.callback(tmp_path)
     point, expert = (study.make_point("1e-3", study.Group([run]), {"unseen"}, {"edges"}) for run in runs)
-    assert point.recipe == "sequential+replay" and point.gain.value == pytest.approx(0.3)
-    assert {name: one.value for name, one in point.kept.items()} == pytest.approx(
-        {"seen": 1.1, "unseen": 0.6, "shifts": 0.8, "shapes": 0.4})
-    assert expert.recipe == "body-images" and expert.gain.value == pytest.approx(0.6)
-    assert list(expert.kept) == ["unseen"] and expert.kept["unseen"].value == pytest.approx(0.3)
+    assert point.recipe == "sequential+replay" and point.figures["gain"].value == pytest.approx(0.3)
+    assert {name: one.value for name, one in point.figures.items() if name.startswith("kept")} == pytest.approx(
+        {"kept seen": 1.1, "kept unseen": 0.6, "kept shifts": 0.8, "kept shapes": 0.4})
+    assert expert.recipe == "body-images" and expert.figures["gain"].value == pytest.approx(0.6)
+    assert list(expert.figures) == ["gain", "gain body/test", "kept unseen"]
+    assert expert.figures["kept unseen"].value == pytest.approx(0.3)
     assert study.find_splits([study.Group([run]) for run in runs]) == ({"unseen"}, {"edges"})
     page = (tmp_path / "study.md").read_text()
     assert "| 1e-3 | sequential+replay | 1 | 30.0 [30.0, 30.0] | 110 [" in page
@@ -80,4 +81,4 @@ def test_what_later_stages_took(tmp_path):
         json.dumps({"step": step, "auc": {"body/valid": body, "object/valid": thing}}) + "\n"
         for step, body, thing in looks))
     assert study.stage_lines(run.parent) == [
-        "| 1e-3 | net-sequential-s0 | body/valid | 50.0 | 80.0 | 70.0 | -10.0 |"]
+        ["1e-3", "net-sequential-s0", "body/valid", "50.0", "80.0", "70.0", "-10.0"]]

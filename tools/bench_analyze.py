@@ -26,12 +26,11 @@ def time_transfer(probes: int, dim: int, shots: int, bootstrap: int, grid: bool,
         scale = 1 / np.sqrt(1 + np.arange(dim))  # a falling spectrum
         parts = [unit((rng.standard_normal((people, dim))[ids] + rng.standard_normal((probes, dim))) * scale)
                  for _ in range(2)]
-        embedded[domain] = tuple(part.astype(np.float32) for part in parts)
         # objects are scored like people, too: a gallery of single images is the slowest case
-        tasks.append(Task(domain + "*", None, None, rows, rows, rows, rows, ids, mates, list(rows[:, None])))
-    embedded = {f"{domain}*": parts for domain, parts in embedded.items()}
+        tasks.append(Task(f"{domain}*", None, None, rows, rows, rows, rows, ids, mates, list(rows[:, None])))
+        embedded[f"{domain}*"] = tuple(part.astype(np.float32) for part in parts)
     task = tasks[0]
-    vectors = embedded[task.domain][1].astype(np.float32)
+    vectors = embedded[task.domain][1]
 
     def clock(title: str, work: Callable[[], object]) -> None:
         start, busy = time.perf_counter(), time.process_time()

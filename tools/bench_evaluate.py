@@ -181,21 +181,14 @@ class Case:
     ways: dict[str, Callable[..., dict[str, float]]]
 
 
-def make_small_search(scale: float) -> dict:
-    return make_search(2000, 98_000, scale)
-
-
-def make_large_search(scale: float) -> dict:
-    return make_search(20_000, 980_000, scale)
-
-
 CASES = {
     "reid": Case("re-identification, 10,000 x 20,000", make_reid, {
         "here": reid_here, "numpy": reid_plain, "torchreid": partial(reid_plain, published=True)}),
     "pairs": Case("15.7 M listed pairs of templates", make_ijbc, {"here": pairs_here, "scikit-learn": pairs_sklearn}),
     "curve": Case("ROC of 15.7 M scores", make_scores, {"here": curve_here, "scikit-learn": curve_sklearn}),
-    "search": Case("1:N, 2,000 x 100,000", make_small_search, {"here": search_here, "numpy": search_plain}),
-    "million": Case("1:N, 20,000 x 1,000,000", make_large_search, {"here": search_here}),
+    "search": Case("1:N, 2,000 x 100,000", partial(make_search, 2000, 98_000), {
+        "here": search_here, "numpy": search_plain}),
+    "million": Case("1:N, 20,000 x 1,000,000", partial(make_search, 20_000, 980_000), {"here": search_here}),
 }
 
 
@@ -211,44 +204,34 @@ def measure(name: str, way: str, scale: float) -> dict:
             "values": values}
 
 
-def run_bench(names: list[str], scale: float, rounds: int) -> dict:
-    """All measurements of the named cases; InputError if two ways of a case disagree."""
-    context, result = multiprocessing.get_context("spawn"), {}
-    for name in names:
-        case, runs = CASES[name], {}
-        for _ in range(rounds if len(case.ways) > 1 else 1):
-            for way in case.ways:
-                with ProcessPoolExecutor(1, context) as pool:
-                    runs.setdefault(way, []).append(pool.submit(measure, name, way, scale).result())
-                    print(f"  {name} {way}: {runs[way][-1]['seconds']:.2f} s", file=sys.stderr)
-        ours = runs["here"][0]["values"]
-        for way, measured in runs.items():
-            for key, value in measured[0]["values"].items():
-                if abs(value - ours[key]) > 2e-3:
-                    raise InputError(f"{name}: {key} is {ours[key]:.6f} here and {value:.6f} by {way}")
-        median = {way: {key: float(np.median([m[key] for m in measured])) for key in ("seconds", "cpu_seconds")}
-                  for way, measured in runs.items()}
-        result[name] = {"case": case.title, "ways": {
-            way: {**median[way], "times_here": median[way]["seconds"] / median["here"]["seconds"],
-                  "cpu_times_here": median[way]["cpu_seconds"] / max(median["here"]["cpu_seconds"], 1e-9),
-                  **{key: max(m[key] for m in measured) for key in ("peak_MiB", "above_inputs_MiB")},
-                  "values": measured[0]["values"]} for way, measured in runs.items()}}
-    threads = os.environ.get("OMP_NUM_THREADS") or os.cpu_count()
-    return {"machine": platform.processor() or platform.machine(), "threads": int(threads), "numpy": np.__version__,
-            "scale": scale, "rounds": rounds, "cases": result}
-
-
 def bench(names: list[str], scale: float, rounds: int, path: Path | None) -> int:
-    """Measure, print the table and write the JSON."""
-    result = run_bench(names, scale, rounds)
-    print(f"{result['threads']} threads, sizes x {scale:g}; wall-clock and CPU seconds (fairer on a busy machine), "
-          "each\nalso in multiples of ours; peak memory, in all and above the inputs")
-    for case in result["cases"].values():
-        for way, row in case["ways"].items():
-            times = (f"{row[key]:8.2f} s {row[ratio]:6.1f} x" for key, ratio in (("seconds", "times_here"),
-                                                                                 ("cpu_seconds", "cpu_times_here")))
-            print(f"{case['case']:36s} {way:13s} {' '.join(times)} {row['peak_MiB']:8,.0f} MiB "
+    """Measure, print the table and write the JSON; InputError if two ways of a case disagree."""
+    context, cases = multiprocessing.get_context("spawn"), {}
+    threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())
+    print(f"{threads} threads, sizes x {scale:g}; wall-clock and CPU seconds (fairer on a busy machine), each\nalso in "
+          "multiples of ours; peak memory, in all and above the inputs")
+    for name in names:
+        case, runs = CASES[name], {way: [] for way in CASES[name].ways}
+        for _ in range(rounds if len(case.ways) > 1 else 1):
+            for way, measured in runs.items():
+                with ProcessPoolExecutor(1, context) as pool:
+                    measured.append(pool.submit(measure, name, way, scale).result())
+                print(f"  {name} {way}: {measured[-1]['seconds']:.2f} s", file=sys.stderr)
+        ways = {way: {
+            **{key: float(np.median([one[key] for one in measured])) for key in ("seconds", "cpu_seconds")},
+            **{key: max(one[key] for one in measured) for key in ("peak_MiB", "above_inputs_MiB")},
+            "values": measured[0]["values"]} for way, measured in runs.items()}
+        for way, row in ways.items():
+            for key, ours in ways["here"]["values"].items():
+                if abs(row["values"][key] - ours) > 2e-3:
+                    raise InputError(f"{name}: {key} is {ours:.6f} here and {row['values'][key]:.6f} by {way}")
+            row["times_here"] = row["seconds"] / ways["here"]["seconds"]
+            row["cpu_times_here"] = row["cpu_seconds"] / max(ways["here"]["cpu_seconds"], 1e-9)
+            print(f"{case.title:36s} {way:13s} {row['seconds']:8.2f} s {row['times_here']:6.1f} x "
+                  f"{row['cpu_seconds']:8.2f} s {row['cpu_times_here']:6.1f} x {row['peak_MiB']:8,.0f} MiB "
                   f"{row['above_inputs_MiB']:8,.0f} MiB")
+        cases[name] = {"case": case.title, "ways": ways}
     if path:
-        write_json(path, result)
+        write_json(path, {"machine": platform.processor() or platform.machine(), "threads": threads,
+                          "numpy": np.__version__, "scale": scale, "rounds": rounds, "cases": cases})
     return 0

@@ -1,5 +1,6 @@
 """Unit embeddings of a user's own pictures."""
 
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +60,10 @@ def find_fitting(run: Run, domain: str | None) -> dict:
         raise InputError(f"--domain {domain}: the run was trained on {', '.join(run.config['domains'])}: use the one "
                          "whose images are prepared like yours")
     sources = run.config.get("sources") or describe_sources(open_training(run.config["data"], run.config["domains"]))
-    try:
-        fitting = {key: sources[domain][key] for key in ("size", "fit", "quality")}
-        if not (fitting["size"] <= MAX_SIZE and fitting["fit"] in FITS and fits(fitting["quality"], int)):
-            raise TypeError(fitting)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{run.folder}/config.json: its sources do not record how {domain} was fitted ({error!r}): "
-                         "restore it") from None
+    fitting = {key: sources.get(domain, {}).get(key) for key in ("size", "fit", "quality")}
+    if not (fits(fitting, {"size": int, "quality": int}) and fitting["size"] <= MAX_SIZE and fitting["fit"] in FITS):
+        raise InputError(f"{run.folder}/config.json: its sources do not record how {domain} was fitted ({fitting}): "
+                         "restore it")
     print(f"fitted as {domain}: {fitting['size']} px, {fitting['fit']}")
     return fitting
 
@@ -75,13 +73,10 @@ def write_embeddings(path: Path, names: list[str], x: np.ndarray) -> None:
     if path.suffix == ".csv":
         write_csv(path, [{"file": name} | {f"e{i}": f"{value:.9g}" for i, value in enumerate(row)}
                          for name, row in zip(names, x, strict=True)])
-        return
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # given a name, savez would add .npz
-            np.savez(file, files=np.array(names), embeddings=x)
-
-    write_atomically(path, write)
+    else:
+        data = io.BytesIO()
+        np.savez(data, files=np.array(names), embeddings=x)
+        write_atomically(path, lambda temporary: temporary.write_bytes(data.getbuffer()))
 
 
 def embed_pictures(places: tuple[Path, ...], run: Run, domain: str | None, out: Path, options: EmbedOptions) -> None:

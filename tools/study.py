@@ -12,10 +12,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from data_prep import DOMAINS, InputError, join_config, literal, read_lines, run_command, write_atomically, write_csv
-from protocols.bootstrap import FEW, Estimate
+from data_prep import DOMAINS, InputError, join_config, literal, read_lines, run_command, write_csv
+from protocols.bootstrap import FEW, Estimate, interval, show
 from protocols.results import HEADLINE, Group, Stages, group_runs, read_runs, read_stages
-from reports.tables import write_text
+from reports.rows import as_table
+from reports.tables import new_figure, save_figure, write_text
 
 VALID = "valid"  # split of training identities that experts are compared on
 KEPT = ("seen", "unseen", "shifts", "shapes")  # object classes of training, other classes, out of distribution, stimuli
@@ -23,13 +24,13 @@ KEPT = ("seen", "unseen", "shifts", "shapes")  # object classes of training, oth
 
 def doses(out: Path) -> list[Path]:
     """The folders of runs, in order of learning rate."""
-    folders = [path for path in out.glob("lr-*") if path.is_dir()]
-    if not folders:
-        raise InputError(f"{out}: no folder lr-RATE in it; scripts/study.sh creates them")
     try:
-        return sorted(folders, key=lambda path: float(path.name[3:]))
+        folders = sorted(filter(Path.is_dir, out.glob("lr-*")), key=lambda path: float(path.name[3:]))
     except ValueError:
         raise InputError(f"{out}: a folder lr-RATE whose RATE is no number") from None
+    if not folders:
+        raise InputError(f"{out}: no folder lr-RATE in it; scripts/study.sh creates them")
+    return folders
 
 
 # ---------------------------------------------------------------- the rule
@@ -54,17 +55,14 @@ def choose_rate(out: Path) -> tuple[str, list[str]]:
     tables = {folder.name[3:]: expert_scores(folder) for folder in doses(out)}
     domains = [domain for domain in DOMAINS if any(domain in scores for scores in tables.values())]
     for rate, scores in tables.items():
-        if not domains or (missing := [domain for domain in domains if domain not in scores]):
-            task = missing[0] if domains else "DOMAIN"
-            raise InputError(f"{out}/lr-{rate}: no finished expert with a quick evaluation of {task}/{VALID}: run "
-                             "scripts/study.sh again")
-    means = {rate: float(np.mean(list(scores.values()))) for rate, scores in tables.items()}
-    best = max(means, key=means.get)
-    lines = [f"| learning rate | {' | '.join(domains)} | mean |", "| --- |" + " --- |" * (len(domains) + 1)]
-    for rate, scores in tables.items():
-        shown = " | ".join(f"{100 * score:.1f}" for score in [*(scores[d] for d in domains), means[rate]])
-        lines.append(f"| {rate}{' (chosen)' * (rate == best)} | {shown} |")
-    return best, lines
+        if missing := [domain for domain in domains or ["DOMAIN"] if domain not in scores]:
+            raise InputError(f"{out}/lr-{rate}: no finished expert with a quick evaluation of {missing[0]}/{VALID}: "
+                             "run scripts/study.sh again")
+        scores["mean"] = float(np.mean(list(scores.values())))
+    best, columns = max(tables, key=lambda rate: tables[rate]["mean"]), [*domains, "mean"]
+    return best, as_table(["learning rate", *columns], [
+        [rate + " (chosen)" * (rate == best), *(f"{100 * scores[column]:.1f}" for column in columns)]
+        for rate, scores in tables.items()])
 
 
 # ---------------------------------------------------------------- the outcome
@@ -72,20 +70,18 @@ def choose_rate(out: Path) -> tuple[str, list[str]]:
 
 @dataclass
 class Point:
-    """A recipe at a dose: gain over the untouched backbone, and retention, as fractions."""
+    """A recipe at a dose."""
 
     rate: str
     recipe: str  # the schedule with its variant, or an expert's domain
     seeds: int
-    gain: Estimate | None  # mean over the tasks
-    tasks: dict[str, Estimate]  # domain/split -> gain
-    kept: dict[str, Estimate]  # KEPT -> retention of object classification
+    # as fractions: "gain" over the untouched backbone, mean over the tasks; "gain domain/split"; and of the KEPT, "kept
+    # seen", the retention of object classification
+    figures: dict[str, Estimate]
 
 
-def mean_of(estimates: list[Estimate]) -> Estimate | None:
+def mean_of(estimates: list[Estimate]) -> Estimate:
     """Mean of estimates, and of their resamplings."""
-    if not estimates:
-        return None
     return Estimate(float(np.mean([one.value for one in estimates])), np.mean([one.draws for one in estimates], axis=0))
 
 
@@ -106,104 +102,75 @@ def make_point(rate: str, group: Group, unseen: set[str], stimuli: set[str]) -> 
 
     Splits of fewer than FEW classes are excluded from retention, because their wide intervals would hide all else.
     """
-    tasks = {"/".join(key): lead for key, lead in group.leads(group, "tuned", "foundation").items()}
-    rows = group.rows("tuned", lambda row: row.kind == "retention" and row.domain == "object" and (
-        row.readout, row.measure) == HEADLINE["classification"])
-    by_kind: dict[str, dict[str, Estimate]] = {}
-    for key, figure in rows.items():
+    tasks = group.leads(group, "tuned", "foundation")
+    by_domain = [[lead for key, lead in tasks.items() if key[0] == domain] for domain in DOMAINS]
+    gains = [mean_of(leads) for leads in by_domain if leads]
+    figures = {"gain": mean_of(gains)} if gains else {}
+    figures |= {f"gain {'/'.join(key)}": lead for key, lead in tasks.items()}
+    by_kind: dict[str, dict[str, Estimate]] = {kind: {} for kind in KEPT}
+    for key, figure in group.rows("tuned", lambda row: row.kind == "retention" and row.domain == "object" and (
+            row.readout, row.measure) == HEADLINE["classification"]).items():
         row = group.runs[0].scored["tuned"].rows[key][0]
-        if 0 < row.identities < FEW:
-            continue
         kind = ("shapes" if row.split in stimuli else "shifts" if row.ood else "unseen" if row.split in unseen
                 else "seen")
-        if row.unseen or row.split not in by_kind.get(kind, {}):  # only unseen classes, where scored
-            by_kind.setdefault(kind, {})[row.split] = figure
-    kept = {kind: mean_of(list(by_kind[kind].values())) for kind in KEPT if kind in by_kind}
-    by_domain = [mean_of([lead for name, lead in tasks.items() if name.split("/")[0] == domain])
-                 for domain in DOMAINS]
-    gains = [one for one in by_domain if one]
-    return Point(rate, recipe_of(group.runs[0].name), group.seeds, mean_of(gains), tasks, kept)
+        few = 0 < row.identities < FEW
+        if not few and (row.unseen or row.split not in by_kind[kind]):  # only unseen classes, where scored
+            by_kind[kind][row.split] = figure
+    figures |= {f"kept {kind}": mean_of(list(of.values())) for kind, of in by_kind.items() if of}
+    return Point(rate, recipe_of(group.runs[0].name), group.seeds, figures)
 
 
-def stage_lines(folder: Path) -> list[str]:
+def stage_lines(folder: Path) -> list[list[str]]:
     """For every sequential run, each task before training, after its own stage and at the end (AUC of --eval-every)."""
     lines = []
     for path in sorted(folder.glob("*-sequential*/probe.jsonl")):
         stages: Stages | None = read_stages(path.parent, config := join_config(path.parent / "config.json"))
-        if stages is None:
-            continue
-        for task, scores in zip(stages.tasks, np.array(stages.scores).T, strict=True):
+        for task, scores in zip(stages.tasks, np.array(stages.scores).T, strict=True) if stages else ():
             domain = task.split("/")[0]
-            stage = stages.names.index(domain) if domain in stages.names else None
-            if stage is None or domain == config["order"][-1]:
-                continue
-            start, after, end = (100 * scores[i] for i in (0, stage, -1))
-            run, task = literal(path.parent.name), literal(task)
-            lines.append(f"| {folder.name[3:]} | {run} | {task} | {start:.1f} | {after:.1f} | {end:.1f} | "
-                         f"{end - after:+.1f} |")
+            if domain in stages.names and domain != config["order"][-1]:
+                start, after, end = (100 * scores[i] for i in (0, stages.names.index(domain), -1))
+                lines.append([folder.name[3:], literal(path.parent.name), literal(task),
+                              *(f"{score:.1f}" for score in (start, after, end)), f"{end - after:+.1f}"])
     return lines
 
 
-def show(estimate: Estimate | None, form: str) -> str:
-    """A percentage with its interval; empty without an estimate."""
-    if estimate is None:
-        return ""
-    return f"{100 * estimate.value:{form}} [{100 * estimate.low:{form}}, {100 * estimate.high:{form}}]"
-
-
-def report_lines(points: list[Point], rule: list[str], stages: list[str]) -> list[str]:
+def report_lines(points: list[Point], rule: list[str], stages: list[list[str]]) -> list[str]:
     """The page of the study."""
+
+    def cell(figure: Estimate | None, form: str) -> str:
+        return interval(show(figure), form) if figure else ""
+
     lines = ["# Gain and retention by learning rate", "", "Same/different AUC (%) of the experts on validation "
              "identities, by which the rate was chosen:", "", *rule, "",
              "Gain: mean over the tasks, in points over the untouched backbone. Kept: retention (%) of nearest-mean "
              "accuracy on objects: of classes seen in training, of unseen classes, on shifts, and on stimuli of a "
              f"forced choice; means over the splits of at least {FEW} classes or stimuli. 95 % intervals.", "",
-             "| learning rate | recipe | seeds | gain | " + " | ".join(f"kept, {kind}" for kind in KEPT) + " |",
-             "| --- |" + " --- |" * (3 + len(KEPT))]
-    for point in points:
-        lines.append(f"| {point.rate} | {literal(point.recipe)} | {point.seeds} | {show(point.gain, '.1f')} | "
-                     + " | ".join(show(point.kept.get(kind), ".0f") for kind in KEPT) + " |")
+             *as_table(["learning rate", "recipe", "seeds", "gain", *(f"kept, {kind}" for kind in KEPT)], [
+                 [point.rate, literal(point.recipe), point.seeds, cell(point.figures.get("gain"), ".1f"),
+                  *(cell(point.figures.get(f"kept {kind}"), ".0f") for kind in KEPT)] for point in points])]
     if stages:
-        lines += ["", "Earlier tasks of sequential runs (same/different AUC, %):", "",
-                  "| learning rate | run | task | untouched | after its own stage | at the end | change |",
-                  "| --- |" + " --- |" * 6, *stages]
+        lines += ["", "Earlier tasks of sequential runs (same/different AUC, %):", "", *as_table(
+            ["learning rate", "run", "task", "untouched", "after its own stage", "at the end", "change"], stages)]
     return lines
-
-
-def write_table(path: Path, points: list[Point]) -> None:
-    """study.csv: one line per point and quantity."""
-    columns, table = ("rate", "recipe", "seeds", "quantity", "value", "low", "high"), []
-    for point in points:
-        figures = {"gain": point.gain} | {f"gain {name}": lead for name, lead in point.tasks.items()}
-        for name, one in (figures | {f"kept {kind}": one for kind, one in point.kept.items()}).items():
-            if one is not None:
-                values = point.rate, point.recipe, point.seeds, name, one.value, one.low, one.high
-                table.append(dict(zip(columns, values, strict=True)))
-    write_csv(path, table, columns)
 
 
 def draw(path: Path, points: list[Point], chosen: str) -> None:
     """One point per recipe and rate, one colour and line per recipe; intervals at the chosen rate."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [point for point in points if point.gain and "-" not in point.recipe]
-    kinds = [kind for kind in KEPT if any(kind in point.kept for point in shown)]
+    shown = [point for point in points if "gain" in point.figures and "-" not in point.recipe]
+    kinds = [kind for kind in KEPT if any(f"kept {kind}" in point.figures for point in shown)]
     recipes = list(dict.fromkeys(point.recipe for point in shown))
     rows = max(1, -(-len(kinds) // 2))
-    figure, axes = plt.subplots(rows, 2, figsize=(11, 4.4 * rows), squeeze=False, sharex=True, layout="constrained")
+    figure, axes = new_figure(rows, 2, (11, 4.4 * rows), sharex=True, layout="constrained")
     for axis, kind in zip(axes.flat, kinds, strict=False):
         for number, recipe in enumerate(recipes):
-            series = [point for point in shown if point.recipe == recipe and kind in point.kept]
-            x, y = ([100 * one.value for one in ends] for ends in
-                    ([p.gain for p in series], [p.kept[kind] for p in series]))
-            colour = plt.get_cmap("tab10")(number % 10)
+            series = [(point.rate, point.figures["gain"], point.figures[f"kept {kind}"]) for point in shown
+                      if point.recipe == recipe and f"kept {kind}" in point.figures]
+            x, y = ([100 * ends[i].value for ends in series] for i in (1, 2))
+            colour = f"C{number % 10}"
             axis.plot(x, y, "-", color=colour, lw=1, alpha=0.7)
             axis.scatter(x, y, s=[25 + 25 * i for i in range(len(x))], color=colour, label=recipe, zorder=3)
-            for point in series:
-                if point.rate == chosen:
-                    gain, kept = point.gain, point.kept[kind]
+            for rate, gain, kept in series:
+                if rate == chosen:
                     axis.errorbar(100 * gain.value, 100 * kept.value, color=colour, lw=0.8, capsize=2,
                                   xerr=[[100 * (gain.value - gain.low)], [100 * (gain.high - gain.value)]],
                                   yerr=[[100 * (kept.value - kept.low)], [100 * (kept.high - kept.value)]])
@@ -218,8 +185,7 @@ def draw(path: Path, points: list[Point], chosen: str) -> None:
         handles = dict(zip(*axes.flat[0].get_legend_handles_labels()[::-1], strict=True))
         figure.legend(handles.values(), handles, fontsize=8, loc="outside right upper",
                       title=f"larger: higher rate\nbars: chosen rate {chosen}", title_fontsize=8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=130, format="png"))
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 # ---------------------------------------------------------------- command line
@@ -248,7 +214,10 @@ def report(out: Path) -> None:
     stages = [line for folder in doses(out) for line in stage_lines(folder)]
     lines = report_lines(points, rule, stages)
     write_text(out / "study.md", "\n".join(lines) + "\n")
-    write_table(out / "study.csv", points)
+    columns = ("rate", "recipe", "seeds", "quantity", "value", "low", "high")
+    write_csv(out / "study.csv", [
+        dict(zip(columns, (point.rate, point.recipe, point.seeds, name, one.value, one.low, one.high), strict=True))
+        for point in points for name, one in point.figures.items()], columns)
     draw(out / "study.png", points, chosen)
     print("\n".join(lines))
 

@@ -16,12 +16,7 @@ from data_prep import InputError, make_folder, write_atomically, write_csv
 from data_prep.format import BadImage, Split, open_root, ordered_tests
 from protocols.humans import RATING_COLUMNS
 
-QUESTION = {"object": "The same kind of thing?", "face_hq": "The same person?", "face_lq": "The same person?",
-            "body": "The same person?"}
 PAGE = Path(__file__).with_name("trials.html")
-
-
-# ---------------------------------------------------------------- drawing
 
 
 def draw_pairs(labels: np.ndarray, camera: np.ndarray, template: np.ndarray, count: int,
@@ -97,8 +92,8 @@ def readable(split: Split, row: int) -> bool:
 def draw_trials(split: Split, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """`draw_pairs` from the readable images of a split; InputError if they give no pair of each kind."""
     labels = np.array(split.labels)
+    name = int.from_bytes(hashlib.sha256(f"{split.domain}/{split.name}".encode()).digest()[:4])
     while True:
-        name = int.from_bytes(hashlib.sha256(f"{split.domain}/{split.name}".encode()).digest()[:4])
         pairs, same = draw_pairs(labels, split.optional("camera"), split.optional("template"), count, (seed, name))
         bad = [row for row in np.unique(pairs) if not readable(split, int(row))]
         if not bad:
@@ -139,21 +134,17 @@ def write_trials(splits: list[Split], out: Path, count: int, seed: int) -> dict[
         name = f"{split.domain}/{split.name}"
         pairs, _ = draw_trials(split, count, seed)
         counts[name] = len(pairs)
-        for pair in pairs:
-            keys = []
-            for row in pair:
-                key, data = split.jpeg(int(row))
-                images[f"{name}/{key}"] = base64.b64encode(data).decode()
-                keys.append(key)
-            trials.append({"split": name, "left_key": keys[0], "right_key": keys[1],
-                           "question": QUESTION[split.domain]})
+        images |= {f"{name}/{key}": base64.b64encode(data).decode() for key, data in map(split.jpeg, pairs.flat)}
+        question = "The same kind of thing?" if split.domain == "object" else "The same person?"
+        trials += [(name, split.jpeg(left)[0], split.jpeg(right)[0], question) for left, right in pairs]
     # shuffled, because draw_pairs lists all genuine pairs first, which would reveal the answers
     trials = [trials[i] for i in np.random.default_rng(seed).permutation(len(trials))]
-    listed = [{column: trial[column] for column in RATING_COLUMNS[:3]} for trial in trials]
-    name = hashlib.sha256(json.dumps([list(row.values()) for row in listed]).encode()).hexdigest()[:12]
-    data = {"id": name, "trials": trials, "images": images}
+    name = hashlib.sha256(json.dumps([trial[:3] for trial in trials]).encode()).hexdigest()[:12]
+    columns = RATING_COLUMNS[:3]
+    data = {"id": name, "trials": [dict(zip((*columns, "question"), trial, strict=True)) for trial in trials],
+            "images": images}
     page = PAGE.read_text().replace("{{DATA}}", json.dumps(data).replace("<", "\\u003c"))
     make_folder(out, "--out")
-    write_csv(out / "trials.csv", listed)
+    write_csv(out / "trials.csv", [dict(zip(columns, trial, strict=False)) for trial in trials])
     write_atomically(out / "index.html", lambda temporary: temporary.write_text(page))
     return counts
