@@ -263,14 +263,16 @@ class Trial:
         """The vectors, centred by a mean [D], as coordinates in orthonormal columns [D, k]."""
         return [Turned(x, mean, basis, self.device) for x in self.vectors]
 
-    def curve(self, kind: str, fit: str, mean: np.ndarray, basis: np.ndarray, ks: list[int]) -> Curve:
+    def curve(self, kind: str, fit: str, mean: np.ndarray, basis: np.ndarray, ks: list[int],
+              number: int | None = None) -> Curve:
         """The score with the first k coordinates of a basis [D, D] for every k of ks, and with all D for reference."""
         D, many = len(mean), len(ks)
         hits = hits_by_k(*self.turned(mean, basis), self.task, ks if ks[-1:] == [D] else [*ks, D], self.device)
         score, drawn = self.resample(hits)
         chance = self.task.chance()
         return Curve(kind, fit, self.task.domain, ks, score[:many], kept(score, score[-1], chance)[:many],
-                     kept(drawn, drawn[:, -1:], chance)[:, :many], Estimate(float(score[-1]), drawn[:, -1]))
+                     kept(drawn, drawn[:, -1:], chance)[:, :many], Estimate(float(score[-1]), drawn[:, -1]),
+                     number)
 
     def resample(self, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Share of hits [steps, n], and of each resampling: float64 [steps] and [resamplings, steps]."""
@@ -322,25 +324,16 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
     headline, every = min(headline, limit), list(range(1, limit + 1))
     grid, turns = control_grid(headline, limit), [random_basis(D, seed, i) for i in range(RANDOM_SEEDS)]
     curves, pairs, stars = [], [], {}
-    bar = progress(total=len(tasks) ** 2 * (1 + bool(untouched) + RANDOM_SEEDS), desc="transfer", unit="sweep")
+    bar = progress(total=len(tasks) ** 2, desc="transfer", unit="pair")
     for task in tasks:
         trial = Trial.of(task, embedded[task.domain], draws, seed, device)
-
-        def measure(kind: str, fit: str, basis: np.ndarray, ks: list[int], trial=trial) -> Curve:
-            bar.update()
-            # controls use the same mean, or they would also differ in their centring
-            curves.append(trial.curve(kind, fit, fits[fit][0], basis, ks))
-            return curves[-1]
-
         raw = trial.curve("raw", "", np.zeros(D), np.eye(D), [D]).full.value
-        for fit, (_, basis, _) in fits.items():
-            curve = measure("components", fit, basis, every)
-            random = [measure("random", fit, turn, grid) for turn in turns]
-            for number, control in enumerate(random):
-                control.number = number
-            at_k, by_chance = curve.at(headline), Estimate(
-                float(np.mean([c.at(headline).value for c in random])),
-                np.mean([c.at(headline).draws for c in random], axis=0))
+        for fit, (mean, basis, _) in fits.items():
+            # controls use the same mean, or they would also differ in their centring
+            curve = trial.curve("components", fit, mean, basis, every)
+            random = [trial.curve("random", fit, mean, turn, grid, number) for number, turn in enumerate(turns)]
+            curves += curve, *random
+            at_k, by_chance = curve.at(headline), combine(np.mean, [c.at(headline) for c in random])
             k99, k95 = (Estimate(float(components_needed(curve.kept, every, level)),
                                  components_needed(curve.draws, every, level)) for level in LEVELS)
             stars.setdefault(fit, []).append((k99, k95))
@@ -351,10 +344,12 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                 curve.full.high, headline, *show(at_k).values(), show(by_chance), show(minus(at_k, by_chance)),
                 show_needed(k99, limit), show_needed(k95, limit), *coarse))
             if untouched:
-                of_untouched = measure("foundation", fit, untouched[fit][1], grid).at(headline)
+                curves.append(trial.curve("foundation", fit, mean, untouched[fit][1], grid))
+                of_untouched = curves[-1].at(headline)
                 pairs[-1].foundation, pairs[-1].over_foundation = show(of_untouched), show(minus(at_k, of_untouched))
+            bar.update()
     bar.close()
-    all_tasks = [Serving(fit, *(show_needed(largest(figures), limit) for figures in zip(*of, strict=True)))
+    all_tasks = [Serving(fit, *(show_needed(combine(np.max, figures), limit) for figures in zip(*of, strict=True)))
                  for fit, of in stars.items()]
     return Transfer(pairs, all_tasks, n, n < 5 * D, D, limit), curves, fits
 
@@ -369,6 +364,6 @@ def random_basis(dim: int, seed: int, number: int) -> np.ndarray:
     return np.linalg.qr(np.random.default_rng((seed, number)).standard_normal((dim, dim)))[0]
 
 
-def largest(figures: list[Estimate]) -> Estimate:
-    """The largest of several figures with equal numbers of resamplings; NaN where one is NaN."""
-    return Estimate(float(np.max([f.value for f in figures])), np.max([f.draws for f in figures], axis=0))
+def combine(how: Callable, figures: list[Estimate]) -> Estimate:
+    """np.mean or np.max of several figures with equal numbers of resamplings; NaN where one is NaN."""
+    return Estimate(float(how([f.value for f in figures])), how([f.draws for f in figures], axis=0))

@@ -120,7 +120,7 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
         place = {name: i for i, name in enumerate(base.classes)}
         label = np.array([place.get(name, -1) for name in test.classes])[test.labels]
         probe = rng.permutation(rows[label[rows] >= 0])[:limit]
-        classes = np.unique(label[probe])
+        target, classes = label[probe], np.unique(label[probe])
         gallery = np.flatnonzero(np.isin(base.labels, classes) & readable[0])
         group = np.searchsorted(classes, base.labels[gallery])
         if len(shared) < 2:
@@ -128,38 +128,34 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
                     "--splits names another split")
         if len(fit) < 2 or not len(classes) or len(np.unique(group)) < len(classes):
             return "too few readable images of its classes"
-        refuse_one(test, classes)
-        mates = list(np.searchsorted(classes, label[probe])[:, None])
-        return Task(domain, test, base, fit, probe, gallery, group, label[probe], mates, [mates[0][:0]] * len(probe))
-
-    roles, cameras, labels = test.optional("role"), test.optional("camera"), np.array(test.labels)
-    gallery = rows[roles[rows] != ROLES.index("probe")]
-    probe = rows[roles[rows] <= ROLES.index("probe")]  # without roles every image is a probe and in the gallery
-    probe = rng.permutation(probe[labels[probe] >= 0])[:limit]
-    same, kept, mates, ignored = mates_in(labels[gallery]), [], [], []
-    for row in probe:
-        places = same(labels[row])
-        out = gallery[places] == row
-        if test.protocol["name"] == "reid":
-            out |= cameras[gallery[places]] == cameras[row]
-        if not out.all():
-            kept.append(row)
-            mates.append(places[~out])
-            ignored.append(places[out])
-    if len(fit) < 2:
-        return f"fewer than 2 images of {base.name} to fit on"
-    if not kept:
-        return f"no probe of {test.name} has a mate in its gallery that counts"
-    probe = np.array(kept)
-    refuse_one(test, labels[probe])
-    return Task(domain, test, base, fit, probe, gallery, np.arange(len(gallery)), labels[probe], mates, ignored)
-
-
-def refuse_one(test: Split, target: np.ndarray) -> None:
-    """Intervals resample identities: with a single one they have no width."""
-    if len(np.unique(target)) < 2:
+        mates = list(np.searchsorted(classes, target)[:, None])
+        ignored = [mates[0][:0]] * len(probe)
+    else:
+        roles, cameras, labels = test.optional("role"), test.optional("camera"), np.array(test.labels)
+        gallery = rows[roles[rows] != ROLES.index("probe")]
+        group = np.arange(len(gallery))
+        probe = rows[roles[rows] <= ROLES.index("probe")]  # without roles every image is a probe and in the gallery
+        probe = rng.permutation(probe[labels[probe] >= 0])[:limit]
+        same, kept, mates, ignored = mates_in(labels[gallery]), [], [], []
+        for row in probe:
+            places = same(labels[row])
+            out = gallery[places] == row
+            if test.protocol["name"] == "reid":
+                out |= cameras[gallery[places]] == cameras[row]
+            if not out.all():
+                kept.append(row)
+                mates.append(places[~out])
+                ignored.append(places[out])
+        if len(fit) < 2:
+            return f"fewer than 2 images of {base.name} to fit on"
+        if not kept:
+            return f"no probe of {test.name} has a mate in its gallery that counts"
+        probe = np.array(kept)
+        target = labels[probe]
+    if len(np.unique(target)) < 2:  # intervals resample identities: with a single one they have no width
         raise InputError(f"{test.folder}: only one identity can be tested, want at least 2: name another split of "
-                         f"{test.domain} with --splits")
+                         f"{domain} with --splits")
+    return Task(domain, test, base, fit, probe, gallery, group, target, mates, ignored)
 
 
 def drop_tested(tasks: list[Task], most: int, seed: int) -> None:

@@ -19,21 +19,20 @@ from protocols.explore import (
     draw_up_map,
     explore_transfer,
     hits_without_each,
-    hold_out,
     measure_components,
     measure_further,
-    tell_sources,
 )
 from protocols.pairs import score_pairs
 from protocols.results import Pair, Sources
+from protocols.separability import hold_out, tell_sources
 from protocols.sharing import measure_sharing
 from protocols.subspaces import (
     Curve,
     Trial,
     Turned,
+    combine,
     hits_by_k,
     hits_one_by_one,
-    largest,
     unit,
 )
 from protocols.tasks import Embeddings, Task, vectors_of
@@ -131,7 +130,7 @@ def test_components_that_serve_every_task():
             each = [pairs[row["fit"].strip("*"), test][level]["value"] for test in ("object", "face_hq")]
             assert row[level]["value"] == (None if None in each else max(each))
     assert result["all_tasks"][1]["k95"]["value"] > pairs["face_hq", "face_hq"]["k95"]["value"]
-    nan = largest([Estimate(np.nan, np.array([1.0, np.nan])), Estimate(3.0, np.array([2.0, 2.0]))])
+    nan = combine(np.max, [Estimate(np.nan, np.array([1.0, np.nan])), Estimate(3.0, np.array([2.0, 2.0]))])
     assert np.isnan(nan.value) and nan.draws[0] == 2 and np.isnan(nan.draws[1])
 
 
