@@ -309,7 +309,7 @@ def test_what_is_not_above_chance_is_not_drawn(written, monkeypatch):
     assert find_measured(pairs) == {(a, b) for a in names for b in names if b != "body"}
     assert (folder / "importance.png").stat().st_size > 20_000
     drawn = []
-    monkeypatch.setattr(reports.analysis_plots, "save_figure", lambda figure, *_: drawn.append(figure))
+    monkeypatch.setattr(reports.analysis_plots, "save_figure", lambda figure, *_, **__: drawn.append(figure))
     draw_deletion(folder / "x", [Curve("deleted", "body", name, [1, 2], None, np.array([0.9, 0.8]), None, None)
                                  for name in names], names, pairs)
     panels = drawn[0].axes
@@ -320,7 +320,7 @@ def test_what_is_not_above_chance_is_not_drawn(written, monkeypatch):
 def test_importance_is_read_past_the_first_components(tmp_path, monkeypatch):
     """The first component counts 80 points, the 60th one: its bar is a fifth of the panel or more."""
     drawn, change = [], [0.8, *[0.01] * 99]
-    monkeypatch.setattr(reports.analysis_plots, "save_figure", lambda figure, *_: drawn.append(figure))
+    monkeypatch.setattr(reports.analysis_plots, "save_figure", lambda figure, *_, **__: drawn.append(figure))
     importance = {"change": change, "low": [0.0] * 50 + [0.005] * 50, "high": change}
     explored = [SimpleNamespace(fit=a, test=b, importance=importance) for a in ("object", "body")
                 for b in ("object", "body")]

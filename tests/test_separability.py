@@ -9,7 +9,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import protocols.separability
-from protocols.results import Separability, Space
+from protocols.results import Separability, Sources, Space
 from protocols.separability import (
     Canon,
     balanced_accuracy,
@@ -48,7 +48,7 @@ def test_a_fit_that_did_not_converge_is_told(monkeypatch):
     assert unfinished == {"logistic": 1}
     figure = {"value": 1.0, "low": 1.0, "high": 1.0}
     space = Space(figure, figure, figure, {}, {"logistic": False, "lda": True, "svm": True})
-    text = "\n".join(report_separability(Separability(9, 0.5, {"tuned": space}, {}, [])))
+    text = "\n".join(report_separability(Separability(9, 0.5, {"tuned": space}, {}, [], {"body": Sources("x")})))
     assert "| tuned | 100.0 [100.0, 100.0] (not converged) | 100.0 [100.0, 100.0] | 100.0" in text
 
 
