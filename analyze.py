@@ -29,7 +29,7 @@ from data_prep import (
     run_command,
 )
 from data_prep.format import open_root
-from models.runs import Run, load_foundation, load_run, load_tuned, pick_device
+from models.runs import load_foundation, load_run, load_tuned, pick_device
 from protocols.bootstrap import finite
 from protocols.embed import DEBUG, Embedder, EmbedOptions, make_embedder
 from protocols.explore import draw_up_map, explore_transfer, measure_components
@@ -75,18 +75,6 @@ class Options(EmbedOptions):
 Spaces = dict[str, dict[str, tuple]]  # embeddings by weights and domain: of the training and of the test split
 
 
-def choose_splits(run: Run, options: Options, root: dict, data: str) -> tuple[dict, dict[str, str]]:
-    """Training and test split by domain, and why other domains are left out."""
-    splits, left_out = choose_pairs(root, run.config["domains"], options.splits, data)
-    if not splits:
-        raise InputError(f"{data}: none of {', '.join(run.config['domains'])} has both a training and a test split: "
-                         "nothing to analyse")
-    if run.config["degrade"] and "face_lq" in splits:  # the network never saw these images as they are stored
-        base, test = splits["face_lq"]
-        splits["face_lq"] = (Degraded(base.folder, float(run.config["degrade"].partition("@")[0]), options.seed), test)
-    return splits, left_out
-
-
 def make_tasks(embedded: Spaces, splits: dict, left_out: dict[str, str], limit: int, dim: int, seed: int) -> list[Task]:
     """The tasks that can be analysed; of each other domain, `left_out` is told why."""
     tasks = []
@@ -126,7 +114,7 @@ def analyse(options: Options) -> int:
     click.get_current_context().with_resource(lock_folder(folder, "--run"))  # also: can it be written to?
     data, seed, draws = options.data or run.config["data"], options.seed, options.bootstrap
     root, device = open_root(Path(data)), pick_device(options.device)
-    splits, left_out = choose_splits(run, options, root, data)
+    splits, left_out = choose_pairs(root, run.config["domains"], options.splits, data, run.config["degrade"], seed)
     embedders = {weights: make_embedder(lambda load=load: load(run), weights, run.folder / "eval", options)
                  for weights, load in (("foundation", load_foundation), ("tuned", load_tuned))}
     dims = [embedder.model.dim for embedder in embedders.values()]

@@ -4,13 +4,13 @@ Copy with it: data_prep/__init__.py, protocols/bootstrap.py, protocols/results.p
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
 from data_prep import DOMAINS
 from protocols.bootstrap import Estimate, average, interval, margin, mark, needed, show
-from protocols.results import HEADLINE, RUN_ROLES, Group, Measured, Row, group_runs
+from protocols.results import HEADLINE, RUN_ROLES, Group, Measured, group_runs
 
 HOLDS, FAILS, WIDE = "holds", "fails", "not measured (intervals too wide to decide)"
 MEASURED = (HOLDS, FAILS, WIDE)  # how verdicts on figures start
@@ -75,13 +75,13 @@ def judge(what: str, figure: Estimate, least: float | None, form: str = "+.1f", 
 
 
 def rank(verdict: str) -> int:
-    """Place in ORDER."""
+    """Place in ORDER: one failure is enough, and what was not measured does not hold."""
     return next(i for i, start in enumerate(ORDER) if verdict.startswith(start))
 
 
-def join(verdicts: list[str]) -> str:
-    """The weakest of several verdicts: one failure is enough, and what was not measured does not hold."""
-    return min(verdicts, key=rank)
+def first_that_applies(*verdicts: tuple[object, str]) -> str:
+    """The verdict beside the first condition that is true; "" if none is."""
+    return next((verdict for condition, verdict in verdicts if condition), "")
 
 
 def for_information(findings: list[Finding]) -> list[Finding]:
@@ -91,10 +91,9 @@ def for_information(findings: list[Finding]) -> list[Finding]:
         for f in findings]
 
 
-def only(tasks: Iterable[str]) -> str:
+def only(tasks: Collection[str]) -> str:
     """A verdict where some of the four tasks are missing; "" if none is."""
-    known = set(tasks)
-    present = [domain for domain in DOMAINS if domain in known]
+    present = [domain for domain in DOMAINS if domain in tasks]
     return f"not measured (only tasks {', '.join(present)})" if len(present) < len(DOMAINS) else ""
 
 
@@ -109,7 +108,7 @@ def make_claim(claim: str, rule: str, findings: list[Finding], further: list[str
 
     `further`: verdicts about several findings together, or about what is missing; `otherwise`: where there is none.
     """
-    verdict = join([finding.verdict for finding in findings if finding.verdict] + further or [otherwise])
+    verdict = min([finding.verdict for finding in findings if finding.verdict] + further or [otherwise], key=rank)
     deciding = [f for f in findings if f.threshold is not None and None not in (f.value, f.low, f.high)
                 and verdict.startswith(MEASURED)]
     weakest = min(deciding, key=lambda f: (rank(decide(f.low, f.high, f.threshold)), f.low - f.threshold), default=None)
@@ -130,7 +129,7 @@ def claim_backbones(imic: list[Group], families: list[str], delta: float) -> Cla
         if not leads:
             missing.append(f"not measured (no foundation scores of {group.name}; run evaluate.py without "
                            "--no-foundation)")
-        elif thin := only(domain for domain, _ in leads):
+        elif thin := only({domain for domain, _ in leads}):
             judged, missing = for_information(judged), [*missing, thin]
         findings += judged
     return make_claim(f"Works on {', '.join(families)}",
@@ -167,10 +166,7 @@ def claim_experts(imic: list[Group], experts: list[Group], delta: float) -> Clai
     """
     findings, missing = [], []
     for group in imic:
-        domains = group.config["domains"]
-        if len(domains) < len(DOMAINS):
-            missing.append(f"not measured ({group.name} learned {len(domains)} of {len(DOMAINS)} tasks)")
-        for domain in domains:
+        for domain in group.config["domains"]:
             rivals = match_experts(group, experts, domain, delta)
             deciding = "exposure" if any(kind == "exposure" for kind, *_ in rivals) else "images"
             judged = []
@@ -234,12 +230,10 @@ def claim_humans(imic: list[Group]) -> Claim:
 
 def claim_generalisation(imic: list[Group], least: float) -> Claim:
     """Retention on out-of-distribution splits, where the untouched backbone is above chance."""
-    def is_wanted(row: Row) -> bool:
-        return (row.kind == "retention" and row.ood and not row.unseen
-                and (row.readout, row.measure) == HEADLINE["classification"])
-
+    wanted = ("retention", True, False, *HEADLINE["classification"])
     findings = [judge(f"{group.name} {domain}/{split}", figure, least, ".0f") for group in imic
-                for (domain, split, *_), figure in group.rows("tuned", is_wanted).items()]
+                for (domain, split, *_), figure in group.rows("tuned", lambda row: (
+                    row.kind, row.ood, row.unseen, row.readout, row.measure) == wanted).items()]
     return make_claim("Generalisation outside the training distribution is not substantially harmed",
                       f"retention above {100 * least:g} %", findings, [],
                       "not measured (no out-of-distribution split on which the foundation beats chance)")
@@ -268,7 +262,7 @@ def find_fallen(other: Group, early: dict[tuple, Estimate], experts: list[Group]
 
 
 def claim_forgetting(imic: list[Group], sequential: list[Group], experts: list[Group], delta: float,
-                     beside: Sequence[Group] = ()) -> Claim:
+                     beside: Iterable[Group] = ()) -> Claim:
     """Sequential training lost a task that it learned before the last and ends below IMIC on it; IMIC loses none.
 
     If it lost nothing, there is nothing that the interleaved run could have prevented. `beside`: `alternate` and
@@ -276,8 +270,10 @@ def claim_forgetting(imic: list[Group], sequential: list[Group], experts: list[G
     """
     findings, further = [], []
     for group in imic:
+        over_untouched = group.leads(group, "tuned", "foundation")
+        thin = only({domain for domain, _ in over_untouched})
         held = [judge(f"{group.name} over the untouched backbone {domain}/{split}", lead, -delta)
-                for (domain, split), lead in group.leads(group, "tuned", "foundation").items()]
+                for (domain, split), lead in over_untouched.items()]
         others, rivals = (alike(group, them, group.config["domains"]) for them in (sequential, beside))
         verdicts, compared, watched = [], False, False
         for other in others:
@@ -304,21 +300,15 @@ def claim_forgetting(imic: list[Group], sequential: list[Group], experts: list[G
                                                  for key, lead in leads.items()])
                 if as_good and verdicts[-1] == HOLDS:
                     verdicts[-1] = f"holds, but {' and '.join(as_good)} {'do' if as_good[1:] else 'does'} as well"
-        if not others:
-            verdicts = [f"not measured (no run of --schedule sequential of the backbone and tasks of {group.name})"]
-        elif not held:
-            verdicts = [f"not measured (no foundation scores of {group.name})"]
-        elif not compared:
-            verdicts = ["not measured (no figure in common with the sequential run)"]
-        elif thin := only(domain for domain, _ in group.leads(group, "tuned", "foundation")):
-            verdicts = [thin]
-        elif not verdicts:
-            verdicts = ["not measured (the sequential run forgot nothing)" if watched else
-                        "not measured (the sequential run has neither foundation scores nor --eval-every)"]
-        else:
-            findings, held = findings + held, []
-        findings += for_information(held)
-        further += verdicts
+        instead = first_that_applies(
+            (not others, f"not measured (no run of --schedule sequential of the backbone and tasks of {group.name})"),
+            (not held, f"not measured (no foundation scores of {group.name})"),
+            (not compared, "not measured (no figure in common with the sequential run)"),
+            (thin, thin),
+            (not verdicts and watched, "not measured (the sequential run forgot nothing)"),
+            (not verdicts, "not measured (the sequential run has neither foundation scores nor --eval-every)"))
+        findings += for_information(held) if instead else held
+        further += [instead] if instead else verdicts
     return make_claim("Sequential fine-tuning forgets where the interleaved one does not",
                       f"an earlier task of the sequential run fell by {100 * delta:g} points (below the untouched "
                       "backbone, its own best stage or the expert matched in exposure) and is lower than IMIC's, "
@@ -401,10 +391,10 @@ def claim_components(imic: list[Group], least: float) -> Claim:
                                  identities=min(pair.identities for pair in each)))
             for name, over in leads.items():
                 over.append(average([getattr(pair, f"over_{name}") for pair in each]))
-        verdict, thin = join(verdicts), only(task for pair in across for task in pair)
+        verdict, thin = min(verdicts, key=rank), only({task for pair in across for task in pair})
         unmeasured = next((v for v in verdicts if not v.startswith(MEASURED)), "")
         unbeaten = [name for name, over in leads.items() if any(lead and not lead["low"] > 0 for lead in over)]
-        verdict = next(instead for applies, instead in (
+        verdict = first_that_applies(
             (dim <= 100, f"not measured (a space of {dim} dimensions: 100 components are all of it)"),
             (k >= 100, "not measured (analysed at 100 components or more; call analyze.py --components 99)"),
             (thin, thin),
@@ -417,7 +407,7 @@ def claim_components(imic: list[Group], least: float) -> Claim:
              + ("subspaces" if unbeaten == ["random"] else "PCs")),
             (verdict == HOLDS and None in leads["random"] + leads["foundation"],
              "not measured (no foundation PCs of the same width)"),
-            (True, verdict)) if applies)
+            (True, verdict))
         further.append(verdict)
         for finding in shown if verdict.startswith(MEASURED) else ():
             finding.threshold = least

@@ -11,7 +11,7 @@ import torch
 from data_prep import progress
 from data_prep.format import matched_pairs
 from protocols.bootstrap import Estimate, bootstrap_counts, finite, intervals, show, unit, weighted_mean
-from protocols.pairs import roc, tar_at_far
+from protocols.pairs import score_pairs
 from protocols.results import Transfer
 from protocols.search import average_precision, inverse_negative_penalty, search_gallery
 from protocols.subspaces import (
@@ -139,7 +139,6 @@ def measure_further(trial: Trial, mean: np.ndarray, basis: np.ndarray, ks: list[
     """
     task, by_k, every = trial.task, {}, np.arange(len(trial.vectors[1]))
     target = task.target[:FURTHER_PROBES]
-    pairs = matched_pairs(target, 5000, seed)
     for k in ks:
         probe, gallery = trial.turned(mean, basis[:, :k])
         q, g = unit(probe[:FURTHER_PROBES].cpu().numpy()), np.empty((len(gallery), k), dtype=np.float32)
@@ -154,17 +153,7 @@ def measure_further(trial: Trial, mean: np.ndarray, basis: np.ndarray, ks: list[
         figures = intervals(
             lambda w, values=values: {name: weighted_mean(of, w) for name, of in values.items()},
             bootstrap_counts(target, draws, seed))
-        if len(pairs):
-            scores, same = (q[pairs[:, 0]] * q[pairs[:, 1]]).sum(1), np.arange(len(pairs)) < len(pairs) // 2
-            order = np.argsort(-scores)  # sorted once: the sort of each resampling is then faster
-            scores, same, (left, right) = scores[order], same[order], pairs[order].T
-
-            def accept(weights: np.ndarray | None, scores=scores, same=same) -> dict[str, float]:
-                far, tar = roc(scores, same, weights)
-                return {"pair auc": float(np.trapezoid(tar, far)), "tar@far=0.01": tar_at_far(far, tar, 0.01)}
-
-            figures |= intervals(accept, (np.where(same, w[left], w[left] * w[right]) for w in
-                                          bootstrap_counts(target, draws, seed)))
+        figures |= score_pairs(q, target, draws, seed, target=0.01)
         by_k |= {(k, name): figure for name, figure in figures.items()}
     return by_k
 
@@ -179,8 +168,7 @@ def d_primes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.where(spread > 0, (a.mean(0) - b.mean(0)) / spread, np.nan)
 
 
-def measure_components(embedded: dict, tasks: list[Task], bases: dict, limit: int, seed: int, pairs: int = 4000
-                       ) -> list[dict]:
+def measure_components(embedded: dict, tasks: list[Task], bases: dict, limit: int, seed: int) -> list[dict]:
     """How each component of each task, up to `limit`, separates tasks and identities.
 
     Returns:
@@ -188,7 +176,7 @@ def measure_components(embedded: dict, tasks: list[Task], bases: dict, limit: in
         identity d' (products of coordinates, a component's part of the cosine, of pairs of one person and of two).
     """
     rows = []
-    drawn = {task.domain: matched_pairs(task.target, pairs, seed) for task in tasks}
+    drawn = {task.domain: matched_pairs(task.target, 4000, seed) for task in tasks}
     for fit, (mean, basis, variances) in bases.items():
         z = {task.domain: (embedded[task.domain][1][task.probe] - mean) @ basis[:, :limit] for task in tasks}
         share = variances[:limit] / variances.sum()
@@ -222,9 +210,8 @@ def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most:
         others = rng.permutation(np.setdiff1d(np.arange(len(task.target)), shown))[: most - len(shown)]
         chosen = np.concatenate([shown, others])
         points.append(embedded[task.domain][1][task.probe[chosen]])
-        for i in chosen:
-            place = np.flatnonzero(known == task.target[i])
-            rows.append({"task": task.domain, "identity": int(place[0]) if len(place) else -1})
+        match = task.target[chosen, None] == known
+        rows += [{"task": task.domain, "identity": int(i)} for i in np.where(match.any(1), match.argmax(1), -1)]
     x = np.concatenate(points).astype(np.float64)
     if method == "tsne" and len(x) >= 10:
         x = PCA(min(50, *x.shape), random_state=seed).fit_transform(x)

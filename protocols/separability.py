@@ -38,20 +38,18 @@ def pixel_statistics(split: Split, rows: np.ndarray) -> np.ndarray:
     return result
 
 
-def crop_padding(image: torch.Tensor, tolerance: float = 8, least: float = 0.5) -> torch.Tensor:
-    """An image [3, H, W] of 0..255 without plain lines at its borders, such as padding.
+def crop_padding(image: torch.Tensor) -> torch.Tensor:
+    """An image [3, H, W] of 0..255 without plain lines at its borders, such as padding; half of each side stays.
 
-    At least the share `least` of each side stays. `tolerance`: standard deviation up to which a line of pixels is
-    plain, since padding is no longer exact after JPEG.
+    A line is plain up to a standard deviation of 8, since padding is no longer exact after JPEG.
     """
     ends = []
     for axis in (1, 2):
         spread = image.float().std(3 - axis).amax(0)  # [lines]
-        busy = torch.nonzero(spread > tolerance).flatten().tolist() or [0, len(spread) - 1]
-        most = int(len(spread) * (1 - least) / 2)
+        busy = torch.nonzero(spread > 8).flatten().tolist() or [0, len(spread) - 1]
+        most, after = len(spread) // 4, len(spread) - 1 - busy[-1]
         # two lines more: JPEG blends padding and picture at the edge
         low = min(busy[0] + 2 * (busy[0] > 0), most)
-        after = len(spread) - 1 - busy[-1]
         ends.append(slice(low, len(spread) - min(after + 2 * (after > 0), most)))
     return image[:, ends[0], ends[1]]
 
@@ -121,19 +119,16 @@ def classify(name: str, fit: list[np.ndarray], test: list[np.ndarray], unfinishe
 
 
 def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int, seed: int) -> Estimate:
-    """Mean over tasks of the share of right answers, resampled by identity.
+    """Mean over tasks of the share of right answers, bool [m_d] per task, resampled by identity.
 
-    Args:
-        right: bool [m_d] per task.
-        ids: [m_d] per task, from `name_identities`: a person in two tasks is drawn in both or in neither.
+    `ids`: [m_d] per task, from `name_identities`: a person in two tasks is drawn in both or in neither.
     """
     names = np.unique(np.concatenate(ids), return_inverse=True)[1]
     ends = np.cumsum([len(part) for part in right])[:-1]
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
         parts = [None] * len(right) if weights is None else np.split(weights, ends)
-        return {"value": float(np.mean([weighted_mean(hit.astype(float), w)
-                                        for hit, w in zip(right, parts, strict=True)]))}
+        return {"value": float(np.mean([weighted_mean(hit, w) for hit, w in zip(right, parts, strict=True)]))}
 
     return intervals(statistic, bootstrap_counts(names, draws, seed), len(names))["value"]
 

@@ -69,17 +69,11 @@ Vectors = np.ndarray | torch.Tensor | Turned
 
 
 def hits_one_by_one(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int]) -> np.ndarray:
-    """For projected vectors, whether each probe's nearest gallery vector is a mate with the first k coordinates.
+    """Whether each probe's nearest gallery vector is a mate with the first k coordinates, bool [len(ks), n].
 
-    The definition, as a full evaluation for every k; `hits_by_k` gives the same. A mate must be nearer than every other
-    vector by more than a TIE: with one coordinate every cosine is 1 or -1, and rounding must not choose among them.
-
-    Args:
-        probe, gallery: coordinates [n, D] and [m, D], largest component first.
-        ks: numbers of coordinates, rising.
-
-    Returns:
-        bool [len(ks), n].
+    The definition, as a full evaluation for every k of `ks`; `hits_by_k` gives the same. A mate must be nearer than
+    every other vector by more than a TIE: with one coordinate every cosine is 1 or -1, and rounding must not choose
+    among them. `probe`, `gallery`: coordinates [n, D] and [m, D], largest component first.
     """
     hits = np.empty((len(ks), len(probe)), dtype=bool)
     for row, k in zip(hits, ks, strict=True):
@@ -92,7 +86,7 @@ def hits_one_by_one(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list
 
 def hits_by_k(probe: Vectors, gallery: Vectors, task: Task, ks: list[int],
               device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
-    """`hits_one_by_one` at the cost of one evaluation of scores and, per k, three passes over a block in the cache.
+    """`hits_one_by_one`, `ks` rising, at the cost of one evaluation of scores and, per k, three passes over a block.
 
     With one coordinate more, S += q_k g_kᵀ and |g|² += g_k². `size`: see `sweep`.
     """
@@ -110,12 +104,12 @@ def hits_by_k(probe: Vectors, gallery: Vectors, task: Task, ks: list[int],
 
 def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callable[[torch.Tensor], torch.Tensor],
           advance: Callable[..., torch.Tensor], device: torch.device | str, size: int | None) -> np.ndarray:
-    """Score every probe in one subspace after another, by blocks of scores that stay in the cache.
+    """Whether the nearest vector of each probe is a mate in one subspace after another, bool [steps, n].
 
     The nearest vector has the largest S / |g|: a probe's length changes no order. The few scores of mates are kept
-    apart, so that S holds only wrong ones and the largest of a row is enough. Memory: the probes, a block of the
-    gallery twice with its inverse lengths [block, steps], the best scores [steps, n] of mates and of others, and for
-    each of torch's threads two blocks of scores.
+    apart, so that S holds only wrong ones and the largest of a row is enough. Scores are made in blocks that stay in
+    the cache. Memory: the probes, a block of the gallery twice with its inverse lengths [block, steps], the best scores
+    [steps, n] of mates and of others, and for each of torch's threads two blocks of scores.
 
     Args:
         probe, gallery: coordinates, [n, D] and [m, D].
@@ -124,9 +118,6 @@ def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callab
         advance: number of the step, scores [b, m] (0 before the first step, which it may change: -inf stays so),
             coordinates [D, b] and [D, m], a spare block -> the scores of that step.
         size: scores held at once (default: what fits the cache of a core; on a GPU 2**26).
-
-    Returns:
-        bool [steps, n].
     """
     size = size or (1 << 19 if torch.device(device).type == "cpu" else 1 << 26)
     q = torch.as_tensor(probe[:], device=device)
@@ -200,11 +191,7 @@ def kept(scores: np.ndarray, full: np.ndarray | float, chance: float) -> np.ndar
 def components_needed(share: np.ndarray, ks: list[int], level: float) -> np.ndarray:
     """k*: the smallest of ks from which on every larger one keeps at least `level`; infinite: not even the largest.
 
-    Args:
-        share: what is kept, [..., len(ks)].
-
-    Returns:
-        float [...]; NaN where a share is unknown.
+    `share`: what is kept, [..., len(ks)]. Float [...]; NaN where a share is unknown.
     """
     short = ~(np.asarray(share) >= level)
     after = np.where(short.any(-1), len(ks) - short[..., ::-1].argmax(-1), 0)  # one after the last that is short
@@ -238,13 +225,9 @@ class Curve:
 
 
 class Trial:
-    """A task's vectors and resamplings on a device, to be scored in one subspace after another.
+    """A task to be scored in one subspace after another, on a device.
 
-    Args:
-        task: the task.
-        vectors: its probe and gallery vectors, [n, D] and [m, D].
-        counts: [resamplings, n], how often each probe is drawn.
-        device: of the sweeps.
+    `vectors`: of its probes and gallery, [n, D] and [m, D]; `counts` [resamplings, n]: how often each probe is drawn.
     """
 
     def __init__(self, task: Task, vectors: tuple[np.ndarray, np.ndarray], counts: np.ndarray,
@@ -302,15 +285,14 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
 
     Args:
         embedded: domain -> unit embeddings of its training and of its test split.
-        tasks: the tasks.
         headline: the k of the claim, lowered to the number of determined components.
         draws: bootstrap resamplings, by identity.
-        seed: of the sub-sampling and the random subspaces.
+        seed: also of the sub-sampling and the random subspaces.
         foundation: embeddings of the untouched backbone, whose components are also used on `embedded`.
         device: of the sweeps.
 
     Returns:
-        What is kept by each pair of tasks; the curves; and the components by domain.
+        What each pair of tasks keeps; the curves; and the components by domain.
     """
     D = next(iter(embedded.values()))[0].shape[1]
     chosen = draw_fits(tasks, D, seed)

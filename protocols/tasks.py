@@ -51,11 +51,12 @@ class Task:
                               for right, out in zip(self.mates, self.ignored, strict=True)]))
 
 
-def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: str | None, where: str
-                 ) -> tuple[dict[str, tuple[Split, Split]], dict[str, str]]:
+def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: str | None, where: str,
+                 degrade: str | None = None, seed: int = 0) -> tuple[dict[str, tuple[Split, Split]], dict[str, str]]:
     """Training and test split of each domain of a run; and why other domains are left out.
 
-    A domain that --splits (`names`) does not name is tested on the first of `ordered_tests`.
+    A domain that --splits (`names`) does not name is tested on the first of `ordered_tests`. `degrade`: of the run,
+    whose network never saw face_lq/train as it is stored.
     """
     chosen: dict[str, Split] = {}
     for split in named_splits(root, names, where) if names else []:
@@ -71,10 +72,15 @@ def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: s
         test = chosen.get(domain) or next(iter(ordered_tests(splits.values())), None)
         if "train" in splits and test:
             pairs[domain] = splits["train"], test
+            if degrade and domain == "face_lq":
+                pairs[domain] = Degraded(splits["train"].folder, float(degrade.partition("@")[0]), seed), test
             rest = ", ".join(s.name for s in splits.values() if s.protocol and s.folder != test.folder)
             print(f"  {domain}: tested on {test.name}" + f", not on {rest} (--splits chooses)" * bool(rest))
         else:
             left_out[domain] = "no test split in distribution" if "train" in splits else "no training split"
+    if not pairs:
+        raise InputError(f"{where}: none of {', '.join(domains)} has both a training and a test split: nothing to "
+                         "analyse")
     return pairs, left_out
 
 
@@ -99,14 +105,8 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
 
     Classes that are in both splits (objects) are divided: every second one is fitted on, the others are tested.
     Its rows to fit on still contain identities that other tasks test: see `drop_tested`.
-
-    Args:
-        base, test: training and test split.
-        readable: bool, rows of either that may be used.
-        limit: most probes, drawn at random.
-
-    Raises:
-        InputError: only one identity can be tested.
+    `readable`: bool, rows of the training and of the test split that may be used; `limit`: most probes, drawn at
+    random. InputError if only one identity can be tested.
     """
     domain, rng = base.domain, np.random.default_rng((seed, DOMAINS.index(base.domain)))
     shared = sorted(set(test.classes) & set(base.classes))

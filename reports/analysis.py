@@ -15,15 +15,7 @@ from protocols.results import Separability, Sources, Transfer
 from protocols.separability import CLASSIFIERS
 from protocols.sharing import Sharing
 from protocols.subspaces import Curve
-from reports.analysis_plots import (
-    draw_deletion,
-    draw_importance,
-    draw_map,
-    draw_separability,
-    draw_sharing,
-    draw_spectrum,
-    draw_transfer,
-)
+from reports import analysis_plots as plots
 from reports.tables import write_text
 
 
@@ -243,16 +235,16 @@ def write_analysis(folder: Path, analysis: Analysis, curves: dict[str, list[Curv
         blocks += report_transfer(transfer, weights, explored if weights == "tuned" else [])
     if analysis.separability:
         blocks += report_separability(analysis.separability)
-        draw_separability(folder / "separability", analysis.separability, domains)
+        plots.draw_separability(folder / "separability", analysis.separability, domains)
     report = "\n\n".join(blocks + report_sharing(analysis.sharing, analysis.cka)) + "\n"
     write_text(folder / "report.md", report)
-    draw_transfer(folder / "transfer", curves["tuned"], domains, pairs)
-    draw_deletion(folder / "deletion", curves["tuned"], domains, pairs)
+    plots.draw_transfer(folder / "transfer", curves["tuned"], domains, pairs)
+    plots.draw_deletion(folder / "deletion", curves["tuned"], domains, pairs)
     if explored[0].importance:
-        draw_importance(folder / "importance", explored, domains)
-    draw_sharing(folder / "sharing", analysis.sharing["tuned"], domains)
-    draw_spectrum(folder / "spectrum", components, domains)
-    draw_map(folder / "map", points, domains, analysis.map)
+        plots.draw_importance(folder / "importance", explored, domains)
+    plots.draw_sharing(folder / "sharing", analysis.sharing["tuned"], domains)
+    plots.draw_spectrum(folder / "spectrum", components, domains)
+    plots.draw_map(folder / "map", points, domains, analysis.map)
     return report
 
 
