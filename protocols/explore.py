@@ -51,13 +51,10 @@ def explore_transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: 
                      curves: list[Curve], bases: dict[str, Basis], draws: int, seed: int,
                      delete: tuple[int, int] = (0, 0), importance: int = 0, device: torch.device | str = "cpu"
                      ) -> tuple[list[Explored], list[Curve]]:
-    """Further controls, curves and metrics of a transfer.
+    """Further controls, curves and metrics of a transfer, which returned `result`, `curves` and `bases`.
 
-    Args:
-        embedded, tasks, draws, seed, device: as for `transfer`.
-        result, curves, bases: what it returned.
-        delete: components a <= i < b that are left out, for one more figure (counted from 0; a = b: none).
-        importance: number of first components that are left out, one at a time; 0: none.
+    `delete`: components a <= i < b that are left out, for one more figure (counted from 0; a = b: none); `importance`:
+    number of first components that are left out, one at a time; 0: none. Others: as for `transfer`.
     """
     D, limit, headline, table, more = result.dim, result.limit, result.pairs[0].k, [], []
     chosen, share = draw_fits(tasks, D, seed), -(-result.images_per_task // len(tasks))

@@ -123,14 +123,13 @@ def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int
 
     `ids`: [m_d] per task, from `name_identities`: a person in two tasks is drawn in both or in neither.
     """
-    names = np.unique(np.concatenate(ids), return_inverse=True)[1]
     ends = np.cumsum([len(part) for part in right])[:-1]
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
         parts = [None] * len(right) if weights is None else np.split(weights, ends)
         return {"value": float(np.mean([weighted_mean(hit, w) for hit, w in zip(right, parts, strict=True)]))}
 
-    return intervals(statistic, bootstrap_counts(names, draws, seed), len(names))["value"]
+    return intervals(statistic, bootstrap_counts(np.concatenate(ids), draws, seed))["value"]
 
 
 def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.ndarray], draws: int,
@@ -173,11 +172,9 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
     """`separability` where the images of one domain are of a source not fitted on, if it has two.
 
     Args:
-        features: by space.
         fitted, tested: by space, per task: features of the rows `fits` of the training split, and of the test rows.
         ids: per task, who is on the test rows.
-        others: domain -> its test splits and the rows of them that may be used.
-        n: most images of a source.
+        others: by domain, its test splits and the rows of them that may be used, at most `n` of a source.
     """
     rng, table = np.random.default_rng(seed), []
     people = [name_identities(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]

@@ -26,9 +26,6 @@ TIE = 1e-6  # cosines that differ by less are equal: far above rounding in float
 FITTED = 20  # most images per dimension that are fitted: more cost time and hardly change a covariance
 
 
-# ---------------------------------------------------------------- subspaces
-
-
 def principal_components(x: np.ndarray, device: torch.device | str = "cpu"
                          ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean [D], components as columns [D, D] by falling variance, variances [D] of rows x [n, D] (float64)."""
@@ -283,16 +280,13 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
              device: torch.device | str = "cpu") -> tuple[Transfer, list[Curve], dict[str, Basis]]:
     """Components of every task, used by every task, beside random subspaces and the untouched backbone's components.
 
+    Returns what each pair of tasks keeps, the curves, and the components by domain.
+
     Args:
         embedded: domain -> unit embeddings of its training and of its test split.
         headline: the k of the claim, lowered to the number of determined components.
-        draws: bootstrap resamplings, by identity.
-        seed: also of the sub-sampling and the random subspaces.
+        draws: resamplings, by identity.
         foundation: embeddings of the untouched backbone, whose components are also used on `embedded`.
-        device: of the sweeps.
-
-    Returns:
-        What each pair of tasks keeps; the curves; and the components by domain.
     """
     D = next(iter(embedded.values()))[0].shape[1]
     chosen = draw_fits(tasks, D, seed)

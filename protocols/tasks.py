@@ -34,20 +34,15 @@ class Task:
     fit: np.ndarray  # rows of the training split, identities disjoint from the tested ones
     probe: np.ndarray  # rows of the test split, [n]
     gallery: np.ndarray  # rows of the test split (people) or of the training split (objects)
-    group: np.ndarray  # [gallery] the gallery vector 0..m-1 that a row is averaged into; all different for people
+    group: np.ndarray  # [gallery] which of the m gallery vectors a row is averaged into; all different for people
     target: np.ndarray  # [n] identity of each probe
     mates: list[np.ndarray]  # [n] gallery vectors that are right, at least one
     ignored: list[np.ndarray]  # [n] gallery vectors that do not count: the probe itself, its identity under its camera
 
-    @property
-    def vectors(self) -> int:
-        """Number of gallery vectors, m."""
-        return int(self.group.max()) + 1
-
     def chance(self) -> float:
         """Expected share of hits of a random nearest vector."""
-        m = self.vectors
-        return float(np.mean([len(right) / (m - len(out))
+        many = self.group.max() + 1
+        return float(np.mean([len(right) / (many - len(out))
                               for right, out in zip(self.mates, self.ignored, strict=True)]))
 
 
@@ -181,7 +176,7 @@ def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.
     give those most weight of which it holds least, and cost a pass over the training set for every k.)
     """
     base, test = embedded
-    x, m = base if task.domain == "object" else test, task.vectors
+    x, m = base if task.domain == "object" else test, task.group.max() + 1
     if m == len(task.gallery):  # single images: a million would be gigabytes in float64
         return test[task.probe], x[task.gallery[np.argsort(task.group)]]
     means = np.zeros((m, x.shape[1]))

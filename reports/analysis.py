@@ -44,9 +44,9 @@ class Analysis:
 
 def tabulate(rows: Iterable[dict[str, str]]) -> str:
     """A table of one or more rows, cells by column."""
-    first, *rest = rows
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (
-        first, ["---"] * len(first), first.values(), *(row.values() for row in rest)))
+    rows = list(rows)
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def list_few(identities: dict[str, int], what: str = "") -> list[str]:
@@ -164,12 +164,14 @@ def report_sources(result: dict[str, Sources], spaces: Iterable[str]) -> list[st
     """How well the sources within each task are separated."""
     names, rows = [name for name in spaces if not name.endswith("canon")], []
     for domain, of in result.items():
-        notes = {name: f"; {note}" if (note := mistrust(count)) else "" for name, count in of.identities.items()}
-        sources = [f"{literal(name)} ({count:,}{notes[name]})" for name, count in of.images.items()]
-        rows.append({"task": domain, "sources (images)": f"not measured ({literal(of.why)})" if of.why else
-                     ", ".join(sources), "chance": "-" if of.why else f"{100 * of.chance:.0f}"} | {
-            name: "-" if of.why else " / ".join(interval(of.spaces[name][model]) for model in CLASSIFIERS)
-            for name in names})
+        if of.why:
+            row = {"sources (images)": f"not measured ({literal(of.why)})", "chance": "-"} | dict.fromkeys(names, "-")
+        else:
+            notes = {name: f"; {note}" if (note := mistrust(count)) else "" for name, count in of.identities.items()}
+            sources = [f"{literal(name)} ({count:,}{notes[name]})" for name, count in of.images.items()]
+            row = {"sources (images)": ", ".join(sources), "chance": f"{100 * of.chance:.0f}"} | {
+                name: " / ".join(interval(of.spaces[name][model]) for model in CLASSIFIERS) for name in names}
+        rows.append({"task": domain} | row)
     return ["The source of an image as the label, within each task, on unseen identities: "
             f"{' / '.join(CLASSIFIERS.values())}. Where sources are separated as well as tasks are, tasks may be "
             "separated by their sources.", tabulate(rows)]

@@ -1,6 +1,5 @@
 """The figures of an analysis, as PDF and PNG."""
 
-import math
 from itertools import pairwise
 from pathlib import Path
 
@@ -209,7 +208,7 @@ def draw_spectrum(path: Path, components: list[dict], names: list[str]) -> None:
                            (axes[0][2], "task_dprime", "|d′| task − other tasks")):
         for name in names:
             of = [r for r in components if r["weights"] == "tuned" and r["fit"] == r["test"] == name]
-            values = np.array([math.nan if r[key] is None else r[key] for r in of])
+            values = np.array([r[key] for r in of], dtype=float)
             values = np.abs(values) if key == "task_dprime" else values
             # single components are noisy: the mean over each of some thirty ranges of equal width on the axis
             edges = np.unique(np.geomspace(1, len(values) + 1, 31).astype(int))
