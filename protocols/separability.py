@@ -228,23 +228,23 @@ def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np
                 sources.setdefault(name, []).append((split, part))
         people = {name: np.concatenate([name_identities(split, part) for split, part in parts])
                   for name, parts in sources.items()}
-        held_out = hold_out(list(people.values()), rng)
-        halves = {name: np.isin(who, list(held_out)) for name, who in people.items()}
-        usable = [name for name, held in halves.items() if held.any() and not held.all()]
-        if len(usable) < 2:
-            few = sorted(set(sources) - set(usable))
+        held_out = list(hold_out(list(people.values()), rng))
+        halves = {name: held for name, who in people.items()
+                  if (held := np.isin(who, held_out)).any() and not held.all()}
+        if len(halves) < 2:
+            few = sorted(set(sources) - set(halves))
             result[task.domain] = Sources(f"only one source: {', '.join(sources)}" if len(sources) < 2 else
                                           f"too few identities of {', '.join(few)} to fit on some and test others")
             continue
-        ids, spaces = [people[name][halves[name]] for name in usable], {}
+        ids, spaces = [people[name][held] for name, held in halves.items()], {}
         for space, of in progress(features.items(), desc=f"sources of {task.domain}", unit="space"):
-            x = [np.concatenate([of(split, part) for split, part in sources[name]]) for name in usable]
-            fit = [part[~halves[name]] for name, part in zip(usable, x, strict=True)]
-            test = [part[halves[name]] for name, part in zip(usable, x, strict=True)]
+            x = [np.concatenate([of(split, part) for split, part in sources[name]]) for name in halves]
+            fit, test = ([part[held == side] for part, held in zip(x, halves.values(), strict=True)]
+                         for side in (False, True))
             spaces[space] = {model: show(balanced_accuracy(classify(model, fit, test), ids, draws, seed))
                              for model in CLASSIFIERS}
-        result[task.domain] = Sources(None, {name: len(people[name]) for name in usable},
-                                      {name: len(np.unique(people[name])) for name in usable}, 1 / len(usable), spaces)
+        result[task.domain] = Sources(None, {name: len(people[name]) for name in halves},
+                                      {name: len(np.unique(people[name])) for name in halves}, 1 / len(halves), spaces)
     return result
 
 
