@@ -96,15 +96,22 @@ def make_tasks(embedded: Spaces, splits: dict, left_out: dict[str, str], limit: 
 
 
 def tell_apart(tasks: list[Task], embedders: dict[str, Embedder], root: dict, options: Options) -> Separability:
-    """The linear separability of the tasks, in every space."""
+    """The linear separability of the tasks: for both backbones and pixel statistics, as they are and in one format."""
+    features: dict[str, Features] = {
+        weights: lambda split, rows, embed=embedders[weights]: read_embeddings(embed, split)[rows]
+        for weights in ("tuned", "foundation")}
+    features["pixels"] = pixel_statistics
+    if side := options.canon:
+        features |= {f"{weights} canon": lambda split, rows, embed=embedders[weights]: embed(Canon(split, rows, side))
+                     for weights in ("tuned", "foundation")}
+        features["pixels canon"] = lambda split, rows: pixel_statistics(Canon(split, rows, side), np.arange(len(rows)))
     others = {}
     for task in tasks:
         tests = [s for s in root[task.domain].values() if s.protocol and s.name != task.split.name]
         others[task.domain] = [(task.split, task.probe)] + [
             (s, np.flatnonzero(find_readable([read_embeddings(embed, s) for embed in embedders.values()])
                                & (s.labels >= 0))) for s in tests]
-    return measure_separability(make_features(embedders, options.canon), tasks, others, options.bootstrap,
-                                options.seed, options.limit)
+    return measure_separability(features, tasks, others, options.bootstrap, options.seed, options.limit)
 
 
 def analyse(options: Options) -> int:
@@ -161,19 +168,6 @@ def find_readable(spaces: list[np.ndarray]) -> np.ndarray:
     """Rows, bool [n], that are finite in all embeddings [n, D] of a split: images may have been repaired meanwhile."""
     return np.logical_and.reduce([np.concatenate([np.isfinite(x[i : i + ROWS][:, 0])
                                                   for i in range(0, max(len(x), 1), ROWS)]) for x in spaces])
-
-
-def make_features(embedders: dict[str, Embedder], side: int) -> dict[str, Features]:
-    """The spaces in which tasks are told apart: both backbones and pixel statistics, as they are and in one format."""
-    spaces: dict[str, Features] = {
-        weights: lambda split, rows, embed=embedders[weights]: read_embeddings(embed, split)[rows]
-        for weights in ("tuned", "foundation")}
-    spaces["pixels"] = pixel_statistics
-    if side:
-        spaces |= {f"{weights} canon": lambda split, rows, embed=embedders[weights]: embed(Canon(split, rows, side))
-                   for weights in ("tuned", "foundation")}
-        spaces["pixels canon"] = lambda split, rows: pixel_statistics(Canon(split, rows, side), np.arange(len(rows)))
-    return spaces
 
 
 # ---------------------------------------------------------------- command line
