@@ -1,6 +1,6 @@
 """The figures of an analysis, as PDF and PNG."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +54,7 @@ def new_grid(names: list[str], use: str, height: float, least: float):
     for ax, row, name in zip(axes[0], axes, names, strict=True):
         ax.set_title(f"{use} {name}")
         row[0].set_ylabel(f"components of\n{name}")
-    return figure, {(fit, test): ax for fit, row in zip(names, axes, strict=True)
-                    for test, ax in zip(names, row, strict=True)}
+    return figure, dict(zip(product(names, repeat=2), axes.flat, strict=True))
 
 
 def heat_map(ax, values: np.ndarray, names: list[str], title: str, limits: tuple[float, float], form: str) -> None:
