@@ -28,13 +28,13 @@ from data_prep import (
     refuse_options,
     run_command,
 )
-from data_prep.format import Split, open_root
-from models.runs import Run, load_foundation, load_run, load_tuned, pick_device
+from data_prep.format import open_root
+from models.runs import load_foundation, load_run, load_tuned, pick_device
 from protocols.bootstrap import finite
 from protocols.embed import DEBUG, Embedder, EmbedOptions, make_embedder
-from protocols.explore import draw_up_map, explore_transfer, measure_components, tell_sources
+from protocols.explore import draw_up_map, explore_transfer, measure_components
 from protocols.results import Separability
-from protocols.separability import Canon, Features, draw_rows, measure_separability, pixel_statistics
+from protocols.separability import Canon, Features, measure_separability, pixel_statistics
 from protocols.sharing import debiased_cka, measure_sharing
 from protocols.subspaces import FITTED, transfer
 from protocols.tasks import ROWS, Degraded, Task, choose_pairs, drop_tested, make_task, read_embeddings
@@ -69,32 +69,10 @@ class Options(EmbedOptions):
                         "separability; 0: leave it out.")
     map: str = option("analysis", "tsne", click.Choice(["tsne", "pca"]), "How the map is drawn up.")
 
-    def check_range(self, dim: int) -> None:
-        """Refuse --delete of components that a space of `dim` does not have, and of them all."""
-        a, b = self.delete
-        if b > dim:
-            raise InputError(f"--delete {a}:{b}: the space has {dim} dimensions, so that the last is {dim - 1}")
-        if b - a == dim:
-            raise InputError(f"--delete {a}:{b}: these are all {dim} dimensions: nothing would be left")
-
 
 # ---------------------------------------------------------------- the job
 
 Spaces = dict[str, dict[str, tuple]]  # embeddings by weights and domain: of the training and of the test split
-
-
-def choose_splits(run: Run, options: Options, root: dict, data: str) -> tuple[dict, dict[str, str], dict[str, float]]:
-    """Training and test split by domain; why domains are left out; and by domain the severity of degraded images."""
-    splits, left_out = choose_pairs(root, run.config["domains"], options.splits, data)
-    if not splits:
-        raise InputError(f"{data}: none of {', '.join(run.config['domains'])} has both a training and a test split: "
-                         "nothing to analyse")
-    degraded = {}
-    if run.config["degrade"] and "face_lq" in splits:  # the network never saw these images as they are stored
-        degraded["face_lq"] = float(run.config["degrade"].partition("@")[0])
-        base, test = splits["face_lq"]
-        splits["face_lq"] = (Degraded(base.folder, degraded["face_lq"], options.seed), test)
-    return splits, left_out, degraded
 
 
 def make_tasks(embedded: Spaces, splits: dict, left_out: dict[str, str], limit: int, dim: int, seed: int) -> list[Task]:
@@ -117,20 +95,23 @@ def make_tasks(embedded: Spaces, splits: dict, left_out: dict[str, str], limit: 
     return [task for task in tasks if task.domain not in left_out]
 
 
-def tell_apart(tasks: list[Task], embedders: dict[str, Embedder], embedded: Spaces, splits: dict, root: dict,
-               options: Options) -> Separability:
-    """The linear separability of the tasks, in every space."""
-    features, others = make_features(embedders, embedded, splits, options.canon), {}
+def tell_apart(tasks: list[Task], embedders: dict[str, Embedder], root: dict, options: Options) -> Separability:
+    """The linear separability of the tasks: for both backbones and pixel statistics, as they are and in one format."""
+    features: dict[str, Features] = {
+        weights: lambda split, rows, embed=embedders[weights]: read_embeddings(embed, split)[rows]
+        for weights in ("tuned", "foundation")}
+    features["pixels"] = pixel_statistics
+    if side := options.canon:
+        features |= {f"{weights} canon": lambda split, rows, embed=embedders[weights]: embed(Canon(split, rows, side))
+                     for weights in ("tuned", "foundation")}
+        features["pixels canon"] = lambda split, rows: pixel_statistics(Canon(split, rows, side), np.arange(len(rows)))
+    others = {}
     for task in tasks:
         tests = [s for s in root[task.domain].values() if s.protocol and s.name != task.split.name]
         others[task.domain] = [(task.split, task.probe)] + [
             (s, np.flatnonzero(find_readable([read_embeddings(embed, s) for embed in embedders.values()])
                                & (s.labels >= 0))) for s in tests]
-    n, fits, _ = draw_rows(tasks, options.limit, options.seed)
-    plain = {name: of for name, of in features.items() if not name.endswith("canon")}
-    result = measure_separability(features, tasks, others, options.bootstrap, options.seed, options.limit)
-    result.sources = tell_sources(plain, tasks, fits, others, n, options.bootstrap, options.seed)
-    return result
+    return measure_separability(features, tasks, others, options.bootstrap, options.seed, options.limit)
 
 
 def analyse(options: Options) -> int:
@@ -140,11 +121,14 @@ def analyse(options: Options) -> int:
     click.get_current_context().with_resource(lock_folder(folder, "--run"))  # also: can it be written to?
     data, seed, draws = options.data or run.config["data"], options.seed, options.bootstrap
     root, device = open_root(Path(data)), pick_device(options.device)
-    splits, left_out, degraded = choose_splits(run, options, root, data)
+    splits, left_out = choose_pairs(root, run.config["domains"], options.splits, data, run.config["degrade"], seed)
     embedders = {weights: make_embedder(lambda load=load: load(run), weights, run.folder / "eval", options)
                  for weights, load in (("foundation", load_foundation), ("tuned", load_tuned))}
     dims = [embedder.model.dim for embedder in embedders.values()]
-    options.check_range(min(dims))
+    a, b = options.delete
+    if b > min(dims) or b - a == min(dims):
+        raise InputError(f"--delete {a}:{b}: the space has {min(dims)} dimensions, from 0 to {min(dims) - 1}, and some "
+                         "must be left")
     embedded = {weights: {domain: tuple(read_embeddings(embedder, split) for split in pair)
                           for domain, pair in splits.items()}
                 for weights, embedder in embedders.items()}
@@ -152,7 +136,8 @@ def analyse(options: Options) -> int:
     if not tasks:
         raise InputError(f"{data}: no domain has enough identities to fit on some and test others: nothing to analyse")
     result = Analysis(run.folder.name, hash_file(run.folder / "model.safetensors"), [task.domain for task in tasks],
-                      {task.domain: [task.train.name, task.split.name] for task in tasks}, left_out, degraded,
+                      {task.domain: [task.train.name, task.split.name] for task in tasks}, left_out,
+                      {domain: base.severity for domain, (base, _) in splits.items() if isinstance(base, Degraded)},
                       options.map)
     curves, components = {}, []
     for weights, spaces in embedded.items():
@@ -171,7 +156,7 @@ def analyse(options: Options) -> int:
         before, after = (embedded[weights][task.domain][1][task.probe[:4000]] for weights in ("foundation", "tuned"))
         result.cka[task.domain] = finite(debiased_cka(before, after)) if len(before) > 3 else None
     if len(tasks) > 1:
-        result.separability = tell_apart(tasks, embedders, embedded, splits, root, options)
+        result.separability = tell_apart(tasks, embedders, root, options)
     points = draw_up_map(embedded["tuned"], tasks, options.map, seed)
     print(write_analysis(folder, result, curves, components, points))
     print(f"written: {folder}/report.md, analysis.json, tables and figures; "
@@ -183,29 +168,6 @@ def find_readable(spaces: list[np.ndarray]) -> np.ndarray:
     """Rows, bool [n], that are finite in all embeddings [n, D] of a split: images may have been repaired meanwhile."""
     return np.logical_and.reduce([np.concatenate([np.isfinite(x[i : i + ROWS][:, 0])
                                                   for i in range(0, max(len(x), 1), ROWS)]) for x in spaces])
-
-
-def make_features(embedders: dict[str, Embedder], embedded: Spaces, splits: dict, side: int) -> dict[str, Features]:
-    """The spaces in which tasks are told apart: both backbones and pixel statistics, as they are and in one format."""
-
-    def embeddings(weights: str) -> Features:
-        known = {s.folder: x for domain, pair in splits.items()
-                 for s, x in zip(pair, embedded[weights][domain], strict=True)}
-        return lambda split, rows: (
-            known[split.folder] if split.folder in known else read_embeddings(embedders[weights], split))[rows]
-
-    def in_one_format(weights: str) -> Features:
-        return lambda split, rows: embedders[weights](Canon(split, rows, side))
-
-    def pixels_in_one_format(split: Split, rows: np.ndarray) -> np.ndarray:
-        return pixel_statistics(Canon(split, rows, side), np.arange(len(rows)))
-
-    spaces: dict[str, Features] = {weights: embeddings(weights) for weights in ("tuned", "foundation")}
-    spaces["pixels"] = pixel_statistics
-    if side:
-        spaces |= {f"{weights} canon": in_one_format(weights) for weights in ("tuned", "foundation")}
-        spaces["pixels canon"] = pixels_in_one_format
-    return spaces
 
 
 # ---------------------------------------------------------------- command line

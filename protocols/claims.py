@@ -4,15 +4,16 @@ Copy with it: data_prep/__init__.py, protocols/bootstrap.py, protocols/results.p
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
 from data_prep import DOMAINS
 from protocols.bootstrap import Estimate, average, interval, margin, mark, needed, show
-from protocols.results import HEADLINE, RUN_ROLES, Group, Measured, Row, group_runs
+from protocols.results import HEADLINE, RUN_ROLES, Group, Measured, group_runs
 
 HOLDS, FAILS, WIDE = "holds", "fails", "not measured (intervals too wide to decide)"
+MEASURED = (HOLDS, FAILS, WIDE)  # how verdicts on figures start
 ORDER = ("fails", "not measured", "holds, but", "holds")  # of verdicts, the weakest first
 PAPER = ("clip", "eva02", "dinov3")  # the families of backbones that the abstract names
 CROSS = {(a, b) for a in DOMAINS for b in DOMAINS if a != b}  # pairs of tasks: components of one, used by another
@@ -67,20 +68,20 @@ def decide(low: float | None, high: float | None, least: float) -> str:
     return HOLDS if low > least else FAILS if high <= least else WIDE
 
 
-def judge(what: str, figure: Estimate, least: float, form: str = "+.1f") -> Finding:
-    """A finding that holds where the figure is above `least`."""
-    return Finding(what, *show(figure).values(), decide(figure.low, figure.high, least), form, threshold=least,
-                   identities=figure.identities)
+def judge(what: str, figure: Estimate, least: float | None, form: str = "+.1f", note: str = "") -> Finding:
+    """A finding that holds where the figure is above `least`; None: without a verdict."""
+    verdict = "" if least is None else decide(figure.low, figure.high, least)
+    return Finding(what, *show(figure).values(), verdict, form, note, least, figure.identities)
 
 
 def rank(verdict: str) -> int:
-    """Place in ORDER."""
+    """Place in ORDER: one failure is enough, and what was not measured does not hold."""
     return next(i for i, start in enumerate(ORDER) if verdict.startswith(start))
 
 
-def join(verdicts: list[str]) -> str:
-    """The weakest of several verdicts: one failure is enough, and what was not measured does not hold."""
-    return min(verdicts, key=rank)
+def first_that_applies(*verdicts: tuple[object, str]) -> str:
+    """The verdict beside the first condition that is true; "" if none is."""
+    return next((verdict for condition, verdict in verdicts if condition), "")
 
 
 def for_information(findings: list[Finding]) -> list[Finding]:
@@ -90,19 +91,26 @@ def for_information(findings: list[Finding]) -> list[Finding]:
         for f in findings]
 
 
-def only(tasks: Iterable[str]) -> list[str]:
-    """A verdict where some of the four tasks are missing."""
-    known = set(tasks)
-    present = [domain for domain in DOMAINS if domain in known]
-    return [f"not measured (only tasks {', '.join(present)})"] if len(present) < len(DOMAINS) else []
+def only(tasks: Collection[str]) -> str:
+    """A verdict where some of the four tasks are missing; "" if none is."""
+    present = [domain for domain in DOMAINS if domain in tasks]
+    return f"not measured (only tasks {', '.join(present)})" if len(present) < len(DOMAINS) else ""
 
 
-def make_claim(claim: str, rule: str, findings: list[Finding], further: list[str]) -> Claim:
-    """A line from its findings. `further`: verdicts about several findings together, or about what is missing."""
-    verdict = join([finding.verdict for finding in findings if finding.verdict] + further)
-    deciding = [f for f in findings if f.threshold is not None and None not in (f.value, f.low, f.high)]
-    if verdict != WIDE and not verdict.startswith((HOLDS, FAILS)):
-        deciding = []
+def alike(group: Group, others: Iterable[Group], domains: list[str]) -> list[Group]:
+    """Those of other groups that started from the same backbone and learned these domains."""
+    return [other for other in others if other.start == group.start and other.config["domains"] == domains]
+
+
+def make_claim(claim: str, rule: str, findings: list[Finding], further: list[str],
+               otherwise: str = "not measured (no IMIC run)") -> Claim:
+    """A line from its findings.
+
+    `further`: verdicts about several findings together, or about what is missing; `otherwise`: where there is none.
+    """
+    verdict = min([finding.verdict for finding in findings if finding.verdict] + further or [otherwise], key=rank)
+    deciding = [f for f in findings if f.threshold is not None and None not in (f.value, f.low, f.high)
+                and verdict.startswith(MEASURED)]
     weakest = min(deciding, key=lambda f: (rank(decide(f.low, f.high, f.threshold)), f.low - f.threshold), default=None)
     numbers = [getattr(weakest, name, None) for name in ("value", "low", "high", "threshold")]
     measured = "; ".join(map(str, findings)) or "-"
@@ -121,8 +129,8 @@ def claim_backbones(imic: list[Group], families: list[str], delta: float) -> Cla
         if not leads:
             missing.append(f"not measured (no foundation scores of {group.name}; run evaluate.py without "
                            "--no-foundation)")
-        elif thin := only(domain for domain, _ in leads):
-            judged, missing = for_information(judged), missing + thin
+        elif thin := only({domain for domain, _ in leads}):
+            judged, missing = for_information(judged), [*missing, thin]
         findings += judged
     return make_claim(f"Works on {', '.join(families)}",
                       f"lead over the untouched backbone above 0 (objects: above -{100 * delta:g} points), paired",
@@ -134,11 +142,20 @@ def as_many(seen: int, wanted: int) -> bool:
     return 0.75 <= seen / max(wanted, 1) <= 1.25
 
 
-def kinds_of_match(group: Group, expert: Group, domain: str) -> list[str]:
-    """How an expert's images match a unified run's, within a quarter: "exposure" (of its domain), "images" (of all)."""
-    seen, counts = expert.config["counts"][domain], group.config["counts"]
-    return [kind for kind, count in (("exposure", counts[domain]), ("images", sum(counts.values())))
-            if as_many(seen, count)]
+def match_experts(group: Group, experts: list[Group], domain: str, delta: float
+                  ) -> list[tuple[str, Group, dict[tuple, tuple[Estimate, float]]]]:
+    """The experts of a domain that saw as many images of it as a group ("exposure") or as many in all ("images").
+
+    Each with the group's leads over it, by domain and split, and the lead below which the group is inferior.
+    """
+    counts, matched = group.config["counts"], []
+    for expert in alike(group, experts, [domain]):
+        scores = {key[:2]: figure.value for key, figure in expert.headline("tuned").items()}
+        leads = {key: (lead, -margin(scores[key], delta)) for key, lead in group.leads(expert).items()}
+        matched += [(kind, expert, leads) for kind, count in
+                    (("exposure", counts[domain]), ("images", sum(counts.values())))
+                    if as_many(expert.config["counts"][domain], count)]
+    return matched
 
 
 def claim_experts(imic: list[Group], experts: list[Group], delta: float) -> Claim:
@@ -149,39 +166,21 @@ def claim_experts(imic: list[Group], experts: list[Group], delta: float) -> Clai
     """
     findings, missing = [], []
     for group in imic:
-        domains = group.config["domains"]
-        if len(domains) < len(DOMAINS):
-            missing.append(f"not measured ({group.name} learned {len(domains)} of {len(DOMAINS)} tasks)")
-        for domain in domains:
-            rivals = [(kind, e) for e in experts if e.start == group.start and e.config["domains"] == [domain]
-                      for kind in kinds_of_match(group, e, domain)]
-            deciding = "exposure" if any(kind == "exposure" for kind, _ in rivals) else "images"
+        for domain in group.config["domains"]:
+            rivals = match_experts(group, experts, domain, delta)
+            deciding = "exposure" if any(kind == "exposure" for kind, *_ in rivals) else "images"
             judged = []
-            for kind, expert in rivals:
-                expert_scores = {key[:2]: figure.value for key, figure in expert.headline("tuned").items()}
-                for key, lead in group.leads(expert).items():
-                    judged.append(judge(f"{group.name} against {expert.name} {'/'.join(key)}", lead,
-                                       -margin(expert_scores[key], delta)))
-                    judged[-1].note = f"matched in {kind}"
-                    if kind != deciding:
-                        judged[-1:] = for_information(judged[-1:])
+            for kind, expert, leads in rivals:
+                against = [judge(f"{group.name} against {expert.name} {'/'.join(key)}", lead, least,
+                                 note=f"matched in {kind}") for key, (lead, least) in leads.items()]
+                judged += against if kind == deciding else for_information(against)
             findings += judged
             if not any(f.verdict for f in judged):
                 missing.append(f"not measured (no expert run, --domains {domain}, of the backbone and number of images "
                                f"of {group.name}, evaluated alike)")
-    missing = missing or ([] if imic else ["not measured (no IMIC run)"])
     return make_claim("On par with domain experts on all four tasks at once",
                       f"lead above -{100 * delta:g} points (beside an expert above 90 %: at most a tenth of its error) "
                       "on every task, paired", findings, missing)
-
-
-def people_on(rated: set[str], chosen: set[str]) -> list[str]:
-    """A verdict that says which tasks have people, unless all four were rated by them."""
-    if lacking := [domain for domain in DOMAINS if domain not in rated | chosen]:
-        present = [domain for domain in DOMAINS if domain not in lacking]
-        return [f"not measured (people on {', '.join(present)}; none on {', '.join(lacking)})"]
-    return [f"not measured ({', '.join(sorted(chosen - rated))} by forced choice alone, which is not part of the "
-            "mean over tasks)"] if chosen - rated else []
 
 
 def claim_humans(imic: list[Group]) -> Claim:
@@ -197,45 +196,47 @@ def claim_humans(imic: list[Group]) -> Claim:
         scopes = group.rows("tuned", lambda row: (row.kind, row.readout, row.measure)
                             == ("human choices", HEADLINE["choice"][0], "lead"))
         choices = {key[:3]: figure for key, figure in reversed(scopes.items())}  # a split's first row: all conditions
-        rated, chosen = {domain for domain, *_ in rows} - {"all"}, {domain for domain, *_ in choices}
-        worse = {domain for (domain, *_), figure in rows.items() if figure.readout == "lead" and figure.high < 0}
-        worse |= {domain for (domain, *_), figure in choices.items() if figure.high < 0}
+        rated, chosen = ({domain for domain, *_ in table} for table in (rows, choices))
+        leads = [*((key, figure) for key, figure in rows.items() if figure.readout == "lead"), *choices.items()]
+        worse = {domain for (domain, *_), figure in leads if figure.high < 0}
         below = [domain for domain in DOMAINS if domain in worse]
-        thin = people_on(rated, chosen) if rows or choices else []
+        thin = []
+        if lacking := [domain for domain in DOMAINS if rows | choices and domain not in rated | chosen]:
+            present = [domain for domain in DOMAINS if domain not in lacking]
+            thin.append(f"not measured (people on {', '.join(present)}; none on {', '.join(lacking)})")
+        elif alone := sorted(chosen - rated):
+            thin.append(f"not measured ({', '.join(alone)} by forced choice alone, which is not part of the mean over "
+                        "tasks)")
         if rows and raters < 2:
             thin.append(f"not measured ({raters or 'no'} rater{'s' * (raters != 1)} of all tasks; 2 are needed)")
         for (domain, split, metric, _), figure in rows.items():
-            overall = domain == "all" and figure.readout == "lead"
-            finding = judge(f"{group.name} {domain} {metric}", figure, 0, "+.1f" if figure.readout == "lead" else ".1f")
+            lead = figure.readout == "lead"
+            overall = lead and domain == "all"
+            # single tasks and shares are for information
+            finding = judge(f"{group.name} {domain}{'' if overall else '/' + split} {metric}", figure,
+                            0 if overall and not thin else None, "+.1f" if lead else ".1f")
             if overall:
                 finding.note = f"{raters} raters" + f", below people on {', '.join(below)}" * bool(below)
-                if finding.verdict == HOLDS and below:
-                    finding.verdict = f"holds, but below people on {' and '.join(below)}"
-            if not overall or thin:  # single tasks and shares are for information
-                finding.verdict, finding.threshold = "", None
-            if not overall:
-                finding.what = f"{group.name} {domain}/{split} {metric}"
+            if finding.verdict == HOLDS and below:
+                finding.verdict = f"holds, but below people on {' and '.join(below)}"
             findings.append(finding)
         findings += for_information([judge(f"{group.name} {'/'.join(key)}", figure, 0)
                                      for key, figure in choices.items()])
         missing += thin
-    if not missing and not any(f.verdict for f in findings):
-        missing = ["not measured (no human trials: evaluate.py --humans)"]
     return make_claim("More accurate than humans at multi-tasking", "model minus humans, all four tasks together, of "
-                      "at least two raters, above 0", findings, missing)
+                      "at least two raters, above 0", findings, missing,
+                      "not measured (no human trials: evaluate.py --humans)")
 
 
 def claim_generalisation(imic: list[Group], least: float) -> Claim:
     """Retention on out-of-distribution splits, where the untouched backbone is above chance."""
-    def is_wanted(row: Row) -> bool:
-        return (row.kind == "retention" and row.ood and not row.unseen
-                and (row.readout, row.measure) == HEADLINE["classification"])
-
+    wanted = ("retention", True, False, *HEADLINE["classification"])
     findings = [judge(f"{group.name} {domain}/{split}", figure, least, ".0f") for group in imic
-                for (domain, split, *_), figure in group.rows("tuned", is_wanted).items()]
-    missing = [] if findings else ["not measured (no out-of-distribution split on which the foundation beats chance)"]
+                for (domain, split, *_), figure in group.rows("tuned", lambda row: (
+                    row.kind, row.ood, row.unseen, row.readout, row.measure) == wanted).items()]
     return make_claim("Generalisation outside the training distribution is not substantially harmed",
-                      f"retention above {100 * least:g} %", findings, missing)
+                      f"retention above {100 * least:g} %", findings, [],
+                      "not measured (no out-of-distribution split on which the foundation beats chance)")
 
 
 def find_fallen(other: Group, early: dict[tuple, Estimate], experts: list[Group], delta: float) -> dict[tuple, str]:
@@ -252,25 +253,16 @@ def find_fallen(other: Group, early: dict[tuple, Estimate], experts: list[Group]
             evidence.append("the untouched backbone")
         if max((loss for split, loss in other.lost.items() if split.split("/")[0] == key[0]), default=0) >= delta:
             evidence.append("its best stage")
-        for expert in experts:
-            if (expert.start == other.start and expert.config["domains"] == [key[0]]
-                    and "exposure" in kinds_of_match(other, expert, key[0])):
-                lead = other.leads(expert).get(key)
-                expert_score = next((f.value for k, f in expert.headline("tuned").items() if k[:2] == key), 0)
-                if lead and lead.quantile(top) <= -margin(expert_score, delta):
-                    evidence.append(expert.name)
+        for kind, expert, leads in match_experts(other, experts, key[0], delta):
+            if kind == "exposure" and key in leads and leads[key][0].quantile(top) <= leads[key][1]:
+                evidence.append(expert.name)
         if evidence:
             fallen[key] = ", ".join(evidence)
     return fallen
 
 
-def has_remedy(group: Group) -> bool:
-    """Whether more than the schedule limits forgetting: --retain, --replay or --lora."""
-    return any(group.config.get(name) for name in ("retain", "replay", "lora"))
-
-
 def claim_forgetting(imic: list[Group], sequential: list[Group], experts: list[Group], delta: float,
-                     beside: Sequence[Group] = ()) -> Claim:
+                     beside: Iterable[Group] = ()) -> Claim:
     """Sequential training lost a task that it learned before the last and ends below IMIC on it; IMIC loses none.
 
     If it lost nothing, there is nothing that the interleaved run could have prevented. `beside`: `alternate` and
@@ -278,9 +270,11 @@ def claim_forgetting(imic: list[Group], sequential: list[Group], experts: list[G
     """
     findings, further = [], []
     for group in imic:
+        over_untouched = group.leads(group, "tuned", "foundation")
+        thin = only({domain for domain, _ in over_untouched})
         held = [judge(f"{group.name} over the untouched backbone {domain}/{split}", lead, -delta)
-                for (domain, split), lead in group.leads(group, "tuned", "foundation").items()]
-        others = [s for s in sequential if s.start == group.start and s.config["domains"] == group.config["domains"]]
+                for (domain, split), lead in over_untouched.items()]
+        others, rivals = (alike(group, them, group.config["domains"]) for them in (sequential, beside))
         verdicts, compared, watched = [], False, False
         for other in others:
             early = {key: lead for key, lead in group.leads(other).items() if key[0] != other.last}
@@ -291,83 +285,56 @@ def claim_forgetting(imic: list[Group], sequential: list[Group], experts: list[G
             for key, lead in early.items():
                 notes = [f"sequential over the untouched {interval(show(gains[key]), '+.1f')}"] if key in gains else []
                 notes += [f"sequential below {fallen[key]}"] if key in fallen else []
-                findings.append(Finding(f"{group.name} over {other.name} {'/'.join(key)}", *show(lead).values(), "",
-                                        note="; ".join(notes), threshold=0 if key == best else None,
-                                        identities=lead.identities))
+                findings.append(judge(f"{group.name} over {other.name} {'/'.join(key)}", lead, None,
+                                      note="; ".join(notes)))
+                findings[-1].threshold = 0 if key == best else None
             if fallen:
                 verdicts.append(HOLDS if lower[best] > 0 else
                                 FAILS if all(early[key].high <= delta for key in fallen) else WIDE)
                 as_good = []
-                for rival in beside:
-                    if rival.start == group.start and rival.config["domains"] == group.config["domains"]:
-                        leads = {key: lead for key, lead in group.leads(rival).items() if key in fallen}
-                        if leads and not any(one.quantile(0.025 / len(leads)) > 0 for one in leads.values()):
-                            as_good.append(rival.name)
-                        findings += for_information([
-                            Finding(f"{group.name} over {rival.name} {'/'.join(key)}", *show(one).values(), "",
-                                    identities=one.identities) for key, one in leads.items()])
+                for rival in rivals:
+                    leads = {key: lead for key, lead in group.leads(rival).items() if key in fallen}
+                    if leads and not any(lead.quantile(0.025 / len(leads)) > 0 for lead in leads.values()):
+                        as_good.append(rival.name)
+                    findings += for_information([judge(f"{group.name} over {rival.name} {'/'.join(key)}", lead, None)
+                                                 for key, lead in leads.items()])
                 if as_good and verdicts[-1] == HOLDS:
                     verdicts[-1] = f"holds, but {' and '.join(as_good)} {'do' if as_good[1:] else 'does'} as well"
-        if not others:
-            verdicts = [f"not measured (no run of --schedule sequential of the backbone and tasks of {group.name})"]
-        elif not held:
-            verdicts = [f"not measured (no foundation scores of {group.name})"]
-        elif not compared:
-            verdicts = ["not measured (no figure in common with the sequential run)"]
-        elif thin := only(domain for domain, _ in group.leads(group, "tuned", "foundation")):
-            verdicts = thin
-        elif not verdicts:
-            verdicts = ["not measured (the sequential run forgot nothing)" if watched else
-                        "not measured (the sequential run has neither foundation scores nor --eval-every)"]
-        else:
-            findings, held = findings + held, []
-        findings += for_information(held)
-        further += verdicts
+        instead = first_that_applies(
+            (not others, f"not measured (no run of --schedule sequential of the backbone and tasks of {group.name})"),
+            (not held, f"not measured (no foundation scores of {group.name})"),
+            (not compared, "not measured (no figure in common with the sequential run)"),
+            (thin, thin),
+            (not verdicts and watched, "not measured (the sequential run forgot nothing)"),
+            (not verdicts, "not measured (the sequential run has neither foundation scores nor --eval-every)"))
+        findings += for_information(held) if instead else held
+        further += [instead] if instead else verdicts
     return make_claim("Sequential fine-tuning forgets where the interleaved one does not",
                       f"an earlier task of the sequential run fell by {100 * delta:g} points (below the untouched "
                       "backbone, its own best stage or the expert matched in exposure) and is lower than IMIC's, "
-                      "paired, Bonferroni; IMIC nowhere below the untouched backbone by as much", findings,
-                      further or ["not measured (no IMIC run)"])
+                      "paired, Bonferroni; IMIC nowhere below the untouched backbone by as much", findings, further)
 
 
 def claim_separable(imic: list[Group], least: float) -> Claim:
     """Logistic regression tells the tasks apart, better than format, sources and the untouched backbone explain."""
     findings, missing = [], []
+    controls = {"pixels": "pixel statistics", "foundation": "the untouched backbone",
+                "pixels canon": "pixel statistics in one format",
+                "foundation canon": "the untouched backbone in one format"}
     for group in imic:
 
-        def accuracy(space: str, group=group) -> dict | None:
-            return group.analysed(
-                lambda a: a.separability and getattr(a.separability.spaces.get(space), "logistic", None))
+        def average_of(space: str, name: str, group=group) -> dict | None:
+            return group.analysed(lambda a: a.separability and getattr(a.separability.spaces.get(space), name, None))
 
-        value = accuracy("tuned")
+        value = average_of("tuned", "logistic")
         if value is None:
             missing.append(group.not_analysed())
             continue
         few = min(count for run in group.runs for count in run.analysis.separability.identities.values())
         finding = Finding(f"{group.name} balanced accuracy", *value.values(),
-                          decide(value["low"], value["high"], least), ".1f", threshold=least, identities=few)
-        findings.append(finding)
-        unbeaten, unknown = [], False
-        finding.note = group.unfinished("tuned")
-        controls = {"pixels": "pixel statistics", "foundation": "the untouched backbone",
-                    "pixels canon": "pixel statistics in one format",
-                    "foundation canon": "the untouched backbone in one format"}
-        for key, name in controls.items():
-            lead = group.analysed(lambda a, key=key: getattr(a.separability.spaces.get(key), "lead_of_tuned", None))
-            if lead is None:
-                unknown = True
-                continue
-            findings.append(Finding(f"lead over {name}", *lead.values(), "", identities=few,
-                                    note=group.unfinished(key)))
-            if not lead["low"] > 0:
-                unbeaten.append(name)
-        limits = [f"no better than {' or '.join(unbeaten)}"] if unbeaten else []
-        plain = accuracy("tuned canon")
-        unknown |= plain is None
-        if plain is not None:
-            findings.append(Finding("in one format", *plain.values(), "", ".1f", identities=few))
-            limits += ["not in one format"] if not plain["low"] > least else []
-        unseen = []
+                          decide(value["low"], value["high"], least), ".1f", group.unfinished("tuned"), least, few)
+        leads = {key: average_of(key, "lead_of_tuned") for key in controls}
+        plain, unseen = average_of("tuned canon", "logistic"), []
         for row in group.runs[0].analysis.separability.unseen_sources:
             recall = group.analysed(lambda a, row=row: next(
                 (r.spaces.get("tuned") for r in a.separability.unseen_sources
@@ -375,19 +342,24 @@ def claim_separable(imic: list[Group], least: float) -> Claim:
             if recall is not None:
                 unseen.append(Finding(f"unseen source {row.domain}/{row.source}", *recall.values(), "", ".1f",
                                       identities=min(few, row.identities)))
+        findings += [finding, *(Finding(f"lead over {controls[key]}", *lead.values(), "", identities=few,
+                                        note=group.unfinished(key)) for key, lead in leads.items() if lead)]
+        if plain:
+            findings.append(Finding("in one format", *plain.values(), "", ".1f", identities=few))
         findings += unseen
+        unbeaten = [controls[key] for key, lead in leads.items() if lead and not lead["low"] > 0]
+        limits = [f"no better than {' or '.join(unbeaten)}"] if unbeaten else []
+        limits += ["not in one format"] if plain and not plain["low"] > least else []
         limits += ["not on unseen sources"] if any(not recall.low > least for recall in unseen) else []
-        if finding.verdict == HOLDS:
-            if limits:
-                finding.verdict = f"holds, but {' and '.join(limits)}"
-            elif unknown:
-                finding.verdict = "not measured (no matched-format control; call analyze.py --run RUN --canon 32)"
+        if finding.verdict == HOLDS and limits:
+            finding.verdict = f"holds, but {' and '.join(limits)}"
+        elif finding.verdict == HOLDS and None in (plain, *leads.values()):
+            finding.verdict = "not measured (no matched-format control; call analyze.py --run RUN --canon 32)"
         if thin := only(set.intersection(*(set(run.analysis.domains) for run in group.runs))):
-            finding.verdict, finding.threshold, missing = "", None, missing + thin
+            finding.verdict, finding.threshold, missing = "", None, [*missing, thin]
     return make_claim("The tasks are linearly separable (beyond format)",
                       f"balanced accuracy of the four tasks above {100 * least:g} %, in one format and on unseen "
-                      "sources too, leads over every control above 0, paired", findings,
-                      missing or ([] if imic else ["not measured (no IMIC run)"]))
+                      "sources too, leads over every control above 0, paired", findings, missing)
 
 
 def claim_components(imic: list[Group], least: float) -> Claim:
@@ -405,7 +377,7 @@ def claim_components(imic: list[Group], least: float) -> Claim:
             further.append(f"not measured (seeds of {group.name} analysed at k = {' and '.join(map(str, sorted(ks)))}; "
                            "call analyze.py on each with the same --components)")
             continue
-        k, verdicts, unbeaten, shown = ks.pop(), [], {}, []
+        k, verdicts, leads, shown = ks.pop(), [], {"random": [], "foundation": []}, []
         for fit, test in across:
             each = [next((p for p in transfer.pairs if (p.fit, p.test) == (fit, test)), None) for transfer in transfers]
             if any(pair is None or not pair.above_chance for pair in each):
@@ -417,41 +389,32 @@ def claim_components(imic: list[Group], least: float) -> Claim:
             shown.append(Finding(f"{group.name}: {fit} for {test}, k = {k} of {dim}", *value.values(), "", ".1f",
                                  ", ".join(counts) + f"; few images for {dim} dimensions" * (images < 5 * dim),
                                  identities=min(pair.identities for pair in each)))
-            for key, name in (("over_random", "random"), ("over_foundation", "foundation")):
-                lead = average([getattr(pair, key) for pair in each])
-                if lead is None:
-                    unbeaten.setdefault("unknown" if key == "over_foundation" else name, None)
-                elif not lead["low"] > 0:
-                    unbeaten.setdefault(name, None)
-        verdict = join(verdicts)
-        unmeasured = [v for v in verdicts if v != WIDE and v.startswith("not measured")]
-        if dim <= 100:
-            verdict = f"not measured (a space of {dim} dimensions: 100 components are all of it)"
-        elif k >= 100:
-            verdict = "not measured (analysed at 100 components or more; call analyze.py --components 99)"
-        elif thin := only({task for pair in across for task in pair}):
-            verdict = thin[0]
-        elif set(across) != CROSS:
-            verdict = f"not measured (only {len(set(across))} of {len(CROSS)} pairs of tasks)"
-        elif images <= k + 1:
-            verdict = f"not measured (rank-limited: {images} images of each task for {dim} dimensions)"
-        elif unmeasured:
-            verdict = unmeasured[0]
-        elif verdict == FAILS and k < 99:
-            verdict = f"not measured (k = {k} is too few, which says nothing about 99; call analyze.py --components 99)"
-        elif verdict == HOLDS and (names := [n for n in unbeaten if n != "unknown"]):
-            verdict = f"holds, but no better than {' or '.join(names)} {'subspaces' if names == ['random'] else 'PCs'}"
-        elif verdict == HOLDS and unbeaten:
-            verdict = "not measured (no foundation PCs of the same width)"
+            for name, over in leads.items():
+                over.append(average([getattr(pair, f"over_{name}") for pair in each]))
+        verdict, thin = min(verdicts, key=rank), only({task for pair in across for task in pair})
+        unmeasured = next((v for v in verdicts if not v.startswith(MEASURED)), "")
+        unbeaten = [name for name, over in leads.items() if any(lead and not lead["low"] > 0 for lead in over)]
+        verdict = first_that_applies(
+            (dim <= 100, f"not measured (a space of {dim} dimensions: 100 components are all of it)"),
+            (k >= 100, "not measured (analysed at 100 components or more; call analyze.py --components 99)"),
+            (thin, thin),
+            (set(across) != CROSS, f"not measured (only {len(set(across))} of {len(CROSS)} pairs of tasks)"),
+            (images <= k + 1, f"not measured (rank-limited: {images} images of each task for {dim} dimensions)"),
+            (unmeasured, unmeasured),
+            (verdict == FAILS and k < 99,
+             f"not measured (k = {k} is too few, which says nothing about 99; call analyze.py --components 99)"),
+            (verdict == HOLDS and unbeaten, f"holds, but no better than {' or '.join(unbeaten)} "
+             + ("subspaces" if unbeaten == ["random"] else "PCs")),
+            (verdict == HOLDS and None in leads["random"] + leads["foundation"],
+             "not measured (no foundation PCs of the same width)"),
+            (True, verdict))
         further.append(verdict)
-        if verdict == WIDE or verdict.startswith((HOLDS, FAILS)):
-            shown = [replace(finding, threshold=least) for finding in shown]
-        shown.sort(key=lambda f: f.value)
-        findings += shown
+        for finding in shown if verdict.startswith(MEASURED) else ():
+            finding.threshold = least
+        findings += sorted(shown, key=lambda f: f.value)
     return make_claim("Fewer than 100 principal components of any task serve all the others",
                       f"above {100 * least:g} % of (score - chance) kept by each of the 12 pairs, leads over random "
-                      "subspaces and foundation PCs above 0, paired", findings,
-                      further or ["not measured (no IMIC run)"])
+                      "subspaces and foundation PCs above 0, paired", findings, further)
 
 
 def make_table(runs: list[Measured], delta: float, retention: float, separable: float, keep: float) -> list[Claim]:
@@ -471,7 +434,8 @@ def make_table(runs: list[Measured], delta: float, retention: float, separable: 
         fewer = [g for g in unified if g not in imic]
         if families is not paper and not unified:
             continue
-        experts, sequential = by_role["expert"], [g for g in by_role["sequential"] if not has_remedy(g)]
+        experts, sequential = by_role["expert"], [  # in which the schedule alone limits forgetting
+            g for g in by_role["sequential"] if not any(g.config.get(name) for name in ("retain", "replay", "lora"))]
         beside = [g for g in [*interleaved, *by_role["sequential"]] if g not in [*unified, *sequential]]
         for claim_of, rivals in (
             (partial(claim_backbones, families=families, delta=delta), []),
@@ -489,7 +453,7 @@ def make_table(runs: list[Measured], delta: float, retention: float, separable: 
                 claim.findings += for_information(claim_of(fewer).findings)
                 claim.measured = "; ".join(map(str, claim.findings)) or "-"
                 if not imic:
-                    claim.verdict = only(max((g.config["domains"] for g in fewer), key=len))[0]
+                    claim.verdict = only(max((g.config["domains"] for g in fewer), key=len))
             claim.backbones = f"{families[0]} (not one of the paper's)" if families is not paper else \
                 ", ".join(measured) or f"none of {', '.join(families)}"
             table.append(claim)

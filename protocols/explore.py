@@ -1,4 +1,4 @@
-"""Analyses beyond the claims: more controls and metrics of the transfer, d' by component, sources within a task, a map.
+"""Analyses beyond the claims: more controls and metrics of the transfer, d' by component, a map.
 
 Copy with it: data_prep/, kernels/gather.py, kernels/gather_triton.py, models/, protocols/.
 """
@@ -9,12 +9,11 @@ import numpy as np
 import torch
 
 from data_prep import progress
-from data_prep.format import Split, matched_pairs
+from data_prep.format import matched_pairs
 from protocols.bootstrap import Estimate, bootstrap_counts, finite, intervals, show, unit, weighted_mean
-from protocols.pairs import roc, tar_at_far
-from protocols.results import Sources, Transfer
-from protocols.search import average_precision, inverse_negative_penalty, name_identities, search_gallery
-from protocols.separability import CLASSIFIERS, Features, balanced_accuracy, predict, sources_of
+from protocols.pairs import score_pairs
+from protocols.results import Transfer
+from protocols.search import average_precision, inverse_negative_penalty, search_gallery
 from protocols.subspaces import (
     Basis,
     Curve,
@@ -52,13 +51,10 @@ def explore_transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: 
                      curves: list[Curve], bases: dict[str, Basis], draws: int, seed: int,
                      delete: tuple[int, int] = (0, 0), importance: int = 0, device: torch.device | str = "cpu"
                      ) -> tuple[list[Explored], list[Curve]]:
-    """Further controls, curves and metrics of a transfer.
+    """Further controls, curves and metrics of a transfer, which returned `result`, `curves` and `bases`.
 
-    Args:
-        embedded, tasks, draws, seed, device: as for `transfer`.
-        result, curves, bases: what it returned.
-        delete: components a <= i < b that are left out, for one more figure (counted from 0; a = b: none).
-        importance: number of first components that are left out, one at a time; 0: none.
+    `delete`: components a <= i < b that are left out, for one more figure (counted from 0; a = b: none); `importance`:
+    number of first components that are left out, one at a time; 0: none. Others: as for `transfer`.
     """
     D, limit, headline, table, more = result.dim, result.limit, result.pairs[0].k, [], []
     chosen, share = draw_fits(tasks, D, seed), -(-result.images_per_task // len(tasks))
@@ -140,7 +136,6 @@ def measure_further(trial: Trial, mean: np.ndarray, basis: np.ndarray, ks: list[
     """
     task, by_k, every = trial.task, {}, np.arange(len(trial.vectors[1]))
     target = task.target[:FURTHER_PROBES]
-    pairs = matched_pairs(target, 5000, seed)
     for k in ks:
         probe, gallery = trial.turned(mean, basis[:, :k])
         q, g = unit(probe[:FURTHER_PROBES].cpu().numpy()), np.empty((len(gallery), k), dtype=np.float32)
@@ -155,22 +150,12 @@ def measure_further(trial: Trial, mean: np.ndarray, basis: np.ndarray, ks: list[
         figures = intervals(
             lambda w, values=values: {name: weighted_mean(of, w) for name, of in values.items()},
             bootstrap_counts(target, draws, seed))
-        if len(pairs):
-            scores, same = (q[pairs[:, 0]] * q[pairs[:, 1]]).sum(1), np.arange(len(pairs)) < len(pairs) // 2
-            order = np.argsort(-scores)  # sorted once: the sort of each resampling is then faster
-            scores, same, (left, right) = scores[order], same[order], pairs[order].T
-
-            def accept(weights: np.ndarray | None, scores=scores, same=same) -> dict[str, float]:
-                far, tar = roc(scores, same, weights)
-                return {"pair auc": float(np.trapezoid(tar, far)), "tar@far=0.01": tar_at_far(far, tar, 0.01)}
-
-            figures |= intervals(accept, (np.where(same, w[left], w[left] * w[right]) for w in
-                                          bootstrap_counts(target, draws, seed)))
+        figures |= score_pairs(q, target, draws, seed, target=0.01)
         by_k |= {(k, name): figure for name, figure in figures.items()}
     return by_k
 
 
-# ---------------------------------------------------------------- components, map, sources
+# ---------------------------------------------------------------- components, map
 
 
 def d_primes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -180,8 +165,7 @@ def d_primes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.where(spread > 0, (a.mean(0) - b.mean(0)) / spread, np.nan)
 
 
-def measure_components(embedded: dict, tasks: list[Task], bases: dict, limit: int, seed: int, pairs: int = 4000
-                       ) -> list[dict]:
+def measure_components(embedded: dict, tasks: list[Task], bases: dict, limit: int, seed: int) -> list[dict]:
     """How each component of each task, up to `limit`, separates tasks and identities.
 
     Returns:
@@ -189,7 +173,7 @@ def measure_components(embedded: dict, tasks: list[Task], bases: dict, limit: in
         identity d' (products of coordinates, a component's part of the cosine, of pairs of one person and of two).
     """
     rows = []
-    drawn = {task.domain: matched_pairs(task.target, pairs, seed) for task in tasks}
+    drawn = {task.domain: matched_pairs(task.target, 4000, seed) for task in tasks}
     for fit, (mean, basis, variances) in bases.items():
         z = {task.domain: (embedded[task.domain][1][task.probe] - mean) @ basis[:, :limit] for task in tasks}
         share = variances[:limit] / variances.sum()
@@ -223,9 +207,8 @@ def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most:
         others = rng.permutation(np.setdiff1d(np.arange(len(task.target)), shown))[: most - len(shown)]
         chosen = np.concatenate([shown, others])
         points.append(embedded[task.domain][1][task.probe[chosen]])
-        for i in chosen:
-            place = np.flatnonzero(known == task.target[i])
-            rows.append({"task": task.domain, "identity": int(place[0]) if len(place) else -1})
+        match = task.target[chosen, None] == known
+        rows += [{"task": task.domain, "identity": int(i)} for i in np.where(match.any(1), match.argmax(1), -1)]
     x = np.concatenate(points).astype(np.float64)
     if method == "tsne" and len(x) >= 10:
         x = PCA(min(50, *x.shape), random_state=seed).fit_transform(x)
@@ -233,65 +216,3 @@ def draw_up_map(embedded: dict, tasks: list[Task], method: str, seed: int, most:
     else:
         x = PCA(2, random_state=seed).fit_transform(x)
     return [{"x": float(a), "y": float(b), **row} for (a, b), row in zip(x, rows, strict=True)]
-
-
-def gather_sources(task: Task, fits: np.ndarray, others: list[tuple[Split, np.ndarray]], n: int,
-                   rng: np.random.Generator) -> dict[str, list[tuple[Split, np.ndarray, np.ndarray]]]:
-    """Images of each source of a task's domain, at most n of a split: splits, rows and identities.
-
-    `fits`: rows of its training split; `others`: its test splits and the rows of them that may be used.
-    """
-    gathered: dict[str, list[tuple[Split, np.ndarray, np.ndarray]]] = {}
-    for split, rows in [(task.train, fits), *others]:
-        rows = rng.permutation(rows)[:n]
-        names, who = sources_of(split, rows), name_identities(split, rows)
-        for name in np.unique(names):
-            gathered.setdefault(name, []).append((split, rows[names == name], who[names == name]))
-    return gathered
-
-
-def hold_out(people: list[np.ndarray], rng: np.random.Generator) -> set[str]:
-    """Half of the identities of each source, [images] per source; one in several is held out of all or of none."""
-    known: dict[str, bool] = {}
-    for names in sorted((np.unique(part) for part in people), key=len):
-        undecided = rng.permutation([name for name in names if name not in known])
-        wanted = len(names) // 2 - sum(known.get(name, False) for name in names)
-        known |= {name: i < wanted for i, name in enumerate(undecided)}
-    return {name for name, out in known.items() if out}
-
-
-def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np.ndarray], others: dict, n: int,
-                 draws: int, seed: int) -> dict[str, Sources]:
-    """`separability` of the sources WITHIN each domain: how much a space encodes of how images were made.
-
-    If sources of one domain are separated as well as domains are, domains may have been separated by their sources.
-    Classifiers are fitted on half of the identities and tested on the others. By domain; arguments: see
-    `unseen_sources`.
-    """
-    rng, result = np.random.default_rng(seed), {}
-    for task, rows in zip(tasks, fits, strict=True):
-        sources = gather_sources(task, rows, others[task.domain], n, rng)
-        people = {name: np.concatenate([who for *_, who in parts]) for name, parts in sources.items()}
-        held_out = hold_out(list(people.values()), rng)
-        halves = {name: np.isin(who, list(held_out)) for name, who in people.items()}
-        usable = [name for name, held in halves.items() if held.any() and not held.all()]
-        if len(usable) < 2:
-            few = sorted(set(sources) - set(usable))
-            result[task.domain] = Sources(f"only one source: {', '.join(sources)}" if len(sources) < 2 else
-                                          f"too few identities of {', '.join(few)} to fit on some and test others")
-            continue
-        ids, spaces = [people[name][halves[name]] for name in usable], {}
-        bar = progress(total=len(features) * len(CLASSIFIERS), desc=f"sources of {task.domain}", unit="fit")
-        for space, of in features.items():
-            x = [np.concatenate([of(split, part) for split, part, _ in sources[name]]) for name in usable]
-            fit = [part[~halves[name]] for name, part in zip(usable, x, strict=True)]
-            test = [part[halves[name]] for name, part in zip(usable, x, strict=True)]
-            spaces[space] = {}
-            for model in CLASSIFIERS:
-                right = [answer == i for i, answer in enumerate(predict(model, fit, test))]
-                spaces[space][model] = show(balanced_accuracy(right, ids, draws, seed))
-                bar.update()
-        bar.close()
-        result[task.domain] = Sources(None, {name: len(people[name]) for name in usable},
-                                      {name: len(np.unique(people[name])) for name in usable}, 1 / len(usable), spaces)
-    return result

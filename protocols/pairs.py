@@ -157,8 +157,9 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
 # ---------------------------------------------------------------- one yardstick for all
 
 
-def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count: int = 5000) -> dict[str, Estimate]:
-    """Same/different AUC and d' on matched numbers of random pairs: one yardstick for every kind of split."""
+def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count: int = 5000,
+                target: float | None = None) -> dict[str, Estimate]:
+    """Same/different AUC and d' (or TAR at a target FAR) on matched numbers of random pairs: a yardstick for all."""
     labels = np.where(np.isfinite(x[:, 0]), labels, -1)
     pairs = matched_pairs(labels, count, seed)
     if not len(pairs):
@@ -167,7 +168,9 @@ def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count:
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
         far, tar = roc(scores, same, weights)
-        return {"pair auc": float(np.trapezoid(tar, far)), "pair d-prime": d_prime(scores, same, weights)}
+        return {"pair auc": float(np.trapezoid(tar, far))} | (
+            {"pair d-prime": d_prime(scores, same, weights)} if target is None else
+            {f"tar@far={target:g}": tar_at_far(far, tar, target)})
 
     def pair_weights() -> Iterator[np.ndarray]:
         for counts in bootstrap_counts(labels, draws, seed):

@@ -7,6 +7,7 @@ import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from data_prep import progress
 from data_prep.format import Split
 from protocols.bootstrap import Estimate, bootstrap_counts, intervals, minus, show, weighted_mean
-from protocols.results import Separability, Space, UnseenSource
+from protocols.results import Separability, Sources, Space, UnseenSource
 from protocols.search import name_identities
 from protocols.tasks import Task
 
@@ -37,20 +38,18 @@ def pixel_statistics(split: Split, rows: np.ndarray) -> np.ndarray:
     return result
 
 
-def crop_padding(image: torch.Tensor, tolerance: float = 8, least: float = 0.5) -> torch.Tensor:
-    """An image [3, H, W] of 0..255 without plain lines at its borders, such as padding.
+def crop_padding(image: torch.Tensor) -> torch.Tensor:
+    """An image [3, H, W] of 0..255 without plain lines at its borders, such as padding; half of each side stays.
 
-    At least the share `least` of each side stays. `tolerance`: standard deviation up to which a line of pixels is
-    plain, since padding is no longer exact after JPEG.
+    A line is plain up to a standard deviation of 8, since padding is no longer exact after JPEG.
     """
     ends = []
     for axis in (1, 2):
         spread = image.float().std(3 - axis).amax(0)  # [lines]
-        busy = torch.nonzero(spread > tolerance).flatten().tolist() or [0, len(spread) - 1]
-        most = int(len(spread) * (1 - least) / 2)
+        busy = torch.nonzero(spread > 8).flatten().tolist() or [0, len(spread) - 1]
+        most, after = len(spread) // 4, len(spread) - 1 - busy[-1]
         # two lines more: JPEG blends padding and picture at the edge
         low = min(busy[0] + 2 * (busy[0] > 0), most)
-        after = len(spread) - 1 - busy[-1]
         ends.append(slice(low, len(spread) - min(after + 2 * (after > 0), most)))
     return image[:, ends[0], ends[1]]
 
@@ -103,54 +102,46 @@ def make_classifier(name: str):
     return make_pipeline(StandardScaler(), models[name])
 
 
-def predict(name: str, fit: list[np.ndarray], test: list[np.ndarray], unfinished: Counter | None = None
-            ) -> list[np.ndarray]:
-    """The task that a classifier fitted on `fit` ([n_d, D] per task) predicts for each row of `test` ([m_d, D]).
+def classify(name: str, fit: list[np.ndarray], test: list[np.ndarray], unfinished: Counter | None = None
+             ) -> list[np.ndarray]:
+    """Whether a classifier fitted on `fit` ([n_d, D] per task) is right about the rows of `test`: bool [m_d] per task.
 
     A fit that did not converge is counted in `unfinished`, by the classifier's name.
     """
+    of_fit, of_test = (np.repeat(np.arange(len(parts)), [len(part) for part in parts]) for parts in (fit, test))
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
-        model = make_classifier(name).fit(np.concatenate(fit).astype(np.float64),
-                                          np.repeat(np.arange(len(fit)), [len(part) for part in fit]))
-        predicted = model.predict(np.concatenate(test).astype(np.float64))
+        model = make_classifier(name).fit(np.concatenate(fit).astype(np.float64), of_fit)
+        right = model.predict(np.concatenate(test).astype(np.float64)) == of_test
     if unfinished is not None and any(issubclass(w.category, ConvergenceWarning) for w in raised):
         unfinished[name] += 1
-    return np.split(predicted, np.cumsum([len(part) for part in test])[:-1])
+    return np.split(right, np.cumsum([len(part) for part in test])[:-1])
 
 
 def balanced_accuracy(right: list[np.ndarray], ids: list[np.ndarray], draws: int, seed: int) -> Estimate:
-    """Mean over tasks of the share of right answers, resampled by identity.
+    """Mean over tasks of the share of right answers, bool [m_d] per task, resampled by identity.
 
-    Args:
-        right: bool [m_d] per task.
-        ids: [m_d] per task, from `name_identities`: a person in two tasks is drawn in both or in neither.
+    `ids`: [m_d] per task, from `name_identities`: a person in two tasks is drawn in both or in neither.
     """
-    names = np.unique(np.concatenate(ids), return_inverse=True)[1]
     ends = np.cumsum([len(part) for part in right])[:-1]
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
         parts = [None] * len(right) if weights is None else np.split(weights, ends)
-        return {"value": float(np.mean([weighted_mean(hit.astype(float), w)
-                                        for hit, w in zip(right, parts, strict=True)]))}
+        return {"value": float(np.mean([weighted_mean(hit, w) for hit, w in zip(right, parts, strict=True)]))}
 
-    return intervals(statistic, bootstrap_counts(names, draws, seed), len(names))["value"]
+    return intervals(statistic, bootstrap_counts(np.concatenate(ids), draws, seed))["value"]
 
 
 def separability(fit: list[np.ndarray], test: list[np.ndarray], ids: list[np.ndarray], draws: int,
                  seed: int, unfinished: Counter | None = None) -> dict[str, Estimate]:
-    """Balanced accuracy of telling the tasks apart, fitted on `fit` and on unseen identities; see `predict`.
+    """Balanced accuracy of telling the tasks apart, fitted on `fit` and on unseen identities; see `classify`.
 
     "logistic", "lda", "svm", and "a/b" for every pair of tasks by number (logistic). `ids`: see `balanced_accuracy`.
     """
-    result = {}
-    for name in CLASSIFIERS:
-        right = [predicted == k for k, predicted in enumerate(predict(name, fit, test, unfinished))]
-        result[name] = balanced_accuracy(right, ids, draws, seed)
-    for a in range(len(fit)):
-        for b in range(a + 1, len(fit)):
-            of_a, of_b = predict("logistic", [fit[a], fit[b]], [test[a], test[b]])
-            result[f"{a}/{b}"] = balanced_accuracy([of_a == 0, of_b == 1], [ids[a], ids[b]], draws, seed)
+    result = {name: balanced_accuracy(classify(name, fit, test, unfinished), ids, draws, seed) for name in CLASSIFIERS}
+    for a, b in combinations(range(len(fit)), 2):
+        right = classify("logistic", [fit[a], fit[b]], [test[a], test[b]])
+        result[f"{a}/{b}"] = balanced_accuracy(right, [ids[a], ids[b]], draws, seed)
     return result
 
 
@@ -166,6 +157,12 @@ def sources_of(split: Split, rows: np.ndarray) -> np.ndarray:
     return np.array([name + mark for name in names])
 
 
+def rows_by_source(split: Split, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Some rows of a split, by their source."""
+    names = sources_of(split, rows)
+    return {str(name): rows[names == name] for name in np.unique(names)}
+
+
 Features = Callable[[Split, np.ndarray], np.ndarray]  # a split and rows of it -> [n, D]
 
 
@@ -175,75 +172,110 @@ def unseen_sources(features: dict[str, Features], fitted: dict[str, list[np.ndar
     """`separability` where the images of one domain are of a source not fitted on, if it has two.
 
     Args:
-        features: by space.
         fitted, tested: by space, per task: features of the rows `fits` of the training split, and of the test rows.
         ids: per task, who is on the test rows.
-        others: domain -> its test splits and the rows of them that may be used.
-        n: most images of a source.
+        others: by domain, its test splits and the rows of them that may be used, at most `n` of a source.
     """
     rng, table = np.random.default_rng(seed), []
-    known = [sources_of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
     people = [name_identities(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
     for d, task in enumerate(progress(tasks, desc="unseen sources", unit="task")):
-        candidates: dict[str, tuple[Split, np.ndarray]] = {}
-        for split, rows in others[task.domain]:
-            rows = rng.permutation(rows)[:n]
-            names = sources_of(split, rows)
-            for name in np.unique(names):
-                candidates.setdefault(name, (split, rows[names == name]))
-        for name in np.unique(known[d]):
-            candidates.setdefault(name, (task.train, fits[d][known[d] == name]))
+        known, candidates = sources_of(task.train, fits[d]), {}
+        parts = [(split, rng.permutation(rows)[:n]) for split, rows in others[task.domain]]
+        for split, part in [*parts, (task.train, fits[d])]:
+            for name, rows in rows_by_source(split, part).items():
+                candidates.setdefault(name, (split, rows))
         for name, (split, rows) in candidates.items():
-            left, who = known[d] != name, name_identities(split, rows)
+            left, who = known != name, name_identities(split, rows)
             seen = np.concatenate([part[left] if i == d else part for i, part in enumerate(people)])
             rows, who = rows[~np.isin(who, seen)], who[~np.isin(who, seen)]
             if len(candidates) < 2 or left.sum() < 2 or not len(rows):
                 continue
-            table.append(UnseenSource(task.domain, str(name), len(rows), len(np.unique(who)), {}))
+            table.append(UnseenSource(task.domain, name, len(rows), len(np.unique(who)), {}))
             names = [who if i == d else part for i, part in enumerate(ids)]
             for space, of in features.items():
                 parts = [part[left] if i == d else part for i, part in enumerate(fitted[space])]
                 test = [of(split, rows) if i == d else part for i, part in enumerate(tested[space])]
                 unfinished = Counter()
-                right = [predicted == i for i, predicted in enumerate(predict("logistic", parts, test, unfinished))]
+                right = classify("logistic", parts, test, unfinished)
                 table[-1].spaces[space] = show(balanced_accuracy(right, names, draws, seed)) | {
                     "recall": float(right[d].mean()), "converged": not unfinished}
     return table
 
 
-def draw_rows(tasks: list[Task], limit: int, seed: int) -> tuple[int, list[np.ndarray], list[np.ndarray]]:
-    """Equally many images of every task, at most `limit`: their number, rows to fit on and test rows by task."""
-    rng = np.random.default_rng(seed)
-    n = min(limit, *(len(task.fit) for task in tasks), *(len(task.probe) for task in tasks))
-    return n, [rng.permutation(task.fit)[:n] for task in tasks], [rng.permutation(task.probe)[:n] for task in tasks]
+def hold_out(people: list[np.ndarray], rng: np.random.Generator) -> set[str]:
+    """Half of the identities of each source, [images] per source; one in several is held out of all or of none."""
+    known: dict[str, bool] = {}
+    for names in sorted((np.unique(part) for part in people), key=len):
+        undecided = rng.permutation([name for name in names if name not in known])
+        wanted = len(names) // 2 - sum(known.get(name, False) for name in names)
+        known |= {name: i < wanted for i, name in enumerate(undecided)}
+    return {name for name, out in known.items() if out}
+
+
+def tell_sources(features: dict[str, Features], tasks: list[Task], fits: list[np.ndarray], others: dict, n: int,
+                 draws: int, seed: int) -> dict[str, Sources]:
+    """`separability` of the sources WITHIN each domain: how much a space encodes of how images were made.
+
+    If sources of one domain are separated as well as domains are, domains may have been separated by their sources.
+    Classifiers are fitted on half of the identities and tested on the others. By domain; arguments: see
+    `unseen_sources`.
+    """
+    rng, result = np.random.default_rng(seed), {}
+    for task, rows in zip(tasks, fits, strict=True):
+        sources: dict[str, list[tuple[Split, np.ndarray]]] = {}
+        for split, known in [(task.train, rows), *others[task.domain]]:
+            for name, part in rows_by_source(split, rng.permutation(known)[:n]).items():
+                sources.setdefault(name, []).append((split, part))
+        people = {name: np.concatenate([name_identities(split, part) for split, part in parts])
+                  for name, parts in sources.items()}
+        held_out = list(hold_out(list(people.values()), rng))
+        halves = {name: held for name, who in people.items()
+                  if (held := np.isin(who, held_out)).any() and not held.all()}
+        if len(halves) < 2:
+            few = sorted(set(sources) - set(halves))
+            result[task.domain] = Sources(f"only one source: {', '.join(sources)}" if len(sources) < 2 else
+                                          f"too few identities of {', '.join(few)} to fit on some and test others")
+            continue
+        ids, spaces = [people[name][held] for name, held in halves.items()], {}
+        for space, of in progress(features.items(), desc=f"sources of {task.domain}", unit="space"):
+            x = [np.concatenate([of(split, part) for split, part in sources[name]]) for name in halves]
+            fit, test = ([part[held == side] for part, held in zip(x, halves.values(), strict=True)]
+                         for side in (False, True))
+            spaces[space] = {model: show(balanced_accuracy(classify(model, fit, test), ids, draws, seed))
+                             for model in CLASSIFIERS}
+        result[task.domain] = Sources(None, {name: len(people[name]) for name in halves},
+                                      {name: len(np.unique(people[name])) for name in halves}, 1 / len(halves), spaces)
+    return result
 
 
 def measure_separability(features: dict[str, Features], tasks: list[Task], others: dict, draws: int, seed: int,
                          limit: int) -> Separability:
-    """`separability` in every space, of at most `limit` images a task; chance is 1 / tasks.
+    """`separability` in every space, of equally many images of every task, at most `limit`; chance is 1 / tasks.
 
     `features`: by space: tuned, foundation, pixels, and the same with " canon"; `others`: see `unseen_sources`.
     """
-    n, fits, probes = draw_rows(tasks, limit, seed)
+    rng, names = np.random.default_rng(seed), [task.domain for task in tasks]
+    n = min(limit, *(len(task.fit) for task in tasks), *(len(task.probe) for task in tasks))
+    fits = [rng.permutation(task.fit)[:n] for task in tasks]
+    probes = [rng.permutation(task.probe)[:n] for task in tasks]
     ids = [name_identities(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
-    by_space, fitted, tested, unfinished = {}, {}, {}, {name: Counter() for name in features}
+    figures, fitted, tested, spaces = {}, {}, {}, {}
     for name, of in progress(features.items(), desc="separability", unit="space"):
         fitted[name] = [of(task.train, rows) for task, rows in zip(tasks, fits, strict=True)]
         tested[name] = [of(task.split, rows) for task, rows in zip(tasks, probes, strict=True)]
-        by_space[name] = separability(fitted[name], tested[name], ids, draws, seed, unfinished[name])
-        for model in unfinished[name]:
+        unfinished = Counter()
+        by_key = figures[name] = separability(fitted[name], tested[name], ids, draws, seed, unfinished)
+        for model in unfinished:
             print(f"  separability: {CLASSIFIERS[model]} did not converge on {name}: an unfinished fit is scored")
-    names = [task.domain for task in tasks]
-    spaces = {}
-    for name, figures in by_space.items():
-        pairwise = {"/".join(names[int(i)] for i in key.split("/")): show(figure)
-                    for key, figure in figures.items() if "/" in key}
         top = "tuned canon" if name.endswith("canon") else "tuned"
         spaces[name] = Space(
-            **{model: show(figures[model]) for model in CLASSIFIERS}, pairwise=pairwise,
-            converged={model: not unfinished[name][model] for model in CLASSIFIERS},
-            lead_of_tuned=show(minus(by_space[top]["logistic"], figures["logistic"])) if name != top else None)
+            **{model: show(by_key[model]) for model in CLASSIFIERS},
+            pairwise={f"{names[a]}/{names[b]}": show(by_key[f"{a}/{b}"])
+                      for a, b in combinations(range(len(names)), 2)},
+            converged={model: not unfinished[model] for model in CLASSIFIERS},
+            lead_of_tuned=show(minus(figures[top]["logistic"], by_key["logistic"])) if name != top else None)
     plain = {name: of for name, of in features.items() if not name.endswith("canon")}
     return Separability(n, 1 / len(tasks), spaces,
-                        {name: len(np.unique(part)) for name, part in zip(names, ids, strict=True)},
-                        unseen_sources(plain, fitted, tested, ids, tasks, fits, others, n, draws, seed))
+                        {name: len(np.unique(who)) for name, who in zip(names, ids, strict=True)},
+                        unseen_sources(plain, fitted, tested, ids, tasks, fits, others, n, draws, seed),
+                        tell_sources(plain, tasks, fits, others, n, draws, seed))

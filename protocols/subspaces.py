@@ -26,9 +26,6 @@ TIE = 1e-6  # cosines that differ by less are equal: far above rounding in float
 FITTED = 20  # most images per dimension that are fitted: more cost time and hardly change a covariance
 
 
-# ---------------------------------------------------------------- subspaces
-
-
 def principal_components(x: np.ndarray, device: torch.device | str = "cpu"
                          ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean [D], components as columns [D, D] by falling variance, variances [D] of rows x [n, D] (float64)."""
@@ -69,17 +66,11 @@ Vectors = np.ndarray | torch.Tensor | Turned
 
 
 def hits_one_by_one(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list[int]) -> np.ndarray:
-    """For projected vectors, whether each probe's nearest gallery vector is a mate with the first k coordinates.
+    """Whether each probe's nearest gallery vector is a mate with the first k coordinates, bool [len(ks), n].
 
-    The definition, as a full evaluation for every k; `hits_by_k` gives the same. A mate must be nearer than every other
-    vector by more than a TIE: with one coordinate every cosine is 1 or -1, and rounding must not choose among them.
-
-    Args:
-        probe, gallery: coordinates [n, D] and [m, D], largest component first.
-        ks: numbers of coordinates, rising.
-
-    Returns:
-        bool [len(ks), n].
+    The definition, as a full evaluation for every k of `ks`; `hits_by_k` gives the same. A mate must be nearer than
+    every other vector by more than a TIE: with one coordinate every cosine is 1 or -1, and rounding must not choose
+    among them. `probe`, `gallery`: coordinates [n, D] and [m, D], largest component first.
     """
     hits = np.empty((len(ks), len(probe)), dtype=bool)
     for row, k in zip(hits, ks, strict=True):
@@ -92,7 +83,7 @@ def hits_one_by_one(probe: np.ndarray, gallery: np.ndarray, task: Task, ks: list
 
 def hits_by_k(probe: Vectors, gallery: Vectors, task: Task, ks: list[int],
               device: torch.device | str = "cpu", size: int | None = None) -> np.ndarray:
-    """`hits_one_by_one` at the cost of one evaluation of scores and, per k, three passes over a block in the cache.
+    """`hits_one_by_one`, `ks` rising, at the cost of one evaluation of scores and, per k, three passes over a block.
 
     With one coordinate more, S += q_k g_kᵀ and |g|² += g_k². `size`: see `sweep`.
     """
@@ -110,12 +101,12 @@ def hits_by_k(probe: Vectors, gallery: Vectors, task: Task, ks: list[int],
 
 def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callable[[torch.Tensor], torch.Tensor],
           advance: Callable[..., torch.Tensor], device: torch.device | str, size: int | None) -> np.ndarray:
-    """Score every probe in one subspace after another, by blocks of scores that stay in the cache.
+    """Whether the nearest vector of each probe is a mate in one subspace after another, bool [steps, n].
 
     The nearest vector has the largest S / |g|: a probe's length changes no order. The few scores of mates are kept
-    apart, so that S holds only wrong ones and the largest of a row is enough. Memory: the probes, a block of the
-    gallery twice with its inverse lengths [block, steps], the best scores [steps, n] of mates and of others, and for
-    each of torch's threads two blocks of scores.
+    apart, so that S holds only wrong ones and the largest of a row is enough. Scores are made in blocks that stay in
+    the cache. Memory: the probes, a block of the gallery twice with its inverse lengths [block, steps], the best scores
+    [steps, n] of mates and of others, and for each of torch's threads two blocks of scores.
 
     Args:
         probe, gallery: coordinates, [n, D] and [m, D].
@@ -124,9 +115,6 @@ def sweep(probe: Vectors, gallery: Vectors, task: Task, steps: int, sums: Callab
         advance: number of the step, scores [b, m] (0 before the first step, which it may change: -inf stays so),
             coordinates [D, b] and [D, m], a spare block -> the scores of that step.
         size: scores held at once (default: what fits the cache of a core; on a GPU 2**26).
-
-    Returns:
-        bool [steps, n].
     """
     size = size or (1 << 19 if torch.device(device).type == "cpu" else 1 << 26)
     q = torch.as_tensor(probe[:], device=device)
@@ -200,11 +188,7 @@ def kept(scores: np.ndarray, full: np.ndarray | float, chance: float) -> np.ndar
 def components_needed(share: np.ndarray, ks: list[int], level: float) -> np.ndarray:
     """k*: the smallest of ks from which on every larger one keeps at least `level`; infinite: not even the largest.
 
-    Args:
-        share: what is kept, [..., len(ks)].
-
-    Returns:
-        float [...]; NaN where a share is unknown.
+    `share`: what is kept, [..., len(ks)]. Float [...]; NaN where a share is unknown.
     """
     short = ~(np.asarray(share) >= level)
     after = np.where(short.any(-1), len(ks) - short[..., ::-1].argmax(-1), 0)  # one after the last that is short
@@ -238,13 +222,9 @@ class Curve:
 
 
 class Trial:
-    """A task's vectors and resamplings on a device, to be scored in one subspace after another.
+    """A task to be scored in one subspace after another, on a device.
 
-    Args:
-        task: the task.
-        vectors: its probe and gallery vectors, [n, D] and [m, D].
-        counts: [resamplings, n], how often each probe is drawn.
-        device: of the sweeps.
+    `vectors`: of its probes and gallery, [n, D] and [m, D]; `counts` [resamplings, n]: how often each probe is drawn.
     """
 
     def __init__(self, task: Task, vectors: tuple[np.ndarray, np.ndarray], counts: np.ndarray,
@@ -263,14 +243,16 @@ class Trial:
         """The vectors, centred by a mean [D], as coordinates in orthonormal columns [D, k]."""
         return [Turned(x, mean, basis, self.device) for x in self.vectors]
 
-    def curve(self, kind: str, fit: str, mean: np.ndarray, basis: np.ndarray, ks: list[int]) -> Curve:
+    def curve(self, kind: str, fit: str, mean: np.ndarray, basis: np.ndarray, ks: list[int],
+              number: int | None = None) -> Curve:
         """The score with the first k coordinates of a basis [D, D] for every k of ks, and with all D for reference."""
         D, many = len(mean), len(ks)
         hits = hits_by_k(*self.turned(mean, basis), self.task, ks if ks[-1:] == [D] else [*ks, D], self.device)
         score, drawn = self.resample(hits)
         chance = self.task.chance()
         return Curve(kind, fit, self.task.domain, ks, score[:many], kept(score, score[-1], chance)[:many],
-                     kept(drawn, drawn[:, -1:], chance)[:, :many], Estimate(float(score[-1]), drawn[:, -1]))
+                     kept(drawn, drawn[:, -1:], chance)[:, :many], Estimate(float(score[-1]), drawn[:, -1]),
+                     number)
 
     def resample(self, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Share of hits [steps, n], and of each resampling: float64 [steps] and [resamplings, steps]."""
@@ -298,17 +280,13 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
              device: torch.device | str = "cpu") -> tuple[Transfer, list[Curve], dict[str, Basis]]:
     """Components of every task, used by every task, beside random subspaces and the untouched backbone's components.
 
+    Returns what each pair of tasks keeps, the curves, and the components by domain.
+
     Args:
         embedded: domain -> unit embeddings of its training and of its test split.
-        tasks: the tasks.
         headline: the k of the claim, lowered to the number of determined components.
-        draws: bootstrap resamplings, by identity.
-        seed: of the sub-sampling and the random subspaces.
+        draws: resamplings, by identity.
         foundation: embeddings of the untouched backbone, whose components are also used on `embedded`.
-        device: of the sweeps.
-
-    Returns:
-        What is kept by each pair of tasks; the curves; and the components by domain.
     """
     D = next(iter(embedded.values()))[0].shape[1]
     chosen = draw_fits(tasks, D, seed)
@@ -322,25 +300,16 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
     headline, every = min(headline, limit), list(range(1, limit + 1))
     grid, turns = control_grid(headline, limit), [random_basis(D, seed, i) for i in range(RANDOM_SEEDS)]
     curves, pairs, stars = [], [], {}
-    bar = progress(total=len(tasks) ** 2 * (1 + bool(untouched) + RANDOM_SEEDS), desc="transfer", unit="sweep")
+    bar = progress(total=len(tasks) ** 2, desc="transfer", unit="pair")
     for task in tasks:
         trial = Trial.of(task, embedded[task.domain], draws, seed, device)
-
-        def measure(kind: str, fit: str, basis: np.ndarray, ks: list[int], trial=trial) -> Curve:
-            bar.update()
-            # controls use the same mean, or they would also differ in their centring
-            curves.append(trial.curve(kind, fit, fits[fit][0], basis, ks))
-            return curves[-1]
-
         raw = trial.curve("raw", "", np.zeros(D), np.eye(D), [D]).full.value
-        for fit, (_, basis, _) in fits.items():
-            curve = measure("components", fit, basis, every)
-            random = [measure("random", fit, turn, grid) for turn in turns]
-            for number, control in enumerate(random):
-                control.number = number
-            at_k, by_chance = curve.at(headline), Estimate(
-                float(np.mean([c.at(headline).value for c in random])),
-                np.mean([c.at(headline).draws for c in random], axis=0))
+        for fit, (mean, basis, _) in fits.items():
+            # controls use the same mean, or they would also differ in their centring
+            curve = trial.curve("components", fit, mean, basis, every)
+            random = [trial.curve("random", fit, mean, turn, grid, number) for number, turn in enumerate(turns)]
+            curves += curve, *random
+            at_k, by_chance = curve.at(headline), combine(np.mean, [c.at(headline) for c in random])
             k99, k95 = (Estimate(float(components_needed(curve.kept, every, level)),
                                  components_needed(curve.draws, every, level)) for level in LEVELS)
             stars.setdefault(fit, []).append((k99, k95))
@@ -351,10 +320,12 @@ def transfer(embedded: dict[str, tuple[np.ndarray, np.ndarray]], tasks: list[Tas
                 curve.full.high, headline, *show(at_k).values(), show(by_chance), show(minus(at_k, by_chance)),
                 show_needed(k99, limit), show_needed(k95, limit), *coarse))
             if untouched:
-                of_untouched = measure("foundation", fit, untouched[fit][1], grid).at(headline)
+                curves.append(trial.curve("foundation", fit, mean, untouched[fit][1], grid))
+                of_untouched = curves[-1].at(headline)
                 pairs[-1].foundation, pairs[-1].over_foundation = show(of_untouched), show(minus(at_k, of_untouched))
+            bar.update()
     bar.close()
-    all_tasks = [Serving(fit, *(show_needed(largest(figures), limit) for figures in zip(*of, strict=True)))
+    all_tasks = [Serving(fit, *(show_needed(combine(np.max, figures), limit) for figures in zip(*of, strict=True)))
                  for fit, of in stars.items()]
     return Transfer(pairs, all_tasks, n, n < 5 * D, D, limit), curves, fits
 
@@ -369,6 +340,6 @@ def random_basis(dim: int, seed: int, number: int) -> np.ndarray:
     return np.linalg.qr(np.random.default_rng((seed, number)).standard_normal((dim, dim)))[0]
 
 
-def largest(figures: list[Estimate]) -> Estimate:
-    """The largest of several figures with equal numbers of resamplings; NaN where one is NaN."""
-    return Estimate(float(np.max([f.value for f in figures])), np.max([f.draws for f in figures], axis=0))
+def combine(how: Callable, figures: list[Estimate]) -> Estimate:
+    """np.mean or np.max of several figures with equal numbers of resamplings; NaN where one is NaN."""
+    return Estimate(float(how([f.value for f in figures])), how([f.draws for f in figures], axis=0))

@@ -34,28 +34,24 @@ class Task:
     fit: np.ndarray  # rows of the training split, identities disjoint from the tested ones
     probe: np.ndarray  # rows of the test split, [n]
     gallery: np.ndarray  # rows of the test split (people) or of the training split (objects)
-    group: np.ndarray  # [gallery] the gallery vector 0..m-1 that a row is averaged into; all different for people
+    group: np.ndarray  # [gallery] which of the m gallery vectors a row is averaged into; all different for people
     target: np.ndarray  # [n] identity of each probe
     mates: list[np.ndarray]  # [n] gallery vectors that are right, at least one
     ignored: list[np.ndarray]  # [n] gallery vectors that do not count: the probe itself, its identity under its camera
 
-    @property
-    def vectors(self) -> int:
-        """Number of gallery vectors, m."""
-        return int(self.group.max()) + 1
-
     def chance(self) -> float:
         """Expected share of hits of a random nearest vector."""
-        m = self.vectors
-        return float(np.mean([len(right) / (m - len(out))
+        many = self.group.max() + 1
+        return float(np.mean([len(right) / (many - len(out))
                               for right, out in zip(self.mates, self.ignored, strict=True)]))
 
 
-def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: str | None, where: str
-                 ) -> tuple[dict[str, tuple[Split, Split]], dict[str, str]]:
+def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: str | None, where: str,
+                 degrade: str | None = None, seed: int = 0) -> tuple[dict[str, tuple[Split, Split]], dict[str, str]]:
     """Training and test split of each domain of a run; and why other domains are left out.
 
-    A domain that --splits (`names`) does not name is tested on the first of `ordered_tests`.
+    A domain that --splits (`names`) does not name is tested on the first of `ordered_tests`. `degrade`: of the run,
+    whose network never saw face_lq/train as it is stored.
     """
     chosen: dict[str, Split] = {}
     for split in named_splits(root, names, where) if names else []:
@@ -71,10 +67,15 @@ def choose_pairs(root: dict[str, dict[str, Split]], domains: list[str], names: s
         test = chosen.get(domain) or next(iter(ordered_tests(splits.values())), None)
         if "train" in splits and test:
             pairs[domain] = splits["train"], test
+            if degrade and domain == "face_lq":
+                pairs[domain] = Degraded(splits["train"].folder, float(degrade.partition("@")[0]), seed), test
             rest = ", ".join(s.name for s in splits.values() if s.protocol and s.folder != test.folder)
             print(f"  {domain}: tested on {test.name}" + f", not on {rest} (--splits chooses)" * bool(rest))
         else:
             left_out[domain] = "no test split in distribution" if "train" in splits else "no training split"
+    if not pairs:
+        raise InputError(f"{where}: none of {', '.join(domains)} has both a training and a test split: nothing to "
+                         "analyse")
     return pairs, left_out
 
 
@@ -99,14 +100,8 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
 
     Classes that are in both splits (objects) are divided: every second one is fitted on, the others are tested.
     Its rows to fit on still contain identities that other tasks test: see `drop_tested`.
-
-    Args:
-        base, test: training and test split.
-        readable: bool, rows of either that may be used.
-        limit: most probes, drawn at random.
-
-    Raises:
-        InputError: only one identity can be tested.
+    `readable`: bool, rows of the training and of the test split that may be used; `limit`: most probes, drawn at
+    random. InputError if only one identity can be tested.
     """
     domain, rng = base.domain, np.random.default_rng((seed, DOMAINS.index(base.domain)))
     shared = sorted(set(test.classes) & set(base.classes))
@@ -120,7 +115,7 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
         place = {name: i for i, name in enumerate(base.classes)}
         label = np.array([place.get(name, -1) for name in test.classes])[test.labels]
         probe = rng.permutation(rows[label[rows] >= 0])[:limit]
-        classes = np.unique(label[probe])
+        target, classes = label[probe], np.unique(label[probe])
         gallery = np.flatnonzero(np.isin(base.labels, classes) & readable[0])
         group = np.searchsorted(classes, base.labels[gallery])
         if len(shared) < 2:
@@ -128,38 +123,34 @@ def make_task(base: Split, test: Split, readable: tuple[np.ndarray, np.ndarray],
                     "--splits names another split")
         if len(fit) < 2 or not len(classes) or len(np.unique(group)) < len(classes):
             return "too few readable images of its classes"
-        refuse_one(test, classes)
-        mates = list(np.searchsorted(classes, label[probe])[:, None])
-        return Task(domain, test, base, fit, probe, gallery, group, label[probe], mates, [mates[0][:0]] * len(probe))
-
-    roles, cameras, labels = test.optional("role"), test.optional("camera"), np.array(test.labels)
-    gallery = rows[roles[rows] != ROLES.index("probe")]
-    probe = rows[roles[rows] <= ROLES.index("probe")]  # without roles every image is a probe and in the gallery
-    probe = rng.permutation(probe[labels[probe] >= 0])[:limit]
-    same, kept, mates, ignored = mates_in(labels[gallery]), [], [], []
-    for row in probe:
-        places = same(labels[row])
-        out = gallery[places] == row
-        if test.protocol["name"] == "reid":
-            out |= cameras[gallery[places]] == cameras[row]
-        if not out.all():
-            kept.append(row)
-            mates.append(places[~out])
-            ignored.append(places[out])
-    if len(fit) < 2:
-        return f"fewer than 2 images of {base.name} to fit on"
-    if not kept:
-        return f"no probe of {test.name} has a mate in its gallery that counts"
-    probe = np.array(kept)
-    refuse_one(test, labels[probe])
-    return Task(domain, test, base, fit, probe, gallery, np.arange(len(gallery)), labels[probe], mates, ignored)
-
-
-def refuse_one(test: Split, target: np.ndarray) -> None:
-    """Intervals resample identities: with a single one they have no width."""
-    if len(np.unique(target)) < 2:
+        mates = list(np.searchsorted(classes, target)[:, None])
+        ignored = [mates[0][:0]] * len(probe)
+    else:
+        roles, cameras, labels = test.optional("role"), test.optional("camera"), np.array(test.labels)
+        gallery = rows[roles[rows] != ROLES.index("probe")]
+        group = np.arange(len(gallery))
+        probe = rows[roles[rows] <= ROLES.index("probe")]  # without roles every image is a probe and in the gallery
+        probe = rng.permutation(probe[labels[probe] >= 0])[:limit]
+        same, kept, mates, ignored = mates_in(labels[gallery]), [], [], []
+        for row in probe:
+            places = same(labels[row])
+            out = gallery[places] == row
+            if test.protocol["name"] == "reid":
+                out |= cameras[gallery[places]] == cameras[row]
+            if not out.all():
+                kept.append(row)
+                mates.append(places[~out])
+                ignored.append(places[out])
+        if len(fit) < 2:
+            return f"fewer than 2 images of {base.name} to fit on"
+        if not kept:
+            return f"no probe of {test.name} has a mate in its gallery that counts"
+        probe = np.array(kept)
+        target = labels[probe]
+    if len(np.unique(target)) < 2:  # intervals resample identities: with a single one they have no width
         raise InputError(f"{test.folder}: only one identity can be tested, want at least 2: name another split of "
-                         f"{test.domain} with --splits")
+                         f"{domain} with --splits")
+    return Task(domain, test, base, fit, probe, gallery, group, target, mates, ignored)
 
 
 def drop_tested(tasks: list[Task], most: int, seed: int) -> None:
@@ -185,7 +176,7 @@ def vectors_of(task: Task, embedded: tuple[np.ndarray, np.ndarray]) -> tuple[np.
     give those most weight of which it holds least, and cost a pass over the training set for every k.)
     """
     base, test = embedded
-    x, m = base if task.domain == "object" else test, task.vectors
+    x, m = base if task.domain == "object" else test, task.group.max() + 1
     if m == len(task.gallery):  # single images: a million would be gigabytes in float64
         return test[task.probe], x[task.gallery[np.argsort(task.group)]]
     means = np.zeros((m, x.shape[1]))

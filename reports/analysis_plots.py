@@ -1,7 +1,6 @@
 """The figures of an analysis, as PDF and PNG."""
 
-import math
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -31,16 +30,31 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], **options):
     return tables.new_figure(rows, columns, size, layout="constrained", **options)
 
 
-def save_figure(figure, path: Path, handles: list | None = None, columns: int = 4) -> None:
-    """Write PATH.pdf and PATH.png, with one legend above all axes."""
+def save_figure(figure, path: Path, legend: dict[str, dict] | None = None, columns: int = 4, patches: bool = False
+                ) -> None:
+    """Write PATH.pdf and PATH.png, with one legend above all axes: style of a line (or patch) by label."""
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
-    if handles:
+    if legend:
+        handles = [Patch(label=label, **style) if patches else Line2D([], [], label=label, **style)
+                   for label, style in legend.items()]
         figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
     for ending in (".pdf", ".png"):
         write_atomically(path.with_name(path.name + ending),
                          lambda temporary, ending=ending: figure.savefig(temporary, format=ending[1:], dpi=200))
     plt.close(figure)
+
+
+def new_grid(names: list[str], use: str, height: float, least: float):
+    """A figure of all pairs of tasks and its axes by pair: a row a fitted task, a column one that is `use`d."""
+    K = len(names)
+    figure, axes = new_figure(K, K, (max(1.75 * K, least), height * K + 1), sharex=True, sharey=True)
+    for ax, row, name in zip(axes[0], axes, names, strict=True):
+        ax.set_title(f"{use} {name}")
+        row[0].set_ylabel(f"components of\n{name}")
+    return figure, dict(zip(product(names, repeat=2), axes.flat, strict=True))
 
 
 def heat_map(ax, values: np.ndarray, names: list[str], title: str, limits: tuple[float, float], form: str) -> None:
@@ -70,54 +84,43 @@ def leave_empty(ax) -> None:
 
 def draw_transfer(path: Path, curves: list[Curve], names: list[str], pairs: list[Pair]) -> None:
     """The grid of transfer curves: rows are the task whose components are used, columns the task that uses them."""
-    from matplotlib.lines import Line2D
-
-    kinds = {"components": (BLUE, "-", "first k of the row's task"),
-             "own": (BLACK, ":", "of the column's own"),
-             "foundation": (GREY, "-", "of the untouched backbone"),
-             "own mean": (SKY, "-", "centred by the column's mean"),
-             "pooled": (GREEN, "-.", "of all tasks pooled"),
-             "random": (RED, "--", f"random ({RANDOM_SEEDS}, range)"),
-             "bottom": (PURPLE, (0, (3, 1, 1, 1)), "last k of the row's task")}
-    K, measured, limit = len(names), find_measured(pairs), curves[0].ks[-1]
+    styles = {"components": ("first k of the row's task", BLUE, "-"),
+              "own": ("of the column's own", BLACK, ":"),
+              "foundation": ("of the untouched backbone", GREY, "-"),
+              "own mean": ("centred by the column's mean", SKY, "-"),
+              "pooled": ("of all tasks pooled", GREEN, "-."),
+              "random": (f"random ({RANDOM_SEEDS}, range)", RED, "--"),
+              "bottom": ("last k of the row's task", PURPLE, (0, (3, 1, 1, 1)))}
+    measured, limit = find_measured(pairs), curves[0].ks[-1]
     # a task may score higher without its first components
     most = 100 * max((c.kept.max() for c in curves if (c.fit, c.test) in measured), default=1)
-    figure, axes = new_figure(K, K, (max(1.75 * K, 5), 1.6 * K + 1), sharex=True, sharey=True)
-    for i, fit in enumerate(names):
-        for j, test in enumerate(names):
-            ax = axes[i][j]
-            if (fit, test) not in measured:
-                leave_empty(ax)
-            for kind, (colour, style, _) in kinds.items() if (fit, test) in measured else ():
-                of = {"own": ("components", test), "pooled": ("pooled", None)}
-                name, origin = of.get(kind, (kind, fit))
-                drawn = [c for c in curves if (c.kind, c.test) == (name, test) and origin in (None, c.fit)]
-                if not drawn or (kind in ("own", "own mean") and fit == test):  # the same curve again
-                    continue
-                many = 100 * np.array([c.kept for c in drawn])
-                ax.plot(drawn[0].ks, many.mean(0), color=colour, ls=style, lw=1.4 if kind == "components" else 1)
-                if kind == "random":
-                    ax.fill_between(drawn[0].ks, many.min(0), many.max(0), color=colour, alpha=0.25, lw=0)
-                if kind == "components":
-                    ax.fill_between(drawn[0].ks, *100 * drawn[0].interval(), color=colour, alpha=0.2, lw=0)
-            if (fit, test) in measured:
-                ax.axhline(99, color="k", lw=0.6, ls=(0, (1, 2)))
-                ax.axvline(100, color="k", lw=0.6, ls=(0, (1, 2)))
-            ax.set(xscale="log", ylim=(-10, 5 + min(max(most, 107), 150)), xlim=(1, limit))
-            if i == 0:
-                ax.set_title(f"used by {test}")
-            if j == 0:
-                ax.set_ylabel(f"components of\n{fit}")
+    figure, axes = new_grid(names, "used by", 1.6, 5)
+    for (fit, test), ax in axes.items():
+        ax.set(xscale="log", ylim=(-10, 5 + min(max(most, 107), 150)), xlim=(1, limit))
+        if (fit, test) not in measured:
+            leave_empty(ax)
+            continue
+        for kind, (_, colour, style) in styles.items():
+            name, origin = {"own": ("components", test), "pooled": ("pooled", "all")}.get(kind, (kind, fit))
+            drawn = [c for c in curves if (c.kind, c.fit, c.test) == (name, origin, test)]
+            if not drawn or (kind in ("own", "own mean") and fit == test):  # the same curve again
+                continue
+            many = 100 * np.array([c.kept for c in drawn])
+            ax.plot(drawn[0].ks, many.mean(0), color=colour, ls=style, lw=1.4 if kind == "components" else 1)
+            if kind == "random":
+                ax.fill_between(drawn[0].ks, many.min(0), many.max(0), color=colour, alpha=0.25, lw=0)
+            if kind == "components":
+                ax.fill_between(drawn[0].ks, *100 * drawn[0].interval(), color=colour, alpha=0.2, lw=0)
+        ax.axhline(99, color="k", lw=0.6, ls=(0, (1, 2)))
+        ax.axvline(100, color="k", lw=0.6, ls=(0, (1, 2)))
     figure.supxlabel(f"number of components k{' (dotted: 100)' * (limit > 100)}, up to the {limit:,} that the fitted "
                      "images determine", fontsize=8)
     figure.supylabel("kept of (score − chance), % (dotted: 99)", fontsize=8)
-    save_figure(figure, path, [Line2D([], [], color=c, ls=s, label=label) for c, s, label in kinds.values()], 3)
+    save_figure(figure, path, {label: {"color": colour, "ls": style} for label, colour, style in styles.values()}, 3)
 
 
 def draw_deletion(path: Path, curves: list[Curve], names: list[str], pairs: list[Pair]) -> None:
     """What is left of each task without the first k components of each task."""
-    from matplotlib.lines import Line2D
-
     measured = find_measured(pairs)
     figure, axes = new_figure(1, len(names), (max(1.75 * len(names), 4.5), 2.3), sharex=True, sharey=True)
     for ax, test in zip(axes[0], names, strict=True):
@@ -130,43 +133,32 @@ def draw_deletion(path: Path, curves: list[Curve], names: list[str], pairs: list
             leave_empty(ax)
         ax.set(xscale="log", title=f"scored: {test}", xlabel="first components deleted")
     axes[0][0].set_ylabel("kept of (score − chance), %")
-    save_figure(figure, path, [Line2D([], [], color=DOMAIN_COLOURS[n], label=f"components of {n}") for n in names])
+    save_figure(figure, path, {f"components of {name}": {"color": DOMAIN_COLOURS[name]} for name in names})
 
 
 def draw_importance(path: Path, explored: list[Explored], names: list[str]) -> None:
     """Change of each task's score without one component of each task: rows fitted, columns scored."""
-    from matplotlib.patches import Patch
-
-    K, by_pair, sure = len(names), {(e.fit, e.test): e.importance for e in explored}, ("#BBBBBB", BLUE)
-    figure, axes = new_figure(K, K, (max(1.75 * K, 4.5), 1.1 * K + 1), sharex=True, sharey=True)
-    for i, fit in enumerate(names):
-        for j, test in enumerate(names):
-            ax = axes[i][j]
-            change, low, high = (100 * np.array(by_pair[fit, test][key]) for key in ("change", "low", "high"))
-            ax.bar(np.arange(1, len(change) + 1), change, 1,
-                   color=[sure[int(a > 0 or b < 0)] for a, b in zip(low, high, strict=True)])
-            ax.axhline(0, color="k", lw=0.5)
-            ax.set(xlim=(0.5, len(change) + 0.5))
-            # the first few may count a hundred times as much as the rest
-            ax.set_yscale("symlog", linthresh=1, linscale=1)
-            if i == 0:
-                ax.set_title(f"scored: {test}")
-            if j == 0:
-                ax.set_ylabel(f"components of\n{fit}")
-    ticks = [t for t in (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100) if axes[0][0].get_ylim()[0] <= t
-             <= axes[0][0].get_ylim()[1]]
-    axes[0][0].set_yticks(ticks, [f"{t:+d}" if t else "0" for t in ticks], minor=False)
-    axes[0][0].minorticks_off()
+    figure, axes = new_grid(names, "scored:", 1.1, 4.5)
+    for pair in explored:
+        ax = axes[pair.fit, pair.test]
+        change, low, high = (100 * np.array(pair.importance[key]) for key in ("change", "low", "high"))
+        ax.bar(np.arange(1, len(change) + 1), change, 1, color=np.where((low > 0) | (high < 0), BLUE, "#BBBBBB"))
+        ax.axhline(0, color="k", lw=0.5)
+        ax.set(xlim=(0.5, len(change) + 0.5))
+        # the first few may count a hundred times as much as the rest
+        ax.set_yscale("symlog", linthresh=1, linscale=1)
+    low, high = ax.get_ylim()
+    ticks = [t for t in (-100, -30, -10, -3, -1, 0, 1, 3, 10, 30, 100) if low <= t <= high]
+    ax.set_yticks(ticks, [f"{t:+d}" if t else "0" for t in ticks], minor=False)
+    ax.minorticks_off()
     figure.supxlabel("the component left out", fontsize=8)
     figure.supylabel("change of the score, points (linear between −1 and 1)", fontsize=8)
-    save_figure(figure, path, [Patch(color=colour, label=label) for colour, label in zip(
-        sure[::-1], ("the 95 % interval excludes 0", "it does not"), strict=True)], 2)
+    save_figure(figure, path, {"the 95 % interval excludes 0": {"color": BLUE}, "it does not": {"color": "#BBBBBB"}}, 2,
+                patches=True)
 
 
 def draw_separability(path: Path, result: Separability, names: list[str]) -> None:
     """Balanced accuracy of telling the tasks apart: each space beside its controls; and every pair of tasks."""
-    from matplotlib.patches import Patch
-
     figure, axes = new_figure(1, 2, (7, 2.8), width_ratios=[1.5, 1])
     ax, labels, hatches = axes[0][0], [], (None, "////", "....")
     for i, (name, space) in enumerate(result.spaces.items()):
@@ -187,8 +179,8 @@ def draw_separability(path: Path, result: Separability, names: list[str]) -> Non
         a, b = (names.index(name) for name in key.split("/"))
         matrix[a, b] = matrix[b, a] = 100 * v["value"]
     heat_map(axes[0][1], matrix, names, "pairs of tasks, tuned (logistic), %", (50, 100), ".1f")
-    save_figure(figure, path, [Patch(facecolor="#666666", edgecolor="white", hatch=hatch, label=label)
-                               for hatch, label in zip(hatches, CLASSIFIERS.values(), strict=True)])
+    save_figure(figure, path, {label: {"facecolor": "#666666", "edgecolor": "white", "hatch": hatch}
+                               for hatch, label in zip(hatches, CLASSIFIERS.values(), strict=True)}, patches=True)
 
 
 def draw_sharing(path: Path, result: Sharing, names: list[str]) -> None:
@@ -204,8 +196,6 @@ def draw_sharing(path: Path, result: Sharing, names: list[str]) -> None:
 
 def draw_spectrum(path: Path, components: list[dict], names: list[str]) -> None:
     """Cumulative variance of each task; and how single components of a task separate its identities and the task."""
-    from matplotlib.lines import Line2D
-
     figure, axes = new_figure(1, 3, (7, 2.6))
     for weights, style in (("foundation", ":"), ("tuned", "-")):
         for name in names:
@@ -217,22 +207,19 @@ def draw_spectrum(path: Path, components: list[dict], names: list[str]) -> None:
                            (axes[0][2], "task_dprime", "|d′| task − other tasks")):
         for name in names:
             of = [r for r in components if r["weights"] == "tuned" and r["fit"] == r["test"] == name]
-            values = np.array([math.nan if r[key] is None else r[key] for r in of])
+            values = np.array([r[key] for r in of], dtype=float)
             values = np.abs(values) if key == "task_dprime" else values
             # single components are noisy: the mean over each of some thirty ranges of equal width on the axis
             edges = np.unique(np.geomspace(1, len(values) + 1, 31).astype(int))
             means = [values[a - 1 : b - 1].mean() for a, b in pairwise(edges)]
             ax.plot(np.sqrt(edges[:-1] * (edges[1:] - 1)), means, color=DOMAIN_COLOURS[name], lw=1.2)
         ax.set(xscale="log", title=title, xlabel="component of the task itself")
-    handles = [Line2D([], [], color=DOMAIN_COLOURS[n], label=n) for n in names]
-    handles += [Line2D([], [], color="k", ls="-", label="tuned"), Line2D([], [], color="k", ls=":", label="untouched")]
-    save_figure(figure, path, handles, 6)
+    save_figure(figure, path, {name: {"color": DOMAIN_COLOURS[name]} for name in names}
+                | {"tuned": {"color": "k"}, "untouched": {"color": "k", "ls": ":"}}, 6)
 
 
 def draw_map(path: Path, points: list[dict], names: list[str], method: str) -> None:
     """The map coloured by task; beside it each task alone with its most frequent identities in colour."""
-    from matplotlib.lines import Line2D
-
     title = {"tsne": "t-SNE", "pca": "PCA"}[method]
     K = len(names)
     figure, axes = new_figure(1, K + 1, (1.75 * (K + 1), 2.3), sharex=True, sharey=True)
@@ -251,7 +238,6 @@ def draw_map(path: Path, points: list[dict], names: list[str], method: str) -> N
     for ax in axes[0]:
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_visible(False)
-    handles = [Line2D([], [], ls="", marker="o", ms=4, color=DOMAIN_COLOURS[n], label=n) for n in names]
-    handles.append(Line2D([], [], ls="", marker="o", ms=3, color="#A0A0A0", label="other identities (eight have "
-                          "colours and shapes)"))
-    save_figure(figure, path, handles, K + 1)
+    dot = {"ls": "", "marker": "o"}
+    save_figure(figure, path, {name: dot | {"ms": 4, "color": DOMAIN_COLOURS[name]} for name in names} | {
+        "other identities (eight have colours and shapes)": dot | {"ms": 3, "color": "#A0A0A0"}}, K + 1)

@@ -19,21 +19,20 @@ from protocols.explore import (
     draw_up_map,
     explore_transfer,
     hits_without_each,
-    hold_out,
     measure_components,
     measure_further,
-    tell_sources,
 )
 from protocols.pairs import score_pairs
 from protocols.results import Pair, Sources
+from protocols.separability import hold_out, tell_sources
 from protocols.sharing import measure_sharing
 from protocols.subspaces import (
     Curve,
     Trial,
     Turned,
+    combine,
     hits_by_k,
     hits_one_by_one,
-    largest,
     unit,
 )
 from protocols.tasks import Embeddings, Task, vectors_of
@@ -131,7 +130,7 @@ def test_components_that_serve_every_task():
             each = [pairs[row["fit"].strip("*"), test][level]["value"] for test in ("object", "face_hq")]
             assert row[level]["value"] == (None if None in each else max(each))
     assert result["all_tasks"][1]["k95"]["value"] > pairs["face_hq", "face_hq"]["k95"]["value"]
-    nan = largest([Estimate(np.nan, np.array([1.0, np.nan])), Estimate(3.0, np.array([2.0, 2.0]))])
+    nan = combine(np.max, [Estimate(np.nan, np.array([1.0, np.nan])), Estimate(3.0, np.array([2.0, 2.0]))])
     assert np.isnan(nan.value) and nan.draws[0] == 2 and np.isnan(nan.draws[1])
 
 
@@ -310,7 +309,7 @@ def test_what_is_not_above_chance_is_not_drawn(written, monkeypatch):
     assert find_measured(pairs) == {(a, b) for a in names for b in names if b != "body"}
     assert (folder / "importance.png").stat().st_size > 20_000
     drawn = []
-    monkeypatch.setattr(reports.analysis_plots, "save_figure", lambda figure, *_: drawn.append(figure))
+    monkeypatch.setattr(reports.analysis_plots, "save_figure", lambda figure, *_, **__: drawn.append(figure))
     draw_deletion(folder / "x", [Curve("deleted", "body", name, [1, 2], None, np.array([0.9, 0.8]), None, None)
                                  for name in names], names, pairs)
     panels = drawn[0].axes
@@ -321,7 +320,7 @@ def test_what_is_not_above_chance_is_not_drawn(written, monkeypatch):
 def test_importance_is_read_past_the_first_components(tmp_path, monkeypatch):
     """The first component counts 80 points, the 60th one: its bar is a fifth of the panel or more."""
     drawn, change = [], [0.8, *[0.01] * 99]
-    monkeypatch.setattr(reports.analysis_plots, "save_figure", lambda figure, *_: drawn.append(figure))
+    monkeypatch.setattr(reports.analysis_plots, "save_figure", lambda figure, *_, **__: drawn.append(figure))
     importance = {"change": change, "low": [0.0] * 50 + [0.005] * 50, "high": change}
     explored = [SimpleNamespace(fit=a, test=b, importance=importance) for a in ("object", "body")
                 for b in ("object", "body")]

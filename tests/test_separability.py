@@ -9,12 +9,12 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import protocols.separability
-from protocols.results import Separability, Space
+from protocols.results import Separability, Sources, Space
 from protocols.separability import (
     Canon,
     balanced_accuracy,
+    classify,
     crop_padding,
-    predict,
     separability,
     sources_of,
     unseen_sources,
@@ -41,14 +41,14 @@ def test_a_task_apart_by_its_mean_alone_is_separable_and_not_after_centring():
 def test_a_fit_that_did_not_converge_is_told(monkeypatch):
     rng, unfinished = np.random.default_rng(0), Counter()
     easy = [rng.normal(size=(60, 3)) + shift for shift in (0, 1)]
-    predict("logistic", easy, easy, unfinished)
+    classify("logistic", easy, easy, unfinished)
     assert not unfinished
     monkeypatch.setattr(protocols.separability, "make_classifier", lambda name: LogisticRegression(max_iter=1))
-    predict("logistic", easy, easy, unfinished)
+    classify("logistic", easy, easy, unfinished)
     assert unfinished == {"logistic": 1}
     figure = {"value": 1.0, "low": 1.0, "high": 1.0}
     space = Space(figure, figure, figure, {}, {"logistic": False, "lda": True, "svm": True})
-    text = "\n".join(report_separability(Separability(9, 0.5, {"tuned": space}, {}, [])))
+    text = "\n".join(report_separability(Separability(9, 0.5, {"tuned": space}, {}, [], {"body": Sources("x")})))
     assert "| tuned | 100.0 [100.0, 100.0] (not converged) | 100.0 [100.0, 100.0] | 100.0" in text
 
 
