@@ -1,6 +1,7 @@
 """People and models on the same trials.
 
-Copy with it: protocols/bootstrap.py, protocols/pairs.py, protocols/search.py, data_prep/.
+Copy with it: protocols/bootstrap.py, protocols/pairs.py, protocols/search.py, data_prep/__init__.py,
+data_prep/format.py.
 """
 
 import csv
@@ -15,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep import InputError
-from data_prep.format import Split
-from data_prep.sources.stimuli import stimulus_of
+from data_prep.format import Split, stimulus_of
 from protocols.bootstrap import Estimate, bootstrap_counts, intervals
 from protocols.pairs import roc
 from protocols.search import name_identities
