@@ -45,6 +45,38 @@ def take_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return x[rows[0] : rows[-1] + 1] if whole else x[rows]
 
 
+def visit_scores(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, visit: Callable[[int, np.ndarray], None],
+                 size: int = 1 << 27, other: np.ndarray | None = None) -> None:
+    """Call visit(i, scores [m]), in threads, for each probe's scores with the gallery, which it may change.
+
+    Arguments as of `search_gallery`. Scores are overwritten once all of their block have been visited.
+    """
+    other = x if other is None else other
+    block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
+    lanes = 2 if 2 * block * len(gallery) <= size else 1  # two: one is multiplied while the other is visited
+    buffers = np.empty((lanes, block, len(gallery)), dtype=x.dtype)  # reused: fresh pages cost as much as the product
+
+    def visit_rows(scores: np.ndarray, start: int, part: range) -> None:
+        for i in part:
+            visit(i, scores[i - start])
+
+    threads, busy = torch.get_num_threads(), [[] for _ in range(lanes)]
+    with ThreadPoolExecutor(threads) as pool:  # numpy counts and sorts outside the interpreter's lock
+        for number, start in enumerate(range(0, len(probes), block)):
+            scores, rows = buffers[number % lanes], probes[start : start + block]
+            for task in busy[number % lanes]:
+                task.result()
+            queries = x[rows]
+            for left in range(0, len(gallery), 1 << 16):
+                part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
+                np.matmul(queries, part.T, out=scores[: len(rows), left : left + len(part)])
+                del part  # else a copied block would stay while the next one is made
+            stops = np.linspace(start, start + len(rows), threads + 1).astype(int)
+            busy[number % lanes] = [pool.submit(visit_rows, scores, start, range(*ends)) for ends in pairwise(stops)]
+        for task in chain(*busy):
+            task.result()
+
+
 def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, size: int = 1 << 27,
                    other: np.ndarray | None = None, device: torch.device | str = "cpu") -> Search:
     """Search every probe in a gallery by blocks of the score matrix, without ever ordering the gallery's items.
@@ -60,45 +92,25 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
         size: scores held at once.
         device: of the products and the counting.
     """
-    other = x if other is None else other
     if torch.device(device).type != "cpu":
-        return search_on(torch.device(device), x, probes, gallery, mates, size, other)
+        return search_on(torch.device(device), x, probes, gallery, mates, size, x if other is None else other)
     search = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
-    block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
     few = int(np.clip(len(gallery) // 200, 12, 200))
-    lanes = 2 if 2 * block * len(gallery) <= size else 1  # two: one is multiplied while the other is counted
-    buffers = np.empty((lanes, block, len(gallery)), dtype=x.dtype)  # reused: fresh pages cost as much as the product
 
-    def rank(scores: np.ndarray, start: int, part: range) -> None:
-        for i in part:
-            s = scores[i - start]
-            right, ignored = mates(probes[i])
-            correct = np.sort(s[right])[::-1]
-            s[right], s[ignored] = -np.inf, -np.inf
-            if len(correct) < few:
-                above = np.array([np.count_nonzero(s >= score) for score in correct], dtype=np.int64)
-                search.wrong[i] = s.max(initial=-np.inf)
-            else:
-                s.sort()
-                above, search.wrong[i] = len(s) - np.searchsorted(s, correct, side="left"), s[-1]
-            search.ranks[i] = np.arange(1, len(correct) + 1) + above
-            search.correct[i], search.first[i] = (correct[0], search.ranks[i][0]) if len(correct) else (-np.inf, np.inf)
+    def rank(i: int, scores: np.ndarray) -> None:
+        right, ignored = mates(probes[i])
+        correct = np.sort(scores[right])[::-1]
+        scores[right], scores[ignored] = -np.inf, -np.inf
+        if len(correct) < few:
+            above = np.array([np.count_nonzero(scores >= score) for score in correct], dtype=np.int64)
+            search.wrong[i] = scores.max(initial=-np.inf)
+        else:
+            scores.sort()
+            above, search.wrong[i] = len(scores) - np.searchsorted(scores, correct, side="left"), scores[-1]
+        search.ranks[i] = np.arange(1, len(correct) + 1) + above
+        search.correct[i], search.first[i] = (correct[0], search.ranks[i][0]) if len(correct) else (-np.inf, np.inf)
 
-    threads, busy = torch.get_num_threads(), [[] for _ in range(lanes)]
-    with ThreadPoolExecutor(threads) as pool:  # numpy counts and sorts outside the interpreter's lock
-        for number, start in enumerate(range(0, len(probes), block)):
-            scores, rows = buffers[number % lanes], probes[start : start + block]
-            for task in busy[number % lanes]:
-                task.result()
-            queries = x[rows]
-            for left in range(0, len(gallery), 1 << 16):
-                part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
-                np.matmul(queries, part.T, out=scores[: len(rows), left : left + len(part)])
-                del part  # else a copied block would stay while the next one is made
-            stops = np.linspace(start, start + len(rows), threads + 1).astype(int)
-            busy[number % lanes] = [pool.submit(rank, scores, start, range(*ends)) for ends in pairwise(stops)]
-        for task in chain(*busy):
-            task.result()
+    visit_scores(x, probes, gallery, rank, size, other)
     return search
 
 
@@ -147,32 +159,8 @@ def search_on(device: torch.device, x: np.ndarray, probes: np.ndarray, gallery: 
     return search
 
 
-def score_blocks(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, size: int = 1 << 27,
-                 device: torch.device | str = "cpu") -> Iterator[tuple[int, np.ndarray]]:
-    """Scores of some probes at a time with a whole gallery, [b, m], and the index of the first probe.
-
-    Args:
-        x: unit vectors [M, D].
-        probes, gallery: rows of x, [n] and [m].
-        size: scores held at once; they are overwritten by the next.
-    """
-    block, on_cpu = int(np.clip(size // max(len(gallery), 1), 1, 1024)), torch.device(device).type == "cpu"
-    scores = np.empty((block, len(gallery)), dtype=x.dtype)
-    for start in range(0, len(probes), block):
-        queries = x[probes[start : start + block]]
-        for left in range(0, len(gallery), 1 << 16):
-            part = take_rows(x, gallery[left : left + (1 << 16)])
-            columns = scores[: len(queries), left : left + len(part)]
-            if on_cpu:
-                np.matmul(queries, part.T, out=columns)
-            else:
-                columns[:] = (torch.from_numpy(queries).to(device) @ torch.from_numpy(part).to(device).T).cpu().numpy()
-            del part
-        yield start, scores[: len(queries)]
-
-
 def search_shots(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, labels: np.ndarray, mates: Callable,
-                 draws: int, seed: int, device: torch.device | str = "cpu") -> np.ndarray:
+                 draws: int, seed: int) -> np.ndarray:
     """Ranks of the mate among one drawn image of each identity, [draws, n]; inf for a probe without a mate.
 
     Every probe has its own draw, from the gallery that its rule leaves; all images of label -1 stay. Ties count against
@@ -180,23 +168,24 @@ def search_shots(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, labels:
     Source: torchreid, `metrics/rank.py`, eval_cuhk03, which draws from NumPy's global generator and cannot be repeated.
 
     Args:
-        x, probes, gallery, mates, device: as of `search_gallery`.
+        x, probes, gallery, mates: as of `search_gallery`.
         labels: identities of the gallery, [m].
     """
     order = np.argsort(labels, kind="stable")
     order, strangers = order[labels[order] >= 0], order[labels[order] < 0]
     people, start, size = np.unique(labels[order], return_index=True, return_counts=True)
     ranks = np.full((draws, len(probes)), np.inf)
-    for first, scores in score_blocks(x, probes, gallery, device=device):
-        for i, s in enumerate(scores, first):
-            right, _ = mates(probes[i])
-            if not len(right):
-                continue
+
+    def draw(i: int, scores: np.ndarray) -> None:
+        right, _ = mates(probes[i])
+        if len(right):
             rng = np.random.default_rng((seed, probes[i]))  # by probe, whatever the blocks and other probes
-            correct = s[rng.choice(right, draws)]
-            drawn = s[order[start + rng.integers(size, size=(draws, len(size)))]]
+            correct = scores[rng.choice(right, draws)][:, None]
+            drawn = scores[order[start + rng.integers(size, size=(draws, len(size)))]]
             drawn[:, np.searchsorted(people, labels[right[0]])] = -np.inf  # the probe's own is `correct`
-            ranks[:, i] = 1 + (drawn >= correct[:, None]).sum(1) + (s[strangers] >= correct[:, None]).sum(1)
+            ranks[:, i] = 1 + (drawn >= correct).sum(1) + (scores[strangers] >= correct).sum(1)
+
+    visit_scores(x, probes, gallery, draw)
     return ranks
 
 
@@ -216,32 +205,20 @@ def tpir_at_fpir(search: Search, mated: np.ndarray, target: float, weights: np.n
     return weighted_mean(hit[mated].astype(float), w[mated])
 
 
-def number_mates(ranks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Concatenated ranks of all probes; the number 1.. of each within its probe; first place and size of each probe."""
-    size = np.array([len(r) for r in ranks])
-    start = np.append(0, np.cumsum(size)[:-1])
-    flat = np.concatenate(ranks)
-    return flat, np.arange(1, len(flat) + 1) - np.repeat(start, size), start, size
-
-
-def average_precision(ranks: list[np.ndarray]) -> np.ndarray:
-    """(1/R) Σ i / r_i, r_i the rank of the i-th of a probe's R relevant items (rectangle rule: torchreid, fast-reid).
+def average_precision(ranks: list[np.ndarray], trapezoid: bool = False) -> np.ndarray:
+    """(1/R) Σ i / r_i, r_i the rank of the i-th of a probe's R relevant items (torchreid, fast-reid), [n].
 
     Args:
         ranks: of each probe's relevant items, at least one, ascending from 1.
-
-    Returns:
-        [n], of each probe.
+        trapezoid: the mean of i / r_i and (i - 1) / (r_i - 1), 1 where r_i = 1, as in Market-1501's own evaluation.
     """
-    r, i, start, size = number_mates(ranks)
-    return np.add.reduceat(i / r, start) / size
-
-
-def trapezoid_precision(ranks: list[np.ndarray]) -> np.ndarray:
-    """(1/R) Σ (i / r_i + (i - 1) / (r_i - 1)) / 2, the second term 1 where r_i = 1 (Market-1501's own evaluation)."""
-    r, i, start, size = number_mates(ranks)
-    before = np.where(r > 1, (i - 1) / np.maximum(r - 1, 1), 1.0)
-    return np.add.reduceat((i / r + before) / 2, start) / size
+    r, size = np.concatenate(ranks), np.array([len(one) for one in ranks])
+    start = np.append(0, np.cumsum(size)[:-1])
+    i = np.arange(1, len(r) + 1) - np.repeat(start, size)
+    precision = i / r
+    if trapezoid:
+        precision = (precision + np.where(r > 1, (i - 1) / np.maximum(r - 1, 1), 1.0)) / 2
+    return np.add.reduceat(precision, start) / size
 
 
 def inverse_negative_penalty(ranks: list[np.ndarray]) -> np.ndarray:
@@ -357,15 +334,16 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
                          + explain_unscored(split, q, variant))
     first = np.array([search.first for search in searches])
     if shots:
-        first = search_shots(x, q, g, np.array(split.labels[g]), gallery_rule(split, g, variant), repeats, seed, device)
+        first = search_shots(x, q, g, np.array(split.labels[g]), gallery_rule(split, g, variant), repeats, seed)
         first[:, missing[q]] = np.inf
     first = first[:, counted]
     per_probe = {f"rank-{k}": (first <= k).mean(0) for k in ks}
     if reid and not single:
         ranks = [r for r in searches[0].ranks if len(r)]
-        per_probe |= {name: of(ranks) for name, of in (
-            ("mAP", average_precision), ("mAP trapezoid", trapezoid_precision), ("mINP", inverse_negative_penalty)
-        )[: 1 if shots else 3]}
+        per_probe["mAP"] = average_precision(ranks)
+        if not shots:
+            per_probe |= {"mAP trapezoid": average_precision(ranks, trapezoid=True),
+                          "mINP": inverse_negative_penalty(ranks)}
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
         return {name: weighted_mean(values, weights) for name, values in per_probe.items()}
