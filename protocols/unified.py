@@ -19,8 +19,7 @@ MISS = -2.0  # below every cosine
 
 def choose_crowd(splits: list[Split]) -> list[Split]:
     """One test split per domain; none with fewer than two domains."""
-    chosen = [ordered_tests([split for split in splits if split.domain == domain])[:1] for domain in DOMAINS]
-    crowd = [split for splits_of_domain in chosen for split in splits_of_domain]
+    crowd = [first for domain in DOMAINS for first in ordered_tests(s for s in splits if s.domain == domain)[:1]]
     return crowd if len(crowd) > 1 else []
 
 
@@ -117,40 +116,37 @@ def score_unified(members: list[Member], draws: int, seed: int,
     own gallery: rank-1 alone and in the crowd, and the share whose nearest vector is of each domain; "rank-1 in D":
     over probes with a mate in D, against D's gallery. Under "all": the average and the worst of the domains.
     """
-    searches = [[a.search(b, device) for b in members] for a in members]
-    hits: dict[tuple[str, str], tuple[int, np.ndarray, np.ndarray]] = {}  # member, its scored probes, their values
-    domains = [member.split.domain for member in members]
-    for i, (row, domain, member) in enumerate(zip(searches, domains, members, strict=True)):
-        best_mate, best_other = (np.array([getattr(search, name) for search in row]) for name in ("correct", "wrong"))
-        counted = np.isfinite(best_mate[i])
-        hits[domain, "rank-1 alone"] = (i, counted, best_mate[i] > best_other[i])
-        hits[domain, "rank-1 in the crowd"] = (i, counted, best_mate.max(0) > best_other.max(0))
+    # people are resampled once for all domains: who is in two of them is drawn in both or in neither
+    who = np.concatenate([member.who[member.probes] for member in members])
+    hits: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}  # places in `who` of scored probes, their values
+    domains, start = [member.split.domain for member in members], 0
+    for i, (domain, member) in enumerate(zip(domains, members, strict=True)):
+        searches = [member.search(other, device) for other in members]
+        best_mate, best_other = (np.array([getattr(one, name) for one in searches]) for name in ("correct", "wrong"))
+        counted, first = np.isfinite(best_mate), best_mate > best_other
         nearest = np.where(np.isfinite(member.x[member.probes, 0]), np.maximum(best_mate, best_other).argmax(0), -1)
+        scored = {"rank-1 alone": (counted[i], first[i]),
+                  "rank-1 in the crowd": (counted[i], best_mate.max(0) > best_other.max(0))}
         for j, other in enumerate(domains):
-            hits[domain, f"nearest is {other}"] = (i, counted, nearest == j)
-            if j != i and np.isfinite(best_mate[j]).any():
-                hits[domain, f"rank-1 in {other}"] = (i, np.isfinite(best_mate[j]), best_mate[j] > best_other[j])
-    ends = np.cumsum([len(member.probes) for member in members])[:-1]
+            scored[f"nearest is {other}"] = counted[i], nearest == j
+            if j != i and counted[j].any():
+                scored[f"rank-1 in {other}"] = counted[j], first[j]
+        for name, (of, hit) in scored.items():
+            hits[domain, name] = start + np.flatnonzero(of), hit[of].astype(float)
+        start += len(member.probes)
 
     def statistic(weights: np.ndarray | None) -> dict[tuple[str, str], float]:
-        parts = [None] * len(members) if weights is None else np.split(weights, ends)
-        values = {key: weighted_mean(hit[counted].astype(float), None if parts[i] is None else parts[i][counted])
-                  for key, (i, counted, hit) in hits.items()}
+        values = {key: weighted_mean(hit, None if weights is None else weights[place])
+                  for key, (place, hit) in hits.items()}
         for name in ("rank-1 alone", "rank-1 in the crowd"):
             tasks = [values[domain, name] for domain in domains]
             values["all", f"average {name}"] = float(np.mean(tasks))
             values["all", f"worst {name}"] = float(np.min(tasks))
         return values
 
-    # people are resampled once for all domains: who is in two of them is drawn in both or in neither
-    who = np.concatenate([member.who[member.probes] for member in members])
     figures: dict = {}
     for (domain, metric), figure in intervals(statistic, bootstrap_counts(who, draws, seed)).items():
-        if domain == "all":
-            figure.count, figure.identities = len(who), len(np.unique(who))
-        else:
-            i, counted, _ = hits[domain, metric]
-            figure.count = int(counted.sum())
-            figure.identities = len(np.unique(members[i].who[members[i].probes][counted]))
+        place = hits[domain, metric][0] if domain != "all" else np.arange(len(who))
+        figure.count, figure.identities = len(place), len(np.unique(who[place]))
         figures.setdefault(domain, {})[metric] = figure
     return figures

@@ -110,6 +110,14 @@ def test_an_unreadable_reference_is_named():
     assert "\n" not in error.value.message
 
 
+def test_a_reference_that_is_scored_by_joined_classes_leaves_each_image_out_of_its_own_class():
+    """b counts as a; without itself the only b has no class that is near, and c is nearer than a."""
+    split = classified([0, 0, 1, 2, 2], ["a", "b", "c"], "val")
+    x = np.array([[1, 0], [1, 0], [0, 1], [0.1, 1], [0.1, 1]]) / np.array([[1], [1], [1], [1.01**0.5], [1.01**0.5]])
+    found = score_classification(x, split, (x, split), None, [], 0, 0, {"a": ["a", "b"]}, only=["a", "c"])
+    assert found["nearest-mean top-1"].value == found["knn top-1"].value == 4 / 5
+
+
 def test_no_answer_is_not_right_by_real(monkeypatch):
     split, train = classified([0, 1], ["a", "b"], "val"), classified([2, 2], ["a", "b", "c"], "train")
     monkeypatch.setattr(protocols.classify, "true_in_real", lambda split: np.array([[True, False], [False, True]]))
