@@ -13,7 +13,6 @@ from protocols.bootstrap import Estimate, Unscorable, intervals, resample_pairs,
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 SCORE_BINS = np.linspace(-1, 1, 51)  # of the score distributions
-BINS = 50 * 1300  # of the scores of long lists of pairs, 3e-5 wide: a whole number of them makes each of the above
 
 
 # ---------------------------------------------------------------- verification
