@@ -46,32 +46,38 @@ def take_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def visit_scores(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, visit: Callable[[int, np.ndarray], None],
-                 size: int = 1 << 27, other: np.ndarray | None = None) -> None:
+                 size: int = 1 << 27, other: np.ndarray | None = None, device: torch.device | str = "cpu") -> None:
     """Call visit(i, scores [m]), in threads, for each probe's scores with the gallery, which it may change.
 
     Arguments as of `search_gallery`. Scores are overwritten once all of their block have been visited.
     """
-    other = x if other is None else other
+    other, on_cpu = x if other is None else other, torch.device(device) == torch.device("cpu")
     block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
     lanes = 2 if 2 * block * len(gallery) <= size else 1  # two: one is multiplied while the other is visited
     buffers = np.empty((lanes, block, len(gallery)), dtype=x.dtype)  # reused: fresh pages cost as much as the product
+    parts = range(0, len(gallery), 1 << 16)
+
+    def items(left: int) -> np.ndarray:
+        return take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
 
     def visit_rows(scores: np.ndarray, start: int, part: range) -> None:
         for i in part:
             visit(i, scores[i - start])
 
+    held = [] if on_cpu else [torch.from_numpy(np.ascontiguousarray(items(left))).to(device) for left in parts]
     threads, busy = torch.get_num_threads(), [[] for _ in range(lanes)]
     with ThreadPoolExecutor(threads) as pool:  # numpy counts and sorts outside the interpreter's lock
         for number, start in enumerate(range(0, len(probes), block)):
-            scores, rows = buffers[number % lanes], probes[start : start + block]
+            scores, queries = buffers[number % lanes], x[probes[start : start + block]]
             for task in busy[number % lanes]:
                 task.result()
-            queries = x[rows]
-            for left in range(0, len(gallery), 1 << 16):
-                part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
-                np.matmul(queries, part.T, out=scores[: len(rows), left : left + len(part)])
-                del part  # else a copied block would stay while the next one is made
-            stops = np.linspace(start, start + len(rows), threads + 1).astype(int)
+            for k, left in enumerate(parts):
+                columns = scores[: len(queries), left : left + (1 << 16)]
+                if on_cpu:
+                    np.matmul(queries, items(left).T, out=columns)
+                else:
+                    columns[:] = (torch.from_numpy(queries).to(device) @ held[k].T).cpu().numpy()
+            stops = np.linspace(start, start + len(queries), threads + 1).astype(int)
             busy[number % lanes] = [pool.submit(visit_rows, scores, start, range(*ends)) for ends in pairwise(stops)]
         for task in chain(*busy):
             task.result()
@@ -90,10 +96,8 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
         other: unit vectors that hold the gallery's rows, if not x; float16 (such as a memory map) is widened by blocks.
         mates: row of a probe -> places in `gallery` that are right, and places that are neither right nor wrong.
         size: scores held at once.
-        device: of the products and the counting.
+        device: of the products; it holds the gallery.
     """
-    if torch.device(device).type != "cpu":
-        return search_on(torch.device(device), x, probes, gallery, mates, size, x if other is None else other)
     search = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
     few = int(np.clip(len(gallery) // 200, 12, 200))
 
@@ -110,57 +114,12 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
         search.ranks[i] = np.arange(1, len(correct) + 1) + above
         search.correct[i], search.first[i] = (correct[0], search.ranks[i][0]) if len(correct) else (-np.inf, np.inf)
 
-    visit_scores(x, probes, gallery, rank, size, other)
-    return search
-
-
-def search_on(device: torch.device, x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, size: int,
-              other: np.ndarray) -> Search:
-    """`search_gallery` on an accelerator that holds the gallery: the same, to the rounding of a score."""
-    search = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
-    block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
-    items = torch.empty(len(gallery), x.shape[1], dtype=torch.from_numpy(x[:0]).dtype, device=device)
-    for left in range(0, len(gallery), 1 << 16):
-        part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
-        items[left : left + len(part)] = torch.from_numpy(np.ascontiguousarray(part)).to(device)
-
-    for start in range(0, len(probes), block):
-        rows = probes[start : start + block]
-        right, ignored = zip(*(mates(probe) for probe in rows), strict=True)
-        scores = torch.from_numpy(x[rows]).to(device) @ items.T
-
-        def cells(lists: tuple) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-            """Row and column of each listed place, and its number in its list."""
-            sizes = [len(places) for places in lists]
-            row, column = np.repeat(np.arange(len(lists)), sizes), np.concatenate(lists).astype(np.int64)
-            within = np.arange(len(row)) - np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
-            return torch.from_numpy(row).to(device), torch.from_numpy(column).to(device), within
-
-        row, column, within = cells(right)
-        most = max(map(len, right), default=0)
-        correct = torch.full((len(rows), most), -torch.inf, dtype=scores.dtype, device=device)
-        correct[row, torch.from_numpy(within).to(device)] = scores[row, column]
-        scores[row, column] = -torch.inf
-        row, column, _ = cells(ignored)
-        scores[row, column] = -torch.inf
-        if len(gallery):
-            search.wrong[start : start + len(rows)] = scores.amax(1).cpu().numpy()
-        correct = correct.sort(1, descending=True).values
-        if most < 12:
-            above = [(scores >= correct[:, j : j + 1]).sum(1) for j in range(most)]
-            above = torch.stack(above, 1) if most else correct
-        else:
-            above = len(gallery) - torch.searchsorted(scores.sort(1).values, correct)
-        correct, above = correct.cpu().numpy(), above.cpu().numpy()
-        for i, places in enumerate(right, start):
-            ranks = np.arange(1, len(places) + 1) + above[i - start, : len(places)]
-            search.ranks[i] = ranks.astype(np.int64)
-            search.correct[i], search.first[i] = (correct[i - start, 0], ranks[0]) if len(ranks) else (-np.inf, np.inf)
+    visit_scores(x, probes, gallery, rank, size, other, device)
     return search
 
 
 def search_shots(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, labels: np.ndarray, mates: Callable,
-                 draws: int, seed: int) -> np.ndarray:
+                 draws: int, seed: int, device: torch.device | str = "cpu") -> np.ndarray:
     """Ranks of the mate among one drawn image of each identity, [draws, n]; inf for a probe without a mate.
 
     Every probe has its own draw, from the gallery that its rule leaves; all images of label -1 stay. Ties count against
@@ -168,7 +127,7 @@ def search_shots(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, labels:
     Source: torchreid, `metrics/rank.py`, eval_cuhk03, which draws from NumPy's global generator and cannot be repeated.
 
     Args:
-        x, probes, gallery, mates: as of `search_gallery`.
+        x, probes, gallery, mates, device: as of `search_gallery`.
         labels: identities of the gallery, [m].
     """
     order = np.argsort(labels, kind="stable")
@@ -185,7 +144,7 @@ def search_shots(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, labels:
             drawn[:, np.searchsorted(people, labels[right[0]])] = -np.inf  # the probe's own is `correct`
             ranks[:, i] = 1 + (drawn >= correct).sum(1) + (scores[strangers] >= correct).sum(1)
 
-    visit_scores(x, probes, gallery, draw)
+    visit_scores(x, probes, gallery, draw, device=device)
     return ranks
 
 
@@ -230,11 +189,10 @@ def gallery_rule(split: Split, gallery: np.ndarray, variant: str) -> Callable:
     """`mates` of `search_gallery` for identification or a variant of re-identification."""
     # copies: indexing a memory map is several times slower
     cameras, clothes = np.array(split.optional("camera")), np.array(split.optional("clothes"))
-    labels = np.array(split.labels)
-    same = mates_in(labels[gallery])
+    same = mates_in(split.labels[gallery])
 
     def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
-        places = same(labels[probe])
+        places = same(split.labels[probe])
         if split.protocol["name"] != "reid":
             return places, places[:0]
         rows = gallery[places]
@@ -334,7 +292,7 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
                          + explain_unscored(split, q, variant))
     first = np.array([search.first for search in searches])
     if shots:
-        first = search_shots(x, q, g, np.array(split.labels[g]), gallery_rule(split, g, variant), repeats, seed)
+        first = search_shots(x, q, g, split.labels[g], gallery_rule(split, g, variant), repeats, seed, device)
         first[:, missing[q]] = np.inf
     first = first[:, counted]
     per_probe = {f"rank-{k}": (first <= k).mean(0) for k in ks}

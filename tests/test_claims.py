@@ -471,7 +471,7 @@ def test_separability_is_written_and_read_back_whole(tmp_path):
     (change_config(lambda c: c.update(counts={"body": 3})), "b (config.json: counts is \"{'body': 3}\": restore it"),
     (change_config(lambda c: c.update(backbone=None, model=None)), "b (config.json: backbone is 'None'"),
     (lambda run: (run / "config.json").write_text("["), "damaged"),
-    (change_config(lambda c: c.update(seed=[1])), "b (config.json: seed is '[1]'"),
+    (change_config(lambda c: c.update(seed=[1])), "b (config.json: seed is '1': restore it"),
     (change_config(lambda c: c.update(order=5)), "b/config.json: domains and counts"),
     (change_analysis(lambda a: a["transfer"]["tuned"].pop("limit")), "analysis.json (of another version"),
     (change_analysis(lambda a: a["transfer"]["tuned"]["pairs"][1]["k99"].update(above="x")), "analysis.json (of anoth"),
