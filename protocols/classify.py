@@ -85,9 +85,7 @@ def nearest_rows(x: np.ndarray, y: np.ndarray, k: int = 1, itself: bool = False,
 
 def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray, classes: int, same: bool, k: int = 20,
                        temperature: float = 0.07, device: torch.device | str = "cpu") -> np.ndarray:
-    """Class by a vote of the k nearest of `reference`, weighted exp(cos / T), int [n]; -1 without any.
-
-    Source: DINO's eval_knn.
+    """Class by a vote of the k nearest of `reference`, weighted exp(cos / T) as in DINO's eval_knn, int [n]; -1: none.
 
     `same`: x is the reference itself; a sample does not vote for itself.
     """
@@ -300,10 +298,9 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
 
     Args:
         x: unit embeddings of the split.
-        split: the test split.
         reference: unit embeddings and split that class means and neighbours come from.
-        head: class weights [C, D] of the domain, or None.
-        head_classes: their names; used if they cover the split's classes, among which the argmax runs.
+        head, head_classes: class weights [C, D] of the domain, or None, and their names; used if they cover the split's
+            classes, among which the argmax runs.
         groups: classes of the split that comprise several of the reference (ObjectNet), any of which is right.
         linear: more class weights and biases by name, [C, D] and [C] for the classes of the reference.
         only: the classes to score, and to choose among (default: all of the split).
