@@ -26,7 +26,7 @@ FPIRS = (1e-1, 1e-2)
 class Search:
     """What a search of n probes in a gallery found."""
 
-    ranks: list[np.ndarray]  # of each probe's mates, ascending, 1 = nearest; ties count against them
+    ranks: list[np.ndarray]  # of each probe's mates, ascending, 1 = nearest, inf = missed; ties count against them
     first: np.ndarray  # [n] rank of the nearest mate; inf without one
     correct: np.ndarray  # [n] score of the nearest mate; -inf without one
     wrong: np.ndarray  # [n] score of the nearest of the others
@@ -91,7 +91,7 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
     more, one sort of the row (which costs a dozen counts of 2,000 values, a hundred of 20,000) serves all.
 
     Args:
-        x: unit vectors [M, D].
+        x: unit vectors [M, D]; NaN where unreadable, which is neither found nor finds anything.
         probes, gallery: rows of x, [n] and [m].
         other: unit vectors that hold the gallery's rows, if not x; float16 (such as a memory map) is widened by blocks.
         mates: row of a probe -> places in `gallery` that are right, and places that are neither right nor wrong.
@@ -100,8 +100,11 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
     """
     search = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
     few = int(np.clip(len(gallery) // 200, 12, 200))
+    unreadable = np.isnan(x[probes, 0]).any() or np.isnan((x if other is None else other)[gallery, 0]).any()
 
     def rank(i: int, scores: np.ndarray) -> None:
+        if unreadable:
+            scores[np.isnan(scores)] = -np.inf
         right, ignored = mates(probes[i])
         correct = np.sort(scores[right])[::-1]
         scores[right], scores[ignored] = -np.inf, -np.inf
@@ -111,7 +114,7 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
         else:
             scores.sort()
             above, search.wrong[i] = len(scores) - np.searchsorted(scores, correct, side="left"), scores[-1]
-        search.ranks[i] = np.arange(1, len(correct) + 1) + above
+        search.ranks[i] = np.where(correct > -np.inf, np.arange(1, len(correct) + 1) + above, np.inf)
         search.correct[i], search.first[i] = (correct[0], search.ranks[i][0]) if len(correct) else (-np.inf, np.inf)
 
     visit_scores(x, probes, gallery, rank, size, other, device)
@@ -220,17 +223,6 @@ def explain_unscored(split: Split, probes: np.ndarray, variant: str) -> str:
     return ", ".join(f"{reason} ({count:,})" for reason, count in reasons.items() if count)
 
 
-def add_misses(search: Search, split: Split, probes: np.ndarray, variant: str) -> Search:
-    """Listed images that could not be read at preparation are neither found nor find anything: rank inf."""
-    mates = gallery_rule(split, np.flatnonzero(split.missing & (split.optional("role") > 0)), variant)
-    gone = split.missing[probes]
-    for i, probe in enumerate(probes):
-        ranks = np.append(search.ranks[i], np.full(len(mates(probe)[0]), np.inf))
-        search.ranks[i] = np.full(len(ranks), np.inf) if gone[i] else ranks
-    search.correct[gone], search.first[gone], search.wrong[gone] = -np.inf, np.inf, -np.inf
-    return search
-
-
 def draw_galleries(labels: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
     """One random image of each person, `draws` times, as places; all distractors (label -1) are kept."""
     order = np.argsort(labels, kind="stable")
@@ -282,9 +274,8 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
     ks, repeats, galleries = (1, 5, 10) if reid else (1, 5, 20), split.protocol.get("draws", 10), [g]
     if single:
         galleries = [g[places] for places in draw_galleries(split.labels[g], repeats, seed)]
-    searches = [search_gallery(x, q, rows, gallery_rule(split, rows, variant), device=device) for rows in galleries]
-    if missing.any():
-        searches = [add_misses(search, split, q, variant) for search in searches]
+    listed = [np.append(rows, np.flatnonzero(missing & (roles > 0))) for rows in galleries]
+    searches = [search_gallery(x, q, rows, gallery_rule(split, rows, variant), device=device) for rows in listed]
     enrolled = np.isin(split.labels[q], split.labels[roles > 0]) & (split.labels[q] >= 0)
     counted = np.all([[len(r) > 0 for r in search.ranks] for search in searches], axis=0) if reid else enrolled
     if not counted.any():
