@@ -225,6 +225,8 @@ class Scored:
 def read_tables(folder: Path) -> dict[str, Scored]:
     """The rows of a run and their resampled values, by weights, "foundation" before "tuned"."""
     rows, path = read_rows(folder / "eval"), folder / "eval" / "draws.npz"
+    if not rows:
+        raise InputError(f"{folder}/eval/results.json is empty; run evaluate.py again")
     try:
         with np.load(path, allow_pickle=False) as file:
             draws, seed = file["draws"].astype(np.float32), int(file["seed"])
@@ -251,7 +253,7 @@ def read_tables(folder: Path) -> dict[str, Scored]:
 def read_scored(folder: Path, weights: str | None) -> Scored:
     """The rows of a run's "tuned" or "foundation" weights (None: tuned, if there are such rows)."""
     tables = read_tables(folder)
-    weights = weights or max(tables, default="tuned")
+    weights = weights or max(tables)
     if weights not in tables:
         raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
                          "--no-foundation")
@@ -373,8 +375,7 @@ def read_run(home: Path) -> Measured:
     """A run that evaluate.py has scored; InputError if it is incomplete."""
     if not (home / "done.json").exists():
         raise InputError("not finished")
-    if not (scored := read_tables(home)):
-        raise InputError(f"{home}/eval/results.json is empty; run evaluate.py again")
+    scored = read_tables(home)
     config = next(iter(scored.values())).config
     if lacking := {"role", "backbone", "model", "weights", "domains", "schedule", "counts", "seed"} - set(config):
         raise InputError(f"config.json lacks {min(lacking)!r}")
