@@ -21,7 +21,7 @@ Human trials, experts and published figures: docs/humans.md.
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -50,6 +50,7 @@ from protocols.unified import choose_crowd, make_members, score_unified
 from reports.choice import choice_rows, draw_choices, show_choices
 from reports.plots import draw_figures, draw_split
 from reports.rows import (
+    Results,
     ScoreOptions,
     check_references,
     headlines,
@@ -173,38 +174,34 @@ def open_models(options: Options, given: set[str]
     return name, Path(options.out or f"runs/{name}"), None, models, options.data or "data"
 
 
-@dataclass
-class Findings:
-    """Scores by name of the weights."""
+def score_models(name: str, embedders: dict[str, Embedder], splits: list[Split], root: dict, run: Run | None,
+                 readouts: Readouts, people: tuple[list[Rating], dict[str, Trials]], options: Options
+                 ) -> tuple[Results, dict[str, dict]]:
+    """Score every set of weights on every split by its protocol, on all domains at once, and beside people.
 
-    crowd: list[Split]  # the split of each domain that is searched among all domains at once
-    figures: dict[str, dict] = field(default_factory=dict)  # as `score` returns them
-    curves: dict[str, dict] = field(default_factory=dict)
-    unified: dict[str, dict] = field(default_factory=dict)  # as `score_unified`
-    people: dict[str, dict] = field(default_factory=dict)  # as `score_humans`
-
-
-def score_models(embedders: dict[str, Embedder], splits: list[Split], root: dict, run: Run | None, readouts: Readouts,
-                 ratings: list[Rating], trials: dict[str, Trials], options: Options) -> Findings:
-    """Score every set of weights on every split by its protocol, on all domains at once, and beside people."""
-    draws, seed = options.bootstrap, options.seed
-    findings = Findings(choose_crowd(splits) if options.crowd else [])
-    if findings.crowd:
-        names = [f"{split.domain}/{split.name}" for split in findings.crowd]
-        print(f"  everything: {', '.join(names)} (--splits chooses)")
+    Returns:
+        Rows with the resampled values behind them, and by name of the weights the curves of `score`.
+    """
+    draws, seed, (ratings, trials) = options.bootstrap, options.seed, people
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
+    crowd = choose_crowd(splits) if options.crowd else []
+    if crowd:
+        print(f"  everything: {', '.join(f'{split.domain}/{split.name}' for split in crowd)} (--splits chooses)")
+    figures, curves, unified, humans = {}, {}, {}, {}
     for weights, embed in embedders.items():
-        findings.figures[weights], findings.curves[weights] = score(
+        figures[weights], curves[weights] = score(
             embed, splits, root, run if weights == "tuned" else None, draws, seed, readouts, trials=trials)
-        if findings.crowd:
-            members = make_members(findings.crowd, [embed(split) for split in findings.crowd], options.crowd, seed)
-            findings.crowd = [member.split for member in members]
-        if findings.crowd:
-            findings.unified[weights] = score_unified(members, draws, seed, embed.device)
+        if crowd:
+            members = make_members(crowd, [embed(split) for split in crowd], options.crowd, seed)
+            crowd = [member.split for member in members]
+        if crowd:
+            unified[weights] = score_unified(members, draws, seed, embed.device)
         if ratings:
             rated = {name: embed(by_name[name]) for name in {rating.split for rating in ratings}}
-            findings.people[weights] = score_humans(ratings, by_name, rated, draws, seed)
-    return findings
+            humans[weights] = score_humans(ratings, by_name, rated, draws, seed)
+    results = make_rows(name, splits, figures, options.flip)
+    results += make_unified_rows(name, crowd, unified, options.flip, options.crowd, seed)
+    return results + make_human_rows(name, ratings, by_name, humans, options.flip), curves
 
 
 def write_pages(out: Path, rows: list[Row], splits: list[Split], curves: dict[str, dict],
@@ -267,7 +264,7 @@ def main(context: click.Context, **values) -> int | None:
     by_name = {f"{split.domain}/{split.name}": split for split in splits}
     published = read_published()
     datasets = datasets_of(list(by_name), options.published, published)
-    ratings, trials = read_humans(options.humans, by_name)
+    people = read_humans(options.humans, by_name)
     ranks, device = join_ranks(options.device)
     out, options.device = folder / "eval", str(device)
     if ranks.rank == 0:
@@ -280,16 +277,13 @@ def main(context: click.Context, **values) -> int | None:
         embed.ranks = Ranks()
     if ranks.rank:
         leave(ranks)
-    findings = score_models(embedders, splits, root, run, readouts, ratings, trials, options)
-    results = make_rows(name, splits, findings.figures, options.flip)
-    results += make_unified_rows(name, findings.crowd, findings.unified, options.flip, options.crowd, options.seed)
-    results += make_human_rows(name, ratings, by_name, findings.people, options.flip)
+    results, curves = score_models(name, embedders, splits, root, run, readouts, people, options)
     rows = [row for row, _ in results]
     write_rows(out, rows)
     write_draws(out, results, options.seed, of)
-    write_pages(out, rows, splits, findings.curves, beside(rows, datasets, published), options.flip, run)
+    write_pages(out, rows, splits, curves, beside(rows, datasets, published), options.flip, run)
     for split in splits if options.sheet else []:
-        if f"{split.domain}/{split.name}" in findings.curves[embed.name]:
+        if f"{split.domain}/{split.name}" in curves[embed.name]:
             draw_split(out, split, embed, root, options.seed)
     print_rows(rows)
     print(f"written: {out}/report.html, report.md, results.json, results.csv and figures"

@@ -19,9 +19,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
+from PIL import Image
 
 from data_prep import DOMAINS, InputError
 
@@ -59,6 +60,23 @@ class Skipped(Counter):
 def as_text(name: str) -> str:
     """A name in composed form (NFC), as people type it but macOS does not store it; invalid UTF-8 as \\udcff."""
     return name if name.isascii() else unicodedata.normalize("NFC", name.encode(errors="backslashreplace").decode())
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Lower-case file extensions of the readable formats, with the dot."""
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in READABLE)
+
+
+def stimulus_of(image: str) -> str:
+    """The key of a stimulus in trials and files: the last part of its name, lower case, no folder or extension.
+
+    `0001_edg_s01_0_oven_00_oven10.png` is `oven10`: the parts before it depend on trial and observer. A picture of
+    ImageNet keeps its class (`n04111531_14126`).
+    """
+    path = PurePosixPath(image.strip().replace("\\", "/").casefold())
+    parts = (path.stem if path.suffix in image_suffixes() else path.name).split("_")
+    return "_".join(parts[-2:] if re.fullmatch(r"n\d{8}", parts[-2:][0]) else parts[-1:])
 
 
 class BadImage(Exception):

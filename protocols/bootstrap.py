@@ -36,6 +36,14 @@ def bootstrap_counts(identities: np.ndarray, draws: int, seed: int) -> Iterator[
         yield rng.multinomial(len(names), np.full(len(names), 1 / len(names)))[index]
 
 
+def resample_pairs(identities: np.ndarray, pairs: np.ndarray, genuine: np.ndarray, draws: int, seed: int
+                   ) -> Iterator[np.ndarray]:
+    """How often each pair of samples, [P, 2], is there in each of `draws` resamplings of the identities, [P]."""
+    for counts in bootstrap_counts(identities, draws, seed):
+        left, right = counts[pairs].T
+        yield np.where(genuine, left, left * right)
+
+
 @dataclass
 class Estimate:
     """A value with its 95 % percentile interval, the resampled values behind it and what it was computed from."""

@@ -95,11 +95,6 @@ class Decisions:
     truth: np.ndarray  # [n]; in a cue conflict the category of the shape
     texture: np.ndarray  # [n] category of the texture, -1: none
 
-    @property
-    def chosen(self) -> np.ndarray:
-        """int64 [R, n]."""
-        return np.array([*self.models.values(), *self.people.values()]).reshape(-1, len(self.truth))
-
 
 def score_decisions(of: Decisions, draws: int, seed: int) -> dict[str, Estimate]:
     """Accuracy of models and people, their differences and consistency; intervals resample the stimuli.
@@ -107,7 +102,7 @@ def score_decisions(of: Decisions, draws: int, seed: int) -> dict[str, Estimate]
     A model is compared with each observer on that observer's stimuli, then averaged over observers. Shape share: where
     the cues conflict, the share of shape among choices of either cue. Source: Geirhos et al., ICLR 2019.
     """
-    chosen, m = of.chosen, len(of.models)
+    chosen, m = np.array([*of.models.values(), *of.people.values()]).reshape(-1, len(of.truth)), len(of.models)
     right, seen, apart = chosen == of.truth, chosen != UNSEEN, ~np.eye(len(of.people), dtype=bool)
     conflict = (of.texture >= 0) & (of.texture != of.truth)
 
@@ -164,8 +159,7 @@ def score_choice(models: dict[str, np.ndarray], among: np.ndarray, split: Split,
     texture = np.array([place.get(split.fields(row).get("texture"), -1) for row in range(len(split))])
     if not (readable & np.isin(truth, among)).any():
         raise Unscorable(f"{split.folder}: no readable stimulus of a category that its reference has")
-    figures: dict[str, dict[str, Estimate]] = {}
-    first = None
+    figures, first = {}, None
     for known, by_readout in ((among, models), (np.arange(len(choices)), {})):
         inside, scope = readable & np.isin(truth, known), f"{len(known)} of {len(choices)} categories"
         conditions = np.unique(trials.conditions[inside].astype(str)) if trials else np.array([])

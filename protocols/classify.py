@@ -85,9 +85,7 @@ def nearest_rows(x: np.ndarray, y: np.ndarray, k: int = 1, itself: bool = False,
 
 def nearest_neighbours(x: np.ndarray, reference: np.ndarray, labels: np.ndarray, classes: int, same: bool, k: int = 20,
                        temperature: float = 0.07, device: torch.device | str = "cpu") -> np.ndarray:
-    """Class by a vote of the k nearest of `reference`, weighted exp(cos / T), int [n]; -1 without any.
-
-    Source: DINO's eval_knn.
+    """Class by a vote of the k nearest of `reference`, weighted exp(cos / T) as in DINO's eval_knn, int [n]; -1: none.
 
     `same`: x is the reference itself; a sample does not vote for itself.
     """
@@ -200,10 +198,9 @@ class Readouts:
         also the readable one), or if the split or its reference shows an image of it that was trained on.
         """
         readable_names = dict(zip(self.training.classes, self.training.names, strict=True)) if self.training else {}
-        ids = {match[0] for name in self.trained if (match := WORDNET.match(name))}
-        words = {word for name in self.trained for word in words_of(name, readable_names.get(name, name))}
-        plain = {word for name in self.trained if not WORDNET.match(name)
-                 for word in words_of(name, readable_names.get(name, name))}
+        trained = [(WORDNET.match(name), words_of(name, readable_names.get(name, name))) for name in self.trained]
+        ids, words = {match[0] for match, _ in trained if match}, set().union(*(names for _, names in trained))
+        plain = set().union(*(names for match, names in trained if not match))
         groups, seen, by_hash = split.protocol.get("groups") or {}, set(), set()
         hashed = self.training is not None and all(s.hashed for s in (self.training, split, reference))
         for one in (split, reference) if hashed else ():
@@ -301,10 +298,9 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
 
     Args:
         x: unit embeddings of the split.
-        split: the test split.
         reference: unit embeddings and split that class means and neighbours come from.
-        head: class weights [C, D] of the domain, or None.
-        head_classes: their names; used if they cover the split's classes, among which the argmax runs.
+        head, head_classes: class weights [C, D] of the domain, or None, and their names; used if they cover the split's
+            classes, among which the argmax runs.
         groups: classes of the split that comprise several of the reference (ObjectNet), any of which is right.
         linear: more class weights and biases by name, [C, D] and [C] for the classes of the reference.
         only: the classes to score, and to choose among (default: all of the split).
@@ -312,17 +308,12 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     y, other = reference
     number, classes = {name: i for i, name in enumerate(other.classes)}, split.classes if only is None else only
     groups_of = [(groups or {}).get(name, [name]) for name in classes]
-    if unknown := [name for group in groups_of for name in group if name not in number]:
-        raise InputError(f"{split.folder}: class {unknown[0]!r} is not in its reference {other.folder}: prepare the "
-                         "split with --reference SPLIT, a split of the same classes")
-    first = np.array([number[name] for name in classes])
-    joined = np.full(len(other.classes), -1)
     members = [np.array([number[name] for name in group]) for group in groups_of]
+    joined = np.full(len(other.classes) + 1, -1)  # index in `classes` of each class of the reference; the last: none
     for i, group in enumerate(members):
-        joined[group] = i  # index of the reference's class in `classes`
+        joined[group] = i
     # the split may name classes of the reference that `classes` joins
-    place = {name: int(i) for name, i in zip(other.classes, joined, strict=True)} | {name: i for i, name in
-                                                                                     enumerate(classes)}
+    place = dict(zip(other.classes, joined.tolist(), strict=False)) | {name: i for i, name in enumerate(classes)}
     labels = np.append([place.get(name, -1) for name in split.classes], -1)[split.labels]
     rows, good = np.flatnonzero(np.isfinite(x[:, 0]) & (labels >= 0)), np.isfinite(y[:, 0]) & (other.labels >= 0)
     if not good.any():
@@ -333,11 +324,11 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     vote = np.flatnonzero(good & (joined[other.labels] >= 0))
     y, y_labels = take_rows(y, vote), other.labels[vote]
     means = class_means(y, y_labels, len(other.classes))  # 0 without votes: never predicted
-    joined = np.append(joined, -1)  # no answer
-    answers = {"nearest-mean": joined[nearest_mean(x, means, first[truth] if itself else None)],
+    answers = {"nearest-mean": joined[nearest_mean(x, means, other.labels[rows] if itself else None)],
                "knn": joined[nearest_neighbours(x, y, y_labels, len(other.classes), itself, device=device)]}
-    hits = {(name, "top-1"): answer == truth for name, answer in answers.items()}  # by readout and measure
-    linear = dict(linear or {})
+    everywhere, chance, linear = np.ones(len(x), dtype=bool), 1 / len(classes), dict(linear or {})
+    # by readout and measure: the images that count, which of them are right, chance
+    scored = {(name, "top-1"): (everywhere, answer == truth, chance) for name, answer in answers.items()}
     if head is not None:
         place_in_head = {name: i for i, name in enumerate(head_classes)}
         at = np.array([place_in_head.get(name, -1) for name in other.classes])
@@ -345,24 +336,23 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     for name, (w, b) in linear.items():
         if np.isfinite(b[np.concatenate(members)]).all():
             answers[name], before = rank_classes(x, truth, w, b, members)
-            hits |= {(name, "top-1"): before < 1, (name, "top-5"): before < 5}
-    chances = {key: min((5 if key[1] == "top-5" else 1) / len(classes), 1) for key in hits}
-    everywhere = np.ones(len(x), dtype=bool)
-    counted = dict.fromkeys(hits, everywhere)
+            scored[name, "top-1"] = everywhere, before < 1, chance
+            scored[name, "top-5"] = everywhere, before < 5, min(5 / len(classes), 1)
     if real is not None:
         column = {name: i for i, name in enumerate(split.classes)}
         real = np.stack([real[rows][:, [column[name] for name in group if name in column]].any(1)
                          for group in groups_of], 1)
+        counted, of_chance = real.any(1), float(real.sum(1)[real.any(1)].mean() / len(classes))
         for name, answer in answers.items():
-            hits[name, "ReaL"] = real[np.arange(len(x)), answer] & (answer >= 0)
-            counted[name, "ReaL"] = real.any(1)
-            chances[name, "ReaL"] = float(real.sum(1)[real.any(1)].mean() / len(classes))
+            scored[name, "ReaL"] = counted, real[np.arange(len(x)), answer] & (answer >= 0), of_chance
 
     def statistic(weights: np.ndarray | None) -> dict[tuple[str, str], float]:
-        return {key: weighted_mean(hit[counted[key]].astype(float), None if weights is None else
-                                   weights[counted[key]]) for key, hit in hits.items() if counted[key].any()}
+        return {key: weighted_mean(right[of].astype(float), None if weights is None else weights[of])
+                for key, (of, right, _) in scored.items() if of.any()}
 
-    figures = intervals(statistic, bootstrap_counts(truth, draws, seed), identities=truth)
-    return {f"{readout} {measure}": replace(
-        figure, count=int(counted[readout, measure].sum()), chance=chances[readout, measure], readout=readout,
-        measure=measure) for (readout, measure), figure in figures.items()}
+    figures = {}
+    for key, figure in intervals(statistic, bootstrap_counts(truth, draws, seed), identities=truth).items():
+        (readout, measure), (counted, _, chance) = key, scored[key]
+        figures[f"{readout} {measure}"] = replace(figure, count=int(counted.sum()), chance=chance, readout=readout,
+                                                  measure=measure)
+    return figures

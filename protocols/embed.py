@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -175,44 +176,35 @@ class Embedder:
         self.made.add(path)
         return path
 
-    def parts_of(self, split: Split, folder: Path) -> dict[int, Path]:
-        """First row and file of every part; parts are whole batches, so that each can be computed alone."""
-        size = self.batch * max(PART // self.batch, 1)
-        return {start: folder / f"{start}-{min(start + size, len(split))}.npy" for start in range(0, len(split), size)}
+    def parts_of(self, split: Split, folder: Path) -> dict[range, Path]:
+        """Rows and file of every part; parts are whole batches, so that each can be computed alone."""
+        rows, size = range(len(split)), self.batch * max(PART // self.batch, 1)
+        parts = [rows[start : start + size] for start in rows[::size]]
+        return {part: folder / f"{part.start}-{part.stop}.npy" for part in parts}
 
     def embed_parts(self, split: Split, folder: Path) -> None:
         """Compute this rank's share of the parts that are missing."""
         share = list(self.parts_of(split, folder).items())[self.ranks.rank :: self.ranks.world]
-        todo = [(start, file) for start, file in share if not file.exists()]
+        todo = {rows: file for rows, file in share if not file.exists()}
         if not todo:
             return
-        rows = [np.arange(*map(int, file.stem.split("-"))) for _, file in todo]
-
-        def blank(place: int) -> np.ndarray:
-            return np.full((len(rows[place]) if place < len(rows) else 0, self.model.dim), np.nan, dtype=np.float32)
-
-        place, x = 0, blank(0)
-
-        def finish() -> None:
-            nonlocal x, place
-            write_atomically(todo[place][1], lambda temporary: save_array(temporary, x))
-            place, x = place + 1, blank(place + 1)
-
-        parts = embed_rows(self.model, split, np.concatenate(rows), self.device, self.batch, self.workers, self.flip)
+        batches = embed_rows(self.model, split, np.concatenate([*todo]), self.device, self.batch, self.workers,
+                             self.flip)
+        end: tuple = [-1], None
         with tqdm(disable=True) if self.ranks.rank else progress(
-                total=sum(map(len, rows)), desc=f"{self.name} {split.domain}/{split.name}", unit="img") as bar:
-            for done, embeddings in parts:
-                while done[0] > rows[place][-1]:
-                    finish()
-                embeddings = embeddings.cpu().numpy()
-                if not np.isfinite(embeddings).all():
-                    row = done[~np.isfinite(embeddings).all(1)][0]
-                    raise InputError(f"{split.folder}: the {self.name} backbone gives no finite embedding of sample "
-                                     f"{split.jpeg(row)[0]}: the run diverged, or the weights are damaged")
-                x[done - rows[place][0]] = embeddings
-                bar.update(len(done))
-            while place < len(todo):  # the last part, and parts without a readable image
-                finish()
+                total=sum(map(len, todo)), desc=f"{self.name} {split.domain}/{split.name}", unit="img") as bar:
+            done, embeddings = next(batches, end)
+            for rows, file in todo.items():
+                x = np.full((len(rows), self.model.dim), np.nan, dtype=np.float32)  # unreadable images have no batch
+                while int(done[0]) in rows:
+                    x[done - rows.start] = values = embeddings.cpu().numpy()
+                    if not np.isfinite(values).all():
+                        row = done[~np.isfinite(values).all(1)][0]
+                        raise InputError(f"{split.folder}: the {self.name} backbone gives no finite embedding of "
+                                         f"sample {split.jpeg(row)[0]}: the run diverged, or the weights are damaged")
+                    bar.update(len(done))
+                    done, embeddings = next(batches, end)
+                write_atomically(file, partial(save_array, array=x))
 
     def join_parts(self, split: Split, folder: Path, path: Path) -> None:
         """Write the whole array, part by part: a million embeddings are gigabytes."""

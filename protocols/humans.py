@@ -1,6 +1,7 @@
 """People and models on the same trials.
 
-Copy with it: protocols/bootstrap.py, protocols/pairs.py, protocols/search.py, data_prep/.
+Copy with it: protocols/bootstrap.py, protocols/pairs.py, protocols/search.py, data_prep/__init__.py,
+data_prep/format.py.
 """
 
 import csv
@@ -9,15 +10,16 @@ import math
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from data_prep import InputError
-from data_prep.format import Split
-from data_prep.sources.stimuli import stimulus_of
-from protocols.bootstrap import Estimate, bootstrap_counts, intervals
+from data_prep.format import Split, stimulus_of
+from protocols.bootstrap import Estimate, intervals, resample_pairs
 from protocols.pairs import roc
 from protocols.search import name_identities
 
@@ -93,9 +95,9 @@ def read_ratings(paths: list[Path], splits: dict[str, Split]) -> list[Rating]:
     Raises:
         InputError: with the file and the number of the line.
     """
-    ratings, seen, rows = [], {}, {}
+    ratings, seen, find = [], {}, cache(lambda name, key: find_row(splits[name], key))
     for where, record in (line for path in paths for line in read_table(path, RATING_COLUMNS)):
-        name, left, right, rater, value = (record[column] for column in RATING_COLUMNS)
+        name, *keys, rater, value = (record[column] for column in RATING_COLUMNS)
         if name not in splits:
             raise InputError(f"{where}: {name!r} is not a split that is scored here; those are {', '.join(splits)}")
         check_name(rater, where, "rater")
@@ -105,22 +107,20 @@ def read_ratings(paths: list[Path], splits: dict[str, Split]) -> list[Rating]:
             rating = math.nan
         if not -3 <= rating <= 3:
             raise InputError(f"{where}: rating {value!r}: want a number from -3 (different) to 3 (same)")
-        for key in (left, right):
-            if (name, key) not in rows:
-                rows[name, key] = find_row(splits[name], key)
-            if rows[name, key] is None:
-                raise InputError(f"{where}: {name} has no image {key!r}: were the trials drawn from another "
-                                 "preparation of it?")
-        if left == right:
+        rows = [find(name, key) for key in keys]
+        if None in rows:
+            raise InputError(f"{where}: {name} has no image {keys[rows.index(None)]!r}: were the trials drawn from "
+                             "another preparation of it?")
+        if keys[0] == keys[1]:
             raise InputError(f"{where}: an image against itself")
-        trial = (name, *sorted((left, right)), rater)
+        trial = (name, *sorted(keys), rater)
         if trial in seen:
             raise InputError(f"{where}: {rater} has rated this pair before, {seen[trial]}")
         seen[trial] = where.removeprefix("--humans ")
-        a, b = (int(splits[name].labels[rows[name, key]]) for key in (left, right))
+        a, b = splits[name].labels[rows].tolist()
         if min(a, b) < 0:
             raise InputError(f"{where}: an image without a label has no known identity")
-        ratings.append(Rating(name, rows[name, left], rows[name, right], a == b, rater, rating))
+        ratings.append(Rating(name, *rows, a == b, rater, rating))
     if not ratings:
         raise InputError(f"--humans {paths[0]}: no ratings in it")
     return ratings
@@ -195,26 +195,23 @@ def read_humans(given: tuple[str, ...], splits: dict[str, Split]) -> tuple[list[
             {name: read_trials(files, splits[name]) for name, files in trials.items()})
 
 
-def who_counts(used: Collection[tuple[str, str]],
-               names: list[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The rated splits of each domain, and the raters that count for each split, domain of several, and everything.
+def find_places(used: Collection[tuple[str, str]],
+                names: Iterable[str]) -> dict[str, tuple[list[list[str]], list[str]]]:
+    """Where people are scored: by place, its splits by domain, and the raters that count for all of them.
 
     Args:
         used: splits and raters who saw pairs of both kinds there.
         names: of the splits, in order.
     """
-    of = {name: sorted(rater for split, rater in used if split == name) for name in names}
+    raters = {name: {rater for split, rater in used if split == name} for name in names}
     domains: dict[str, list[str]] = {}
-    for name in filter(of.get, names):
+    for name in filter(raters.get, raters):
         domains.setdefault(name.split("/")[0], []).append(name)
-
-    def of_all(members: Iterable[str]) -> list[str]:
-        return sorted(set.intersection(*(set(of[name]) for name in members)))
-
-    raters = of | {domain: of_all(members) for domain, members in domains.items() if len(members) > 1}
+    places = {name: [[name]] for name in raters} | {d: [members] for d, members in domains.items() if len(members) > 1}
     if len(domains) > 1:
-        raters["everything"] = of_all(name for members in domains.values() for name in members)
-    return domains, raters
+        places["everything"] = list(domains.values())
+    common = {place: set.intersection(*(raters[name] for name in chain(*parts))) for place, parts in places.items()}
+    return {place: (parts, sorted(common[place])) for place, parts in places.items() if common[place]}
 
 
 def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: dict[str, np.ndarray], draws: int,
@@ -241,43 +238,30 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
     same, answers = np.array([r.same for r in ratings]), np.array([r.value for r in ratings])
     # a person in two domains is drawn in both or in neither
     ends = np.array([[names[r.split][r.left], names[r.split][r.right]] for r in ratings]).reshape(-1, 2)
-    people, ends = np.unique(ends, return_inverse=True)
-    a, b = ends.reshape(-1, 2).T
-    rows: dict[tuple[str, str], list[int]] = {}
+    people, ends = np.unique(ends, return_inverse=True)  # [P, 2]
+    by_rater: dict[tuple[str, str], list[int]] = {}
     for i, r in enumerate(ratings):
-        rows.setdefault((r.split, r.rater), []).append(i)
-    used = {key: np.array(i) for key, i in rows.items() if 0 < same[i].sum() < len(i)}
-    if unused := sorted(rows.keys() - used.keys()):
+        by_rater.setdefault((r.split, r.rater), []).append(i)
+    used = {key: np.array(i) for key, i in by_rater.items() if 0 < same[i].sum() < len(i)}
+    if unused := sorted(by_rater.keys() - used.keys()):
         print(f"  human trials: {unused[0][1]} rated only pairs of one kind in {unused[0][0]}"
               + f", as {len(unused) - 1} others did" * (len(unused) > 1) + ": left out there")
     if not used:
         raise InputError("--humans: no rater has rated both a pair of one identity and one of two in a split: nothing "
                          "to score")
-    seen = {key: tuple((ratings[i].left, ratings[i].right) for i in rated) for key, rated in used.items()}
-    domains, raters = who_counts(used, list(names))
+    places = find_places(used, names)
 
     def auc(values: np.ndarray, rated: np.ndarray, weights: np.ndarray | None) -> float:
         far, tar = roc(values[rated], same[rated], None if weights is None else weights[rated])
         return float(np.trapezoid(tar, far))
 
-    def statistic(counts: np.ndarray | None) -> dict[tuple[str, str, str], float]:
-        weights = None if counts is None else np.where(same, counts[a], counts[a] * counts[b])
-        known, values, pairs = {}, {}, {}  # raters often share trials: the model is scored on them once
-        for (split, rater), rated in used.items():
-            trials = (split, seen[split, rater])
-            if trials not in known:
-                known[trials] = auc(scores, rated, weights)
-            pairs[split, rater] = known[trials], auc(answers, rated, weights)
-        for domain, members in domains.items():
-            for rater in raters.get(domain, []):
-                pairs[domain, rater] = tuple(np.mean([pairs[name, rater] for name in members], axis=0))
-        for rater in raters.get("everything", []):
-            tasks = [np.mean([pairs[name, rater] for name in members], axis=0) for members in domains.values()]
-            pairs["everything", rater] = tuple(np.mean(tasks, axis=0))
-        for place, who in raters.items():
-            both = np.array([pairs[place, rater] for rater in who]).reshape(-1, 2)
-            values |= {(place, "rater", f"AUC of rater {rater}"): pair[1]
-                       for rater, pair in zip(who, both, strict=True)}
+    def statistic(weights: np.ndarray | None) -> dict[tuple[str, str, str], float]:
+        values, pairs = {}, {key: (auc(scores, i, weights), auc(answers, i, weights)) for key, i in used.items()}
+        for place, (parts, raters) in places.items():
+            both = np.array([np.mean([np.mean([pairs[name, rater] for name in members], axis=0) for members in parts],
+                                     axis=0) for rater in raters])
+            values |= {(place, "rater", f"AUC of rater {rater}"): auc_of_rater
+                       for rater, auc_of_rater in zip(raters, both[:, 1], strict=True)}
             model, human = both[np.isfinite(both).all(1)].T  # a resampling may leave a rater without pairs of one kind
             if len(model):
                 values |= {(place, "model", "AUC on human trials"): model.mean(),
@@ -286,18 +270,14 @@ def score_humans(ratings: list[Rating], splits: dict[str, Split], embeddings: di
                            (place, "beaten", "share of raters beaten"): (model > human).mean()}
         return values
 
-    whole = statistic(None)
-    missing = dict.fromkeys(whole, math.nan)
-    estimates = intervals(lambda counts: whole if counts is None else missing | statistic(counts),
-                          bootstrap_counts(np.arange(len(people)), draws, seed))
-    who = {name: np.unique(np.concatenate([np.append(a[i], b[i]) for (split, _), i in used.items() if split == name]))
-           for members in domains.values() for name in members}
-    shown = {name: {pair for (split, _), pairs in seen.items() if split == name for pair in pairs} for name in names}
+    missing = dict.fromkeys(statistic(None), math.nan)
+    estimates = intervals(lambda weights: missing | statistic(weights),
+                          resample_pairs(np.arange(len(people)), ends, same, draws, seed))
     figures: dict[str, dict[str, Estimate]] = {}
-    for (place, readout, metric), figure in estimates.items():
-        figure.readout = readout
-        these = [place] if place in shown else domains.get(place, shown)
-        figure.count = sum(len(shown[name]) for name in these)
-        figure.identities = len(np.unique(np.concatenate([who[name] for name in these if name in who])))
-        figures.setdefault(place, {})[metric] = figure
+    for place, (parts, _) in places.items():
+        rated = np.concatenate([i for (split, _), i in used.items() if split in chain(*parts)])
+        count = len({(ratings[i].split, ratings[i].left, ratings[i].right) for i in rated})
+        identities = len(np.unique(ends[rated]))
+        figures[place] = {metric: replace(figure, readout=readout, count=count, identities=identities)
+                          for (where, readout, metric), figure in estimates.items() if where == place}
     return figures

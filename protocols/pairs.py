@@ -4,17 +4,15 @@ Copy with it: protocols/bootstrap.py, data_prep/__init__.py, data_prep/format.py
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 
 from data_prep.format import Split, matched_pairs
-from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, intervals, weighted_mean
+from protocols.bootstrap import Estimate, Unscorable, intervals, resample_pairs, weighted_mean
 
 FARS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 SCORE_BINS = np.linspace(-1, 1, 51)  # of the score distributions
-BINS = 50 * 1300  # of the scores of long lists of pairs, 3e-5 wide: a whole number of them makes each of the above
 
 
 # ---------------------------------------------------------------- verification
@@ -128,29 +126,26 @@ def score_verification(x: np.ndarray, split: Split, draws: int, seed: int) -> tu
     pairs, folded = np.array(split.column("pairs")), f"{split.protocol['folds']} folds"
     if len(np.unique(pairs[:, 3])) == 1:  # dealt before any pair is left out: every run has the same folds
         pairs[:, 3], folded = np.arange(len(pairs)) % 10, "10 folds, dealt"
-    pairs = pairs[np.isfinite(x[pairs[:, 0], 0]) & np.isfinite(x[pairs[:, 1], 0])]
-    left, right, same, folds = pairs[:, 0], pairs[:, 1], pairs[:, 2] == 1, pairs[:, 3]
+    pairs = pairs[np.isfinite(x[pairs[:, :2], 0]).all(1)]
+    ends, same, folds = pairs[:, :2], pairs[:, 2] == 1, pairs[:, 3]
     if same.all() or not same.any():
         raise Unscorable(f"{split.folder}: its pairs are all genuine or all impostors: nothing to verify")
-    scores = (x[left] * x[right]).sum(1)
-    a, b = split.labels[left], split.labels[right]
+    scores, people = (x[ends[:, 0]] * x[ends[:, 1]]).sum(1), split.labels[ends]
 
-    def statistic(weights: np.ndarray | None) -> dict[str, float]:
+    def exact(weights: np.ndarray | None) -> dict[str, float]:
         far, tar = roc(scores, same, weights)
         values = {"accuracy": fold_accuracy(scores, same, folds, weights), "auc": float(np.trapezoid(tar, far)),
                   "eer": equal_error_rate(far, tar), "d-prime": d_prime(scores, same, weights)}
         supported = [target for target in FARS if target * (~same).sum() >= 1]
         return values | {f"tar@far={target:g}": tar_at_far(far, tar, target) for target in supported}
 
-    def pair_weights() -> Iterator[np.ndarray]:
-        for counts in bootstrap_counts(split.labels, draws, seed):
-            yield np.where(a == b, counts[left], counts[left] * counts[right])
-
-    (far, tar), people = roc(scores, same), split.labels[pairs[:, :2]]
+    statistics = {"exact thresholds, strict FAR": exact, "thresholds 0 to 4 by 0.01 on the squared distance":
+                  lambda weights: grid_accuracy(scores, same, folds, weights)}
+    figures = {f"{folded}, {rule}": intervals(
+        statistic, resample_pairs(split.labels, ends, people[:, 0] == people[:, 1], draws, seed), len(pairs), people)
+        for rule, statistic in statistics.items()}
+    far, tar = roc(scores, same)
     spread = {kind: np.histogram(scores[mask], SCORE_BINS)[0] for kind, mask in (("same", same), ("different", ~same))}
-    figures = {f"{folded}, exact thresholds, strict FAR": intervals(statistic, pair_weights(), len(pairs), people),
-               f"{folded}, thresholds 0 to 4 by 0.01 on the squared distance": intervals(
-                 lambda w: grid_accuracy(scores, same, folds, w), pair_weights(), len(pairs), people)}
     return figures, {"far": far, "tar": tar, **spread}
 
 
@@ -172,9 +167,5 @@ def score_pairs(x: np.ndarray, labels: np.ndarray, draws: int, seed: int, count:
             {"pair d-prime": d_prime(scores, same, weights)} if target is None else
             {f"tar@far={target:g}": tar_at_far(far, tar, target)})
 
-    def pair_weights() -> Iterator[np.ndarray]:
-        for counts in bootstrap_counts(labels, draws, seed):
-            yield np.where(same, counts[pairs[:, 0]], counts[pairs[:, 0]] * counts[pairs[:, 1]])
-
-    figures = intervals(statistic, pair_weights(), len(pairs), labels[pairs])
+    figures = intervals(statistic, resample_pairs(labels, pairs, same, draws, seed), len(pairs), labels[pairs])
     return {metric: replace(figure, kind="yardstick", measure=metric) for metric, figure in figures.items()}

@@ -222,12 +222,11 @@ class Scored:
         return weights + json.dumps(options | {"weights": weights_of(self.config)})
 
 
-def read_scored(folder: Path, weights: str | None) -> Scored:
-    """The rows of a run's "tuned" or "foundation" weights and their resampled values; InputError without any.
-
-    `weights`: None: tuned, if there are such rows.
-    """
+def read_tables(folder: Path) -> dict[str, Scored]:
+    """The rows of a run and their resampled values, by weights, "foundation" before "tuned"."""
     rows, path = read_rows(folder / "eval"), folder / "eval" / "draws.npz"
+    if not rows:
+        raise InputError(f"{folder}/eval/results.json is empty; run evaluate.py again")
     try:
         with np.load(path, allow_pickle=False) as file:
             draws, seed = file["draws"].astype(np.float32), int(file["seed"])
@@ -239,19 +238,26 @@ def read_scored(folder: Path, weights: str | None) -> Scored:
                          "again") from error
     if of and (now := hash_file(folder / "model.safetensors")) and of != now:
         raise InputError(f"{folder}/eval is of other weights than model.safetensors: run evaluate.py on {folder} again")
-    weights = weights or max((row.weights for row in rows), default="tuned")  # "tuned" comes after "foundation"
-    scored = {row.key: (row, drawn.astype(float)) for row, drawn in zip(rows, draws, strict=True)
-              if row.weights == weights}
-    if not scored:
-        raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
-                         "--no-foundation")
     path = folder / "config.json"
     config = join_config(path) if path.exists() else {}
     domains, counts = config.get("domains", []), config.get("counts", {})
     if not isinstance(domains, list) or not set(map(str, domains)) <= {*DOMAINS} or not isinstance(counts, dict) \
             or not all(isinstance(count, int | float) for count in counts.values()):
         raise InputError(f"{path}: domains and counts do not name tasks and their images: restore it")
-    return Scored(folder, config, seed, scored)
+    tables = {weights: Scored(folder, config, seed, {}) for weights in sorted({row.weights for row in rows})}
+    for row, drawn in zip(rows, draws, strict=True):
+        tables[row.weights].rows[row.key] = row, drawn.astype(float)
+    return tables
+
+
+def read_scored(folder: Path, weights: str | None) -> Scored:
+    """The rows of a run's "tuned" or "foundation" weights (None: tuned, if there are such rows)."""
+    tables = read_tables(folder)
+    weights = weights or max(tables)
+    if weights not in tables:
+        raise InputError(f"{folder}: no figures of the {weights} weights; run evaluate.py on it without "
+                         "--no-foundation")
+    return tables[weights]
 
 
 def aggregate(group: list[Scored], key: tuple) -> Estimate:
@@ -369,23 +375,14 @@ def read_run(home: Path) -> Measured:
     """A run that evaluate.py has scored; InputError if it is incomplete."""
     if not (home / "done.json").exists():
         raise InputError("not finished")
-    config = join_config(home / "config.json")
-    if lacking := {"role", "backbone", "model", "weights", "domains", "schedule", "counts"} - set(config):
+    scored = read_tables(home)
+    config = next(iter(scored.values())).config
+    if lacking := {"role", "backbone", "model", "weights", "domains", "schedule", "counts", "seed"} - set(config):
         raise InputError(f"config.json lacks {min(lacking)!r}")
-    if config["role"] not in RUN_ROLES:
-        raise InputError(f"config.json: role {config['role']!r} is none of {', '.join(RUN_ROLES)}")
-    if not isinstance(config["backbone"] or config["model"], str):
-        raise InputError("config.json names no backbone")
-    domains, counts = config["domains"], config["counts"]
-    if not (isinstance(domains, list) and domains and all(d in DOMAINS for d in domains) and isinstance(counts, dict)
-            and all(isinstance(counts.get(d), int | float) for d in domains)):
-        raise InputError("config.json: domains and counts do not name tasks and their images")
-    order = config.get("order")
-    if not (isinstance(config.get("seed"), int) and (order is None or (isinstance(order, list) and order))):
-        raise InputError("config.json: seed is not a whole number, or order not a list of tasks")
-    if not (rows := read_rows(home / "eval")):
-        raise InputError(f"{home}/eval/results.json is empty; run evaluate.py again")
-    scored = {name: read_scored(home, name) for name in sorted({row.weights for row in rows})}
+    valid = {"role": config["role"] in RUN_ROLES, "backbone": isinstance(config["backbone"] or config["model"], str),
+             "counts": set(config["domains"]) <= {*config["counts"]}, "seed": isinstance(config["seed"], int)}
+    if wrong := [name for name, good in valid.items() if not good]:
+        raise InputError(f"config.json: {wrong[0]} is {str(config[wrong[0]])[:80]!r}: restore it")
     analysis, path = None, home / "analysis" / "analysis.json"
     if path.exists():
         try:

@@ -26,7 +26,7 @@ FPIRS = (1e-1, 1e-2)
 class Search:
     """What a search of n probes in a gallery found."""
 
-    ranks: list[np.ndarray]  # of each probe's mates, ascending, 1 = nearest; ties count against them
+    ranks: list[np.ndarray]  # of each probe's mates, ascending, 1 = nearest, inf = missed; ties count against them
     first: np.ndarray  # [n] rank of the nearest mate; inf without one
     correct: np.ndarray  # [n] score of the nearest mate; -inf without one
     wrong: np.ndarray  # [n] score of the nearest of the others
@@ -45,6 +45,44 @@ def take_rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return x[rows[0] : rows[-1] + 1] if whole else x[rows]
 
 
+def visit_scores(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, visit: Callable[[int, np.ndarray], None],
+                 size: int = 1 << 27, other: np.ndarray | None = None, device: torch.device | str = "cpu") -> None:
+    """Call visit(i, scores [m]), in threads, for each probe's scores with the gallery, which it may change.
+
+    Arguments as of `search_gallery`. Scores are overwritten once all of their block have been visited.
+    """
+    other, on_cpu = x if other is None else other, torch.device(device) == torch.device("cpu")
+    block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
+    lanes = 2 if 2 * block * len(gallery) <= size else 1  # two: one is multiplied while the other is visited
+    buffers = np.empty((lanes, block, len(gallery)), dtype=x.dtype)  # reused: fresh pages cost as much as the product
+    parts = range(0, len(gallery), 1 << 16)
+
+    def items(left: int) -> np.ndarray:
+        return take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
+
+    def visit_rows(scores: np.ndarray, start: int, part: range) -> None:
+        for i in part:
+            visit(i, scores[i - start])
+
+    held = [] if on_cpu else [torch.from_numpy(np.ascontiguousarray(items(left))).to(device) for left in parts]
+    threads, busy = torch.get_num_threads(), [[] for _ in range(lanes)]
+    with ThreadPoolExecutor(threads) as pool:  # numpy counts and sorts outside the interpreter's lock
+        for number, start in enumerate(range(0, len(probes), block)):
+            scores, queries = buffers[number % lanes], x[probes[start : start + block]]
+            for task in busy[number % lanes]:
+                task.result()
+            for k, left in enumerate(parts):
+                columns = scores[: len(queries), left : left + (1 << 16)]
+                if on_cpu:
+                    np.matmul(queries, items(left).T, out=columns)
+                else:
+                    columns[:] = (torch.from_numpy(queries).to(device) @ held[k].T).cpu().numpy()
+            stops = np.linspace(start, start + len(queries), threads + 1).astype(int)
+            busy[number % lanes] = [pool.submit(visit_rows, scores, start, range(*ends)) for ends in pairwise(stops)]
+        for task in chain(*busy):
+            task.result()
+
+
 def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, size: int = 1 << 27,
                    other: np.ndarray | None = None, device: torch.device | str = "cpu") -> Search:
     """Search every probe in a gallery by blocks of the score matrix, without ever ordering the gallery's items.
@@ -53,122 +91,34 @@ def search_gallery(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates
     more, one sort of the row (which costs a dozen counts of 2,000 values, a hundred of 20,000) serves all.
 
     Args:
-        x: unit vectors [M, D].
+        x: unit vectors [M, D]; NaN where unreadable, which is neither found nor finds anything.
         probes, gallery: rows of x, [n] and [m].
         other: unit vectors that hold the gallery's rows, if not x; float16 (such as a memory map) is widened by blocks.
         mates: row of a probe -> places in `gallery` that are right, and places that are neither right nor wrong.
         size: scores held at once.
-        device: of the products and the counting.
+        device: of the products; it holds the gallery.
     """
-    other = x if other is None else other
-    if torch.device(device).type != "cpu":
-        return search_on(torch.device(device), x, probes, gallery, mates, size, other)
     search = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
-    block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
     few = int(np.clip(len(gallery) // 200, 12, 200))
-    lanes = 2 if 2 * block * len(gallery) <= size else 1  # two: one is multiplied while the other is counted
-    buffers = np.empty((lanes, block, len(gallery)), dtype=x.dtype)  # reused: fresh pages cost as much as the product
+    unreadable = np.isnan(x[probes, 0]).any() or np.isnan((x if other is None else other)[gallery, 0]).any()
 
-    def rank(scores: np.ndarray, start: int, part: range) -> None:
-        for i in part:
-            s = scores[i - start]
-            right, ignored = mates(probes[i])
-            correct = np.sort(s[right])[::-1]
-            s[right], s[ignored] = -np.inf, -np.inf
-            if len(correct) < few:
-                above = np.array([np.count_nonzero(s >= score) for score in correct], dtype=np.int64)
-                search.wrong[i] = s.max(initial=-np.inf)
-            else:
-                s.sort()
-                above, search.wrong[i] = len(s) - np.searchsorted(s, correct, side="left"), s[-1]
-            search.ranks[i] = np.arange(1, len(correct) + 1) + above
-            search.correct[i], search.first[i] = (correct[0], search.ranks[i][0]) if len(correct) else (-np.inf, np.inf)
-
-    threads, busy = torch.get_num_threads(), [[] for _ in range(lanes)]
-    with ThreadPoolExecutor(threads) as pool:  # numpy counts and sorts outside the interpreter's lock
-        for number, start in enumerate(range(0, len(probes), block)):
-            scores, rows = buffers[number % lanes], probes[start : start + block]
-            for task in busy[number % lanes]:
-                task.result()
-            queries = x[rows]
-            for left in range(0, len(gallery), 1 << 16):
-                part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
-                np.matmul(queries, part.T, out=scores[: len(rows), left : left + len(part)])
-                del part  # else a copied block would stay while the next one is made
-            stops = np.linspace(start, start + len(rows), threads + 1).astype(int)
-            busy[number % lanes] = [pool.submit(rank, scores, start, range(*ends)) for ends in pairwise(stops)]
-        for task in chain(*busy):
-            task.result()
-    return search
-
-
-def search_on(device: torch.device, x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, mates: Callable, size: int,
-              other: np.ndarray) -> Search:
-    """`search_gallery` on an accelerator that holds the gallery: the same, to the rounding of a score."""
-    search = Search([np.zeros(0, dtype=np.int64)] * len(probes), *np.full((3, len(probes)), -np.inf))
-    block = int(np.clip(size // max(len(gallery), 1), 1, 1024))
-    items = torch.empty(len(gallery), x.shape[1], dtype=torch.from_numpy(x[:0]).dtype, device=device)
-    for left in range(0, len(gallery), 1 << 16):
-        part = take_rows(other, gallery[left : left + (1 << 16)]).astype(x.dtype, copy=False)
-        items[left : left + len(part)] = torch.from_numpy(np.ascontiguousarray(part)).to(device)
-
-    for start in range(0, len(probes), block):
-        rows = probes[start : start + block]
-        right, ignored = zip(*(mates(probe) for probe in rows), strict=True)
-        scores = torch.from_numpy(x[rows]).to(device) @ items.T
-
-        def cells(lists: tuple) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-            """Row and column of each listed place, and its number in its list."""
-            sizes = [len(places) for places in lists]
-            row, column = np.repeat(np.arange(len(lists)), sizes), np.concatenate(lists).astype(np.int64)
-            within = np.arange(len(row)) - np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
-            return torch.from_numpy(row).to(device), torch.from_numpy(column).to(device), within
-
-        row, column, within = cells(right)
-        most = max(map(len, right), default=0)
-        correct = torch.full((len(rows), most), -torch.inf, dtype=scores.dtype, device=device)
-        correct[row, torch.from_numpy(within).to(device)] = scores[row, column]
-        scores[row, column] = -torch.inf
-        row, column, _ = cells(ignored)
-        scores[row, column] = -torch.inf
-        if len(gallery):
-            search.wrong[start : start + len(rows)] = scores.amax(1).cpu().numpy()
-        correct = correct.sort(1, descending=True).values
-        if most < 12:
-            above = [(scores >= correct[:, j : j + 1]).sum(1) for j in range(most)]
-            above = torch.stack(above, 1) if most else correct
+    def rank(i: int, scores: np.ndarray) -> None:
+        if unreadable:
+            scores[np.isnan(scores)] = -np.inf
+        right, ignored = mates(probes[i])
+        correct = np.sort(scores[right])[::-1]
+        scores[right], scores[ignored] = -np.inf, -np.inf
+        if len(correct) < few:
+            above = np.array([np.count_nonzero(scores >= score) for score in correct], dtype=np.int64)
+            search.wrong[i] = scores.max(initial=-np.inf)
         else:
-            above = len(gallery) - torch.searchsorted(scores.sort(1).values, correct)
-        correct, above = correct.cpu().numpy(), above.cpu().numpy()
-        for i, places in enumerate(right, start):
-            ranks = np.arange(1, len(places) + 1) + above[i - start, : len(places)]
-            search.ranks[i] = ranks.astype(np.int64)
-            search.correct[i], search.first[i] = (correct[i - start, 0], ranks[0]) if len(ranks) else (-np.inf, np.inf)
+            scores.sort()
+            above, search.wrong[i] = len(scores) - np.searchsorted(scores, correct, side="left"), scores[-1]
+        search.ranks[i] = np.where(correct > -np.inf, np.arange(1, len(correct) + 1) + above, np.inf)
+        search.correct[i], search.first[i] = (correct[0], search.ranks[i][0]) if len(correct) else (-np.inf, np.inf)
+
+    visit_scores(x, probes, gallery, rank, size, other, device)
     return search
-
-
-def score_blocks(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, size: int = 1 << 27,
-                 device: torch.device | str = "cpu") -> Iterator[tuple[int, np.ndarray]]:
-    """Scores of some probes at a time with a whole gallery, [b, m], and the index of the first probe.
-
-    Args:
-        x: unit vectors [M, D].
-        probes, gallery: rows of x, [n] and [m].
-        size: scores held at once; they are overwritten by the next.
-    """
-    block, on_cpu = int(np.clip(size // max(len(gallery), 1), 1, 1024)), torch.device(device).type == "cpu"
-    scores = np.empty((block, len(gallery)), dtype=x.dtype)
-    for start in range(0, len(probes), block):
-        queries = x[probes[start : start + block]]
-        for left in range(0, len(gallery), 1 << 16):
-            part = take_rows(x, gallery[left : left + (1 << 16)])
-            columns = scores[: len(queries), left : left + len(part)]
-            if on_cpu:
-                np.matmul(queries, part.T, out=columns)
-            else:
-                columns[:] = (torch.from_numpy(queries).to(device) @ torch.from_numpy(part).to(device).T).cpu().numpy()
-            del part
-        yield start, scores[: len(queries)]
 
 
 def search_shots(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, labels: np.ndarray, mates: Callable,
@@ -187,16 +137,17 @@ def search_shots(x: np.ndarray, probes: np.ndarray, gallery: np.ndarray, labels:
     order, strangers = order[labels[order] >= 0], order[labels[order] < 0]
     people, start, size = np.unique(labels[order], return_index=True, return_counts=True)
     ranks = np.full((draws, len(probes)), np.inf)
-    for first, scores in score_blocks(x, probes, gallery, device=device):
-        for i, s in enumerate(scores, first):
-            right, _ = mates(probes[i])
-            if not len(right):
-                continue
+
+    def draw(i: int, scores: np.ndarray) -> None:
+        right, _ = mates(probes[i])
+        if len(right):
             rng = np.random.default_rng((seed, probes[i]))  # by probe, whatever the blocks and other probes
-            correct = s[rng.choice(right, draws)]
-            drawn = s[order[start + rng.integers(size, size=(draws, len(size)))]]
+            correct = scores[rng.choice(right, draws)][:, None]
+            drawn = scores[order[start + rng.integers(size, size=(draws, len(size)))]]
             drawn[:, np.searchsorted(people, labels[right[0]])] = -np.inf  # the probe's own is `correct`
-            ranks[:, i] = 1 + (drawn >= correct[:, None]).sum(1) + (s[strangers] >= correct[:, None]).sum(1)
+            ranks[:, i] = 1 + (drawn >= correct).sum(1) + (scores[strangers] >= correct).sum(1)
+
+    visit_scores(x, probes, gallery, draw, device=device)
     return ranks
 
 
@@ -216,32 +167,20 @@ def tpir_at_fpir(search: Search, mated: np.ndarray, target: float, weights: np.n
     return weighted_mean(hit[mated].astype(float), w[mated])
 
 
-def number_mates(ranks: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Concatenated ranks of all probes; the number 1.. of each within its probe; first place and size of each probe."""
-    size = np.array([len(r) for r in ranks])
-    start = np.append(0, np.cumsum(size)[:-1])
-    flat = np.concatenate(ranks)
-    return flat, np.arange(1, len(flat) + 1) - np.repeat(start, size), start, size
-
-
-def average_precision(ranks: list[np.ndarray]) -> np.ndarray:
-    """(1/R) Σ i / r_i, r_i the rank of the i-th of a probe's R relevant items (rectangle rule: torchreid, fast-reid).
+def average_precision(ranks: list[np.ndarray], trapezoid: bool = False) -> np.ndarray:
+    """(1/R) Σ i / r_i, r_i the rank of the i-th of a probe's R relevant items (torchreid, fast-reid), [n].
 
     Args:
         ranks: of each probe's relevant items, at least one, ascending from 1.
-
-    Returns:
-        [n], of each probe.
+        trapezoid: the mean of i / r_i and (i - 1) / (r_i - 1), 1 where r_i = 1, as in Market-1501's own evaluation.
     """
-    r, i, start, size = number_mates(ranks)
-    return np.add.reduceat(i / r, start) / size
-
-
-def trapezoid_precision(ranks: list[np.ndarray]) -> np.ndarray:
-    """(1/R) Σ (i / r_i + (i - 1) / (r_i - 1)) / 2, the second term 1 where r_i = 1 (Market-1501's own evaluation)."""
-    r, i, start, size = number_mates(ranks)
-    before = np.where(r > 1, (i - 1) / np.maximum(r - 1, 1), 1.0)
-    return np.add.reduceat((i / r + before) / 2, start) / size
+    r, size = np.concatenate(ranks), np.array([len(one) for one in ranks])
+    start = np.append(0, np.cumsum(size)[:-1])
+    i = np.arange(1, len(r) + 1) - np.repeat(start, size)
+    precision = i / r
+    if trapezoid:
+        precision = (precision + np.where(r > 1, (i - 1) / np.maximum(r - 1, 1), 1.0)) / 2
+    return np.add.reduceat(precision, start) / size
 
 
 def inverse_negative_penalty(ranks: list[np.ndarray]) -> np.ndarray:
@@ -253,11 +192,10 @@ def gallery_rule(split: Split, gallery: np.ndarray, variant: str) -> Callable:
     """`mates` of `search_gallery` for identification or a variant of re-identification."""
     # copies: indexing a memory map is several times slower
     cameras, clothes = np.array(split.optional("camera")), np.array(split.optional("clothes"))
-    labels = np.array(split.labels)
-    same = mates_in(labels[gallery])
+    same = mates_in(split.labels[gallery])
 
     def mates(probe: int) -> tuple[np.ndarray, np.ndarray]:
-        places = same(labels[probe])
+        places = same(split.labels[probe])
         if split.protocol["name"] != "reid":
             return places, places[:0]
         rows = gallery[places]
@@ -283,17 +221,6 @@ def explain_unscored(split: Split, probes: np.ndarray, variant: str) -> str:
                "a drawn gallery has no mate that counts" if variant.endswith(" single-shot") else
                "every other mate is unreadable": (mated & ~ignored).sum()}
     return ", ".join(f"{reason} ({count:,})" for reason, count in reasons.items() if count)
-
-
-def add_misses(search: Search, split: Split, probes: np.ndarray, variant: str) -> Search:
-    """Listed images that could not be read at preparation are neither found nor find anything: rank inf."""
-    mates = gallery_rule(split, np.flatnonzero(split.missing & (split.optional("role") > 0)), variant)
-    gone = split.missing[probes]
-    for i, probe in enumerate(probes):
-        ranks = np.append(search.ranks[i], np.full(len(mates(probe)[0]), np.inf))
-        search.ranks[i] = np.full(len(ranks), np.inf) if gone[i] else ranks
-    search.correct[gone], search.first[gone], search.wrong[gone] = -np.inf, np.inf, -np.inf
-    return search
 
 
 def draw_galleries(labels: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:
@@ -347,9 +274,8 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
     ks, repeats, galleries = (1, 5, 10) if reid else (1, 5, 20), split.protocol.get("draws", 10), [g]
     if single:
         galleries = [g[places] for places in draw_galleries(split.labels[g], repeats, seed)]
-    searches = [search_gallery(x, q, rows, gallery_rule(split, rows, variant), device=device) for rows in galleries]
-    if missing.any():
-        searches = [add_misses(search, split, q, variant) for search in searches]
+    listed = [np.append(rows, np.flatnonzero(missing & (roles > 0))) for rows in galleries]
+    searches = [search_gallery(x, q, rows, gallery_rule(split, rows, variant), device=device) for rows in listed]
     enrolled = np.isin(split.labels[q], split.labels[roles > 0]) & (split.labels[q] >= 0)
     counted = np.all([[len(r) > 0 for r in search.ranks] for search in searches], axis=0) if reid else enrolled
     if not counted.any():
@@ -357,15 +283,16 @@ def score_gallery(x: np.ndarray, split: Split, draws: int, seed: int, variant: s
                          + explain_unscored(split, q, variant))
     first = np.array([search.first for search in searches])
     if shots:
-        first = search_shots(x, q, g, np.array(split.labels[g]), gallery_rule(split, g, variant), repeats, seed, device)
+        first = search_shots(x, q, g, split.labels[g], gallery_rule(split, g, variant), repeats, seed, device)
         first[:, missing[q]] = np.inf
     first = first[:, counted]
     per_probe = {f"rank-{k}": (first <= k).mean(0) for k in ks}
     if reid and not single:
         ranks = [r for r in searches[0].ranks if len(r)]
-        per_probe |= {name: of(ranks) for name, of in (
-            ("mAP", average_precision), ("mAP trapezoid", trapezoid_precision), ("mINP", inverse_negative_penalty)
-        )[: 1 if shots else 3]}
+        per_probe["mAP"] = average_precision(ranks)
+        if not shots:
+            per_probe |= {"mAP trapezoid": average_precision(ranks, trapezoid=True),
+                          "mINP": inverse_negative_penalty(ranks)}
 
     def statistic(weights: np.ndarray | None) -> dict[str, float]:
         return {name: weighted_mean(values, weights) for name, values in per_probe.items()}

@@ -5,7 +5,6 @@ data_prep/format.py.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 
 from data_prep.format import Split
 from protocols.bootstrap import Estimate, Unscorable, bootstrap_counts, intervals, normalise, weighted_mean
-from protocols.pairs import BINS, FARS, SCORE_BINS, tar_at_far
+from protocols.pairs import FARS, SCORE_BINS, tar_at_far
 from protocols.search import FPIRS, mates_in, search_gallery, tpir_at_fpir
 
 
@@ -71,60 +70,23 @@ def pool_templates(x: np.ndarray, split: Split, quality: np.ndarray) -> Template
 
 
 def score_listed(x: np.ndarray, left: np.ndarray, right: np.ndarray, block: int = 256,
-                 device: torch.device | str = "cpu") -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Places in the list and inner products (float32) of listed pairs of rows of x, in blocks, each pair once.
+                 device: torch.device | str = "cpu") -> np.ndarray:
+    """Inner products float32 [P] of listed pairs of rows of x, by blocks of left rows times all rows.
 
-    By blocks of left rows times all rows: lists name the same templates thousands of times, and gathering both sides
-    pair by pair moves far more memory.
+    Lists name the same templates thousands of times, and gathering both sides pair by pair moves far more memory.
     """
     order = np.argsort(left, kind="stable")
     lefts, size = np.unique(left, return_counts=True)
     first = np.concatenate([[0], np.cumsum(size)])
-    x = torch.from_numpy(x).to(device)
+    x, listed = torch.from_numpy(x).to(device), np.empty(len(left), dtype=np.float32)
     for start in range(0, len(lefts), block):
         chunk = lefts[start : start + block]
         pairs = order[first[start] : first[start + len(chunk)]]
         rows = np.repeat(np.arange(len(chunk)), size[start : start + len(chunk)])
         scores = x[torch.from_numpy(chunk).to(device)] @ x.T
         places = torch.from_numpy(rows * len(x) + right[pairs]).to(device)
-        yield pairs, scores.flatten()[places].cpu().numpy()
-
-
-@dataclass
-class Scores:
-    """Scores of a long list of pairs in bounded memory: all in bins, the highest in full."""
-
-    bins: np.ndarray  # int64 [2, BINS + 1]: impostors and genuine pairs by cosine; bin 0: never accepted
-    pairs: np.ndarray  # [n] places in the list of those kept, the highest score first
-    scores: np.ndarray  # float32 [n]
-    whole: bool  # all are kept
-
-
-def collect_scores(listed: Iterator[tuple[np.ndarray, np.ndarray]], same: np.ndarray, need: int) -> Scores:
-    """Bin the scores of `score_listed`; keep every pair that scores as high as the `need`-th highest impostor.
-
-    Args:
-        listed: places in the list, and cosines; below -1: a pair that is never accepted.
-        same: bool [P], genuine pairs.
-    """
-    bins, least, kept, held, limit = np.zeros((2, BINS + 1), dtype=np.int64), 0, [], 0, 2 * need
-    for pairs, scores in listed:
-        at = np.where(scores < -1.5, 0, np.clip((scores + 1) * (BINS / 2), 0, BINS - 1).astype(np.int64) + 1)
-        bins += np.bincount(same[pairs] * (BINS + 1) + at, minlength=2 * (BINS + 1)).reshape(2, -1)
-        # the bin of the need-th highest impostor so far can only rise: scores below it are not needed
-        above = np.cumsum(bins[0, ::-1])
-        least = BINS - int(np.searchsorted(above, need)) if above[-1] >= need else 0
-        high = at >= least
-        kept.append((pairs[high], scores[high], at[high]))
-        held += int(high.sum())
-        if held > limit:
-            kept = [tuple(column[part[2] >= least] for column in part) for part in kept]
-            held = sum(len(part[0]) for part in kept)
-            limit = 2 * max(need, held)
-    pairs, scores, at = (np.concatenate(column) for column in zip(*kept, strict=True))
-    pairs, scores = pairs[at >= least], scores[at >= least]
-    order = np.argsort(-scores, kind="stable")
-    return Scores(bins, pairs[order], scores[order], least == 0)
+        listed[pairs] = scores.flatten()[places].cpu().numpy()
+    return listed
 
 
 @dataclass
@@ -136,23 +98,30 @@ class Tail:
     corner: np.ndarray  # bool [points]: also a point of scikit-learn's roc_curve, which drops some
 
 
-def find_tail(collected: Scores, same: np.ndarray, target: float) -> Tail | None:
-    """The part of the ROC that decides TAR at every FAR up to `target`; None where too few scores were kept.
+def find_tail(scores: np.ndarray, same: np.ndarray, target: float, need: int) -> Tail | None:
+    """The ROC down to the `need`-th highest impostor; None where that does not decide TAR at every FAR up to `target`.
 
     Points without a genuine pair of their own are kept only where scikit-learn keeps them: where the steps to the
     neighbouring thresholds differ. The rule of the nearest FAR depends on that, to the last digit.
+
+    Args:
+        scores: [P] similarities; below -1: never accepted.
+        same: bool [P], genuine pairs.
     """
-    last = np.flatnonzero(np.append(np.diff(collected.scores) != 0, True))  # ties are accepted together
-    matched = same[collected.pairs]
-    genuine, false = np.cumsum(matched)[last], np.cumsum(~matched)[last]
+    impostors = scores[~same]
+    least = np.partition(impostors, -need)[-need] if need <= len(impostors) else -np.inf
+    pairs = np.flatnonzero(scores >= least)
+    pairs, whole = pairs[np.argsort(-scores[pairs], kind="stable")], len(pairs) == len(scores)
+    last = np.flatnonzero(np.append(np.diff(scores[pairs]) != 0, True))  # ties are accepted together
+    genuine, false = np.cumsum(same[pairs])[last], np.cumsum(~same[pairs])[last]
     corner = np.ones(len(last), dtype=bool)
     corner[1:-1] = (np.diff(genuine, 2) != 0) | (np.diff(false, 2) != 0)
-    corner[-1] = collected.whole  # else its lower neighbour is unknown
-    if not collected.whole and not (corner & (false >= target * collected.bins[0].sum())).any():
+    corner[-1] = whole  # else its lower neighbour is unknown
+    if not whole and not (corner & (false >= target * len(impostors))).any():
         return None
     kept = corner | (np.diff(genuine, prepend=0) > 0)
     ends = last[kept]
-    return Tail(collected.pairs[: ends[-1] + 1], np.append(0, ends[:-1] + 1), corner[kept])
+    return Tail(pairs[: ends[-1] + 1], np.append(0, ends[:-1] + 1), corner[kept])
 
 
 def tar_at_nearest_far(far: np.ndarray, tar: np.ndarray, target: float) -> float:
@@ -184,54 +153,47 @@ def score_template_pairs(templates: Templates, pairs: np.ndarray, draws: int, se
         a, b = (identity[side[part][~same[part]]] for side in (left, right))
         impostors_of += scipy.sparse.csr_array((np.ones(len(a), dtype=np.int32), (a, b)), shape=(people, people))
 
-    def listed() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for places, scores in score_listed(templates.vectors, left, right, device=device):
-            scores[~(templates.enrolled[left[places]] & templates.enrolled[right[places]])] = -2  # below every cosine
-            yield places, scores
+    scores = score_listed(templates.vectors, left, right, device=device)
+    scores[~(templates.enrolled[left] & templates.enrolled[right])] = -2  # below every cosine
 
-    def resample(tail: Tail) -> tuple[dict[tuple[str, float], Estimate], tuple[np.ndarray, np.ndarray], float]:
-        """Figures by rule and FAR, the ROC, and the least FAR at which a resampling's tail ends."""
+    def resample(tail: Tail) -> tuple[dict[tuple[str, float], Estimate], float]:
+        """Figures by rule and FAR, and the least FAR at which a resampling's tail ends."""
         a, b, matched = identity[left[tail.pairs]], identity[right[tail.pairs]], same[tail.pairs]
         corner, ends = np.append(True, tail.corner), []
 
-        def roc_of(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            """FAR and TAR at the tail's points for these counts of each person; NaN without pairs of a kind."""
+        def statistic(counts: np.ndarray | None) -> dict[tuple[str, float], float]:
+            """Of these counts of each person; NaN without pairs of a kind."""
+            counts = np.ones(people, dtype=np.int64) if counts is None else counts
             once = counts[a]
             genuine = np.add.reduceat(np.where(matched, once, 0), tail.start)
             false = np.add.reduceat(np.where(matched, 0, once * counts[b]), tail.start)
-            total, impostors = counts @ genuine_of, counts @ (impostors_of @ counts)
-            return (np.append(0, np.cumsum(false)) / (impostors or math.nan),
-                    np.append(0, np.cumsum(genuine)) / (total or math.nan))
-
-        def statistic(counts: np.ndarray | None) -> dict[str, float]:
-            far, tar = roc_of(np.ones(people, dtype=np.int64) if counts is None else counts)
+            far = np.append(0, np.cumsum(false)) / (counts @ (impostors_of @ counts) or math.nan)
+            tar = np.append(0, np.cumsum(genuine)) / (counts @ genuine_of or math.nan)
             ends.append(far[corner][-1])
             nearest = {("nearest", f): tar_at_nearest_far(far[corner], tar[corner], f) for f in targets}
             return nearest | {("strict", f): tar_at_far(far, tar, f) for f in targets}
 
         tars = intervals(statistic, bootstrap_counts(np.arange(people), draws, seed), len(pairs), np.arange(people))
-        return tars, roc_of(np.ones(people, dtype=np.int64)), np.nanmin(ends)
+        return tars, np.nanmin(ends)
 
     # then all, if many scores are equal or a resampling lacks the people of the highest impostors
     for need in (int(1.5 * max(targets) * others) + 2, others + 1):
-        scores = collect_scores(listed(), same, need)
-        if tail := find_tail(scores, same, max(targets)):
-            tars, curve, end = resample(tail)
-            if scores.whole or end > max(targets):
+        if tail := find_tail(scores, same, max(targets), need):
+            tars, end = resample(tail)
+            if end > max(targets):
                 break
     figures = {rule: {f"tar@far={far:g}": tars[rule, far] for far in targets} for rule in ("nearest", "strict")}
-    return figures, draw_from_bins(scores.bins, *curve)
+    return figures, draw_scores(scores, same)
 
 
-def draw_from_bins(bins: np.ndarray, far: np.ndarray, tar: np.ndarray, points: int = 2000) -> dict:
-    """Plot data of a long list of pairs: its ROC, exact in the tail, then from the bins; its scores."""
-    impostor, genuine = (np.cumsum(kind[::-1]) / max(kind.sum(), 1) for kind in bins)
-    below = impostor > far[-1]
-    far, tar = np.append(far, impostor[below]), np.append(tar, genuine[below])
-    grid = np.geomspace(max(far[far > 0].min(), 1e-7), 1, points)
-    shown = np.unique(np.concatenate([[0, len(far) - 1], np.searchsorted(far, grid, side="right") - 1]))
-    wide = bins[:, 1:].reshape(2, len(SCORE_BINS) - 1, -1).sum(2)
-    return {"far": far[shown], "tar": tar[shown], "same": wide[1], "different": wide[0]}
+def draw_scores(scores: np.ndarray, same: np.ndarray, points: int = 2000) -> dict[str, np.ndarray]:
+    """Plot data of a long list of pairs: its ROC at FARs that are evenly spaced as logarithms, and its scores."""
+    kinds = np.sort(scores[~same]), np.sort(scores[same])
+    rejected = kinds[0][-np.unique(np.geomspace(1, len(kinds[0]), points).astype(int))]  # what is above is accepted
+    far, tar = (np.concatenate([[0], 1 - np.searchsorted(kind, rejected, side="right") / len(kind), [1]])
+                for kind in kinds)
+    different, same = (np.histogram(np.minimum(kind, 1), SCORE_BINS)[0] for kind in kinds)  # rounding may pass 1
+    return {"far": far, "tar": tar, "same": same, "different": different}
 
 
 def score_template_search(templates: Templates, galleries: list[np.ndarray], probes: np.ndarray, draws: int,

@@ -12,15 +12,12 @@ import torch
 from data_prep import DOMAINS
 from data_prep.format import ROLES, Split, ordered_tests
 from protocols.bootstrap import Estimate, bootstrap_counts, intervals, say_once, weighted_mean
-from protocols.search import Search, mates_in, name_identities, origin_of, search_gallery
-
-MISS = -2.0  # below every cosine
+from protocols.search import mates_in, name_identities, origin_of, search_gallery
 
 
 def choose_crowd(splits: list[Split]) -> list[Split]:
     """One test split per domain; none with fewer than two domains."""
-    chosen = [ordered_tests([split for split in splits if split.domain == domain])[:1] for domain in DOMAINS]
-    crowd = [split for splits_of_domain in chosen for split in splits_of_domain]
+    crowd = [first for domain in DOMAINS for first in ordered_tests(s for s in splits if s.domain == domain)[:1]]
     return crowd if len(crowd) > 1 else []
 
 
@@ -29,12 +26,11 @@ class Member:
     """The part of one domain in the unified gallery."""
 
     split: Split
-    x: np.ndarray  # unit embeddings [M, D]
+    x: np.ndarray  # unit embeddings [M, D]; NaN where unreadable
     who: np.ndarray  # int64 [M]: identity over all domains, -1 unknown
     probes: np.ndarray  # rows
     gallery: np.ndarray  # rows
     picture: np.ndarray  # int64 [M]: number shared by an image and its degraded copy; -1: no copies
-    unread: np.ndarray  # further rows of the gallery: listed images that could not be read
 
     def mates(self, other: "Member", gallery: np.ndarray) -> Callable:
         """`mates` of `search_gallery` for this domain's probes in these rows of `other`, which may be itself."""
@@ -54,22 +50,9 @@ class Member:
         return mates
 
     def has_mates(self) -> bool:
-        """Whether any of its probes can be scored in its own gallery."""
-        mates = self.mates(self, self.gallery)
+        """Whether any of its probes can be found in its own gallery."""
+        mates = self.mates(self, self.gallery[np.isfinite(self.x[self.gallery, 0])])
         return any(len(mates(probe)[0]) for probe in self.probes)
-
-    def search(self, other: "Member", device: torch.device | str) -> Search:
-        """Search the gallery of `other`; a probe that is unreadable, or all of whose mates are, misses."""
-        search = search_gallery(self.x, self.probes, other.gallery, self.mates(other, other.gallery), other=other.x,
-                                device=device)
-        lost = ~np.isfinite(self.x[self.probes, 0])
-        search.wrong[lost], search.correct[lost] = MISS, -np.inf
-        if lost.any() or len(other.unread):
-            mates = self.mates(other, np.append(other.gallery, other.unread))
-            for i in np.flatnonzero(~np.isfinite(search.correct)):
-                if len(mates(self.probes[i])[0]):
-                    search.correct[i], search.wrong[i] = MISS, max(search.wrong[i], MISS)
-        return search
 
 
 def number_pictures(splits: list[Split]) -> list[np.ndarray]:
@@ -94,14 +77,13 @@ def make_members(splits: list[Split], embeddings: list[np.ndarray], limit: int, 
     names = [name_identities(split, space=origin_of(split)[1]) for split in splits]
     people, members = np.unique(np.concatenate(names)), []
     for split, x, name, picture in zip(splits, embeddings, names, number_pictures(splits), strict=True):
-        who = np.where(name == "", -1, np.searchsorted(people, name))
-        good, roles, missing = np.isfinite(x[:, 0]), split.optional("role"), split.missing
-        probes = np.flatnonzero((good | missing) & (roles <= ROLES.index("probe")) & (who >= 0))
+        who, roles = np.where(name == "", -1, np.searchsorted(people, name)), split.optional("role")
+        listed = np.isfinite(x[:, 0]) | split.missing
+        probes = np.flatnonzero(listed & (roles <= ROLES.index("probe")) & (who >= 0))
         rng = np.random.default_rng((seed, DOMAINS.index(split.domain)))
         probes = np.sort(rng.permutation(probes)[:limit])
-        gallery = roles != ROLES.index("probe")
-        members.append(Member(split, x, who, probes, np.flatnonzero(good & gallery), picture,
-                              np.flatnonzero(missing & gallery)))
+        gallery = np.flatnonzero(listed & (roles != ROLES.index("probe")))
+        members.append(Member(split, x, who, probes, gallery, picture))
     kept = [member for member in members if member.has_mates()]
     for split in [member.split for member in members if member not in kept]:
         say_once(f"  everything: without {split.domain}/{split.name}: no probe has a mate that counts")
@@ -117,40 +99,38 @@ def score_unified(members: list[Member], draws: int, seed: int,
     own gallery: rank-1 alone and in the crowd, and the share whose nearest vector is of each domain; "rank-1 in D":
     over probes with a mate in D, against D's gallery. Under "all": the average and the worst of the domains.
     """
-    searches = [[a.search(b, device) for b in members] for a in members]
-    hits: dict[tuple[str, str], tuple[int, np.ndarray, np.ndarray]] = {}  # member, its scored probes, their values
-    domains = [member.split.domain for member in members]
-    for i, (row, domain, member) in enumerate(zip(searches, domains, members, strict=True)):
-        best_mate, best_other = (np.array([getattr(search, name) for search in row]) for name in ("correct", "wrong"))
-        counted = np.isfinite(best_mate[i])
-        hits[domain, "rank-1 alone"] = (i, counted, best_mate[i] > best_other[i])
-        hits[domain, "rank-1 in the crowd"] = (i, counted, best_mate.max(0) > best_other.max(0))
+    # people are resampled once for all domains: who is in two of them is drawn in both or in neither
+    who = np.concatenate([member.who[member.probes] for member in members])
+    hits: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}  # places in `who` of scored probes, their values
+    domains, start = [member.split.domain for member in members], 0
+    for i, (domain, member) in enumerate(zip(domains, members, strict=True)):
+        searches = [search_gallery(member.x, member.probes, other.gallery, member.mates(other, other.gallery),
+                                   other=other.x, device=device) for other in members]
+        best_mate, best_other = (np.array([getattr(one, name) for one in searches]) for name in ("correct", "wrong"))
+        counted, first = np.array([[len(r) > 0 for r in one.ranks] for one in searches]), best_mate > best_other
         nearest = np.where(np.isfinite(member.x[member.probes, 0]), np.maximum(best_mate, best_other).argmax(0), -1)
+        scored = {"rank-1 alone": (counted[i], first[i]),
+                  "rank-1 in the crowd": (counted[i], best_mate.max(0) > best_other.max(0))}
         for j, other in enumerate(domains):
-            hits[domain, f"nearest is {other}"] = (i, counted, nearest == j)
-            if j != i and np.isfinite(best_mate[j]).any():
-                hits[domain, f"rank-1 in {other}"] = (i, np.isfinite(best_mate[j]), best_mate[j] > best_other[j])
-    ends = np.cumsum([len(member.probes) for member in members])[:-1]
+            scored[f"nearest is {other}"] = counted[i], nearest == j
+            if j != i and counted[j].any():
+                scored[f"rank-1 in {other}"] = counted[j], first[j]
+        for name, (of, hit) in scored.items():
+            hits[domain, name] = start + np.flatnonzero(of), hit[of].astype(float)
+        start += len(member.probes)
 
     def statistic(weights: np.ndarray | None) -> dict[tuple[str, str], float]:
-        parts = [None] * len(members) if weights is None else np.split(weights, ends)
-        values = {key: weighted_mean(hit[counted].astype(float), None if parts[i] is None else parts[i][counted])
-                  for key, (i, counted, hit) in hits.items()}
+        values = {key: weighted_mean(hit, None if weights is None else weights[place])
+                  for key, (place, hit) in hits.items()}
         for name in ("rank-1 alone", "rank-1 in the crowd"):
             tasks = [values[domain, name] for domain in domains]
             values["all", f"average {name}"] = float(np.mean(tasks))
             values["all", f"worst {name}"] = float(np.min(tasks))
         return values
 
-    # people are resampled once for all domains: who is in two of them is drawn in both or in neither
-    who = np.concatenate([member.who[member.probes] for member in members])
     figures: dict = {}
     for (domain, metric), figure in intervals(statistic, bootstrap_counts(who, draws, seed)).items():
-        if domain == "all":
-            figure.count, figure.identities = len(who), len(np.unique(who))
-        else:
-            i, counted, _ = hits[domain, metric]
-            figure.count = int(counted.sum())
-            figure.identities = len(np.unique(members[i].who[members[i].probes][counted]))
+        place = hits[domain, metric][0] if domain != "all" else np.arange(len(who))
+        figure.count, figure.identities = len(place), len(np.unique(who[place]))
         figures.setdefault(domain, {})[metric] = figure
     return figures

@@ -11,8 +11,8 @@ from sklearn.metrics import cohen_kappa_score
 
 import evaluate
 from data_prep import InputError
-from data_prep.format import Split
-from data_prep.sources.stimuli import CATEGORIES, stimulus_of
+from data_prep.format import Split, stimulus_of
+from data_prep.sources.stimuli import CATEGORIES
 from protocols.bootstrap import Unscorable
 from protocols.choice import Decisions, agreement, choose, score_choice, score_decisions
 from protocols.humans import NO_ANSWER, UNSEEN, read_humans, read_trials

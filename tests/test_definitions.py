@@ -28,7 +28,7 @@ from protocols.pairs import (
 from protocols.results import Row, Scored
 from protocols.search import score_gallery, search_gallery
 from protocols.templates import (
-    collect_scores,
+    find_tail,
     pool_templates,
     score_listed,
     score_template_pairs,
@@ -108,6 +108,14 @@ def test_an_unreadable_reference_is_named():
     with pytest.raises(InputError, match=r"^train: no readable image") as error:
         score_classification(np.eye(2), split, (np.full((2, 2), np.nan), train), None, [], 0, 0)
     assert "\n" not in error.value.message
+
+
+def test_a_reference_that_is_scored_by_joined_classes_leaves_each_image_out_of_its_own_class():
+    """b counts as a; without itself the only b has no class that is near, and c is nearer than a."""
+    split = classified([0, 0, 1, 2, 2], ["a", "b", "c"], "val")
+    x = np.array([[1, 0], [1, 0], [0, 1], [0.1, 1], [0.1, 1]]) / np.array([[1], [1], [1], [1.01**0.5], [1.01**0.5]])
+    found = score_classification(x, split, (x, split), None, [], 0, 0, {"a": ["a", "b"]}, only=["a", "c"])
+    assert found["nearest-mean top-1"].value == found["knn top-1"].value == 4 / 5
 
 
 def test_no_answer_is_not_right_by_real(monkeypatch):
@@ -313,9 +321,7 @@ def test_the_interval_with_a_hub_person_equals_that_of_the_whole_list(monkeypatc
     split = FakeTemplates(labels, template=np.arange(2 * people), media=np.arange(2 * people))
     templates = pool_templates(x.astype(np.float32), split, np.ones(2 * people))
     found, _ = score_template_pairs(templates, pairs, 60, 3)
-    scores = np.empty(len(pairs), dtype=np.float32)
-    for places, some in score_listed(templates.vectors, pairs[:, 0], pairs[:, 1]):
-        scores[places] = some
+    scores = score_listed(templates.vectors, pairs[:, 0], pairs[:, 1])
     same, left = pairs[:, 2] == 1, []
     for target in (0.1, 0.01):
         expected = []
@@ -325,9 +331,8 @@ def test_the_interval_with_a_hub_person_equals_that_of_the_whole_list(monkeypatc
             left.append(counts[0])
         np.testing.assert_allclose(found["strict"][f"tar@far={target:g}"].draws, expected, atol=1e-12)
     assert 0 in left and np.ptp(expected) > 0
-    collect = collect_scores
-    monkeypatch.setattr(protocols.templates, "collect_scores",
-                        lambda listed, same, need: collect(listed, same, len(pairs)))
+    monkeypatch.setattr(protocols.templates, "find_tail",
+                        lambda scores, same, target, need: find_tail(scores, same, target, len(pairs)))
     whole, _ = score_template_pairs(templates, pairs, 60, 3)
     for rule, figures in whole.items():
         for name, figure in figures.items():

@@ -23,7 +23,7 @@ from protocols.classify import class_means, nearest_mean, nearest_neighbours, sc
 from protocols.embed import hash_weights
 from protocols.pairs import d_prime, equal_error_rate, fold_accuracy, roc, tar_at_far
 from protocols.results import Row, read_rows
-from protocols.search import average_precision, score_gallery, trapezoid_precision
+from protocols.search import average_precision, score_gallery
 from reports.rows import chance
 from tests.conftest import script
 from tests.test_train import spoil_jpeg
@@ -149,7 +149,7 @@ def test_average_precision_by_hand(hits, ap, trapezoid):
     """The rectangle rule, e.g. (1/1 + 2/3 + 3/6) / 3; trapezoids: ((1 + 1) + (2/3 + 1/2) + (3/6 + 2/5)) / 2 / 3."""
     ranks = np.flatnonzero(hits) + 1
     several = [ranks, np.array([3]), ranks]  # each probe for itself
-    assert trapezoid_precision(several)[[0, 2]] == pytest.approx(trapezoid, abs=1e-6)
+    assert average_precision(several, trapezoid=True)[[0, 2]] == pytest.approx(trapezoid, abs=1e-6)
     assert literal_compute_ap(np.array(hits)) == pytest.approx(trapezoid, abs=1e-6)
     expected = average_precision_score(hits, -np.arange(len(hits)))
     assert average_precision(several)[[0, 2]] == pytest.approx(ap, abs=1e-6)

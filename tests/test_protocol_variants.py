@@ -5,6 +5,7 @@ import html
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from protocols.classify import Readouts
 from protocols.embed import Embedder, map_copy
 from protocols.humans import score_humans
 from protocols.results import Row, Scored
-from protocols.search import describe_variant, gallery_rule, score_blocks, score_gallery, search_shots, variants_of
+from protocols.search import describe_variant, gallery_rule, score_gallery, search_shots, variants_of, visit_scores
 from reports.rows import make_human_rows, score
 from reports.tables import show_humans, to_html
 from tests.test_definitions import classified
@@ -130,14 +131,14 @@ def test_the_draws_of_a_probe_are_its_own(monkeypatch):
     q, g = np.flatnonzero(roles == 0), np.flatnonzero(roles == 1)
     mates = gallery_rule(split, g, "general single-gallery-shot")
     whole = search_shots(x, q, g, ids[g], mates, 4, 5)
-    blocks, held = score_blocks, []
+    product, held = np.matmul, []
 
-    def small(*arguments, **more):
-        for start, scores in blocks(*arguments, size=3 * len(g), **more):
-            held.append(scores.shape)
-            yield start, scores
+    def noted(a, b, out):
+        held.append(out.shape)
+        return product(a, b, out=out)
 
-    monkeypatch.setattr(protocols.search, "score_blocks", small)
+    monkeypatch.setattr(np, "matmul", noted)
+    monkeypatch.setattr(protocols.search, "visit_scores", partial(visit_scores, size=3 * len(g)))
     np.testing.assert_array_equal(search_shots(x, q, g, ids[g], mates, 4, 5), whole)
     np.testing.assert_array_equal(search_shots(x, q[5:9], g, ids[g], mates, 4, 5), whole[:, 5:9])
     assert (search_shots(x, q, g, ids[g], mates, 4, 6) != whole).any()

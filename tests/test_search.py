@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from protocols.search import Search, draw_galleries, mates_in, score_gallery, search_gallery, search_on, tpir_at_fpir
+from protocols.search import Search, draw_galleries, mates_in, score_gallery, search_gallery, tpir_at_fpir
 from tests.test_evaluate import FakeSplit, unit
 from tests.test_templates import literal_search
 
@@ -40,7 +40,7 @@ def test_a_search_on_a_device_is_the_same(people, ties):
         return places[~same], places[same]
 
     here = search_gallery(x, probes, gallery, mates)
-    there = search_on(torch.device("cpu"), x, probes, gallery, mates, 450 * 64, x)
+    there = search_gallery(x, probes, gallery, mates, 450 * 64, device=torch.device("cpu:0"))  # by torch
     assert [ranks.tolist() for ranks in here.ranks] == [ranks.tolist() for ranks in there.ranks]
     np.testing.assert_array_equal(here.first, there.first)
     np.testing.assert_allclose(here.correct, there.correct, rtol=1e-6)

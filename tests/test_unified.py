@@ -24,7 +24,7 @@ class FakeMember(Member):
         split.domain = domain
         rows = np.arange(len(x))
         super().__init__(split, x, who, rows if roles is None else np.flatnonzero(roles == 0),
-                         rows if roles is None else np.flatnonzero(roles > 0), np.full(len(x), -1), rows[:0])
+                         rows if roles is None else np.flatnonzero(roles > 0), np.full(len(x), -1))
 
 
 def literal_unified(members):
@@ -97,7 +97,7 @@ def test_unified_gallery_by_hand():
     assert found["all"]["worst rank-1 alone"] == 0.5 and found["all"]["average rank-1 alone"] == 0.75
 
     # person 0's blurred mate cannot be read: its probe misses alone, and finds the sharp face at 10 in the crowd
-    lq.gallery, lq.unread = np.array([2]), np.array([1])
+    lq.gallery, lq.x[1] = np.array([1, 2]), np.nan
     found = {m: f for m, f in score_unified([hq, lq], 5, 0)["face_lq"].items()}
     assert found["rank-1 alone"].value == 0.5 and found["rank-1 alone"].count == 2
     assert found["rank-1 in the crowd"].value == 1

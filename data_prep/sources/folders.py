@@ -3,15 +3,14 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import click
 import numpy as np
-from PIL import Image
 
 from data_prep import InputError, Number
-from data_prep.format import READABLE, Record, Skipped, Source
+from data_prep.format import Record, Skipped, Source, image_suffixes
 from data_prep.records import Records, draw, rank_in_group, read_map
 from data_prep.sources.archives import Member, is_leftover, members
 
@@ -43,12 +42,6 @@ OPEN_SET = click.option("--open-set", cls=Only, only="test splits of people", me
                         type=Number(0, 1, min_open=True, max_open=True),
                         help="People: share of a test split's identities, chosen by name and --seed, without gallery "
                              "images; their images are probes without a mate, as TPIR@FPIR needs.")
-
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """Lower-case file extensions of the readable formats, with the dot."""
-    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in READABLE)
 
 
 def is_image(member: Member, skipped: Skipped) -> bool:

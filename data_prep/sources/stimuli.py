@@ -5,25 +5,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 from data_prep import InputError
-from data_prep.format import Record, Skipped, Source
+from data_prep.format import Record, Skipped, Source, stimulus_of
 from data_prep.records import read_map
-from data_prep.sources.folders import REFERENCE, image_suffixes, scan
+from data_prep.sources.folders import REFERENCE, scan
 from data_prep.sources.imagenet import with_fields
 
 CATEGORIES = ("airplane", "bear", "bicycle", "bird", "boat", "bottle", "car", "cat", "chair", "clock", "dog",
               "elephant", "keyboard", "knife", "oven", "truck")  # the choices in the toolbox's experiments
 CUES = re.compile(r"([a-z]+)\d+-([a-z]+)\d+")  # cat7-elephant1: a cat's shape, an elephant's texture
-
-
-def stimulus_of(image: str) -> str:
-    """The key of a stimulus in trials and files: the last part of its name, lower case, no folder or extension.
-
-    `0001_edg_s01_0_oven_00_oven10.png` is `oven10`: the parts before it depend on trial and observer. A picture of
-    ImageNet keeps its class (`n04111531_14126`).
-    """
-    path = PurePosixPath(image.strip().replace("\\", "/").casefold())
-    parts = (path.stem if path.suffix in image_suffixes() else path.name).split("_")
-    return "_".join(parts[-2:] if re.fullmatch(r"n\d{8}", parts[-2:][0]) else parts[-1:])
 
 
 def gather(path: Path | None, categories: list[str]) -> dict[str, list[str]]:

@@ -12,10 +12,10 @@ from typing import BinaryIO
 import click
 
 from data_prep import InputError
-from data_prep.format import Record, Skipped, Source
+from data_prep.format import Record, Skipped, Source, image_suffixes
 from data_prep.records import reading
 from data_prep.sources.archives import is_leftover, members, read_part, walk_tar
-from data_prep.sources.folders import OOD, REFERENCE, image_suffixes, labelled
+from data_prep.sources.folders import OOD, REFERENCE, labelled
 from data_prep.sources.imagenet import imagenet_classes
 from data_prep.sources.parquet import WNIDS, class_of
 
