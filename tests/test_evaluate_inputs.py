@@ -75,9 +75,8 @@ def test_figures_of_an_earlier_evaluation_go(run):
     (["--run", "{run}", "--size", "large"], "--size describes an untouched backbone: leave it out with --run"),
     (["--backbone", "clip", "--no-foundation"], "--no-foundation describes how a run is scored: give --run RUN"),
     (["--backbone", "clip", "--allow-partial"], "--allow-partial describes how a run is scored: give --run RUN"),
-    (["--run", "{run}", "--cache", "{file}"], "--cache: {file} cannot be created as a folder (File exists)"),
-    (["--run", "{run}", "--cache", "{file}/more"],
-     "--cache: {file}/more cannot be created as a folder (Not a directory)"),
+    (["--run", "{run}", "--cache", "{file}"], "--cache {file}: cannot be written (File exists"),
+    (["--run", "{run}", "--cache", "{file}/more"], "--cache {file}/more: cannot be written (Not a directory)"),
     (["--backbone", "clip", "--size", "tiny", "--weights", "none", "--data", "{data}", "--out", "{file}"],
      "--out {file}/eval: cannot be written (Not a directory)"),
 ])  # fmt: skip
