@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +81,12 @@ class ProgressLines(tqdm):
             self.update()
 
 
+@cache
+def say_once(line: str) -> None:
+    """Print a line unless it was printed before."""
+    tqdm.write(line)
+
+
 def literal(name: str) -> str:
     """A user's name escaped, so that Markdown shows it unchanged."""
     return re.sub(r"[\\|*!\[\]`<>&]", r"\\\g<0>", name)
@@ -117,10 +124,7 @@ def run_command(command: click.Command) -> None:
 class Parsed(click.ParamType):
     """The type of an option whose text is parsed into a value once, from the command line or from a config.json.
 
-    Args:
-        name: of the type in the help.
-        parse: text -> value; its ValueError says which text is valid.
-        show: value -> text; parse(show(value)) == value.
+    `parse`: text -> value; its ValueError says which text is valid. `show`: value -> text; parse(show(value)) == value.
     """
 
     def __init__(self, name: str, parse: Callable[[str], Any], show: Callable[[Any], str] = str) -> None:
@@ -236,12 +240,8 @@ class GroupedHelp(click.Group):
 def option(group: str, default: Any, kind: click.ParamType | type, text: str, **settings) -> Any:
     """A field of a dataclass of options; its default value is the parsed `default`.
 
-    Args:
-        group: heading in the help.
-        default: as typed on the command line.
-        kind: click type; bool: a flag.
-        text: help, with the unit.
-        settings: further arguments of click.Option.
+    `group`: heading in the help. `default`: as typed on the command line. `kind`: click type; bool: a flag. `text`: of
+    the help, with the unit. `settings`: further arguments of click.Option.
     """
     parsed = kind.convert(default, None, None) if isinstance(kind, Parsed) and default is not None else default
     settings = {"is_flag": True} | settings if kind is bool else {"type": kind} | settings

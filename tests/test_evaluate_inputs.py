@@ -14,11 +14,11 @@ import pytest
 import models.runs
 import protocols.classify
 import train
-from data_prep import InputError, join_config, lock_folder, write_csv
+from data_prep import InputError, join_config, lock_folder, say_once, write_csv
 from data_prep.format import Record, Source, Split, open_root
 from data_prep.write import write_split
 from models.runs import Run, find_run, gather_facts, load_foundation
-from protocols.bootstrap import normalise, say_once
+from protocols.bootstrap import normalise
 from protocols.classify import Readouts, fit_probe
 from protocols.pairs import FARS
 from protocols.results import Row, Scored, start_of
