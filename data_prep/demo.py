@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data_prep.degrade import degrade
-from data_prep.format import Record, Source
+from data_prep.format import Record, Source, encode
 
 SIZE = 80  # pixels a side
 FINE = 3  # factor of supersampling: pictures are drawn larger and reduced, for smooth edges
@@ -83,14 +83,12 @@ def photograph(picture: np.ndarray, rng: np.random.Generator, cast: float, noise
     y, x = np.mgrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j]
     shade = 1 + light * rng.uniform(0, 1) * (x * math.cos(angle) + y * math.sin(angle))
     picture = picture * shade[..., None] * rng.uniform(1 - cast, 1 + cast, 3) * rng.uniform(0.7, 1.2)
-    return encode(picture + rng.normal(0, noise, picture.shape))
+    return bitmap(picture + rng.normal(0, noise, picture.shape))
 
 
-def encode(picture: np.ndarray) -> bytes:
+def bitmap(picture: np.ndarray) -> bytes:
     """A picture [H, W, 3] in 0..255 as BMP: lossless and quick to write."""
-    out = io.BytesIO()
-    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(out, "BMP")
-    return out.getvalue()
+    return encode(Image.fromarray(picture.clip(0, 255).astype(np.uint8)), "BMP")
 
 
 # ---------------------------------------------------------------- faces
@@ -155,7 +153,7 @@ def draw_face(seed: int, person: int, shot: int, severity: float = 0.0) -> bytes
         return picture
     sharp = torch.from_numpy(np.array(Image.open(io.BytesIO(picture)))).permute(2, 0, 1)
     soft, _ = degrade(sharp, severity, np.random.default_rng((seed, 3, person, shot)))
-    return encode(soft.permute(1, 2, 0).numpy())
+    return bitmap(soft.permute(1, 2, 0).numpy())
 
 
 # ---------------------------------------------------------------- bodies
@@ -271,16 +269,14 @@ def draw_object(seed: int, kind: int, shot: int, shifted: bool = False) -> bytes
 # ---------------------------------------------------------------- the corpus
 
 
-def verification_pairs(shots: int, people: int, seed: int, folds: int = 10, half: int = 100) -> list[tuple]:
-    """Pairs (left, right, same, fold) of records ordered by person; folds share no person."""
-    rng = np.random.default_rng((seed, 10))
-    pairs = []
-    for fold in range(folds):
-        of_fold = np.arange(people)[fold::folds] if people >= 2 * folds else np.arange(people)
-        for i in range(2 * half):
+def verification_pairs(shots: int, people: int, seed: int) -> list[tuple]:
+    """Pairs (left, right, same, fold) of records ordered by person, 200 in each of ten folds, which share no person."""
+    rng, pairs = np.random.default_rng((seed, 10)), []
+    for fold in range(10):
+        of_fold = np.arange(people)[fold::10] if people >= 20 else np.arange(people)
+        for same in [True] * 100 + [False] * 100:
             a, b = rng.choice(of_fold, 2, replace=False)
             x, y = rng.choice(shots, 2, replace=False)
-            same = i < half
             pairs.append((int(a * shots + x), int((a if same else b) * shots + y), int(same), fold))
     return pairs
 
@@ -288,9 +284,7 @@ def verification_pairs(shots: int, people: int, seed: int, folds: int = 10, half
 def demo_splits(seed: int, scale: float) -> dict[str, tuple[Source, bool]]:
     """The splits of the corpus: "domain/split" -> (source, whether it is a training split).
 
-    Args:
-        seed: of all pictures.
-        scale: factor on the number of people and classes.
+    `scale`: factor on the number of people and classes.
     """
     train_people, test_people, kinds = (max(round(n * scale), 4) for n in (240, 80, 24))
 

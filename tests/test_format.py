@@ -249,7 +249,7 @@ def test_a_shard_table_cannot_name_other_files(name, tmp_path):
 def test_a_size_that_the_images_do_not_have_and_foreign_shards_are_refused(tmp_path):
     a = prepared(people(tmp_path / "src", {"a": 2, "b": 2}), tmp_path / "d/object/a", "--part", "train").folder
     text = (a / "index.json").read_text()
-    for size, words in ((4096, "size is 4096, its images have 24x24"), (65535, "'size' is not valid")):
+    for size, words in ((4096, "size is 4096, its images have 24x24"), (65535, "'size' is missing or not valid")):
         (a / "index.json").write_text(text.replace('"size": 24', f'"size": {size}'))
         with pytest.raises(InputError, match=words):
             Split(a)
