@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep import DOMAINS, InputError
+from data_prep import DOMAINS, InputError, read_json
 
 FORMAT = "imic-shards/1"
 VERSION = "0.2"  # of data_prep, recorded with every split
@@ -185,16 +185,12 @@ INDEX = {
 def read_index(folder: Path) -> dict:
     """index.json of a split folder, checked for the fields that readers rely on."""
     path = folder / "index.json"
-    try:
-        index = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not os.path.exists(path):
         raise InputError(f"{folder}: no index.json: this is not a split, or its preparation did not finish "
-                         "(run the same command again)") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); prepare the split again") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        shown = index.get("format") if isinstance(index, dict) else type(index).__name__
-        raise InputError(f"{path}: format is {str(shown)[:60]!r}, not {FORMAT!r}; prepare the split with this version")
+                         "(run the same command again)")
+    index = read_json(path)
+    if (form := index.get("format")) != FORMAT:
+        raise InputError(f"{path}: format is {str(form)[:60]!r}, not {FORMAT!r}; prepare the split with this version")
     wrong = [key.rstrip("?") for key, kind in INDEX.items() if not fits(index, {key: kind})]
     if wrong or len(index["names"]) != len(index["classes"]):
         raise InputError(f"{path}: {[*wrong, 'names'][0]!r} is missing or not valid; prepare the split again")

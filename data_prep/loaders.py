@@ -135,14 +135,14 @@ def loader_error(error: Exception) -> Exception:
         return InputError(last.removeprefix(f"{InputError.__module__}.InputError: "))
     if "Too many open files" in text or f"exit code {errno.EMFILE}." in text:
         return InputError("loading images: too many open files: raise the limit (`ulimit -n 4096`) or use --workers 0")
-    died = "DataLoader worker (pid" in text or isinstance(error, ConnectionError | EOFError)
-    died |= "Pin memory thread exited" in text
+    died = isinstance(error, ConnectionError | EOFError) or any(
+        words in text for words in ("DataLoader worker (pid", "Pin memory thread exited"))
     if not died and "shared memory" not in text and not isinstance(error, OSError | MemoryError):
         return error
-    small = SHARED.is_dir() and shutil.disk_usage(SHARED).total < SHARED_MEMORY
-    if "shared memory" in text or (died and small):
-        size = f", which holds {shutil.disk_usage(SHARED).total >> 20:,} MiB," if SHARED.is_dir() else ""
-        return InputError(f"loading images: the shared memory /dev/shm{size} is full: use --workers 0, or enlarge it "
+    size = shutil.disk_usage(SHARED).total if SHARED.is_dir() else math.inf
+    if "shared memory" in text or (died and size < SHARED_MEMORY):
+        holds = f", which holds {size >> 20:,} MiB," if SHARED.is_dir() else ""
+        return InputError(f"loading images: the shared memory /dev/shm{holds} is full: use --workers 0, or enlarge it "
                           "(docker run --shm-size 8g, or --ipc=host)")
     if died:
         return InputError("loading images: a loader process died (usually killed because memory is full): lower "

@@ -9,6 +9,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +26,7 @@ from kernels.gather import gather_interleaved
 class Order:
     """The data order of one domain: number n of its samples in a run -> (epoch, row), a function of (seed, domain, n).
 
-    An epoch visits every row once: shards are shuffled, then rows within windows of so many shards, so that reading
+    An epoch visits every row once: shards are shuffled, then rows within windows of `window` shards, so that reading
     from network disks stays mostly sequential.
     """
 
@@ -247,11 +248,9 @@ class Batches(torch.utils.data.Dataset):
         rows, good = self.rows[b * self.batch : (b + 1) * self.batch].tolist(), []
         images = image_memory(len(rows), self.split.size, self.split.size, 3)
         for row in rows:
-            try:
+            with suppress(BadImage):
                 images[len(good)] = self.split.image(row).permute(1, 2, 0)
                 good.append(row)
-            except BadImage:
-                continue
         return np.array(good, dtype=np.int64), images[: len(good)].permute(0, 3, 1, 2)
 
 

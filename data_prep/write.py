@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -425,13 +425,10 @@ def hash_images(records: list[Record], decode: bool) -> list[int]:
 
 def hash_places(records: Records, places: np.ndarray, decode: bool, workers: int) -> np.ndarray:
     """`hash_images` of the records at these places, in parallel, uint64."""
-    hashes, starts = np.zeros(len(places), dtype=np.uint64), range(0, len(places), 256)
-    tasks = (([records[i] for i in places[start : start + 256]], decode) for start in starts)
-    with progress(total=len(places), desc="hash images", unit="img") as bar:
-        for start, values in zip(starts, in_parallel(hash_images, tasks, workers), strict=True):
-            hashes[start : start + 256] = values
-            bar.update(len(values))
-    return hashes
+    blocks = [places[start : start + 256] for start in range(0, len(places), 256)]
+    tasks = (([records[i] for i in block], decode) for block in blocks)
+    hashes = progress(in_parallel(hash_images, tasks, workers), total=len(blocks), desc="hash images", unit="block")
+    return np.fromiter(chain.from_iterable(hashes), dtype=np.uint64, count=len(places))
 
 
 def unique_images(folder: Path, records: Records, train: bool, workers: int) -> np.ndarray:
