@@ -160,11 +160,8 @@ def watch_loaders() -> None:
         return
 
     def handle(*arguments) -> None:
-        try:
+        with in_one_line():
             raises(*arguments)
-        except RuntimeError as error:
-            end_loaders()
-            raise loader_error(error) from error
 
     handle.named = True
     signal.signal(signal.SIGCHLD, handle)
