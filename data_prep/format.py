@@ -339,16 +339,17 @@ class Split:
 
         BadImage if it cannot be decoded, or its header declares another size (checked before decoding).
         """
-        key, data = self.jpeg(row)
+        data, reason = bytearray(int(self.length[row])), "not a readable JPEG"
+        read = os.preadv(self.open_shard(int(self.shard[row])), (data,), int(self.offset[row]))
+        sides = jpeg_sides(data) if read == len(data) else None
         if self.missing[row]:
-            raise BadImage(f"{key}: could not be read when the split was prepared")
-        sides = jpeg_sides(data) if len(data) == self.length[row] else None
-        if sides not in (None, (self.size, self.size)):
-            raise BadImage(f"{key}: {sides[0]}x{sides[1]} pixels, not {self.size}x{self.size}")
-        with suppress(RuntimeError, ValueError):
-            if sides:
-                return decoder()(bytearray(data))
-        raise BadImage(f"{key}: not a readable JPEG")
+            reason = "could not be read when the split was prepared"
+        elif sides == (self.size, self.size):
+            with suppress(RuntimeError, ValueError):
+                return decoder()(data)
+        elif sides:
+            reason = f"{sides[0]}x{sides[1]} pixels, not {self.size}x{self.size}"
+        raise BadImage(f"{self.jpeg(row)[0]}: {reason}")
 
 
 @cache
