@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data_prep import (
     DOMAIN_LIST, DOMAINS, MIX_RAMP, SEVERITY, GroupedHelp, InputError, MixRamp, Number, add_options, append, as_texts,
-    lock_folder, make_folder, one_or_per_domain, option, per_domain, progress, refuse_options, replay_config,
+    lock_folder, make_folder, option, per_domain, progress, refuse_options, replay_config,
     run_command, write_atomically, write_json, writing,
 )
 from data_prep.format import Split, matched_pairs, named_splits, open_root, open_training, ordered_tests
@@ -94,8 +94,8 @@ class Options:
     epochs: float | None = option("schedule", None, Number(0, 1e9, min_open=True), "Or passes over the largest domain "
                                    "(neither given: 10 passes).")
     mix: float | dict[str, float] = option(
-        "schedule", "0.5", one_or_per_domain(0, 1e12), "Shares of schedule B: one number T for shares ∝ (images)^T (0: "
-        "equal, 1: proportional), or object=1,face_hq=2,...")
+        "schedule", "0.5", per_domain(0, 1e12, spread=False), "Shares of schedule B: one number T for shares ∝ "
+        "(images)^T (0: equal, 1: proportional), or object=1,face_hq=2,...")
     mix_ramp: MixRamp | None = option("schedule", None, MIX_RAMP, "Change a share linearly, e.g. object:1.0->0.25@0.3 "
                                       "over the first 0.3 of training.")
     replay: float = option("schedule", 0.0, Number(0, 1, max_open=True), "Share of each batch of --schedule sequential "
@@ -110,8 +110,8 @@ class Options:
                            "conflicting gradients (schedule A).")
     negatives: str = option("loss", "own", click.Choice(["own", "all"]), "Softmax over the domain's classes, or all.")
     sample_classes: float | dict[str, float] = option(
-        "loss", "1", one_or_per_domain(1e-6, 1), "Partial FC: fraction of the class weights drawn in each step; one "
-        f"number applies to domains of {MANY_CLASSES:,} classes or more; 1: all.")
+        "loss", "1", per_domain(1e-6, 1, spread=False), "Partial FC: fraction of the class weights drawn in each step; "
+        f"one number applies to domains of {MANY_CLASSES:,} classes or more; 1: all.")
     retain: RetainWeights | None = option(
         "loss", None, RETAIN_TYPE, "Penalty on the distance to the untouched backbone: l2sp=W, of weights; features=W, "
         "of embeddings (one more forward pass).", metavar="NAME=W,...")

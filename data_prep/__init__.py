@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,22 +50,23 @@ class Number(click.FloatRange):
 LINE_EVERY = 30.0  # seconds between two lines of progress without a terminal
 
 
-def progress(iterable: Iterable | None = None, disable: bool = False, **options) -> "tqdm | ProgressLines":
+def progress(iterable: Iterable | None = None, disable: bool = False, **options) -> tqdm:
     """tqdm's bar (desc, total, unit, initial) on a terminal, otherwise a line every LINE_EVERY seconds."""
     if disable or sys.stderr.isatty():
         return tqdm(iterable, disable=disable, **options)
     return ProgressLines(iterable, **options)
 
 
-class ProgressLines:
+class ProgressLines(tqdm):
     """A progress bar as lines of text: in the log of a scheduler, hours of silence look like a hang."""
 
-    def __init__(self, iterable: Iterable | None = None, desc: str = "", total: int | None = None, unit: str = "it",
-                 initial: int = 0) -> None:
-        self.iterable, self.desc, self.unit, self.n, self.initial = iterable, desc, unit, initial, initial
-        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+    monitor_interval = 0  # no thread of tqdm's, which only redraws bars
+
+    def __init__(self, iterable: Iterable | None = None, desc: str = "", unit: str = "it", initial: int = 0,
+                 **options) -> None:
+        super().__init__(iterable, initial=initial, disable=True, **options)  # tqdm itself prints nothing
+        self.desc, self.unit, self.initial, self.postfix = desc, unit, initial, ""
         self.begin = self.last = time.monotonic()
-        self.postfix = ""
 
     def update(self, n: int = 1) -> None:
         self.n += n
@@ -73,22 +75,16 @@ class ProgressLines:
             print(tqdm.format_meter(self.n, self.total, now - self.begin, ncols=0, prefix=self.desc, unit=self.unit,
                                     initial=self.initial, postfix=self.postfix), file=sys.stderr, flush=True)
 
-    def set_postfix(self, values: dict | None = None, **more) -> None:
-        self.postfix = ", ".join(f"{key}={value}" for key, value in ((values or {}) | more).items())
-
-    def close(self) -> None:
-        pass
-
     def __iter__(self) -> Iterator:
         for item in self.iterable:
             yield item
             self.update()
 
-    def __enter__(self) -> "ProgressLines":
-        return self
 
-    def __exit__(self, *_) -> None:
-        pass
+@cache
+def say_once(line: str) -> None:
+    """Print a line unless it was printed before."""
+    tqdm.write(line)
 
 
 def literal(name: str) -> str:
@@ -128,10 +124,7 @@ def run_command(command: click.Command) -> None:
 class Parsed(click.ParamType):
     """The type of an option whose text is parsed into a value once, from the command line or from a config.json.
 
-    Args:
-        name: of the type in the help.
-        parse: text -> value; its ValueError says which text is valid.
-        show: value -> text; parse(show(value)) == value.
+    `parse`: text -> value; its ValueError says which text is valid. `show`: value -> text; parse(show(value)) == value.
     """
 
     def __init__(self, name: str, parse: Callable[[str], Any], show: Callable[[Any], str] = str) -> None:
@@ -159,10 +152,13 @@ def parse_domains(text: str) -> list[str]:
     return names
 
 
-def per_domain(low: float, high: float) -> Parsed:
-    """Option type: a number for all domains, or NAME=NUMBER,...; the value is {domain: number in low..high}."""
+def per_domain(low: float, high: float, spread: bool = True) -> Parsed:
+    """Option type: a number for all domains, or NAME=NUMBER,...; the value is {domain: number in low..high}.
 
-    def parse(text: str) -> dict[str, float]:
+    `spread=False`: a number alone stays one, as it does not mean one per domain.
+    """
+
+    def parse(text: str) -> dict[str, float] | float:
         pairs = [part.partition("=") for part in text.split(",")] if "=" in text else [(d, "", text) for d in DOMAINS]
         names = parse_domains(",".join(name for name, *_ in pairs))
         try:
@@ -172,9 +168,12 @@ def per_domain(low: float, high: float) -> Parsed:
         for name, value in values.items():
             if not low <= value <= high:
                 raise ValueError(f"{name + ' is ' if '=' in text else ''}{value:g}; want {low:g} to {high:g}")
-        return values
+        return values if spread or "=" in text else values["object"]
 
-    return Parsed("numbers", parse, lambda values: ",".join(f"{name}={value!r}" for name, value in values.items()))
+    def show(values: dict[str, float] | float) -> str:
+        return ",".join(f"{d}={x!r}" for d, x in values.items()) if isinstance(values, dict) else repr(values)
+
+    return Parsed("numbers", parse, show)
 
 
 def unit_number(text: str) -> float | None:
@@ -211,13 +210,6 @@ def parse_mix_ramp(text: str) -> MixRamp:
     return MixRamp(check_domain(match[1]), *values)
 
 
-def one_or_per_domain(low: float, high: float) -> Parsed:
-    """Option type: one number, kept as such (it need not mean one per domain), or NAME=NUMBER,..."""
-    several = per_domain(low, high)
-    return Parsed("numbers", lambda text: several.parse(text) if "=" in text else several.parse(text)["object"],
-                  lambda value: several.show(value) if isinstance(value, dict) else repr(value))
-
-
 DOMAIN_LIST = Parsed("names", parse_domains, ",".join)
 SEVERITY = Parsed("severity", parse_ramp, lambda value: f"{value[0]!r}@{value[1]!r}")
 MIX_RAMP = Parsed("ramp", parse_mix_ramp, lambda ramp: f"{ramp[0]}:{ramp[1]!r}->{ramp[2]!r}@{ramp[3]!r}")
@@ -248,12 +240,8 @@ class GroupedHelp(click.Group):
 def option(group: str, default: Any, kind: click.ParamType | type, text: str, **settings) -> Any:
     """A field of a dataclass of options; its default value is the parsed `default`.
 
-    Args:
-        group: heading in the help.
-        default: as typed on the command line.
-        kind: click type; bool: a flag.
-        text: help, with the unit.
-        settings: further arguments of click.Option.
+    `group`: heading in the help. `default`: as typed on the command line. `kind`: click type; bool: a flag. `text`: of
+    the help, with the unit. `settings`: further arguments of click.Option.
     """
     parsed = kind.convert(default, None, None) if isinstance(kind, Parsed) and default is not None else default
     settings = {"is_flag": True} | settings if kind is bool else {"type": kind} | settings
@@ -396,10 +384,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def make_folder(path: Path, option: str) -> None:
     """Create a folder for results if missing; InputError, with the name of the option, if that fails."""
-    try:
+    with writing(path, ANOTHER, option):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{option}: {path} cannot be created as a folder ({error.strerror}): {ANOTHER}") from error
 
 
 def write_json(path: Path, value: dict, indent: int = 2) -> None:
@@ -410,11 +396,8 @@ def write_json(path: Path, value: dict, indent: int = 2) -> None:
 def read_json(path: Path) -> dict:
     """The object in a file of `write_json`; InputError if the file is damaged."""
     try:
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("no JSON object")
-        return value
-    except (OSError, ValueError, RecursionError) as error:
+        return {**json.loads(path.read_bytes())}
+    except (OSError, ValueError, TypeError, RecursionError) as error:  # TypeError: JSON, but no object
         raise InputError(f"{path}: damaged ({error}): restore it, or run the stage that wrote it again") from error
 
 

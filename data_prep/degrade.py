@@ -6,7 +6,6 @@ augmentations of AdaFace, GFPGAN and Real-ESRGAN. `train.py --degrade` applies t
 degraded copies of a split, or of a test split of objects under one kind of shift each.
 """
 
-import io
 import math
 from collections.abc import Iterator
 from functools import lru_cache, partial
@@ -19,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from data_prep import DOMAINS, InputError
-from data_prep.format import OPTIONAL, TABLES, BadImage, Record, Source, Split, open_split
+from data_prep.format import OPTIONAL, TABLES, BadImage, Record, Source, Split, encode, open_split
 
 
 @lru_cache(maxsize=256)
@@ -206,9 +205,7 @@ def degrade_between(low: float, high: float, image: Tensor, rng: np.random.Gener
 def choose_changes(shifts: str | None, low: float, high: float) -> dict[str, tuple[partial, dict[str, str]]]:
     """The splits that `data_prep degrade` writes: suffix of the name -> (change of an image, its provenance).
 
-    Args:
-        shifts: `KIND[-SEVERITY],...` or `all`; a kind without a severity means all five; None: `degrade_between`.
-        low, high: severities of `degrade_between`.
+    `shifts`: `KIND[-SEVERITY],...` or `all`; a kind without a severity means all five; None: `degrade_between`.
     """
     if shifts is None:
         return {"": (partial(degrade_between, low, high), {"severity": str(high), "min_severity": str(low)})}
@@ -238,20 +235,16 @@ def degraded_sample(folder: Path, row: int, change: partial, seed: int) -> tuple
         raise BadImage("unreadable image") from error
     rng = np.random.default_rng((seed, DOMAINS.index("face_lq"), row))
     image, draws = change(image, rng)
-    out = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(out, "BMP")
     shard = Path(split.index["shards"][int(split.shard[row])]["file"])  # a neighbour's if the split is merged
     name = f"{split.domain}/{shard.parent.name or split.name}/{split.jpeg(row)[0]}"
-    return out.getvalue(), {"degradation": draws | {"from": name}, "source": split.fields(row).get("source")}
+    bitmap = encode(Image.fromarray(image.permute(1, 2, 0).numpy()), "BMP")
+    return bitmap, {"degradation": draws | {"from": name}, "source": split.fields(row).get("source")}
 
 
 def degraded_split(split: Split, change: partial, seed: int) -> Source:
     """A source of degraded copies of a split with the same identities, columns, protocol and lists.
 
-    Args:
-        split: of sharp images.
-        change: from `choose_changes`: (image uint8 [3, H, W], generator) -> (degraded image, fields for its JSON).
-        seed: of all draws.
+    `change`: from `choose_changes`: (image uint8 [3, H, W], generator) -> (degraded image, fields for its JSON).
     """
     columns = {name: split.column(name) for name in OPTIONAL if name in split.index["columns"]}
     done = " ".join(map(str, (change.func.__name__, *change.args)))  # in the names, so that it changes the plan

@@ -1,10 +1,10 @@
 """The demo corpus: drawn faces, degraded faces of the same people, their bodies, and objects.
 
 Shape defines an identity (of a face, a body, a silhouette); pose, expression, light, clothes, camera and texture vary
-from picture to picture, so that only the identity helps. Every picture is a function of (seed, identity, shot).
+from picture to picture, so that only the identity helps. Every picture is a function of (seed, identity, shot), and a
+BMP file: lossless and quick to write.
 """
 
-import io
 import math
 from functools import partial
 
@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from data_prep.degrade import degrade
-from data_prep.format import Record, Source
+from data_prep.format import Record, Source, encode
 
 SIZE = 80  # pixels a side
 FINE = 3  # factor of supersampling: pictures are drawn larger and reduced, for smooth edges
@@ -44,8 +44,8 @@ class Canvas:
         return [tuple(p) for p in (np.asarray(points) @ self.turn + self.move) * self.unit + middle]
 
     def polygon(self, points: np.ndarray, colour) -> None:
-        """Fill a polygon."""
-        self.draw.polygon(self.pixels(points), fill=rgb(colour))
+        """Fill a polygon with a colour of three numbers 0..1."""
+        self.draw.polygon(self.pixels(points), fill=tuple(int(255 * min(max(c, 0), 1)) for c in colour))
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, colour) -> None:
         """Fill an ellipse."""
@@ -65,32 +65,20 @@ class Canvas:
         return np.asarray(self.image.reduce(FINE), dtype=np.float32)
 
 
-def rgb(colour) -> tuple[int, int, int]:
-    """Three numbers 0..1 as a Pillow colour."""
-    return tuple(int(255 * min(max(c, 0), 1)) for c in colour)
-
-
 def smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
     """Smooth colour noise [height, width, 3] in 0..255, with `cells` cells across."""
     coarse = rng.uniform(0, 255, (max(cells * height // width, 2), cells, 3)).astype(np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), dtype=np.float32)
 
 
-def photograph(picture: np.ndarray, rng: np.random.Generator, cast: float, noise: float, light: float) -> bytes:
-    """Apply light from one side, a colour cast, exposure and sensor noise; returns BMP bytes."""
+def photograph(picture: np.ndarray, rng: np.random.Generator, cast: float, noise: float, light: float) -> np.ndarray:
+    """Apply light from one side, a colour cast, exposure and sensor noise; returns uint8 [H, W, 3]."""
     h, w = picture.shape[:2]
     angle = rng.uniform(0, 2 * np.pi)
     y, x = np.mgrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j]
     shade = 1 + light * rng.uniform(0, 1) * (x * math.cos(angle) + y * math.sin(angle))
     picture = picture * shade[..., None] * rng.uniform(1 - cast, 1 + cast, 3) * rng.uniform(0.7, 1.2)
-    return encode(picture + rng.normal(0, noise, picture.shape))
-
-
-def encode(picture: np.ndarray) -> bytes:
-    """A picture [H, W, 3] in 0..255 as BMP: lossless and quick to write."""
-    out = io.BytesIO()
-    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(out, "BMP")
-    return out.getvalue()
+    return (picture + rng.normal(0, noise, picture.shape)).clip(0, 255).astype(np.uint8)
 
 
 # ---------------------------------------------------------------- faces
@@ -151,11 +139,10 @@ def draw_face(seed: int, person: int, shot: int, severity: float = 0.0) -> bytes
             ring = np.vstack([CIRCLE, CIRCLE[:1]]) * [0.17, 0.15] + [x, eye_y]
             c.draw.line(c.pixels(ring), fill=(20, 20, 20), width=5)
     picture = photograph(c.pixels_out(), r, cast=0.3, noise=4, light=0.6)
-    if not severity:
-        return picture
-    sharp = torch.from_numpy(np.array(Image.open(io.BytesIO(picture)))).permute(2, 0, 1)
-    soft, _ = degrade(sharp, severity, np.random.default_rng((seed, 3, person, shot)))
-    return encode(soft.permute(1, 2, 0).numpy())
+    if severity:
+        sharp, rng = torch.from_numpy(picture).permute(2, 0, 1), np.random.default_rng((seed, 3, person, shot))
+        picture = degrade(sharp, severity, rng)[0].permute(1, 2, 0).numpy()
+    return encode(Image.fromarray(picture), "BMP")
 
 
 # ---------------------------------------------------------------- bodies
@@ -214,7 +201,7 @@ def draw_body(seed: int, person: int, shot: int, camera: int) -> bytes:
     c.ellipse(0, y + head, head * 0.85 * turn, head * 1.05, skin)
     c.ellipse(0, y + head * 0.55, head * 0.9 * turn, head * 0.7, hair)
     picture = c.pixels_out() * v.uniform(0.92, 1.08, 3)
-    return photograph(picture, r, cast=0.06, noise=4, light=0.2)
+    return encode(Image.fromarray(photograph(picture, r, cast=0.06, noise=4, light=0.2)), "BMP")
 
 
 # ---------------------------------------------------------------- objects
@@ -265,22 +252,21 @@ def draw_object(seed: int, kind: int, shot: int, shifted: bool = False) -> bytes
         behind = r.uniform(170, 235) - 60 * (texture(r, 0, r.uniform(12, 20)) > 0.8)
     else:
         behind = 70 + 0.4 * smooth_noise(r, SIZE, SIZE, int(r.integers(2, 7)))
-    return photograph(mask * front + (1 - mask) * behind, r, cast=0.2, noise=5, light=0.4)
+    picture = photograph(mask * front + (1 - mask) * behind, r, cast=0.2, noise=5, light=0.4)
+    return encode(Image.fromarray(picture), "BMP")
 
 
 # ---------------------------------------------------------------- the corpus
 
 
-def verification_pairs(shots: int, people: int, seed: int, folds: int = 10, half: int = 100) -> list[tuple]:
-    """Pairs (left, right, same, fold) of records ordered by person; folds share no person."""
-    rng = np.random.default_rng((seed, 10))
-    pairs = []
-    for fold in range(folds):
-        of_fold = np.arange(people)[fold::folds] if people >= 2 * folds else np.arange(people)
-        for i in range(2 * half):
+def verification_pairs(shots: int, people: int, seed: int) -> list[tuple]:
+    """Pairs (left, right, same, fold) of records ordered by person, 200 in each of ten folds, which share no person."""
+    rng, pairs = np.random.default_rng((seed, 10)), []
+    for fold in range(10):
+        of_fold = np.arange(people)[fold::10] if people >= 20 else np.arange(people)
+        for same in [True] * 100 + [False] * 100:
             a, b = rng.choice(of_fold, 2, replace=False)
             x, y = rng.choice(shots, 2, replace=False)
-            same = i < half
             pairs.append((int(a * shots + x), int((a if same else b) * shots + y), int(same), fold))
     return pairs
 
@@ -288,9 +274,7 @@ def verification_pairs(shots: int, people: int, seed: int, folds: int = 10, half
 def demo_splits(seed: int, scale: float) -> dict[str, tuple[Source, bool]]:
     """The splits of the corpus: "domain/split" -> (source, whether it is a training split).
 
-    Args:
-        seed: of all pictures.
-        scale: factor on the number of people and classes.
+    `scale`: factor on the number of people and classes.
     """
     train_people, test_people, kinds = (max(round(n * scale), 4) for n in (240, 80, 24))
 

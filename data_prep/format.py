@@ -8,6 +8,7 @@
 """
 
 import csv
+import io
 import json
 import os
 import re
@@ -17,14 +18,16 @@ import tempfile
 import unicodedata
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from data_prep import DOMAINS, InputError
+from data_prep import DOMAINS, InputError, read_json
 
 FORMAT = "imic-shards/1"
 VERSION = "0.2"  # of data_prep, recorded with every split
@@ -142,7 +145,14 @@ def jpeg_sides(data: bytes | bytearray) -> tuple[int, int] | None:
     return None
 
 
-# ---------------------------------------------------------------- writing
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    """An image as a file of this format; `options` of Pillow's `save`."""
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+# ---------------------------------------------------------------- the index
 
 
 def column_type(name: str) -> np.dtype:
@@ -150,70 +160,62 @@ def column_type(name: str) -> np.dtype:
     return np.dtype({"hash": np.uint64, "quality": np.float64}.get(name, np.int64))
 
 
-# ---------------------------------------------------------------- reading
+def fits(value: object, kind: type | list | dict | Callable[[Any], bool]) -> bool:
+    """Whether a value from a JSON file is of a kind: a type, [kind of items], {field: kind} or a function that tells.
+
+    An object may lack fields that are given with a "?" and have others. An int must also fit an array of int64.
+    """
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(
+            fits(value[name], of) if (name := key.rstrip("?")) in value else key != name for key, of in kind.items())
+    if kind == [str]:  # there may be millions of classes
+        return isinstance(value, list) and set(map(type, value)) <= {str}
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(fits(one, kind[0]) for one in value)
+    if isinstance(kind, type):
+        return type(value) is kind and (kind is not int or 0 <= value < 1 << 62)
+    return kind(value)
+
+
+# what readers rely on, as `fits` takes it
+PROTOCOL = {
+    "name": str, "ood?": bool, "misses?": int, "unreadable?": int, "pairs_lost?": int, "open_set?": float,
+    "groups?": lambda groups: fits(groups, {}) and all(fits(group, [str]) for group in groups.values()),
+    "variants?": lambda names: fits(names, [str]) and names != [],
+    "draws?": lambda n: fits(n, int) and 1 <= n <= 10_000,
+}
+NEEDED = {"verification": {"folds": int}, "classification": {"reference": str},
+          "choice": {"reference": str, "choices": [str]}}  # further fields of a protocol, by its name
+INDEX = {
+    "domain": lambda name: name in DOMAINS, "split": str, "size": lambda n: fits(n, int) and 0 < n <= MAX_SIZE,
+    "samples": int, "classes": [str], "names": [str],
+    "columns": lambda names: fits(names, [str]) and {*names} <= {
+        "shard", "offset", "length", "label", "hash", *OPTIONAL, *TABLES},
+    "shards": [{"file": str, "bytes": int, "samples": int, "sha256": str}],
+    "provenance": {"source": str, "plan": str, "data_set?": [str]},
+    "merged?": [{"split": str}], "unreadable_classes?": [str],
+    "protocol": lambda protocol: protocol is None or (
+        fits(protocol, PROTOCOL) and fits(protocol, NEEDED.get(protocol["name"], {}))),
+}
 
 
 def read_index(folder: Path) -> dict:
     """index.json of a split folder, checked for the fields that readers rely on."""
     path = folder / "index.json"
-    try:
-        index = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not os.path.exists(path):
         raise InputError(f"{folder}: no index.json: this is not a split, or its preparation did not finish "
-                         "(run the same command again)") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); prepare the split again") from error
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        shown = index.get("format") if isinstance(index, dict) else type(index).__name__
-        raise InputError(f"{path}: format is {str(shown)[:60]!r}, not {FORMAT!r}; prepare the split with this version")
-    if missing := {*INDEX, "protocol"} - set(index):
-        raise InputError(f"{path}: lacks {sorted(missing)[0]!r}; prepare the split again")
-    wrong = [key for key, kind in INDEX.items() if not fits(index[key], kind)]
-    wrong += ["merged"] * (not fits(index.get("merged", []), [{"split": str}]))
-    wrong += ["unreadable_classes"] * (not fits(index.get("unreadable_classes", []), [str]))
-    wrong += ["protocol"] * (not (index["protocol"] is None or fits_protocol(index["protocol"])))
-    wrong += ["provenance"] * ("provenance" not in wrong and not fits(index["provenance"].get("data_set", []), [str]))
-    if not wrong:
-        valid = {"domain": index["domain"] in DOMAINS, "size": 0 < index["size"] <= MAX_SIZE,
-                 "names": len(index["names"]) == len(index["classes"]),
-                 "columns": {*index["columns"]} <= {"shard", "offset", "length", "label", "hash", *OPTIONAL, *TABLES}}
-        wrong = [key for key, good in valid.items() if not good]
-    if wrong:
-        raise InputError(f"{path}: {wrong[0]!r} is not valid; prepare the split again")
+                         "(run the same command again)")
+    index = read_json(path)
+    if (form := index.get("format")) != FORMAT:
+        raise InputError(f"{path}: format is {str(form)[:60]!r}, not {FORMAT!r}; prepare the split with this version")
+    wrong = [key.rstrip("?") for key, kind in INDEX.items() if not fits(index, {key: kind})]
+    if wrong or len(index["names"]) != len(index["classes"]):
+        raise InputError(f"{path}: {[*wrong, 'names'][0]!r} is missing or not valid; prepare the split again")
     index["provenance"].setdefault("data_set", [index["provenance"]["source"]])  # splits of older versions
     return index
 
 
-# what readers rely on: a type, a list of one kind, or an object with at least these fields
-INDEX = {
-    "domain": str, "split": str, "size": int, "samples": int, "classes": [str], "names": [str], "columns": [str],
-    "shards": [{"file": str, "bytes": int, "samples": int, "sha256": str}], "provenance": {"source": str, "plan": str},
-}
-
-
-def fits(value: object, kind: type | list | dict) -> bool:
-    """Whether a value from a JSON file is of a kind, as in INDEX; an int must also fit an array of int64."""
-    if isinstance(kind, dict):
-        return isinstance(value, dict) and all(key in value and fits(value[key], kind[key]) for key in kind)
-    if kind == [str]:  # there may be millions of classes
-        return isinstance(value, list) and set(map(type, value)) <= {str}
-    if isinstance(kind, list):
-        return isinstance(value, list) and all(fits(one, kind[0]) for one in value)
-    return type(value) is kind and (kind is not int or 0 <= value < 1 << 62)
-
-
-def fits_protocol(protocol: object) -> bool:
-    """Whether a protocol has a name and the fields that its evaluation reads, each of the right kind."""
-    if not fits(protocol, {"name": str}):
-        return False
-    needed = {"verification": {"folds": int}, "classification": {"reference": str},
-              "choice": {"reference": str, "choices": [str]}}.get(protocol["name"], {})
-    optional = {"ood": bool, "groups": {}, "variants": [str], "draws": int, "misses": int, "unreadable": int,
-                "pairs_lost": int, "open_set": float}
-    kinds = needed | {key: kind for key, kind in optional.items() if key in protocol}
-    return (fits(protocol, kinds) and protocol.get("variants") != [] and 1 <= protocol.get("draws", 1) <= 10_000
-            and all(fits(group, [str]) for group in protocol.get("groups", {}).values()))
-
+# ---------------------------------------------------------------- reading
 
 SHARD = re.compile(r"(\.\./(?!\.)[^/\0]+/)?shard-\d{6}\.tar")  # its own or, if the split is merged, a neighbour's
 OPEN_FILES: OrderedDict[tuple[object, int], int] = OrderedDict()  # (Split.key, shard) -> descriptor, last used last
@@ -223,10 +225,8 @@ class Split:
     """A split folder, readable in any order.
 
     Attributes: folder, index (index.json), domain, name, size (pixels), classes and names (by label), labels (int64
-    [M], -1: unlabelled), protocol (dict or None for training).
-
-    Raises:
-        InputError: the folder is not a split, or its files disagree (`verify_split` checks their contents).
+    [M], -1: unlabelled), protocol (dict or None for training). InputError if the folder is not a split, or its files
+    disagree (`verify_split` checks their contents).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -354,23 +354,19 @@ class Split:
     def image(self, row: int):
         """A sample as a uint8 tensor [3, size, size], RGB, with channels last in memory, as the decoder returns it.
 
-        Raises:
-            BadImage: it cannot be decoded, or its header declares another size (checked before decoding).
+        BadImage if it cannot be decoded, or its header declares another size (checked before decoding).
         """
-        if self.protocol and self.protocol.get("misses") and self.missing[row]:
-            raise BadImage(f"{self.jpeg(row)[0]}: could not be read when the split was prepared")
-        data = bytearray(int(self.length[row]))
+        data, reason = bytearray(int(self.length[row])), "not a readable JPEG"
         read = os.preadv(self.open_shard(int(self.shard[row])), (data,), int(self.offset[row]))
         sides = jpeg_sides(data) if read == len(data) else None
-        if sides not in (None, (self.size, self.size)):
-            raise BadImage(f"{self.jpeg(row)[0]}: {sides[0]}x{sides[1]} pixels, not {self.size}x{self.size}")
-        try:
-            image = decoder()(data) if sides else None
-        except (RuntimeError, ValueError):
-            image = None
-        if image is None:
-            raise BadImage(f"{self.jpeg(row)[0]}: not a readable JPEG")
-        return image
+        if self.missing[row]:
+            reason = "could not be read when the split was prepared"
+        elif sides == (self.size, self.size):
+            with suppress(RuntimeError, ValueError):
+                return decoder()(data)
+        elif sides:
+            reason = f"{sides[0]}x{sides[1]} pixels, not {self.size}x{self.size}"
+        raise BadImage(f"{self.jpeg(row)[0]}: {reason}")
 
 
 @cache
@@ -392,18 +388,19 @@ def open_root(root: Path, domains: Iterable[str] = DOMAINS, name: str = "*") -> 
 
     `name`: of a split, or * for all. InputError if there is none, or one is damaged or lies in another's folder.
     """
-    paths = {domain: sorted(root.glob(f"{domain}/{name}/index.json")) for domain in domains}
-    root_splits = {domain: {path.parent.name: Split(path.parent) for path in paths[domain]} for domain in domains}
-    for domain, splits in root_splits.items():
-        for folder_name, split in splits.items():
-            if (split.domain, split.name) != (domain, folder_name):
+    splits: dict[str, dict[str, Split]] = {}
+    for domain in domains:
+        for path in sorted(root.glob(f"{domain}/{name}/index.json")):
+            split = Split(path.parent)
+            if (split.domain, split.name) != (domain, path.parent.name):
                 raise InputError(f"{split.folder} holds the split {split.domain}/{split.name}: move it back, "
                                  "or prepare the images again with this --out")
-    if not any(root_splits.values()):
+            splits.setdefault(domain, {})[split.name] = split
+    if not splits:
         raise InputError(f"{root}: no shards; give the data root with --data, draw the demo corpus with `python -m "
                          f"data_prep demo --out {root}`, or prepare images: `python -m data_prep SOURCE --src PATH "
                          f"--out {root}/<domain>/<split>`")
-    return {domain: splits for domain, splits in root_splits.items() if splits}
+    return splits
 
 
 def ordered_tests(splits: Iterable[Split], ood: bool = False) -> list[Split]:
@@ -425,9 +422,6 @@ def named_splits(root: dict[str, dict[str, Split]], names: str, where: str) -> l
         if not everything[name].protocol:
             raise InputError(f"--splits: {name} is a training split: no protocol scores it")
     return [everything[name] for name in dict.fromkeys(names.split(","))]
-
-
-# ---------------------------------------------------------------- checking
 
 
 open_split = lru_cache(maxsize=1)(Split)  # cached per worker: an index with millions of classes takes seconds

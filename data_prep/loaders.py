@@ -7,7 +7,6 @@ import atexit
 import contextlib
 import ctypes
 import errno
-import functools
 import math
 import multiprocessing
 import os
@@ -20,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from data_prep import InputError
+from data_prep import InputError, say_once
 from data_prep.format import Split
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
@@ -85,11 +83,7 @@ def batch_too_large(splits: list[Split], images: int, image_size: int) -> str:
 
 
 def enough_loaders(workers: int, item_bytes: int) -> int:
-    """The number of loader processes, reduced to those whose images fit in shared memory.
-
-    Raises:
-        InputError: the images of one process do not fit.
-    """
+    """The number of loader processes whose images fit in shared memory, at most `workers`; InputError if none do."""
     if not workers or not item_bytes or not SHARED.is_dir():
         return workers
     have = min(shutil.disk_usage(SHARED).free, free_bytes(torch.device("cpu"))) // local_ranks()
@@ -103,11 +97,6 @@ def enough_loaders(workers: int, item_bytes: int) -> int:
             raise InputError(f"{line}, too little for one: use --workers 0, or {how}")
         say_once(f"  {line}: {fits} are started; {how}")
     return fits
-
-
-@functools.cache
-def say_once(line: str) -> None:
-    tqdm.write(line)
 
 
 # ---------------------------------------------------------------- processes
@@ -146,14 +135,14 @@ def loader_error(error: Exception) -> Exception:
         return InputError(last.removeprefix(f"{InputError.__module__}.InputError: "))
     if "Too many open files" in text or f"exit code {errno.EMFILE}." in text:
         return InputError("loading images: too many open files: raise the limit (`ulimit -n 4096`) or use --workers 0")
-    died = "DataLoader worker (pid" in text or isinstance(error, ConnectionError | EOFError)
-    died |= "Pin memory thread exited" in text
+    died = isinstance(error, ConnectionError | EOFError) or any(
+        words in text for words in ("DataLoader worker (pid", "Pin memory thread exited"))
     if not died and "shared memory" not in text and not isinstance(error, OSError | MemoryError):
         return error
-    small = SHARED.is_dir() and shutil.disk_usage(SHARED).total < SHARED_MEMORY
-    if "shared memory" in text or (died and small):
-        size = f", which holds {shutil.disk_usage(SHARED).total >> 20:,} MiB," if SHARED.is_dir() else ""
-        return InputError(f"loading images: the shared memory /dev/shm{size} is full: use --workers 0, or enlarge it "
+    size = shutil.disk_usage(SHARED).total if SHARED.is_dir() else math.inf
+    if "shared memory" in text or (died and size < SHARED_MEMORY):
+        holds = f", which holds {size >> 20:,} MiB," if SHARED.is_dir() else ""
+        return InputError(f"loading images: the shared memory /dev/shm{holds} is full: use --workers 0, or enlarge it "
                           "(docker run --shm-size 8g, or --ipc=host)")
     if died:
         return InputError("loading images: a loader process died (usually killed because memory is full): lower "
@@ -171,19 +160,11 @@ def watch_loaders() -> None:
         return
 
     def handle(*arguments) -> None:
-        try:
+        with in_one_line():
             raises(*arguments)
-        except RuntimeError as error:
-            end_loaders()
-            raise loader_error(error) from error
 
     handle.named = True
     signal.signal(signal.SIGCHLD, handle)
-
-
-def as_it_is(item):
-    """The item unchanged: the default conversion would turn row numbers into tensors."""
-    return item
 
 
 @contextlib.contextmanager
@@ -201,17 +182,14 @@ def in_one_line() -> Iterator[None]:
 def load(dataset: torch.utils.data.Dataset, first: int, workers: int, pin: bool) -> Iterator:
     """The items of a data set from number `first` on, decoded ahead by loader processes.
 
-    Args:
-        dataset: has `item_bytes`, the bytes of an item in shared memory.
-
-    Raises:
-        InputError: a loader process died, or ran out of memory or files.
+    `dataset.item_bytes`: of an item in shared memory. InputError if a loader process dies or lacks memory or files.
     """
     workers = enough_loaders(workers, getattr(dataset, "item_bytes", 0))
     with in_one_line():
         items = iter(torch.utils.data.DataLoader(
             dataset, batch_size=None, sampler=range(first, len(dataset)), num_workers=workers, pin_memory=pin,
-            worker_init_fn=start_loader, prefetch_factor=AHEAD if workers else None, collate_fn=as_it_is,
+            worker_init_fn=start_loader, prefetch_factor=AHEAD if workers else None,
+            collate_fn=torch.nn.Identity(),  # the default would turn row numbers into tensors
         ))
     if workers:
         watch_loaders()

@@ -9,6 +9,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,26 +26,23 @@ from kernels.gather import gather_interleaved
 class Order:
     """The data order of one domain: number n of its samples in a run -> (epoch, row), a function of (seed, domain, n).
 
-    An epoch visits every row once: shards are shuffled, then rows within windows of several shards, so that reading
+    An epoch visits every row once: shards are shuffled, then rows within windows of `window` shards, so that reading
     from network disks stays mostly sequential.
     """
 
-    def __init__(self, shard_sizes: list[int], seed: int, domain: int, window: int) -> None:
-        self.arguments = shard_sizes, seed, domain, window
+    def __init__(self, shard_sizes: list[int], seed: int, domain: int, window: int = 8) -> None:
         self.size, self.key, self.window = sum(shard_sizes), (seed, domain), window
         self.bounds = np.concatenate([[0], np.cumsum(shard_sizes)])
-        self.shards = functools.lru_cache(maxsize=2)(self._shards)
-        self.rows = functools.lru_cache(maxsize=4)(self._rows)
 
-    def __reduce__(self):  # caches are not sent to loader processes
-        return Order, self.arguments
-
-    def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    # the caches are those of all orders together: a run has one for each of four domains
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order = np.random.default_rng((*self.key, epoch)).permutation(len(self.bounds) - 1)
         starts = np.concatenate([[0], np.cumsum(np.diff(self.bounds)[order])])[:-1]
         return order, starts[:: self.window]  # the first place of each window
 
-    def _rows(self, epoch: int, w: int) -> np.ndarray:
+    @functools.lru_cache(maxsize=16)  # noqa: B019
+    def rows(self, epoch: int, w: int) -> np.ndarray:
         shards = self.shards(epoch)[0][w * self.window : (w + 1) * self.window]
         rows = np.concatenate([np.arange(self.bounds[s], self.bounds[s + 1]) for s in shards])
         return np.random.default_rng((*self.key, epoch, w)).permutation(rows)
@@ -63,8 +61,7 @@ class Order:
 def interleave(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Spread the domains evenly over a batch of counts[d] images each.
 
-    Returns:
-        For every place, its domain and its number among the places of that domain, int64 [B] each.
+    Returns, for every place, its domain and its number among the places of that domain, int64 [B] each.
     """
     domain = np.repeat(np.arange(len(counts)), counts)
     number = np.concatenate([np.arange(n) for n in counts])
@@ -90,35 +87,23 @@ def uniforms(count: int, *key: int | np.ndarray) -> np.ndarray:
     return (scramble(state[:, None] + gap * np.arange(1, count + 1, dtype=np.uint64)) >> 11) * 2.0**-53
 
 
-def random_boxes(u: np.ndarray, height: int, width: int, scale: float) -> np.ndarray:
-    """Crops [N, 4] (x0, y0, x1, y1) in pixels: area scale..1 of the image, aspect 3/4..4/3 if it fits (Inception).
+def random_boxes(u: np.ndarray, side: int, least: float, spread: float, aspect: float) -> np.ndarray:
+    """Rectangles [N, 4] (x0, y0, x1, y1) in a square, whose sides are clipped to those of the square.
 
     Args:
         u: uniform numbers [N, 4].
-        scale: least area of a crop, as a fraction; 1: the whole image.
+        side: of the square.
+        least, spread: their area is least..least + spread, as fractions of the square's.
+        aspect: width / height is between this and its reciprocal.
     """
-    area, aspect = scale + (1 - scale) * u[:, 0], np.exp(math.log(4 / 3) * (2 * u[:, 1] - 1) * (scale < 1))
-    w, h = np.minimum(np.sqrt(area * aspect), 1) * width, np.minimum(np.sqrt(area / aspect), 1) * height
-    x, y = u[:, 2] * (width - w), u[:, 3] * (height - h)
+    area, aspects = least + spread * u[:, 0], np.exp(math.log(aspect) * (2 * u[:, 1] - 1))
+    w, h = np.minimum(np.sqrt(area * aspects), 1) * side, np.minimum(np.sqrt(area / aspects), 1) * side
+    x, y = u[:, 2] * (side - w), u[:, 3] * (side - h)
     return np.stack([x, y, x + w, y + h], axis=1)
 
 
-def random_patches(u: np.ndarray, chance: float) -> np.ndarray:
-    """Patches to erase [N, 4] (x0, y0, x1, y1) in fractions of the augmented image; empty with probability 1 - chance.
-
-    Args:
-        u: uniform numbers [N, 5].
-
-    Source: arXiv 1708.04896 (random erasing): area 2 to 33 %, aspect 0.3 to 3.3.
-    """
-    area, aspect = 0.02 + 0.31 * u[:, 1], np.exp(math.log(0.3) * (2 * u[:, 2] - 1))
-    w, h = np.minimum(np.sqrt(area * aspect), 1), np.minimum(np.sqrt(area / aspect), 1)
-    x, y = u[:, 3] * (1 - w), u[:, 4] * (1 - h)
-    return np.stack([x, y, x + w, y + h], axis=1) * (u[:, :1] < chance)
-
-
 def erase_patches(images: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-    """Normalised images [B, 3, S, S] with the mean colour (0) in `patches` [B, 4] of `random_patches`."""
+    """Normalised images [B, 3, S, S] with the mean colour (0) in `patches` [B, 4], fractions of S."""
     size = images.shape[-1]
     center = (torch.arange(size, device=images.device) + 0.5) / size
     x0, y0, x1, y1 = patches.to(images.device, non_blocking=True)[:, :, None].unbind(1)
@@ -164,7 +149,6 @@ class Stream(torch.utils.data.Dataset):
         splits: the training split of each of the K domains.
         plan: int64 [batches, K], numbers of images; every batch has the same sum.
         seed: of the order and of every per-sample draw (keyed by seed, domain, epoch, sample).
-        window: number of shards within which rows are shuffled.
         micro_batch: largest number of images per chunk (None: the batch).
         crop: least area of the random crop, 0..1, for each domain.
         erase: probability of an erased patch for each domain (None: 0).
@@ -174,10 +158,9 @@ class Stream(torch.utils.data.Dataset):
             and `row` is the row in the split. None: decode.
     """
 
-    def __init__(self, splits: list[Split], plan: np.ndarray, *, seed: int, window: int = 8,
-                 micro_batch: int | None = None, crop: list[float], severity: np.ndarray | None = None,
-                 rank: int = 0, world: int = 1, readable: list[np.ndarray] | None = None,
-                 erase: list[float] | None = None) -> None:
+    def __init__(self, splits: list[Split], plan: np.ndarray, *, seed: int, micro_batch: int | None = None,
+                 crop: list[float], severity: np.ndarray | None = None, rank: int = 0, world: int = 1,
+                 readable: list[np.ndarray] | None = None, erase: list[float] | None = None) -> None:
         self.splits, self.plan, self.seed, self.crop, self.severity = splits, plan, seed, crop, severity
         self.rank, self.world, self.readable = rank, world, readable
         self.erase = erase or []
@@ -185,17 +168,13 @@ class Stream(torch.utils.data.Dataset):
         self.micro = min(micro_batch or most, most)
         self.per_batch = math.ceil(most / self.micro)  # chunks
         self.micro = math.ceil(most / self.per_batch)  # nearly equal sizes: compiled code is for one size
+        self.item_bytes = 0 if readable else self.micro * 3 * max(split.size for split in splits) ** 2
         self.starts = np.cumsum(plan, axis=0) - plan
         sizes = [[shard["samples"] for shard in split.index["shards"]] for split in splits]
-        self.orders = [Order(n, seed, DOMAINS.index(s.domain), window) for n, s in zip(sizes, splits, strict=True)]
+        self.orders = [Order(n, seed, DOMAINS.index(s.domain)) for n, s in zip(sizes, splits, strict=True)]
 
     def __len__(self) -> int:
         return len(self.plan) * self.per_batch
-
-    @property
-    def item_bytes(self) -> int:
-        """Largest number of bytes of a chunk's images."""
-        return 0 if self.readable else self.micro * 3 * max(split.size for split in self.splits) ** 2
 
     def __getitem__(self, c: int) -> Chunk:
         return self.chunk(c)
@@ -220,9 +199,11 @@ class Stream(torch.utils.data.Dataset):
             mine, domain_key = np.flatnonzero(domain == d), DOMAINS.index(split.domain)
             epoch, sample = self.orders[d](number[mine])
             u = uniforms(11, self.seed, domain_key, epoch, sample)
-            boxes[mine], flip[mine] = random_boxes(u[:, :4], split.size, split.size, self.crop[d]), u[:, 4] < 0.5
-            if any(self.erase):
-                erase[mine] = random_patches(u[:, 5:10], self.erase[d])
+            least = self.crop[d]  # crops as in Inception; 1: the whole image
+            boxes[mine] = random_boxes(u[:, :4], split.size, least, 1 - least, 4 / 3 if least < 1 else 1)
+            flip[mine] = u[:, 4] < 0.5
+            if any(self.erase):  # as in random erasing (arXiv 1708.04896)
+                erase[mine] = random_boxes(u[:, 6:10], 1, 0.02, 0.31, 0.3) * (u[:, 5:6] < self.erase[d])
             severity = np.zeros(len(mine)) if self.severity is None or split.domain != "face_lq" else \
                 self.severity[batch] * u[:, 10]
             for i, (s, e, strength) in enumerate(zip(sample.tolist(), epoch.tolist(), severity.tolist(), strict=True)):
@@ -239,14 +220,13 @@ class Stream(torch.utils.data.Dataset):
     def read(self, d: int, sample: int, bad: list[str]) -> tuple[torch.Tensor | None, int]:
         """An image uint8 [3, H, W] (None if cached) and its row; the next readable one replaces a damaged one."""
         split = self.splits[d]
-        for row in range(sample, sample + len(split)):
-            if self.readable:
-                if self.readable[d][row % len(split)]:
-                    return None, row % len(split)
-                bad.append(f"{split.domain}/{split.name} row {row % len(split)}: unreadable")
-                continue
+        for row in (number % len(split) for number in range(sample, sample + len(split))):
             try:
-                return split.image(row % len(split)), row % len(split)
+                if not self.readable:
+                    return split.image(row), row
+                if self.readable[d][row]:
+                    return None, row
+                raise BadImage(f"row {row}: unreadable")
             except BadImage as error:
                 bad.append(f"{split.domain}/{split.name} {error}")
         raise InputError(f"{split.folder}: no readable image; run `python -m data_prep verify {split.folder}`")
@@ -259,24 +239,18 @@ class Batches(torch.utils.data.Dataset):
     """
 
     def __init__(self, split: Split, rows: np.ndarray, batch: int) -> None:
-        self.split, self.rows, self.batch = split, rows, batch
+        self.split, self.rows, self.batch, self.item_bytes = split, rows, batch, batch * 3 * split.size**2
 
     def __len__(self) -> int:
         return math.ceil(len(self.rows) / self.batch)
-
-    @property
-    def item_bytes(self) -> int:
-        return self.batch * 3 * self.split.size**2
 
     def __getitem__(self, b: int) -> tuple[np.ndarray, torch.Tensor]:
         rows, good = self.rows[b * self.batch : (b + 1) * self.batch].tolist(), []
         images = image_memory(len(rows), self.split.size, self.split.size, 3)
         for row in rows:
-            try:
+            with suppress(BadImage):
                 images[len(good)] = self.split.image(row).permute(1, 2, 0)
                 good.append(row)
-            except BadImage:
-                continue
         return np.array(good, dtype=np.int64), images[: len(good)].permute(0, 3, 1, 2)
 
 
@@ -307,6 +281,7 @@ class FinishedImages(torch.utils.data.Dataset):
     def __init__(self, stream: Stream, cache: list[torch.Tensor] | None, look: Look) -> None:
         self.stream, self.cache, self.look = stream, cache, look
         self.bytes = np.empty(0, dtype=np.uint8)  # of the decoded images of a chunk, which stay in this process
+        self.item_bytes = stream.micro * 3 * look.image_size**2 * 4  # float32
 
     def __len__(self) -> int:
         return len(self.stream)
@@ -315,10 +290,6 @@ class FinishedImages(torch.utils.data.Dataset):
         if self.bytes.size < size:
             self.bytes = np.empty(size, dtype=np.uint8)
         return torch.from_numpy(self.bytes[:size])
-
-    @property
-    def item_bytes(self) -> int:
-        return self.stream.micro * 3 * self.look.image_size**2 * 4  # float32
 
     def __getitem__(self, c: int) -> Chunk:
         chunk = self.stream.chunk(c, self.memory)
@@ -360,9 +331,6 @@ class Feed:
     """The micro-batches of a run's steps as network inputs on the device, decoded ahead by loader processes.
 
     Args:
-        stream: of this rank.
-        batches_per_step: of the schedule.
-        look: input format of the network.
         bf16: the network computes in bfloat16.
         cache: the decoded images of every split, for a stream with `readable`.
         draw: (step, labels, domains of its micro-batches, on the CPU) -> (new labels, a function to call when the step

@@ -110,7 +110,7 @@ def verify_split(folder: Path, workers: int = 1) -> list[str]:
     if not np.array_equal(split.shard, np.repeat(numbers, counts)):
         problems.append(f"{folder}/index/shard.npy: rows are not in the order of the shard table")
     open_split.cache_clear()  # the folder may have changed since it was opened; workers inherit the cache
-    results = in_parallel(verify_shard, ((folder, number) for number in numbers), min(workers, len(numbers)), True)
+    results = in_parallel(verify_shard, ((folder, number) for number in numbers), min(workers, len(numbers)))
     for of_shard in progress(results, desc=f"verify {folder}", total=len(numbers), unit="shard"):
         problems += of_shard
     return problems

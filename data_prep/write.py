@@ -12,13 +12,14 @@ import tarfile
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from data_prep.format import (
     Skipped,
     Source,
     column_type,
+    encode,
     jpeg_sides,
     read_index,
     siblings,
@@ -86,8 +88,7 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
             with the mean colour).
         quality: of the JPEG, 1..100, if the image is re-encoded; 100 also switches off chroma subsampling.
 
-    Raises:
-        BadImage: not an image, or a damaged one.
+    BadImage if it is damaged or no image.
     """
     image, turned = open_image(data)
     plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not image.info.get("progressive") and not turned
@@ -101,9 +102,7 @@ def fit_image(data: bytes, size: int, fit: str, quality: int) -> bytes:
     else:
         mean = tuple(round(c) for c in np.asarray(image).reshape(-1, 3).mean(0))
         image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=mean)
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=quality, subsampling=0 if quality == 100 else -1)  # -1: the default, 4:2:0
-    return out.getvalue()
+    return encode(image, "JPEG", quality=quality, subsampling=0 if quality == 100 else -1)  # -1: the default, 4:2:0
 
 
 def content_hash(data: bytes) -> int:
@@ -123,9 +122,7 @@ def read_image(record: Record) -> tuple[bytes, dict]:
 @cache
 def placeholder(size: int) -> bytes:
     """The grey JPEG in place of an unreadable listed image. Its hash in the index is 0, and no reader returns it."""
-    out = io.BytesIO()
-    Image.new("L", (size, size), 128).save(out, "JPEG")
-    return out.getvalue()
+    return encode(Image.new("L", (size, size), 128), "JPEG")
 
 
 def write_shard(part: Path, first: int, records: list[Record], labels: list[int], settings: dict) -> int:
@@ -189,16 +186,14 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
                 ) -> dict:
     """Write a split folder; continues an unfinished one and leaves a complete one with the same plan unchanged.
 
-    Labels number the classes that have a readable (or listed) image.
+    Labels number the classes that have a readable (or listed) image. Returns the index.
 
     Args:
         folder: DATA/<domain>/<split>.
-        source: records, protocol and pairs.
         source_name: as on the command line.
         size, fit, quality: see `fit_image`.
         train: write in a random order drawn with `seed` (otherwise in source order).
         shard_size: records per shard.
-        workers: number of processes.
         options: recorded as provenance.
         drop_duplicates: read every image first, and leave out those whose content appeared earlier in the source or,
             for a training split, in a finished test split of the domain.
@@ -206,11 +201,7 @@ def write_split(folder: Path, source: Source, *, source_name: str, size: int, fi
         data_set: names of the data sets of the images (default: `source_name`); if there are several, each image's JSON
             names its own.
 
-    Returns:
-        The index.
-
-    Raises:
-        InputError: there is nothing to write, the folder holds something else, or the disk is full.
+    InputError if there is nothing to write, the folder holds something else, or the disk is full.
     """
     if not isinstance(source.records, Records):
         source = replace(source, records=Records(source.records, folder))
@@ -283,10 +274,8 @@ def write_images(folder: Path, source: Source, settings: dict, seed: int | None,
 
     Only writing shows whether a class has a readable image, but labels, which each sample's JSON holds, must not number
     one without. If there is one, the split is written again without it; the first parts stay until all is done.
-    `seed`: of the order; None: source order.
-
-    Returns:
-        Fields of the index; name and reason of each unreadable image; classes without a readable image.
+    `seed`: of the order; None: source order. Returns fields of the index; name and reason of each unreadable image;
+    classes without a readable image.
     """
     dropped, lost = [], []
     while True:
@@ -353,9 +342,8 @@ def write_shards(folder: Path, records: Records, labels: np.ndarray, order: np.n
 def write_columns(folder: Path, parts: list[Path], listed: bool) -> tuple[list[dict], np.ndarray, list[tuple]]:
     """Join the parts of all shards, one at a time, into index/*.npy.
 
-    Returns:
-        The shard table; the place of every row in the written order, int64 [M]; place, name and reason of each
-        unreadable image.
+    Returns the shard table; the place of every row in the written order, int64 [M]; place, name and reason of each
+    unreadable image.
     """
     table, bad = [], []
     for part in map(read_json, parts):
@@ -393,22 +381,20 @@ def write_columns(folder: Path, parts: list[Path], listed: bool) -> tuple[list[d
     return table, place, bad
 
 
-def write_skipped(folder: Path, before: Skipped, bad: list[tuple[str, str]], listed: bool) -> dict[str, int]:
+def write_skipped(folder: Path, skipped: Skipped, bad: list[tuple[str, str]], listed: bool) -> dict[str, int]:
     """Write skipped.csv, the name and reason of every skipped file; returns counts by reason.
 
-    `before`: files left out before writing (those that an option left out are only counted). `bad`: unreadable images,
-    by name and reason; they stay in the split as misses if `listed`.
+    `skipped`: files left out before writing (those that an option left out are only counted). `bad`: unreadable images,
+    by name and reason, which are added; they stay in the split as misses if `listed`.
     """
-    after = Skipped(before)
     for name, reason in bad:
-        after.add(name, reason + ": kept as a miss, as a list names it" * listed)
-    if files := [file for skipped in (before, after) if (file := getattr(skipped, "file", None))]:
+        skipped.add(name, reason + ": kept as a miss, as a list names it" * listed)
+    if skipped.file:
         with replacing(folder / "skipped.csv") as temporary, open(temporary, "wb") as out:
             out.write(b"file,reason\n")
-            for file in files:
-                file.seek(0)
-                shutil.copyfileobj(file.buffer, out)
-    return dict(+after)
+            skipped.file.seek(0)
+            shutil.copyfileobj(skipped.file.buffer, out)
+    return dict(+skipped)
 
 
 # ---------------------------------------------------------------- images that are read before they are written
@@ -439,13 +425,10 @@ def hash_images(records: list[Record], decode: bool) -> list[int]:
 
 def hash_places(records: Records, places: np.ndarray, decode: bool, workers: int) -> np.ndarray:
     """`hash_images` of the records at these places, in parallel, uint64."""
-    hashes, starts = np.zeros(len(places), dtype=np.uint64), range(0, len(places), 256)
-    tasks = (([records[i] for i in places[start : start + 256]], decode) for start in starts)
-    with progress(total=len(places), desc="hash images", unit="img") as bar:
-        for start, values in zip(starts, in_parallel(hash_images, tasks, workers, in_order=True), strict=True):
-            hashes[start : start + 256] = values
-            bar.update(len(values))
-    return hashes
+    blocks = [places[start : start + 256] for start in range(0, len(places), 256)]
+    tasks = (([records[i] for i in block], decode) for block in blocks)
+    hashes = progress(in_parallel(hash_images, tasks, workers), total=len(blocks), desc="hash images", unit="block")
+    return np.fromiter(chain.from_iterable(hashes), dtype=np.uint64, count=len(places))
 
 
 def unique_images(folder: Path, records: Records, train: bool, workers: int) -> np.ndarray:
@@ -472,8 +455,8 @@ def first_readable(source: Source, most: int, workers: int) -> np.ndarray:
         known[places] = True
 
 
-def in_parallel(function: Callable, tasks: Iterable[tuple], workers: int, in_order: bool = False) -> Iterator:
-    """The results of function(*task) as they finish, or in order, computed in this process if there is one worker.
+def in_parallel(function: Callable, tasks: Iterable[tuple], workers: int) -> Iterator:
+    """The results of function(*task) in the order of the tasks, computed in this process if there is one worker.
 
     Tasks are drawn as workers become free, so that memory does not grow with their number.
     """
@@ -483,13 +466,11 @@ def in_parallel(function: Callable, tasks: Iterable[tuple], workers: int, in_ord
     tasks, others = iter(tasks), set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, PROCESSES, start_worker, (os.getpid(),)) as pool:
         try:
-            running = [pool.submit(function, *task) for task in islice(tasks, 2 * workers)]
+            running = deque(pool.submit(function, *task) for task in islice(tasks, 2 * workers))
             while running:
-                wait(running[:1] if in_order else running, return_when=FIRST_COMPLETED)
-                done = [f for f in (running[:1] if in_order else running) if f.done()]
-                running = [f for f in running if f not in done]
-                running += [pool.submit(function, *task) for task in islice(tasks, len(done))]
-                yield from (future.result() for future in done)
+                result = running.popleft().result()
+                running.extend(pool.submit(function, *task) for task in islice(tasks, 1))
+                yield result
         except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in set(multiprocessing.active_children()) - others:

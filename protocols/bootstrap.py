@@ -3,7 +3,6 @@
 Copy with it: data_prep/__init__.py.
 """
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -20,12 +19,6 @@ FEW_NOTE = f"†: of fewer than {FEW} identities or classes, whose bootstrap int
 
 class Unscorable(InputError):
     """A split whose images support no figure; an evaluation scores the others."""
-
-
-@functools.cache
-def say_once(line: str) -> None:
-    """Print once what holds for every set of weights."""
-    print(line)
 
 
 def bootstrap_counts(identities: np.ndarray, draws: int, seed: int) -> Iterator[np.ndarray]:

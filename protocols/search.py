@@ -12,9 +12,9 @@ from itertools import chain, pairwise, product
 import numpy as np
 import torch
 
-from data_prep import InputError
+from data_prep import InputError, say_once
 from data_prep.format import ROLES, Split
-from protocols.bootstrap import Unscorable, bootstrap_counts, intervals, say_once, weighted_mean
+from protocols.bootstrap import Unscorable, bootstrap_counts, intervals, weighted_mean
 
 FPIRS = (1e-1, 1e-2)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from data_prep import DOMAINS
+from data_prep import DOMAINS, say_once
 from data_prep.format import ROLES, Split, ordered_tests
-from protocols.bootstrap import Estimate, bootstrap_counts, intervals, say_once, weighted_mean
+from protocols.bootstrap import Estimate, bootstrap_counts, intervals, weighted_mean
 from protocols.search import mates_in, name_identities, origin_of, search_gallery
 
 

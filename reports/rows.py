@@ -11,10 +11,10 @@ from pathlib import Path
 import click
 import numpy as np
 
-from data_prep import InputError, literal, option, write_atomically, write_csv, write_json
+from data_prep import InputError, literal, option, say_once, write_atomically, write_csv, write_json
 from data_prep.format import ROLES, Split, fingerprint
 from models.runs import Run
-from protocols.bootstrap import FEW_NOTE, Estimate, Unscorable, finite, gap, mark, normalise, retention, say_once
+from protocols.bootstrap import FEW_NOTE, Estimate, Unscorable, finite, gap, mark, normalise, retention
 from protocols.choice import Decisions, categories_of, choose, score_choice
 from protocols.classify import Readouts, score_classification
 from protocols.embed import Embedder, EmbedOptions

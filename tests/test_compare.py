@@ -147,7 +147,7 @@ def test_results_of_other_weights_are_refused_and_a_copy_is_not(tmp_path):
     ({"resampling": 1}, "resampled differently"), ({"people": np.arange(9)}, "10 samples in"),
     ("draws", "draws.npz: cannot be read"), ("rows", "results.json: missing"), ("twice", "a run is named twice"),
     ("splits", "no figure in common on these --splits"), ("one", "no figures of the foundation weights"),
-    ("out", "cannot be created as a folder"),
+    ("out", "config.json: cannot be written (File exists"),
 ])  # fmt: skip
 def test_bad_comparisons(change, words, tmp_path):
     people = np.arange(10)

@@ -14,11 +14,11 @@ import pytest
 import models.runs
 import protocols.classify
 import train
-from data_prep import InputError, join_config, lock_folder, write_csv
+from data_prep import InputError, join_config, lock_folder, say_once, write_csv
 from data_prep.format import Record, Source, Split, open_root
 from data_prep.write import write_split
 from models.runs import Run, find_run, gather_facts, load_foundation
-from protocols.bootstrap import normalise, say_once
+from protocols.bootstrap import normalise
 from protocols.classify import Readouts, fit_probe
 from protocols.pairs import FARS
 from protocols.results import Row, Scored, start_of
@@ -75,9 +75,8 @@ def test_figures_of_an_earlier_evaluation_go(run):
     (["--run", "{run}", "--size", "large"], "--size describes an untouched backbone: leave it out with --run"),
     (["--backbone", "clip", "--no-foundation"], "--no-foundation describes how a run is scored: give --run RUN"),
     (["--backbone", "clip", "--allow-partial"], "--allow-partial describes how a run is scored: give --run RUN"),
-    (["--run", "{run}", "--cache", "{file}"], "--cache: {file} cannot be created as a folder (File exists)"),
-    (["--run", "{run}", "--cache", "{file}/more"],
-     "--cache: {file}/more cannot be created as a folder (Not a directory)"),
+    (["--run", "{run}", "--cache", "{file}"], "--cache {file}: cannot be written (File exists"),
+    (["--run", "{run}", "--cache", "{file}/more"], "--cache {file}/more: cannot be written (Not a directory)"),
     (["--backbone", "clip", "--size", "tiny", "--weights", "none", "--data", "{data}", "--out", "{file}"],
      "--out {file}/eval: cannot be written (Not a directory)"),
 ])  # fmt: skip

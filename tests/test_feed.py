@@ -9,9 +9,9 @@ import torch
 
 import data_prep.loaders
 import train
-from data_prep import InputError
+from data_prep import InputError, say_once
 from data_prep.format import open_root
-from data_prep.loaders import enough_loaders, one_ahead, say_once
+from data_prep.loaders import enough_loaders, one_ahead
 from data_prep.stream import FinishedImages, Look, Stream, from_cache, make_images, scramble, uniforms
 from models.adapt import LayerwiseAdamW
 from tests.test_coupling import options_of

@@ -27,7 +27,6 @@ from data_prep import (
     MixRamp,
     as_texts,
     join_config,
-    one_or_per_domain,
     per_domain,
 )
 from data_prep.__main__ import cli
@@ -48,7 +47,7 @@ from tests.test_train import run_here
     (MIX_RAMP, "face_lq:0->1e-05@1", MixRamp("face_lq", 0, 1e-5, 1)),
     (per_domain(0, 1), "0.5", dict.fromkeys(DOMAINS, 0.5)),
     (per_domain(0, 1), "body=1, object=0", {"body": 1, "object": 0}),
-    (one_or_per_domain(0, 9), "3", 3), (one_or_per_domain(0, 9), "body=3", {"body": 3}),
+    (per_domain(0, 9, spread=False), "3", 3), (per_domain(0, 9, spread=False), "body=3", {"body": 3}),
 ])  # fmt: skip
 def test_a_notation_is_its_value_and_back(kind, text, value):
     assert kind.convert(text, None, None) == value

@@ -74,6 +74,6 @@ def test_tasks_are_taken_as_workers_come_free():
 
     for workers in (1, 2):
         taken.clear()
-        results = in_parallel(math.sqrt, tasks(), workers, in_order=True)
+        results = in_parallel(math.sqrt, tasks(), workers)
         assert next(results) == 0 and len(taken) <= 2 * workers + 1
         assert [round(x * x) for x in results] == list(range(1, 200))

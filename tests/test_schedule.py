@@ -160,10 +160,10 @@ def test_a_window_keeps_reading_local():
 
 def test_crops_stay_inside_and_keep_their_area():
     u = np.random.default_rng(0).random((500, 4))
-    x0, y0, x1, y1 = random_boxes(u, 60, 80, 0.4).T
-    assert ((x0 >= 0) & (x0 < x1) & (x1 <= 80) & (y0 >= 0) & (y0 < y1) & (y1 <= 60)).all()
-    assert ((x1 - x0) * (y1 - y0) >= 0.4 * 4800 * 0.75).all()  # a clipped side may cost some of the drawn area
-    assert (random_boxes(u, 60, 80, 1.0) == (0, 0, 80, 60)).all()
+    x0, y0, x1, y1 = random_boxes(u, 80, 0.4, 0.6, 4 / 3).T
+    assert ((x0 >= 0) & (x0 < x1) & (x1 <= 80) & (y0 >= 0) & (y0 < y1) & (y1 <= 80)).all()
+    assert ((x1 - x0) * (y1 - y0) >= 0.4 * 6400 * 0.75).all()  # a clipped side may cost some of the drawn area
+    assert (random_boxes(u, 80, 1.0, 0.0, 1) == (0, 0, 80, 80)).all()
 
 
 def test_rates_and_ramps_in_closed_form():

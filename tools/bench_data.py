@@ -10,12 +10,16 @@ import io
 import json
 import os
 import platform
+import re
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +28,7 @@ from PIL import Image
 
 from data_prep import InputError, progress
 from data_prep.demo import draw_face
-from data_prep.format import Record, Source, Split, decoder
+from data_prep.format import Record, Source, Split, decoder, encode
 from data_prep.stream import Batches, Order, Stream
 from data_prep.write import PROCESSES, fit_image, write_split
 
@@ -56,12 +60,8 @@ KINDS = {"read": draw_photograph, "read, smooth pictures": draw_smooth}
 
 def draw_pictures(draw: Callable, size: int) -> list[bytes]:
     """Encoded pictures of size x size pixels."""
-    pictures = []
-    for i in range(DISTINCT):
-        out = io.BytesIO()
-        Image.fromarray(draw(size, i).clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
-        pictures.append(out.getvalue())
-    return pictures
+    pictures = (Image.fromarray(draw(size, i).clip(0, 255).astype(np.uint8)) for i in range(DISTINCT))
+    return [encode(picture, "JPEG", quality=90) for picture in pictures]
 
 
 # ---------------------------------------------------------------- contenders: endless iterators of numbers of images
@@ -69,41 +69,35 @@ def draw_pictures(draw: Callable, size: int) -> list[bytes]:
 
 def shuffled(split: Split, part: int, parts: int) -> np.ndarray:
     """The rows of one process, in the order of training."""
-    order = Order([shard["samples"] for shard in split.index["shards"]], 0, 0, 8)
+    order = Order([shard["samples"] for shard in split.index["shards"]], 0, 0)
     return order(np.arange(part, len(split), parts))[1]
 
 
 def decode_only(folder: Path, part: int, parts: int) -> Iterator[int]:
     """The ceiling of reading: JPEGs in memory, decoded and discarded."""
-    split = Split(folder)
-    data = [bytearray(split.jpeg(row)[1]) for row in shuffled(split, part, parts)]
-    decode = decoder()
-    while True:
-        for jpeg in data:
-            decode(jpeg)
-            yield 1
+    split, decode = Split(folder), decoder()
+    for jpeg in cycle([bytearray(split.jpeg(row)[1]) for row in shuffled(split, part, parts)]):
+        decode(jpeg)
+        yield 1
 
 
 def our_images(folder: Path, part: int, parts: int) -> Iterator[int]:
     """Images and labels one by one, shuffled."""
     split = Split(folder)
-    rows = shuffled(split, part, parts).tolist()
-    while True:
-        for row in rows:
-            split.image(row)
-            int(split.labels[row])
-            yield 1
+    for row in cycle(shuffled(split, part, parts).tolist()):
+        split.image(row)
+        int(split.labels[row])
+        yield 1
 
 
 def our_batches(folder: Path, part: int, parts: int) -> Iterator[int]:
     """Shuffled batches in one tensor, as for computing embeddings."""
     split = Split(folder)
     batches = Batches(split, shuffled(split, part, parts), BATCH)
-    while True:
-        for b in range(len(batches)):
-            rows, _ = batches[b]
-            split.labels[rows]
-            yield len(rows)
+    for b in cycle(range(len(batches))):
+        rows, _ = batches[b]
+        split.labels[rows]
+        yield len(rows)
 
 
 def our_stream(folder: Path, part: int, parts: int) -> Iterator[int]:
@@ -111,10 +105,9 @@ def our_stream(folder: Path, part: int, parts: int) -> Iterator[int]:
     split = Split(folder)
     steps = max(len(split) // BATCH, parts)
     stream = Stream([split], np.full((steps, 1), BATCH), seed=0, crop=[0.8])
-    while True:
-        for step in range(part, steps, parts):
-            stream[step]
-            yield BATCH
+    for step in cycle(range(part, steps, parts)):
+        stream[step]
+        yield BATCH
 
 
 def library(folder: Path, part: int, parts: int, batched: bool) -> Iterator[int]:
@@ -134,11 +127,9 @@ def library(folder: Path, part: int, parts: int, batched: bool) -> Iterator[int]
 
 def decode_and_encode(files: list[Path], size: int, part: int, parts: int) -> Iterator[int]:
     """The ceiling of preparing: images in memory, decoded, resized, encoded and discarded."""
-    data = [path.read_bytes() for path in files[part::parts]]
-    while True:
-        for image in data:
-            fit_image(image, size, "squash", 95)
-            yield 1
+    for image in cycle([path.read_bytes() for path in files[part::parts]]):
+        fit_image(image, size, "squash", 95)
+        yield 1
 
 
 READERS: dict[str, Callable] = {
@@ -154,10 +145,6 @@ def take_turns(contender: Callable, part: int, parts: int, seconds: float, pipe)
     """Run in a process of its own: at every message, read for `seconds` and send back images per second."""
     torch.set_num_threads(1)
     images = contender(part=part, parts=parts)
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < seconds:  # warm up
-        next(images)
-    pipe.send(None)
     while pipe.recv():
         begin, count = time.perf_counter(), 0
         while time.perf_counter() - begin < seconds:
@@ -189,11 +176,7 @@ def contestants(contenders: dict[str, Callable], workers: int, seconds: float) -
                 child.close()  # so that the end of the process raises EOFError here
                 processes.append(process)
                 pipes[name].append(parent)
-            for pipe in pipes[name]:
-                try:
-                    pipe.recv()  # ready
-                except EOFError as error:
-                    raise InputError(f"bench: a process of {name!r} ended early (out of memory?)") from error
+            take_turn(name)  # warm up
         yield take_turn
     finally:
         for process in processes:
@@ -201,78 +184,67 @@ def contestants(contenders: dict[str, Callable], workers: int, seconds: float) -
             process.join()
 
 
-def preparing(folder: Path, files: list[Path], size: int, workers: int) -> float:
-    """Images per second of a complete preparation."""
-    records = [Record(partial(Path.read_bytes, path), path.name, f"{i % CLASSES:03d}") for i, path in enumerate(files)]
+def prepare(folder: Path, reads: list[Callable[[], bytes]], size: int, shards: int, workers: int = 1) -> float:
+    """Write images as a training split of at least `shards` shards; returns images per second."""
+    records = [Record(read, str(i), f"{i % CLASSES:03d}") for i, read in enumerate(reads)]
     begin = time.perf_counter()
     write_split(folder, Source(records), source_name="bench", size=size, fit="squash", quality=95, train=True,
-                shard_size=max(len(files) // (8 * max(workers, 2)), 1), workers=workers)
-    return len(files) / (time.perf_counter() - begin)
+                shard_size=max(len(records) // shards, 1), workers=workers)
+    return len(records) / (time.perf_counter() - begin)
 
 
 def bench_size(scratch: Path, size: int, images: int, prepared: int, rounds: int, seconds: float, workers: int
                ) -> dict[str, dict[str, list[float]]]:
     """Images per second of every contender in every round: {kind of KINDS: {contender: [...]}, "write": {...}}."""
-    readers, rates = dict(READERS), {}
-    try:
-        version("webdataset")
-    except PackageNotFoundError:
+    readers, rates = READERS, {}
+    if not find_spec("webdataset"):
         print("webdataset is not installed (it is in requirements-dev.txt): measured without it")
         readers = {name: reader for name, reader in readers.items() if not name.startswith("webdataset")}
     for kind, draw in KINDS.items():
         pictures = draw_pictures(draw, size)
         print(f"{kind}, {size} px: {sum(map(len, pictures)) / DISTINCT / size**2:.2f} bytes a pixel")
         split = scratch / f"{size}, {kind}/face_hq/train"
-        records = [Record(partial(bytes, pictures[i % DISTINCT]), str(i), f"{i % CLASSES:03d}") for i in range(images)]
         # at least eight shards per process, because the library distributes shards over processes
-        write_split(split, Source(records), source_name="bench", size=size, fit="squash", quality=95, train=True,
-                    shard_size=max(images // (8 * workers), 1))
-        read: dict[str, list[float]] = {name: [] for name in readers}
+        prepare(split, [partial(bytes, pictures[i % DISTINCT]) for i in range(images)], size, 8 * workers)
+        rates[kind] = read = {name: [] for name in readers}
         with contestants({name: partial(reader, split) for name, reader in readers.items()}, workers, seconds) as turn:
             for _ in progress(range(4 * rounds), desc=f"{kind} {size} px", unit="round"):
                 for name in read:
                     read[name].append(turn(name))
-        rates[kind] = read
     large = draw_pictures(draw_photograph, size * 3 // 2)
     files = [scratch / f"{size}-{i:05d}.jpg" for i in range(prepared)]
     for i, path in enumerate(files):
         path.write_bytes(large[i % DISTINCT])
-    counts = sorted({1, workers})
-    write: dict[str, list[float]] = {f"{what}, {n} workers": [] for n in counts
-                                     for what in ("decode and encode", "prepare")}
+    rates["write"] = write = defaultdict(list)
     for number in progress(range(rounds), desc=f"write {size} px", unit="round"):
-        for n in counts:
+        for n in sorted({1, workers}):
             with contestants({"": partial(decode_and_encode, files, size)}, n, 4 * seconds) as turn:
                 write[f"decode and encode, {n} workers"].append(turn(""))
-            folder = scratch / f"{size}-{number}-{n}/face_hq/train"
-            write[f"prepare, {n} workers"].append(preparing(folder, files, size, n))
-    return rates | {"write": write}
+            folder, reads = scratch / f"{size}-{number}-{n}/face_hq/train", [path.read_bytes for path in files]
+            write[f"prepare, {n} workers"].append(prepare(folder, reads, size, 8 * max(n, 2), n))
+    return rates
 
 
 def machine() -> dict[str, object]:
     """The machine of the measurement."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", info.read_text() if info.exists() else "")
     versions = {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")}
-    return {"cpu": model, "cores": os.cpu_count(), "load before": [round(x, 2) for x in os.getloadavg()],
-            "python": platform.python_version(), **versions}
+    return {"cpu": model[1] if model else platform.processor() or platform.machine(), "cores": os.cpu_count(),
+            "load before": [round(x, 2) for x in os.getloadavg()], "python": platform.python_version(), **versions}
+
+
+def ratio(a: list[float], b: list[float]) -> float:
+    """Median ratio of the rates of two contenders in the same round."""
+    return float(np.median(np.array(a) / b))
 
 
 def goals(size: int, rates: dict[str, dict[str, list[float]]], workers: int) -> list[tuple[str, float, float]]:
     """(title, measured ratio, goal) of every goal at one size."""
     read, write = rates["read"], rates["write"]
-
-    def ratio(a: list[float], b: list[float]) -> float:
-        return float(np.median(np.array(a) / b))
-
     judged = [("reader / decode only", ratio(read["ours, images"], read["decode only"]), 0.9)]
-    for kind in ("images", "batches"):
-        if f"webdataset, {kind}" in read:
-            judged.append((f"reader / webdataset, {kind}", ratio(read[f"ours, {kind}"], read[f"webdataset, {kind}"]),
-                           1.3 if size <= 112 else 1.1))
+    judged += [(f"reader / webdataset, {kind}", ratio(read[f"ours, {kind}"], read[f"webdataset, {kind}"]),
+                1.3 if size <= 112 else 1.1) for kind in ("images", "batches") if f"webdataset, {kind}" in read]
     if workers == 2:
         # the speed-up that the cores allow: below 2 if other programs run
         cores = ratio(write["decode and encode, 2 workers"], write["decode and encode, 1 workers"])
@@ -295,11 +267,12 @@ def run_bench(sizes: tuple[int, ...], images: int, prepared: int, rounds: int, s
             print(f"  {'':28s}{'images/s':>10s}{'p20':>9s}{'p80':>9s}{'of ceiling':>12s}")
             for name, values in rates[title].items():
                 low, median, high = np.percentile(values, (20, 50, 80)).tolist()
-                share = float(np.median(np.array(values) / rates[title][ceiling]))
+                share = ratio(values, rates[title][ceiling])
                 print(f"  {name:28s}{median:10,.0f}{low:9,.0f}{high:9,.0f}{share:12.2f}")
-        verdicts = goals(size, rates, workers)
-        print("".join(f"\n  {what}: {ratio:.2f} (goal {goal}) {'met' if ratio >= goal else 'MISSED'}"
-                      for what, ratio, goal in verdicts))
-        result["sizes"][size] = rates | {"goals": [
-            {"what": what, "ratio": round(ratio, 3), "goal": goal} for what, ratio, goal in verdicts]}
+        print()
+        judged = []
+        for what, reached, goal in goals(size, rates, workers):
+            print(f"  {what}: {reached:.2f} (goal {goal}) {'met' if reached >= goal else 'MISSED'}")
+            judged.append({"what": what, "ratio": round(reached, 3), "goal": goal})
+        result["sizes"][size] = rates | {"goals": judged}
     return result
