@@ -41,7 +41,6 @@ def resample_weights(low: Tensor, high: Tensor, length: int, size: int, interpol
 def gather_interleaved_reference(
     banks: list[Tensor], domain: Tensor, row: Tensor, *, size: int, mean, std, boxes: Tensor | None = None,
     flip: Tensor | None = None, interpolation: str = "bilinear", dtype: torch.dtype = torch.bfloat16,
-    channels_last: bool = True,
 ) -> Tensor:
     """The definition of `gather_interleaved`, computed bank by bank in float32 (float64 for float64 output).
 
@@ -73,8 +72,7 @@ def gather_interleaved_reference(
             x = x.to(work)
             x = (x if flip is None else torch.where(mirror[..., None], x.flip(2), x)).flatten(2)
         out[outputs] = torch.addcmul(-mean / std, x, 1 / (255 * std)).to(dtype)  # (x / 255 - mean) / std
-    out = out.unflatten(2, (size, 3)).permute(0, 3, 1, 2)
-    return out if channels_last else out.contiguous()
+    return out.unflatten(2, (size, 3)).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------- public
@@ -146,7 +144,7 @@ def triton_obstacle(banks: list[Tensor], dtype: torch.dtype) -> str:
 def gather_interleaved(
     banks: list[Tensor], domain: Tensor, row: Tensor, *, size: int, mean, std, boxes: Tensor | None = None,
     flip: Tensor | None = None, interpolation: str = "bilinear", dtype: torch.dtype = torch.bfloat16,
-    channels_last: bool = True, impl: str = "auto",
+    impl: str = "auto",
 ) -> Tensor:
     """Write an interleaved, normalised batch from K banks of images: gather, crop, resize, flip, normalise.
 
@@ -156,18 +154,16 @@ def gather_interleaved(
             the CPU (checked there, then copied to the banks' device without synchronisation).
         row: int64 [B], the row of every output image in its bank.
         size: output side S in pixels.
-        mean: 3 numbers, per channel, of images scaled to 0..1.
-        std: 3 numbers, likewise.
+        mean, std: 3 numbers each, per channel, of images scaled to 0..1.
         boxes: float32 [B, 4] as x0, y0, x1, y1 in pixels, pixel i covering i..i+1; antialiased where the box is larger
             than the output. Default: the whole image (a pure copy where H = W = size).
         flip: bool [B], mirror left-right after resampling.
         interpolation: "bilinear" or "bicubic", as torchvision's antialiased resize of floats, clamped to 0..255.
         dtype: of the output: bfloat16, float16, float32 or (PyTorch only) float64.
-        channels_last: memory layout of the output.
         impl: "torch", "triton" (one pass, no intermediate tensors) or "auto": Triton for banks on a GPU, else torch.
 
     Returns:
-        [B, 3, S, S], (image / 255 - mean) / std.
+        [B, 3, S, S], channels-last in memory, (image / 255 - mean) / std.
 
     Raises:
         IndexError: a row or a domain outside the banks. With indices on a GPU and the Triton kernel, the output image
@@ -188,10 +184,10 @@ def gather_interleaved(
     flip = flip if flip is None else flip.bool()
     if not triton:
         return gather_interleaved_reference(banks, domain, row, size=size, mean=mean, std=std, boxes=boxes, flip=flip,
-                                            interpolation=interpolation, dtype=dtype, channels_last=channels_last)
+                                            interpolation=interpolation, dtype=dtype)
     from .gather_triton import gather  # Triton may be absent
 
     if device not in FLAGS:
         with torch.inference_mode(False):  # an inference tensor could not be modified in training
             FLAGS[device] = torch.full((1,), NO_ERROR, dtype=torch.int32, device=device)
-    return gather(banks, domain, row, size, mean, std, boxes, flip, interpolation, dtype, channels_last, FLAGS[device])
+    return gather(banks, domain, row, size, mean, std, boxes, flip, interpolation, dtype, FLAGS[device])

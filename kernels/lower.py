@@ -84,9 +84,9 @@ def compile_kernels(arch: int, cases: dict[str, tuple] = CASES, gathers: tuple =
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for form in ("bilinear", "bicubic"):
                 current["case"] = f"{form}, {dtype}".replace("torch.", "")
-                gather_triton.gather(*images, torch.ones(2, 4), places, form, dtype, True, flag)
-        current["case"] = "whole images, contiguous"
-        gather_triton.gather(*images, None, None, "bilinear", dtype, False, flag)
+                gather_triton.gather(*images, torch.ones(2, 4), places, form, dtype, flag)
+        current["case"] = "whole images"
+        gather_triton.gather(*images, None, None, "bilinear", dtype, flag)
     finally:
         JITFunction.run, torch.empty = launch, empty
         torch.set_float32_matmul_precision(before)
