@@ -772,8 +772,7 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
     if state == "nothing" and ranks.rank == 0:
         make_folder(folder, "--out")
         counts = dict(zip(options.trained, plan.sum((0, 1)).tolist(), strict=True))
-        facts = runs.gather_facts(splits, options.schedule, len(plan), counts, recipe, options.weights)
-        runs.write_config(folder, texts, facts)
+        runs.write_config(folder, texts, splits, len(plan), counts, recipe)
     head = MarginHead([len(split.classes) for split in splits], model.dim, head_settings(options, splits), ranks=ranks,
                       shard=options.shard_head, device=device)
     job = Job(options, folder, device, ranks, splits, plan, torch.from_numpy(plan.sum(1)).to(device), model, head,
