@@ -131,13 +131,14 @@ class Backbone(nn.Module):
             import timm
 
             settings = timm.data.resolve_model_data_config(net)
+        self.project = None
         with torch.no_grad():  # the width is measured, because its name depends on the library
-            image = torch.zeros(1, 3, image_size, image_size)
-            width = (net.eval().encode_image(image) if library == "open_clip" else net.eval()(image)).shape[1]
+            width = self.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
         self.interpolation = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
         self.dim = embed_dim or width
-        self.project = nn.Linear(width, embed_dim, bias=False) if embed_dim else None
+        if embed_dim:
+            self.project = nn.Linear(width, embed_dim, bias=False)
 
     @property
     def look(self) -> Look:
@@ -205,25 +206,28 @@ def resolve_backbone(network: Network) -> tuple[str, str, str | None]:
     raise InputError(f"--model: neither timm nor open_clip has {name!r}{hint}")
 
 
-def build_network(library: str, name: str, image_size: int | None, **pretrained) -> nn.Module:
-    """The library's module without a classifier, at an input size (None: the model's)."""
-    if library == "open_clip":
-        import open_clip
-
-        if name == "tiny":
-            vision = TINY_CLIP["vision_cfg"] | ({"image_size": image_size} if image_size else {})
-            return open_clip.CLIP(**TINY_CLIP | {"vision_cfg": open_clip.CLIPVisionCfg(**vision),
-                                                 "text_cfg": open_clip.CLIPTextCfg(**TINY_CLIP["text_cfg"])})
-        return open_clip.create_model(name, force_image_size=image_size, **pretrained)
+def build_network(library: str, name: str, image_size: int | None, **pretrained) -> tuple[nn.Module, str]:
+    """The library's module without a classifier, at an input size (None: the model's); and the call as code."""
+    import open_clip
     import timm
 
-    # timm pools DINOv3's tokens by default; its authors use the class token
-    token = {"global_pool": "token"} if name.startswith("vit_") and "dinov3" in name else {}
-    options = pretrained | {"num_classes": 0} | token
+    names = [name]
+    if library == "timm":
+        # timm pools DINOv3's tokens by default; its authors use the class token
+        token = {"global_pool": "token"} if name.startswith("vit_") and "dinov3" in name else {}
+        build, options = timm.create_model, {"num_classes": 0, "img_size": image_size} | token
+    elif name == "tiny":
+        build, names = open_clip.CLIP, []
+        options = TINY_CLIP | {"vision_cfg": TINY_CLIP["vision_cfg"] | {"image_size": image_size}}
+    else:
+        build, options = open_clip.create_model, {"force_image_size": image_size}
     try:
-        return timm.create_model(name, **options, **({"img_size": image_size} if image_size else {}))
+        net = build(*names, **options, **pretrained)
     except TypeError:  # convolutional networks take any size and no such argument
-        return timm.create_model(name, **options)
+        options.pop("img_size", None)
+        net = build(*names, **options, **pretrained)
+    arguments = [repr(name) for name in names] + [f"{key}={value!r}" for key, value in options.items()]
+    return net, f"{library}.{build.__name__}({', '.join(arguments)})"
 
 
 def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], path: Path | str) -> None:
@@ -273,7 +277,7 @@ def load_backbone(network: Network) -> Backbone:
         if network.weights == "pretrained":
             net = download_network(network, library, name, size, tag)
         else:
-            net = build_network(library, name, size)
+            net, _ = build_network(library, name, size)
             if network.weights != "none":
                 fill_weights(net, library, read_weights(network.weights), network.weights)
         if size is None:
@@ -298,7 +302,7 @@ def download_network(network: Network, library: str, name: str, size: int | None
         raise InputError(f"{choice} has no weights to download: give --weights none or --weights FILE{hint}")
     try:
         fail_fast_offline()
-        return build_network(library, name, size, pretrained=tag or True)
+        return build_network(library, name, size, pretrained=tag or True)[0]
     except Exception as error:  # the hub clients raise many types, open_clip a single one
         client = re.match(r"huggingface_hub|httpx|requests|urllib3", type(error).__module__)
         if not client and not isinstance(error, OSError) and not str(error).startswith("Failed to download"):

@@ -59,21 +59,16 @@ def unwrap(state: object, wrapper: str, path: Path) -> dict[str, torch.Tensor]:
                 raise InputError(f"--weights {path}: no weights {wrapper!r}; it has {', '.join(inner) or 'none'}")
             state, wrapper = inner[wrapper], ""
             continue
-        candidates = [key for key in ("state_dict", "model", "net") if key in inner] or list(inner)
         tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         if tensors and all(isinstance(key, str) for key in tensors):
             return tensors
-        if len(candidates) > 1 and candidates[0] not in ("state_dict", "model", "net"):
-            raise InputError(f"--weights {path}: holds several sets of weights: give --weights "
-                             f"{path.name}:{candidates[0]} (or {', '.join(candidates[1:])})")
-        state = state[candidates[0]] if candidates else None
+        common = [key for key in ("state_dict", "model", "net") if key in inner]
+        if len(inner) > 1 and not common:
+            first, *others = inner
+            raise InputError(f"--weights {path}: holds several sets of weights: give --weights {path.name}:{first} (or "
+                             f"{', '.join(others)})")
+        state = inner[[*common, *inner][0]] if inner else None
     raise InputError(f"--weights {path}: holds no dictionary of tensors")
-
-
-STORAGES = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
-            "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
-            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-            "BoolStorage": torch.bool}
 
 
 def is_torchscript(path: Path) -> bool:
@@ -98,8 +93,8 @@ def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
                 return dict
             if module == "torch.jit._pickle" and name.startswith(("build_", "restore_")):
                 return lambda values, *_: values
-            if module == "torch" and name in STORAGES:
-                return STORAGES[name]
+            if module == "torch" and name.endswith("Storage"):  # torch.FloatStorage and the like
+                return getattr(torch, name)._dtype
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
         def persistent_load(self, key: tuple) -> torch.Tensor:
