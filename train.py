@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import numpy as np
@@ -48,7 +48,7 @@ from models.backbones import BACKBONES, RECIPES, SIZES, Backbone, Network, embed
 from models.head import LOSS_TYPE, MANY_CLASSES, HeadSettings, Loss, MarginHead, starting_weights
 from models.runs import Ranks, join_ranks, pick_device
 from reports.training import (
-    Tally, TrainingLog, add_to_totals, describe_run, draw_samples, empty_totals, write_report,
+    Tally, add_to_totals, check_health, describe_run, draw_samples, empty_totals, write_line, write_report,
 )
 
 MIN_RATE = 0.01  # end of the cosine, as a fraction of the peak learning rate
@@ -231,24 +231,6 @@ def check_options(options: Options) -> None:
 # ---------------------------------------------------------------- schedule: images of each domain in each batch
 
 
-class Schedule(NamedTuple):
-    """Input of `plan_batches`, which derives the images of each domain in each batch."""
-
-    domains_per_batch: int
-    images_per_batch: int
-    batches_per_step: int
-
-
-def make_schedule(name: str, num_domains: int, batch: int) -> Schedule:
-    """The schedule of --schedule at `batch` images per optimiser step."""
-    if name == "A":
-        if batch % num_domains:
-            raise InputError(f"--batch {batch} cannot be divided among {num_domains} domains by schedule A: "
-                             f"use {max(batch // num_domains, 1) * num_domains}")
-        return Schedule(1, batch // num_domains, num_domains)
-    return Schedule(num_domains if name == "B" else 1, batch, 1)
-
-
 def shares_at(progress: float, shares: np.ndarray, ramp: tuple[int, float, float, float] | None) -> np.ndarray:
     """Shares [K] of schedule B after `progress` of training; ramp: domain number, first and last share, fraction."""
     if ramp is None:
@@ -279,11 +261,15 @@ def blend_counts(shares: Iterable[np.ndarray], batch: int) -> np.ndarray:
 def plan_batches(options: Options, splits: list[Split]) -> np.ndarray:
     """Images of each domain in each batch of the run: int64 [steps, batches per step, K]."""
     K, sizes = len(splits), np.array([len(split) for split in splits], dtype=float)
-    schedule = make_schedule(options.schedule, K, options.batch)
+    batches_per_step = K if options.schedule == "A" else 1
+    batch = options.batch // batches_per_step
+    if options.batch % batches_per_step:
+        raise InputError(f"--batch {options.batch} cannot be divided among {K} domains by schedule {options.schedule}: use "
+                         f"{max(batch, 1) * K}")
     shares, ramp = blend_shares(options, sizes) if options.schedule == "B" else (np.full(K, 1.0 / K), None)
     largest = int(np.where(shares > 0, sizes, 0).argmax())
     images = options.images or (options.epochs or 10.0) * sizes[largest] / shares[largest]
-    steps, batch = max(round(images / options.batch), 1), schedule.images_per_batch
+    steps = max(round(images / options.batch), 1)
     if steps > MOST_STEPS:
         raise InputError(f"a run of {steps:,} steps: at most {MOST_STEPS:,} are possible: raise --batch, or lower "
                          "--images or --epochs")
@@ -293,8 +279,8 @@ def plan_batches(options: Options, splits: list[Split]) -> np.ndarray:
         order = [options.trained.index(name) for name in options.domains or DOMAINS]
         plan = blend_counts((stage_shares(order[: s * K // steps + 1], K, options.replay) for s in range(steps)), batch)
     else:  # A and alternate: one domain per batch, in turn
-        plan = batch * np.eye(K, dtype=np.int64)[np.arange(steps * schedule.batches_per_step) % K]
-    return plan.reshape(steps, schedule.batches_per_step, K)
+        plan = batch * np.eye(K, dtype=np.int64)[np.arange(steps * batches_per_step) % K]
+    return plan.reshape(steps, batches_per_step, K)
 
 
 def stage_shares(seen: list[int], K: int, replay: float) -> np.ndarray:
@@ -409,6 +395,7 @@ class Job:
     fixed: list[Split] = field(default_factory=list)  # test splits of --eval-every
     first: int = 0  # step at which this process starts
     saved: int | None = None  # the step that the checkpoint in `last` starts from
+    board: Any = None  # TensorBoard's writer, on the first rank
     begun: float = field(default_factory=time.monotonic)  # monotonic time from which `tally.seconds` counts
 
     @property
@@ -514,10 +501,10 @@ def run_steps(job: Job) -> int:
     """The training loop; returns the exit code."""
     options, steps, tally, ranks = job.options, job.steps, job.tally, job.ranks
     feed = make_feed(job)
-    board = open_board(job, feed) if ranks.rank == 0 else None
-    log = TrainingLog(job.folder, {s.domain: len(s) for s in job.splits}, job.plan, ranks, tally, board, job.saved)
+    if ranks.rank == 0:
+        job.board = open_board(job, feed)
     if job.fixed and not job.first:
-        look_at_fixed_images(job, board, 0)
+        look_at_fixed_images(job, 0)
     stop, window, ending = runs.StopRequest(job.folder, ranks), [], False
 
     forward = make_forward(job).train()
@@ -531,29 +518,28 @@ def run_steps(job: Job) -> int:
         ending = ranks.any(bool(stop)) and done < steps
         saving = ending or done % options.save_every == 0 or done == steps
         if done % options.log_every == 0 or saving:  # at checkpoints, so that a resumed run averages alike
-            record = log.write(window, done, rates_of(job, step), job.health, feed.bad)
-            log.check_health(done, job.health)
+            record = write_line(job, window, done, rates_of(job, step), feed.bad)
+            check_health(job, done)
             bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}", img_s=f"{record['images_per_second']:.0f}")
             window, feed.bad = [], 0
         if job.fixed and (done % options.eval_every == 0 or done == steps):
-            look_at_fixed_images(job, board, done)
+            look_at_fixed_images(job, done)
             forward.train()
         if options.keep and (done % (options.eval_every or options.save_every) == 0 or done == steps):
             keep_checkpoint(job, done)
         if saving and not job.health[1]:  # never within a streak of non-finite steps
             save_checkpoint(job, done)
-            log.saved = done
         if ending:
             print(f"stopped by {stop.reason or 'another process'} after step {done} of {steps}; continue with --resume")
             break
-    if board:
+    if job.board:
         with writing(job.folder / "tensorboard"):
-            board.close()
+            job.board.close()
     if ending:
         return runs.STOPPED
     tally.seconds = time.monotonic() - job.begun
     if ranks.rank == 0:
-        write_report(log, options.schedule, job.device.type)
+        write_report(job)
         write_json(job.folder / "done.json", {"steps": steps, "images": steps * options.batch, **vars(tally)})
     print(f"done: {job.folder} in {tally.seconds:.0f} s; next: python evaluate.py --run {job.folder}")
     ranks.wait()
@@ -648,7 +634,7 @@ def probe(job: Job, count: int = 2000) -> dict[str, float]:
     return scores
 
 
-def look_at_fixed_images(job: Job, board: Any, step: int) -> None:
+def look_at_fixed_images(job: Job, step: int) -> None:
     """Quick evaluation: append the AUCs to probe.jsonl, and warn if one is more than 0.01 below its initial value."""
     if job.ranks.rank == 0:
         job.model.eval()
@@ -659,7 +645,7 @@ def look_at_fixed_images(job: Job, board: Any, step: int) -> None:
         start = job.tally.start = job.tally.start or scores
         with writing(job.folder / "tensorboard"):
             for name, score in scores.items():
-                board.add_scalar(f"auc/{name}", score, step)
+                job.board.add_scalar(f"auc/{name}", score, step)
         for name, score in scores.items():
             if score < start.get(name, 0) - 0.01:
                 tqdm.write(f"WARNING: step {step}: {name} has fallen below its start: same/different AUC {score:.3f}, "
@@ -760,7 +746,8 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
     if device.index:
         torch.cuda.set_device(device)  # kernels and generators use the current device
     torch.set_float32_matmul_precision("high")
-    describe_run(options, recipe, splits, plan, head_settings(options, splits).class_share, MIN_RATE)
+    settings = head_settings(options, splits)
+    describe_run(options, recipe, splits, plan, settings.class_share, MIN_RATE)
     fixed = probe_splits(options) if options.eval_every else []
     model = build_model(options, device)
     check_memory(options, splits, model.image_size, device, ranks)
@@ -773,7 +760,7 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
         make_folder(folder, "--out")
         counts = dict(zip(options.trained, plan.sum((0, 1)).tolist(), strict=True))
         runs.write_config(folder, texts, splits, len(plan), counts, recipe)
-    head = MarginHead([len(split.classes) for split in splits], model.dim, head_settings(options, splits), ranks=ranks,
+    head = MarginHead([len(split.classes) for split in splits], model.dim, settings, ranks=ranks,
                       shard=options.shard_head, device=device)
     job = Job(options, folder, device, ranks, splits, plan, torch.from_numpy(plan.sum(1)).to(device), model, head,
               make_optimizer(model, head, options), torch.zeros(2, dtype=torch.int64, device=device), fixed=fixed,
@@ -824,7 +811,7 @@ def open_board(job: Job, feed: Feed) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     if not job.first:
-        draw_samples(job.folder / "samples.png", feed.stream, feed.look, feed.cache)
+        draw_samples(job.folder / "samples.png", feed)
     path = job.folder / "tensorboard"
     with writing(path), writing(path, "the path is not UTF-8: PYTHONUTF8=1, or rename it", errors=UnicodeEncodeError):
         return SummaryWriter(str(path), purge_step=job.first)

@@ -382,7 +382,7 @@ def test_an_unexpected_error_ends_a_run_with_its_loaders(demo_root, tmp_path):
     code = """if True:
         import train
         def fail(*_): raise KeyError("a defect")
-        train.TrainingLog.check_health = fail
+        train.check_health = fail
         train.run_command(train.main)"""
     arguments = map(str, [*ENDLESS, "--data", demo_root, "--out", tmp_path / "run", "--workers", "2"])
     result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True,
