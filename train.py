@@ -264,8 +264,8 @@ def plan_batches(options: Options, splits: list[Split]) -> np.ndarray:
     batches_per_step = K if options.schedule == "A" else 1
     batch = options.batch // batches_per_step
     if options.batch % batches_per_step:
-        raise InputError(f"--batch {options.batch} cannot be divided among {K} domains by schedule {options.schedule}: use "
-                         f"{max(batch, 1) * K}")
+        raise InputError(f"--batch {options.batch} cannot be divided among {K} domains by schedule {options.schedule}: "
+                         f"use {max(batch, 1) * K}")
     shares, ramp = blend_shares(options, sizes) if options.schedule == "B" else (np.full(K, 1.0 / K), None)
     largest = int(np.where(shares > 0, sizes, 0).argmax())
     images = options.images or (options.epochs or 10.0) * sizes[largest] / shares[largest]

@@ -1,7 +1,4 @@
-"""Training of a backbone: LoRA, stochastic depth, averaged weights (EMA), penalties on forgetting, bfloat16.
-
-Copy with it: models/backbones.py.
-"""
+"""Training of a backbone: LoRA, stochastic depth, averaged weights (EMA), penalties on forgetting, bfloat16."""
 
 import contextlib
 import copy
@@ -163,11 +160,7 @@ class Retention:
     embeddings, which needs no images of the earlier task. l2sp costs another copy of the trained weights; features one
     more forward pass of each image and another copy of the network.
 
-    Args:
-        model: the backbone before its first step.
-        weights: of the penalties.
-        bf16: the untouched backbone computes in bfloat16, as the trained one does.
-        world: number of processes, whose gradients DDP averages.
+    `model`: the backbone before its first step; `world`: number of processes, whose gradients DDP averages.
     """
 
     sums_ranks = False  # DDP averages the gradients
@@ -176,9 +169,9 @@ class Retention:
         self.weights, self.world, self.device = weights, world, next(model.parameters()).device
         self.trained = [p for p in model.net.parameters() if p.requires_grad] if weights.l2sp else []
         self.start = [p.detach().clone() for p in self.trained]
-        self.distance, self.images = torch.zeros((), device=self.device), 0
         self.untouched = AutocastModel(copy.deepcopy(model).eval().requires_grad_(False), bf16, self.device) \
             if weights.features else None
+        self.begin()
 
     def acts(self, step: int) -> bool:
         """Whether the hook is called in a step."""

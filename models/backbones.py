@@ -1,7 +1,4 @@
-"""Backbones of timm and open_clip: the list, construction, weights, fine-tuning recipes, embeddings.
-
-Copy with it: data_prep/ (its readers), kernels/gather.py and models/weights.py.
-"""
+"""Backbones of timm and open_clip: the list, construction, weights, fine-tuning recipes, embeddings."""
 
 import contextlib
 import difflib
@@ -264,11 +261,7 @@ def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], p
 
 
 def load_backbone(network: Network) -> Backbone:
-    """Build an untouched backbone.
-
-    Raises:
-        InputError: unknown model, weights that cannot be read or downloaded, or weights of another architecture.
-    """
+    """An untouched backbone; InputError if its name is unknown or its weights cannot be had or do not fit."""
     library, name, tag = resolve_backbone(network)
     size = network.image_size or (None if network.model else IMAGE_SIZE[network.backbone])
     torch.manual_seed(network.seed)

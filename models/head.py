@@ -1,7 +1,4 @@
-"""MarginHead: the class weights of all domains and the losses on them, as one module.
-
-Copy with it: kernels/margin_loss.py, models/backbones.py, models/runs.py and what they need.
-"""
+"""MarginHead: the class weights of all domains and the losses on them, as one module."""
 
 import contextlib
 import functools

@@ -1,7 +1,4 @@
-"""A run: its processes (Ranks) and its folder, whose files docs/training.md lists.
-
-Copy with it: models/backbones.py and what it needs.
-"""
+"""A run: its processes (Ranks) and its folder, whose files docs/training.md lists."""
 
 import contextlib
 import json
@@ -218,11 +215,7 @@ def read_config(folder: Path) -> dict:
 def find_run(folder: Path, options: dict, splits: list[Split]) -> str:
     """State of the run in the output folder: "nothing", "unfinished" or "complete".
 
-    Args:
-        options: of this start, as in config.json.
-
-    Raises:
-        InputError: the run cannot be continued with these options and splits.
+    InputError if it cannot be continued with these splits and `options`, of this start, as in config.json.
     """
     if not (path := folder / "config.json").exists():
         return "nothing"
@@ -270,11 +263,7 @@ class Run:
 
 
 def load_run(folder: Path, allow_partial: bool = False) -> Run:
-    """Read a run folder.
-
-    Raises:
-        InputError: no run, or (unless allow_partial) an unfinished one.
-    """
+    """Read a run folder; InputError if it is none or, unless `allow_partial`, unfinished."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no run: it has no config.json; train one with `python train.py --out {folder}`")
     whole = (folder / "done.json").is_file() or folder.resolve().parent.name == "checkpoints"  # of --keep

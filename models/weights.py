@@ -1,7 +1,4 @@
-"""Weight files: those of others, read without executing code and converted; those of a run, with a checksum.
-
-Copy with it: data_prep/__init__.py.
-"""
+"""Weight files: those of others, read without executing code and converted; those of a run, with a checksum."""
 
 import hashlib
 import json
@@ -22,8 +19,7 @@ from data_prep import InputError, write_atomically
 def read_weights(name: str) -> dict[str, torch.Tensor]:
     """A state dict from a file of safetensors, PyTorch (tensors and plain values only) or TorchScript; runs no code.
 
-    Args:
-        name: FILE, or FILE:WRAPPER where it holds several sets of weights, such as `teacher` and `student`.
+    `name`: FILE, or FILE:WRAPPER where it holds several sets of weights, such as `teacher` and `student`.
     """
     file, _, wrapper = (name, "", "") if Path(name).is_file() else name.rpartition(":")
     path = Path(file)

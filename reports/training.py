@@ -1,7 +1,4 @@
-"""What a training run reports: its log, its first images, and a page with its curves.
-
-Copy with it: models/head.py, models/runs.py, data_prep/stream.py and what they need.
-"""
+"""What a training run reports: its log, its first images, and a page with its curves."""
 
 import math
 import sys

@@ -1,7 +1,4 @@
-"""Conflicts between the domains' gradients of the backbone, and PCGrad: a hook into the step of train.py.
-
-Copy with it: models/head.py, models/runs.py.
-"""
+"""Conflicts between the domains' gradients of the backbone, and PCGrad: a hook into the step of train.py."""
 
 import itertools
 from pathlib import Path

@@ -117,11 +117,7 @@ def interpolate_weights(run: Run, model: Backbone, alpha: float) -> None:
 def export_run(run: Run, form: str, out: Path | None, tolerance: float, alpha: float) -> int:
     """`train.py export`: write model and card into a scratch folder, and move them if the model passes the check.
 
-    Args:
-        alpha: see `interpolate_weights`; 1: fine-tuned weights only.
-
-    Returns:
-        The exit code.
+    `alpha`: see `interpolate_weights`; 1: fine-tuned weights only. Returns the exit code.
     """
     mixed = f"-wise{alpha:g}" if alpha < 1 else ""
     out = out or run.folder / "export" / f"{run.folder.resolve().name}{mixed}.{form}"
