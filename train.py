@@ -169,19 +169,12 @@ def settle_options(context: click.Context, values: dict) -> tuple[Options, dict[
             recipe |= RECIPES.get(name, {})
     recipe = {name: value for name, value in recipe.items() if given[name] == "DEFAULT"}
     options = Options(**values | recipe)
-    for name, idle, why in (("size", options.model and not options.backbone, "is a size of --backbone"),
-                            ("mix", options.schedule != "B", "sets the shares of schedule B; others have equal shares"),
-                            ("mix_ramp", options.schedule != "B", "changes the shares of schedule B"),
-                            ("replay", options.schedule != "sequential", "mixes the batches of --schedule sequential"),
-                            ("splits", not options.eval_every, "chooses the splits of --eval-every")):
-        if given[name] == "COMMANDLINE" and idle:
-            raise InputError(f"--{name.replace('_', '-')} {why}: leave it out")
-    check_options(options)
+    check_options(options, {name for name, source in given.items() if source == "COMMANDLINE"})
     return options, recipe
 
 
-def check_options(options: Options) -> None:
-    """Refuse contradictions before any work; set options that follow from others."""
+def check_options(options: Options, typed: set[str]) -> None:
+    """Refuse contradictions, and `typed` options that do nothing, before any work; set options that follow."""
     domains = options.trained
     for one in fields(options):
         value = getattr(options, one.name)
@@ -217,6 +210,13 @@ def check_options(options: Options) -> None:
          "--retain l2sp acts on the network's weights, which --lora freezes: use features=W"),
         (options.degrade and "face_lq" not in domains, "--degrade acts on face_lq, which is not among --domains"),
         (isinstance(options.mix, float) and options.mix > 1, "--mix: one number is a temperature: want 0 to 1"),
+        ("size" in typed and not options.backbone, "--size is a size of --backbone: leave it out"),
+        ("mix" in typed and options.schedule != "B",
+         "--mix sets the shares of schedule B; others have equal shares: leave it out"),
+        ("mix_ramp" in typed and options.schedule != "B", "--mix-ramp changes the shares of schedule B: leave it out"),
+        ("replay" in typed and options.schedule != "sequential",
+         "--replay mixes the batches of --schedule sequential: leave it out"),
+        ("splits" in typed and not options.eval_every, "--splits chooses the splits of --eval-every: leave it out"),
     ):
         if wrong:
             raise InputError(why)

@@ -61,14 +61,13 @@ def bench_steps(train: ModuleType, job, rounds: int, count: int) -> dict[str, li
         train.write_line(job, totals, first_step + 1, train.rates_of(job, first_step), 0)
 
     prefetched, together = 4 * max(job.options.workers, 1) // feed.passes + 1, count if cuda else 1
-    measured: dict[str, list[float]] = {"real": [], "fixed": [], "bare": [], "log": []}
+    kinds = {"real": real_step, "fixed": fixed_step, "bare": bare_step, "log": log_line}
+    measured: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in tqdm(range(rounds + 1), desc="rounds (the first warms up)", disable=None):
-        for kind, run, warm_up in (("real", real_step, prefetched), ("fixed", fixed_step, 1), ("bare", bare_step, 1)):
-            timed(run, warm_up)
+        for kind, run in kinds.items():
+            timed(run, prefetched if kind == "real" else 1)
             seconds = [timed(run, together) for _ in range(count // together)]
             measured[kind] += seconds if number else []
-        seconds = timed(log_line, 1)
-        measured["log"] += [seconds] if number else []
         totals.clear()
     return measured
 
