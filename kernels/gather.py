@@ -38,10 +38,9 @@ def resample_weights(low: Tensor, high: Tensor, length: int, size: int, interpol
     return weights / weights.sum(2, keepdim=True)
 
 
-def gather_interleaved_reference(
-    banks: list[Tensor], domain: Tensor, row: Tensor, *, size: int, mean, std, boxes: Tensor | None = None,
-    flip: Tensor | None = None, interpolation: str = "bilinear", dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
+def gather_interleaved_reference(banks: list[Tensor], domain: Tensor, row: Tensor, size: int, mean, std,
+                                 boxes: Tensor | None, flip: Tensor | None, interpolation: str, dtype: torch.dtype
+                                 ) -> Tensor:
     """The definition of `gather_interleaved`, computed bank by bank in float32 (float64 for float64 output).
 
     Each axis is one batched matrix product over lines of interleaved RGB, so that the innermost dimension is wide and
@@ -182,12 +181,12 @@ def gather_interleaved(
         check_places(banks, domain, row, boxes)
     domain, row, boxes, flip = (v if v is None else v.to(device, non_blocking=True) for v in (domain, row, boxes, flip))
     flip = flip if flip is None else flip.bool()
+    call = (banks, domain, row, size, mean, std, boxes, flip, interpolation, dtype)
     if not triton:
-        return gather_interleaved_reference(banks, domain, row, size=size, mean=mean, std=std, boxes=boxes, flip=flip,
-                                            interpolation=interpolation, dtype=dtype)
+        return gather_interleaved_reference(*call)
     from .gather_triton import gather  # Triton may be absent
 
     if device not in FLAGS:
         with torch.inference_mode(False):  # an inference tensor could not be modified in training
             FLAGS[device] = torch.full((1,), NO_ERROR, dtype=torch.int32, device=device)
-    return gather(banks, domain, row, size, mean, std, boxes, flip, interpolation, dtype, FLAGS[device])
+    return gather(*call, FLAGS[device])

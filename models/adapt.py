@@ -57,9 +57,8 @@ def add_drop_path(model: Backbone, rate: float) -> None:
 
     tower = model.net.visual if model.library == "open_clip" else model.net
     names = ("drop_path", "drop_path1", "drop_path2", "ls_1", "ls_2")
-    blocks = [(module, [name for name in names if isinstance(getattr(module, name, None), nn.Identity | DropPath)])
-              for module in tower.modules()]
-    blocks = [(module, branches) for module, branches in blocks if branches]
+    blocks = [(module, branches) for module in tower.modules() if (branches := [
+        name for name in names if isinstance(getattr(module, name, None), nn.Identity | DropPath)])]
     if not blocks:
         raise InputError(f"--drop-path {rate:g}: this network has no residual branches to drop: leave it out")
     for (module, branches), probability in zip(blocks, np.linspace(0, rate, len(blocks)).tolist(), strict=True):

@@ -114,23 +114,26 @@ class Backbone(nn.Module):
     "bicubic").
     """
 
-    def __init__(self, net: nn.Module, library: str, name: str, embed_dim: int, image_size: int) -> None:
+    def __init__(self, net: nn.Module, library: str, name: str, embed_dim: int, image_size: int | None) -> None:
         super().__init__()
-        self.net, self.library, self.name, self.image_size = net, library, name, image_size
+        self.net, self.library, self.name = net, library, name
         if library == "open_clip":
             import open_clip
 
             settings = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
                         "interpolation": "bicubic"} | open_clip.get_model_preprocess_cfg(net)
+            size = net.visual.image_size
             net.requires_grad_(False)
             net.visual.requires_grad_(True)  # the frozen text tower keeps zero-shot classification possible
         else:
             import timm
 
             settings = timm.data.resolve_model_data_config(net)
+            size = settings["input_size"]
+        self.image_size = image_size or (size[-1] if isinstance(size, tuple) else size)
         self.project = None
         with torch.no_grad():  # the width is measured, because its name depends on the library
-            width = self.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1]
+            width = self.eval()(torch.zeros(1, 3, self.image_size, self.image_size)).shape[1]
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
         self.interpolation = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
         self.dim = embed_dim or width
@@ -273,15 +276,9 @@ def load_backbone(network: Network) -> Backbone:
             net, _ = build_network(library, name, size)
             if network.weights != "none":
                 fill_weights(net, library, read_weights(network.weights), network.weights)
-        if size is None:
-            import timm
-
-            is_clip = library == "open_clip"
-            size = net.visual.image_size if is_clip else timm.data.resolve_model_data_config(net)["input_size"][-1]
-            size = size[0] if isinstance(size, tuple) else size
         return Backbone(net, library, name, network.embed_dim, size)
     except (AssertionError, ValueError, RuntimeError) as error:
-        setting = f"--image-size {network.image_size}" if network.image_size else f"input size {size}"
+        setting = f"--image-size {network.image_size}" if network.image_size else f"input size {size or 'of the model'}"
         raise InputError(f"{setting} does not fit {name}: {str(error).splitlines()[0]}") from error
     finally:
         logging.disable(logging.NOTSET)

@@ -81,11 +81,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; collective."""
-        if self.world == 1:
-            return flag
-        any_flag = torch.tensor(int(flag))
-        torch.distributed.all_reduce(any_flag, torch.distributed.ReduceOp.MAX, group=self.control)
-        return bool(any_flag)
+        return bool(self.sum(torch.tensor(int(flag))))
 
     def wait(self) -> None:
         """Barrier."""
