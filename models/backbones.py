@@ -111,7 +111,7 @@ class Backbone(nn.Module):
 
     Attributes: net (the library's module, with its key names), library, name (in the library), dim (width D of the
     embedding), image_size (pixels), mean and std (per RGB channel, images scaled to 0..1), interpolation ("bilinear" or
-    "bicubic").
+    "bicubic"), look (these four together).
     """
 
     def __init__(self, net: nn.Module, library: str, name: str, embed_dim: int, image_size: int | None) -> None:
@@ -136,14 +136,10 @@ class Backbone(nn.Module):
             width = self.eval()(torch.zeros(1, 3, self.image_size, self.image_size)).shape[1]
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
         self.interpolation = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
+        self.look = Look(self.image_size, self.mean, self.std, self.interpolation)
         self.dim = embed_dim or width
         if embed_dim:
             self.project = nn.Linear(width, embed_dim, bias=False)
-
-    @property
-    def look(self) -> Look:
-        """Size and normalisation of the input."""
-        return Look(self.image_size, self.mean, self.std, self.interpolation)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed normalised images [B, 3, S, S] to [B, D], not L2-normalised."""

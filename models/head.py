@@ -37,15 +37,15 @@ class Loss:
     weight: float = 1.0  # of the domain in the sum over domains
 
 
-# name: {parameter: (field of Loss, default)}
+# name: {parameter: (field of Loss, default)}; the default of s depends on the domain
+COMMON = {"s": ("scale", None), "e": ("smoothing", 0.0), "w": ("weight", 1.0)}
 LOSSES = {
-    "softmax": {},  # normalised softmax, no margin
-    "cosface": {"m": ("additive", 0.35)},  # arXiv 1801.09414, section 4.1
-    "arcface": {"m": ("angular", 0.5)},  # arXiv 1801.07698, section 3.1
-    "adaface": {"m": ("additive", 0.4), "h": ("concentration", 0.333)},  # arXiv 2204.00964, section 4.1
-    "combined": {"m2": ("angular", 0.3), "m3": ("additive", 0.2)},  # arXiv 1801.07698, eq. 4, with m1 = 1
+    "softmax": COMMON,  # normalised softmax, no margin
+    "cosface": {"m": ("additive", 0.35)} | COMMON,  # arXiv 1801.09414, section 4.1
+    "arcface": {"m": ("angular", 0.5)} | COMMON,  # arXiv 1801.07698, section 3.1
+    "adaface": {"m": ("additive", 0.4), "h": ("concentration", 0.333)} | COMMON,  # arXiv 2204.00964, section 4.1
+    "combined": {"m2": ("angular", 0.3), "m3": ("additive", 0.2)} | COMMON,  # arXiv 1801.07698, eq. 4, with m1 = 1
 }
-COMMON = {"s": "scale", "e": "smoothing", "w": "weight"}
 RANGES = {"scale": (1e-3, 1e6), "additive": (0, 2), "angular": (0, math.pi), "concentration": (0, 10),
           "smoothing": (0, 1), "weight": (0, 1e6)}
 DEFAULT_LOSSES = {domain: Loss(30.0) if domain == "object" else Loss(64.0, additive=0.35) for domain in DOMAINS}
@@ -56,17 +56,18 @@ def parse_loss(text: str, scale: float) -> Loss:
     name, _, rest = text.partition(":")
     if name not in LOSSES:
         raise ValueError(f"no loss {name!r}; the losses are {', '.join(LOSSES)}")
-    fields = {key: field for key, (field, _) in LOSSES[name].items()} | COMMON
-    values = {"scale": scale} | {field: default for field, default in LOSSES[name].values()}
+    parameters = LOSSES[name]
+    values = dict(parameters.values()) | {"scale": scale}
     for item in filter(None, rest.split(",")):
         key, _, number = (word.strip() for word in item.partition("="))
-        if key not in fields or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", number):
+        if key not in parameters or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", number):
             raise ValueError(f"{item.strip()!r} is not a parameter of {name}; want "
-                             f"{', '.join(f'{key}=NUMBER' for key in fields)}")
-        low, high = RANGES[fields[key]]
+                             f"{', '.join(f'{key}=NUMBER' for key in parameters)}")
+        field, _ = parameters[key]
+        low, high = RANGES[field]
         if not low <= float(number) <= high:
             raise ValueError(f"{name}: {key} is {number}; want {low:g} to {high:g}")
-        values[fields[key]] = float(number)
+        values[field] = float(number)
     if values.get("concentration") and not values["additive"]:
         raise ValueError("adaface with m=0 has no margin to adapt: take softmax")
     return Loss(**values)
@@ -92,10 +93,9 @@ def show_loss(loss: Loss) -> str:
     """The notation of a loss, which `parse_loss` reads."""
     name = ("adaface" if loss.concentration else "combined" if loss.angular and loss.additive else
             "arcface" if loss.angular else "cosface" if loss.additive else "softmax")
-    fields = {key: field for key, (field, _) in LOSSES[name].items()} | {"s": "scale"}
-    fields |= {key: COMMON[key] for key in ("e", "w") if getattr(loss, COMMON[key]) != getattr(Loss(1.0), COMMON[key])}
-    numbers = {key: repr(getattr(loss, field)).removesuffix(".0") for key, field in fields.items()}
-    return name + ":" + ",".join(f"{key}={number}" for key, number in numbers.items())
+    numbers = {key: getattr(loss, field) for key, (field, default) in LOSSES[name].items()
+               if key not in ("e", "w") or getattr(loss, field) != default}
+    return name + ":" + ",".join(f"{key}={repr(number).removesuffix('.0')}" for key, number in numbers.items())
 
 
 LOSS_TYPE = Parsed("losses", parse_losses,

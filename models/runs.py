@@ -139,12 +139,9 @@ def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
 
 def write_config(folder: Path, options: dict, splits: list[Split], steps: int, counts: dict[str, int],
                  recipe: dict[str, float]) -> None:
-    """Write config.json: the options, and the facts that follow from them, from the data and from this machine.
+    """Write config.json: the options, as on the command line, and facts that follow from them and the data.
 
-    Args:
-        options: as on the command line.
-        counts: domain -> images drawn in the run.
-        recipe: options that the backbone's recipe set.
+    `counts`: domain -> images drawn in the run; `recipe`: options that the backbone's recipe set.
     """
     try:
         commit = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"],
@@ -382,9 +379,7 @@ def keep_checkpoint(run: Path, step: int, counts: dict[str, int], keep: int, exp
                     ranks: Ranks) -> None:
     """Write RUN/checkpoints/step-NNNNNNNN, itself a run folder, then remove old checkpoints (`drop_checkpoints`).
 
-    Args:
-        counts: images of each domain drawn so far.
-        export: writes the weights into a folder; collective.
+    `counts`: images of each domain drawn so far; `export` writes the weights into a folder and is collective.
     """
     folder = run / "checkpoints" / f"step-{step:08d}"
     scratch = folder.with_suffix(".tmp")

@@ -28,12 +28,8 @@ def describe_run(options: Any, recipe: dict[str, float], splits: list[Split], pl
                  last_rate: float) -> None:
     """Print the images, passes, losses and learning rates of a run, before anything is built.
 
-    Args:
-        options: of train.py.
-        recipe: options that the backbone's recipe filled.
-        plan: int64 [steps, batches per step, K], images of each domain.
-        shares: of each domain's class weights that a step draws (Partial FC).
-        last_rate: of the cosine, as a share of the peak.
+    `plan`: int64 [steps, batches per step, K], images of each domain; `shares`: of each domain's class weights that a
+    step draws (Partial FC); `last_rate`: of the cosine, as a share of the peak.
     """
     print(f"{options.out}: schedule {options.schedule}, {len(plan)} steps of {options.batch} images")
     if recipe:
@@ -100,14 +96,9 @@ class Tally:
 def write_line(job: Any, window: list[dict[str, Tensor]], done: int, rates: dict, bad: int) -> dict:
     """A line of log.jsonl and TensorBoard: means over the steps since the last one.
 
-    The CPU waits for the GPU, and the ranks for each other, only here.
-
-    Args:
-        job: of train.py.
-        window: totals of these steps, with "grad_norm" and "finite".
-        done: completed steps of the run.
-        rates: of the schedule at the last step, for the record.
-        bad: damaged images of this rank since the last line.
+    The CPU waits for the GPU, and the ranks for each other, only here. `window`: totals of these steps, with
+    "grad_norm" and "finite"; `done`: completed steps of the run; `rates`: of the last step, for the record; `bad`:
+    damaged images of this rank since the last line.
     """
     tally, ranks, batch = job.tally, job.ranks, int(job.plan[0].sum())
     total = {name: torch.stack([t[name].float() for t in window]) for name in window[0]}
