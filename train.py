@@ -14,7 +14,6 @@ minimises L = sum_i w_d(i) l_i / (K n_d(i)). docs/training.md lists the files in
 """
 
 import contextlib
-import functools
 import math
 import os
 import sys
@@ -524,10 +523,12 @@ def run_steps(job: Job) -> int:
         if job.fixed and (done % options.eval_every == 0 or done == steps):
             look_at_fixed_images(job, done)
             forward.train()
-        if options.keep and (done % (options.eval_every or options.save_every) == 0 or done == steps):
-            keep_checkpoint(job, done)
-        if saving and not job.health[1]:  # never within a streak of non-finite steps
-            save_checkpoint(job, done)
+        keeping = options.keep and (done % (options.eval_every or options.save_every) == 0 or done == steps)
+        if (keeping or saving) and not job.health[1]:  # never within a streak of non-finite steps
+            if keeping:
+                runs.keep_checkpoint(job, done, export_weights)
+            if saving:
+                save_checkpoint(job, done)
         if ending:
             print(f"stopped by {stop.reason or 'another process'} after step {done} of {steps}; continue with --resume")
             break
@@ -689,22 +690,9 @@ def save_checkpoint(job: Job, step: int) -> None:
     job.ranks.wait()
 
 
-def keep_checkpoint(job: Job, step: int) -> None:
-    """--keep: write the current weights to RUN/checkpoints, unless the last step was skipped."""
-    if not job.health[1]:
-        counts = dict(zip(job.options.trained, job.plan[:step].sum((0, 1)).tolist(), strict=True))
-        runs.keep_checkpoint(job.folder, step, counts, job.options.keep, functools.partial(export_weights, job),
-                             job.ranks)
-
-
 def load_checkpoint(job: Job) -> None:
     """Restore the state that `save_checkpoint` wrote."""
-    head, average = job.head, job.average
-    shapes = [p.shape for p in job.parameters[:-1]] + [torch.Size([sum(head.class_counts), job.model.dim])]
-    check = functools.partial(runs.misfit, steps=job.steps, model=job.model.state_dict(), shapes=shapes,
-                              averaged=average is not None, statistics=head.statistics)
-    # with a sharded head every rank reads only its own rows
-    state = runs.read_state(job.folder / "last" / "state.pt", job.ranks.rank == 0, head.sharded, check)
+    head, average, state = job.head, job.average, runs.read_state(job)
     job.model.load_state_dict(state["model"])
     head.set_whole(state["head"])
     if moments := state["optimizer"]["state"]:

@@ -314,13 +314,11 @@ def alike(value: object, like: Any) -> bool:
     return len(value) == len(like) and all(map(alike, value, like))
 
 
-def misfit(state: dict, steps: int, model: dict[str, torch.Tensor], shapes: list[torch.Size], averaged: bool,
-           statistics: torch.Tensor | None) -> str:
-    """Why a state file does not fit the run, or "". Unchecked, the optimiser would read past the end of a tensor.
-
-    `shapes`: of the trained parameters, the whole class weights last; `averaged`: whether the run has --ema.
-    """
-    blank = [torch.empty(shape, device="meta") for shape in shapes]
+def misfit(state: dict, job: Any) -> str:
+    """Why a state file does not fit a run, or "". Unchecked, the optimiser would read past the end of a tensor."""
+    whole = torch.Size([sum(job.head.class_counts), job.model.dim])
+    blank = [torch.empty(shape, device="meta") for shape in [*(p.shape for p in job.parameters[:-1]), whole]]
+    model, statistics = job.model.state_dict(), job.head.statistics
     moments = [{"step": torch.zeros(()), "exp_avg": one, "exp_avg_sq": one} for one in blank]
 
     def fits_tally(tally: dict) -> bool:  # as reports.training.Tally; earlier versions lack some
@@ -330,14 +328,14 @@ def misfit(state: dict, steps: int, model: dict[str, torch.Tensor], shapes: list
             and all(isinstance(score, float) for score in tally.get("start", {}).values())
 
     checks = {
-        "step": lambda step: type(step) is int and 0 <= step <= steps,
+        "step": lambda step: type(step) is int and 0 <= step <= job.steps,
         "model": lambda saved: alike(saved, model) and all(value.isfinite().all() for value in saved.values()),
         "head": lambda saved: alike(saved, blank[-1]),
         "optimizer": lambda saved: all(i >= 0 and alike(one, moments[i]) for i, one in saved["state"].items()),
         "tally": fits_tally,
         "health": lambda saved: alike(saved, torch.zeros(2, dtype=torch.int64)) and
         0 <= saved[1] <= saved[0] <= state["step"],
-        "ema": lambda saved: not averaged or alike(saved, blank),
+        "ema": lambda saved: job.average is None or alike(saved, blank),
         "norms": lambda saved: statistics is None or alike(saved, statistics),
     }
     for key, fits_run in checks.items():
@@ -348,19 +346,17 @@ def misfit(state: dict, steps: int, model: dict[str, torch.Tensor], shapes: list
     return ""
 
 
-def read_state(path: Path, checksum: bool, mapped: bool, check: Callable[[object], str]) -> dict:
-    """The state of a checkpoint; InputError if it is damaged.
-
-    `checksum`: verify the checksums of the archive, which PyTorch ignores; `mapped`: memory-map the tensors; `check`:
-    see `misfit`.
-    """
+def read_state(job: Any) -> dict:
+    """The state of a run's last checkpoint, on the CPU; InputError if it is damaged."""
+    path = job.folder / "last" / "state.pt"
     try:
-        if checksum:
-            with zipfile.ZipFile(path) as file:
+        if job.ranks.rank == 0:
+            with zipfile.ZipFile(path) as file:  # PyTorch ignores the checksums
                 if bad := file.testzip():
                     raise ValueError(f"the checksum of {bad} differs")
-        state = torch.load(path, "cpu", weights_only=True, mmap=mapped)
-        wrong = check(state)
+        # with a sharded head every rank reads only its own rows
+        state = torch.load(path, "cpu", weights_only=True, mmap=job.head.sharded)
+        wrong = misfit(state, job)
     except Exception as error:  # of zip, pickle or torch
         wrong = str(error).splitlines()[0][:120] if isinstance(error, ValueError) else type(error).__name__
     if wrong:
@@ -375,30 +371,30 @@ def kept_steps(run: Path) -> dict[int, Path]:
     return dict(sorted((int(step), folder) for step, folder in folders if step.isdecimal()))
 
 
-def keep_checkpoint(run: Path, step: int, counts: dict[str, int], keep: int, export: Callable[[Path], None],
-                    ranks: Ranks) -> None:
+def keep_checkpoint(job: Any, step: int, export: Callable[[Any, Path], None]) -> None:
     """Write RUN/checkpoints/step-NNNNNNNN, itself a run folder, then remove old checkpoints (`drop_checkpoints`).
 
-    `counts`: images of each domain drawn so far; `export` writes the weights into a folder and is collective.
+    `export` writes the weights of a run into a folder and is collective.
     """
-    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder, first = job.folder / "checkpoints" / f"step-{step:08d}", job.ranks.rank == 0
     scratch = folder.with_suffix(".tmp")
-    if ranks.rank == 0:
+    if first:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     try:
-        export(scratch)
-        if ranks.rank == 0:
-            config = read_json(run / "config.json")
+        export(job, scratch)
+        if first:
+            config = read_json(job.folder / "config.json")
+            counts = dict(zip(job.options.trained, job.plan[:step].sum((0, 1)).tolist(), strict=True))
             config["facts"] |= {"steps": step, "counts": counts}
             write_json(scratch / "config.json", config)
             shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed before its state was written
             os.replace(scratch, folder)
-            drop_checkpoints(run, keep)
+            drop_checkpoints(job.folder, job.options.keep)
     finally:
-        if ranks.rank == 0:
+        if first:
             shutil.rmtree(scratch, ignore_errors=True)
-    ranks.wait()
+    job.ranks.wait()
 
 
 def drop_checkpoints(run: Path, keep: int) -> None:
