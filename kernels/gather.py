@@ -10,8 +10,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-NO_ERROR = 2**31 - 1  # value of an entry of FLAGS without an error
-
 # ---------------------------------------------------------------- reference
 
 
@@ -112,23 +110,6 @@ def check_places(banks, domain, row, boxes) -> None:
                              f"{sides[b].tolist()} pixels (x, y)")
 
 
-FLAGS: dict[torch.device, Tensor] = {}  # per GPU: the first output of a batch with a wrong row, domain or box
-
-
-def raise_pending() -> None:
-    """Raise IndexError if a row, domain or box on a GPU was outside the banks since the last call; synchronises.
-
-    For loops whose indices are on the GPU, where a check in every call would synchronise every step. Call it where the
-    loop synchronises anyway, e.g. to read its metrics.
-    """
-    for flag in FLAGS.values():
-        output = int(flag)
-        if output != NO_ERROR:
-            flag.fill_(NO_ERROR)
-            raise IndexError(f"output {output} of a batch: its row, domain or box is not within the banks; the image "
-                             "is NaN")
-
-
 def triton_obstacle(banks: list[Tensor], dtype: torch.dtype) -> str:
     """Why the Triton kernel cannot run; empty if it can."""
     if not find_spec("triton"):
@@ -165,8 +146,8 @@ def gather_interleaved(
         [B, 3, S, S], channels-last in memory, (image / 255 - mean) / std.
 
     Raises:
-        IndexError: a row or a domain outside the banks. With indices on a GPU and the Triton kernel, the output image
-            is NaN and `raise_pending` raises.
+        IndexError: a row or a domain outside the banks. Indices and boxes on a GPU are not checked before the Triton
+            kernel, which would synchronise: an output image without a place in the banks is NaN.
         ValueError: invalid shapes, boxes or dtypes.
         NotImplementedError: impl="triton" where Triton cannot run.
     """
@@ -186,7 +167,4 @@ def gather_interleaved(
         return gather_interleaved_reference(*call)
     from .gather_triton import gather  # Triton may be absent
 
-    if device not in FLAGS:
-        with torch.inference_mode(False):  # an inference tensor could not be modified in training
-            FLAGS[device] = torch.full((1,), NO_ERROR, dtype=torch.int32, device=device)
-    return gather(*call, FLAGS[device])
+    return gather(*call)

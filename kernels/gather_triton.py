@@ -2,7 +2,7 @@
 Copy with it: nothing; kernels/gather.py calls it.
 
 The kernel reads uint8 and writes the finished batch in one pass. For a row, domain or box outside the banks, the output
-image is NaN and `flag` records its number: a device assert would end the process.
+image is NaN: a device assert would end the process.
 """
 
 import torch
@@ -65,7 +65,7 @@ def tap(centre, reach, first, low, high, t, CUBIC: tl.constexpr):
 
 @triton.jit
 def resample_images(
-    banks, sizes, domain, row, boxes, flip, flag, out, f0, f1, f2, s0, s1, s2, S,
+    banks, sizes, domain, row, boxes, flip, out, f0, f1, f2, s0, s1, s2, S,
     BOXES: tl.constexpr, FLIP: tl.constexpr, CUBIC: tl.constexpr, LINES: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
     """Output values in memory order, channels last: Σ_x w_x Σ_y w_y byte."""
@@ -109,16 +109,14 @@ def resample_images(
     value = tl.where(valid, value, float("nan")).to(out.dtype.element_ty)
     place = Y[:, None] * 3 * S + number[None, :]
     tl.store(out + b.to(tl.int64) * 3 * S * S + place, value, mask=(Y < S)[:, None] & (number < 3 * S)[None, :])
-    if (valid == 0) & (tl.program_id(1) == 0):
-        tl.atomic_min(flag, b)
 
 
 # ---------------------------------------------------------------- host
 
 
 def gather(banks: list[Tensor], domain: Tensor, row: Tensor, size: int, mean, std, boxes: Tensor | None,
-           flip: Tensor | None, interpolation: str, dtype: torch.dtype, flag: Tensor) -> Tensor:
-    """`gather.gather_interleaved` for tensors on one device; `flag` int32 [1] records the first invalid output."""
+           flip: Tensor | None, interpolation: str, dtype: torch.dtype) -> Tensor:
+    """`gather.gather_interleaved` for tensors on one device."""
     B = len(domain)
     out = torch.empty(B, 3, size, size, dtype=dtype, device=banks[0].device, memory_format=torch.channels_last)
     if not B:
@@ -133,7 +131,7 @@ def gather(banks: list[Tensor], domain: Tensor, row: Tensor, size: int, mean, st
         (boxes, torch.float32), (flip, torch.uint8)))
     with torch.cuda.device_of(out):  # Triton launches on the current device
         resample_images[(B, tiles)](
-            banks, sizes, domain.contiguous(), row.contiguous(), boxes_, flip_, flag, out, *factors, *shifts, size,
+            banks, sizes, domain.contiguous(), row.contiguous(), boxes_, flip_, out, *factors, *shifts, size,
             BOXES=boxes is not None, FLIP=flip is not None, CUBIC=interpolation == "bicubic", LINES=TILE[0],
             NUMBERS=TILE[1])
     return out
