@@ -175,6 +175,7 @@ class MarginHead(nn.Module):
 
     Attributes:
         weight: Parameter [C, D], or this rank's rows of it.
+        samples_classes: whether a step draws some of the classes (Partial FC).
         ranges: of the domains' classes in the whole head.
         rows: int64 on the CPU, which rows of the whole head these are (sharded); None: all.
         statistics: float64 [K, 3], running n, sum and sum of squares of embedding lengths (AdaFace); None: not needed.
@@ -184,6 +185,7 @@ class MarginHead(nn.Module):
                  shard: bool = False, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.class_counts, self.settings, self.ranks = class_counts, settings, ranks
+        self.samples_classes = min(settings.class_share or [1.0]) < 1
         self.sharded = shard and ranks.world > 1
         self.place = (ranks.rank, ranks.world) if self.sharded else (0, 1)
         self.ranges = [(end - count, end) for count, end in zip(class_counts, accumulate(class_counts), strict=True)]
@@ -196,11 +198,6 @@ class MarginHead(nn.Module):
                        for field in ("scale", "angular", "additive", "concentration", "weight", "smoothing")}
         self.statistics = torch.zeros(len(losses), 3, dtype=torch.float64, device=device) \
             if any(loss.concentration for loss in losses) else None
-
-    @property
-    def samples_classes(self) -> bool:
-        """Whether a step draws some of the classes (Partial FC)."""
-        return min(self.settings.class_share or [1.0]) < 1
 
     def forward(self, x: Tensor, labels: Tensor, domains: Tensor, counts: Tensor, margin: float = 1.0) -> HeadLoss:
         """The loss of this rank's samples.
