@@ -48,7 +48,7 @@ LOSSES = {
 }
 RANGES = {"scale": (1e-3, 1e6), "additive": (0, 2), "angular": (0, math.pi), "concentration": (0, 10),
           "smoothing": (0, 1), "weight": (0, 1e6)}
-DEFAULT_LOSSES = {domain: Loss(30.0) if domain == "object" else Loss(64.0, additive=0.35) for domain in DOMAINS}
+DEFAULTS = {domain: ("softmax", 30.0) if domain == "object" else ("cosface", 64.0) for domain in DOMAINS}  # name, s
 
 
 def parse_loss(text: str, scale: float) -> Loss:
@@ -85,8 +85,8 @@ def parse_losses(text: str) -> dict[str, Loss]:
         if domain in given:
             raise ValueError(f"{domain or 'every domain'} has two losses")
         given[domain] = loss
-    return {domain: parse_loss(given.get(domain, given.get("")), DEFAULT_LOSSES[domain].scale)
-            if domain in given or "" in given else DEFAULT_LOSSES[domain] for domain in DOMAINS}
+    return {domain: parse_loss(given.get(domain, given.get("", name)), scale)
+            for domain, (name, scale) in DEFAULTS.items()}
 
 
 def show_loss(loss: Loss) -> str:
