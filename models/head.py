@@ -187,7 +187,7 @@ class MarginHead(nn.Module):
         self.class_counts, self.settings, self.ranks = class_counts, settings, ranks
         self.samples_classes = min(settings.class_share or [1.0]) < 1
         self.sharded = shard and ranks.world > 1
-        self.place = (ranks.rank, ranks.world) if self.sharded else (0, 1)
+        self.place = (ranks.rank, ranks.world) if self.sharded else (0, 1)  # of its slices, and how many there are
         self.ranges = [(end - count, end) for count, end in zip(class_counts, accumulate(class_counts), strict=True)]
         rows, ranges, where = self.slice_rows(torch.arange(sum(class_counts)), self.ranges, *self.place)
         self.rows = rows if self.sharded else None
