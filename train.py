@@ -14,7 +14,6 @@ minimises L = sum_i w_d(i) l_i / (K n_d(i)). docs/training.md lists the files in
 """
 
 import contextlib
-import functools
 import math
 import os
 import sys
@@ -22,7 +21,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import numpy as np
@@ -41,14 +40,13 @@ from data_prep.loaders import LOADERS, batch_too_large, enough_loaders, too_larg
 from data_prep.stream import Feed, Stream, decode_split
 from models import runs
 from models.adapt import (
-    RETAIN_TYPE, AutocastModel, LayerwiseAdamW, Retention, RetainWeights, RunningAverage, add_drop_path, add_low_rank,
-    uses_bf16,
+    RETAIN_TYPE, AutocastModel, Retention, RetainWeights, RunningAverage, add_drop_path, add_low_rank, uses_bf16,
 )
 from models.backbones import BACKBONES, RECIPES, SIZES, Backbone, Network, embed_rows, load_backbone, resolve_backbone
 from models.head import LOSS_TYPE, MANY_CLASSES, HeadSettings, Loss, MarginHead, starting_weights
 from models.runs import Ranks, join_ranks, pick_device
 from reports.training import (
-    Tally, TrainingLog, add_to_totals, describe_run, draw_samples, empty_totals, write_report,
+    Tally, add_to_totals, check_health, describe_run, draw_samples, empty_totals, write_line, write_report,
 )
 
 MIN_RATE = 0.01  # end of the cosine, as a fraction of the peak learning rate
@@ -169,19 +167,12 @@ def settle_options(context: click.Context, values: dict) -> tuple[Options, dict[
             recipe |= RECIPES.get(name, {})
     recipe = {name: value for name, value in recipe.items() if given[name] == "DEFAULT"}
     options = Options(**values | recipe)
-    for name, idle, why in (("size", options.model and not options.backbone, "is a size of --backbone"),
-                            ("mix", options.schedule != "B", "sets the shares of schedule B; others have equal shares"),
-                            ("mix_ramp", options.schedule != "B", "changes the shares of schedule B"),
-                            ("replay", options.schedule != "sequential", "mixes the batches of --schedule sequential"),
-                            ("splits", not options.eval_every, "chooses the splits of --eval-every")):
-        if given[name] == "COMMANDLINE" and idle:
-            raise InputError(f"--{name.replace('_', '-')} {why}: leave it out")
-    check_options(options)
+    check_options(options, {name for name, source in given.items() if source == "COMMANDLINE"})
     return options, recipe
 
 
-def check_options(options: Options) -> None:
-    """Refuse contradictions before any work; set options that follow from others."""
+def check_options(options: Options, typed: set[str]) -> None:
+    """Refuse contradictions, and `typed` options that do nothing, before any work; set options that follow."""
     domains = options.trained
     for one in fields(options):
         value = getattr(options, one.name)
@@ -217,6 +208,13 @@ def check_options(options: Options) -> None:
          "--retain l2sp acts on the network's weights, which --lora freezes: use features=W"),
         (options.degrade and "face_lq" not in domains, "--degrade acts on face_lq, which is not among --domains"),
         (isinstance(options.mix, float) and options.mix > 1, "--mix: one number is a temperature: want 0 to 1"),
+        ("size" in typed and not options.backbone, "--size is a size of --backbone: leave it out"),
+        ("mix" in typed and options.schedule != "B",
+         "--mix sets the shares of schedule B; others have equal shares: leave it out"),
+        ("mix_ramp" in typed and options.schedule != "B", "--mix-ramp changes the shares of schedule B: leave it out"),
+        ("replay" in typed and options.schedule != "sequential",
+         "--replay mixes the batches of --schedule sequential: leave it out"),
+        ("splits" in typed and not options.eval_every, "--splits chooses the splits of --eval-every: leave it out"),
     ):
         if wrong:
             raise InputError(why)
@@ -229,24 +227,6 @@ def check_options(options: Options) -> None:
 
 
 # ---------------------------------------------------------------- schedule: images of each domain in each batch
-
-
-class Schedule(NamedTuple):
-    """Input of `plan_batches`, which derives the images of each domain in each batch."""
-
-    domains_per_batch: int
-    images_per_batch: int
-    batches_per_step: int
-
-
-def make_schedule(name: str, num_domains: int, batch: int) -> Schedule:
-    """The schedule of --schedule at `batch` images per optimiser step."""
-    if name == "A":
-        if batch % num_domains:
-            raise InputError(f"--batch {batch} cannot be divided among {num_domains} domains by schedule A: "
-                             f"use {max(batch // num_domains, 1) * num_domains}")
-        return Schedule(1, batch // num_domains, num_domains)
-    return Schedule(num_domains if name == "B" else 1, batch, 1)
 
 
 def shares_at(progress: float, shares: np.ndarray, ramp: tuple[int, float, float, float] | None) -> np.ndarray:
@@ -279,11 +259,15 @@ def blend_counts(shares: Iterable[np.ndarray], batch: int) -> np.ndarray:
 def plan_batches(options: Options, splits: list[Split]) -> np.ndarray:
     """Images of each domain in each batch of the run: int64 [steps, batches per step, K]."""
     K, sizes = len(splits), np.array([len(split) for split in splits], dtype=float)
-    schedule = make_schedule(options.schedule, K, options.batch)
+    batches_per_step = K if options.schedule == "A" else 1
+    batch = options.batch // batches_per_step
+    if options.batch % batches_per_step:
+        raise InputError(f"--batch {options.batch} cannot be divided among {K} domains by schedule {options.schedule}: "
+                         f"use {max(batch, 1) * K}")
     shares, ramp = blend_shares(options, sizes) if options.schedule == "B" else (np.full(K, 1.0 / K), None)
     largest = int(np.where(shares > 0, sizes, 0).argmax())
     images = options.images or (options.epochs or 10.0) * sizes[largest] / shares[largest]
-    steps, batch = max(round(images / options.batch), 1), schedule.images_per_batch
+    steps = max(round(images / options.batch), 1)
     if steps > MOST_STEPS:
         raise InputError(f"a run of {steps:,} steps: at most {MOST_STEPS:,} are possible: raise --batch, or lower "
                          "--images or --epochs")
@@ -293,8 +277,8 @@ def plan_batches(options: Options, splits: list[Split]) -> np.ndarray:
         order = [options.trained.index(name) for name in options.domains or DOMAINS]
         plan = blend_counts((stage_shares(order[: s * K // steps + 1], K, options.replay) for s in range(steps)), batch)
     else:  # A and alternate: one domain per batch, in turn
-        plan = batch * np.eye(K, dtype=np.int64)[np.arange(steps * schedule.batches_per_step) % K]
-    return plan.reshape(steps, schedule.batches_per_step, K)
+        plan = batch * np.eye(K, dtype=np.int64)[np.arange(steps * batches_per_step) % K]
+    return plan.reshape(steps, batches_per_step, K)
 
 
 def stage_shares(seen: list[int], K: int, replay: float) -> np.ndarray:
@@ -342,7 +326,7 @@ def rate(step: int, steps: int, warmup: float, stages: int = 1) -> float:
 # ---------------------------------------------------------------- model and optimiser
 
 
-def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> LayerwiseAdamW:
+def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> torch.optim.AdamW:
     """AdamW with layer-wise learning rates lr * decay^(distance from the top) and no weight decay on vectors.
 
     The learning rate of a group is its `scale` times `rate` of the step; the class weights are the last group.
@@ -358,7 +342,7 @@ def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> Layer
     parameters = [{"params": p, "weight_decay": decay, "scale": scale} for (scale, decay), p in groups.items()]
     # cosines ignore the norm of a class weight: decaying it would only raise its effective learning rate
     parameters.append({"params": [head.weight], "weight_decay": 0.0, "scale": options.head_lr})
-    return LayerwiseAdamW(parameters, lr=options.lr, betas=(0.9, 0.999), fused=True)
+    return torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.999), fused=True)
 
 
 def build_model(options: Options, device: torch.device) -> Backbone:
@@ -401,7 +385,7 @@ class Job:
     counts: Tensor  # int64 [steps, K] on the device: images of each domain in each step
     model: Backbone
     head: MarginHead
-    optimizer: LayerwiseAdamW
+    optimizer: torch.optim.AdamW
     health: Tensor  # int64 [2] on the device: number of non-finite steps, and length of the current streak of them
     tally: Tally = field(default_factory=Tally)
     average: RunningAverage | None = None  # --ema, of `parameters`
@@ -409,6 +393,7 @@ class Job:
     fixed: list[Split] = field(default_factory=list)  # test splits of --eval-every
     first: int = 0  # step at which this process starts
     saved: int | None = None  # the step that the checkpoint in `last` starts from
+    board: Any = None  # TensorBoard's writer, on the first rank
     begun: float = field(default_factory=time.monotonic)  # monotonic time from which `tally.seconds` counts
 
     @property
@@ -500,7 +485,7 @@ def gradient_norm(job: Job) -> Tensor:
 def update(job: Job, norm: Tensor) -> Tensor:
     """Take the optimiser step if the gradient is finite, decided on the device; returns 1 if taken, else 0."""
     finite = torch.isfinite(norm)
-    job.optimizer.found_inf = (~finite).float()
+    job.optimizer.found_inf = (~finite).float()  # at 1, the fused kernel skips the step
     job.optimizer.step()
     job.health[0] += ~finite
     job.health[1] = (job.health[1] + 1) * ~finite
@@ -514,10 +499,10 @@ def run_steps(job: Job) -> int:
     """The training loop; returns the exit code."""
     options, steps, tally, ranks = job.options, job.steps, job.tally, job.ranks
     feed = make_feed(job)
-    board = open_board(job, feed) if ranks.rank == 0 else None
-    log = TrainingLog(job.folder, {s.domain: len(s) for s in job.splits}, job.plan, ranks, tally, board, job.saved)
+    if ranks.rank == 0:
+        job.board = open_board(job, feed)
     if job.fixed and not job.first:
-        look_at_fixed_images(job, board, 0)
+        look_at_fixed_images(job, 0)
     stop, window, ending = runs.StopRequest(job.folder, ranks), [], False
 
     forward = make_forward(job).train()
@@ -531,29 +516,30 @@ def run_steps(job: Job) -> int:
         ending = ranks.any(bool(stop)) and done < steps
         saving = ending or done % options.save_every == 0 or done == steps
         if done % options.log_every == 0 or saving:  # at checkpoints, so that a resumed run averages alike
-            record = log.write(window, done, rates_of(job, step), job.health, feed.bad)
-            log.check_health(done, job.health)
+            record = write_line(job, window, done, rates_of(job, step), feed.bad)
+            check_health(job, done)
             bar.set_postfix(loss=f"{record.get('loss', math.nan):.3f}", img_s=f"{record['images_per_second']:.0f}")
             window, feed.bad = [], 0
         if job.fixed and (done % options.eval_every == 0 or done == steps):
-            look_at_fixed_images(job, board, done)
+            look_at_fixed_images(job, done)
             forward.train()
-        if options.keep and (done % (options.eval_every or options.save_every) == 0 or done == steps):
-            keep_checkpoint(job, done)
-        if saving and not job.health[1]:  # never within a streak of non-finite steps
-            save_checkpoint(job, done)
-            log.saved = done
+        keeping = options.keep and (done % (options.eval_every or options.save_every) == 0 or done == steps)
+        if (keeping or saving) and not job.health[1]:  # never within a streak of non-finite steps
+            if keeping:
+                runs.keep_checkpoint(job, done, export_weights)
+            if saving:
+                save_checkpoint(job, done)
         if ending:
             print(f"stopped by {stop.reason or 'another process'} after step {done} of {steps}; continue with --resume")
             break
-    if board:
+    if job.board:
         with writing(job.folder / "tensorboard"):
-            board.close()
+            job.board.close()
     if ending:
         return runs.STOPPED
     tally.seconds = time.monotonic() - job.begun
     if ranks.rank == 0:
-        write_report(log, options.schedule, job.device.type)
+        write_report(job)
         write_json(job.folder / "done.json", {"steps": steps, "images": steps * options.batch, **vars(tally)})
     print(f"done: {job.folder} in {tally.seconds:.0f} s; next: python evaluate.py --run {job.folder}")
     ranks.wait()
@@ -648,7 +634,7 @@ def probe(job: Job, count: int = 2000) -> dict[str, float]:
     return scores
 
 
-def look_at_fixed_images(job: Job, board: Any, step: int) -> None:
+def look_at_fixed_images(job: Job, step: int) -> None:
     """Quick evaluation: append the AUCs to probe.jsonl, and warn if one is more than 0.01 below its initial value."""
     if job.ranks.rank == 0:
         job.model.eval()
@@ -659,7 +645,7 @@ def look_at_fixed_images(job: Job, board: Any, step: int) -> None:
         start = job.tally.start = job.tally.start or scores
         with writing(job.folder / "tensorboard"):
             for name, score in scores.items():
-                board.add_scalar(f"auc/{name}", score, step)
+                job.board.add_scalar(f"auc/{name}", score, step)
         for name, score in scores.items():
             if score < start.get(name, 0) - 0.01:
                 tqdm.write(f"WARNING: step {step}: {name} has fallen below its start: same/different AUC {score:.3f}, "
@@ -704,22 +690,9 @@ def save_checkpoint(job: Job, step: int) -> None:
     job.ranks.wait()
 
 
-def keep_checkpoint(job: Job, step: int) -> None:
-    """--keep: write the current weights to RUN/checkpoints, unless the last step was skipped."""
-    if not job.health[1]:
-        counts = dict(zip(job.options.trained, job.plan[:step].sum((0, 1)).tolist(), strict=True))
-        runs.keep_checkpoint(job.folder, step, counts, job.options.keep, functools.partial(export_weights, job),
-                             job.ranks)
-
-
 def load_checkpoint(job: Job) -> None:
     """Restore the state that `save_checkpoint` wrote."""
-    head, average = job.head, job.average
-    shapes = [p.shape for p in job.parameters[:-1]] + [torch.Size([sum(head.class_counts), job.model.dim])]
-    check = functools.partial(runs.misfit, steps=job.steps, model=job.model.state_dict(), shapes=shapes,
-                              averaged=average is not None, statistics=head.statistics)
-    # with a sharded head every rank reads only its own rows
-    state = runs.read_state(job.folder / "last" / "state.pt", job.ranks.rank == 0, head.sharded, check)
+    head, average, state = job.head, job.average, runs.read_state(job)
     job.model.load_state_dict(state["model"])
     head.set_whole(state["head"])
     if moments := state["optimizer"]["state"]:
@@ -760,7 +733,8 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
     if device.index:
         torch.cuda.set_device(device)  # kernels and generators use the current device
     torch.set_float32_matmul_precision("high")
-    describe_run(options, recipe, splits, plan, head_settings(options, splits).class_share, MIN_RATE)
+    settings = head_settings(options, splits)
+    describe_run(options, recipe, splits, plan, settings.class_share, MIN_RATE)
     fixed = probe_splits(options) if options.eval_every else []
     model = build_model(options, device)
     check_memory(options, splits, model.image_size, device, ranks)
@@ -772,9 +746,8 @@ def set_up(options: Options, recipe: dict[str, float]) -> Job | None:
     if state == "nothing" and ranks.rank == 0:
         make_folder(folder, "--out")
         counts = dict(zip(options.trained, plan.sum((0, 1)).tolist(), strict=True))
-        facts = runs.gather_facts(splits, options.schedule, len(plan), counts, recipe, options.weights)
-        runs.write_config(folder, texts, facts)
-    head = MarginHead([len(split.classes) for split in splits], model.dim, head_settings(options, splits), ranks=ranks,
+        runs.write_config(folder, texts, splits, len(plan), counts, recipe)
+    head = MarginHead([len(split.classes) for split in splits], model.dim, settings, ranks=ranks,
                       shard=options.shard_head, device=device)
     job = Job(options, folder, device, ranks, splits, plan, torch.from_numpy(plan.sum(1)).to(device), model, head,
               make_optimizer(model, head, options), torch.zeros(2, dtype=torch.int64, device=device), fixed=fixed,
@@ -825,7 +798,7 @@ def open_board(job: Job, feed: Feed) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     if not job.first:
-        draw_samples(job.folder / "samples.png", feed.stream, feed.look, feed.cache)
+        draw_samples(job.folder / "samples.png", feed)
     path = job.folder / "tensorboard"
     with writing(path), writing(path, "the path is not UTF-8: PYTHONUTF8=1, or rename it", errors=UnicodeEncodeError):
         return SummaryWriter(str(path), purge_step=job.first)

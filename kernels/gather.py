@@ -10,8 +10,6 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-NO_ERROR = 2**31 - 1  # value of an entry of FLAGS without an error
-
 # ---------------------------------------------------------------- reference
 
 
@@ -38,11 +36,9 @@ def resample_weights(low: Tensor, high: Tensor, length: int, size: int, interpol
     return weights / weights.sum(2, keepdim=True)
 
 
-def gather_interleaved_reference(
-    banks: list[Tensor], domain: Tensor, row: Tensor, *, size: int, mean, std, boxes: Tensor | None = None,
-    flip: Tensor | None = None, interpolation: str = "bilinear", dtype: torch.dtype = torch.bfloat16,
-    channels_last: bool = True,
-) -> Tensor:
+def gather_interleaved_reference(banks: list[Tensor], domain: Tensor, row: Tensor, size: int, mean, std,
+                                 boxes: Tensor | None, flip: Tensor | None, interpolation: str, dtype: torch.dtype
+                                 ) -> Tensor:
     """The definition of `gather_interleaved`, computed bank by bank in float32 (float64 for float64 output).
 
     Each axis is one batched matrix product over lines of interleaved RGB, so that the innermost dimension is wide and
@@ -73,8 +69,7 @@ def gather_interleaved_reference(
             x = x.to(work)
             x = (x if flip is None else torch.where(mirror[..., None], x.flip(2), x)).flatten(2)
         out[outputs] = torch.addcmul(-mean / std, x, 1 / (255 * std)).to(dtype)  # (x / 255 - mean) / std
-    out = out.unflatten(2, (size, 3)).permute(0, 3, 1, 2)
-    return out if channels_last else out.contiguous()
+    return out.unflatten(2, (size, 3)).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------- public
@@ -115,23 +110,6 @@ def check_places(banks, domain, row, boxes) -> None:
                              f"{sides[b].tolist()} pixels (x, y)")
 
 
-FLAGS: dict[torch.device, Tensor] = {}  # per GPU: the first output of a batch with a wrong row, domain or box
-
-
-def raise_pending() -> None:
-    """Raise IndexError if a row, domain or box on a GPU was outside the banks since the last call; synchronises.
-
-    For loops whose indices are on the GPU, where a check in every call would synchronise every step. Call it where the
-    loop synchronises anyway, e.g. to read its metrics.
-    """
-    for flag in FLAGS.values():
-        output = int(flag)
-        if output != NO_ERROR:
-            flag.fill_(NO_ERROR)
-            raise IndexError(f"output {output} of a batch: its row, domain or box is not within the banks; the image "
-                             "is NaN")
-
-
 def triton_obstacle(banks: list[Tensor], dtype: torch.dtype) -> str:
     """Why the Triton kernel cannot run; empty if it can."""
     if not find_spec("triton"):
@@ -146,7 +124,7 @@ def triton_obstacle(banks: list[Tensor], dtype: torch.dtype) -> str:
 def gather_interleaved(
     banks: list[Tensor], domain: Tensor, row: Tensor, *, size: int, mean, std, boxes: Tensor | None = None,
     flip: Tensor | None = None, interpolation: str = "bilinear", dtype: torch.dtype = torch.bfloat16,
-    channels_last: bool = True, impl: str = "auto",
+    impl: str = "auto",
 ) -> Tensor:
     """Write an interleaved, normalised batch from K banks of images: gather, crop, resize, flip, normalise.
 
@@ -156,22 +134,20 @@ def gather_interleaved(
             the CPU (checked there, then copied to the banks' device without synchronisation).
         row: int64 [B], the row of every output image in its bank.
         size: output side S in pixels.
-        mean: 3 numbers, per channel, of images scaled to 0..1.
-        std: 3 numbers, likewise.
+        mean, std: 3 numbers each, per channel, of images scaled to 0..1.
         boxes: float32 [B, 4] as x0, y0, x1, y1 in pixels, pixel i covering i..i+1; antialiased where the box is larger
             than the output. Default: the whole image (a pure copy where H = W = size).
         flip: bool [B], mirror left-right after resampling.
         interpolation: "bilinear" or "bicubic", as torchvision's antialiased resize of floats, clamped to 0..255.
         dtype: of the output: bfloat16, float16, float32 or (PyTorch only) float64.
-        channels_last: memory layout of the output.
         impl: "torch", "triton" (one pass, no intermediate tensors) or "auto": Triton for banks on a GPU, else torch.
 
     Returns:
-        [B, 3, S, S], (image / 255 - mean) / std.
+        [B, 3, S, S], channels-last in memory, (image / 255 - mean) / std.
 
     Raises:
-        IndexError: a row or a domain outside the banks. With indices on a GPU and the Triton kernel, the output image
-            is NaN and `raise_pending` raises.
+        IndexError: a row or a domain outside the banks. Indices and boxes on a GPU are not checked before the Triton
+            kernel, which would synchronise: an output image without a place in the banks is NaN.
         ValueError: invalid shapes, boxes or dtypes.
         NotImplementedError: impl="triton" where Triton cannot run.
     """
@@ -186,12 +162,9 @@ def gather_interleaved(
         check_places(banks, domain, row, boxes)
     domain, row, boxes, flip = (v if v is None else v.to(device, non_blocking=True) for v in (domain, row, boxes, flip))
     flip = flip if flip is None else flip.bool()
+    call = (banks, domain, row, size, mean, std, boxes, flip, interpolation, dtype)
     if not triton:
-        return gather_interleaved_reference(banks, domain, row, size=size, mean=mean, std=std, boxes=boxes, flip=flip,
-                                            interpolation=interpolation, dtype=dtype, channels_last=channels_last)
+        return gather_interleaved_reference(*call)
     from .gather_triton import gather  # Triton may be absent
 
-    if device not in FLAGS:
-        with torch.inference_mode(False):  # an inference tensor could not be modified in training
-            FLAGS[device] = torch.full((1,), NO_ERROR, dtype=torch.int32, device=device)
-    return gather(banks, domain, row, size, mean, std, boxes, flip, interpolation, dtype, channels_last, FLAGS[device])
+    return gather(*call)

@@ -2,7 +2,7 @@
 Copy with it: nothing; kernels/gather.py calls it.
 
 The kernel reads uint8 and writes the finished batch in one pass. For a row, domain or box outside the banks, the output
-image is NaN and `flag` records its number: a device assert would end the process.
+image is NaN: a device assert would end the process.
 """
 
 import torch
@@ -65,19 +65,16 @@ def tap(centre, reach, first, low, high, t, CUBIC: tl.constexpr):
 
 @triton.jit
 def resample_images(
-    banks, sizes, domain, row, boxes, flip, flag, out, f0, f1, f2, s0, s1, s2, S,
-    BOXES: tl.constexpr, FLIP: tl.constexpr, CUBIC: tl.constexpr, CHANNELS_LAST: tl.constexpr, LINES: tl.constexpr,
-    NUMBERS: tl.constexpr,
+    banks, sizes, domain, row, boxes, flip, out, f0, f1, f2, s0, s1, s2, S,
+    BOXES: tl.constexpr, FLIP: tl.constexpr, CUBIC: tl.constexpr, LINES: tl.constexpr, NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Output values in memory order: Σ_x w_x Σ_y w_y byte."""
+    """Output values in memory order, channels last: Σ_x w_x Σ_y w_y byte."""
     b = tl.program_id(0)
     image, height, width, valid = find_image(b, banks, sizes, domain, row)
     columns = tl.cdiv(3 * S, NUMBERS)
     Y = tl.program_id(1) // columns * LINES + tl.arange(0, LINES)
     number = tl.program_id(1) % columns * NUMBERS + tl.arange(0, NUMBERS)
-    channel, X = number // S, number % S
-    if CHANNELS_LAST:
-        channel, X = number % 3, number // 3
+    channel, X = number % 3, number // 3
     x0, y0, x1, y1 = 0.0, 0.0, width.to(tl.float32), height.to(tl.float32)
     if BOXES:
         x0, y0 = tl.load(boxes + 4 * b), tl.load(boxes + 4 * b + 1)
@@ -111,22 +108,17 @@ def resample_images(
     value = value + tl.where(channel == 0, s0, tl.where(channel == 1, s1, s2))[None, :]
     value = tl.where(valid, value, float("nan")).to(out.dtype.element_ty)
     place = Y[:, None] * 3 * S + number[None, :]
-    if not CHANNELS_LAST:
-        place = Y[:, None] * S + (channel * S * S + X)[None, :]
     tl.store(out + b.to(tl.int64) * 3 * S * S + place, value, mask=(Y < S)[:, None] & (number < 3 * S)[None, :])
-    if (valid == 0) & (tl.program_id(1) == 0):
-        tl.atomic_min(flag, b)
 
 
 # ---------------------------------------------------------------- host
 
 
 def gather(banks: list[Tensor], domain: Tensor, row: Tensor, size: int, mean, std, boxes: Tensor | None,
-           flip: Tensor | None, interpolation: str, dtype: torch.dtype, channels_last: bool, flag: Tensor) -> Tensor:
-    """`gather.gather_interleaved` for tensors on one device; `flag` int32 [1] records the first invalid output."""
+           flip: Tensor | None, interpolation: str, dtype: torch.dtype) -> Tensor:
+    """`gather.gather_interleaved` for tensors on one device."""
     B = len(domain)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    out = torch.empty(B, 3, size, size, dtype=dtype, device=banks[0].device, memory_format=layout)
+    out = torch.empty(B, 3, size, size, dtype=dtype, device=banks[0].device, memory_format=torch.channels_last)
     if not B:
         return out
     factors = [1 / (255 * float(s)) for s in std]
@@ -139,7 +131,7 @@ def gather(banks: list[Tensor], domain: Tensor, row: Tensor, size: int, mean, st
         (boxes, torch.float32), (flip, torch.uint8)))
     with torch.cuda.device_of(out):  # Triton launches on the current device
         resample_images[(B, tiles)](
-            banks, sizes, domain.contiguous(), row.contiguous(), boxes_, flip_, flag, out, *factors, *shifts, size,
-            BOXES=boxes is not None, FLIP=flip is not None, CUBIC=interpolation == "bicubic",
-            CHANNELS_LAST=channels_last, LINES=TILE[0], NUMBERS=TILE[1])
+            banks, sizes, domain.contiguous(), row.contiguous(), boxes_, flip_, out, *factors, *shifts, size,
+            BOXES=boxes is not None, FLIP=flip is not None, CUBIC=interpolation == "bicubic", LINES=TILE[0],
+            NUMBERS=TILE[1])
     return out

@@ -79,14 +79,14 @@ def compile_kernels(arch: int, cases: dict[str, tuple] = CASES, gathers: tuple =
                     BY_SAMPLE=extra, STRAIGHT=extra, SMOOTH=extra)
                 loss.backward()
         banks = [torch.zeros(n, *((224, 224) if n else (1, 1)), 3, dtype=torch.uint8) for n in gathers]
-        places, flag = torch.zeros(2, dtype=torch.long), torch.zeros(1, dtype=torch.int32)
+        places = torch.zeros(2, dtype=torch.long)
         images = banks, places, places, 224, (0, 0, 0), (1, 1, 1)  # mean and std last
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for form in ("bilinear", "bicubic"):
                 current["case"] = f"{form}, {dtype}".replace("torch.", "")
-                gather_triton.gather(*images, torch.ones(2, 4), places, form, dtype, True, flag)
-        current["case"] = "whole images, contiguous"
-        gather_triton.gather(*images, None, None, "bilinear", dtype, False, flag)
+                gather_triton.gather(*images, torch.ones(2, 4), places, form, dtype)
+        current["case"] = "whole images"
+        gather_triton.gather(*images, None, None, "bilinear", dtype)
     finally:
         JITFunction.run, torch.empty = launch, empty
         torch.set_float32_matmul_precision(before)

@@ -1,7 +1,4 @@
-"""Training of a backbone: LoRA, stochastic depth, averaged weights (EMA), penalties on forgetting, bfloat16.
-
-Copy with it: models/backbones.py.
-"""
+"""Training of a backbone: LoRA, stochastic depth, averaged weights (EMA), penalties on forgetting, bfloat16."""
 
 import contextlib
 import copy
@@ -60,43 +57,13 @@ def add_drop_path(model: Backbone, rate: float) -> None:
 
     tower = model.net.visual if model.library == "open_clip" else model.net
     names = ("drop_path", "drop_path1", "drop_path2", "ls_1", "ls_2")
-    blocks = [(module, [name for name in names if isinstance(getattr(module, name, None), nn.Identity | DropPath)])
-              for module in tower.modules()]
-    blocks = [(module, branches) for module, branches in blocks if branches]
+    blocks = [(module, branches) for module in tower.modules() if (branches := [
+        name for name in names if isinstance(getattr(module, name, None), nn.Identity | DropPath)])]
     if not blocks:
         raise InputError(f"--drop-path {rate:g}: this network has no residual branches to drop: leave it out")
     for (module, branches), probability in zip(blocks, np.linspace(0, rate, len(blocks)).tolist(), strict=True):
         for name in branches:
             setattr(module, name, DropPath(probability))
-
-
-class LayerwiseAdamW(torch.optim.AdamW):
-    """torch's fused AdamW, bit-identical, in a third of its time on a CPU with dozens of layer-wise groups.
-
-    The kernel takes one learning rate per call and is called per group; all else is done once for all groups.
-
-    Attributes: found_inf, float32 scalar on the device: if 1, the step is skipped, without synchronisation.
-    """
-
-    found_inf: torch.Tensor
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """One update of the parameters that have a gradient."""
-        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
-        for p in (p for _, parameters in groups for p in parameters if not self.state[p]):
-            self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                 exp_avg_sq=torch.zeros_like(p))
-        columns = ("exp_avg", "exp_avg_sq", "step")
-        states = [[[self.state[p][name] for p in parameters] for name in columns] for _, parameters in groups]
-        counters = [step for *_, steps in states for step in steps]
-        torch._foreach_add_(counters, 1)
-        for (group, parameters), (first, second, steps) in zip(groups, states, strict=True):
-            if parameters:
-                torch._fused_adamw_(parameters, [p.grad for p in parameters], first, second, [], steps, lr=group["lr"],
-                                    beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], amsgrad=False,
-                                    weight_decay=group["weight_decay"], maximize=False, found_inf=self.found_inf)
-        torch._foreach_sub_(counters, [self.found_inf] * len(counters))
 
 
 class RunningAverage:
@@ -163,11 +130,7 @@ class Retention:
     embeddings, which needs no images of the earlier task. l2sp costs another copy of the trained weights; features one
     more forward pass of each image and another copy of the network.
 
-    Args:
-        model: the backbone before its first step.
-        weights: of the penalties.
-        bf16: the untouched backbone computes in bfloat16, as the trained one does.
-        world: number of processes, whose gradients DDP averages.
+    `model`: the backbone before its first step; `world`: number of processes, whose gradients DDP averages.
     """
 
     sums_ranks = False  # DDP averages the gradients
@@ -176,9 +139,9 @@ class Retention:
         self.weights, self.world, self.device = weights, world, next(model.parameters()).device
         self.trained = [p for p in model.net.parameters() if p.requires_grad] if weights.l2sp else []
         self.start = [p.detach().clone() for p in self.trained]
-        self.distance, self.images = torch.zeros((), device=self.device), 0
         self.untouched = AutocastModel(copy.deepcopy(model).eval().requires_grad_(False), bf16, self.device) \
             if weights.features else None
+        self.begin()
 
     def acts(self, step: int) -> bool:
         """Whether the hook is called in a step."""

@@ -1,7 +1,4 @@
-"""Backbones of timm and open_clip: the list, construction, weights, fine-tuning recipes, embeddings.
-
-Copy with it: data_prep/ (its readers), kernels/gather.py and models/weights.py.
-"""
+"""Backbones of timm and open_clip: the list, construction, weights, fine-tuning recipes, embeddings."""
 
 import contextlib
 import difflib
@@ -114,35 +111,35 @@ class Backbone(nn.Module):
 
     Attributes: net (the library's module, with its key names), library, name (in the library), dim (width D of the
     embedding), image_size (pixels), mean and std (per RGB channel, images scaled to 0..1), interpolation ("bilinear" or
-    "bicubic").
+    "bicubic"), look (these four together).
     """
 
-    def __init__(self, net: nn.Module, library: str, name: str, embed_dim: int, image_size: int) -> None:
+    def __init__(self, net: nn.Module, library: str, name: str, embed_dim: int, image_size: int | None) -> None:
         super().__init__()
-        self.net, self.library, self.name, self.image_size = net, library, name, image_size
+        self.net, self.library, self.name = net, library, name
         if library == "open_clip":
             import open_clip
 
             settings = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD,
                         "interpolation": "bicubic"} | open_clip.get_model_preprocess_cfg(net)
+            size = net.visual.image_size
             net.requires_grad_(False)
             net.visual.requires_grad_(True)  # the frozen text tower keeps zero-shot classification possible
         else:
             import timm
 
             settings = timm.data.resolve_model_data_config(net)
+            size = settings["input_size"]
+        self.image_size = image_size or (size[-1] if isinstance(size, tuple) else size)
+        self.project = None
         with torch.no_grad():  # the width is measured, because its name depends on the library
-            image = torch.zeros(1, 3, image_size, image_size)
-            width = (net.eval().encode_image(image) if library == "open_clip" else net.eval()(image)).shape[1]
+            width = self.eval()(torch.zeros(1, 3, self.image_size, self.image_size)).shape[1]
         self.mean, self.std = tuple(settings["mean"]), tuple(settings["std"])
         self.interpolation = "bilinear" if settings["interpolation"] == "bilinear" else "bicubic"
+        self.look = Look(self.image_size, self.mean, self.std, self.interpolation)
         self.dim = embed_dim or width
-        self.project = nn.Linear(width, embed_dim, bias=False) if embed_dim else None
-
-    @property
-    def look(self) -> Look:
-        """Size and normalisation of the input."""
-        return Look(self.image_size, self.mean, self.std, self.interpolation)
+        if embed_dim:
+            self.project = nn.Linear(width, embed_dim, bias=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Embed normalised images [B, 3, S, S] to [B, D], not L2-normalised."""
@@ -205,25 +202,28 @@ def resolve_backbone(network: Network) -> tuple[str, str, str | None]:
     raise InputError(f"--model: neither timm nor open_clip has {name!r}{hint}")
 
 
-def build_network(library: str, name: str, image_size: int | None, **pretrained) -> nn.Module:
-    """The library's module without a classifier, at an input size (None: the model's)."""
-    if library == "open_clip":
-        import open_clip
-
-        if name == "tiny":
-            vision = TINY_CLIP["vision_cfg"] | ({"image_size": image_size} if image_size else {})
-            return open_clip.CLIP(**TINY_CLIP | {"vision_cfg": open_clip.CLIPVisionCfg(**vision),
-                                                 "text_cfg": open_clip.CLIPTextCfg(**TINY_CLIP["text_cfg"])})
-        return open_clip.create_model(name, force_image_size=image_size, **pretrained)
+def build_network(library: str, name: str, image_size: int | None, **pretrained) -> tuple[nn.Module, str]:
+    """The library's module without a classifier, at an input size (None: the model's); and the call as code."""
+    import open_clip
     import timm
 
-    # timm pools DINOv3's tokens by default; its authors use the class token
-    token = {"global_pool": "token"} if name.startswith("vit_") and "dinov3" in name else {}
-    options = pretrained | {"num_classes": 0} | token
+    names = [name]
+    if library == "timm":
+        # timm pools DINOv3's tokens by default; its authors use the class token
+        token = {"global_pool": "token"} if name.startswith("vit_") and "dinov3" in name else {}
+        build, options = timm.create_model, {"num_classes": 0, "img_size": image_size} | token
+    elif name == "tiny":
+        build, names = open_clip.CLIP, []
+        options = TINY_CLIP | {"vision_cfg": TINY_CLIP["vision_cfg"] | {"image_size": image_size}}
+    else:
+        build, options = open_clip.create_model, {"force_image_size": image_size}
     try:
-        return timm.create_model(name, **options, **({"img_size": image_size} if image_size else {}))
+        net = build(*names, **options, **pretrained)
     except TypeError:  # convolutional networks take any size and no such argument
-        return timm.create_model(name, **options)
+        options.pop("img_size", None)
+        net = build(*names, **options, **pretrained)
+    arguments = [repr(name) for name in names] + [f"{key}={value!r}" for key, value in options.items()]
+    return net, f"{library}.{build.__name__}({', '.join(arguments)})"
 
 
 def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], path: Path | str) -> None:
@@ -260,11 +260,7 @@ def fill_weights(net: nn.Module, library: str, state: dict[str, torch.Tensor], p
 
 
 def load_backbone(network: Network) -> Backbone:
-    """Build an untouched backbone.
-
-    Raises:
-        InputError: unknown model, weights that cannot be read or downloaded, or weights of another architecture.
-    """
+    """An untouched backbone; InputError if its name is unknown or its weights cannot be had or do not fit."""
     library, name, tag = resolve_backbone(network)
     size = network.image_size or (None if network.model else IMAGE_SIZE[network.backbone])
     torch.manual_seed(network.seed)
@@ -273,18 +269,12 @@ def load_backbone(network: Network) -> Backbone:
         if network.weights == "pretrained":
             net = download_network(network, library, name, size, tag)
         else:
-            net = build_network(library, name, size)
+            net, _ = build_network(library, name, size)
             if network.weights != "none":
                 fill_weights(net, library, read_weights(network.weights), network.weights)
-        if size is None:
-            import timm
-
-            is_clip = library == "open_clip"
-            size = net.visual.image_size if is_clip else timm.data.resolve_model_data_config(net)["input_size"][-1]
-            size = size[0] if isinstance(size, tuple) else size
         return Backbone(net, library, name, network.embed_dim, size)
     except (AssertionError, ValueError, RuntimeError) as error:
-        setting = f"--image-size {network.image_size}" if network.image_size else f"input size {size}"
+        setting = f"--image-size {network.image_size}" if network.image_size else f"input size {size or 'of the model'}"
         raise InputError(f"{setting} does not fit {name}: {str(error).splitlines()[0]}") from error
     finally:
         logging.disable(logging.NOTSET)
@@ -298,7 +288,7 @@ def download_network(network: Network, library: str, name: str, size: int | None
         raise InputError(f"{choice} has no weights to download: give --weights none or --weights FILE{hint}")
     try:
         fail_fast_offline()
-        return build_network(library, name, size, pretrained=tag or True)
+        return build_network(library, name, size, pretrained=tag or True)[0]
     except Exception as error:  # the hub clients raise many types, open_clip a single one
         client = re.match(r"huggingface_hub|httpx|requests|urllib3", type(error).__module__)
         if not client and not isinstance(error, OSError) and not str(error).startswith("Failed to download"):

@@ -1,15 +1,12 @@
-"""MarginHead: the class weights of all domains and the losses on them, as one module.
-
-Copy with it: kernels/margin_loss.py, models/backbones.py, models/runs.py and what they need.
-"""
+"""MarginHead: the class weights of all domains and the losses on them, as one module."""
 
 import contextlib
 import functools
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -40,18 +37,18 @@ class Loss:
     weight: float = 1.0  # of the domain in the sum over domains
 
 
-# name: {parameter: (field of Loss, default)}
+# name: {parameter: (field of Loss, default)}; the default of s depends on the domain
+COMMON = {"s": ("scale", None), "e": ("smoothing", 0.0), "w": ("weight", 1.0)}
 LOSSES = {
-    "softmax": {},  # normalised softmax, no margin
-    "cosface": {"m": ("additive", 0.35)},  # arXiv 1801.09414, section 4.1
-    "arcface": {"m": ("angular", 0.5)},  # arXiv 1801.07698, section 3.1
-    "adaface": {"m": ("additive", 0.4), "h": ("concentration", 0.333)},  # arXiv 2204.00964, section 4.1
-    "combined": {"m2": ("angular", 0.3), "m3": ("additive", 0.2)},  # arXiv 1801.07698, eq. 4, with m1 = 1
+    "softmax": COMMON,  # normalised softmax, no margin
+    "cosface": {"m": ("additive", 0.35)} | COMMON,  # arXiv 1801.09414, section 4.1
+    "arcface": {"m": ("angular", 0.5)} | COMMON,  # arXiv 1801.07698, section 3.1
+    "adaface": {"m": ("additive", 0.4), "h": ("concentration", 0.333)} | COMMON,  # arXiv 2204.00964, section 4.1
+    "combined": {"m2": ("angular", 0.3), "m3": ("additive", 0.2)} | COMMON,  # arXiv 1801.07698, eq. 4, with m1 = 1
 }
-COMMON = {"s": "scale", "e": "smoothing", "w": "weight"}
 RANGES = {"scale": (1e-3, 1e6), "additive": (0, 2), "angular": (0, math.pi), "concentration": (0, 10),
           "smoothing": (0, 1), "weight": (0, 1e6)}
-DEFAULT_LOSSES = {domain: Loss(30.0) if domain == "object" else Loss(64.0, additive=0.35) for domain in DOMAINS}
+DEFAULTS = {domain: ("softmax", 30.0) if domain == "object" else ("cosface", 64.0) for domain in DOMAINS}  # name, s
 
 
 def parse_loss(text: str, scale: float) -> Loss:
@@ -59,17 +56,18 @@ def parse_loss(text: str, scale: float) -> Loss:
     name, _, rest = text.partition(":")
     if name not in LOSSES:
         raise ValueError(f"no loss {name!r}; the losses are {', '.join(LOSSES)}")
-    fields = {key: field for key, (field, _) in LOSSES[name].items()} | COMMON
-    values = {"scale": scale} | {field: default for field, default in LOSSES[name].values()}
+    parameters = LOSSES[name]
+    values = dict(parameters.values()) | {"scale": scale}
     for item in filter(None, rest.split(",")):
         key, _, number = (word.strip() for word in item.partition("="))
-        if key not in fields or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", number):
+        if key not in parameters or not re.fullmatch(r"\d*\.?\d+(e-?\d+)?", number):
             raise ValueError(f"{item.strip()!r} is not a parameter of {name}; want "
-                             f"{', '.join(f'{key}=NUMBER' for key in fields)}")
-        low, high = RANGES[fields[key]]
+                             f"{', '.join(f'{key}=NUMBER' for key in parameters)}")
+        field, _ = parameters[key]
+        low, high = RANGES[field]
         if not low <= float(number) <= high:
             raise ValueError(f"{name}: {key} is {number}; want {low:g} to {high:g}")
-        values[fields[key]] = float(number)
+        values[field] = float(number)
     if values.get("concentration") and not values["additive"]:
         raise ValueError("adaface with m=0 has no margin to adapt: take softmax")
     return Loss(**values)
@@ -87,18 +85,17 @@ def parse_losses(text: str) -> dict[str, Loss]:
         if domain in given:
             raise ValueError(f"{domain or 'every domain'} has two losses")
         given[domain] = loss
-    return {domain: parse_loss(given.get(domain, given.get("")), DEFAULT_LOSSES[domain].scale)
-            if domain in given or "" in given else DEFAULT_LOSSES[domain] for domain in DOMAINS}
+    return {domain: parse_loss(given.get(domain, given.get("", name)), scale)
+            for domain, (name, scale) in DEFAULTS.items()}
 
 
 def show_loss(loss: Loss) -> str:
     """The notation of a loss, which `parse_loss` reads."""
     name = ("adaface" if loss.concentration else "combined" if loss.angular and loss.additive else
             "arcface" if loss.angular else "cosface" if loss.additive else "softmax")
-    fields = {key: field for key, (field, _) in LOSSES[name].items()} | {"s": "scale"}
-    fields |= {key: COMMON[key] for key in ("e", "w") if getattr(loss, COMMON[key]) != getattr(Loss(1.0), COMMON[key])}
-    numbers = {key: repr(getattr(loss, field)).removesuffix(".0") for key, field in fields.items()}
-    return name + ":" + ",".join(f"{key}={number}" for key, number in numbers.items())
+    numbers = {key: getattr(loss, field) for key, (field, default) in LOSSES[name].items()
+               if key not in ("e", "w") or getattr(loss, field) != default}
+    return name + ":" + ",".join(f"{key}={repr(number).removesuffix('.0')}" for key, number in numbers.items())
 
 
 LOSS_TYPE = Parsed("losses", parse_losses,
@@ -178,7 +175,9 @@ class MarginHead(nn.Module):
 
     Attributes:
         weight: Parameter [C, D], or this rank's rows of it.
-        rows: int64, which rows of the whole head these are (sharded); None: all.
+        samples_classes: whether a step draws some of the classes (Partial FC).
+        ranges: of the domains' classes in the whole head.
+        rows: int64 on the CPU, which rows of the whole head these are (sharded); None: all.
         statistics: float64 [K, 3], running n, sum and sum of squares of embedding lengths (AdaFace); None: not needed.
     """
 
@@ -186,23 +185,19 @@ class MarginHead(nn.Module):
                  shard: bool = False, device: torch.device | str = "cpu") -> None:
         super().__init__()
         self.class_counts, self.settings, self.ranks = class_counts, settings, ranks
+        self.samples_classes = min(settings.class_share or [1.0]) < 1
         self.sharded = shard and ranks.world > 1
-        rank, world = (ranks.rank, ranks.world) if self.sharded else (0, 1)
-        rows, ranges, where = slice_rows(class_counts, rank, world)
-        self.rows = rows.to(device) if self.sharded else None
+        self.place = (ranks.rank, ranks.world) if self.sharded else (0, 1)  # of its slices, and how many there are
+        self.ranges = [(end - count, end) for count, end in zip(class_counts, accumulate(class_counts), strict=True)]
+        rows, ranges, where = self.slice_rows(torch.arange(sum(class_counts)), self.ranges, *self.place)
+        self.rows = rows if self.sharded else None
         self.weight = nn.Parameter(torch.zeros(len(rows), width, device=device))
-        first = torch.tensor([start for start, _ in ranges], device=device)
-        self.all_rows = self.step_rows = Rows(None, ranges, first, where if self.sharded else None)
+        self.step_rows = Rows(None, ranges, torch.tensor([start for start, _ in ranges], device=device), where)
         losses = settings.losses
         self.values = {field: torch.tensor([getattr(loss, field) for loss in losses], device=device)
                        for field in ("scale", "angular", "additive", "concentration", "weight", "smoothing")}
         self.statistics = torch.zeros(len(losses), 3, dtype=torch.float64, device=device) \
             if any(loss.concentration for loss in losses) else None
-
-    @property
-    def samples_classes(self) -> bool:
-        """Whether a step draws some of the classes (Partial FC)."""
-        return min(self.settings.class_share or [1.0]) < 1
 
     def forward(self, x: Tensor, labels: Tensor, domains: Tensor, counts: Tensor, margin: float = 1.0) -> HeadLoss:
         """The loss of this rank's samples.
@@ -277,21 +272,19 @@ class MarginHead(nn.Module):
         Args:
             labels, domains: of each of this rank's micro-batches, on the CPU.
         """
-        counts, ranks, settings = self.class_counts, self.ranks, self.settings
-        ends = list(itertools.accumulate(counts))
+        ranks, settings = self.ranks, self.settings
         targets, owners = (gather_rows(torch.cat(parts), ranks, ranks.draws) for parts in (labels, domains))
         valid = targets >= 0
-        rows, targets[valid], ranges = sample_classes(
-            targets[valid], owners[valid], [(end - count, end) for count, end in zip(counts, ends, strict=True)],
-            settings.class_share, seed=settings.seed, step=step, minimum=0)
-        rank, world = (ranks.rank, ranks.world) if self.sharded else (0, 1)
-        rows, ranges, shard = slice_drawn(rows, ranges, counts, rank, world)
+        rows, targets[valid], ranges = sample_classes(targets[valid], owners[valid], self.ranges, settings.class_share,
+                                                      seed=settings.seed, step=step, minimum=0)
+        rows, ranges, shard = self.slice_rows(rows, ranges, *self.place)
+        if self.sharded:
+            rows = torch.searchsorted(self.rows, rows)
         first, device = torch.tensor([start for start, _ in ranges]), self.weight.device
         if device.type == "cuda":  # unpinned, a copy of this size would wait for the device
             rows, first = rows.pin_memory(), first.pin_memory()
         rows, first = rows.to(device, non_blocking=True), first.to(device, non_blocking=True)
-        use_draw = functools.partial(setattr, self, "step_rows",
-                                     Rows(rows, ranges, first, shard if self.sharded else None))
+        use_draw = functools.partial(setattr, self, "step_rows", Rows(rows, ranges, first, shard))
         return list(targets.chunk(ranks.world)[ranks.rank].split([len(part) for part in labels])), use_draw
 
     @contextlib.contextmanager
@@ -320,13 +313,35 @@ class MarginHead(nn.Module):
 
     # -------------------------------------------------------- whole heads, of which a rank may hold a part
 
+    def slice_rows(self, rows: Tensor, ranges: list[tuple[int, int]], rank: int, world: int
+                   ) -> tuple[Tensor, list[tuple[int, int]], Shard | None]:
+        """Those of `rows` that one rank holds: a near-equal slice of EVERY domain's classes.
+
+        Args:
+            rows: int64 [C'] of the whole head, ascending in every domain: all, or those that every rank drew alike.
+            ranges: of every domain, within `rows`.
+
+        Returns:
+            Rows of the whole head, the class ranges within them, and where the slices lie (`world` 1: None).
+        """
+        parts, slices, start, end = [], [], [], 0
+        for (first, last), (low, high) in zip(ranges, self.ranges, strict=True):
+            bounds = torch.tensor([low + (high - low) * r // world for r in (rank, rank + 1)])
+            i, j = torch.searchsorted(rows[first:last], bounds).tolist()
+            parts.append(rows[first + i : first + j])
+            slices.append((end, end + j - i))
+            start.append(i)
+            end += j - i
+        shard = Shard(tuple(start), tuple(last - first for first, last in ranges), merge_over()) if world > 1 else None
+        return torch.cat(parts), slices, shard
+
     def set_whole(self, whole: Tensor) -> None:
         """Take over class weights [C, D] of the whole head."""
         self.weight.data.copy_(self.part_of(whole))
 
     def part_of(self, whole: Tensor) -> Tensor:
         """This rank's rows of a tensor with one row a class."""
-        return whole if self.rows is None else whole[self.rows.to(whole.device)]
+        return whole if self.rows is None else whole[self.rows]
 
     def whole(self, part: Tensor) -> Tensor | None:
         """A tensor with one row a class of this rank's slice -> the same with the rows of all ranks.
@@ -341,7 +356,7 @@ class MarginHead(nn.Module):
             return None
         whole = torch.empty(sum(self.class_counts), *part.shape[1:], dtype=part.dtype)
         for rank in range(ranks.world):
-            rows = slice_rows(self.class_counts, rank, ranks.world)[0]
+            rows = self.slice_rows(torch.arange(len(whole)), self.ranges, rank, ranks.world)[0]
             if rank:
                 part = torch.empty(len(rows), *whole.shape[1:], dtype=whole.dtype)
                 torch.distributed.recv(part, rank, group=ranks.control)
@@ -385,47 +400,6 @@ def starting_weights(model: Backbone, splits: list[Split], how: str, *, seed: in
 
 
 # ---------------------------------------------------------------- a head over several ranks
-
-
-def slice_rows(class_counts: list[int], rank: int, world: int) -> tuple[Tensor, list[tuple[int, int]], Shard]:
-    """A near-equal slice of EVERY domain's classes for one rank.
-
-    Returns:
-        rows of the whole head (int64), class ranges within them, and where the slices lie, for margin_loss.
-    """
-    rows, ranges, start, first, end = [], [], [], 0, 0
-    for count in class_counts:
-        low, high = count * rank // world, count * (rank + 1) // world
-        rows.append(torch.arange(first + low, first + high))
-        ranges.append((end, end + high - low))
-        start.append(low)
-        first, end = first + count, end + high - low
-    return torch.cat(rows), ranges, Shard(tuple(start), tuple(class_counts), merge_over())
-
-
-def slice_drawn(drawn: Tensor, ranges: list[tuple[int, int]], class_counts: list[int], rank: int,
-                world: int) -> tuple[Tensor, list[tuple[int, int]], Shard]:
-    """The drawn classes that lie in this rank's slices: Partial FC with a sharded head.
-
-    Every rank draws the same classes of the whole head, so that a step does not depend on the number of ranks.
-
-    Args:
-        drawn: int64 [C'] rows of the whole head, ascending in every domain.
-        ranges: of every domain, within `drawn`.
-
-    Returns:
-        As `slice_rows`, for the drawn classes; the rows count within this rank's part of the head.
-    """
-    rows, slices, start, offset, local, end = [], [], [], 0, 0, 0
-    for (first, last), count in zip(ranges, class_counts, strict=True):
-        low, high = count * rank // world, count * (rank + 1) // world
-        numbers = drawn[first:last] - offset
-        i, j = torch.searchsorted(numbers, torch.tensor([low, high])).tolist()
-        rows.append(numbers[i:j] - low + local)
-        slices.append((end, end + j - i))
-        start.append(i)
-        offset, local, end = offset + count, local + high - low, end + j - i
-    return torch.cat(rows), slices, Shard(tuple(start), tuple(b - a for a, b in ranges), merge_over())
 
 
 class GatherSamples(torch.autograd.Function):

@@ -1,7 +1,4 @@
-"""A run: its processes (Ranks) and its folder, whose files docs/training.md lists.
-
-Copy with it: models/backbones.py and what it needs.
-"""
+"""A run: its processes (Ranks) and its folder, whose files docs/training.md lists."""
 
 import contextlib
 import json
@@ -18,9 +15,10 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,11 +81,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; collective."""
-        if self.world == 1:
-            return flag
-        any_flag = torch.tensor(int(flag))
-        torch.distributed.all_reduce(any_flag, torch.distributed.ReduceOp.MAX, group=self.control)
-        return bool(any_flag)
+        return bool(self.sum(torch.tensor(int(flag))))
 
     def wait(self) -> None:
         """Barrier."""
@@ -143,35 +137,27 @@ def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
 # ---------------------------------------------------------------- config.json
 
 
-@dataclass
-class Facts:
-    """Facts that a run derives from its options and data, stored beside the options in config.json."""
+def write_config(folder: Path, options: dict, splits: list[Split], steps: int, counts: dict[str, int],
+                 recipe: dict[str, float]) -> None:
+    """Write config.json: the options, as on the command line, and facts that follow from them and the data.
 
-    role: str  # one of RUN_ROLES, for `analyze.py claims`
-    steps: int
-    counts: dict[str, int]  # domain -> images drawn in the run
-    recipe: dict[str, float]  # options set by RECIPES
-    git_commit: str | None
-    argv: list[str]
-    versions: dict[str, str]
-    shards: dict[str, str]  # domain -> plan of its training split
-    sources: dict[str, dict]  # domain -> source and form of its images
-    weights_sha256: str | None  # of the file of --weights
-
-
-def gather_facts(splits: list[Split], schedule: str, steps: int, counts: dict[str, int], recipe: dict[str, float],
-                 weights: str) -> Facts:
-    code = Path(__file__).resolve().parent
+    `counts`: domain -> images drawn in the run; `recipe`: options that the backbone's recipe set.
+    """
     try:
-        commit = subprocess.run(["git", "-C", code, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"],
+                                capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         commit = ""
+    sequential, weights = options["schedule"] == "sequential", options["weights"]
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
-    return Facts("expert" if len(splits) == 1 else "sequential" if schedule == "sequential" else "unified", steps,
-                 counts, recipe, commit or None, sys.argv[1:],
-                 {"python": platform.python_version()} | {name: version(name) for name in packages},
-                 {split.domain: split.index["provenance"]["plan"] for split in splits}, describe_sources(splits),
-                 hash_file(Path(weights.rpartition(":")[0])) or hash_file(Path(weights)))
+    write_json(folder / "config.json", {"options": options, "facts": {
+        "role": "expert" if len(splits) == 1 else "sequential" if sequential else "unified",  # for `analyze.py claims`
+        "steps": steps, "counts": counts, "recipe": recipe, "git_commit": commit or None, "argv": sys.argv[1:],
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "shards": {split.domain: split.index["provenance"]["plan"] for split in splits},
+        "sources": describe_sources(splits),
+        "weights_sha256": hash_file(Path(weights.rpartition(":")[0])) or hash_file(Path(weights)),  # FILE:NAME or FILE
+    }})
 
 
 def describe_sources(splits: list[Split]) -> dict[str, dict]:
@@ -181,17 +167,13 @@ def describe_sources(splits: list[Split]) -> dict[str, dict]:
                            **{key: split.index.get(key) for key in ("fit", "quality")}} for split in splits}
 
 
-def write_config(folder: Path, options: dict, facts: Facts) -> None:
-    """Write config.json: the options as on the command line, and the facts."""
-    write_json(folder / "config.json", {"options": options, "facts": asdict(facts)})
-
-
-# types of the fields of config.json that later stages read, as `fits` takes them; a tuple: one of several
+# fields of config.json that later stages read, with their types as `fits` takes them
 CONFIG = {
-    "backbone": (str, None), "model": (str, None), "size": str, "weights": str, "image_size": (int, None),
-    "embed_dim": int, "seed": int, "domains": [str], "data": str, "schedule": str, "counts": {}, "steps": int,
-    "shards": {}, "versions": {}, "git_commit": (str, None),
+    "backbone": str, "model": str, "size": str, "weights": str, "image_size": int, "embed_dim": int, "seed": int,
+    "domains": [str], "data": str, "schedule": str, "counts": {}, "steps": int, "shards": {}, "versions": {},
+    "git_commit": str, "sources": {},
 }
+MAY_BE_NONE = {"backbone", "model", "image_size", "git_commit"}
 NEWER = {"sources": {}, "degrade": None}  # fields that earlier versions did not write, with their values
 SOURCE = {"source": str, "images": int, "size": int}  # of "sources", see `describe_sources`
 
@@ -202,19 +184,18 @@ def read_config(folder: Path) -> dict:
     config = NEWER | join_config(path)
     if missing := CONFIG.keys() - config.keys():
         raise InputError(f"{path} lacks {min(missing)!r}: restore it, or train the run again")
-    wrong = [key for key, kinds in CONFIG.items()
-             if not any(config[key] is None if kind is None else fits(config[key], kind)
-                        for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))]
+    wrong = [key for key, kind in CONFIG.items()
+             if not fits(config[key], kind) and not (config[key] is None and key in MAY_BE_NONE)]
     if not wrong:
-        order, domains, sources = config["order"], config["domains"], config["sources"]
+        order, domains = config["order"], config["domains"]
         valid = {
             "domains": sorted(set(order)) == sorted(order) and set(order) <= set(DOMAINS),
-            "counts": all(fits(config["counts"].get(name), int) for name in domains),
-            "shards": all(fits(config["shards"].get(name), str) for name in domains),
+            "counts": fits(config["counts"], dict.fromkeys(domains, int)),
+            "shards": fits(config["shards"], dict.fromkeys(domains, str)),
             "image_size": 16 <= (config["image_size"] or 16) <= MAX_SIZE,  # as the options, and allocated at once
             "embed_dim": config["embed_dim"] <= 1 << 16,
             "backbone": config["model"] or config["size"] in BACKBONES.get(config["backbone"], {}),
-            "sources": fits(sources, {}) and all(fits(source, SOURCE) for source in sources.values()),
+            "sources": all(fits(source, SOURCE) for source in config["sources"].values()),
             "degrade": not config["degrade"] or (  # False in earlier versions
                 fits(config["degrade"], str) and unit_number(config["degrade"].partition("@")[0]) is not None),
         }
@@ -227,21 +208,16 @@ def read_config(folder: Path) -> dict:
 def find_run(folder: Path, options: dict, splits: list[Split]) -> str:
     """State of the run in the output folder: "nothing", "unfinished" or "complete".
 
-    Args:
-        options: of this start, as in config.json.
-
-    Raises:
-        InputError: the run cannot be continued with these options and splits.
+    InputError if it cannot be continued with these splits and `options`, of this start, as in config.json.
     """
-    if not (folder / "config.json").exists():
+    if not (path := folder / "config.json").exists():
         return "nothing"
     if not options["resume"]:
         raise InputError(f"{folder} already holds a run: continue it with --resume, or choose another --out")
-    if "options" not in (config := read_json(folder / "config.json")):
-        raise InputError(f"--resume {folder}: trained by an earlier version (commit {config.get('git_commit')}): "
+    if "options" not in (saved := read_json(path)):
+        raise InputError(f"--resume {folder}: trained by an earlier version (commit {saved.get('git_commit')}): "
                          "continue it there, or start another --out; it can still be evaluated")
-    config = read_config(folder)
-    old = read_parts(folder / "config.json")[0]
+    config, old = read_config(folder), saved["options"]
     for key, value in options.items():
         moved = key == "weights" and weights_of(config) == weights_of({"weights": value})  # the file may have moved
         if key not in FREE_ON_RESUME and old.get(key) != value and not moved:
@@ -272,6 +248,7 @@ class Run:
     head: torch.Tensor  # float32 [C, D]
     classes: dict[str, list[str]]  # per trained domain
     class_ranges: dict[str, tuple[int, int]]  # rows of the head
+    project: torch.Tensor | None = None  # of --embed-dim
 
     @property
     def options(self) -> dict:
@@ -279,11 +256,7 @@ class Run:
 
 
 def load_run(folder: Path, allow_partial: bool = False) -> Run:
-    """Read a run folder.
-
-    Raises:
-        InputError: no run, or (unless allow_partial) an unfinished one.
-    """
+    """Read a run folder; InputError if it is none or, unless `allow_partial`, unfinished."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} is no run: it has no config.json; train one with `python train.py --out {folder}`")
     whole = (folder / "done.json").is_file() or folder.resolve().parent.name == "checkpoints"  # of --keep
@@ -293,20 +266,17 @@ def load_run(folder: Path, allow_partial: bool = False) -> Run:
     if not (path := folder / "head.safetensors").is_file():
         raise InputError(f"{folder} holds no weights yet (no head.safetensors): continue it with `train.py --resume`")
     tensors, metadata = read_tensors(path)
-    head = tensors.get("weight")
-    try:
+    head, classes, domains = tensors.get("weight"), None, config["domains"]
+    with contextlib.suppress(KeyError, ValueError, RecursionError):
         classes = json.loads(metadata["classes"])
-    except (KeyError, ValueError, RecursionError) as error:
-        raise damaged(path, "no class names") from error
-    if not isinstance(classes, dict) or list(classes) != config["domains"] or not all(
-            fits(names, [str]) for names in classes.values()):
+    if not fits(classes, {name: [str] for name in domains}) or list(classes) != domains:
         raise damaged(path, "its class names are not one list per domain")
     ends = np.cumsum([len(names) for names in classes.values()])
     if head is None or not head.is_floating_point() or head.ndim != 2 or len(head) != ends[-1]:
         form = "none" if head is None else f"{head.dtype} {list(head.shape)}"
         raise damaged(path, f"its class weights are {form}, want float [{ends[-1]}, width], one row per class")
     ranges = {d: (int(end) - len(classes[d]), int(end)) for d, end in zip(classes, ends, strict=True)}
-    return Run(folder, config, head.float(), classes, ranges)
+    return Run(folder, config, head.float(), classes, ranges, tensors.get("project"))
 
 
 def load_tuned(run: Run) -> Backbone:
@@ -316,10 +286,9 @@ def load_tuned(run: Run) -> Backbone:
     if run.head.shape[1] != model.dim:
         raise damaged(run.folder / "head.safetensors", f"class weights of width {run.head.shape[1]}, not {model.dim}")
     if model.project is not None:
-        project = read_tensors(run.folder / "head.safetensors")[0].get("project")
-        if project is None or project.shape != model.project.weight.shape:
+        if run.project is None or run.project.shape != model.project.weight.shape:
             raise damaged(run.folder / "head.safetensors", "no linear layer of the width --embed-dim")
-        model.project.weight.data.copy_(project)
+        model.project.weight.data.copy_(run.project)
     return model.eval()
 
 
@@ -335,65 +304,59 @@ def load_foundation(run: Run) -> Backbone:
 # ---------------------------------------------------------------- checkpoints
 
 
-def misfit(state: object, steps: int, model: dict[str, torch.Tensor], shapes: list[torch.Size], averaged: bool,
-           statistics: torch.Tensor | None) -> str:
-    """Why a state file does not fit the run, or "". Unchecked, the optimiser would read past the end of a tensor.
+def alike(value: object, like: Any) -> bool:
+    """Whether a value from a state file is as another: a tensor of its shape and dtype, or a dict or list of such."""
+    if isinstance(like, torch.Tensor):  # neither sparse nor without data
+        return isinstance(value, torch.Tensor) and (value.shape, value.dtype) == (like.shape, like.dtype) and \
+            (value.layout, value.device.type) == (torch.strided, "cpu")
+    if isinstance(like, dict):
+        return value.keys() == like.keys() and all(alike(value[key], like[key]) for key in like)
+    return len(value) == len(like) and all(map(alike, value, like))
 
-    `shapes`: of the trained parameters, the whole class weights last; `averaged`: whether the run has --ema.
-    """
-    keys = ("step", "model", "head", "optimizer", "tally", "health", "ema", "norms")
-    if not isinstance(state, dict) or (missing := [key for key in keys if key not in state]):
-        return f"lacks {missing[0]}" if isinstance(state, dict) else "no dictionary"
 
-    def tensor(value: object, shape: torch.Size, kind: torch.dtype = torch.float32) -> bool:
-        return isinstance(value, torch.Tensor) and value.shape == shape and value.dtype == kind and \
-            value.layout == torch.strided and value.device.type == "cpu"  # neither sparse nor without data
+def misfit(state: dict, job: Any) -> str:
+    """Why a state file does not fit a run, or "". Unchecked, the optimiser would read past the end of a tensor."""
+    whole = torch.Size([sum(job.head.class_counts), job.model.dim])
+    blank = [torch.empty(shape, device="meta") for shape in [*(p.shape for p in job.parameters[:-1]), whole]]
+    model, statistics = job.model.state_dict(), job.head.statistics
+    moments = [{"step": torch.zeros(()), "exp_avg": one, "exp_avg_sq": one} for one in blank]
 
-    def tensors(values: object, like: dict[str, torch.Tensor]) -> bool:
-        return isinstance(values, dict) and values.keys() == like.keys() and all(
-            tensor(values[key], value.shape, value.dtype) and values[key].isfinite().all()
-            for key, value in like.items())
-
-    def fits_tally(tally: object) -> bool:  # as reports.training.Tally; earlier versions lack some
-        if not isinstance(tally, dict) or {"skipped", "bad", "seconds"} - tally.keys():
-            return False
-        numbers = [tally.get(key) or 0 for key in ("skipped", "bad", "seconds", "logged", "collapsed_at")]
-        start = tally.get("start", {})
+    def fits_tally(tally: dict) -> bool:  # as reports.training.Tally; earlier versions lack some
+        numbers = [tally["skipped"], tally["bad"], tally["seconds"], tally.get("logged", 0),
+                   tally.get("collapsed_at") or 0]
         return all(isinstance(number, int | float) and 0 <= number < 1 << 62 for number in numbers) \
-            and isinstance(start, dict) and all(isinstance(score, float) for score in start.values())
+            and all(isinstance(score, float) for score in tally.get("start", {}).values())
 
-    moments = state["optimizer"].get("state") if isinstance(state["optimizer"], dict) else None
-    valid = {
-        "step": type(state["step"]) is int and 0 <= state["step"] <= steps,
-        "model": tensors(state["model"], model),
-        "head": tensor(state["head"], shapes[-1]),
-        "optimizer": isinstance(moments, dict) and all(
-            i in range(len(shapes)) and isinstance(moment, dict) and moment.keys() == {"step", "exp_avg", "exp_avg_sq"}
-            and tensor(moment["step"], torch.Size()) and tensor(moment["exp_avg"], shapes[i])
-            and tensor(moment["exp_avg_sq"], shapes[i]) for i, moment in moments.items()),
-        "tally": fits_tally(state["tally"]),
-        "health": tensor(state["health"], torch.Size([2]), torch.int64)
-        and 0 <= state["health"][1] <= state["health"][0] <= state["step"],
-        "ema": not averaged or (isinstance(state["ema"], list) and len(state["ema"]) == len(shapes)
-                                   and all(map(tensor, state["ema"], shapes))),
-        "norms": statistics is None or tensor(state["norms"], statistics.shape, torch.float64),
+    checks = {
+        "step": lambda step: type(step) is int and 0 <= step <= job.steps,
+        "model": lambda saved: alike(saved, model) and all(value.isfinite().all() for value in saved.values()),
+        "head": lambda saved: alike(saved, blank[-1]),
+        "optimizer": lambda saved: all(i >= 0 and alike(one, moments[i]) for i, one in saved["state"].items()),
+        "tally": fits_tally,
+        "health": lambda saved: alike(saved, torch.zeros(2, dtype=torch.int64)) and
+        0 <= saved[1] <= saved[0] <= state["step"],
+        "ema": lambda saved: job.average is None or alike(saved, blank),
+        "norms": lambda saved: statistics is None or alike(saved, statistics),
     }
-    return next((f"{key} is not what this run saves" for key, ok in valid.items() if not ok), "")
+    for key, fits_run in checks.items():
+        with contextlib.suppress(Exception):  # of another type, or not there
+            if fits_run(state[key]):
+                continue
+        return f"{key} is not what this run saves"
+    return ""
 
 
-def read_state(path: Path, checksum: bool, mapped: bool, check: Callable[[object], str]) -> dict:
-    """The state of a checkpoint; InputError if it is damaged.
-
-    `checksum`: verify the checksums of the archive, which PyTorch ignores; `mapped`: memory-map the tensors; `check`:
-    see `misfit`.
-    """
+def read_state(job: Any) -> dict:
+    """The state of a run's last checkpoint, on the CPU; InputError if it is damaged."""
+    path = job.folder / "last" / "state.pt"
     try:
-        if checksum:
-            with zipfile.ZipFile(path) as file:
+        if job.ranks.rank == 0:
+            with zipfile.ZipFile(path) as file:  # PyTorch ignores the checksums
                 if bad := file.testzip():
                     raise ValueError(f"the checksum of {bad} differs")
-        state = torch.load(path, "cpu", weights_only=True, mmap=mapped)
-        wrong = check(state)
+        # with a sharded head every rank reads only its own rows
+        state = torch.load(path, "cpu", weights_only=True, mmap=job.head.sharded)
+        wrong = misfit(state, job)
     except Exception as error:  # of zip, pickle or torch
         wrong = str(error).splitlines()[0][:120] if isinstance(error, ValueError) else type(error).__name__
     if wrong:
@@ -408,32 +371,30 @@ def kept_steps(run: Path) -> dict[int, Path]:
     return dict(sorted((int(step), folder) for step, folder in folders if step.isdecimal()))
 
 
-def keep_checkpoint(run: Path, step: int, counts: dict[str, int], keep: int, export: Callable[[Path], None],
-                    ranks: Ranks) -> None:
+def keep_checkpoint(job: Any, step: int, export: Callable[[Any, Path], None]) -> None:
     """Write RUN/checkpoints/step-NNNNNNNN, itself a run folder, then remove old checkpoints (`drop_checkpoints`).
 
-    Args:
-        counts: images of each domain drawn so far.
-        export: writes the weights into a folder; collective.
+    `export` writes the weights of a run into a folder and is collective.
     """
-    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder, first = job.folder / "checkpoints" / f"step-{step:08d}", job.ranks.rank == 0
     scratch = folder.with_suffix(".tmp")
-    if ranks.rank == 0:
+    if first:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
     try:
-        export(scratch)
-        if ranks.rank == 0:
-            config = read_json(run / "config.json")
+        export(job, scratch)
+        if first:
+            config = read_json(job.folder / "config.json")
+            counts = dict(zip(job.options.trained, job.plan[:step].sum((0, 1)).tolist(), strict=True))
             config["facts"] |= {"steps": step, "counts": counts}
             write_json(scratch / "config.json", config)
             shutil.rmtree(folder, ignore_errors=True)  # left by a run that was killed before its state was written
             os.replace(scratch, folder)
-            drop_checkpoints(run, keep)
+            drop_checkpoints(job.folder, job.options.keep)
     finally:
-        if ranks.rank == 0:
+        if first:
             shutil.rmtree(scratch, ignore_errors=True)
-    ranks.wait()
+    job.ranks.wait()
 
 
 def drop_checkpoints(run: Path, keep: int) -> None:

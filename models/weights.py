@@ -1,7 +1,4 @@
-"""Weight files: those of others, read without executing code and converted; those of a run, with a checksum.
-
-Copy with it: data_prep/__init__.py.
-"""
+"""Weight files: those of others, read without executing code and converted; those of a run, with a checksum."""
 
 import hashlib
 import json
@@ -22,8 +19,7 @@ from data_prep import InputError, write_atomically
 def read_weights(name: str) -> dict[str, torch.Tensor]:
     """A state dict from a file of safetensors, PyTorch (tensors and plain values only) or TorchScript; runs no code.
 
-    Args:
-        name: FILE, or FILE:WRAPPER where it holds several sets of weights, such as `teacher` and `student`.
+    `name`: FILE, or FILE:WRAPPER where it holds several sets of weights, such as `teacher` and `student`.
     """
     file, _, wrapper = (name, "", "") if Path(name).is_file() else name.rpartition(":")
     path = Path(file)
@@ -59,21 +55,16 @@ def unwrap(state: object, wrapper: str, path: Path) -> dict[str, torch.Tensor]:
                 raise InputError(f"--weights {path}: no weights {wrapper!r}; it has {', '.join(inner) or 'none'}")
             state, wrapper = inner[wrapper], ""
             continue
-        candidates = [key for key in ("state_dict", "model", "net") if key in inner] or list(inner)
         tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         if tensors and all(isinstance(key, str) for key in tensors):
             return tensors
-        if len(candidates) > 1 and candidates[0] not in ("state_dict", "model", "net"):
-            raise InputError(f"--weights {path}: holds several sets of weights: give --weights "
-                             f"{path.name}:{candidates[0]} (or {', '.join(candidates[1:])})")
-        state = state[candidates[0]] if candidates else None
+        common = [key for key in ("state_dict", "model", "net") if key in inner]
+        if len(inner) > 1 and not common:
+            first, *others = inner
+            raise InputError(f"--weights {path}: holds several sets of weights: give --weights {path.name}:{first} (or "
+                             f"{', '.join(others)})")
+        state = inner[[*common, *inner][0]] if inner else None
     raise InputError(f"--weights {path}: holds no dictionary of tensors")
-
-
-STORAGES = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
-            "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
-            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-            "BoolStorage": torch.bool}
 
 
 def is_torchscript(path: Path) -> bool:
@@ -98,8 +89,8 @@ def read_torchscript(path: Path) -> dict[str, torch.Tensor]:
                 return dict
             if module == "torch.jit._pickle" and name.startswith(("build_", "restore_")):
                 return lambda values, *_: values
-            if module == "torch" and name in STORAGES:
-                return STORAGES[name]
+            if module == "torch" and name.endswith("Storage"):  # torch.FloatStorage and the like
+                return getattr(torch, name)._dtype
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
         def persistent_load(self, key: tuple) -> torch.Tensor:

@@ -1,7 +1,4 @@
-"""What a training run reports: its log, its first images, and a page with its curves.
-
-Copy with it: models/head.py, models/runs.py, data_prep/stream.py and what they need.
-"""
+"""What a training run reports: its log, its first images, and a page with its curves."""
 
 import math
 import sys
@@ -17,9 +14,8 @@ from tqdm import tqdm
 
 from data_prep import DOMAIN_COLOURS, DOMAINS, InputError, append, literal, read_lines, write_atomically, writing
 from data_prep.format import Split
-from data_prep.stream import Look, Stream, make_images
+from data_prep.stream import Feed, make_images
 from models.head import MANY_CLASSES, HeadLoss, embedding_norms, show_loss
-from models.runs import Ranks
 
 MAX_SKIPPED = 10  # non-finite steps in a row that stop a run
 MAX_DAMAGED = 0.001  # share of damaged images that stops a run
@@ -32,12 +28,8 @@ def describe_run(options: Any, recipe: dict[str, float], splits: list[Split], pl
                  last_rate: float) -> None:
     """Print the images, passes, losses and learning rates of a run, before anything is built.
 
-    Args:
-        options: of train.py.
-        recipe: options that the backbone's recipe filled.
-        plan: int64 [steps, batches per step, K], images of each domain.
-        shares: of each domain's class weights that a step draws (Partial FC).
-        last_rate: of the cosine, as a share of the peak.
+    `plan`: int64 [steps, batches per step, K], images of each domain; `shares`: of each domain's class weights that a
+    step draws (Partial FC); `last_rate`: of the cosine, as a share of the peak.
     """
     print(f"{options.out}: schedule {options.schedule}, {len(plan)} steps of {options.batch} images")
     if recipe:
@@ -101,71 +93,55 @@ class Tally:
     start: dict[str, float] = field(default_factory=dict)  # AUC of fixed images before the first step
 
 
-@dataclass
-class TrainingLog:
-    """log.jsonl and TensorBoard of a run."""
+def write_line(job: Any, window: list[dict[str, Tensor]], done: int, rates: dict, bad: int) -> dict:
+    """A line of log.jsonl and TensorBoard: means over the steps since the last one.
 
-    folder: Path
-    sizes: dict[str, int]  # domain -> images of its training split
-    plan: np.ndarray  # int64 [steps, batches per step, K]
-    ranks: Ranks
-    tally: Tally
-    board: Any = None  # TensorBoard's writer, on the first rank
-    saved: int | None = None  # the step that the checkpoint in `last` starts from
+    The CPU waits for the GPU, and the ranks for each other, only here. `window`: totals of these steps, with
+    "grad_norm" and "finite"; `done`: completed steps of the run; `rates`: of the last step, for the record; `bad`:
+    damaged images of this rank since the last line.
+    """
+    tally, ranks, batch = job.tally, job.ranks, int(job.plan[0].sum())
+    total = {name: torch.stack([t[name].float() for t in window]) for name in window[0]}
+    for name in ("loss", "loss_by_domain", "cos", "correct", "count", "direction", "norms"):
+        ranks.sum(total[name])
+    record = {"step": done, "images": done * batch, **rates, **summarise(total, [split.domain for split in job.splits])}
+    for split, images in zip(job.splits, job.plan[:done].sum((0, 1)).tolist(), strict=True):
+        record |= {f"images/{split.domain}": images, f"passes/{split.domain}": images / len(split)}
+    tally.skipped = int(job.health[0])
+    if skipped := int((total["finite"] == 0).sum()):
+        tqdm.write(f"until step {done}: {skipped} of {len(window)} steps had no finite gradient and were skipped",
+                   file=sys.stderr)
+    record["images_per_second"] = len(window) * batch / max(tally.seconds - tally.logged, 1e-9)
+    if job.device.type == "cuda":
+        record["memory_GiB"] = torch.cuda.max_memory_allocated(job.device) / 2**30
+    tally.logged = tally.seconds
+    if record.get("mean_cosine", 0) > 0.99 and tally.collapsed_at is None:
+        tally.collapsed_at = done
+        tqdm.write(f"WARNING: step {done}: the embeddings have COLLAPSED (mean pairwise cosine "
+                   f"{record['mean_cosine']:.4f}): lower --lr or take --head-init means", file=sys.stderr)
+    tally.bad += int(ranks.sum(torch.tensor(bad)))
+    record |= {key: value for key, value in vars(tally).items() if key != "start"}
+    if job.board is not None:
+        append(job.folder / "log.jsonl", record)
+        with writing(job.folder / "tensorboard"):
+            for name, value in record.items():
+                if isinstance(value, int | float):
+                    job.board.add_scalar(name, value, done)
+    return record
 
-    def write(self, window: list[dict[str, Tensor]], done: int, rates: dict, health: Tensor, bad: int) -> dict:
-        """A line with means over the steps since the last one.
 
-        The CPU waits for the GPU, and the ranks for each other, only here.
-
-        Args:
-            window: totals of these steps, with "grad_norm" and "finite".
-            done: completed steps of the run.
-            rates: of the schedule at the last step, for the record.
-            health: int64 [2], non-finite steps, in all and the last ones in a row.
-            bad: damaged images of this rank since the last line.
-        """
-        tally, before, batch = self.tally, self.tally.logged, int(self.plan[0].sum())
-        total = {name: torch.stack([t[name].float() for t in window]) for name in window[0]}
-        for name in ("loss", "loss_by_domain", "cos", "correct", "count", "direction", "norms"):
-            self.ranks.sum(total[name])
-        record = {"step": done, "images": done * batch, **rates, **summarise(total, list(self.sizes))}
-        for (name, size), images in zip(self.sizes.items(), self.plan[:done].sum((0, 1)).tolist(), strict=True):
-            record |= {f"images/{name}": images, f"passes/{name}": images / size}
-        tally.skipped = int(health[0])
-        if skipped := int((total["finite"] == 0).sum()):
-            tqdm.write(f"until step {done}: {skipped} of {len(window)} steps had no finite gradient and were skipped",
-                       file=sys.stderr)
-        record["images_per_second"] = len(window) * batch / max(tally.seconds - before, 1e-9)
-        if health.device.type == "cuda":
-            record["memory_GiB"] = torch.cuda.max_memory_allocated(health.device) / 2**30
-        tally.logged = tally.seconds
-        if record.get("mean_cosine", 0) > 0.99 and tally.collapsed_at is None:
-            tally.collapsed_at = done
-            tqdm.write(f"WARNING: step {done}: the embeddings have COLLAPSED (mean pairwise cosine "
-                       f"{record['mean_cosine']:.4f}): lower --lr or take --head-init means", file=sys.stderr)
-        tally.bad += int(self.ranks.sum(torch.tensor(bad)))
-        record |= {key: value for key, value in vars(tally).items() if key != "start"}
-        if self.board is not None:
-            append(self.folder / "log.jsonl", record)
-            with writing(self.folder / "tensorboard"):
-                for name, value in record.items():
-                    if isinstance(value, int | float):
-                        self.board.add_scalar(name, value, done)
-        return record
-
-    def check_health(self, done: int, health: Tensor) -> None:
-        """Stop a run of non-finite steps or damaged images; its last checkpoint stays."""
-        seen, most = done * int(self.plan[0].sum()), MAX_SKIPPED if done < len(self.plan) else 0
-        self.tally.skipped, in_a_row = health.tolist()
-        if in_a_row > most:
-            kept = f"no checkpoint was written before them, {self.folder} starts anew" if self.saved is None else \
-                f"the checkpoint from before them, of step {self.saved}, is in {self.folder}/last"
-            raise InputError(f"{self.folder}: {in_a_row} steps in a row were not finite; {kept}: lower --lr or raise "
-                             "--warmup")
-        if self.tally.bad > MAX_DAMAGED * max(seen, 1000):
-            raise InputError(f"{self.tally.bad} damaged images among {seen} are more than {MAX_DAMAGED:.1%}: check the "
-                             "shards with `python -m data_prep verify DIR`")
+def check_health(job: Any, done: int) -> None:
+    """Stop a run of non-finite steps or damaged images; its last checkpoint stays."""
+    seen, most = done * int(job.plan[0].sum()), MAX_SKIPPED if done < len(job.plan) else 0
+    job.tally.skipped, in_a_row = job.health.tolist()
+    if in_a_row > most:
+        kept = f"no checkpoint was written before them, {job.folder} starts anew" if job.saved is None else \
+            f"the checkpoint from before them, of step {job.saved}, is in {job.folder}/last"
+        raise InputError(f"{job.folder}: {in_a_row} steps in a row were not finite; {kept}: lower --lr or raise "
+                         "--warmup")
+    if job.tally.bad > MAX_DAMAGED * max(seen, 1000):
+        raise InputError(f"{job.tally.bad} damaged images among {seen} are more than {MAX_DAMAGED:.1%}: check the "
+                         "shards with `python -m data_prep verify DIR`")
 
 
 def summarise(total: dict[str, torch.Tensor], domains: list[str]) -> dict:
@@ -197,23 +173,20 @@ def mean_pairwise_cosine(direction: torch.Tensor, n: torch.Tensor) -> torch.Tens
 # ---------------------------------------------------------------- pages and figures
 
 
-def draw_samples(path: Path, stream: Stream, look: Look, cache: list[Tensor] | None = None,
-                 columns: int = 8) -> None:
+def draw_samples(path: Path, feed: Feed) -> None:
     """The first images as the network sees them, one row a domain: shows errors in colour, crop and label."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    stream, look = feed.stream, feed.look
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (look.mean, look.std))
-    K = len(stream.splits)
-    figure, axes = plt.subplots(K, columns, figsize=(1.4 * columns, 1.7 * K), squeeze=False)
+    figure = Figure(figsize=(11.2, 1.7 * len(stream.splits)))
+    axes = figure.subplots(len(stream.splits), 8, squeeze=False)
     for ax in axes.flat:
         ax.axis("off")
     for d, split in enumerate(stream.splits):
         chunk = stream[int((stream.plan[:, d] > 0).argmax()) * stream.per_batch]
-        if cache is not None:
-            chunk = replace(chunk, banks=[bank.cpu() for bank in cache])
+        if feed.cache is not None:
+            chunk = replace(chunk, banks=[bank.cpu() for bank in feed.cache])
         images = make_images(chunk, look, torch.device("cpu"))
         for ax, b in zip(axes[d], (chunk.domain == d).nonzero().flatten().tolist(), strict=False):
             ax.imshow((images[b] * std + mean).clamp(0, 1).permute(1, 2, 0).numpy())
@@ -224,21 +197,18 @@ def draw_samples(path: Path, stream: Stream, look: Look, cache: list[Tensor] | N
 
 def save_figure(figure, path: Path, **options) -> None:
     """Write a figure as PNG, whole or not at all."""
-    import matplotlib.pyplot as plt
-
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120, **options))
-    plt.close(figure)
 
 
-def write_report(log_of: TrainingLog, schedule: str, device: str) -> None:
+def write_report(job: Any) -> None:
     """report.md, one page on how the run went, and its figures curves.png and conflict.png."""
-    folder, tally, plan, domains = log_of.folder, log_of.tally, log_of.plan, list(log_of.sizes)
+    folder, tally, plan, domains = job.folder, job.tally, job.plan, [split.domain for split in job.splits]
     log, looks, conflicts = (read_lines(folder / f"{name}.jsonl") for name in ("log", "probe", "conflict"))
     log = [record for record in log if "loss" in record]
     draw_curves(folder / "curves.png", log, looks, domains)
     lines = [f"# {literal(folder.name)}", "",
-             f"Schedule {schedule}, {len(plan)} steps of {plan[0].sum()} images, "
-             f"{tally.seconds / 60:.1f} minutes on {log_of.ranks.world} x {device}.", "",
+             f"Schedule {job.options.schedule}, {len(plan)} steps of {plan[0].sum()} images, "
+             f"{tally.seconds / 60:.1f} minutes on {job.ranks.world} x {job.device.type}.", "",
              "| domain | images | passes | loss | top-1 | target cosine | norm |", "|---|---|---|---|---|---|---|"]
     for name in domains:
         last = next((r for r in reversed(log) if f"loss/{name}" in r), None)
@@ -267,14 +237,13 @@ def write_report(log_of: TrainingLog, schedule: str, device: str) -> None:
 
 def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[str]) -> None:
     """Loss, top-1, target cosine per domain and, with --eval-every, AUC, over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     keys = [("loss", "training loss"), ("top1", "training top-1"), ("target_cosine", "cosine to the true class")]
-    figure, axes = plt.subplots(1, len(keys) + bool(looks), figsize=(4 * (len(keys) + bool(looks)), 3.8), squeeze=False)
-    for ax, (key, title) in zip(axes[0], keys, strict=False):
+    count = len(keys) + bool(looks)
+    figure = Figure(figsize=(4 * count, 3.8))
+    axes = figure.subplots(1, count)
+    for ax, (key, title) in zip(axes, keys, strict=False):
         for name in domains:
             points = [(r["step"], r[f"{key}/{name}"]) for r in log if f"{key}/{name}" in r]
             ax.plot(*zip(*points, strict=True) if points else ((), ()), label=name, color=DOMAIN_COLOURS[name],
@@ -286,14 +255,14 @@ def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[st
         for name in names:
             domain = name.partition("/")[0]
             number = [other for other in names if other.startswith(f"{domain}/")].index(name)
-            axes[0][-1].plot([r["step"] for r in looks], [r["auc"].get(name, math.nan) for r in looks], label=name,
+            axes[-1].plot([r["step"] for r in looks], [r["auc"].get(name, math.nan) for r in looks], label=name,
                              color=DOMAIN_COLOURS[domain], ls=("-", "--", ":", "-.")[number % 4],
                              marker="osD^v"[number % 5], markersize=4)
-        axes[0][-1].set(title="same/different AUC, fixed images")
-    for ax in axes[0]:
+        axes[-1].set(title="same/different AUC, fixed images")
+    for ax in axes:
         ax.set(xlabel="optimiser step")
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    for ax in axes[0][:: len(keys)]:  # below the panel, where no curve runs
+    for ax in axes[:: len(keys)]:  # below the panel, where no curve runs
         legend = ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=2, frameon=False)
         for text in legend.get_texts():  # names of splits
             text.set_parse_math(False)
@@ -303,12 +272,10 @@ def draw_curves(path: Path, log: list[dict], looks: list[dict], domains: list[st
 
 def draw_conflict(path: Path, conflicts: list[dict]) -> None:
     """Cosines of the domains' gradients: over the run in the whole backbone, and by layer (mean over the run)."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure = Figure(figsize=(9, 3.4))
+    left, right = figure.subplots(1, 2)
     for pair in conflicts[0]["cosine"]:
         values = np.array([[math.nan if v is None else v for v in f["cosine_by_layer"][pair]] for f in conflicts])
         seen = ~np.isnan(values).all(0)

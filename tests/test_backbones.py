@@ -30,7 +30,7 @@ def test_the_activation_is_the_one_that_the_weights_were_trained_with():
         else:
             assert resolved == name
     library, name, _ = models.backbones.resolve_backbone(Network(None, model="ViT-B-32/openai"))
-    net = models.backbones.build_network(library, name, 32)
+    net = models.backbones.build_network(library, name, 32)[0]
     assert type(net.visual.transformer.resblocks[0].mlp.gelu) is open_clip.transformer.QuickGELU
     with pytest.raises(InputError, match="no weights 'opnai' for ViT-B-32; it has openai, laion400m_e31"):
         models.backbones.resolve_backbone(Network(None, model="ViT-B-32/opnai"))
@@ -46,7 +46,7 @@ def test_timms_activation_is_the_one_that_the_weights_were_trained_with():
         assert quick or resolved == name
         assert timm.get_pretrained_cfg(resolved).tag == timm.get_pretrained_cfg(name).tag
     _, name, _ = models.backbones.resolve_backbone(Network(None, model="vit_base_patch32_clip_224.openai"))
-    activation = models.backbones.build_network("timm", name, 32).blocks[0].mlp.act
+    activation = models.backbones.build_network("timm", name, 32)[0].blocks[0].mlp.act
     assert "QuickGELU" in type(activation).__name__
     with pytest.raises(InputError, match=r"timm has no weights 'resnet18\.foo'; it has resnet18\.a1_in1k"):
         models.backbones.resolve_backbone(Network(None, model="resnet18.foo"))
@@ -92,7 +92,7 @@ def test_a_proxy_resolves_names(monkeypatch):
 
 
 def test_weights_of_another_architecture_name_the_keys(demo_root, tmp_path):
-    clip = models.backbones.build_network("open_clip", "tiny", 32).state_dict()
+    clip = models.backbones.build_network("open_clip", "tiny", 32)[0].state_dict()
     save_file({"stem.weight": torch.zeros(3)}, tmp_path / "wrong.safetensors")
     save_file({**clip, "visual.head.proj.weight": torch.zeros(3, 3)}, tmp_path / "shape.safetensors")
 

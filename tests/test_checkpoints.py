@@ -116,7 +116,7 @@ def resaved(path: Path, change) -> None:
 STATES = {  # what may be wrong with a state file -> what the one line says
     "step of another run": (lambda s: s.update(step=10**6), "step is not"),
     "step -5": (lambda s: s.update(step=-5), "step is not"),
-    "no step": (lambda s: s.pop("step"), "lacks step"), "no tally": (lambda s: s.pop("tally"), "lacks tally"),
+    "no step": (lambda s: s.pop("step"), "step is not"), "no tally": (lambda s: s.pop("tally"), "tally is not"),
     "tally": (lambda s: s["tally"].update(seconds="x"), "tally is not"),
     "start": (lambda s: s["tally"].update(start="x"), "tally is not"),
     "clock": (lambda s: s["tally"].update(seconds=float("nan")), "tally is not"),
@@ -168,7 +168,7 @@ def test_a_run_is_checked_when_it_is_read(tiny_run, tmp_path):
              ({"other": weight}, classes, "class weights are none"), ({"weight": weight}, short, "class weights are"),
              ({"weight": weight}, [1], "not one list per domain"),
              ({"weight": weight}, classes | {"body": 3}, "not one list per domain"),
-             ({"weight": weight}, None, "no class names")]
+             ({"weight": weight}, None, "not one list per domain")]
     shutil.copytree(tiny_run, run := tmp_path / "run", ignore=shutil.ignore_patterns("eval", "last", "analysis"))
     for tensors, names, words in cases:
         models.runs.write_tensors(run / "head.safetensors", tensors, **{"classes": json.dumps(names)} if names else {})
@@ -382,7 +382,7 @@ def test_an_unexpected_error_ends_a_run_with_its_loaders(demo_root, tmp_path):
     code = """if True:
         import train
         def fail(*_): raise KeyError("a defect")
-        train.TrainingLog.check_health = fail
+        train.check_health = fail
         train.run_command(train.main)"""
     arguments = map(str, [*ENDLESS, "--data", demo_root, "--out", tmp_path / "run", "--workers", "2"])
     result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True,

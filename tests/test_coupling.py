@@ -143,7 +143,8 @@ def test_a_fallen_task_is_named(demo_root, tmp_path, capsys):
     class Board:
         add_scalar = staticmethod(lambda *_: None)
 
-    train.look_at_fixed_images(job, Board, 7)
+    job.board = Board
+    train.look_at_fixed_images(job, 7)
     assert "WARNING: step 7: object/" in capsys.readouterr().err
 
 

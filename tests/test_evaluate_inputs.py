@@ -17,7 +17,7 @@ import train
 from data_prep import InputError, join_config, lock_folder, say_once, write_csv
 from data_prep.format import Record, Source, Split, open_root
 from data_prep.write import write_split
-from models.runs import Run, find_run, gather_facts, load_foundation
+from models.runs import Run, find_run, load_foundation, write_config
 from protocols.bootstrap import normalise
 from protocols.classify import Readouts, fit_probe
 from protocols.pairs import FARS
@@ -96,10 +96,15 @@ def test_weights_are_known_by_their_hash(tmp_path, monkeypatch):
     (tmp_path / "two/other.safetensors").write_bytes(b"others")
     configs = [{"weights": str(tmp_path / name)} for name in ("one/w.safetensors", "two/w.safetensors",
                                                               "two/other.safetensors")]
-    told = gather_facts([], "A", 1, {}, {}, configs[0]["weights"]).weights_sha256
+
+    def hash_told(weights: str) -> str | None:
+        write_config(tmp_path, {"schedule": "A", "weights": weights}, [], 1, {}, {})
+        return json.loads((tmp_path / "config.json").read_text())["facts"]["weights_sha256"]
+
+    told = hash_told(configs[0]["weights"])
     moved = {"weights": "/gone.safetensors", "weights_sha256": told}
     assert start_of(configs[0]) == start_of(configs[1]) == start_of(moved) != start_of(configs[2])
-    assert gather_facts([], "A", 1, {}, {}, "pretrained").weights_sha256 is None
+    assert hash_told("pretrained") is None
     assert start_of({"weights": "pretrained", "weights_sha256": None})[-1] == "pretrained"
     a, b, c = (Scored(tmp_path, {"seed": i} | config, 0, {0: (SimpleNamespace(weights="tuned"), None)})
                for i, config in enumerate((configs[0], moved, configs[2])))

@@ -16,7 +16,7 @@ from models.backbones import Network, load_backbone
 from models.head import HeadSettings, Loss, MarginHead
 from models.runs import Ranks
 from reports.training import mean_pairwise_cosine
-from train import Options, blend_counts, make_schedule, plan_batches, ramp_up, rate, shares_at
+from train import Options, blend_counts, plan_batches, ramp_up, rate, shares_at
 
 # of the four domains; every value differs from some other one
 LOSSES = [Loss(30.0, angular=0.1), Loss(64.0, 0.35, 0.1, weight=2.0), Loss(64.0, 0.2, 0.1, weight=0.5),
@@ -108,7 +108,7 @@ def test_plan_of_every_schedule():
     assert plan("alternate", 5)[:, 0].argmax(1).tolist() == [0, 1, 2, 3, 0]
     assert plan("sequential", 8)[:, 0].argmax(1).tolist() == [3, 3, 0, 0, 2, 2, 1, 1]  # in the order of --domains
     with pytest.raises(InputError, match=r"62 cannot be divided among 4 domains .* use 60"):
-        make_schedule("A", 4, 62)
+        plan_batches(Options(schedule="A", batch=62), [range(100)] * 4)
 
 
 def test_length_and_shares_by_hand():

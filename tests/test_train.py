@@ -83,7 +83,7 @@ def test_weights_load_strictly_into_the_libraries(tiny_run, demo_root, tmp_path)
     import open_clip
     import timm
 
-    clip = models.backbones.build_network("open_clip", "tiny", 32)
+    clip = models.backbones.build_network("open_clip", "tiny", 32)[0]
     assert isinstance(clip, open_clip.CLIP)
     clip.load_state_dict(load_file(tiny_run / "model.safetensors"), strict=True)
     model = load_tuned(load_run(tiny_run))

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from data_prep import write_json
 from models.backbones import Network
-from reports.training import TrainingLog
 
 
 def bench_steps(train: ModuleType, job, rounds: int, count: int) -> dict[str, list[float]]:
@@ -28,9 +27,7 @@ def bench_steps(train: ModuleType, job, rounds: int, count: int) -> dict[str, li
     `rounds` rounds of `count` steps each. The first steps of a round, whose batches the loader has prefetched, are not
     counted. On a GPU, the steps of a round are timed together, because they overlap as in training.
     """
-    feed, log = train.make_feed(job), TrainingLog(
-        job.folder, {s.domain: len(s) for s in job.splits}, job.plan, job.ranks, job.tally)
-    forward, cuda = train.make_forward(job).train(), job.device.type == "cuda"
+    feed, forward, cuda = train.make_feed(job), train.make_forward(job).train(), job.device.type == "cuda"
     feed.start(0)
     fixed = [tuple(v.clone() for v in batch) for batch in feed.next_step()]
     drawn_rows, totals = job.head.step_rows, []
@@ -61,17 +58,16 @@ def bench_steps(train: ModuleType, job, rounds: int, count: int) -> dict[str, li
         return (time.perf_counter() - start) / steps
 
     def log_line(_: int) -> None:
-        log.write(totals, first_step + 1, train.rates_of(job, first_step), job.health, 0)
+        train.write_line(job, totals, first_step + 1, train.rates_of(job, first_step), 0)
 
     prefetched, together = 4 * max(job.options.workers, 1) // feed.passes + 1, count if cuda else 1
-    measured: dict[str, list[float]] = {"real": [], "fixed": [], "bare": [], "log": []}
+    kinds = {"real": real_step, "fixed": fixed_step, "bare": bare_step, "log": log_line}
+    measured: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in tqdm(range(rounds + 1), desc="rounds (the first warms up)", disable=None):
-        for kind, run, warm_up in (("real", real_step, prefetched), ("fixed", fixed_step, 1), ("bare", bare_step, 1)):
-            timed(run, warm_up)
+        for kind, run in kinds.items():
+            timed(run, prefetched if kind == "real" else 1)
             seconds = [timed(run, together) for _ in range(count // together)]
             measured[kind] += seconds if number else []
-        seconds = timed(log_line, 1)
-        measured["log"] += [seconds] if number else []
         totals.clear()
     return measured
 
@@ -92,8 +88,6 @@ def bench_run(train: ModuleType, options, rounds: int, count: int, path: Path | 
             job.model.net.set_grad_checkpointing(False)  # recomputed operations do not count
         with FlopCounterMode(display=False) as counter:
             job.model(torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device)).sum().backward()
-        with torch.no_grad():
-            x = train.make_forward(job).eval()(torch.zeros(1, 3, *[job.model.image_size] * 2, device=job.device))
         flops = counter.get_total_flops() * options.batch
         rate_of = ceilings(job.device)["ceiling_tflops"] * job.ranks.world
     medians = {kind: float(np.median(seconds)) for kind, seconds in times.items()}
@@ -102,7 +96,7 @@ def bench_run(train: ModuleType, options, rounds: int, count: int, path: Path | 
     result = {
         "device": device, "torch": torch.__version__, "backbone": Network.of(options).name,
         "schedule": options.schedule, "batch": options.batch, "micro_batch": int(size), "cache": options.cache,
-        "image_size": job.model.image_size, "embeddings": str(x.dtype).removeprefix("torch."),
+        "image_size": job.model.image_size, "embeddings": "bfloat16" if job.bf16 else "float32",
         "workers": options.workers, "compile": options.compile,
         "images_per_second": {kind: options.batch / medians[kind] for kind in ("real", "fixed", "bare")},
         "step_ms": {kind: {"median": 1e3 * medians[kind], "p20": 1e3 * float(np.percentile(times[kind], 20)),

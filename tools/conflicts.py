@@ -1,9 +1,7 @@
-"""Conflicts between the domains' gradients of the backbone, and PCGrad: a hook into the step of train.py.
-
-Copy with it: models/head.py, models/runs.py.
-"""
+"""Conflicts between the domains' gradients of the backbone, and PCGrad: a hook into the step of train.py."""
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -66,21 +64,18 @@ def project_conflicts(by_domain: list[list[Tensor]], seed: int, step: int) -> li
     return total
 
 
+@dataclass
 class DomainGradients:
-    """Runs the backward passes of a step domain by domain, to log conflicts or to apply PCGrad.
+    """Runs the backward passes of a step domain by domain, to log conflicts or to apply PCGrad."""
 
-    Args:
-        pcgrad: apply PCGrad (--coupling pcgrad).
-        every: steps between lines of conflict.jsonl (--conflict-every); 0: none.
-    """
-
+    model: Backbone
+    head: MarginHead
+    domains: list[str]
+    folder: Path
+    pcgrad: bool  # apply PCGrad (--coupling pcgrad)
+    every: int  # steps between lines of conflict.jsonl (--conflict-every); 0: none
+    seed: int
     sums_ranks = True  # sums each domain's gradient over the ranks, so that DDP must not
-
-    def __init__(self, model: Backbone, head: MarginHead, domains: list[str], folder: Path, *, pcgrad: bool, every: int,
-                 seed: int) -> None:
-        self.model, self.head, self.domains, self.folder = model, head, domains, folder
-        self.pcgrad, self.every, self.seed = pcgrad, every, seed
-        self.by_domain: list[list[Tensor]] = []
 
     def logs(self, step: int) -> bool:
         """Whether the step writes a line of conflict.jsonl."""
@@ -91,7 +86,7 @@ class DomainGradients:
         return self.pcgrad or self.logs(step)
 
     def begin(self) -> None:
-        self.by_domain = [[] for _ in self.domains]
+        self.by_domain: list[list[Tensor]] = [[] for _ in self.domains]
 
     def backward(self, result: HeadLoss, images: Tensor, batch: tuple, present: list[int]) -> None:
         """Replaces `result.loss.backward()`; `batch`: arguments of the head, `present`: domains in the batch."""

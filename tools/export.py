@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data_prep import FREE_ON_RESUME, InputError, hash_file, literal, write_atomically
-from models.backbones import TINY_CLIP, Backbone
+from models.backbones import Backbone, build_network
 from models.runs import Run, load_foundation, load_tuned
 from protocols.bootstrap import FEW_NOTE
 from protocols.results import Row, read_rows
@@ -39,41 +39,13 @@ class FromPixels(nn.Module):
         return self.model((pixels - self.mean) / self.std)
 
 
-def build_in_library(model: Backbone) -> tuple[str, nn.Module]:
-    """The library call that builds the network, as code for the model card, and the network."""
-    import open_clip
-    import timm
-
-    library, name = model.library, model.name
-    names, options = [name], {}
-    if name == "tiny" and library == "open_clip":
-        build, names = open_clip.CLIP, []
-        options = TINY_CLIP | {"vision_cfg": TINY_CLIP["vision_cfg"] | {"image_size": model.image_size}}
-    elif library == "open_clip":
-        build, options = open_clip.create_model, {"force_image_size": model.image_size}
-    else:
-        build, options = timm.create_model, {"num_classes": 0, "img_size": model.image_size}
-        if isinstance(pool := getattr(model.net, "global_pool", None), str):
-            options["global_pool"] = pool
-    logging.disable(logging.WARNING)  # open_clip warns of random weights, which are loaded later
-    try:
-        net = build(*names, **options)
-    except TypeError:  # convolutional networks take any size and no such argument
-        del options["img_size"]
-        net = build(*names, **options)
-    finally:
-        logging.disable(logging.NOTSET)
-    arguments = [repr(name) for name in names] + [f"{key}={value!r}" for key, value in options.items()]
-    return f"{library}.{build.__name__}({', '.join(arguments)})", net
-
-
 def to_safetensors(model: Backbone, path: Path) -> tuple[str, Callable]:
     """Write the weights under the library's keys; returns code that loads them, and its function."""
     preprocessing = {name: getattr(model, name) for name in ("mean", "std", "image_size", "interpolation")}
     net = {key: value.contiguous() for key, value in model.net.state_dict().items()}
     metadata = {"format": "pt", "preprocessing": json.dumps(preprocessing)}
     write_atomically(path, lambda temporary: save_file(net, temporary, metadata=metadata))
-    call, net = build_in_library(model)
+    net, call = build_network(model.library, model.name, model.image_size)
     net.load_state_dict(load_file(path), strict=True)
     forward = "encode_image" if model.library == "open_clip" else "forward"
     code = [f"import {model.library}, torch", "from safetensors.torch import load_file", "",
@@ -98,7 +70,6 @@ def to_onnx(model: Backbone, path: Path) -> tuple[str, Callable]:
     import onnxruntime
 
     example = torch.zeros(2, 3, model.image_size, model.image_size)
-    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(FromPixels(model).eval(), (example,), dynamo=True, verbose=False,
@@ -107,8 +78,6 @@ def to_onnx(model: Backbone, path: Path) -> tuple[str, Callable]:
     except Exception as error:  # many types
         raise InputError(f"--to onnx: this network cannot be traced ({type(error).__name__}): use --to safetensors; "
                          "--debug shows the reason") from error
-    finally:
-        logging.disable(logging.NOTSET)
     program.model.metadata_props["interpolation"] = model.interpolation
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -148,11 +117,7 @@ def interpolate_weights(run: Run, model: Backbone, alpha: float) -> None:
 def export_run(run: Run, form: str, out: Path | None, tolerance: float, alpha: float) -> int:
     """`train.py export`: write model and card into a scratch folder, and move them if the model passes the check.
 
-    Args:
-        alpha: see `interpolate_weights`; 1: fine-tuned weights only.
-
-    Returns:
-        The exit code.
+    `alpha`: see `interpolate_weights`; 1: fine-tuned weights only. Returns the exit code.
     """
     mixed = f"-wise{alpha:g}" if alpha < 1 else ""
     out = out or run.folder / "export" / f"{run.folder.resolve().name}{mixed}.{form}"
@@ -165,6 +130,7 @@ def export_run(run: Run, form: str, out: Path | None, tolerance: float, alpha: f
     model = load_tuned(run)
     if alpha < 1:
         interpolate_weights(run, model, alpha)
+    logging.disable(logging.WARNING)  # open_clip warns of random weights, which are loaded later
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as scratch:
@@ -181,6 +147,8 @@ def export_run(run: Run, form: str, out: Path | None, tolerance: float, alpha: f
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error}); choose a folder that is writable and "
                          "has room") from error
+    finally:
+        logging.disable(logging.NOTSET)
     print(f"{out}: {check}; model card: {card.name}")
     return 0
 
