@@ -40,7 +40,8 @@ from data_prep.loaders import LOADERS, batch_too_large, enough_loaders, too_larg
 from data_prep.stream import Feed, Stream, decode_split
 from models import runs
 from models.adapt import (
-    RETAIN_TYPE, AutocastModel, Retention, RetainWeights, RunningAverage, add_drop_path, add_low_rank, uses_bf16,
+    RETAIN_TYPE, AutocastModel, LayerwiseAdamW, Retention, RetainWeights, RunningAverage, add_drop_path, add_low_rank,
+    uses_bf16,
 )
 from models.backbones import BACKBONES, RECIPES, SIZES, Backbone, Network, embed_rows, load_backbone, resolve_backbone
 from models.head import LOSS_TYPE, MANY_CLASSES, HeadSettings, Loss, MarginHead, starting_weights
@@ -326,7 +327,7 @@ def rate(step: int, steps: int, warmup: float, stages: int = 1) -> float:
 # ---------------------------------------------------------------- model and optimiser
 
 
-def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> torch.optim.AdamW:
+def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> LayerwiseAdamW:
     """AdamW with layer-wise learning rates lr * decay^(distance from the top) and no weight decay on vectors.
 
     The learning rate of a group is its `scale` times `rate` of the step; the class weights are the last group.
@@ -342,7 +343,7 @@ def make_optimizer(model: Backbone, head: MarginHead, options: Options) -> torch
     parameters = [{"params": p, "weight_decay": decay, "scale": scale} for (scale, decay), p in groups.items()]
     # cosines ignore the norm of a class weight: decaying it would only raise its effective learning rate
     parameters.append({"params": [head.weight], "weight_decay": 0.0, "scale": options.head_lr})
-    return torch.optim.AdamW(parameters, lr=options.lr, betas=(0.9, 0.999), fused=True)
+    return LayerwiseAdamW(parameters, lr=options.lr, betas=(0.9, 0.999), fused=True)
 
 
 def build_model(options: Options, device: torch.device) -> Backbone:
@@ -385,7 +386,7 @@ class Job:
     counts: Tensor  # int64 [steps, K] on the device: images of each domain in each step
     model: Backbone
     head: MarginHead
-    optimizer: torch.optim.AdamW
+    optimizer: LayerwiseAdamW
     health: Tensor  # int64 [2] on the device: number of non-finite steps, and length of the current streak of them
     tally: Tally = field(default_factory=Tally)
     average: RunningAverage | None = None  # --ema, of `parameters`
@@ -485,7 +486,7 @@ def gradient_norm(job: Job) -> Tensor:
 def update(job: Job, norm: Tensor) -> Tensor:
     """Take the optimiser step if the gradient is finite, decided on the device; returns 1 if taken, else 0."""
     finite = torch.isfinite(norm)
-    job.optimizer.found_inf = (~finite).float()  # at 1, the fused kernel skips the step
+    job.optimizer.found_inf = (~finite).float()
     job.optimizer.step()
     job.health[0] += ~finite
     job.health[1] = (job.health[1] + 1) * ~finite

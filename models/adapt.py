@@ -66,6 +66,35 @@ def add_drop_path(model: Backbone, rate: float) -> None:
             setattr(module, name, DropPath(probability))
 
 
+class LayerwiseAdamW(torch.optim.AdamW):
+    """torch's fused AdamW, bit-identical, in a third of its time on a CPU with dozens of layer-wise groups.
+
+    The kernel takes one learning rate per call and is called per group; all else is done once for all groups.
+
+    Attributes: found_inf, float32 scalar on the device: if 1, the step is skipped, without synchronisation.
+    """
+
+    found_inf: torch.Tensor
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of the parameters that have a gradient."""
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        for p in (p for _, parameters in groups for p in parameters if not self.state[p]):
+            self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                 exp_avg_sq=torch.zeros_like(p))
+        columns = ("exp_avg", "exp_avg_sq", "step")
+        states = [[[self.state[p][name] for p in parameters] for name in columns] for _, parameters in groups]
+        counters = [step for *_, steps in states for step in steps]
+        torch._foreach_add_(counters, 1)
+        for (group, parameters), (first, second, steps) in zip(groups, states, strict=True):
+            if parameters:
+                torch._fused_adamw_(parameters, [p.grad for p in parameters], first, second, [], steps, lr=group["lr"],
+                                    beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"], amsgrad=False,
+                                    weight_decay=group["weight_decay"], maximize=False, found_inf=self.found_inf)
+        torch._foreach_sub_(counters, [self.found_inf] * len(counters))
+
+
 class RunningAverage:
     """Exponential moving average (EMA) of parameters with decay min(decay, (1 + t) / (10 + t)).
 

@@ -15,7 +15,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -137,12 +137,25 @@ def join_ranks(device_name: str) -> tuple[Ranks, torch.device]:
 # ---------------------------------------------------------------- config.json
 
 
+@dataclass
+class Facts:
+    """What follows from a run's options, data and machine; beside the options in config.json."""
+
+    role: str  # one of RUN_ROLES, for `analyze.py claims`
+    steps: int
+    counts: dict[str, int]  # domain -> images drawn in the run
+    recipe: dict[str, float]  # options that the backbone's recipe set
+    git_commit: str | None
+    argv: list[str]
+    versions: dict[str, str]
+    shards: dict[str, str]  # domain -> plan of its training split
+    sources: dict[str, dict]  # see `describe_sources`
+    weights_sha256: str | None  # of the file of --weights
+
+
 def write_config(folder: Path, options: dict, splits: list[Split], steps: int, counts: dict[str, int],
                  recipe: dict[str, float]) -> None:
-    """Write config.json: the options, as on the command line, and facts that follow from them and the data.
-
-    `counts`: domain -> images drawn in the run; `recipe`: options that the backbone's recipe set.
-    """
+    """Write config.json: the options, as on the command line, and the `Facts`."""
     try:
         commit = subprocess.run(["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"],
                                 capture_output=True, text=True).stdout.strip()
@@ -150,14 +163,12 @@ def write_config(folder: Path, options: dict, splits: list[Split], steps: int, c
         commit = ""
     sequential, weights = options["schedule"] == "sequential", options["weights"]
     packages = ("torch", "torchvision", "timm", "open_clip_torch", "numpy")
-    write_json(folder / "config.json", {"options": options, "facts": {
-        "role": "expert" if len(splits) == 1 else "sequential" if sequential else "unified",  # for `analyze.py claims`
-        "steps": steps, "counts": counts, "recipe": recipe, "git_commit": commit or None, "argv": sys.argv[1:],
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "shards": {split.domain: split.index["provenance"]["plan"] for split in splits},
-        "sources": describe_sources(splits),
-        "weights_sha256": hash_file(Path(weights.rpartition(":")[0])) or hash_file(Path(weights)),  # FILE:NAME or FILE
-    }})
+    facts = Facts("expert" if len(splits) == 1 else "sequential" if sequential else "unified", steps, counts, recipe,
+                  commit or None, sys.argv[1:],
+                  {"python": platform.python_version()} | {name: version(name) for name in packages},
+                  {split.domain: split.index["provenance"]["plan"] for split in splits}, describe_sources(splits),
+                  hash_file(Path(weights.rpartition(":")[0])) or hash_file(Path(weights)))  # FILE:NAME or FILE
+    write_json(folder / "config.json", {"options": options, "facts": asdict(facts)})
 
 
 def describe_sources(splits: list[Split]) -> dict[str, dict]:

@@ -13,6 +13,7 @@ from data_prep import InputError, say_once
 from data_prep.format import open_root
 from data_prep.loaders import enough_loaders, one_ahead
 from data_prep.stream import FinishedImages, Look, Stream, from_cache, make_images, scramble, uniforms
+from models.adapt import LayerwiseAdamW
 from tests.test_coupling import options_of
 
 CPU = torch.device("cpu")
@@ -153,3 +154,32 @@ def test_finished_images_reuse_their_memory_and_are_not_overwritten(demo_root):
     for c, images in enumerate(found):
         assert torch.equal(images, make_images(stream[c], look, CPU))
     assert finished.bytes.size == 6 * 3 * splits[0].size ** 2
+
+
+# ---------------------------------------------------------------- the update
+
+
+def test_the_update_is_that_of_torch_bit_for_bit():
+    """Also where a parameter has no gradient yet, where a step is left out, and after a checkpoint of the other."""
+    def make(kind):
+        torch.manual_seed(0)
+        groups = [{"params": [torch.nn.Parameter(torch.randn(3, 5)) for _ in range(n)], "lr": 0.1 * 0.8**n,
+                   "weight_decay": 0.05 * (n % 2)} for n in (1, 2, 3)]
+        return kind(groups, lr=1e-3, betas=(0.9, 0.999), fused=True)
+
+    ours, theirs = make(LayerwiseAdamW), make(torch.optim.AdamW)
+    for step in range(6):
+        if step == 4:
+            state, other = theirs.state_dict(), ours.state_dict()
+            ours.load_state_dict(state), theirs.load_state_dict(other)
+        for one in (ours, theirs):
+            generator = torch.Generator().manual_seed(step)
+            for i, p in enumerate(p for group in one.param_groups for p in group["params"]):
+                gradient = torch.randn(3, 5, generator=generator)
+                p.grad = gradient if i % 3 or step > 1 else None
+            one.found_inf = torch.tensor(float(step == 3))
+            one.step()
+        for a, b in zip(*([p for group in one.param_groups for p in group["params"]] for one in (ours, theirs)),
+                        strict=True):
+            assert torch.equal(a, b) and ours.state[a].keys() == theirs.state[b].keys()
+            assert all(torch.equal(ours.state[a][key], theirs.state[b][key]) for key in ours.state[a])
