@@ -308,6 +308,9 @@ def score_classification(x: np.ndarray, split: Split, reference: tuple[np.ndarra
     y, other = reference
     number, classes = {name: i for i, name in enumerate(other.classes)}, split.classes if only is None else only
     groups_of = [(groups or {}).get(name, [name]) for name in classes]
+    if unknown := [name for group in groups_of for name in group if name not in number]:
+        raise InputError(f"{split.folder}: class {unknown[0]!r} is not in its reference {other.folder}: prepare the "
+                         "split with --reference SPLIT, a split of the same classes")
     members = [np.array([number[name] for name in group]) for group in groups_of]
     joined = np.full(len(other.classes) + 1, -1)  # index in `classes` of each class of the reference; the last: none
     for i, group in enumerate(members):

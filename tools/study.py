@@ -159,6 +159,7 @@ def draw(path: Path, points: list[Point], chosen: str) -> None:
     shown = [point for point in points if "gain" in point.figures and "-" not in point.recipe]
     kinds = [kind for kind in KEPT if any(f"kept {kind}" in point.figures for point in shown)]
     recipes = list(dict.fromkeys(point.recipe for point in shown))
+    size = {rate: 25 + 25 * i for i, rate in enumerate(dict.fromkeys(point.rate for point in shown))}
     rows = max(1, -(-len(kinds) // 2))
     figure, axes = new_figure(rows, 2, (11, 4.4 * rows), sharex=True, layout="constrained")
     for axis, kind in zip(axes.flat, kinds, strict=False):
@@ -168,7 +169,7 @@ def draw(path: Path, points: list[Point], chosen: str) -> None:
             x, y = ([100 * ends[i].value for ends in series] for i in (1, 2))
             colour = f"C{number % 10}"
             axis.plot(x, y, "-", color=colour, lw=1, alpha=0.7)
-            axis.scatter(x, y, s=[25 + 25 * i for i in range(len(x))], color=colour, label=recipe, zorder=3)
+            axis.scatter(x, y, s=[size[rate] for rate, *_ in series], color=colour, label=recipe, zorder=3)
             for rate, gain, kept in series:
                 if rate == chosen:
                     axis.errorbar(100 * gain.value, 100 * kept.value, color=colour, lw=0.8, capsize=2,
