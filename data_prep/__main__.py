@@ -229,8 +229,8 @@ def prepare(read, only: str, src: Path | str, out: Path, part: str | None, size:
         source = group_classes(source, classes, out)
     else:
         source = replace(source, records=Records(source.records, out))
-    if options.get("names"):
-        report_unknown("--names", options["names"], set(source.names) - set(source.records.identities))
+    if options.get("names") and not classes:
+        report_unknown("--names", options["names"], source.names, set(source.records.identities))
     if source.records:
         if read is folders.folder and not (classes or selection["listed"]):
             folders.check_classes(source.records, src)

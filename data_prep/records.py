@@ -157,10 +157,11 @@ def read_lines(read: Callable[[], bytes], where: str) -> Iterator[tuple[str, str
 def read_rows(path: Path, option: str) -> list[tuple[str, list[str]]]:
     """The fields of each line of the list that an option names, after its position for messages.
 
-    They are separated by tabs, by commas (as in CSV) or by white space: the first of these that line 1 contains.
+    They are separated by tabs, by commas (as in CSV) or by white space: the first of these in lines 1 and 2.
     """
     lines, rows = list(read_lines(path.read_bytes, f"{option} {path}")), []
-    mark = next((mark for mark in "\t," if lines and mark in lines[0][1]), None)
+    first = "".join(line for _, line in lines[:2])
+    mark = next((mark for mark in "\t," if mark in first), None)
     for where, line in lines:
         with reading(f"{where}: cannot be read as CSV"):
             fields = next(csv.reader([line], strict=True)) if mark == "," else line.split(mark)
@@ -213,8 +214,12 @@ def in_list(records: Records, path: Path) -> np.ndarray:
     return by_identity[records.identity] | by_name
 
 
-def report_unknown(option: str, path: Path, unknown: set[str]) -> None:
-    """Print the folders in an option's list that the source lacks."""
+def report_unknown(option: str, path: Path, named: Iterable[str], known: set[str]) -> None:
+    """Print the folders in an option's list that are not among those of the source; InputError if none of them is."""
+    unknown = set(named) - known
+    if known and unknown == set(named):
+        raise InputError(f"{option} {path}: names none of the {len(known):,} class folders of the source, such as "
+                         f"{min(known)[:60]!r}")
     if unknown:
         print(f"  {option} {path}: {len(unknown):,} of its folders are not in the source: "
               + ", ".join(sorted(unknown)[:10]) + ", ..." * (len(unknown) > 10))
@@ -234,10 +239,7 @@ def group_classes(source: Source, path: Path, folder: Path) -> Source:
 
     protocol = source.protocol and {key: value for key, value in source.protocol.items() if key != "groups"}
     source = replace(source, records=Records(grouped(source.records), folder), names={}, protocol=protocol)
-    if known and not known & set(classes):
-        raise InputError(f"--classes {path}: names none of the {len(known):,} class folders of the source, such as "
-                         f"{min(known)[:60]!r}")
-    report_unknown("--classes", path, {*[*classes][1:]} - known)  # line 1 may be a header
+    report_unknown("--classes", path, classes, known)
     return restrict(source, source.records.identity >= 0, "folder not in --classes")
 
 

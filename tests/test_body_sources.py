@@ -298,6 +298,8 @@ def edited(files: dict, name: str, *change: str) -> dict:
     ("prcc", LTCC, "no rgb/test in it; PRCC has"),
     ("prcc", edited(edited(PRCC, "C/003/cropped_rgb001.jpg"), "C/004/cropped_rgb001.jpg"), "no probe images"),
     ("ltcc", PRCC, "no query in it; LTCC has"),
+    ("market", {f"{name}/query/0001_c1s1_000001_00.jpg": None for name in ("Duke", "Market")},
+     "Duke/query and Market/query are both in it: give the folder of one"),
     ("ltcc", {name: c for name, c in LTCC.items() if "/test/" not in name}, "no gallery images"),
     ("deepchange", PRCC, "no test-set-query-bbox.txt in it"),
     ("deepchange", edited(deepchange_files(), "query-bbox.txt", ",11", ""), "line 2: want `P1_C1_1_000001.jpg,1`"),

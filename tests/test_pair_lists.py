@@ -42,6 +42,7 @@ def test_pairs_of_a_damaged_image_are_left_out_and_counted(tmp_path, capsys):
     (PAIRS.replace("P_", "Q_"), "such as 'Q_0/Q_0_0001'"),
     ("", "line 1: want"), ("pairs\n" + PAIRS, "line 1: want"), ("10\t300\n", "announces 10 folds"),
     (PAIRS.replace("P_2\t2\t1", "P_2\t2"), "line 4: want `name i j`"),
+    ("name,imagenum1,imagenum2,\nP_0,1,3,\nP_0,1,,2\n", "line 3: want `name i j`"),
 ])  # fmt: skip
 def test_bad_pairs_files(text, words, tmp_path):
     (tmp_path / "pairs.txt").write_text(text)
@@ -89,9 +90,10 @@ def test_two_versions_of_lfw_are_not_mixed(tmp_path):
 
 
 def test_pairs_file_of_one_fold(tmp_path):
-    (tmp_path / "pairs.txt").write_text("1\nP_0 1 2\nP_0 1 P_1 1\n")
-    assert [p[:4] for p in read_pairs(tmp_path / "pairs.txt")] == [(("P_0", 1), ("P_0", 2), 1, 0),
-                                                                   (("P_0", 1), ("P_1", 1), 0, 0)]
+    for text in ("1\nP_0 1 2\nP_0 1 P_1 1\n", "1 1\nP 0\t1\t2\nP 0\t1\tP 1\t1\n"):
+        (tmp_path / "pairs.txt").write_text(text)
+        a, b = ("P_0", "P_1") if "_" in text else ("P 0", "P 1")
+        assert [p[:4] for p in read_pairs(tmp_path / "pairs.txt")] == [((a, 1), (a, 2), 1, 0), ((a, 1), (b, 1), 0, 0)]
 
 
 # ---------------------------------------------------------------- other lists

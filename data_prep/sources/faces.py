@@ -27,8 +27,11 @@ def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, 
     Line 1 is `folds<TAB>n` (or `n`: one fold); then each fold has n lines `name i j` (same person) and n lines
     `name1 i name2 j` (different people). Kaggle's form is CSV with a header instead of line 1.
     """
-    rows = [(where, [word for word in row if word]) for where, row in read_rows(path, "--pairs")]  # empty: at ends
-    head = rows[0][1] if rows else []
+    rows = read_rows(path, "--pairs")
+    for _, row in rows:
+        while row and not row[-1]:  # a line of Kaggle's form may end in commas
+            row.pop()
+    head = " ".join(rows[0][1]).split() if rows else []
     counts = [int(word) for word in head if re.fullmatch(r"[1-9]\d{0,8}", word)]
     official, header = 0 < len(head) == len(counts) < 3, len(head) > 2 and not counts
     if not (official or header):
@@ -37,7 +40,7 @@ def read_pairs(path: Path) -> list[tuple[tuple[str, int], tuple[str, int], int, 
     for where, words in rows[1:]:
         if not words:
             continue
-        if len(words) not in (3, 4) or not all(re.fullmatch(r"\d{1,9}", word) for word in (words[1], words[-1])):
+        if len(words) not in (3, 4) or not all([*words, *(re.fullmatch(r"\d{1,9}", words[i]) for i in (1, -1))]):
             raise InputError(f"{where}: want `name i j` or `name1 i name2 j`, found {' '.join(words)[:60]!r}")
         same = int(len(words) == 3)
         fold += bool(pairs) and same > pairs[-1][2]  # in CSV a fold begins where genuine pairs begin again

@@ -25,7 +25,11 @@ def place_of(src: Path, layout: str, *landmarks: str) -> tuple[str, str]:
     for landmark in landmarks:
         starts = ((file.name, f"/{file.name}/".find(f"/{landmark}/")) for file in members(src))
         if places := {name[:start] for name, start in starts if start >= 0}:
-            return min(places, key=lambda name: (name.count("/"), name)), landmark
+            top, *others = sorted(places, key=lambda name: (name.count("/"), name))
+            if others and others[0].count("/") == top.count("/"):
+                raise InputError(f"--src {src}: {top}{landmark} and {others[0]}{landmark} are both in it: give the "
+                                 "folder of one data set")
+            return top, landmark
     raise InputError(f"--src {src}: no {landmarks[0]} in it; {layout}")
 
 
