@@ -382,7 +382,7 @@ def read_run(home: Path) -> Measured:
     valid = {"role": config["role"] in RUN_ROLES, "backbone": isinstance(config["backbone"] or config["model"], str),
              "counts": set(config["domains"]) <= {*config["counts"]}, "seed": isinstance(config["seed"], int)}
     if wrong := [name for name, good in valid.items() if not good]:
-        raise InputError(f"config.json: {wrong[0]} is {str(config[wrong[0]])[:80]!r}: restore it")
+        raise InputError(f"config.json: {wrong[0]} is {repr(config[wrong[0]])[:80]}: restore it")
     analysis, path = None, home / "analysis" / "analysis.json"
     if path.exists():
         try:
